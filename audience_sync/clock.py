@@ -1,0 +1,31 @@
+"""Time as an argument: what decides takes a clock, so that a test can set it by hand."""
+
+import time
+from datetime import UTC, datetime
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def now(self) -> datetime:
+        """The wall clock, aware, in UTC."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class SystemClock:
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def isoformat(moment: datetime) -> str:
+    """ISO 8601 with Z, as every time that we print: 2011-06-01T00:00:00Z."""
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
