@@ -1,0 +1,182 @@
+"""Connections: transactions that begin as they mean to go on, and the few differences of the databases.
+
+`read` and `write` are the only ways in. On SQLite a write takes the lock when it begins (BEGIN IMMEDIATE),
+because a read that turns into a write fails at once whatever the busy timeout (SQLITE_BUSY_SNAPSHOT).
+"""
+
+import datetime as dt
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.errors import DatabaseError
+from audience_sync.store.tables import UtcDateTime
+
+# Outlasts the longest transaction of ours: the commit of a first sync of several million members.
+BUSY_SECONDS = 300
+TEMP = "temp"  # the schema of temporary tables; pg_temp on PostgreSQL
+
+
+def wal_is_safe(version: tuple[int, int, int]) -> bool:
+    """Whether this SQLite is free of the WAL-reset bug (sqlite.org/wal.html#walresetbug).
+
+    Fixed in 3.51.3, and in the branches 3.50.7 and 3.44.6.
+    """
+    return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+
+
+def open_own(url: str, schema: str) -> sa.Engine:
+    """The engine of our own database.
+
+    Raises:
+        DatabaseError: the driver is missing, or the folder of an SQLite file.
+
+    """
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        engine = _open_sqlite(parsed)
+        return engine.execution_options(our="")
+    engine = open_postgresql(parsed)
+    return engine.execution_options(
+        our=f'"{schema}".', schema=schema, schema_translate_map={None: schema, TEMP: "pg_temp"}
+    )
+
+
+def open_postgresql(url: sa.URL) -> sa.Engine:
+    try:
+        return sa.create_engine(
+            url,
+            hide_parameters=True,
+            pool_pre_ping=True,
+            connect_args={
+                "connect_timeout": 10,
+                "keepalives_idle": 30,
+                "keepalives_interval": 10,
+                "keepalives_count": 3,
+                "options": "-c lock_timeout=300s -c idle_in_transaction_session_timeout=1h -c timezone=UTC",
+            },
+        )
+    except ImportError as error:
+        raise DatabaseError(
+            "PostgreSQL needs the driver psycopg: pip install 'audience-sync[postgres]'."
+        ) from error
+
+
+def _open_sqlite(url: sa.URL) -> sa.Engine:
+    if url.database and url.database != ":memory:" and not Path(url.database).parent.is_dir():
+        raise DatabaseError(
+            f"The folder of the database file {url.database} does not exist: create it, or change [database] url."
+        )
+    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS})
+    journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info[:3]) else "DELETE"
+
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin by the event below, DDL included
+        for pragma in (
+            f"journal_mode = {journal}",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            "trusted_schema = OFF",
+            "cache_size = -32768",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def is_sqlite(bind: sa.Engine | sa.Connection) -> bool:
+    return bind.dialect.name == "sqlite"
+
+
+@contextmanager
+def read(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that sees one state of the database and changes nothing."""
+    with plain_errors(engine), engine.connect() as connection:
+        if not is_sqlite(engine):
+            connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with connection.begin():
+            yield connection
+
+
+@contextmanager
+def write(engine: sa.Engine) -> Iterator[sa.Connection]:
+    with plain_errors(engine), engine.connect() as connection, begin_write(connection):
+        yield connection
+
+
+@contextmanager
+def begin_write(connection: sa.Connection) -> Iterator[sa.Connection]:
+    """A write transaction on a connection that is kept (for its temporary tables)."""
+    connection.execution_options(write=True)
+    with connection.begin():
+        yield connection
+
+
+@contextmanager
+def plain_errors(engine: sa.Engine) -> Iterator[None]:
+    """Turn the driver's errors about our own database into ones that say what to do."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        where = engine.url.render_as_string(hide_password=True)
+        raise DatabaseError(
+            f"The database {where} cannot be used: {reason(error)}. {advice(error)}"
+        ) from error
+
+
+def reason(error: sa.exc.DBAPIError) -> str:
+    """The driver's own words, without the statement and its values; one line."""
+    return re.sub(r"\s+", " ", str(error.orig)).strip().rstrip(".")
+
+
+def advice(error: sa.exc.DBAPIError) -> str:
+    text = str(error.orig).lower()
+    if "locked" in text:
+        return "Another program holds its lock: close it, and run the command again."
+    if "disk is full" in text or "no space left" in text:
+        return "Nothing was lost: make room on the disk, and run the command again."
+    if "readonly" in text or "permission denied" in text or "unable to open" in text:
+        return "Give this user the right to write there, or change [database] url."
+    if isinstance(error, sa.exc.OperationalError):
+        return "Is the server running, and are the address and password in [database] url right?"
+    return "Nothing was half done: run the command again when it is mended."
+
+
+def now(connection: sa.Connection) -> dt.datetime:
+    """The database's clock: on SQLite that is this machine's."""
+    if is_sqlite(connection):
+        return dt.datetime.now(dt.UTC)
+    return connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one().astimezone(dt.UTC)
+
+
+def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[Any]:
+    """Run a statement on our tables: `{our}` and `{temp}` stand before their names."""
+    our = connection.get_execution_options()["our"]
+    temp = "temp." if is_sqlite(connection) else "pg_temp."
+    clause = sa.text(statement.replace("{our}", our).replace("{temp}", temp))
+    for name, value in parameters.items():
+        if isinstance(value, dt.datetime):
+            clause = clause.bindparams(sa.bindparam(name, type_=UtcDateTime))
+    return connection.execute(clause, parameters)
+
+
+def process_is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,277 @@
+"""Our tables, as the newest migration leaves them.
+
+The large ones (members, past_members, deliveries) carry no foreign keys: on PostgreSQL each would be
+a trigger call a row, and their rows are written by one statement beside the run that they belong to.
+"""
+
+import datetime as dt
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+
+class UtcDateTime(sa.TypeDecorator[dt.datetime]):
+    """Aware UTC in Python; timestamptz on PostgreSQL, sortable text on SQLite."""
+
+    impl = sa.String(26)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(sa.DateTime(timezone=True))
+        return dialect.type_descriptor(sa.String(26))
+
+    def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> Any:
+        if value is None:
+            return None
+        utc = value.astimezone(dt.UTC)
+        return utc if dialect.name == "postgresql" else utc.strftime("%Y-%m-%d %H:%M:%S.%f")
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> dt.datetime | None:
+        if value is None:
+            return None
+        if dialect.name == "postgresql":
+            return value.astimezone(dt.UTC)  # type: ignore[no-any-return]  # the driver gives a datetime
+        return dt.datetime.fromisoformat(value).replace(tzinfo=dt.UTC)
+
+
+# Ids compare byte by byte on both databases, whatever the database's locale.
+UserId = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+Document = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")  # definitions look into these
+Json = sa.JSON(none_as_null=True)  # kept as it was written
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+definitions = sa.Table(
+    "definitions",
+    metadata,
+    sa.Column("definition_id", Serial, primary_key=True),
+    sa.Column("key", sa.Text, nullable=False, unique=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("fingerprint", sa.Text),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("retired_at", UtcDateTime),
+    sa.CheckConstraint("kind IN ('audience', 'trait')", name="kind"),
+)
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("run_id", Serial, primary_key=True),
+    sa.Column("definition_id", Serial, sa.ForeignKey("definitions.definition_id"), nullable=False),
+    sa.Column("mode", sa.Text, nullable=False),
+    sa.Column("trigger", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("held_by", sa.Text),
+    sa.Column("as_of", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime, nullable=False),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Column("member_count", sa.BigInteger),
+    sa.Column("entered_count", sa.BigInteger),
+    sa.Column("exited_count", sa.BigInteger),
+    sa.Column("changed_count", sa.BigInteger),
+    sa.Column("set_aside", Json),  # {reason: count}
+    sa.Column("error", sa.Text),
+    sa.CheckConstraint("mode IN ('first', 'changes', 'full', 'canary', 'retire')", name="mode"),
+    sa.CheckConstraint("\"trigger\" IN ('schedule', 'manual')", name="trigger"),
+    sa.CheckConstraint(
+        "status IN ('running', 'held', 'rejected', 'succeeded', 'failed', 'abandoned')", name="status"
+    ),
+    sa.CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="finished"),
+    sa.CheckConstraint("status <> 'succeeded' OR member_count IS NOT NULL", name="counted"),
+    sa.Index(
+        "uq_runs_running",
+        "definition_id",
+        unique=True,
+        sqlite_where=sa.text("status = 'running'"),
+        postgresql_where=sa.text("status = 'running'"),
+    ),
+    sa.Index("ix_runs_definition_id", "definition_id", "run_id"),
+    sqlite_autoincrement=True,
+)
+
+members = sa.Table(
+    "members",
+    metadata,
+    sa.Column("definition_id", Serial, primary_key=True, autoincrement=False),
+    sa.Column("user_id", UserId, primary_key=True),
+    sa.Column("entered_run_id", Serial, nullable=False),
+    sa.Column("value", sa.Text),  # a trait's, as JSON text
+    sqlite_with_rowid=False,
+)
+
+past_members = sa.Table(
+    "past_members",
+    metadata,
+    sa.Column("definition_id", Serial, primary_key=True, autoincrement=False),
+    sa.Column("user_id", UserId, primary_key=True),
+    sa.Column("entered_run_id", Serial, primary_key=True, autoincrement=False),
+    sa.Column("exited_run_id", Serial, nullable=False),
+    sa.Column("value", sa.Text),
+    sqlite_with_rowid=False,
+)
+
+calls = sa.Table(
+    "calls",
+    metadata,
+    sa.Column("call_id", Serial, primary_key=True),
+    sa.Column("message_id", sa.Text, nullable=False, unique=True),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("user_id", UserId),
+    sa.Column("anonymous_id", sa.Text),
+    sa.Column("group_id", sa.Text),
+    sa.Column("event", sa.Text),
+    sa.Column("body", Json, nullable=False),  # traits or properties, and context
+    sa.Column("timestamp", UtcDateTime, nullable=False),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.Column("left_out", Json),  # traits that bear a definition's key: audiences belong to their runs
+    sa.CheckConstraint("status IN ('accepted', 'ignored')", name="status"),
+    sa.CheckConstraint("(status = 'ignored') = (reason IS NOT NULL)", name="reason"),
+    sqlite_autoincrement=True,
+)
+
+PENDING = sa.text("status = 'pending'")
+DEAD = sa.text("status = 'dead'")
+SENDING = sa.text("status = 'sending'")
+
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column("delivery_id", Serial, primary_key=True),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("subject_id", UserId, nullable=False),  # a company's id where the action is company
+    sa.Column("body", Json, nullable=False),
+    sa.Column("class", sa.Text, nullable=False),
+    sa.Column("run_id", Serial),
+    sa.Column("definition_id", Serial),
+    sa.Column("call_id", Serial),
+    sa.Column("value_at", UtcDateTime, nullable=False),  # newest wins: a call's timestamp, a run's as_of
+    sa.Column("fingerprint", sa.Text),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("alone", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("attempt_count", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("first_attempt_at", UtcDateTime),
+    sa.Column("next_attempt_at", UtcDateTime, nullable=False),
+    sa.Column("quiet_until", UtcDateTime),  # after an unknown outcome the subject waits
+    sa.Column("settled_at", UtcDateTime),
+    sa.Column("request_id", Serial),  # the last request that carried it
+    sa.Column("error", sa.Text),
+    sa.CheckConstraint("action IN ('identify', 'track', 'company')", name="action"),
+    sa.CheckConstraint("class IN ('call', 'change', 'push')", name="class"),
+    sa.CheckConstraint(
+        "status IN ('held', 'pending', 'sending', 'accepted', 'dead', 'cancelled')", name="status"
+    ),
+    sa.CheckConstraint("(run_id IS NULL) <> (call_id IS NULL)", name="origin"),
+    sa.CheckConstraint("(run_id IS NULL) = (definition_id IS NULL)", name="definition"),
+    sa.CheckConstraint(
+        "(status IN ('accepted', 'dead', 'cancelled')) = (settled_at IS NOT NULL)", name="settled"
+    ),
+    sa.CheckConstraint("status NOT IN ('sending', 'accepted') OR request_id IS NOT NULL", name="requested"),
+    sa.CheckConstraint("status <> 'dead' OR error IS NOT NULL", name="reason"),
+    sa.Index(
+        "ix_deliveries_claim",
+        "action",
+        "class",
+        "next_attempt_at",
+        "delivery_id",
+        sqlite_where=PENDING,
+        postgresql_where=PENDING,
+    ),
+    sa.Index("ix_deliveries_sending", "request_id", sqlite_where=SENDING, postgresql_where=SENDING),
+    sa.Index("ix_deliveries_dead", "definition_id", sqlite_where=DEAD, postgresql_where=DEAD),
+    sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),
+    sa.Index("ix_deliveries_run_id", "run_id", "status"),
+    sqlite_autoincrement=True,
+)
+
+requests = sa.Table(
+    "requests",
+    metadata,
+    sa.Column("request_id", Serial, primary_key=True),
+    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("started_at", UtcDateTime, nullable=False),
+    sa.Column("ended_at", UtcDateTime),
+    sa.Column("status_code", sa.Integer),
+    sa.Column("x_request_id", sa.Text),
+    sa.Column("delivery_count", sa.Integer, nullable=False),
+    sa.Column("error", sa.Text),
+    sa.CheckConstraint("lane IN ('identify', 'track', 'company', 'bulk')", name="lane"),
+    sa.Index("ix_requests_lane_started_at", "lane", "started_at"),
+    sqlite_autoincrement=True,
+)
+
+profiles = sa.Table(
+    "profiles",
+    metadata,
+    sa.Column("user_id", UserId, primary_key=True),
+    sa.Column("traits", Document, nullable=False),
+    sa.Column("trait_times", Document, nullable=False),  # {trait: the timestamp that set it}
+    sa.Column("company_id", sa.Text),
+    sa.Column("company_at", UtcDateTime),
+    sa.Column("first_seen_at", UtcDateTime, nullable=False),
+    sa.Column("last_seen_at", UtcDateTime, nullable=False),
+)
+
+companies = sa.Table(
+    "companies",
+    metadata,
+    sa.Column("company_id", UserId, primary_key=True),
+    sa.Column("traits", Document, nullable=False),
+    sa.Column("trait_times", Document, nullable=False),
+    sa.Column("first_seen_at", UtcDateTime, nullable=False),
+    sa.Column("last_seen_at", UtcDateTime, nullable=False),
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("event_id", Serial, primary_key=True),
+    sa.Column("call_id", Serial, nullable=False, unique=True),
+    sa.Column("user_id", UserId, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("properties", Document, nullable=False),
+    sa.Column("context", Document, nullable=False),
+    sa.Column("timestamp", UtcDateTime, nullable=False),
+    sa.Column("received_at", UtcDateTime, nullable=False),
+    sa.Index("ix_events_name_timestamp", "name", "timestamp"),
+    sa.Index("ix_events_user_id_timestamp", "user_id", "timestamp"),
+)
+
+destination = sa.Table(
+    "destination",
+    metadata,
+    sa.Column("destination_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("stopped_at", UtcDateTime),
+    sa.Column("stopped_reason", sa.Text),
+    sa.Column("slow_downs", Json, nullable=False),  # {lane: {factor, paused_until, reason}}
+    sa.Column("heartbeat_at", UtcDateTime),
+    sa.CheckConstraint("destination_id = 1", name="one_row"),
+    sa.CheckConstraint("(stopped_at IS NULL) = (stopped_reason IS NULL)", name="stopped"),
+)
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text),  # null: nobody
+    sa.Column("host", sa.Text),
+    sa.Column("pid", sa.Integer),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", UtcDateTime),
+    sa.CheckConstraint("(owner IS NULL) = (expires_at IS NULL)", name="held"),
+)
