@@ -1,0 +1,55 @@
+"""Userpilot takes strings, numbers, booleans and null only: what becomes of objects and lists."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+
+def primitives(metadata: Mapping[str, Any], nested: Literal["flatten", "json"]) -> dict[str, Any]:
+    """The metadata in primitives; nothing is dropped.
+
+    flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. A key
+    of a definition never holds a dot, so no flattened name can pass for one. Empty objects and lists become
+    "{}" and "[]". Where two names meet, the one written with less nesting keeps it, and the others get "~2",
+    "~3" behind theirs: `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`, in whatever order.
+    json: an object or a list becomes compact JSON in a string.
+    """
+    if nested == "json":
+        return {name: _text(value) if _is_nested(value) else value for name, value in metadata.items()}
+    leaves = {path: value for name, value in metadata.items() for path, value in _leaves((name,), value)}
+    names = _names(leaves)
+    return {names[path]: value for path, value in leaves.items()}
+
+
+def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not _is_nested(value):
+        yield path, value
+    elif not value:
+        yield path, _text(value)
+    else:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, member in items:
+            yield from _leaves((*path, str(name)), member)
+
+
+def _names(paths: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], str]:
+    plain = {".".join(path) for path in paths}
+    taken: set[str] = set()
+    names = {}
+    for path in sorted(paths, key=lambda path: (len(path), path)):
+        name = wanted = ".".join(path)
+        number = 1
+        while name in taken or (number > 1 and name in plain):
+            number += 1
+            name = f"{wanted}~{number}"
+        taken.add(name)
+        names[path] = name
+    return names
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list | tuple)
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

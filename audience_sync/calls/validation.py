@@ -1,0 +1,171 @@
+"""What makes a call valid: Segment's rules, and those that JSON and the databases set."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from audience_sync.calls.model import Call, CallType
+from audience_sync.errors import CallError
+
+MAX_CALL_BYTES = 32 * 1024
+MAX_ID_LENGTH = 255
+MAX_GROUP_ID_LENGTH = 500
+MAX_MESSAGE_ID_LENGTH = 100
+MAX_LEVELS = 20  # of objects and lists; the call itself is the first
+MAX_NUMBER_BITS = 1023  # what a double holds: more is no number to most readers of JSON
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse(raw: Mapping[str, Any], *, received_at: datetime, new_id: Callable[[], str]) -> Call:
+    """Check a call as it came in, in Segment's camel-case fields, and give it its types.
+
+    Raises CallError, whose message names the field. `timestamp` may be a datetime, too; a naive one is UTC.
+    """
+    if not isinstance(raw, Mapping):
+        raise CallError("a call is an object")
+    timestamp = raw.get("timestamp")
+    document = dict(raw)
+    if isinstance(timestamp, datetime):
+        document["timestamp"] = timestamp.isoformat()
+    _check_json(document)
+    call_type = _call_type(document.get("type"))
+    user_id = _id(document, "userId", MAX_ID_LENGTH)
+    anonymous_id = _id(document, "anonymousId", MAX_ID_LENGTH)
+    if user_id is None and anonymous_id is None:
+        raise CallError("userId or anonymousId is required")
+    group_id = _id(document, "groupId", MAX_GROUP_ID_LENGTH) if call_type is CallType.GROUP else None
+    if call_type is CallType.GROUP and group_id is None:
+        raise CallError("groupId is required in a group call")
+    return Call(
+        type=call_type,
+        message_id=_message_id(document.get("messageId")) or new_id(),
+        user_id=user_id,
+        anonymous_id=anonymous_id,
+        group_id=group_id,
+        event=_event(document.get("event")) if call_type is CallType.TRACK else None,
+        traits=_object(document, "traits"),
+        properties=_object(document, "properties"),
+        context=_object(document, "context"),
+        timestamp=_timestamp(document.get("timestamp"), received_at),
+    )
+
+
+def parse_moment(text: str) -> datetime:
+    """ISO 8601, naive meaning UTC, as an aware moment in UTC; ValueError if it is not one."""
+    moment = datetime.fromisoformat(text)
+    try:
+        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("out of range") from error
+
+
+def _call_type(value: object) -> CallType:
+    if value in {"page", "screen", "alias"}:
+        raise CallError(f"type {value}: Userpilot takes identify, track and group only")
+    if not isinstance(value, str) or value not in set(CallType):
+        raise CallError("type must be identify, track or group")
+    return CallType(value)
+
+
+def _id(document: Mapping[str, Any], name: str, max_length: int) -> str | None:
+    value = document.get(name)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON does not tell 1.0 from 1
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise CallError(f"{name} must be a string or a number")
+    if not value:
+        raise CallError(f"{name} is empty")
+    if len(value) > max_length:
+        raise CallError(f"{name} is longer than {max_length} characters")
+    return value
+
+
+def _message_id(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise CallError("messageId must be a string that is not empty")
+    if len(value) > MAX_MESSAGE_ID_LENGTH:
+        raise CallError(f"messageId is longer than {MAX_MESSAGE_ID_LENGTH} characters")
+    return value
+
+
+def _event(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise CallError("event is required in a track call: a string that is not empty")
+    return value
+
+
+def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = document.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CallError(f"{name} must be an object")
+    return value
+
+
+def _timestamp(value: object, received_at: datetime) -> datetime:
+    if value is None:
+        return received_at
+    if not isinstance(value, str):
+        raise CallError("timestamp must be a string in ISO 8601")
+    try:
+        return parse_moment(value)
+    except ValueError as error:
+        raise CallError("timestamp is not ISO 8601, such as 2024-05-01T12:00:00Z") from error
+
+
+def _check_json(document: dict[str, Any]) -> None:
+    _check_values(document, 1, MAX_CALL_BYTES)
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    if len(text.encode()) > MAX_CALL_BYTES:
+        raise CallError("the call is larger than 32 KB")
+
+
+def _check_values(value: object, level: int, budget: int) -> int:
+    """Check all values within, and return what is left of the budget: a value takes a byte at least.
+
+    The budget ends structures that hold themselves many times over before they become text.
+    """
+    budget -= 1
+    if budget < 0:
+        raise CallError("the call is larger than 32 KB")
+    match value:
+        case dict() | list() if level > MAX_LEVELS:
+            raise CallError(f"objects and lists are nested over {MAX_LEVELS} levels")
+        case dict():
+            for name, member in value.items():
+                if not isinstance(name, str):
+                    raise CallError("the names in an object must be strings")
+                _check_scalar(name)
+                budget = _check_values(member, level + 1, budget)
+        case list():
+            for item in value:
+                budget = _check_values(item, level + 1, budget)
+        case _:
+            _check_scalar(value)
+    return budget
+
+
+def _check_scalar(value: object) -> None:
+    match value:
+        case str() if "\0" in value:
+            raise CallError("text with a NUL character cannot be stored")
+        case str() if _LONE_SURROGATE.search(value):
+            raise CallError("text with a lone surrogate is not Unicode")
+        case float() if not math.isfinite(value):
+            raise CallError("NaN and Infinity are not JSON")
+        case int() if value.bit_length() > MAX_NUMBER_BITS:
+            raise CallError("a number is too large")
+        case None | bool() | int() | float() | str():
+            pass
+        case _:
+            raise CallError(f"a {type(value).__name__} is not a JSON value")

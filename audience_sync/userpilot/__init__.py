@@ -1,0 +1,1 @@
+"""Userpilot's HTTP API: the payloads, the client, and what its answers mean."""

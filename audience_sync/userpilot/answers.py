@@ -1,0 +1,133 @@
+"""What an answer of Userpilot means for the delivery; pure."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import Any
+
+MAX_ERROR_LENGTH = 500
+MAX_REQUEST_ID_LENGTH = 200
+MAX_RETRY_AFTER_SECONDS = 900.0
+
+
+class Outcome(StrEnum):
+    ACCEPTED = "accepted"  # 2xx: taken in, which is not stored
+    THROTTLED = "throttled"
+    UNAUTHORISED = "unauthorised"
+    REFUSED = "refused"  # the same request would be refused again
+    FAILED = "failed"  # not applied: try again
+    UNKNOWN = "unknown"  # maybe applied: try again where a repeat does no harm
+
+
+_BY_CLASS = {2: Outcome.ACCEPTED, 3: Outcome.FAILED, 4: Outcome.REFUSED, 5: Outcome.FAILED}
+_BY_STATUS = {
+    401: Outcome.UNAUTHORISED,
+    403: Outcome.UNAUTHORISED,
+    408: Outcome.FAILED,
+    423: Outcome.FAILED,
+    425: Outcome.FAILED,
+    429: Outcome.THROTTLED,
+    501: Outcome.REFUSED,
+    502: Outcome.UNKNOWN,  # a gateway lost sight of a request that it may have passed on
+    504: Outcome.UNKNOWN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`error` is in the API's own words where it has any; `retry_after_seconds` is its wish, 0 to 900."""
+
+    outcome: Outcome
+    status_code: int | None
+    x_request_id: str | None
+    error: str | None
+    retry_after_seconds: float | None
+
+
+def judge(status_code: int, headers: Mapping[str, str], body: bytes, *, cut: bool, now: datetime) -> Answer:
+    """The answer to a request; `headers` in lower case, `cut` when the body goes on beyond what was kept."""
+    outcome = _outcome(status_code)
+    error = None
+    if outcome is Outcome.ACCEPTED and not _is_success(headers, body, cut=cut):
+        outcome = Outcome.UNKNOWN
+        error = f"HTTP {status_code}, but the body is not Userpilot's: {_words(body)}"
+    elif outcome is not Outcome.ACCEPTED:
+        error = _words(body) or f"HTTP {status_code} without a message"
+    return Answer(
+        outcome=outcome,
+        status_code=status_code,
+        x_request_id=clean(headers.get("x-request-id", ""), MAX_REQUEST_ID_LENGTH) or None,
+        error=clean(error, MAX_ERROR_LENGTH) if error else None,
+        retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
+    )
+
+
+def _outcome(status_code: int) -> Outcome:
+    return _BY_STATUS.get(status_code) or _BY_CLASS.get(status_code // 100, Outcome.UNKNOWN)
+
+
+def _is_success(headers: Mapping[str, str], body: bytes, *, cut: bool) -> bool:
+    """Whether the body of a 2xx is empty or JSON; a proxy's or a login page is neither."""
+    text = body.strip()
+    if not text:
+        return True
+    if "html" in headers.get("content-type", "").lower() or text.startswith(b"<"):
+        return False
+    return cut or _json(body) is not _NOT_JSON
+
+
+_NOT_JSON = object()
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return _NOT_JSON
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _words(body: bytes) -> str:
+    """What an error body says: `{"errors": [{"error_code", "error", "message", "details"}]}`, or as it is."""
+    document = _json(body)
+    if isinstance(document, dict):
+        errors = document.get("errors")
+        entries = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
+        told = "; ".join(filter(None, map(_entry_words, entries or [document])))
+        if told:
+            return told
+    return body.decode("utf-8", "replace")
+
+
+def _entry_words(entry: dict[str, Any]) -> str:
+    values = (entry.get(name) for name in ("error_code", "error", "message", "details"))
+    return ": ".join(dict.fromkeys(value for value in values if isinstance(value, str) and value))
+
+
+def clean(text: str, max_length: int) -> str:
+    """One line that every database and terminal takes."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:max_length]
+
+
+def retry_after(value: str | None, *, now: datetime) -> float | None:
+    """Seconds to wait, from 0 to 900; None if the header is missing or makes no sense.
+
+    Userpilot documents no Retry-After; honour one all the same.
+    """
+    text = (value or "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        return min(float(text), MAX_RETRY_AFTER_SECONDS)
+    try:
+        moment = parsedate_to_datetime(text)
+        seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - now).total_seconds()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
