@@ -1,0 +1,191 @@
+"""HTTP over the state: connections, faults, and the control endpoints under /_sandbox/."""
+
+import contextlib
+import json
+import socket
+import socketserver
+import threading
+from dataclasses import asdict, fields, replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs
+
+from audience_sync.sandbox import api
+from audience_sync.sandbox.faults import Fault, Faults
+from audience_sync.sandbox.state import Limits, State
+
+_REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
+GARBAGE = b"\x16\x03\x01\x00\x00 this is not HTTP\r\n\r\n"
+FRAMING_BYTES = 65_536  # of a multipart upload, around its file
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, address: tuple[str, int], state: State, faults: Faults) -> None:
+        self.state, self.faults = state, faults
+        self.stopping = threading.Event()
+        self.connections: set[socket.socket] = set()
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks DNS for the host's name
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def close_all(self) -> None:
+        """Kept-alive connections too: a server that stopped must not answer on them."""
+        self.stopping.set()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        del request, client_address  # a client that went away is what this server is for
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        super().finish()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base's name)
+        """Quiet: the request log is at /_sandbox/requests."""
+
+    def do_POST(self) -> None:
+        # The raw target: http.server turns //v1/identify into /v1/identify, Userpilot does not.
+        path, _, query = self.requestline.split()[1].partition("?")
+        body = self._read()
+        if body is None:
+            self.close_connection = True
+            self._send(411, api.errors(411, "a Content-Length is needed"))
+        elif path.startswith("/_sandbox/"):
+            self._control(path.removeprefix("/_sandbox/"), query, body)
+        else:
+            self._serve(api.Request(self.command, path, self.headers, body))
+
+    do_GET = do_DELETE = do_PUT = do_PATCH = do_POST  # noqa: N815
+
+    def _read(self) -> api.Body | None:
+        length = self.headers.get("Content-Length", "0")
+        if "Transfer-Encoding" in self.headers or not length.isdecimal():
+            return None
+        size = int(length)
+        if size > self.server.state.limits.bulk_bytes_per_request + FRAMING_BYTES:
+            for start in range(0, size, 1 << 20):  # read, so that the client gets to see the answer
+                self.rfile.read(min(1 << 20, size - start))
+            return api.Body(None, "the body is too large", size=size)
+        return api.read_body(self.headers.get("Content-Type", ""), self.rfile.read(size))
+
+    def _serve(self, request: api.Request) -> None:
+        state = self.server.state
+        user_id, company_id = request.text("user_id"), request.text("company_id")
+        entry = state.receive(request.method, request.path, request.body.value, user_id, company_id)
+        fault = self.server.faults.take(request.path, user_id) or Fault("")
+        entry.fault = fault.name or None
+        self._wait(fault.delay_seconds)
+        answer, headers = api.Answer(0), fault.headers
+        if fault.applies:
+            answer = api.answer(state, request, entry)
+            entry.applied = request.method != "GET" and answer.status < 300
+        if fault.status is not None:
+            default = api.errors(fault.status, "a fault was asked for") if fault.status >= 400 else None
+            answer = api.Answer(fault.status, default if fault.body is None else fault.body)
+        if fault.drop is None and not fault.garbage:
+            entry.status = answer.status
+        self._wait(fault.delay_after_seconds)
+        if fault.drop is not None or fault.garbage:
+            self.close_connection = True
+            self.wfile.write(GARBAGE if fault.garbage else b"")
+            return
+        self._send(answer.status, answer.body, {"x-request-id": entry.x_request_id} | headers)
+
+    def _wait(self, seconds: float) -> None:
+        if seconds:
+            self.server.stopping.wait(seconds)
+
+    def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        content = (
+            body.encode() if isinstance(body, str) else b"" if body is None else json.dumps(body).encode()
+        )
+        reason = _REASONS.get(status, "Fault")
+        lines = [f"HTTP/1.1 {status} {reason}", f"content-length: {len(content)}"]
+        if content:
+            lines.append("content-type: application/json")
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        if self.close_connection:
+            lines.append("connection: close")
+        self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + content)
+
+    def _control(self, name: str, query: str, body: api.Body) -> None:
+        try:
+            with self.server.state.lock:
+                self._send(200, self._controlled(f"{self.command} {name}", query, body))
+        except ValueError as error:
+            self._send(400, api.errors(400, str(error)))
+        except LookupError as error:
+            self._send(404, api.errors(404, str(error)))
+
+    def _controlled(self, call: str, query: str, body: api.Body) -> Any:  # noqa: PLR0911, C901 (a table)
+        state, faults = self.server.state, self.server.faults
+        match call:
+            case "GET state":
+                return state.snapshot()
+            case "GET requests":
+                after = int(parse_qs(query).get("after", ["0"])[0])
+                return [asdict(entry) for entry in state.requests[after:]]
+            case "GET history":
+                state.advance()
+                user_id = parse_qs(query).get("user_id")
+                return state.history if user_id is None else state.history.get(user_id[0], [])
+            case "GET faults":
+                return faults.list()
+            case "POST faults":
+                return faults.add(_object(body))
+            case "DELETE faults":
+                return faults.clear()
+            case "POST reset":
+                return state.reset()
+            case "POST deletions":
+                return state.advance(delete_now=True)
+            case "POST limits":
+                state.set_limits(_limits(state.limits, _object(body)))
+                return asdict(state.limits)
+            case "POST key":
+                state.api_key = _key(_object(body))
+                return None
+        raise LookupError(f"no such control: {call}")
+
+
+def _object(body: api.Body) -> dict[str, Any]:
+    if body.problem is not None or not isinstance(body.value, dict):
+        raise ValueError(body.problem or "a JSON object is needed")
+    return body.value
+
+
+def _limits(limits: Limits, changes: dict[str, Any]) -> Limits:
+    known = {item.name: item.type for item in fields(Limits)}
+    if unknown := sorted(changes.keys() - known.keys()):
+        raise ValueError(f"unknown limits: {', '.join(unknown)}; known: {', '.join(known)}")
+    for name, value in changes.items():
+        if isinstance(value, bool) or not isinstance(value, int | float if known[name] is float else int):
+            raise ValueError(f"{name} must be a number")  # noqa: TRY004
+        if value < 0:
+            raise ValueError(f"{name} must not be negative")
+    return replace(limits, **changes)
+
+
+def _key(body: dict[str, Any]) -> str:
+    if body.keys() != {"api_key"} or not isinstance(body["api_key"], str):
+        raise ValueError('{"api_key": "..."} is needed')
+    return body["api_key"]
