@@ -1,0 +1,1 @@
+"""What to compute: audiences and computed traits, their keys and their SQL. Pure: no database, no network."""
