@@ -1,0 +1,95 @@
+"""Who may do what only one process may do: work the queue, or sync a definition.
+
+A lease is a row with an epoch that grows at each change of hands. A worker renews it inside each of its
+transactions, so one that slept through its lease finds another epoch there and can write nothing.
+"""
+
+import datetime as dt
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from audience_sync.errors import LeaseLost
+from audience_sync.store import engines
+from audience_sync.store.tables import leases
+
+HOST = socket.gethostname()
+QUEUE = "queue"
+
+
+def of_definition(key: str) -> str:
+    return f"definition {key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    name: str
+    owner: str
+    epoch: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    host: str
+    pid: int
+
+
+def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Holder:
+    """Take a lease that is free, has expired, or whose process on this host is gone; else say who has it."""
+    row = connection.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one_or_none()
+    now = engines.now(connection)
+    if row is not None and row.owner is not None and row.expires_at > now and not _is_gone(row):
+        return Holder(row.host, row.pid)
+    values = {
+        "owner": uuid.uuid4().hex,
+        "host": HOST,
+        "pid": os.getpid(),
+        "expires_at": now + dt.timedelta(seconds=seconds),
+    }
+    if row is None:
+        connection.execute(leases.insert().values(name=name, epoch=1, **values))
+        return Lease(name, values["owner"], 1, seconds)
+    epoch = row.epoch + 1
+    connection.execute(leases.update().where(leases.c.name == name).values(epoch=epoch, **values))
+    return Lease(name, values["owner"], epoch, seconds)
+
+
+def holder(connection: sa.Connection, name: str) -> Holder | None:
+    """The live holder of a lease, if there is one."""
+    row = connection.execute(sa.select(leases).where(leases.c.name == name)).one_or_none()
+    if row is None or row.owner is None or row.expires_at <= engines.now(connection) or _is_gone(row):
+        return None
+    return Holder(row.host, row.pid)
+
+
+def renew(connection: sa.Connection, lease: Lease) -> None:
+    """Hold the lease from now on, and until this transaction ends let nobody take it.
+
+    Raises:
+        LeaseLost: it has another epoch; nothing of this transaction may be committed.
+
+    """
+    result = connection.execute(
+        leases.update()
+        .where(leases.c.name == lease.name, leases.c.epoch == lease.epoch, leases.c.owner == lease.owner)
+        .values(expires_at=engines.now(connection) + dt.timedelta(seconds=lease.seconds))
+    )
+    if result.rowcount != 1:
+        raise LeaseLost(f"Another process took over ({lease.name}); this one stops and has written nothing.")
+
+
+def release(connection: sa.Connection, lease: Lease) -> None:
+    connection.execute(
+        leases.update()
+        .where(leases.c.name == lease.name, leases.c.epoch == lease.epoch)
+        .values(owner=None, host=None, pid=None, expires_at=None)
+    )
+
+
+def _is_gone(row: sa.Row[tuple[object, ...]]) -> bool:
+    # A row with our own pid is from a process that had it before us (a container's pid 1).
+    return row.host == HOST and (row.pid == os.getpid() or not engines.process_is_alive(row.pid))
