@@ -37,6 +37,7 @@ class Sandbox:
         self._host, self._port = host, port
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
+        self._serving = False
 
     @property
     def url(self) -> str:
@@ -46,40 +47,42 @@ class Sandbox:
         return f"http://{self._host}:{self._port}/"
 
     def start(self) -> Self:
-        server = self._bind()
-        self._thread = threading.Thread(
-            target=server.serve_forever, args=(0.02,), name="sandbox", daemon=True
-        )
-        self._thread.start()
+        if self._thread is None:
+            self._bind()
+            self._serving = True
+            self._thread = threading.Thread(target=self.serve_forever, name="sandbox", daemon=True)
+            self._thread.start()
         return self
 
     def serve_forever(self) -> None:
-        """Serves on the calling thread until it is interrupted."""
+        """Serves on the calling thread until it is interrupted, or stopped by another."""
         server = self._bind()
+        self._serving = True
         try:
-            server.serve_forever()
+            server.serve_forever(poll_interval=0.02)
         finally:
-            self._close(server)
+            self._serving = False
+            server.close_all()
+            self._server = None
 
     def stop(self) -> None:
+        """Returns when the port is closed and every connection is cut; requests that wait are not applied."""
         server = self._server
         if server is None:
             return
-        if self._thread is not None:
+        if self._serving:
             server.shutdown()
+        server.close_all()
+        if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._close(server)
+        self._server = None
 
     def _bind(self) -> Server:
         if self._server is None:
             self._server = Server((self._host, self._port), self.state, self.faults)
             self._port = self._server.server_port
         return self._server
-
-    def _close(self, server: Server) -> None:
-        server.close_all()
-        self._server = None
 
     def __enter__(self) -> Self:
         return self.start()

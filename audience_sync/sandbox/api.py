@@ -70,7 +70,7 @@ def read_body(content_type: str, raw: bytes) -> Body:
             return Body(_parse(raw), size=len(raw))
         if header.get_content_type() == "multipart/form-data":
             return _read_multipart(raw, str(header.get_param("boundary", "")).encode())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Body(raw[:1000].decode(errors="replace"), f"the body cannot be read: {error}", size=len(raw))
     text = raw[:1000].decode(errors="replace") if raw else None
     return Body(text, "Content-Type must be application/json", size=len(raw))

@@ -1,10 +1,24 @@
-"""HTTP over the state: connections, faults, and the control endpoints under /_sandbox/."""
+"""HTTP over the state: connections, faults, and the control endpoints under /_sandbox/.
+
+| control | does |
+| --- | --- |
+| GET state | users, companies, events, jobs, deletions, as of now |
+| GET requests?after=N | the log: every request but the control ones, in the order of arrival |
+| GET history?user_id=U | what was written for each user: [property, value, request number], in order |
+| GET, POST, DELETE faults | list, add one (the members are faults.Fault's), clear |
+| POST deletions | carries out what is asked for, without waiting for the hour |
+| POST limits | changes some of them |
+| POST key | {"api_key": ...}: the old one is revoked |
+| POST reset | forgets state, log and windows; faults, limits and key stay |
+"""
 
 import contextlib
 import json
 import socket
 import socketserver
+import sys
 import threading
+import uuid
 from dataclasses import asdict, fields, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +27,7 @@ from urllib.parse import parse_qs
 
 from audience_sync.sandbox import api
 from audience_sync.sandbox.faults import Fault, Faults
-from audience_sync.sandbox.state import Limits, State
+from audience_sync.sandbox.state import Limits, State, as_fields
 
 _REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
 GARBAGE = b"\x16\x03\x01\x00\x00 this is not HTTP\r\n\r\n"
@@ -43,7 +57,8 @@ class Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        del request, client_address  # a client that went away is what this server is for
+        if not isinstance(sys.exception(), ConnectionError):  # clients are expected to go away
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -54,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.server.connections.add(self.connection)
+        if self.server.stopping.is_set():  # accepted while the others were being cut
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
         self.server.connections.discard(self.connection)
@@ -93,7 +110,8 @@ class Handler(BaseHTTPRequestHandler):
         entry = state.receive(request.method, request.path, request.body.value, user_id, company_id)
         fault = self.server.faults.take(request.path, user_id) or Fault("")
         entry.fault = fault.name or None
-        self._wait(fault.delay_seconds)
+        if self._stopped_within(fault.delay_seconds):
+            return
         answer, headers = api.Answer(0), fault.headers
         if fault.applies:
             answer = api.answer(state, request, entry)
@@ -103,16 +121,19 @@ class Handler(BaseHTTPRequestHandler):
             answer = api.Answer(fault.status, default if fault.body is None else fault.body)
         if fault.drop is None and not fault.garbage:
             entry.status = answer.status
-        self._wait(fault.delay_after_seconds)
+        if self._stopped_within(fault.delay_after_seconds):
+            return
         if fault.drop is not None or fault.garbage:
             self.close_connection = True
             self.wfile.write(GARBAGE if fault.garbage else b"")
             return
         self._send(answer.status, answer.body, {"x-request-id": entry.x_request_id} | headers)
 
-    def _wait(self, seconds: float) -> None:
-        if seconds:
-            self.server.stopping.wait(seconds)
+    def _stopped_within(self, seconds: float) -> bool:
+        if seconds and self.server.stopping.wait(seconds):
+            self.close_connection = True
+            return True
+        return False
 
     def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = (
@@ -122,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {status} {reason}", f"content-length: {len(content)}"]
         if content:
             lines.append("content-type: application/json")
-        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        headers = {"x-request-id": uuid.uuid4().hex} if headers is None else headers
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         if self.close_connection:
             lines.append("connection: close")
         self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + content)
@@ -130,7 +152,8 @@ class Handler(BaseHTTPRequestHandler):
     def _control(self, name: str, query: str, body: api.Body) -> None:
         try:
             with self.server.state.lock:
-                self._send(200, self._controlled(f"{self.command} {name}", query, body))
+                content = json.dumps(self._controlled(f"{self.command} {name}", query, body))
+            self._send(200, content)
         except ValueError as error:
             self._send(400, api.errors(400, str(error)))
         except LookupError as error:
@@ -143,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
                 return state.snapshot()
             case "GET requests":
                 after = int(parse_qs(query).get("after", ["0"])[0])
-                return [asdict(entry) for entry in state.requests[after:]]
+                return [as_fields(entry) for entry in state.requests[after:]]
             case "GET history":
                 state.advance()
                 user_id = parse_qs(query).get("user_id")

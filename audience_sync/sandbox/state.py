@@ -4,7 +4,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -197,7 +197,7 @@ class State:
                 "jobs": [
                     job_fields(job) | {"completed_rows": job.completed_rows} for job in self.jobs.values()
                 ],
-                "deletions": [asdict(deletion) for deletion in self.deletions],
+                "deletions": [as_fields(deletion) for deletion in self.deletions],
             }
 
     def _work(self, job: Job, worked: float) -> None:
@@ -240,6 +240,10 @@ class State:
         for user in self.users.values():
             if user["company_id"] in ids:
                 user["company_id"] = None
+
+
+def as_fields(record: Entry | Deletion) -> dict[str, Any]:
+    return {item.name: getattr(record, item.name) for item in fields(record)}  # asdict copies every body
 
 
 def job_fields(job: Job) -> dict[str, Any]:

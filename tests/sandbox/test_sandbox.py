@@ -1,5 +1,7 @@
 import http.client
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -153,6 +155,51 @@ def test_the_window_slides_and_a_refused_request_does_not_count(client, clock):
     assert client.status("POST", "/v1/track", {"user_id": "a", "event_name": "e"}) == 202
 
 
+def test_parallel_callers_share_one_window(sandbox, client):
+    client.control("POST", "limits", {"identify_per_minute": 100})
+
+    def send(start):
+        own = Client(sandbox)
+        statuses = [own.identify(f"u{number}") for number in range(start, start + 40)]
+        own.connection.close()
+        return statuses
+
+    with ThreadPoolExecutor(4) as pool:
+        statuses = [status for part in pool.map(send, (0, 40, 80, 120)) for status in part]
+    assert (statuses.count(202), statuses.count(429)) == (100, 60)
+    assert len(client.control("GET", "state")["users"]) == 100
+    assert [entry["number"] for entry in client.control("GET", "requests")] == list(range(1, 161))
+
+
+def test_answers_come_in_order_on_one_connection(sandbox):
+    head = "POST /v1/identify HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    with socket.create_connection(sandbox.url.removeprefix("http://").rstrip("/").split(":")) as connection:
+        connection.sendall((head + "not json!" + head.replace("identify", "nowhere") + "not json!").encode())
+        connection.sendall(b"GET /v1/validate HTTP/1.1\r\nConnection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    assert answers.count("HTTP/1.1 401 Unauthorized\r\n") == 3
+    assert answers.count("x-request-id: ") == 3
+
+
+def test_a_running_job_overwrites_what_came_after_it(client, clock):
+    rows = [{"user_id": "u1", "metadata": {"vip": False}}]
+    client.send("POST", "/v1/users/bulk_identify", {"users": rows})
+    client.identify("u1", vip=True)
+    clock.seconds = 60
+    assert client.control("GET", "state")["users"]["u1"]["properties"] == {"vip": False}
+    assert client.control("GET", "history") == {"u1": [["vip", True, 2], ["vip", False, 1]]}
+
+
+def test_a_new_speed_holds_from_now_on(client, clock):
+    rows = [{"company_id": f"c{number}"} for number in range(100)]
+    client.send("POST", "/v1/companies/bulk_identify", {"companies": rows})
+    clock.seconds = 1
+    client.control("POST", "limits", {"bulk_rows_per_minute": 0})
+    clock.seconds = 1000
+    assert client.control("GET", "state")["jobs"][0]["completed_rows"] == 30
+    assert client.status("POST", "/_sandbox/limits", {"bulk_speed": 1}) == 400
+
+
 def test_a_job_is_worked_off_at_its_speed_one_at_a_time(client, clock):
     rows = [{"user_id": f"u{number}", "metadata": {"vip": True}} for number in range(60)]
     status, job = client.send("POST", "/v1/users/bulk_identify", {"users": rows})
@@ -197,6 +244,15 @@ def test_too_many_rows_or_bytes(client):
     huge = [{"user_id": "u", "metadata": {"a": "x" * 100_000}}]
     assert client.status("POST", "/v1/users/bulk_identify", {"users": huge}) == 413
     assert client.status("POST", "/v1/users/bulk_identify", {"users": rows[:2]}) == 202
+
+
+def test_a_deleted_company_leaves_its_users(client):
+    company = {"id": "c1"}
+    client.status("POST", "/v1/identify", {"user_id": "u1", "company": company})
+    assert client.status("DELETE", "/v1/companies", {"companies": ["c1"]}) == 202
+    client.control("POST", "deletions")
+    state = client.control("GET", "state")
+    assert (state["users"]["u1"]["company_id"], state["companies"]) == (None, {})
 
 
 def test_deletions_wait_for_two_in_the_morning(client, clock):
@@ -286,6 +342,7 @@ def test_a_fault_leaves_no_answer(client, effect, error, applied):
 @pytest.mark.parametrize(("effect", "applied"), [("delay_seconds", False), ("delay_after_seconds", True)])
 def test_a_fault_is_late(client, effect, applied):
     client.control("POST", "faults", {"path": "/v1/*", effect: 60})
+    client.connection.close()
     client.connection.timeout = 0.2
     with pytest.raises(TimeoutError):
         client.identify("u1")
