@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 
-def primitives(metadata: Mapping[str, Any], nested: Literal["flatten", "json"]) -> dict[str, Any]:
-    """The metadata in primitives; nothing is dropped.
+def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
+    """The metadata in primitives; nothing is dropped. `nested` is flatten or json.
 
     flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. A key
     of a definition never holds a dot, so no flattened name can pass for one. Empty objects and lists become

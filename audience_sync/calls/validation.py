@@ -63,8 +63,6 @@ def parse_moment(text: str) -> datetime:
 
 
 def _call_type(value: object) -> CallType:
-    if value in {"page", "screen", "alias"}:
-        raise CallError(f"type {value}: Userpilot takes identify, track and group only")
     if not isinstance(value, str) or value not in set(CallType):
         raise CallError("type must be identify, track or group")
     return CallType(value)

@@ -158,10 +158,11 @@ def now(connection: sa.Connection) -> dt.datetime:
     """The database's clock: on SQLite that is this machine's."""
     if is_sqlite(connection):
         return dt.datetime.now(dt.UTC)
-    return connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one().astimezone(dt.UTC)
+    moment: dt.datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    return moment.astimezone(dt.UTC)
 
 
-def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[Any]:
+def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[*tuple[Any, ...]]:
     """Run a statement on our tables: `{our}` and `{temp}` stand before their names."""
     our = connection.get_execution_options()["our"]
     temp = "temp." if is_sqlite(connection) else "pg_temp."

@@ -44,18 +44,19 @@ def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Hol
     now = engines.now(connection)
     if row is not None and row.owner is not None and row.expires_at > now and not _is_gone(row):
         return Holder(row.host, row.pid)
+    owner = uuid.uuid4().hex
     values = {
-        "owner": uuid.uuid4().hex,
+        "owner": owner,
         "host": HOST,
         "pid": os.getpid(),
         "expires_at": now + dt.timedelta(seconds=seconds),
     }
     if row is None:
         connection.execute(leases.insert().values(name=name, epoch=1, **values))
-        return Lease(name, values["owner"], 1, seconds)
+        return Lease(name, owner, 1, seconds)
     epoch = row.epoch + 1
     connection.execute(leases.update().where(leases.c.name == name).values(epoch=epoch, **values))
-    return Lease(name, values["owner"], epoch, seconds)
+    return Lease(name, owner, epoch, seconds)
 
 
 def holder(connection: sa.Connection, name: str) -> Holder | None:

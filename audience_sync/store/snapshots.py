@@ -96,8 +96,7 @@ def load(connection: sa.Connection, rows: Iterable[tuple[str, str | None]], kind
     temp = "temp." if is_sqlite(connection) else "pg_temp."
     sql(connection, "DROP TABLE IF EXISTS {temp}audience_sync_rows")
     sql(connection, "CREATE TEMPORARY TABLE audience_sync_rows (user_id text, value text)")
-    raw = connection.connection.dbapi_connection
-    assert raw is not None
+    raw: Any = connection.connection.dbapi_connection
     if is_sqlite(connection):
         insert = f"INSERT INTO {temp}audience_sync_rows VALUES (?, ?)"
         iterator = iter(rows)

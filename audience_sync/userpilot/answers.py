@@ -48,20 +48,25 @@ class Answer:
     retry_after_seconds: float | None
 
 
-def judge(status_code: int, headers: Mapping[str, str], body: bytes, *, cut: bool, now: datetime) -> Answer:
-    """The answer to a request; `headers` in lower case, `cut` when the body goes on beyond what was kept."""
+def judge(
+    status_code: int, headers: Mapping[str, str], body: bytes, *, cut: bool, secret: str, now: datetime
+) -> Answer:
+    """What the answer means. `headers` are asked for in lower case; `cut`: the body went on beyond `body`.
+
+    `secret` is taken out of whatever the server said: some repeat a request's headers in their errors.
+    """
     outcome = _outcome(status_code)
     error = None
     if outcome is Outcome.ACCEPTED and not _is_success(headers, body, cut=cut):
         outcome = Outcome.UNKNOWN
         error = f"HTTP {status_code}, but the body is not Userpilot's: {_words(body)}"
     elif outcome is not Outcome.ACCEPTED:
-        error = _words(body) or f"HTTP {status_code} without a message"
+        error = _words(body).strip() or f"HTTP {status_code} without a message"
     return Answer(
         outcome=outcome,
         status_code=status_code,
-        x_request_id=clean(headers.get("x-request-id", ""), MAX_REQUEST_ID_LENGTH) or None,
-        error=clean(error, MAX_ERROR_LENGTH) if error else None,
+        x_request_id=one_line(headers.get("x-request-id", ""), MAX_REQUEST_ID_LENGTH, secret) or None,
+        error=one_line(error, MAX_ERROR_LENGTH, secret) if error else None,
         retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
     )
 
@@ -111,9 +116,10 @@ def _entry_words(entry: dict[str, Any]) -> str:
     return ": ".join(dict.fromkeys(value for value in values if isinstance(value, str) and value))
 
 
-def clean(text: str, max_length: int) -> str:
-    """One line that every database and terminal takes."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
+def one_line(text: str, max_length: int, secret: str) -> str:
+    """The text without the secret, as every database and terminal takes it."""
+    open_text = text.replace(secret, "[API key]")
+    printable = "".join(character if character.isprintable() else " " for character in open_text)
     return " ".join(printable.split())[:max_length]
 
 

@@ -12,13 +12,14 @@ import ssl
 import threading
 import time
 from datetime import UTC, datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
 from audience_sync.errors import ConfigError
-from audience_sync.userpilot.answers import MAX_ERROR_LENGTH, Answer, Outcome, clean, judge
+from audience_sync.userpilot.answers import MAX_ERROR_LENGTH, Answer, Outcome, judge, one_line
 
 __all__ = ["Answer", "Client", "Outcome"]
 
@@ -67,7 +68,10 @@ class Client:
         self.close()
 
     def send(self, path: str, payload: dict[str, Any]) -> Answer:
-        """POST the payload to the path below the endpoint, once."""
+        """POST the payload to the path below the endpoint, once.
+
+        Whatever goes wrong is in the answer; only a closed client raises (RuntimeError).
+        """
         try:
             text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             content = text.encode()
@@ -126,21 +130,22 @@ class Client:
         if line.cut:
             broken = f"no complete answer within {self._deadline_seconds:g} s"
         elif trouble is not None:
-            broken = self._redacted(_trouble_words(trouble))
+            broken = one_line(_trouble_words(trouble), MAX_ERROR_LENGTH, self._api_key)
         if response is None:
             outcome = Outcome.UNKNOWN if line.sent else Outcome.FAILED
             return Answer(outcome, None, None, broken, None)
-        headers = {name.lower(): self._redacted(value) for name, value in response.headers.items()}
-        told = self._redacted(body.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
-        cut = len(body) > MAX_BODY_BYTES
-        answer = judge(response.status_code, headers, told, cut=cut, now=datetime.now(UTC))
+        answer = judge(
+            response.status_code,
+            response.headers,
+            body,
+            cut=len(body) > MAX_BODY_BYTES,
+            secret=self._api_key,
+            now=datetime.now(UTC),
+        )
         # A status other than 2xx has said all that matters before its body broke off.
         if broken and answer.outcome in {Outcome.ACCEPTED, Outcome.UNKNOWN}:
             return Answer(Outcome.UNKNOWN, answer.status_code, answer.x_request_id, broken, None)
         return answer
-
-    def _redacted(self, text: str) -> str:
-        return text.replace(self._api_key, "[API key]")
 
     def _take_line(self) -> "_Line":
         with self._lock:
@@ -164,6 +169,7 @@ class Client:
                 limits=httpx.Limits(max_connections=1),
                 follow_redirects=False,
                 trust_env=False,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # keep none, send none
             )
         )
 
@@ -275,15 +281,17 @@ class _Watchdog:
 
     def _watch(self) -> None:
         with self._changed:
-            while self._deadlines or not self._stopped:
+            while True:
                 now = time.monotonic()
                 for line in [line for line, deadline in self._deadlines.items() if deadline <= now]:
                     del self._deadlines[line]
                     line.cut_off()
+                if self._stopped and not self._deadlines:
+                    self._thread = None
+                    return
                 self._waiting_for_work = not self._deadlines
                 next_deadline = min(self._deadlines.values(), default=None)
-                if next_deadline is not None or not self._stopped:
-                    self._changed.wait(None if next_deadline is None else next_deadline - now)
+                self._changed.wait(None if next_deadline is None else next_deadline - now)
 
 
 def _base(endpoint: str) -> str:
@@ -318,11 +326,10 @@ def _ssl_context(ca_file: str) -> ssl.SSLContext:
 def _trouble_words(trouble: Exception) -> str:
     match trouble:
         case httpx.ConnectTimeout():
-            words = "no connection in time"
+            return "no connection in time"
         case httpx.TimeoutException():
-            words = "no answer in time"
+            return "no answer in time"
         case httpx.ConnectError():
-            words = f"cannot connect: {trouble}"
+            return f"cannot connect: {trouble}"
         case _:
-            words = f"the connection broke: {trouble}"
-    return clean(words, MAX_ERROR_LENGTH)
+            return f"the connection broke: {trouble}"

@@ -1,21 +1,19 @@
 """The requests of Userpilot's API as data; where they go is the client's business."""
 
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 from audience_sync.calls.model import Action
 from audience_sync.calls.shapes import primitives
 
-Booleans = Literal["native", "string"]
-Nested = Literal["flatten", "json"]
-
 
 def build(
-    action: str, subject_id: str, body: dict[str, Any], *, booleans: Booleans, nested: Nested
+    action: str, subject_id: str, body: dict[str, Any], *, booleans: str, nested: str
 ) -> tuple[str, dict[str, Any]]:
     """The path below the endpoint and the payload for one delivery.
 
     `body` is the metadata of a user or company, or of a track `{"event_name": …, "metadata": …}`, where
-    metadata may be missing and is then not sent. ValueError if the action is none of Action.
+    metadata may be missing and is then not sent. `booleans` is native or string, `nested` flatten or json.
+    ValueError if the action is none of Action.
     """
     match Action(action):
         case Action.IDENTIFY:
@@ -32,7 +30,7 @@ def build(
             assert_never(unknown)
 
 
-def _properties(metadata: dict[str, Any], booleans: Booleans, nested: Nested) -> dict[str, Any]:
+def _properties(metadata: dict[str, Any], booleans: str, nested: str) -> dict[str, Any]:
     properties = primitives(metadata, nested)
     if booleans == "native":
         return properties

@@ -1,0 +1,1 @@
+"""START HERE: from a definition to deliveries, in `runs.sync`."""
