@@ -1,0 +1,199 @@
+import json
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from audience_sync.calls.model import Call, CallType
+from audience_sync.calls.validation import parse
+from audience_sync.errors import CallError
+
+RECEIVED_AT = datetime(2024, 5, 1, 12, 0, tzinfo=UTC)
+
+
+def parsed(**fields):
+    raw = {"type": "identify", "userId": "u1", **fields}
+    return parse(raw, received_at=RECEIVED_AT, new_id=lambda: "made")
+
+
+def test_an_identify():
+    raw = {
+        "type": "identify",
+        "messageId": "m1",
+        "userId": "u1",
+        "anonymousId": "a1",
+        "traits": {"plan": "pro"},
+        "context": {"ip": "::1"},
+        "timestamp": "2024-04-30T10:00:00+02:00",
+    }
+    assert parse(raw, received_at=RECEIVED_AT, new_id=lambda: "made") == Call(
+        type=CallType.IDENTIFY,
+        message_id="m1",
+        user_id="u1",
+        anonymous_id="a1",
+        group_id=None,
+        event=None,
+        traits={"plan": "pro"},
+        properties={},
+        context={"ip": "::1"},
+        timestamp=datetime(2024, 4, 30, 8, 0, tzinfo=UTC),
+    )
+
+
+def test_what_is_missing_is_made():
+    call = parsed()
+    assert (call.message_id, call.timestamp, call.traits) == ("made", RECEIVED_AT, {})
+
+
+def test_the_subject_is_the_user_else_the_anonymous_id():
+    assert parsed(anonymousId="a1").subject_id == "u1"
+    assert parsed(userId=None, anonymousId="a1").subject_id == "a1"
+
+
+@pytest.mark.parametrize(
+    ("given_id", "user_id"),
+    [
+        (7, "7"),
+        (7.0, "7"),
+        (1.5, "1.5"),
+        (0, "0"),
+        (2**63, "9223372036854775808"),
+        ("007", "007"),
+        ("é" * 255, "é" * 255),
+    ],
+)
+def test_ids_are_text(given_id, user_id):
+    assert parsed(userId=given_id).user_id == user_id
+
+
+@pytest.mark.parametrize(
+    ("value", "moment"),
+    [
+        ("2024-04-30T10:00:00Z", datetime(2024, 4, 30, 10, tzinfo=UTC)),
+        ("2024-04-30T10:00:00", datetime(2024, 4, 30, 10, tzinfo=UTC)),
+        ("2024-04-30", datetime(2024, 4, 30, tzinfo=UTC)),
+        (
+            datetime(2024, 4, 30, 10, tzinfo=timezone(timedelta(hours=1))),
+            datetime(2024, 4, 30, 9, tzinfo=UTC),
+        ),
+        (datetime(2024, 4, 30, 10), datetime(2024, 4, 30, 10, tzinfo=UTC)),  # noqa: DTZ001
+    ],
+)
+def test_timestamps(value, moment):
+    assert parsed(timestamp=value).timestamp == moment
+
+
+def nested(levels):
+    value = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+LOOP = {}
+LOOP["self"] = LOOP
+WIDE = []
+for _ in range(18):
+    WIDE = [WIDE] * 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"type": None}, "type must be identify, track or group"),
+        ({"type": "page"}, "type must be identify, track or group"),
+        ({"type": ["identify"]}, "type must be identify, track or group"),
+        ({"userId": None}, "userId or anonymousId is required"),
+        ({"userId": ""}, "userId is empty"),
+        ({"anonymousId": ""}, "anonymousId is empty"),
+        ({"userId": True}, "userId must be a string or a number"),
+        ({"userId": ["u1"]}, "userId must be a string or a number"),
+        ({"userId": "u" * 256}, "userId is longer than 255 characters"),
+        ({"type": "track"}, "event is required in a track call: a string that is not empty"),
+        ({"type": "track", "event": ""}, "event is required in a track call: a string that is not empty"),
+        ({"type": "track", "event": 7}, "event is required in a track call: a string that is not empty"),
+        ({"type": "group"}, "groupId is required in a group call"),
+        ({"type": "group", "groupId": ""}, "groupId is empty"),
+        ({"type": "group", "groupId": "g" * 501}, "groupId is longer than 500 characters"),
+        ({"type": "group", "groupId": "g", "userId": None}, "userId or anonymousId is required"),
+        ({"traits": []}, "traits must be an object"),
+        ({"properties": "x"}, "properties must be an object"),
+        ({"context": 7}, "context must be an object"),
+        ({"messageId": 7}, "messageId must be a string that is not empty"),
+        ({"messageId": "m" * 101}, "messageId is longer than 100 characters"),
+        ({"timestamp": 1714557600}, "timestamp must be a string in ISO 8601"),
+        ({"timestamp": "yesterday"}, "timestamp is not ISO 8601, such as 2024-05-01T12:00:00Z"),
+        (
+            {"timestamp": "0001-01-01T00:00:00+14:00"},
+            "timestamp is not ISO 8601, such as 2024-05-01T12:00:00Z",
+        ),
+        ({"userId": "a\0b"}, "text with a NUL character cannot be stored"),
+        ({"traits": {"a": [{"b\0": 1}]}}, "text with a NUL character cannot be stored"),
+        ({"traits": {"a": "\udc00"}}, "text with a lone surrogate is not Unicode"),
+        ({"traits": {"a": float("nan")}}, "NaN and Infinity are not JSON"),
+        ({"traits": {"a": float("-inf")}}, "NaN and Infinity are not JSON"),
+        ({"traits": {"a": 10**400}}, "a number is too large"),
+        ({"traits": {"a": 10**5000}}, "a number is too large"),
+        ({"traits": {"a": {1, 2}}}, "a set is not a JSON value"),
+        ({"traits": {1: "a"}}, "the names in an object must be strings"),
+        ({"traits": {"a": nested(19)}}, "objects and lists are nested over 20 levels"),
+        ({"traits": LOOP}, "objects and lists are nested over 20 levels"),
+        ({"traits": {"a": WIDE}}, "the call is larger than 32 KB"),
+        ({"traits": {"a": [[0] * 1000] * 1000}}, "the call is larger than 32 KB"),
+        ({"traits": {"a": "é" * 16_384}}, "the call is larger than 32 KB"),
+    ],
+)
+def test_a_call_that_is_not_valid_is_refused_in_plain_words(fields, words):
+    with pytest.raises(CallError) as refused:
+        parsed(**fields)
+    assert str(refused.value) == words
+
+
+def test_twenty_levels_are_taken():
+    assert parsed(traits={"a": nested(18)}).traits == {"a": nested(18)}
+
+
+def test_exactly_32_kb_are_taken():
+    rest = len(b'{"type":"identify","userId":"u1","traits":{"a":""}}')
+    assert parsed(traits={"a": "x" * (32 * 1024 - rest)}).user_id == "u1"
+    with pytest.raises(CallError, match="larger than 32 KB"):
+        parsed(traits={"a": "x" * (32 * 1024 - rest + 1)})
+
+
+def test_a_call_must_be_an_object():
+    with pytest.raises(CallError, match="a call is an object"):
+        parse(["identify"], received_at=RECEIVED_AT, new_id=lambda: "made")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.characters(categories=["Cs"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = [
+    "type",
+    "userId",
+    "anonymousId",
+    "groupId",
+    "event",
+    "traits",
+    "properties",
+    "messageId",
+    "timestamp",
+]
+
+
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), anything), st.sampled_from(["identify", "track", "group", None])
+)
+def test_whatever_comes_in_is_a_call_or_a_call_error(raw, call_type):
+    if call_type:
+        raw["type"] = call_type
+    try:
+        call = parse(raw, received_at=RECEIVED_AT, new_id=lambda: "made")
+    except CallError:
+        return
+    assert call.subject_id
+    assert call.timestamp.utcoffset() == timedelta(0)
+    json.dumps([call.traits, call.properties], allow_nan=False, ensure_ascii=False).encode()

@@ -1,0 +1,110 @@
+"""A server of raw sockets, which answers as badly as a test wants."""
+
+import contextlib
+import socket
+import ssl
+import threading
+
+import pytest
+import trustme
+
+
+class Server:
+    def __init__(self, script, tls):
+        self.requests = []
+        self.connection_count = 0
+        self.stopped = threading.Event()
+        self._script = script
+        self._tls = tls
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._peers = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}/"
+
+    def read_request(self, peer):
+        """The next request, or an empty one when the client has gone."""
+        request = b""
+        while b"\r\n\r\n" not in request:
+            chunk = peer.recv(65536)
+            if not chunk:
+                return b""
+            request += chunk
+        head, _, body = request.partition(b"\r\n\r\n")
+        for line in head.lower().split(b"\r\n"):
+            if line.startswith(b"content-length:"):
+                while len(body) < int(line.split(b":")[1]):
+                    body += peer.recv(65536)
+        self.requests.append(head + b"\r\n\r\n" + body)
+        return self.requests[-1]
+
+    def drip(self, peer, text):
+        for byte in text:
+            peer.sendall(bytes([byte]))
+            if self.stopped.wait(0.05):
+                return
+
+    def stop(self):
+        self.stopped.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for peer in list(self._peers):
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(5)
+            assert not thread.is_alive()
+        self._listener.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = self._listener.accept()
+                self.connection_count += 1
+                thread = threading.Thread(target=self._talk, args=(peer,))
+                self._threads.append(thread)
+                thread.start()
+
+    def _talk(self, peer):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.callback(peer.close)
+            if self._tls:
+                peer = stack.enter_context(self._tls.wrap_socket(peer, server_side=True))
+            self._peers.append(peer)
+            self._script(self, peer)
+
+
+@pytest.fixture
+def serve():
+    """serve(script) runs script(server, peer) for each connection."""
+    servers = []
+
+    def start(script, *, tls=None):
+        servers.append(Server(script, tls))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def ca_file(authority, tmp_path):
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(path)
+    return str(path)
+
+
+@pytest.fixture
+def tls_for(authority):
+    def context_for(*names, **options):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert(*names, **options).configure_cert(context)
+        return context
+
+    return context_for
