@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Never, TypeVar
+from typing import Annotated, Any, Literal, Never, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -26,37 +26,45 @@ VARIABLE = "AUDIENCE_SYNC_CONFIG"
 PLACES = ("config/audience_sync.toml", "audience_sync.toml")
 MAX_BYTES = 1_000_000
 
-# Names of the contract that a later release brings. That release deletes them here.
-_DEFINITION_LATER = (
-    "schedule", "full_schedule", "timezone", "guard_above", "max_exit_ratio", "max_enter_ratio",
-    "eligible_sql", "ready_sql",
+# Names of the contract that a later release brings; that release deletes them here.
+_RUNS_LATER = (
+    "schedule", "full_schedule", "timezone", "guard_above", "max_exit_ratio", "max_enter_ratio", "eligible_sql",
+    "ready_sql",
 )  # fmt: skip
 LATER: dict[str, tuple[str, ...]] = {
-    "top": ("mappings", "tracking"),
+    "": ("mappings", "tracking"),
     "database": ("keep_calls", "keep_deliveries", "keep_requests", "keep_past_members"),
     "destination": ("bulk = true", "bulk_rows_per_minute", "bulk_rows_per_job"),
-    "defaults": _DEFINITION_LATER,
-    "definition": ("query", *_DEFINITION_LATER),
+    "defaults": _RUNS_LATER,
+    "definition": ("query", *_RUNS_LATER),
 }
 
 # Userpilot's own properties: an audience of that name would overwrite them with true and false.
 _USERPILOT_OWN = {
-    Kind.AUDIENCE: {
-        "name",
-        "email",
-        "created_at",
-        "signed_up_at",
-        "first_seen_at",
-        "last_seen_at",
-        "user_id",
-    },
-    Kind.TRAIT: {"first_seen_at", "last_seen_at", "user_id"},
+    Kind.AUDIENCE: {"name", "email", "created_at", "signed_up_at", "first_seen_at", "last_seen_at"},
+    Kind.TRAIT: {"first_seen_at", "last_seen_at"},
 }
 
-_PerMinute = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+# A description is what a message says was expected.
+_Span = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^0*[1-9][0-9]{0,5} (second|minute|hour)s?$",
+        description='a span, such as "30 seconds", "10 minutes" or "2 hours"',
+    ),
+]
+_PerMinute = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
+_Schema = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[a-z_][a-z0-9_]{0,62}$",
+        description="lower-case letters, digits and underscores, no digit first, at most 63",
+    ),
+]
+_Text = Annotated[str, msgspec.Meta(pattern=r"\S", description="a string that is not empty")]
 
 
-class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __repr__(self) -> str:  # the fields hold secrets, and a repr ends in logs and tracebacks
         return f"{type(self).__name__}(…)"
 
@@ -64,21 +72,21 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return iter(())
 
 
-class Database(_Section, frozen=True):
+class Database(_Table, frozen=True):
     url: str = "sqlite:///audience_sync.db"
-    schema: str = "audience_sync"
+    schema: _Schema = "audience_sync"
 
 
-class Source(_Section, frozen=True):
+class Source(_Table, frozen=True):
     url: str
 
 
-class Logging(_Section, frozen=True):
-    format: str = "text"
-    level: str = "info"
+class Logging(_Table, frozen=True):
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class _DestinationTable(_Section, frozen=True):
+class _DestinationTable(_Table, frozen=True):
     api_key: str | None = None
     endpoint: str = "https://analytex.userpilot.io/"
     allow_custom_endpoint: bool = False
@@ -87,14 +95,14 @@ class _DestinationTable(_Section, frozen=True):
     track_per_minute: _PerMinute = 600
     company_per_minute: _PerMinute = 600
     bulk: bool = False
-    booleans: str = "native"
-    nested: str = "flatten"
-    track_policy: str = "at_least_once"
+    booleans: Literal["native", "string"] = "native"
+    nested: Literal["flatten", "json"] = "flatten"
+    track_policy: Literal["at_least_once", "at_most_once"] = "at_least_once"
     presets: bool = True
 
 
 class Destination(_DestinationTable, frozen=True):
-    missing: str = "the API key is not set"  # what to say when it is needed
+    missing: str = "the API key is not set"  # what is said when it is needed
 
     def require_api_key(self) -> str:
         if self.api_key is None:
@@ -109,20 +117,20 @@ class Destination(_DestinationTable, frozen=True):
         return hashlib.sha256(f"{self.endpoint}\n{self.api_key}".encode()).hexdigest()[:16]
 
 
-class _Defaults(_Section, frozen=True):
-    timeout: str = "10 minutes"
+class _Defaults(_Table, frozen=True):
+    timeout: _Span = "10 minutes"
 
 
-class _DefinitionTable(_Section, frozen=True):
-    name: str
-    sql: str
+class _DefinitionTable(_Table, frozen=True):
+    name: _Text
+    sql: _Text
     key: str | None = None
     source: str | None = None
     enabled: bool = True
-    timeout: str | None = None
+    timeout: _Span | None = None
 
 
-class Settings(_Section, frozen=True):
+class Settings(_Table, frozen=True):
     path: Path
     folder: Path  # what relative paths are relative to
     database: Database
@@ -139,7 +147,7 @@ def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
     if path is not None:
         return cwd / path
     for place in PLACES:
-        if (cwd / place).is_file():
+        if os.path.lexists(cwd / place):
             return cwd / place
     raise ConfigError(
         f"no configuration: neither {' nor '.join(PLACES)} is in {cwd}. "
@@ -149,161 +157,145 @@ def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
 
 def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
     """The checked settings, with variables taken from `environ` and relative paths made absolute."""
-    path = _absolute(Path.cwd(), find(path, environ, Path.cwd()))
+    path = _absolute(Path(), find(path, environ, Path()))
     folder = path.parent.parent if path.parent.name == "config" else path.parent
-    document = _read(path)
-    known = ("include", "database", "sources", "destination", "logging", "defaults", "audiences", "traits")
     top = _Place(path, "the file", environ)
-    top.check_names(document, known, "top")
-
-    database = _database(_Place(path, "[database]", environ), document.get("database", {}), folder)
-    sources = {
-        name: _source(_Place(path, f"[sources.{name}]", environ), table, folder)
-        for name, table in top.table(document, "sources").items()
-    }
-    destination = _destination(
-        _Place(path, "[destination]", environ), document.get("destination", {}), folder
+    document = _read(path)
+    top.check_names(
+        document,
+        ("include", "database", "sources", "destination", "logging", "defaults", "audiences", "traits"),
+        "",
     )
-    logging = _logging(_Place(path, "[logging]", environ), document.get("logging", {}))
-    defaults_place = _Place(path, "[defaults]", environ)
-    defaults = defaults_place.convert(document.get("defaults", {}), _Defaults, "defaults")
-    timeout_seconds = _seconds(defaults_place, defaults.timeout)
-
-    files = [(path, document), *_included(top, document.get("include", []), folder)]
-    definitions = tuple(
-        _definition(place, table, kind, sources, timeout_seconds)
-        for kind, section in ((Kind.AUDIENCE, "audiences"), (Kind.TRAIT, "traits"))
-        for file, content in files
-        for place, table in _tables(file, content.get(section, []), section, environ)
-    )
-    _check_unique(path, definitions)
-    return Settings(
+    sources = document.get("sources", {})
+    if not isinstance(sources, dict):
+        top.fail("sources: expected tables: [sources.NAME]")
+    settings = Settings(
         path=path,
         folder=folder,
-        database=database,
-        sources=sources,
-        destination=destination,
-        logging=logging,
-        definitions=definitions,
+        database=_database(top.at("[database]"), document.get("database", {}), folder),
+        sources={
+            name: _source(top.at(f"[sources.{_shown(name)}]"), table, folder)
+            for name, table in sources.items()
+        },
+        destination=_destination(top.at("[destination]"), document.get("destination", {}), folder),
+        logging=top.at("[logging]").convert(document.get("logging", {}), Logging, "logging"),
+        definitions=(),
     )
+    defaults = top.at("[defaults]").convert(document.get("defaults", {}), _Defaults, "defaults")
+    files = [(top, document), *_included(top, document.get("include", []), folder)]
+    definitions = tuple(
+        _definition(place, table, kind, settings.sources, defaults)
+        for kind in Kind
+        for file, content in files
+        for place, table in _tables(file, content, f"{kind}s")
+    )
+    _check_unique(top, definitions)
+    return msgspec.structs.replace(settings, definitions=definitions)
 
 
-_T = TypeVar("_T", bound=_Section)
+_T = TypeVar("_T", bound=_Table)
 
 
 class _Place:
-    """Where in the configuration we are, for the messages."""
+    """Where in the configuration we are: the messages name it."""
 
     def __init__(self, path: Path, where: str, environ: Mapping[str, str]) -> None:
         self.path, self.where, self.environ = path, where, environ
 
+    def at(self, where: str) -> "_Place":
+        return _Place(self.path, where, self.environ)
+
     def fail(self, message: str) -> Never:
         raise ConfigError(f"{self.path}: {self.where}: {message}")
 
-    def check_names(self, table: Any, known: Iterable[str], later: str) -> None:
+    def check_names(self, table: Any, known: Iterable[str], section: str) -> None:
         if not isinstance(table, dict):
-            self.fail(f"expected a table, not {_toml_type(table)}")
-        known = tuple(known)
+            self.fail("expected a table of names and values")
         for name, value in table.items():
-            if (written := f"{name} = true" if value is True else name) in LATER[later] or name in LATER[
-                later
-            ]:
-                self.fail(f"not yet: {written} belongs to a later release; remove it")
+            later = {name, f"{name} = true"} if value is True else {name}
+            for each in later.intersection(LATER.get(section, ())):
+                self.fail(f"not yet: {each} belongs to a later release; remove it")
             if name not in known:
                 self.fail(f"unknown name {_shown(name)}{_nearest(name, known)}")
 
-    def table(self, document: dict[str, Any], name: str) -> dict[str, Any]:
-        value = document.get(name, {})
-        if not isinstance(value, dict):
-            self.fail(f"{name}: expected a table, not {_toml_type(value)}")
-        return value
-
-    def convert(self, table: Any, shape: type[_T], later: str = "") -> _T:
-        self.check_names(table, shape.__struct_fields__, later)
-        filled = {name: self.expand(name, value) for name, value in table.items()}
+    def convert(self, table: Any, shape: type[_T], section: str) -> _T:
+        self.check_names(table, shape.__struct_fields__, section)
         try:
-            return msgspec.convert(filled, shape)
-        except msgspec.ValidationError as error:
-            self.fail(_explained(str(error)))
+            return msgspec.convert({name: self.expand(name, value) for name, value in table.items()}, shape)
+        except msgspec.ValidationError as error:  # its message may repeat the value
+            found = re.search(r"field `(\w+)`|`\$\.(\w+)`", str(error))
+            name = next(filter(None, found.groups()), "") if found else ""
+            types = {field.name: field.type for field in msgspec.structs.fields(shape)}
+            missing = "" if name in table else "missing: "
+        self.fail(f"{name}: {missing}expected {_expected(types[name])}")
 
     def expand(self, name: str, value: Any) -> Any:
         """A string with its `${NAME}` replaced; MissingVariable for one that is not set."""
         if not isinstance(value, str):
             return value
         if "\0" in value:
-            self.fail(f"{name}: holds a NUL character; remove it")
+            self.fail(f"{name}: holds a NUL character: remove it")
+        if name != "sql" and re.search(r"\$\{(?![A-Za-z_][A-Za-z0-9_]*\})", value):
+            self.fail(f"{name}: write an environment variable as ${{NAME}}: letters, digits and underscores")
 
         def variable(match: re.Match[str]) -> str:
-            found = self.environ.get(match[1])
-            if found is None:
+            if match[1] not in self.environ:
                 raise MissingVariable(
-                    f"{self.path}: {self.where}: {name}: the environment variable {match[1]} is not set"
+                    f"{self.path}: {self.where}: {name}: the environment variable {match[1]} is missing: set it"
                 )
-            return found
+            return self.environ[match[1]]
 
         return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", variable, value)
-
-    def choice(self, name: str, value: str, *choices: str) -> None:
-        if value not in choices:
-            self.fail(f"{name}: expected {' or '.join(choices)}")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file: `audience-sync init` writes one") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: this is a folder: name the configuration file in it") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
-        raise ConfigError(f"{path}: the configuration cannot be read: {reason}") from None
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes: divide it with `include`")
     try:
         return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (at byte {error.start}): save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at [^()]*\)\Z", str(error))
-        raise ConfigError(
-            f"{path}: not valid TOML {place[0] if place else ''}: {_syntax(str(error))}"
-        ) from None
+    except tomllib.TOMLDecodeError as error:  # its messages quote one character at most
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except (RecursionError, ValueError):
         raise ConfigError(f"{path}: not valid TOML: nested too deeply, or a number too long") from None
 
 
-def _included(top: _Place, patterns: Any, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _included(top: _Place, patterns: Any, folder: Path) -> Iterator[tuple[_Place, dict[str, Any]]]:
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         top.fail('include: expected a list of strings, such as ["audiences/*.toml"]')
     seen = {top.path}
     for pattern in patterns:
         expanded = top.expand("include", pattern)
-        files = sorted(glob.glob(expanded, root_dir=folder, recursive=True))  # noqa: PTH207  (Path's refuses absolute ones)
+        files = sorted(glob.glob(expanded, root_dir=folder, recursive=True))  # noqa: PTH207  (takes absolute ones)
         if not files and not glob.has_magic(expanded):
-            top.fail(f"include: no file {_shown(pattern)} in {folder}")
-        for file in files:
-            path = _absolute(folder, file)
-            if path in seen:
-                continue
-            seen.add(path)
-            document = _read(path)
-            place = _Place(path, "an included file", top.environ)
-            for name in ("include", "database", "sources", "destination", "logging", "defaults"):
-                if name in document:
-                    place.fail(f"{name} belongs in {top.path}: here stand audiences and traits only")
-            place.check_names(document, ("audiences", "traits"), "top")
-            yield path, document
+            top.fail(f"include: there is no file {_shown(pattern)} in {folder}")
+        for path in (_absolute(folder, file) for file in files):
+            if path not in seen:
+                seen.add(path)
+                place, document = _Place(path, "an included file", top.environ), _read(path)
+                place.check_names(document, ("audiences", "traits"), "")
+                yield place, document
 
 
-def _tables(
-    path: Path, tables: Any, section: str, environ: Mapping[str, str]
-) -> Iterator[tuple[_Place, dict[str, Any]]]:
+def _tables(file: _Place, document: dict[str, Any], section: str) -> Iterator[tuple[_Place, Any]]:
+    tables = document.get(section, [])
     if not isinstance(tables, list):
-        _Place(path, section, environ).fail(f"expected [[{section}]], with two brackets")
+        file.fail(f"{section}: expected [[{section}]], with two brackets")
     for number, table in enumerate(tables, 1):
         name = table.get("name") if isinstance(table, dict) else None
-        label = _shown(name) if isinstance(name, str) and name else f"number {number}"
-        yield _Place(path, f"[[{section}]] {label}", environ), table
+        shown = _shown(name) if isinstance(name, str) and name else f"number {number}"
+        yield file.at(f"[[{section}]] {shown}"), table
 
 
 def _database(place: _Place, table: Any, folder: Path) -> Database:
@@ -311,12 +303,8 @@ def _database(place: _Place, table: Any, folder: Path) -> Database:
     url = _url(place, database.url, folder)
     if not url.startswith(("sqlite:", "postgresql+psycopg:")):
         place.fail("url: expected sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE")
-    if url in {"sqlite://", "sqlite:///"} or ":memory:" in url:
-        place.fail(
-            "url: a database in memory forgets what was sent: name a file, as in sqlite:///audience_sync.db"
-        )
-    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", database.schema):
-        place.fail("schema: expected lower-case letters, digits and underscores, no digit first, at most 63")
+    if url in {"sqlite://", "sqlite:///"} or ":memory:" in url or "mode=memory" in url:
+        place.fail("url: a database in memory forgets what was sent: name a file: sqlite:///audience_sync.db")
     return Database(url=url, schema=database.schema)
 
 
@@ -325,20 +313,21 @@ def _source(place: _Place, table: Any, folder: Path) -> Source:
 
 
 def _url(place: _Place, url: str, folder: Path) -> str:
+    """The URL, with an SQLite file made absolute. Not parsed further: SQLAlchemy has rules of its own."""
     scheme, separator, rest = url.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9_]*(\+[a-z0-9_]+)?", scheme):
         place.fail("url: expected a database URL, such as sqlite:///FILE")
     if scheme in {"postgresql", "postgres"}:
         place.fail("url: write postgresql+psycopg:// (the bare form means another driver)")
-    if scheme != "sqlite" or not rest:
+    if scheme.partition("+")[0] != "sqlite" or not rest:
         return url
     if not rest.startswith("/"):
         place.fail("url: an SQLite file takes three slashes: sqlite:///FILE (four before an absolute path)")
     file, question, options = rest[1:].partition("?")
     prefix = "file:" if file.startswith("file:") else ""
-    if file and file != ":memory:":
+    if file and ":memory:" not in file:
         file = f"{prefix}{_absolute(folder, file.removeprefix(prefix))}"
-    return f"sqlite:///{file}{question}{options}"
+    return f"{scheme}:///{file}{question}{options}"
 
 
 def _destination(place: _Place, table: Any, folder: Path) -> Destination:
@@ -346,16 +335,14 @@ def _destination(place: _Place, table: Any, folder: Path) -> Destination:
     table = {"api_key": "${USERPILOT_API_KEY}", **table}
     missing = ""
     try:
-        place.expand("api_key", table["api_key"])
+        if table["api_key"] and not place.expand("api_key", table["api_key"]):
+            raise MissingVariable(f"{place.path}: {place.where}: api_key: its environment variable is empty")
     except MissingVariable as error:
         del table["api_key"]
         missing = str(error)
     found = place.convert(table, _DestinationTable, "destination")
     if found.api_key is not None and not re.fullmatch(r"[!-~]+", found.api_key):
         place.fail("api_key: expected printable ASCII without spaces or line ends, and not nothing")
-    place.choice("booleans", found.booleans, "native", "string")
-    place.choice("nested", found.nested, "flatten", "json")
-    place.choice("track_policy", found.track_policy, "at_least_once", "at_most_once")
     members = msgspec.structs.asdict(found)
     members["endpoint"] = _endpoint(place, found.endpoint, custom=found.allow_custom_endpoint)
     members["ca_file"] = str(_absolute(folder, found.ca_file)) if found.ca_file else ""
@@ -371,8 +358,8 @@ def _endpoint(place: _Place, endpoint: str, *, custom: bool) -> str:
         parts = urlsplit(endpoint)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        place.fail(expected)
-    if parts.scheme not in {"https", "http"} or not host:
+        host = ""
+    if not host or parts.scheme not in {"https", "http"}:
         place.fail(expected)
     userpilot = parts.scheme == "https" and re.fullmatch(r"([a-z0-9-]+\.)*userpilot\.io", host)
     if not (userpilot or _is_loopback(host) or custom):
@@ -381,8 +368,7 @@ def _endpoint(place: _Place, endpoint: str, *, custom: bool) -> str:
             "[::1]); for another one set allow_custom_endpoint = true"
         )
     shown = f"[{host}]" if ":" in host else host
-    default = {"https": 443, "http": 80}[parts.scheme]
-    at = "" if port in {None, default} else f":{port}"
+    at = "" if port in {None, {"https": 443, "http": 80}[parts.scheme]} else f":{port}"
     return f"{parts.scheme}://{shown}{at}{parts.path.rstrip('/')}/"
 
 
@@ -394,98 +380,70 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _logging(place: _Place, table: Any) -> Logging:
-    logging = place.convert(table, Logging, "logging")
-    place.choice("format", logging.format, "text", "json")
-    place.choice("level", logging.level, "debug", "info", "warning", "error")
-    return logging
-
-
 def _definition(
-    place: _Place, table: Any, kind: Kind, sources: Mapping[str, Source], timeout_seconds: float
+    place: _Place, table: Any, kind: Kind, sources: Mapping[str, Source], defaults: _Defaults
 ) -> Definition:
     found = place.convert(table, _DefinitionTable, "definition")
-    if not found.name.strip() or not found.name.isprintable():
-        place.fail("name: expected a text of one line")
-    if not found.sql.strip():
-        place.fail("sql: is empty: write one SELECT")
+    name = found.name.strip()
+    if not name.isprintable():
+        place.fail("name: expected one line without control characters")
     if found.source is not None and found.source not in sources:
-        place.fail(f"source: there is no [sources.{_shown(found.source)}]{_nearest(found.source, sources)}")
+        place.fail(f"source: there is no such [sources.NAME]{_nearest(found.source, sources)}")
     try:
-        key = keys.from_name(found.name) if found.key is None else keys.check(found.key)
+        key = keys.from_name(name) if found.key is None else keys.check(found.key)
     except ConfigError as error:
         place.fail(str(error))
     if key in _USERPILOT_OWN[kind]:
-        place.fail(f"the key {key} is a property of Userpilot's own: give it another with key = ")
-    if found.timeout is not None:
-        timeout_seconds = _seconds(place, found.timeout)
+        place.fail(f"{key} is a property of Userpilot's own: give the definition another key with `key = `")
     return Definition(
         key=key,
-        name=found.name.strip(),
+        name=name,
         kind=kind,
         sql=found.sql,
         source=found.source,
         enabled=found.enabled,
-        timeout_seconds=timeout_seconds,
+        timeout_seconds=_seconds(found.timeout or defaults.timeout),
     )
 
 
-def _check_unique(path: Path, definitions: Iterable[Definition]) -> None:
+def _check_unique(top: _Place, definitions: Iterable[Definition]) -> None:
     names: dict[str, str] = {}
     for each in definitions:
         if each.key in names:
-            raise ConfigError(
-                f"{path}: {_shown(names[each.key])} and {_shown(each.name)} have one key, {each.key}: "
-                f'give one of them another with `key = "…"`'
+            top.fail(
+                f"{_shown(names[each.key])} and {_shown(each.name)} have one key, {each.key}: "
+                "give one of them another with `key = `"
             )
         names[each.key] = each.name
+
+
+def _seconds(span: str) -> float:
+    count, unit = span.split(" ")
+    return int(count) * {"second": 1.0, "minute": 60.0, "hour": 3600.0}[unit.removesuffix("s")]
 
 
 def _absolute(folder: Path, path: str | Path) -> Path:
     return Path(os.path.abspath(folder / path))  # noqa: PTH100  (a link stays where the person put it)
 
 
-def _seconds(place: _Place, text: str) -> float:
-    match = re.fullmatch(r"(\d{1,6}) (second|minute|hour)s?", text)
-    if match is None or int(match[1]) == 0:
-        place.fail('timeout: expected a span, such as "30 seconds", "10 minutes" or "2 hours"')
-    return int(match[1]) * {"second": 1.0, "minute": 60.0, "hour": 3600.0}[match[2]]
-
-
-_TOML_TYPES: dict[type, str] = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list",
-    dict: "a table",
-}  # fmt: skip
-
-
-def _toml_type(value: Any) -> str:
-    return _TOML_TYPES.get(type(value), "a date or time")
-
-
-def _explained(message: str) -> str:
-    """The message of msgspec in TOML's words; none of those that repeat a value can come up in our shapes."""
-    missing = re.match(r"Object missing required field `(\w+)`", message)
-    if missing:
-        return f"{missing[1]} is missing: it is required"
-    name = re.search(r"`\$\.(\w+)`", message)
-    words = {"str": "a string", "int": "a whole number", "bool": "true or false", "null": "nothing"}
-    expected = re.match(r"Expected `([\w |]+)`", message)
-    wanted = words.get(expected[1].split(" | ")[0], "another type") if expected else "a whole number"
-    if wanted == "a whole number":
-        wanted += " from 1 to 1000000"
-    return f"{name[1] if name else 'a value'}: expected {wanted}"
-
-
-def _syntax(message: str) -> str:
-    return "look there for a missing quote or bracket, or a name that is set twice" if message else ""
+def _expected(kind: Any) -> str:
+    for each in (kind, *get_args(kind)):
+        if isinstance(each, msgspec.Meta) and each.description:
+            return each.description
+        if each is str:
+            return "a string"
+        if each is bool:
+            return "true or false"
+        for meta in getattr(each, "__metadata__", ()):
+            return str(meta.description)
+    return " or ".join(str(each) for each in get_args(kind))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    known = tuple(known)
-    near = difflib.get_close_matches(name[:60], known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:60], list(known), n=1, cutoff=0.5)
     if near:
-        return f": did you mean {near[0]}?"
-    return f": known are {', '.join(known)}" if known else ": none is declared"
+        return f": did you mean {_shown(near[0])}?"
+    return f": known are {', '.join(map(_shown, known))}" if known else ": none is declared"
 
 
 def _shown(name: str) -> str:

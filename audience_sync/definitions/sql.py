@@ -18,10 +18,10 @@ _DENIED = re.compile(
     r"pg_read_\w+|pg_ls_\w+|pg_stat_file|pg_file_\w+|pg_logfile_rotate|pg_rotate_logfile|pg_reload_conf"
     r"|pg_sleep\w*|pg_(?:terminate|cancel)_backend|pg_(?:try_)?advisory_\w+|pg_notify|pg_promote|pg_switch_wal"
     r"|pg_create_restore_point|pg_logical_\w+|pg_replication_\w+|pg_(?:create|drop)_\w*replication_slot"
-    r"|lo_\w+|lowrite|loread|dblink\w*|set_config|nextval|setval"
+    r"|lo_(?:import|export|creat|create|open|unlink|put|from_bytea|truncate\w*)|lowrite|dblink\w*|set_config|nextval|setval"
     r"|(?:query|table|cursor|schema|database)_to_xml\w*"
     r"|load_extension|writefile|readfile|edit|fts3_tokenizer|zipfile|fsdir|lsdir"
-    r"|xp_\w+|load_file|sleep|benchmark|get_lock|openrowset|opendatasource",
+    r"|xp_(?:cmdshell|dirtree|reg\w+)|load_file|sleep|benchmark|get_lock|openrowset|opendatasource",
     re.IGNORECASE,
 )
 _FORBIDDEN = (

@@ -1,0 +1,1 @@
+"""From the queue to Userpilot: `worker.deliver` claims, merges, paces, sends and settles."""
