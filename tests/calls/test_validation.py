@@ -94,7 +94,7 @@ def nested(levels):
 LOOP = {}
 LOOP["self"] = LOOP
 WIDE = []
-for _ in range(18):
+for _ in range(17):
     WIDE = [WIDE] * 10
 
 
