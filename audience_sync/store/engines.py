@@ -181,3 +181,20 @@ def process_is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def open_sqlite_source(url: sa.URL) -> sa.Engine:
+    """A file that is only read; a path that leads nowhere is an error, not a new file."""
+    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS})
+
+    @sa.event.listens_for(engine, "do_connect")
+    def connect(
+        _dialect: sa.Dialect, _record: Any, _arguments: Any, options: dict[str, Any]
+    ) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{Path(url.database or '').absolute().as_uri()}?mode=ro", uri=True, **options
+        )
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    return engine

@@ -4,22 +4,21 @@ It promises an Answer for every request, within the deadline once connected, in 
 API key in none of it. It never repeats a request: that is delivery's decision.
 """
 
-import contextlib
 import json
 import logging
-import socket
 import ssl
 import threading
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
 from audience_sync.errors import ConfigError
 from audience_sync.userpilot.answers import MAX_ERROR_LENGTH, Answer, Outcome, judge, one_line
+from audience_sync.userpilot.deadlines import Watchdog, Wire
 
 __all__ = ["Answer", "Client", "Outcome"]
 
@@ -49,7 +48,7 @@ class Client:
         self._ssl_context = _ssl_context(ca_file)
         self._deadline_seconds = deadline_seconds
         self._timeout = httpx.Timeout(deadline_seconds, connect=min(connect_seconds, deadline_seconds))
-        self._watchdog = _Watchdog()
+        self._watchdog = Watchdog()
         self._lock = threading.Lock()
         self._idle: list[_Line] = []
         self._closed = False
@@ -62,9 +61,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def send(self, path: str, payload: dict[str, Any]) -> Answer:
@@ -91,27 +88,25 @@ class Client:
             self._closed = True
             idle, self._idle = self._idle, []
         for line in idle:
-            line.close()
+            line.http.close()
+            line.wire.close()
         self._watchdog.stop()
 
     def _request(self, method: str, path: str, content: bytes | None) -> Answer:
         line = self._take_line()
-        reusable = False
         try:
-            answer = self._exchange(line, method, self._base + path.lstrip("/"), content)
-            reusable = True
+            return self._exchange(line, method, self._base + path.lstrip("/"), content)
         finally:
-            self._put_back(line, reusable=reusable)
-        return answer
+            self._put_back(line)
 
     def _exchange(self, line: "_Line", method: str, url: str, content: bytes | None) -> Answer:
         response: httpx.Response | None = None
         body = b""
         trouble: Exception | None = None
-        line.begin()
-        self._watchdog.arm(line, time.monotonic() + self._deadline_seconds)
+        tracing = {"trace": line.wire.trace}
+        self._watchdog.arm(line.wire, time.monotonic() + self._deadline_seconds)
         try:
-            with line.http.stream(method, url, content=content, extensions={"trace": line.trace}) as response:
+            with line.http.stream(method, url, content=content, extensions=tracing) as response:
                 for chunk in response.iter_raw():
                     body += chunk
                     if len(body) > MAX_BODY_BYTES:
@@ -119,20 +114,19 @@ class Client:
         except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: a host that IDNA cannot write
             trouble = error
         finally:
-            self._watchdog.disarm(line)
-            line.end()
-        return self._answer(line, response, body, trouble)
+            self._watchdog.disarm(line.wire)
+        return self._answer(line.wire, response, body, trouble)
 
     def _answer(
-        self, line: "_Line", response: httpx.Response | None, body: bytes, trouble: Exception | None
+        self, wire: Wire, response: httpx.Response | None, body: bytes, trouble: Exception | None
     ) -> Answer:
         broken = None
-        if line.cut:
+        if wire.cut:
             broken = f"no complete answer within {self._deadline_seconds:g} s"
         elif trouble is not None:
             broken = one_line(_trouble_words(trouble), MAX_ERROR_LENGTH, self._api_key)
         if response is None:
-            outcome = Outcome.UNKNOWN if line.sent else Outcome.FAILED
+            outcome = Outcome.UNKNOWN if wire.sent else Outcome.FAILED
             return Answer(outcome, None, None, broken, None)
         answer = judge(
             response.status_code,
@@ -153,145 +147,37 @@ class Client:
                 raise RuntimeError("the client is closed")
             if self._idle:
                 return self._idle.pop()
-        headers = {
-            "Authorization": f"Token {self._api_key}",
-            "X-API-Version": API_VERSION,
-            "Content-Type": "application/json",
-            "Accept": "application/json, text/plain, */*",
-            "Accept-Encoding": "identity",  # a small compressed answer may be a huge one
-            "User-Agent": "audience-sync",
-        }
-        return _Line(
-            httpx.Client(
-                headers=headers,
-                verify=self._ssl_context,
-                timeout=self._timeout,
-                limits=httpx.Limits(max_connections=1),
-                follow_redirects=False,
-                trust_env=False,
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # keep none, send none
-            )
+        http = httpx.Client(
+            headers={
+                "Authorization": f"Token {self._api_key}",
+                "X-API-Version": API_VERSION,
+                "Content-Type": "application/json",
+                "Accept": "application/json, text/plain, */*",
+                "Accept-Encoding": "identity",  # a small compressed answer may be a huge one
+                "User-Agent": "audience-sync",
+            },
+            verify=self._ssl_context,
+            timeout=self._timeout,
+            limits=httpx.Limits(max_connections=1),
+            follow_redirects=False,
+            trust_env=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # keep none, send none
         )
+        return _Line(http, Wire())
 
-    def _put_back(self, line: "_Line", *, reusable: bool) -> None:
+    def _put_back(self, line: "_Line") -> None:
         with self._lock:
-            if reusable and not self._closed:
-                self._idle.append(line)
-                return
-        line.close()
+            self._idle.append(line)
+        if self._closed:
+            self.close()
 
 
+@dataclass(frozen=True, slots=True)
 class _Line:
-    """One connection at most, used by one request at a time, which another thread can cut.
+    """A connection at most, for one request at a time."""
 
-    What is cut is a duplicate of the socket's descriptor: shutting down an SSLSocket from another thread
-    would turn it into a plain one under its user, and the original may be closed, its number given anew.
-    """
-
-    def __init__(self, http: httpx.Client) -> None:
-        self.http = http
-        self.sent = False  # whether any of the request may have left
-        self.cut = False
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._twin: socket.socket | None = None
-
-    def begin(self) -> None:
-        self.sent = self.cut = False
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        match event:
-            case "connection.connect_tcp.complete":
-                self._adopt(info["return_value"].get_extra_info("socket"))
-            case "connection.start_tls.complete":
-                self._socket = info["return_value"].get_extra_info("socket")
-            case "http11.send_request_headers.started":
-                self.sent = True
-
-    def _adopt(self, connected: socket.socket) -> None:
-        with self._lock:
-            self._drop_twin()
-            self._socket = connected
-            self._twin = connected.dup()
-            if self.cut:
-                self._shut_down()
-
-    def cut_off(self) -> None:
-        with self._lock:
-            self.cut = True
-            self._shut_down()
-
-    def end(self) -> None:
-        """Let go of the connection if the library closed it; TLS takes the first socket's descriptor away."""
-        with self._lock:
-            if self._socket is not None and self._socket.fileno() == -1:
-                self._drop_twin()
-
-    def close(self) -> None:
-        self.http.close()
-        with self._lock:
-            self._drop_twin()
-
-    def _shut_down(self) -> None:
-        if self._twin is not None:
-            with contextlib.suppress(OSError):  # the other side was faster
-                self._twin.shutdown(socket.SHUT_RDWR)
-
-    def _drop_twin(self) -> None:
-        if self._twin is not None:
-            self._twin.close()
-        self._twin = self._socket = None
-
-
-class _Watchdog:
-    """One thread that cuts off the requests whose deadline has passed.
-
-    The library's timeouts are for each read from the socket: an answer that drips would never end.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._deadlines: dict[_Line, float] = {}
-        self._thread: threading.Thread | None = None
-        self._waiting_for_work = False
-        self._stopped = False
-
-    def arm(self, line: _Line, deadline: float) -> None:
-        """Deadlines never come before those armed earlier, so that a thread with work need not be woken."""
-        with self._changed:
-            self._deadlines[line] = deadline
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="userpilot-deadlines", daemon=True)
-                self._thread.start()
-            elif self._waiting_for_work:
-                self._changed.notify()
-
-    def disarm(self, line: _Line) -> None:
-        """After this, the line is not cut any more."""
-        with self._changed:
-            self._deadlines.pop(line, None)
-            if self._stopped:
-                self._changed.notify()
-
-    def stop(self) -> None:
-        """End the thread, once no request is under way."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-
-    def _watch(self) -> None:
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                for line in [line for line, deadline in self._deadlines.items() if deadline <= now]:
-                    del self._deadlines[line]
-                    line.cut_off()
-                if self._stopped and not self._deadlines:
-                    self._thread = None
-                    return
-                self._waiting_for_work = not self._deadlines
-                next_deadline = min(self._deadlines.values(), default=None)
-                self._changed.wait(None if next_deadline is None else next_deadline - now)
+    http: httpx.Client
+    wire: Wire
 
 
 def _base(endpoint: str) -> str:
