@@ -1,5 +1,6 @@
 """Deadlines for whole requests: an HTTP library's timeouts are for each read, and an answer that drips would
-never end. The socket is learned from the library's trace events and shut down from another thread."""
+never end. The socket is learned from the library's trace events and shut down from another thread.
+"""
 
 import contextlib
 import socket
