@@ -1,0 +1,54 @@
+"""The commands, and what their errors and signals become."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from audience_sync import __version__
+from audience_sync.errors import AudienceSyncError
+
+app = typer.Typer(
+    name="audience-sync",
+    help="Keeps audiences computed in your database true in Userpilot.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"audience-sync {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(help="The configuration file.", envvar="AUDIENCE_SYNC_CONFIG")
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    context.obj = config
+
+
+def main() -> None:
+    from audience_sync.cli import act, look, setup  # noqa: F401, PLC0415  (they register their commands)
+
+    try:
+        app()
+    except AudienceSyncError as error:
+        print(f"audience-sync: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("audience-sync: stopped", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
