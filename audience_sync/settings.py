@@ -28,8 +28,8 @@ MAX_BYTES = 1_000_000
 
 # Names of the contract that a later release brings; that release deletes them here.
 _RUNS_LATER = (
-    "schedule", "full_schedule", "timezone", "guard_above", "max_exit_ratio", "max_enter_ratio", "eligible_sql",
-    "ready_sql",
+    "schedule", "full_schedule", "timezone", "guard_above", "max_exit_ratio", "max_enter_ratio",
+    "eligible_sql", "ready_sql",
 )  # fmt: skip
 LATER: dict[str, tuple[str, ...]] = {
     "": ("mappings", "tracking"),
@@ -49,7 +49,7 @@ _USERPILOT_OWN = {
 _Span = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^0*[1-9][0-9]{0,5} (second|minute|hour)s?$",
+        pattern=r"^[1-9][0-9]{0,5} (second|minute|hour)s?\Z",
         description='a span, such as "30 seconds", "10 minutes" or "2 hours"',
     ),
 ]
@@ -57,7 +57,7 @@ _PerMinute = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="a whol
 _Schema = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^[a-z_][a-z0-9_]{0,62}$",
+        pattern=r"^[a-z_][a-z0-9_]{0,62}\Z",
         description="lower-case letters, digits and underscores, no digit first, at most 63",
     ),
 ]
@@ -222,12 +222,12 @@ class _Place:
         self.check_names(table, shape.__struct_fields__, section)
         try:
             return msgspec.convert({name: self.expand(name, value) for name, value in table.items()}, shape)
-        except msgspec.ValidationError as error:  # its message may repeat the value
+        except msgspec.ValidationError as error:  # its message may repeat the value: take the name alone
             found = re.search(r"field `(\w+)`|`\$\.(\w+)`", str(error))
             name = next(filter(None, found.groups()), "") if found else ""
             types = {field.name: field.type for field in msgspec.structs.fields(shape)}
             missing = "" if name in table else "missing: "
-        self.fail(f"{name}: {missing}expected {_expected(types[name])}")
+            self.fail(f"{name}: {missing}expected {_expected(types[name])}")
 
     def expand(self, name: str, value: Any) -> Any:
         """A string with its `${NAME}` replaced; MissingVariable for one that is not set."""
@@ -240,9 +240,8 @@ class _Place:
 
         def variable(match: re.Match[str]) -> str:
             if match[1] not in self.environ:
-                raise MissingVariable(
-                    f"{self.path}: {self.where}: {name}: the environment variable {match[1]} is missing: set it"
-                )
+                where = f"{self.path}: {self.where}: {name}"
+                raise MissingVariable(f"{where}: set the environment variable {match[1]}, which is missing")
             return self.environ[match[1]]
 
         return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", variable, value)
@@ -332,21 +331,25 @@ def _url(place: _Place, url: str, folder: Path) -> str:
 
 def _destination(place: _Place, table: Any, folder: Path) -> Destination:
     place.check_names(table, _DestinationTable.__struct_fields__, "destination")
-    table = {"api_key": "${USERPILOT_API_KEY}", **table}
+    written = table.get("api_key", "${USERPILOT_API_KEY}")
     missing = ""
     try:
-        if table["api_key"] and not place.expand("api_key", table["api_key"]):
-            raise MissingVariable(f"{place.path}: {place.where}: api_key: its environment variable is empty")
+        api_key = place.expand("api_key", written)
     except MissingVariable as error:
-        del table["api_key"]
-        missing = str(error)
-    found = place.convert(table, _DestinationTable, "destination")
-    if found.api_key is not None and not re.fullmatch(r"[!-~]+", found.api_key):
+        api_key, missing = None, str(error)
+    if api_key == "" and written:
+        api_key, missing = (
+            None,
+            f"{place.path}: {place.where}: api_key: its environment variable is empty: set it",
+        )
+    if api_key is not None and not (isinstance(api_key, str) and re.fullmatch(r"[!-~]+", api_key)):
         place.fail("api_key: expected printable ASCII without spaces or line ends, and not nothing")
+    rest = {name: value for name, value in table.items() if name != "api_key"}
+    found = place.convert(rest, _DestinationTable, "destination")
     members = msgspec.structs.asdict(found)
     members["endpoint"] = _endpoint(place, found.endpoint, custom=found.allow_custom_endpoint)
     members["ca_file"] = str(_absolute(folder, found.ca_file)) if found.ca_file else ""
-    return Destination(**members, missing=missing)
+    return Destination(**{**members, "api_key": api_key}, missing=missing)
 
 
 def _endpoint(place: _Place, endpoint: str, *, custom: bool) -> str:

