@@ -146,6 +146,8 @@ calls = sa.Table(
 PENDING = sa.text("status = 'pending'")
 DEAD = sa.text("status = 'dead'")
 SENDING = sa.text("status = 'sending'")
+UNSETTLED = sa.text("status IN ('pending', 'sending')")
+CALLED = sa.text("call_id IS NOT NULL")
 
 deliveries = sa.Table(
     "deliveries",
@@ -192,7 +194,16 @@ deliveries = sa.Table(
         postgresql_where=PENDING,
     ),
     sa.Index("ix_deliveries_sending", "request_id", sqlite_where=SENDING, postgresql_where=SENDING),
+    sa.Index(
+        "ix_deliveries_unsettled",
+        "subject_id",
+        "action",
+        "delivery_id",
+        sqlite_where=UNSETTLED,
+        postgresql_where=UNSETTLED,
+    ),
     sa.Index("ix_deliveries_dead", "definition_id", sqlite_where=DEAD, postgresql_where=DEAD),
+    sa.Index("ix_deliveries_call_id", "call_id", sqlite_where=CALLED, postgresql_where=CALLED),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),
     sa.Index("ix_deliveries_run_id", "run_id", "status"),
     sqlite_autoincrement=True,

@@ -143,6 +143,22 @@ def upgrade() -> None:
         postgresql_where=sa.text("status = 'pending'"),
     )
     op.create_index(
+        "ix_deliveries_unsettled",
+        "deliveries",
+        ["subject_id", "action", "delivery_id"],
+        unique=False,
+        sqlite_where=sa.text("status IN ('pending', 'sending')"),
+        postgresql_where=sa.text("status IN ('pending', 'sending')"),
+    )
+    op.create_index(
+        "ix_deliveries_call_id",
+        "deliveries",
+        ["call_id"],
+        unique=False,
+        sqlite_where=sa.text("call_id IS NOT NULL"),
+        postgresql_where=sa.text("call_id IS NOT NULL"),
+    )
+    op.create_index(
         "ix_deliveries_dead",
         "deliveries",
         ["definition_id"],
