@@ -9,17 +9,20 @@ THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0)  # Userpilot's advice where it sends no
 LONGEST_PAUSE_SECONDS = 900.0
 FAILURES_BEFORE_PAUSE = 5
 SLOWEST = 0.05  # of the limit
+PUSH_SECONDS = 0.1  # what a lane that stood still may catch up on pushes
+_ROUNDING = 1e-6
 
 
 @dataclass(slots=True)
 class Lane:
     """One lane's pace; all times are monotonic seconds.
 
-    A request counts from its start until 60 s after its end: however late within that span the server saw it,
-    no 60-second window of the server's holds more than the limit.
+    A request counts from its start until a window after its end: however late within that span the server saw
+    it, no window of the server's holds more than the limit.
     """
 
     per_minute: int
+    window_seconds: float = WINDOW_SECONDS  # tests shorten it; the limit is then for this window
     in_flight: int = 0
     ended: deque[float] = field(default_factory=deque)
     factor: float = 1.0
@@ -35,23 +38,37 @@ class Lane:
     def limit(self) -> int:
         return max(1, int(self.per_minute * self.factor))
 
-    def room(self, now: float) -> int:
-        """How many requests may start now."""
-        while self.ended and self.ended[0] <= now - WINDOW_SECONDS:
+    @property
+    def per_second(self) -> float:
+        return self.limit / self.window_seconds
+
+    def room(self, now: float, *, push: bool = False) -> int:
+        """How many requests may start now; pushes are spread evenly."""
+        while self.ended and self.ended[0] + self.window_seconds <= now:
             self.ended.popleft()
         if now < self.paused_until:
             return 0
         free = self.limit - self.in_flight - len(self.ended)
         if self.pause_level:  # after failures one request tries whether all is well again
             free = min(free, 1 - self.in_flight)
+        if push:
+            self._earn(now)
+            free = min(free, int(self._credit + _ROUNDING))
         return max(0, free)
 
-    def push_room(self, now: float, most: int) -> int:
-        """How many of them may be pushes, which are spread evenly."""
-        earned = (now - self._credited_at) * self.limit / WINDOW_SECONDS
-        self._credit = min(float(max(1, most)), self._credit + earned) if math.isfinite(earned) else 1.0
-        self._credited_at = now
-        return min(self.room(now), int(self._credit))
+    def wait_seconds(self, now: float, *, push: bool = False) -> float:
+        """How long until there is room; infinite where that is for a request in flight to decide."""
+        if self.room(now, push=push):
+            return 0.0
+        wait = max(0.0, self.paused_until - now)
+        excess = self.in_flight + len(self.ended) - self.limit
+        if excess >= len(self.ended) or (self.pause_level and self.in_flight):
+            return math.inf
+        if excess >= 0:
+            wait = max(wait, self.ended[excess] + self.window_seconds - now)
+        if push:
+            wait = max(wait, (1.0 - self._credit) / self.per_second)
+        return wait
 
     def start(self, *, push: bool) -> None:
         self.in_flight += 1
@@ -62,20 +79,11 @@ class Lane:
         self.in_flight -= 1
         self.ended.append(now)
 
-    def wait_seconds(self, now: float) -> float:
-        """How long until there may be room; 0 where there is."""
-        if now < self.paused_until:
-            return self.paused_until - now
-        if self.room(now) > 0:
-            return max(0.0, (1.0 - self._credit) * WINDOW_SECONDS / self.limit)
-        if self.ended and self.in_flight + len(self.ended) >= self.limit:
-            return max(0.0, self.ended[0] + WINDOW_SECONDS - now)
-        return 0.1  # a request in flight decides
-
     def succeeded(self) -> None:
         self.throttle_streak = self.failure_streak = self.pause_level = 0
-        self.reason = self.reason if self.factor < 1.0 else ""
         self.factor = min(1.0, self.factor + 0.5 / self.per_minute)
+        if self.factor == 1.0:
+            self.reason = ""
 
     def throttled(self, now: float, retry_after_seconds: float | None) -> bool:
         """Slow down; False for the further refusals of one burst."""
@@ -94,7 +102,13 @@ class Lane:
         self.failure_streak += 1
         if self.failure_streak < FAILURES_BEFORE_PAUSE or now < self.paused_until:
             return False
-        self.pause_level += 1
+        self.pause_level = min(self.pause_level + 1, 11)
         self.paused_until = now + min(2.0 ** (self.pause_level - 1), LONGEST_PAUSE_SECONDS)
         self.reason = reason
         return True
+
+    def _earn(self, now: float) -> None:
+        most = max(1.0, self.per_second * PUSH_SECONDS)
+        earned = (now - self._credited_at) * self.per_second if math.isfinite(self._credited_at) else 0.0
+        self._credit = min(most, self._credit + earned)
+        self._credited_at = now

@@ -4,8 +4,11 @@ Each cycle is one transaction: renew the lease, settle what was answered, claim 
 is on record before it is sent, so that whoever comes after a crash knows what may have reached Userpilot.
 """
 
+import contextlib
 import datetime as dt
+import itertools
 import logging
+import math
 import queue
 import random
 import threading
@@ -20,7 +23,7 @@ from audience_sync import crash
 from audience_sync.clock import Clock
 from audience_sync.delivery import merge
 from audience_sync.delivery.pace import WINDOW_SECONDS, Lane
-from audience_sync.errors import LeaseLost
+from audience_sync.errors import DatabaseError, LeaseLost
 from audience_sync.store import deliveries as store
 from audience_sync.store import engines, leases
 from audience_sync.userpilot.answers import Answer, Outcome
@@ -31,9 +34,9 @@ MAX_IN_FLIGHT = 8
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0  # what becomes due within it is waited for
-WAIT_FOR_CLAIM_SECONDS = 0.2
-CLASSES = ("call", "change", "push")  # in the order of their right of way
-LANES = ("track", "company", "identify")
+POLL_SECONDS = 0.2  # how soon something new in the queue is noticed
+RECONNECT_SECONDS = (0.5, 2.0, 8.0)
+SLOW_DOWN_LASTS = dt.timedelta(hours=1)
 
 
 class Sender(Protocol):
@@ -42,24 +45,40 @@ class Sender(Protocol):
 
 @dataclass(slots=True)
 class Report:
-    """The work of one process; `is_left` where another one does it, `stopped` why the destination is."""
+    """The work of one process; `is_left` where another one does it, `stopped` why the destination is.
+
+    While the work goes on, `pending_count` (of the whole queue) and `seconds_left` are estimates: what other
+    processes add is counted at the end.
+    """
 
     accepted_count: int = 0
     dead_count: int = 0
     request_count: int = 0
     pending_count: int = 0
+    seconds_left: float = 0.0
     is_left: bool = False
     stopped: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What delivery needs of the configuration."""
+    """What delivery needs of the configuration; tests shorten the last three."""
 
     per_minute: dict[str, int]
     build: Callable[[str, str, dict[str, Any]], tuple[str, dict[str, Any]]]
     tracks_at_most_once: bool = False
     grace: dt.timedelta = merge.GRACE
+    window_seconds: float = WINDOW_SECONDS
+    poll_seconds: float = POLL_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class _Cycle:
+    """What a cycle's transaction decided."""
+
+    claims: list[store.Claimed]
+    wait_seconds: float
+    is_over: bool
 
 
 @dataclass(slots=True)
@@ -75,8 +94,13 @@ class Worker:
     on_progress: Callable[[Report], None] = lambda _: None
     report: Report = field(default_factory=Report)
     _lanes: dict[str, Lane] = field(default_factory=dict)
+    _pending: dict[str, int] = field(default_factory=dict)
+    _look_at: dict[tuple[str, str], float] = field(default_factory=dict)
+    _slow_downs: dict[str, Any] = field(default_factory=dict)
+    _paused: set[str] = field(default_factory=set)
+    _in_flight: dict[int, store.Claimed] = field(default_factory=dict)
     _answers: "queue.SimpleQueue[tuple[store.Claimed, Answer]]" = field(default_factory=queue.SimpleQueue)
-    _in_flight: int = 0
+    _turn: int = 0
 
     def deliver(self, run_ids: Collection[int] = (), call_ids: Collection[int] = ()) -> Report:
         """Work until nothing is due and nothing becomes due within 60 s.
@@ -84,12 +108,9 @@ class Worker:
         While another process has the lease: wait until it has claimed the deliveries of these runs and calls,
         then leave them to it.
         """
-        while not self.stop.is_set():
-            with engines.write(self.engine) as connection:
-                lease = leases.acquire(connection, leases.QUEUE, LEASE_SECONDS)
-                if isinstance(lease, leases.Lease):
-                    self._take_over(connection)
-            if isinstance(lease, leases.Lease):
+        while not self._is_ending():
+            lease = self._acquire()
+            if lease is not None:
                 if not self._work(lease):
                     break
             elif not self._wait_for_claim(run_ids, call_ids):
@@ -99,132 +120,226 @@ class Worker:
             self.report.pending_count = store.pending_count(connection)
         return self.report
 
+    def _acquire(self) -> leases.Lease | None:
+        with engines.read(self.engine) as connection:
+            if leases.holder(connection, leases.QUEUE):
+                return None
+        # On SQLite another process's transaction may keep us from renewing it.
+        seconds = LEASE_SECONDS + (engines.BUSY_SECONDS if engines.is_sqlite(self.engine) else 0)
+        with engines.write(self.engine) as connection:
+            lease = leases.acquire(connection, leases.QUEUE, seconds)
+            if isinstance(lease, leases.Holder):
+                return None
+            self._take_over(connection)
+        return lease
+
     def _wait_for_claim(self, run_ids: Collection[int], call_ids: Collection[int]) -> bool:
         with engines.read(self.engine) as connection:
             waiting = store.are_waiting(connection, run_ids, call_ids, self.clock.now())
         if waiting:
-            self.clock.sleep(WAIT_FOR_CLAIM_SECONDS)
+            self.clock.sleep(self.settings.poll_seconds)
         return waiting
 
     def _take_over(self, connection: sa.Connection) -> None:
-        now = self.clock.now()
+        now, monotonic = self.clock.now(), self.clock.monotonic()
+        self._in_flight, self._answers, self._look_at = {}, queue.SimpleQueue(), {}
+        self._recover(connection)
+        window = self.settings.window_seconds
+        self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in store.LANES}
+        for name, ended_at in store.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
+            self._lanes[name].ended.append(monotonic - max(0.0, (now - ended_at).total_seconds()))
+        self._slow_downs = store.slow_downs(connection)
+        for name, slow in self._slow_downs.items():
+            paused_until = dt.datetime.fromisoformat(slow["paused_until"])
+            if paused_until > now - SLOW_DOWN_LASTS and name in self._lanes:
+                lane = self._lanes[name]
+                lane.factor, lane.reason = slow["factor"], slow["reason"]
+                lane.paused_until = monotonic + (paused_until - now).total_seconds()
+        self._pending = store.pending_counts(connection)
+        stopped = store.stopped(connection)
+        self.report.stopped = stopped and stopped[1]
+
+    def _recover(self, connection: sa.Connection) -> None:
         lost = store.recover(
-            connection, now, self.settings.grace, at_most_once=self.settings.tracks_at_most_once
+            connection,
+            self.clock.now(),
+            self.settings.grace,
+            tracks_at_most_once=self.settings.tracks_at_most_once,
+            but=self._in_flight.keys(),
         )
         if lost:
-            log.warning("%d deliveries were under way in a process that is gone: they are sent again", lost)
-        self._lanes = {lane: Lane(per_minute) for lane, per_minute in self.settings.per_minute.items()}
-        started = self.clock.monotonic()
-        for lane, ended_at in store.recent_request_ends(
-            connection, now - dt.timedelta(seconds=WINDOW_SECONDS)
-        ):
-            if lane in self._lanes:
-                self._lanes[lane].ended.append(started - max(0.0, (now - ended_at).total_seconds()))
-        for lane, slow in store.slow_downs(connection).items():
-            if lane in self._lanes:
-                until = dt.datetime.fromisoformat(slow["paused_until"])
-                self._lanes[lane].factor = slow["factor"]
-                self._lanes[lane].paused_until = started + (until - now).total_seconds()
-                self._lanes[lane].reason = slow["reason"]
+            log.warning("%d deliveries were under way when their process ended: they are sent again", lost)
 
     def _work(self, lease: leases.Lease) -> bool:
         """One tenure; True where more became due after it ended."""
-        answered: list[tuple[store.Claimed, Answer]] = []
+        ended: list[store.Ended] = []
         try:
             with ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="send") as pool:
                 while True:
-                    with engines.write(self.engine) as connection:
-                        leases.renew(connection, lease)
-                        for claimed, answer in answered:
-                            self._settle(connection, claimed, answer)
-                        claims = [] if self._is_ending() else self._claim(connection, lease.epoch)
-                        wait = None if claims or self._in_flight else self._idle_seconds(connection)
-                        is_over = not claims and not self._in_flight and (wait is None or self._is_ending())
-                        if is_over:
-                            leases.release(connection, lease)
-                    if answered:
+                    cycle = self._cycle(lease, ended)
+                    if ended:
                         crash.at("settled")
-                        self.on_progress(self.report)
-                    if claims:
+                        self._tell()
+                    if cycle.claims:
                         crash.at("claimed")
-                    for claimed in claims:
+                    for claimed in cycle.claims:
                         pool.submit(self._send, claimed)
-                    if is_over:
+                    if cycle.is_over:
                         break
-                    answered = list(self._collect(wait))
+                    ended = [self._end(*answered) for answered in self._collect(cycle.wait_seconds)]
         except LeaseLost as lost:
             log.warning("%s", lost)
-            self._in_flight = 0
             self.report.is_left = True
             return False
         crash.at("lease_released")
-        if self.stop.is_set() or self.report.stopped:
+        if self._is_ending():
             return False
         with engines.read(self.engine) as connection:
-            return self._has_due(connection)
+            return self._idle_seconds(connection) < math.inf
 
     def _is_ending(self) -> bool:
         return self.stop.is_set() or self.report.stopped is not None
 
-    def _send(self, claimed: store.Claimed) -> None:
-        body = merge.body_of(claimed.deliveries)
-        try:
-            path, payload = self.settings.build(claimed.action, claimed.subject_id, body)
-            crash.at("before_send")
-            answer = self.sender.send(path, payload)
-            crash.at("after_send")
-        except Exception as error:  # noqa: BLE001  (the thread's last line: it becomes the request's error)
-            answer = Answer(Outcome.UNKNOWN, None, None, f"{type(error).__name__} while sending", None)
-        self._answers.put((claimed, answer))
-
-    def _collect(self, wait_seconds: float | None) -> Iterator[tuple[store.Claimed, Answer]]:
-        """The answers that are there; while nothing is there, wait."""
-        if self._in_flight:
-            timeout = min(RENEW_SECONDS, max(0.01, self._room_seconds()))
-        else:
-            timeout = min(RENEW_SECONDS, wait_seconds or 0.01)
-        deadline = self.clock.monotonic() + timeout
-        while self._answers.empty() and not (self.stop.is_set() and not self._in_flight):
-            left = deadline - self.clock.monotonic()
-            if left <= 0:
-                return
+    def _cycle(self, lease: leases.Lease, ended: list[store.Ended]) -> _Cycle:
+        """Run a cycle's transaction; where the server went away, once more when it is back."""
+        pauses = list(RECONNECT_SECONDS)
+        while True:
             try:
-                yield self._answers.get(timeout=min(left, 0.2))  # short, so that a signal is seen
+                with engines.write(self.engine) as connection:
+                    leases.renew(connection, lease)
+                    if len(pauses) < len(RECONNECT_SECONDS):  # what was committed may not have been told
+                        self._recover(connection)
+                    cycle = self._step(connection, lease, ended)
                 break
-            except queue.Empty:
+            except DatabaseError as error:
+                cause = error.__cause__
+                if (
+                    engines.is_sqlite(self.engine)
+                    or not isinstance(cause, sa.exc.OperationalError)
+                    or not pauses
+                ):
+                    raise
+                log.warning("%s", error)
+                self.clock.sleep(pauses.pop(0))
+        for claimed in cycle.claims:
+            self._in_flight[claimed.request_id] = claimed
+            self._lanes[claimed.action].start(push=claimed.is_push)
+        return cycle
+
+    def _step(self, connection: sa.Connection, lease: leases.Lease, ended: list[store.Ended]) -> _Cycle:
+        if ended:
+            store.settle(connection, ended)
+            if self.report.stopped:
+                store.stop(connection, self.clock.now(), self.report.stopped)
+        claims = [] if self._is_ending() else self._claim(connection, lease.epoch)
+        busy = bool(claims or self._in_flight)
+        wait = self._next_look(len(claims)) if busy else self._idle_seconds(connection)
+        is_over = not busy and (wait == math.inf or self._is_ending())
+        self._keep_slow_downs(connection, is_over=is_over)
+        if is_over:
+            leases.release(connection, lease)
+        return _Cycle(claims, wait, is_over)
+
+    def _claim(self, connection: sa.Connection, epoch: int) -> list[store.Claimed]:
+        """What may start now: calls before changes before pushes, the lanes in turn, each within its limit."""
+        claims: list[store.Claimed] = []
+        now, monotonic = self.clock.now(), self.clock.monotonic()
+        self._turn += 1
+        store.prefer_indexes(connection)
+        for delivery_class in store.CLASSES:
+            for turn in range(len(store.LANES)):
+                name, push = store.LANES[(self._turn + turn) % len(store.LANES)], delivery_class == "push"
+                room = min(
+                    self._lanes[name].room(monotonic, push=push)
+                    - sum(each.action == name for each in claims),
+                    MAX_IN_FLIGHT - len(self._in_flight) - len(claims),
+                )
+                if room <= 0 or self._look_at.get((name, delivery_class), -math.inf) > monotonic:
+                    continue
+                subjects = store.subjects_due(connection, name, delivery_class, now, room)
+                chosen = self._choose(connection, name, subjects, now) if subjects else []
+                if chosen:
+                    claims += store.claim(connection, name, epoch, chosen, now, is_push=push)
+                if len(chosen) < room:
+                    self._look_at[name, delivery_class] = monotonic + self.settings.poll_seconds
+        return claims
+
+    def _choose(
+        self, connection: sa.Connection, name: str, subjects: list[str], now: dt.datetime
+    ) -> list[list[store.Delivery]]:
+        """The deliveries of each subject's next request, without what newer accepted values have overtaken."""
+        chosen = [merge.choose(each, now) for each in store.pending_of(connection, name, subjects, now)]
+        late = [each.delivery_id for each in itertools.chain(*chosen) if each.is_call or each.alone]
+        newer = store.overtaken(connection, late, ["accepted"]) if late and name != "track" else {}
+        if not newer:
+            return [each for each in chosen if each]
+        trimmed = [merge.trim(each, newer) for each in chosen]
+        gone = [delivery_id for each in trimmed for delivery_id in each.overtaken]
+        if gone:
+            store.cancel_overtaken(connection, gone, now)
+        return [each.left for each in trimmed if each.left]
+
+    def _send(self, claimed: store.Claimed) -> None:
+        self._answers.put((claimed, self._answer(claimed)))
+
+    def _answer(self, claimed: store.Claimed) -> Answer:
+        try:
+            body = merge.body_of(claimed.deliveries)
+            path, payload = self.settings.build(claimed.action, claimed.subject_id, body)
+        except Exception as error:  # noqa: BLE001  (whatever it holds, only this delivery may suffer)
+            return Answer(Outcome.REFUSED, None, None, f"It cannot be written ({type(error).__name__})", None)
+        crash.at("before_send")
+        try:
+            answer = self.sender.send(path, payload)
+        except Exception as error:  # noqa: BLE001  (the thread's last line: it becomes the request's error)
+            return Answer(Outcome.UNKNOWN, None, None, f"{type(error).__name__} while sending", None)
+        crash.at("after_send")
+        return answer
+
+    def _collect(self, wait_seconds: float) -> list[tuple[store.Claimed, Answer]]:
+        """The answers that are there; while none is there, wait."""
+        deadline = self.clock.monotonic() + min(RENEW_SECONDS, wait_seconds)
+        while self._answers.empty():
+            left = deadline - self.clock.monotonic()
+            if left <= 0 or (self.stop.is_set() and not self._in_flight):
+                return []
+            if not self._in_flight:
+                self.clock.sleep(min(left, self.settings.poll_seconds))
                 continue
+            with contextlib.suppress(queue.Empty):
+                first = self._answers.get(timeout=min(left, POLL_SECONDS))  # short, so that a signal is seen
+                return [first, *self._answered()]
+        return list(self._answered())
+
+    def _answered(self) -> Iterator[tuple[store.Claimed, Answer]]:
         while not self._answers.empty():
             yield self._answers.get()
 
-    def _settle(self, connection: sa.Connection, claimed: store.Claimed, answer: Answer) -> None:
-        self._in_flight -= 1
+    def _end(self, claimed: store.Claimed, answer: Answer) -> store.Ended:
+        """Take an answer in: all but the database learns of it here, so that the database may be asked again."""
+        now = self.clock.now()
+        del self._in_flight[claimed.request_id]
+        self._lanes[claimed.action].end(self.clock.monotonic())
+        self._learn(claimed.action, answer)
+        settings = self.settings
+        retries = merge.Retries(self.chance, settings.grace, settings.tracks_at_most_once)
+        settlements = merge.settle(claimed.deliveries, answer, now, retries)
+        final = [each.status for each in settlements if each.status is not store.Status.PENDING]
         self.report.request_count += 1
-        now, monotonic = self.clock.now(), self.clock.monotonic()
-        lane = self._lanes[claimed.action]
-        lane.end(monotonic)
-        settlements = merge.settle(
-            claimed.deliveries,
-            answer,
-            now,
-            self.chance,
-            at_most_once=claimed.action == "track" and self.settings.tracks_at_most_once,
+        self.report.accepted_count += final.count(store.Status.ACCEPTED)
+        self.report.dead_count += final.count(store.Status.DEAD)
+        self._pending[claimed.action] = self._pending.get(claimed.action, 0) - len(final)
+        if claimed.action == "track" or len(final) < len(
+            settlements
+        ):  # the subject's next may be due at once
+            for delivery_class in store.CLASSES:
+                self._look_at.pop((claimed.action, delivery_class), None)
+        return store.Ended(
+            claimed.request_id, now, answer.status_code, answer.x_request_id, answer.error, settlements
         )
-        store.settle(
-            connection,
-            claimed.request_id,
-            settlements,
-            now,
-            status_code=answer.status_code,
-            x_request_id=answer.x_request_id,
-            error=answer.error,
-        )
-        for settlement in settlements:
-            self.report.accepted_count += settlement.status is store.Status.ACCEPTED
-            self.report.dead_count += settlement.status is store.Status.DEAD
-        self._learn(connection, claimed.action, lane, answer)
 
-    def _learn(self, connection: sa.Connection, name: str, lane: Lane, answer: Answer) -> None:
-        now, monotonic = self.clock.now(), self.clock.monotonic()
+    def _learn(self, name: str, answer: Answer) -> None:
+        lane, monotonic = self._lanes[name], self.clock.monotonic()
         changed = False
         match answer.outcome:
             case Outcome.ACCEPTED | Outcome.REFUSED:
@@ -239,74 +354,67 @@ class Worker:
                     f"Userpilot refused the API key (HTTP {answer.status_code}: {answer.error}). Nothing is lost: put "
                     "the right key into [destination] api_key, then run `audience-sync deliver`."
                 )
-                store.stop(connection, now, self.report.stopped)
                 log.error("the destination is stopped: HTTP %s", answer.status_code)
         if changed:
             log.warning("the %s lane: %s", name, lane.reason or "at its pace again")
-            store.set_slow_downs(
-                connection,
-                {
-                    each: {
-                        "factor": round(state.factor, 3),
-                        "paused_until": (
-                            now + dt.timedelta(seconds=max(0.0, state.paused_until - monotonic))
-                        ).isoformat(),
-                        "reason": state.reason,
-                    }
-                    for each, state in self._lanes.items()
-                    if state.factor < 1.0 or state.paused_until > monotonic
-                },
-            )
 
-    def _claim(self, connection: sa.Connection, epoch: int) -> list[store.Claimed]:
-        """What may start now: calls before changes before pushes, each lane within its limit."""
-        claims: list[store.Claimed] = []
-        for name in LANES:
-            lane = self._lanes[name]
-            for delivery_class in CLASSES:
-                monotonic = self.clock.monotonic()
-                room = min(MAX_IN_FLIGHT - self._in_flight, lane.room(monotonic))
-                is_push = delivery_class == "push"
-                if is_push:
-                    room = min(room, lane.push_room(monotonic, MAX_IN_FLIGHT))
-                if room <= 0:
-                    continue
-                now = self.clock.now()
-                subjects = store.subjects_due(connection, name, delivery_class, now, room)
-                if not subjects:
-                    continue
-                for pending in store.pending_of(connection, name, subjects, now).values():
-                    chosen = pending[:1] if name == "track" else merge.choose(pending)
-                    claims.append(store.claim(connection, name, epoch, chosen, now, is_push=is_push))
-                    lane.start(push=is_push)
-                    self._in_flight += 1
-        return claims
+    def _keep_slow_downs(self, connection: sa.Connection, *, is_over: bool) -> None:
+        """Write each lane's slow-down where it matters to others: when a pause begins or ends, and at the end."""
+        now, monotonic = self.clock.now(), self.clock.monotonic()
+        slow = {
+            name: {
+                "factor": round(lane.factor, 3),
+                "paused_until": (
+                    now + dt.timedelta(seconds=max(-1.0, lane.paused_until - monotonic))
+                ).isoformat(),
+                "reason": lane.reason,
+            }
+            for name, lane in self._lanes.items()
+            if lane.factor < 1.0 or lane.paused_until > monotonic
+        }
+        paused = {name for name, lane in self._lanes.items() if lane.paused_until > monotonic}
+        if slow.keys() != self._slow_downs.keys() or paused != self._paused or (is_over and slow):
+            store.set_slow_downs(connection, slow)
+            self._slow_downs, self._paused = slow, paused
 
-    def _has_due(self, connection: sa.Connection) -> bool:
-        now = self.clock.now()
-        return any(
-            store.subjects_due(connection, name, delivery_class, now, 1)
-            for name in LANES
-            for delivery_class in CLASSES
-        )
-
-    def _idle_seconds(self, connection: sa.Connection) -> float | None:
-        """How long to wait while nothing is in flight; None where nothing comes within our patience."""
-        monotonic, now = self.clock.monotonic(), self.clock.now()
-        waits = []
-        for name in LANES:
-            if any(store.subjects_due(connection, name, each, now, 1) for each in CLASSES):
-                waits.append(max(0.01, self._lanes[name].wait_seconds(monotonic)))
-        due_at = store.next_due_at(connection, now)
-        if due_at is not None:
-            waits.append(max(0.01, (due_at - now).total_seconds()))
-        shortest = min(waits, default=None)
-        # A window's wait is at most a minute and a request's time; a pause beyond that ends the work.
-        return None if shortest is None or shortest > PATIENCE_SECONDS + 1 else shortest
-
-    def _room_seconds(self) -> float:
-        """While requests are in flight: when another one might start beside them."""
-        if self._in_flight >= MAX_IN_FLIGHT or self._is_ending():
-            return RENEW_SECONDS
+    def _tell(self) -> None:
+        self.report.pending_count = max(0, sum(self._pending.values()))
         monotonic = self.clock.monotonic()
-        return min(lane.wait_seconds(monotonic) or 0.05 for lane in self._lanes.values())
+        self.report.seconds_left = max(
+            (
+                max(0.0, lane.paused_until - monotonic) + max(0, self._pending.get(name, 0)) / lane.per_second
+                for name, lane in self._lanes.items()
+                if self._pending.get(name, 0) > 0
+            ),
+            default=0.0,
+        )
+        self.on_progress(self.report)
+
+    def _next_look(self, claimed_count: int) -> float:
+        """While requests are in flight: when another one might start beside them."""
+        if len(self._in_flight) + claimed_count >= MAX_IN_FLIGHT or self._is_ending():
+            return math.inf
+        monotonic = self.clock.monotonic()
+        waits = [self._wait(name, each, monotonic) for name in store.LANES for each in store.CLASSES]
+        return max(0.01, min(waits))
+
+    def _idle_seconds(self, connection: sa.Connection) -> float:
+        """How long to wait while nothing is in flight; infinite where nothing comes within our patience."""
+        monotonic, now = self.clock.monotonic(), self.clock.now()
+        waits = [
+            self._wait(name, each, monotonic)
+            for name in store.LANES
+            for each in store.CLASSES
+            if store.subjects_due(connection, name, each, now, 1)
+        ]
+        for name, each, due_at in store.next_due(connection, now):
+            waits.append(max(self._wait(name, each, monotonic), (due_at - now).total_seconds()))
+        shortest = min(waits, default=math.inf)
+        # A window's wait is at most a minute and a request's time; a pause beyond that ends the work.
+        if shortest > PATIENCE_SECONDS + 1:
+            return math.inf
+        return max(0.01, min(shortest, self.settings.poll_seconds))
+
+    def _wait(self, name: str, delivery_class: str, monotonic: float) -> float:
+        looked = self._look_at.get((name, delivery_class), -math.inf) - monotonic
+        return max(looked, self._lanes[name].wait_seconds(monotonic, push=delivery_class == "push"))

@@ -2,24 +2,33 @@
 
 import datetime as dt
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.store.engines import sql
-from audience_sync.store.tables import deliveries, destination, requests
+from audience_sync.store.engines import is_sqlite, sql
+from audience_sync.store.tables import DEAD, PENDING, UNSETTLED, deliveries, destination, requests
 
+LANES = ("track", "company", "identify")
+CLASSES = ("call", "change", "push")  # in the order of their right of way
+LONGEST_REQUEST = dt.timedelta(minutes=15)
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)
-UNSETTLED = ("held", "pending", "sending")
+OVERTAKEN = "overtaken by a newer value"
+CHUNK = 500  # ids in a statement
 
-# A subject is out of reach while a request of its is under way, while it waits after an unknown outcome,
-# and while one of its deliveries that must go alone is not due.
-_BLOCKED = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
-  AND (b.status = 'sending' OR (b.status = 'pending' AND
-       (b.quiet_until > :now OR (b.alone AND b.next_attempt_at > :now)))))"""
+_SENDING = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
+  AND b.status = 'sending')"""
+# A subject waits after an unknown outcome; older values wait for a newer one that must go alone. The first
+# of those that are due stands for the subject, however many it has.
+_WAITS = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
+  AND b.status IN ('pending', 'sending') AND (b.quiet_until > :now
+    OR (b.alone AND b.next_attempt_at > :now AND (b.value_at > d.value_at
+        OR (b.value_at = d.value_at AND b.delivery_id > d.delivery_id)))
+    OR (b.delivery_id < d.delivery_id AND b.class = d.class AND b.alone = d.alone
+        AND b.next_attempt_at <= :now)))"""
 # A user's tracks go in order, and after that user's first identify.
 _TRACK_WAITS = """(EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id
     AND b.action = 'track' AND b.delivery_id < d.delivery_id AND b.status IN ('pending', 'sending'))
@@ -47,6 +56,7 @@ class Delivery:
     subject_id: str
     body: dict[str, Any]
     value_at: dt.datetime
+    is_call: bool
     alone: bool
     attempt_count: int
     first_attempt_at: dt.datetime
@@ -77,89 +87,185 @@ class Claimed:
     deliveries: list[Delivery]
 
 
-def recover(connection: sa.Connection, now: dt.datetime, grace: dt.timedelta, *, at_most_once: bool) -> int:
-    """Take back what a process that is gone was sending: nobody knows whether it was applied."""
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that was answered, or never will be, and what becomes of its deliveries."""
+
+    request_id: int
+    ended_at: dt.datetime
+    status_code: int | None
+    x_request_id: str | None
+    error: str | None
+    settlements: list[Settlement]
+
+
+def _is_next(action: str, delivery_class: str) -> sa.ColumnElement[bool]:
+    """Pending, by the index that the queue is worked by."""
+    return sa.and_(deliveries.c.action == action, deliveries.c["class"] == delivery_class, PENDING)
+
+
+def recover(
+    connection: sa.Connection,
+    now: dt.datetime,
+    grace: dt.timedelta,
+    *,
+    tracks_at_most_once: bool,
+    but: Collection[int] = (),
+) -> int:
+    """Take back what a process that is gone was sending: nobody knows whether it was applied.
+
+    `but` are requests that are known to be under way.
+    """
     lost = "The process ended before the answer came"
-    sql(
-        connection,
-        "UPDATE {our}requests SET ended_at = :now, error = :lost WHERE ended_at IS NULL",
-        now=now,
-        lost=lost,
-    )
-    if at_most_once:
-        sql(
-            connection,
-            "UPDATE {our}deliveries SET status = 'dead', settled_at = :now, error = :error "
-            "WHERE status = 'sending' AND action = 'track'",
-            now=now,
-            error=f"Not repeated (track_policy at_most_once): {lost}",
+    mine = sa.and_(deliveries.c.status == "sending", deliveries.c.request_id.not_in(list(but)))
+    connection.execute(
+        requests.update()
+        .where(
+            requests.c.ended_at.is_(None),
+            requests.c.request_id.in_(sa.select(deliveries.c.request_id).where(mine)),
         )
-    return sql(
-        connection,
-        "UPDATE {our}deliveries SET status = 'pending', next_attempt_at = :until, quiet_until = :until, error = :lost "
-        "WHERE status = 'sending'",
-        until=now + grace,
-        lost=lost,
-    ).rowcount
+        .values(ended_at=now, error=lost)
+    )
+    count = 0
+    if tracks_at_most_once:
+        count += connection.execute(
+            deliveries.update()
+            .where(mine, deliveries.c.action == "track")
+            .values(status="dead", settled_at=now, error=f"Not repeated (track_policy at_most_once): {lost}")
+        ).rowcount
+    return (
+        count
+        + connection.execute(
+            deliveries.update()
+            .where(mine)
+            .values(status="pending", next_attempt_at=now + grace, quiet_until=now + grace, error=lost)
+        ).rowcount
+    )
 
 
 def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[tuple[str, dt.datetime]]:
+    """The lanes and ends of the requests that Userpilot may have seen since, in the order of their ends."""
     rows = connection.execute(
         sa.select(requests.c.lane, requests.c.ended_at)
-        .where(requests.c.ended_at > since)
+        .where(
+            requests.c.lane.in_(LANES),
+            requests.c.started_at > since - LONGEST_REQUEST,  # by the index
+            requests.c.ended_at > since,
+        )
         .order_by(requests.c.ended_at)
     )
     return [(row.lane, row.ended_at) for row in rows]
 
 
+def prefer_indexes(connection: sa.Connection) -> None:
+    """In this transaction let PostgreSQL walk the queue in order, though its statistics are of an empty one."""
+    if not is_sqlite(connection):
+        off = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin")
+        connection.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in off)))
+
+
 def subjects_due(
     connection: sa.Connection, action: str, delivery_class: str, now: dt.datetime, limit: int
 ) -> list[str]:
-    """The subjects whose turn it is, oldest first."""
-    waits = f" AND NOT {_TRACK_WAITS}" if action == "track" else ""
-    parameters: dict[str, Any] = {"patience": now - FIRST_IDENTIFY_WAIT} if waits else {}
+    """The subjects whose turn it is, each once, oldest first."""
+    waits = _TRACK_WAITS if action == "track" else _WAITS
+    parameters = {"patience": now - FIRST_IDENTIFY_WAIT} if action == "track" else {}
     rows = sql(
         connection,
         "SELECT d.subject_id FROM {our}deliveries d WHERE d.action = :action AND d.class = :class "
-        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND NOT {_BLOCKED}{waits} "
+        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND NOT {_SENDING} AND NOT {waits} "
         "ORDER BY d.next_attempt_at, d.delivery_id LIMIT :limit",
         **{"class": delivery_class},
         action=action,
         now=now,
-        limit=limit * 4,  # a user may have several
+        limit=limit,
         **parameters,
     )
-    return list(dict.fromkeys(rows.scalars()))[:limit]
+    return list(dict.fromkeys(rows.scalars()))
 
 
 def pending_of(
-    connection: sa.Connection, action: str, subjects: Collection[str], now: dt.datetime
-) -> dict[str, list[Delivery]]:
-    """All that is pending for these subjects, as it will be once claimed."""
-    found: dict[str, list[Delivery]] = {subject: [] for subject in subjects}
-    rows = connection.execute(
-        sa.select(deliveries)
-        .where(
-            deliveries.c.subject_id.in_(list(subjects)),
-            deliveries.c.action == action,
-            deliveries.c.status == "pending",
-        )
-        .order_by(deliveries.c.delivery_id)
+    connection: sa.Connection, action: str, subjects: Sequence[str], now: dt.datetime
+) -> list[list[Delivery]]:
+    """What is pending for each of these subjects, as it will be once claimed; of tracks only the first.
+
+    A subject of which another process is changing something is left out.
+    """
+    where = sa.and_(
+        deliveries.c.subject_id.in_(subjects), deliveries.c.action == action, deliveries.c.status == "pending"
     )
-    for row in rows:
+    if action == "track":
+        first = (
+            sa.select(sa.func.min(deliveries.c.delivery_id)).where(where).group_by(deliveries.c.subject_id)
+        )
+        where = sa.and_(deliveries.c.delivery_id.in_(first), deliveries.c.status == "pending")
+    found: dict[str, list[Delivery]] = {subject: [] for subject in subjects}
+    columns = sa.select(
+        deliveries.c.delivery_id,
+        deliveries.c.subject_id,
+        deliveries.c.body,
+        deliveries.c.value_at,
+        deliveries.c.call_id,
+        deliveries.c.alone,
+        deliveries.c.attempt_count,
+        deliveries.c.first_attempt_at,
+        deliveries.c.next_attempt_at,
+    )
+    for row in connection.execute(columns.where(where).order_by(deliveries.c.delivery_id)):
         found[row.subject_id].append(
             Delivery(
                 delivery_id=row.delivery_id,
-                action=row.action,
+                action=action,
                 subject_id=row.subject_id,
                 body=row.body,
                 value_at=row.value_at,
+                is_call=row.call_id is not None,
                 alone=row.alone,
                 attempt_count=row.attempt_count + 1,
                 first_attempt_at=row.first_attempt_at or now,
                 next_attempt_at=row.next_attempt_at,
             )
         )
+    if not is_sqlite(connection):
+        ids = [delivery.delivery_id for pending in found.values() for delivery in pending]
+        statement = sa.select(deliveries.c.delivery_id).where(
+            deliveries.c.delivery_id.in_(ids), deliveries.c.status == "pending"
+        )
+        ours = set(connection.execute(statement.with_for_update(skip_locked=True)).scalars())
+        return [each for each in found.values() if each and ours.issuperset(d.delivery_id for d in each)]
+    return [pending for pending in found.values() if pending]
+
+
+def overtaken(
+    connection: sa.Connection, ids: Collection[int], statuses: Collection[str] = tuple(Status)
+) -> dict[int, set[str]]:
+    """The traits of these deliveries of which their subjects have newer values in one of the statuses."""
+    newer = deliveries.alias("newer")
+    rows = connection.execute(
+        sa.select(deliveries.c.delivery_id, newer.c.body)
+        .join(
+            newer,
+            sa.and_(
+                newer.c.subject_id == deliveries.c.subject_id,
+                newer.c.action == deliveries.c.action,
+                sa.or_(
+                    newer.c.value_at > deliveries.c.value_at,
+                    sa.and_(
+                        newer.c.value_at == deliveries.c.value_at,
+                        newer.c.delivery_id > deliveries.c.delivery_id,
+                    ),
+                ),
+            ),
+        )
+        .where(
+            deliveries.c.delivery_id.in_(list(ids)),
+            deliveries.c.action != "track",
+            newer.c.status.in_(list(statuses)),
+        )
+    )
+    found: dict[int, set[str]] = {}
+    for delivery_id, body in rows:
+        found.setdefault(delivery_id, set()).update(body)
     return found
 
 
@@ -167,92 +273,150 @@ def claim(
     connection: sa.Connection,
     lane: str,
     epoch: int,
-    chosen: Sequence[Delivery],
+    chosen: Sequence[list[Delivery]],
     now: dt.datetime,
     *,
     is_push: bool,
-) -> Claimed:
-    """Write the request before it is sent, and mark its deliveries."""
+) -> list[Claimed]:
+    """Write a request for each list before it is sent, and mark its deliveries."""
     inserted = connection.execute(
-        requests.insert().values(lane=lane, epoch=epoch, started_at=now, delivery_count=len(chosen))
+        requests.insert().returning(requests.c.request_id, sort_by_parameter_order=True),
+        [{"lane": lane, "epoch": epoch, "started_at": now, "delivery_count": len(each)} for each in chosen],
     )
-    request_id = int(inserted.inserted_primary_key[0])  # type: ignore[index]  # a table with a key gives one
+    claims = [
+        Claimed(request_id, lane, each[0].subject_id, is_push, each)
+        for request_id, each in zip(inserted.scalars(), chosen, strict=True)
+    ]
+    connection.execute(
+        _CLAIM,
+        [
+            {"id": delivery.delivery_id, "request": claimed.request_id, "first": delivery.first_attempt_at}
+            for claimed in claims
+            for delivery in claimed.deliveries
+        ],
+    )
+    return claims
+
+
+_CLAIM = (
+    deliveries.update()
+    .where(deliveries.c.delivery_id == sa.bindparam("id"), deliveries.c.status == "pending")
+    .values(
+        status="sending",
+        request_id=sa.bindparam("request"),
+        attempt_count=deliveries.c.attempt_count + 1,
+        first_attempt_at=sa.bindparam("first"),
+        quiet_until=None,
+    )
+)
+
+
+def cancel_overtaken(connection: sa.Connection, ids: Sequence[int], now: dt.datetime) -> None:
     connection.execute(
         deliveries.update()
-        .where(deliveries.c.delivery_id.in_([delivery.delivery_id for delivery in chosen]))
-        .values(
-            status="sending",
-            request_id=request_id,
-            attempt_count=deliveries.c.attempt_count + 1,
-            first_attempt_at=sa.func.coalesce(
-                deliveries.c.first_attempt_at, sa.bindparam("now", now, type_=deliveries.c.created_at.type)
-            ),
-        )
+        .where(deliveries.c.delivery_id.in_(ids), deliveries.c.status == "pending")
+        .values(status="cancelled", settled_at=now, error=OVERTAKEN)
     )
-    return Claimed(request_id, chosen[0].action, chosen[0].subject_id, is_push, list(chosen))
 
 
-def settle(
-    connection: sa.Connection,
-    request_id: int,
-    settlements: Iterable[Settlement],
-    ended_at: dt.datetime,
-    *,
-    status_code: int | None,
-    x_request_id: str | None,
-    error: str | None,
-) -> None:
+def settle(connection: sa.Connection, ended: Sequence[Ended]) -> None:
     connection.execute(
-        requests.update()
-        .where(requests.c.request_id == request_id)
-        .values(
-            ended_at=ended_at,
-            status_code=status_code,
-            x_request_id=x_request_id,
-            error=error,
-        )
+        _END,
+        [
+            {
+                "id": each.request_id,
+                "ended": each.ended_at,
+                "code": each.status_code,
+                "x_id": each.x_request_id,
+                "told": each.error,
+            }
+            for each in ended
+        ],
     )
-    for settlement in settlements:
-        final = settlement.status is not Status.PENDING
-        values: dict[str, Any] = {
-            "status": settlement.status.value,
-            "error": settlement.error,
-            "settled_at": ended_at if final else None,
-            "quiet_until": settlement.quiet_until,
-            "alone": settlement.alone,
-        }
-        if settlement.next_attempt_at is not None:
-            values["next_attempt_at"] = settlement.next_attempt_at
-        if not settlement.was_attempt:
-            values["attempt_count"] = deliveries.c.attempt_count - 1
-        connection.execute(
-            deliveries.update()
-            .where(
-                deliveries.c.delivery_id == settlement.delivery_id,
-                deliveries.c.status == "sending",
-                deliveries.c.request_id == request_id,
-            )
-            .values(**values)
-        )
+    connection.execute(
+        _SETTLE,
+        [
+            {
+                "id": settlement.delivery_id,
+                "request": each.request_id,
+                "to": settlement.status.value,
+                "told": settlement.error,
+                "settled": each.ended_at if settlement.status is not Status.PENDING else None,
+                "next": settlement.next_attempt_at,
+                "quiet": settlement.quiet_until,
+                "is_alone": settlement.alone,
+                "no_attempt": 0 if settlement.was_attempt else 1,
+            }
+            for each in ended
+            for settlement in each.settlements
+        ],
+    )
 
 
-def next_due_at(connection: sa.Connection, now: dt.datetime) -> dt.datetime | None:
-    """When something that is not due, or waits for its turn, may be sent; None where nothing is pending."""
-    pending = deliveries.c.status == "pending"
-    moments = [
-        connection.execute(
-            sa.select(sa.func.min(column, type_=column.type)).where(pending, column > now)
-        ).scalar()
-        for column in (deliveries.c.next_attempt_at, deliveries.c.quiet_until)
+_END = (
+    requests.update()
+    .where(requests.c.request_id == sa.bindparam("id"))
+    .values(
+        ended_at=sa.bindparam("ended"),
+        status_code=sa.bindparam("code"),
+        x_request_id=sa.bindparam("x_id"),
+        error=sa.bindparam("told"),
+    )
+)
+_SETTLE = (
+    deliveries.update()
+    .where(
+        deliveries.c.delivery_id == sa.bindparam("id"),
+        deliveries.c.status == "sending",
+        deliveries.c.request_id == sa.bindparam("request"),
+    )
+    .values(
+        status=sa.bindparam("to"),
+        error=sa.bindparam("told"),
+        settled_at=sa.bindparam("settled"),
+        next_attempt_at=sa.func.coalesce(
+            sa.bindparam("next", type_=deliveries.c.next_attempt_at.type), deliveries.c.next_attempt_at
+        ),
+        quiet_until=sa.bindparam("quiet"),
+        alone=sa.bindparam("is_alone"),
+        attempt_count=deliveries.c.attempt_count - sa.bindparam("no_attempt", type_=sa.Integer),
+    )
+)
+
+
+def next_due(connection: sa.Connection, now: dt.datetime) -> list[tuple[str, str, dt.datetime]]:
+    """The moments to come at which something pending may get its turn, with its action and class."""
+    found = [
+        (action, delivery_class, moment)
+        for action, delivery_class, *moments in connection.execute(_NEXT_DUE, {"now": now})
+        for moment in moments
+        if moment is not None
     ]
-    first_track = connection.execute(
-        sa.select(sa.func.min(deliveries.c.created_at, type_=deliveries.c.created_at.type)).where(
-            pending, deliveries.c.action == "track", deliveries.c.created_at > now - FIRST_IDENTIFY_WAIT
-        )
-    ).scalar()
+    first_track = connection.execute(_FIRST_TRACK, {"now": now, "since": now - FIRST_IDENTIFY_WAIT}).scalar()
     if first_track is not None:
-        moments.append(first_track + FIRST_IDENTIFY_WAIT)
-    return min((moment for moment in moments if moment is not None), default=None)
+        found.append(("track", "call", first_track + FIRST_IDENTIFY_WAIT))
+    return found
+
+
+_DUE_AT = deliveries.c.next_attempt_at
+_NOW = sa.bindparam("now", type_=_DUE_AT.type)
+_SINCE = sa.bindparam("since", type_=_DUE_AT.type)
+_QUIET_UNTIL = sa.case((deliveries.c.quiet_until > _NOW, deliveries.c.quiet_until))  # never after its _DUE_AT
+_NEXT_DUE = sa.union_all(
+    *(
+        sa.select(
+            sa.literal(action),
+            sa.literal(delivery_class),
+            sa.func.min(_DUE_AT, type_=_DUE_AT.type),
+            sa.func.min(_QUIET_UNTIL, type_=_DUE_AT.type),
+        ).where(_is_next(action, delivery_class), _DUE_AT > _NOW)
+        for action in LANES
+        for delivery_class in CLASSES
+    )
+)
+_FIRST_TRACK = sa.select(sa.func.min(_DUE_AT, type_=_DUE_AT.type)).where(
+    _is_next("track", "call"), _DUE_AT > _SINCE, _DUE_AT <= _NOW
+)
 
 
 def counts(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> dict[str, int]:
@@ -262,25 +426,94 @@ def counts(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> dict[st
     return {status: count for status, count in rows}  # noqa: C416  (a row is not a pair to mypy)
 
 
+def pending_counts(connection: sa.Connection) -> dict[str, int]:
+    """Of each action: what is pending or being sent."""
+    rows = connection.execute(
+        sa.select(deliveries.c.action, sa.func.count()).where(UNSETTLED).group_by(deliveries.c.action)
+    )
+    return {action: count for action, count in rows}  # noqa: C416  (a row is not a pair to mypy)
+
+
 def pending_count(connection: sa.Connection) -> int:
-    statement = sa.select(sa.func.count()).where(deliveries.c.status.in_(("pending", "sending")))
-    return int(connection.execute(statement).scalar_one())
+    return sum(pending_counts(connection).values())
 
 
 def are_waiting(
     connection: sa.Connection, run_ids: Collection[int], call_ids: Collection[int], now: dt.datetime
 ) -> bool:
     """Whether deliveries of these origins wait to be claimed for the first time."""
-    origin = sa.or_(deliveries.c.run_id.in_(list(run_ids)), deliveries.c.call_id.in_(list(call_ids)))
-    statement = sa.select(
-        sa.exists().where(
-            origin,
-            deliveries.c.status == "pending",
-            deliveries.c.attempt_count == 0,
-            deliveries.c.next_attempt_at <= now,
-        )
+    for origin, ids in ((deliveries.c.run_id, run_ids), (deliveries.c.call_id, call_ids)):
+        for chunk in _chunks(ids):
+            statement = sa.select(deliveries.c.delivery_id).where(
+                origin.in_(chunk),
+                deliveries.c.status == "pending",
+                deliveries.c.attempt_count == 0,
+                deliveries.c.next_attempt_at <= now,
+            )
+            if connection.execute(statement.limit(1)).first() is not None:
+                return True
+    return False
+
+
+def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.datetime) -> tuple[int, list[str]]:
+    """Give dead deliveries (None: all of them) a new attempt; how many, and why the others did not get one.
+
+    A value that a newer delivery for the same subject and trait has overtaken stays dead, whatever became of
+    the newer one: each change of a membership is a delivery, so the older value is not true any more.
+    """
+    if ids is None:
+        dead = sa.select(deliveries.c.delivery_id).where(DEAD).order_by(deliveries.c.delivery_id)
+        ids = connection.execute(dead).scalars().all()
+    count, reasons = 0, []
+    for chunk in _chunks(ids):
+        columns = sa.select(deliveries.c.delivery_id, deliveries.c.status, deliveries.c.body)
+        rows = {row.delivery_id: row for row in connection.execute(columns.where(_ID.in_(chunk)))}
+        newer = overtaken(connection, chunk)
+        retried = []
+        for delivery_id in chunk:
+            row = rows.get(delivery_id)
+            if row is None:
+                reasons.append(f"There is no delivery {delivery_id}.")
+            elif row.status != "dead":
+                reasons.append(f"Delivery {delivery_id} is {row.status}, not dead.")
+            elif row.body and newer.get(delivery_id, set()).issuperset(row.body):
+                reasons.append(f"Delivery {delivery_id} is {OVERTAKEN}.")
+            else:
+                retried.append(delivery_id)
+        count += connection.execute(
+            deliveries.update()
+            .where(_ID.in_(retried), deliveries.c.status == "dead")
+            .values(
+                status="pending",
+                settled_at=None,
+                next_attempt_at=now,
+                first_attempt_at=None,  # the four hours begin anew
+                quiet_until=None,
+                alone=False,
+            )
+        ).rowcount
+    return count, reasons
+
+
+def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -> int:
+    """Cancel dead and pending deliveries; Userpilot is not told what they say."""
+    return sum(
+        connection.execute(
+            deliveries.update()
+            .where(_ID.in_(chunk), deliveries.c.status.in_(("dead", "pending")))
+            .values(status="cancelled", settled_at=now, error="discarded by hand", quiet_until=None)
+        ).rowcount
+        for chunk in _chunks(ids)
     )
-    return bool(connection.execute(statement).scalar_one())
+
+
+_ID = deliveries.c.delivery_id
+
+
+def _chunks(ids: Collection[int]) -> Iterator[Sequence[int]]:
+    """The ids without repeats, as many as a statement takes well."""
+    unique = list(dict.fromkeys(ids))
+    return (unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK))
 
 
 def stopped(connection: sa.Connection) -> tuple[dt.datetime, str] | None:
