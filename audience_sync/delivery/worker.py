@@ -191,6 +191,10 @@ class Worker:
             log.warning("%s", lost)
             self.report.is_left = True
             return False
+        except BaseException:
+            with contextlib.suppress(DatabaseError), engines.write(self.engine) as connection:
+                leases.release(connection, lease)
+            raise
         crash.at("lease_released")
         if self._is_ending():
             return False

@@ -191,27 +191,9 @@ def pending_of(
 
     A subject of which another process is changing something is left out.
     """
-    where = sa.and_(
-        deliveries.c.subject_id.in_(subjects), deliveries.c.action == action, deliveries.c.status == "pending"
-    )
-    if action == "track":
-        first = (
-            sa.select(sa.func.min(deliveries.c.delivery_id)).where(where).group_by(deliveries.c.subject_id)
-        )
-        where = sa.and_(deliveries.c.delivery_id.in_(first), deliveries.c.status == "pending")
+    statement = _PENDING_TRACKS if action == "track" else _PENDING
     found: dict[str, list[Delivery]] = {subject: [] for subject in subjects}
-    columns = sa.select(
-        deliveries.c.delivery_id,
-        deliveries.c.subject_id,
-        deliveries.c.body,
-        deliveries.c.value_at,
-        deliveries.c.call_id,
-        deliveries.c.alone,
-        deliveries.c.attempt_count,
-        deliveries.c.first_attempt_at,
-        deliveries.c.next_attempt_at,
-    )
-    for row in connection.execute(columns.where(where).order_by(deliveries.c.delivery_id)):
+    for row in connection.execute(statement, {"action": action, "subjects": subjects}):
         found[row.subject_id].append(
             Delivery(
                 delivery_id=row.delivery_id,
@@ -228,12 +210,39 @@ def pending_of(
         )
     if not is_sqlite(connection):
         ids = [delivery.delivery_id for pending in found.values() for delivery in pending]
-        statement = sa.select(deliveries.c.delivery_id).where(
-            deliveries.c.delivery_id.in_(ids), deliveries.c.status == "pending"
-        )
-        ours = set(connection.execute(statement.with_for_update(skip_locked=True)).scalars())
+        ours = set(connection.execute(_LOCK, {"ids": ids}).scalars())
         return [each for each in found.values() if each and ours.issuperset(d.delivery_id for d in each)]
     return [pending for pending in found.values() if pending]
+
+
+_ID = deliveries.c.delivery_id
+_IS_PENDING = deliveries.c.status == "pending"
+_OF_SUBJECTS = sa.and_(
+    deliveries.c.subject_id.in_(sa.bindparam("subjects", expanding=True)),
+    deliveries.c.action == sa.bindparam("action"),
+    UNSETTLED,  # for the index
+    PENDING,
+)
+_COLUMNS = sa.select(
+    _ID,
+    deliveries.c.subject_id,
+    deliveries.c.body,
+    deliveries.c.value_at,
+    deliveries.c.call_id,
+    deliveries.c.alone,
+    deliveries.c.attempt_count,
+    deliveries.c.first_attempt_at,
+    deliveries.c.next_attempt_at,
+)
+_PENDING = _COLUMNS.where(_OF_SUBJECTS).order_by(_ID)
+_PENDING_TRACKS = _COLUMNS.where(
+    _ID.in_(sa.select(sa.func.min(_ID)).where(_OF_SUBJECTS).group_by(deliveries.c.subject_id)), _IS_PENDING
+)
+_LOCK = (
+    sa.select(_ID)
+    .where(_ID.in_(sa.bindparam("ids", expanding=True)), _IS_PENDING)
+    .with_for_update(skip_locked=True)
+)
 
 
 def overtaken(
@@ -280,7 +289,7 @@ def claim(
 ) -> list[Claimed]:
     """Write a request for each list before it is sent, and mark its deliveries."""
     inserted = connection.execute(
-        requests.insert().returning(requests.c.request_id, sort_by_parameter_order=True),
+        _START,
         [{"lane": lane, "epoch": epoch, "started_at": now, "delivery_count": len(each)} for each in chosen],
     )
     claims = [
@@ -298,6 +307,7 @@ def claim(
     return claims
 
 
+_START = requests.insert().returning(requests.c.request_id, sort_by_parameter_order=True)
 _CLAIM = (
     deliveries.update()
     .where(deliveries.c.delivery_id == sa.bindparam("id"), deliveries.c.status == "pending")
@@ -505,9 +515,6 @@ def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -
         ).rowcount
         for chunk in _chunks(ids)
     )
-
-
-_ID = deliveries.c.delivery_id
 
 
 def _chunks(ids: Collection[int]) -> Iterator[Sequence[int]]:

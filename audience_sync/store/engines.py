@@ -10,6 +10,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,15 @@ def now(connection: sa.Connection) -> dt.datetime:
 def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[*tuple[Any, ...]]:
     """Run a statement on our tables: `{our}` and `{temp}` stand before their names."""
     our = connection.get_execution_options()["our"]
-    temp = "temp." if is_sqlite(connection) else "pg_temp."
+    moments = tuple(name for name, value in parameters.items() if isinstance(value, dt.datetime))
+    return connection.execute(_clause(statement, our, is_sqlite(connection), moments), parameters)
+
+
+@lru_cache(maxsize=512)
+def _clause(statement: str, our: str, sqlite: bool, moments: tuple[str, ...]) -> sa.TextClause:
+    temp = "temp." if sqlite else "pg_temp."
     clause = sa.text(statement.replace("{our}", our).replace("{temp}", temp))
-    for name, value in parameters.items():
-        if isinstance(value, dt.datetime):
-            clause = clause.bindparams(sa.bindparam(name, type_=UtcDateTime))
-    return connection.execute(clause, parameters)
+    return clause.bindparams(*(sa.bindparam(name, type_=UtcDateTime) for name in moments))
 
 
 def process_is_alive(pid: int) -> bool:
