@@ -17,6 +17,7 @@ from audience_sync.store import engines
 from audience_sync.store.tables import leases
 
 HOST = socket.gethostname()
+_PROCESS = uuid.uuid4().hex
 QUEUE = "queue"
 
 
@@ -40,23 +41,36 @@ class Holder:
 
 def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Holder:
     """Take a lease that is free, has expired, or whose process on this host is gone; else say who has it."""
-    row = connection.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one_or_none()
-    now = engines.now(connection)
-    if row is not None and row.owner is not None and row.expires_at > now and not _is_gone(row):
-        return Holder(row.host, row.pid)
-    owner = uuid.uuid4().hex
-    values = {
-        "owner": owner,
-        "host": HOST,
-        "pid": os.getpid(),
-        "expires_at": now + dt.timedelta(seconds=seconds),
-    }
+    row = _locked(connection, name)
     if row is None:
-        connection.execute(leases.insert().values(name=name, epoch=1, **values))
-        return Lease(name, owner, 1, seconds)
-    epoch = row.epoch + 1
-    connection.execute(leases.update().where(leases.c.name == name).values(epoch=epoch, **values))
-    return Lease(name, owner, epoch, seconds)
+        # Two processes may both see none: the second waits here for the first, and then sees its row.
+        engines.sql(
+            connection,
+            "INSERT INTO {our}leases (name, epoch) VALUES (:name, 0) ON CONFLICT (name) DO NOTHING",
+            name=name,
+        )
+        row = _locked(connection, name)
+    assert row is not None  # noqa: S101  (nobody deletes leases)
+    now = engines.now(connection)
+    if row.owner is not None and row.expires_at > now and not _is_gone(row):
+        return Holder(row.host, row.pid)
+    lease = Lease(name, f"{_PROCESS}-{uuid.uuid4().hex}", row.epoch + 1, seconds)
+    connection.execute(
+        leases.update()
+        .where(leases.c.name == name)
+        .values(
+            owner=lease.owner,
+            host=HOST,
+            pid=os.getpid(),
+            epoch=lease.epoch,
+            expires_at=now + dt.timedelta(seconds=seconds),
+        )
+    )
+    return lease
+
+
+def _locked(connection: sa.Connection, name: str) -> sa.Row[tuple[object, ...]] | None:
+    return connection.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one_or_none()
 
 
 def holder(connection: sa.Connection, name: str) -> Holder | None:
@@ -92,5 +106,10 @@ def release(connection: sa.Connection, lease: Lease) -> None:
 
 
 def _is_gone(row: sa.Row[tuple[object, ...]]) -> bool:
-    # A row with our own pid is from a process that had it before us (a container's pid 1).
-    return row.host == HOST and (row.pid == os.getpid() or not engines.process_is_alive(row.pid))
+    if row.host != HOST:
+        return False
+    if (
+        row.pid == os.getpid()
+    ):  # a thread of ours, or a process that had this pid before us (a container's pid 1)
+        return not str(row.owner).startswith(_PROCESS)
+    return not engines.process_is_alive(row.pid)

@@ -93,11 +93,11 @@ def succeed(
     member_count: int,
     counts: dict[str, int],
     set_aside: dict[str, int],
-) -> bool:
-    """Close a run that is still ours; False where it was taken over in the meantime."""
-    result = connection.execute(
+) -> None:
+    """Close a run; that it is still ours, its lease says."""
+    connection.execute(
         runs.update()
-        .where(runs.c.run_id == run_id, runs.c.status == "running")
+        .where(runs.c.run_id == run_id)
         .values(
             status="succeeded",
             finished_at=now,
@@ -108,7 +108,6 @@ def succeed(
             set_aside=set_aside,
         )
     )
-    return result.rowcount == 1
 
 
 def fail(connection: sa.Connection, run_id: int, *, now: dt.datetime, error: str) -> None:

@@ -4,16 +4,16 @@ import datetime as dt
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
 
 from audience_sync.definitions import sql as definition_sql
 from audience_sync.definitions.model import Definition, Kind
-from audience_sync.errors import DefinitionError, SourceError
-from audience_sync.store import engines, snapshots
+from audience_sync.errors import DefinitionError, Interrupted, SourceError
+from audience_sync.store import engines, forms, snapshots
 from audience_sync.store.tables import UtcDateTime
 from audience_sync.sync import values
 
@@ -27,50 +27,117 @@ _QUERY_ACTIONS = {
 }
 _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
+# Not the definition's fault: SQLSTATE classes (connection, resources, operator, system) and SQLite's codes.
+_SERVER_STATES = ("08", "53", "57", "58", "XX")
+_SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
+
 
 def compute(
-    connection: sa.Connection,
-    definition: Definition,
-    as_of: dt.datetime,
-    source: sa.Engine | None,
-    *,
-    alive: Callable[[], None] = lambda: None,
+    connection: sa.Connection, definition: Definition, as_of: dt.datetime, source: sa.Engine | None
 ) -> dict[str, int]:
     """Fill the snapshot table with the definition's result as of a moment; what was set aside, by reason.
 
-    `connection` is to our own database, and not in a transaction. `alive` is called while rows stream.
+    `connection` is to our own database, and not in a transaction.
 
     Raises:
         DefinitionError: the definition cannot be computed as it is written, or not in its time.
         SourceError: its source cannot be reached.
 
     """
-    engine = source or connection.engine
-    definition_sql.check(definition.sql, engine.dialect.name)
-    with _words(definition, source):
-        if source is not None:
-            counts = _stream(connection, definition, as_of, source, alive)
-        else:
-            counts = _in_place(connection, definition, as_of)
+    deadline = time.monotonic() + definition.timeout_seconds
+    dialect = (source or connection).dialect.name
+    try:
+        definition_sql.check(definition.sql, dialect)
+        bound = sa.text(definition_sql.bind(definition.sql, dialect))
+    except DefinitionError as error:
+        raise DefinitionError(f"{definition.key}: {error}.") from error
+    connection.execution_options(write=False)
+    if source is None:
+        with connection.begin(), _words(definition, None, deadline), _limits(connection, deadline):
+            _take(connection, definition, bound, as_of)
+            counts = snapshots.set_aside(connection, definition.kind)
+    else:
+        counts = _stream(connection, definition, bound, as_of, source, deadline)
     return {reason: counts[reason] for reason in sorted(counts)}
 
 
-def _in_place(connection: sa.Connection, definition: Definition, as_of: dt.datetime) -> Counter[str]:
-    bound = definition_sql.bind(definition.sql, connection.dialect.name)
+def _take(
+    connection: sa.Connection, definition: Definition, bound: sa.TextClause, as_of: dt.datetime
+) -> None:
     parameter = _as_of(connection, definition, as_of)
-    connection.execution_options(write=False)
-    with connection.begin(), _limits(connection, definition.timeout_seconds):
-        if engines.is_sqlite(connection):
-            _authorize(connection, bound, definition)
-        columns = _columns(connection, bound, parameter)
-        _need_columns(definition, [column.name for column in columns])
-        user_id = next(column for column in columns if column.name == "user_id")
-        if not snapshots.id_is_possible(user_id):
-            raise DefinitionError(
-                f"{definition.key}: the column user_id is of type {user_id.type_name}: give text, a number or a uuid."
-            )
-        snapshots.take(connection, bound, definition.kind, columns, parameter)
-        return Counter(snapshots.set_aside(connection, definition.kind))
+    _authorize(connection, definition, bound, parameter)
+    columns = _columns(connection, bound, parameter)
+    _need_columns(definition, [column.name for column in columns])
+    user_id = next(column for column in columns if column.name == "user_id")
+    if not forms.id_is_possible(user_id):
+        raise DefinitionError(
+            f"{definition.key}: the column user_id is of type {user_id.type_name}: give text, a number or a uuid."
+        )
+    snapshots.take(connection, bound.text, definition.kind, columns, parameter)
+
+
+def _stream(
+    connection: sa.Connection,
+    definition: Definition,
+    bound: sa.TextClause,
+    as_of: dt.datetime,
+    source: sa.Engine,
+    deadline: float,
+) -> Counter[str]:
+    """Read a source in batches and load them; only one batch is in memory."""
+    counts: Counter[str] = Counter()
+    with closing(_batches(definition, bound, as_of, source, deadline, counts)) as batches:
+        next(batches)  # the source is asked before our own transaction begins
+        with connection.begin():
+            snapshots.load(connection, batches, definition.kind)
+            counts.update(snapshots.set_aside(connection, definition.kind))
+    return counts
+
+
+def _batches(
+    definition: Definition,
+    bound: sa.TextClause,
+    as_of: dt.datetime,
+    source: sa.Engine,
+    deadline: float,
+    counts: Counter[str],
+) -> Generator[list[values.Row]]:
+    """An empty batch once the query has begun, then its rows."""
+    with _words(definition, source, deadline), source.connect() as reading:
+        if source.dialect.name == "postgresql":
+            reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with reading.begin(), _limits(reading, deadline):
+            parameter = _as_of(reading, definition, as_of)
+            _authorize(reading, definition, bound, parameter)
+            if source.dialect.name == "postgresql":  # all rows are read, so plan for all
+                reading.exec_driver_sql("SET LOCAL cursor_tuple_fraction = 1")
+            reading.execution_options(stream_results=True, max_row_buffer=FETCH_ROWS)
+            result = _execute(reading, bound, parameter)
+            names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
+            places = [names.index(name) for name in _need_columns(definition, names)]
+            yield []
+            while batch := _fetch(reading, result):
+                if time.monotonic() > deadline:
+                    raise DefinitionError(_too_long(definition))
+                yield values.rows(batch, places, counts)
+
+
+def _fetch(connection: sa.Connection, result: sa.CursorResult[*tuple[Any, ...]]) -> Sequence[Sequence[Any]]:
+    """The next rows as the driver has them: SQLAlchemy's cost as much as everything else here."""
+    cursor: Any = result.cursor
+    try:
+        rows: Sequence[Sequence[Any]] = cursor.fetchmany(FETCH_ROWS)
+    except connection.dialect.loaded_dbapi.Error as error:
+        raw: Any = connection.connection.dbapi_connection
+        is_lost = connection.dialect.is_disconnect(error, raw, cursor)
+        raise sa.exc.DBAPIError("FETCH", None, error, connection_invalidated=is_lost) from error
+    return rows
+
+
+def _execute(
+    connection: sa.Connection, statement: sa.TextClause, parameter: sa.BindParameter[Any] | None
+) -> sa.CursorResult[*tuple[Any, ...]]:
+    return connection.execute(statement if parameter is None else statement.bindparams(parameter))
 
 
 def _as_of(
@@ -78,32 +145,33 @@ def _as_of(
 ) -> sa.BindParameter[Any] | None:
     if not definition_sql.uses_as_of(definition.sql, connection.dialect.name):
         return None
-    if engines.is_sqlite(connection):
-        return sa.bindparam("as_of", f"{as_of.astimezone(dt.UTC):%Y-%m-%d %H:%M:%S}", type_=sa.Text())
-    if connection.dialect.name == "postgresql":
-        return sa.bindparam("as_of", as_of, type_=UtcDateTime())
-    return sa.bindparam("as_of", as_of.astimezone(dt.UTC).replace(tzinfo=None), type_=sa.DateTime())
+    utc = as_of.astimezone(dt.UTC)
+    match connection.dialect.name:
+        case "sqlite":
+            return sa.bindparam("as_of", f"{utc:%Y-%m-%d %H:%M:%S}", type_=sa.Text())
+        case "postgresql":
+            return sa.bindparam("as_of", utc, type_=UtcDateTime())
+    return sa.bindparam("as_of", utc.replace(tzinfo=None), type_=sa.DateTime())
 
 
 def _columns(
-    connection: sa.Connection, bound: str, parameter: sa.BindParameter[Any] | None
-) -> list[snapshots.Column]:
-    probe = sa.text(f"SELECT * FROM ({bound}) AS definition LIMIT 0")
-    result = connection.execute(probe if parameter is None else probe.bindparams(parameter))
+    connection: sa.Connection, bound: sa.TextClause, parameter: sa.BindParameter[Any] | None
+) -> list[forms.Column]:
+    result = _execute(connection, sa.text(f"SELECT * FROM ({bound.text}) AS definition LIMIT 0"), parameter)
     description: Any = result.cursor.description if result.cursor else ()
     names = [(column[0], column[1]) for column in description]
     result.close()
     if engines.is_sqlite(connection):
-        return [snapshots.Column(name) for name, _ in names]
+        return [forms.Column(name.lower()) for name, _ in names]
     types = connection.execute(
         sa.text("SELECT oid, typname, typcategory FROM pg_catalog.pg_type WHERE oid = ANY(:oids)"),
         {"oids": [oid for _, oid in names]},
     )
     known = {oid: (name, category) for oid, name, category in types}
-    return [snapshots.Column(name, *known[oid]) for name, oid in names]
+    return [forms.Column(name, *known[oid]) for name, oid in names]
 
 
-def _need_columns(definition: Definition, names: list[str]) -> None:
+def _need_columns(definition: Definition, names: Sequence[str]) -> list[str]:
     needed = ["user_id", "value"] if definition.kind is Kind.TRAIT else ["user_id"]
     for name in needed:
         if names.count(name) != 1:
@@ -111,10 +179,18 @@ def _need_columns(definition: Definition, names: list[str]) -> None:
                 f"{definition.key}: its SQL must give one column called {name}; it gives {', '.join(names)}. "
                 f"Write SELECT … AS {name}."
             )
+    return needed
 
 
-def _authorize(connection: sa.Connection, bound: str, definition: Definition) -> None:
-    """Prepare a definition alone, under an authorizer that knows nothing but reading."""
+def _authorize(
+    connection: sa.Connection,
+    definition: Definition,
+    bound: sa.TextClause,
+    parameter: sa.BindParameter[Any] | None,
+) -> None:
+    """On SQLite: prepare a definition alone, under an authorizer that knows nothing but reading."""
+    if not engines.is_sqlite(connection):
+        return
     raw: Any = connection.connection.dbapi_connection
     refused: list[str] = []
 
@@ -123,80 +199,44 @@ def _authorize(connection: sa.Connection, bound: str, definition: Definition) ->
             action == sqlite3.SQLITE_FUNCTION and (name or "").lower() in _DENIED_FUNCTIONS
         ):
             return sqlite3.SQLITE_OK
-        refused.append(str(argument or name or action))
+        refused.append(str(name or argument or action))
         return sqlite3.SQLITE_DENY
 
     raw.set_authorizer(authorizer)
     try:
-        statement = str(sa.text(f"EXPLAIN {bound}").compile(dialect=connection.dialect))
-        raw.execute(statement, ("",) * statement.count("?") if ":as_of" not in statement else {"as_of": ""})
-    except (sqlite3.Error, sqlite3.Warning) as error:
-        if refused:
-            raise DefinitionError(
-                f"{definition.key}: a definition may only read, and this one does more ({refused[0]})."
-            ) from error
-        raise DefinitionError(f"{definition.key}: its SQL does not work: {error}.") from error
+        _execute(connection, sa.text(f"EXPLAIN {bound.text}"), parameter).close()
+    except sa.exc.DBAPIError as error:
+        if not refused:
+            raise
+        raise DefinitionError(
+            f"{definition.key}: a definition may only read, and this one does more ({refused[0]})."
+        ) from error
     finally:
         raw.set_authorizer(None)
 
 
 @contextmanager
-def _limits(connection: sa.Connection, seconds: float) -> Iterator[None]:
-    """Let a statement run for so long, and no longer."""
-    if not engines.is_sqlite(connection):
-        if connection.dialect.name == "postgresql":
-            connection.execute(sa.text(f"SET LOCAL statement_timeout = {int(seconds * 1000)}"))
-        yield
-        return
+def _limits(connection: sa.Connection, deadline: float) -> Iterator[None]:
+    """Let statements run until then, and no longer, and not after a signal."""
     raw: Any = connection.connection.dbapi_connection
-    deadline = time.monotonic() + seconds
-    raw.set_progress_handler(lambda: time.monotonic() > deadline, PROGRESS_STEPS)
-    try:
-        yield
-    finally:
-        raw.set_progress_handler(None, 0)
-
-
-def _stream(
-    connection: sa.Connection,
-    definition: Definition,
-    as_of: dt.datetime,
-    source: sa.Engine,
-    alive: Callable[[], None],
-) -> Counter[str]:
-    """Read a source in batches and load them; only one batch is in memory."""
-    counts: Counter[str] = Counter()
-    bound = sa.text(definition_sql.bind(definition.sql, source.dialect.name))
-    deadline = time.monotonic() + definition.timeout_seconds
-    with source.connect() as reading:
-        if source.dialect.name == "postgresql":
-            reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        with reading.begin(), _limits(reading, definition.timeout_seconds):
-            parameter = _as_of(reading, definition, as_of)
-            if engines.is_sqlite(reading):
-                _authorize(reading, bound.text, definition)
-            options = {"stream_results": True, "max_row_buffer": FETCH_ROWS}
-            result = reading.execution_options(**options).execute(
-                bound if parameter is None else bound.bindparams(parameter)
-            )
-            names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
-            _need_columns(definition, names)
-            places = [names.index("user_id")]
-            if definition.kind is Kind.TRAIT:
-                places.append(names.index("value"))
-
-            def rows() -> Iterator[tuple[str, str | None]]:
-                for batch in result.partitions(FETCH_ROWS):
-                    if time.monotonic() > deadline:
-                        raise DefinitionError(_too_long(definition))
-                    alive()
-                    yield from values.rows(batch, places, counts)
-
-            connection.execution_options(write=False)
-            with connection.begin():
-                snapshots.load(connection, rows(), definition.kind)
-                counts.update(snapshots.set_aside(connection, definition.kind))
-    return counts
+    match connection.dialect.name:
+        case "sqlite":
+            raw.set_progress_handler(lambda: time.monotonic() > deadline, PROGRESS_STEPS)
+            try:
+                yield
+            finally:
+                raw.set_progress_handler(None, 0)
+        case "postgresql":
+            milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
+            connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
+            try:
+                yield
+            except Interrupted:
+                raw.cancel_safe()
+                connection.invalidate()
+                raise
+        case _:
+            yield
 
 
 def _too_long(definition: Definition) -> str:
@@ -207,17 +247,33 @@ def _too_long(definition: Definition) -> str:
 
 
 @contextmanager
-def _words(definition: Definition, source: sa.Engine | None) -> Iterator[None]:
-    """Say a driver's error as the definition's, or the source's."""
+def _words(definition: Definition, source: sa.Engine | None, deadline: float) -> Iterator[None]:
+    """Say a driver's error as the definition's, or the source's; our own database's stays as it is."""
     try:
         yield
     except sa.exc.DBAPIError as error:
         told = engines.reason(error)
-        if "interrupted" in told or "statement timeout" in told:
+        if "statement timeout" in told or (told == "interrupted" and time.monotonic() > deadline):
             raise DefinitionError(_too_long(definition)) from error
-        if source is not None and (error.connection_invalidated or error.statement is None):
-            raise SourceError(
-                f"{definition.key}: the source {definition.source} cannot be reached: {told}. Is it running, and "
-                f"is its url in [sources.{definition.source}] right?"
-            ) from error
-        raise DefinitionError(f"{definition.key}: its SQL does not work: {told}.") from error
+        if told in {"interrupted", "user-defined function raised exception"}:
+            # SQLite swallows what a signal raises while it calls back.
+            raise Interrupted("A signal stopped the statement.") from error
+        if not _is_servers(error):
+            raise DefinitionError(f"{definition.key}: its SQL does not work: {told}.") from error
+        if source is None:
+            raise
+        raise SourceError(
+            f"{definition.key}: the source {definition.source} cannot be read: {told}. Is it running, and "
+            f"is its url in [sources.{definition.source}] right?"
+        ) from error
+
+
+def _is_servers(error: sa.exc.DBAPIError) -> bool:
+    state = getattr(error.orig, "sqlstate", None) or ""
+    code = getattr(error.orig, "sqlite_errorname", None) or ""
+    return (
+        error.connection_invalidated
+        or error.statement is None  # no statement yet: it could not connect
+        or state.startswith(_SERVER_STATES)
+        or code.removeprefix("SQLITE_").startswith(_SERVER_CODES)
+    )

@@ -1,8 +1,11 @@
-"""One run of one definition: take its lease, compute, compare, and commit baseline and deliveries as one."""
+"""One run of one definition: take its lease, compute, compare, and commit baseline and deliveries as one.
+
+The snapshot and the changes live in temporary tables of one connection, which is closed when the run ends.
+"""
 
 import datetime as dt
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,8 +14,8 @@ import sqlalchemy as sa
 from audience_sync import crash
 from audience_sync.clock import Clock, isoformat
 from audience_sync.definitions.model import Definition
-from audience_sync.errors import AudienceSyncError, Busy, ConfigError, LeaseLost
-from audience_sync.store import engines, leases, snapshots
+from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError, Interrupted
+from audience_sync.store import changes, engines, leases, snapshots
 from audience_sync.store import runs as store
 from audience_sync.sync.compute import compute
 
@@ -32,7 +35,7 @@ class Plan:
 
 
 def resolve_as_of(
-    engine: sa.Engine, definitions: list[Definition], as_of: dt.datetime | None, now: dt.datetime
+    engine: sa.Engine, definitions: Sequence[Definition], as_of: dt.datetime | None, now: dt.datetime
 ) -> dict[str, dt.datetime]:
     """The moment of each definition's run: never in the future, never before its last committed run.
 
@@ -72,50 +75,59 @@ def sync(
         DatabaseError: our own database cannot be used.
 
     """
-    with engines.plain_errors(engine), engine.connect() as connection:
-        lease, definition_id, run_id, last = _start(connection, definition, as_of, clock, full=full)
+    with _temporary(engine) as connection:
+        run = _start(connection, definition, as_of, clock, full=full, fingerprint=fingerprint)
         try:
             crash.at("run_started")
-            set_aside = compute(connection, definition, as_of, source, alive=lambda: _renew(engine, lease))
+            set_aside = compute(connection, definition, run.as_of, source)
             crash.at("snapshot_computed")
-            with engines.begin_write(connection):
-                counts = snapshots.diff(connection, definition_id, definition.kind)
-                now = clock.now()
-                commit = snapshots.Commit(
-                    run_id=run_id,
-                    definition_id=definition_id,
-                    key=definition.key,
-                    kind=definition.kind,
-                    as_of=as_of,
-                    now=now,
-                    full=full,
-                    first=last.run_id is None,
-                    fingerprint=fingerprint,
-                )
-                snapshots.commit(connection, commit, counts)
-                crash.at("changes_written")
-                member_count = last.member_count + counts.get("entered", 0) - counts.get("exited", 0)
-                still_ours = store.succeed(
-                    connection, run_id, now=now, member_count=member_count, counts=counts, set_aside=set_aside
-                )
-                leases.renew(connection, lease)
-                if not still_ours:
-                    raise LeaseLost(f"{definition.key}: its run was taken over; nothing was written.")
-                leases.release(connection, lease)
+            with engines.write(engine) as other:  # the commit has the lease's whole time
+                leases.renew(other, run.lease)
+            counts = _commit(connection, definition, run, set_aside, clock)
         except BaseException as error:
-            _fail(engine, run_id, lease, error, clock)
-            if not isinstance(error, AudienceSyncError | sa.exc.DBAPIError):
+            is_recorded = _fail(engine, run, error, clock)
+            ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
+            if not is_recorded or not ends_only_this_run or isinstance(error, Interrupted):
                 raise
-            log.warning("run %d of %s failed (%s)", run_id, definition.key, type(error).__name__)
+            log.warning("run %d of %s failed (%s)", run.run_id, definition.key, type(error).__name__)
         else:
             crash.at("run_committed")
-            log.info("run %d of %s: %s", run_id, definition.key, counts or "no change")
-    return run_id
+            log.info("run %d of %s: %s", run.run_id, definition.key, counts or "no change")
+    return run.run_id
+
+
+@contextmanager
+def _temporary(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection that is closed in the end, and its temporary tables with it."""
+    with engines.plain_errors(engine), engine.connect() as connection:
+        try:
+            yield connection
+        finally:
+            connection.invalidate()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run under way, and where it starts from."""
+
+    lease: leases.Lease
+    run_id: int
+    definition_id: int
+    as_of: dt.datetime
+    last: store.Baseline
+    full: bool
+    fingerprint: str | None
 
 
 def _start(
-    connection: sa.Connection, definition: Definition, as_of: dt.datetime, clock: Clock, *, full: bool
-) -> tuple[leases.Lease, int, int, store.Baseline]:
+    connection: sa.Connection,
+    definition: Definition,
+    as_of: dt.datetime,
+    clock: Clock,
+    *,
+    full: bool,
+    fingerprint: str | None,
+) -> _Run:
     seconds = definition.timeout_seconds + LEASE_SLACK_SECONDS
     with engines.begin_write(connection):
         lease = leases.acquire(connection, leases.of_definition(definition.key), seconds)
@@ -124,53 +136,90 @@ def _start(
                 f"{definition.key} is being synced by process {lease.pid} on {lease.host}: wait for it to end."
             )
         last = store.baseline(connection, definition.key)
+        as_of = max(as_of, last.as_of or as_of)  # while we waited, another process may have committed
         definition_id = store.register(connection, definition, clock.now())
         mode = "full" if full else "first" if last.run_id is None else "changes"
         run_id = store.start(
             connection, definition_id, mode=mode, trigger="manual", as_of=as_of, now=clock.now()
         )
-    return lease, definition_id, run_id, last
+    return _Run(lease, run_id, definition_id, as_of, last, full, fingerprint)
 
 
-def _renew(engine: sa.Engine, lease: leases.Lease) -> None:
-    if not engines.is_sqlite(engine):  # there the snapshot's own lock keeps others out
-        with engines.write(engine) as connection:
-            leases.renew(connection, lease)
+def _commit(
+    connection: sa.Connection, definition: Definition, run: _Run, set_aside: dict[str, int], clock: Clock
+) -> dict[str, int]:
+    """The new baseline, its deliveries and the end of the run, as one; what changed, counted."""
+    with engines.begin_write(connection):
+        counts = snapshots.diff(connection, run.definition_id, definition.kind)
+        now = clock.now()
+        commit = changes.Commit(
+            run_id=run.run_id,
+            definition_id=run.definition_id,
+            key=definition.key,
+            kind=definition.kind,
+            as_of=run.as_of,
+            now=now,
+            full=run.full,
+            first=run.last.run_id is None,
+            fingerprint=run.fingerprint,
+        )
+        changes.commit(connection, commit, counts)
+        crash.at("changes_written")
+        store.succeed(
+            connection,
+            run.run_id,
+            now=now,
+            member_count=_member_count(run.last, counts),
+            counts=counts,
+            set_aside=set_aside,
+        )
+        leases.renew(connection, run.lease)
+        leases.release(connection, run.lease)
+    return counts
 
 
-def _fail(engine: sa.Engine, run_id: int, lease: leases.Lease, error: BaseException, clock: Clock) -> None:
-    if isinstance(error, AudienceSyncError):
+def _member_count(last: store.Baseline, counts: dict[str, int]) -> int:
+    return last.member_count + counts.get("entered", 0) - counts.get("exited", 0)
+
+
+def _fail(engine: sa.Engine, run: _Run, error: BaseException, clock: Clock) -> bool:
+    """Close the run with its error; False where the database does not even take that."""
+    if isinstance(error, AudienceSyncError) and not isinstance(error, Interrupted):
         told = str(error)
     elif isinstance(error, sa.exc.DBAPIError):
         told = f"The database failed: {engines.reason(error)}. {engines.advice(error)}"
     else:
         told = "It was interrupted."
-    with engines.write(engine) as connection:
-        store.fail(connection, run_id, now=clock.now(), error=told)
-        leases.release(connection, lease)
-
-
-@contextmanager
-def _planning(engine: sa.Engine) -> Iterator[sa.Connection]:
-    with engines.plain_errors(engine), engine.connect() as connection:
-        yield connection
+    try:
+        with engines.write(engine) as connection:
+            store.fail(connection, run.run_id, now=clock.now(), error=told)
+            leases.release(connection, run.lease)
+    except DatabaseError as second:
+        log.warning("run %d could not be closed as failed: %s", run.run_id, second)
+        return False
+    return True
 
 
 def plan(
-    engine: sa.Engine, definition: Definition, as_of: dt.datetime, *, source: sa.Engine | None = None
-) -> Plan:
-    """Compute and compare, and keep nothing."""
-    with _planning(engine) as connection:
-        compute(connection, definition, as_of, source)
-        connection.execution_options(write=False)
+    engine: sa.Engine,
+    definitions: Sequence[tuple[Definition, sa.Engine | None]],
+    as_of_by_key: dict[str, dt.datetime],
+) -> tuple[list[Plan], int]:
+    """Compute and compare definitions with their sources, and keep nothing.
+
+    With the plans comes how many users they change, or have something pending, together: each is one Identify.
+    """
+    plans = []
+    with _temporary(engine) as connection:
+        for definition, source in definitions:
+            compute(connection, definition, as_of_by_key[definition.key], source)
+            with connection.begin():
+                row = store.find(connection, definition.key)
+                counts = snapshots.diff(connection, row.definition_id if row else None, definition.kind)
+                snapshots.touch(connection)
+                samples = {change: snapshots.sample(connection, change) for change in ("entered", "exited")}
+                last = store.baseline(connection, definition.key)
+            plans.append(Plan(definition.key, _member_count(last, counts), counts, samples))
         with connection.begin():
-            row = store.find(connection, definition.key)
-            last = store.baseline(connection, definition.key)
-            counts = snapshots.diff(connection, row.definition_id if row else None, definition.kind)
-            samples = {change: snapshots.sample(connection, change) for change in ("entered", "exited")}
-        return Plan(
-            definition.key,
-            last.member_count + counts.get("entered", 0) - counts.get("exited", 0),
-            counts,
-            samples,
-        )
+            touched_count = snapshots.touched_count(connection)
+    return plans, touched_count

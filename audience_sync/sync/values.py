@@ -1,35 +1,43 @@
-"""Rows of a source as the snapshot takes them: the rules that the SQL in store/snapshots.py keeps, in Python."""
+"""Rows of a source as the snapshot takes them: the rules of store/forms.py for what drivers give."""
 
 import datetime as dt
-import decimal
-import json
-import math
+import re
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
-MAX_ID_LENGTH = 255
-NOT_PRIMITIVE = "!"
+from audience_sync.store import forms
+
+_ZEROS = re.compile(r"(?<=\.\d\d\d\d\d)0|(?<=\.\d\d\d\d)00|(?<=\.\d\d\d)000|(?<=\.\d\d)0000|(?<=\.\d)00000")
+Row = tuple[str] | tuple[str, str]
 
 
-def rows(
-    batch: Sequence[Sequence[Any]], places: Sequence[int], counts: Counter[str]
-) -> Iterator[tuple[str, str | None]]:
-    """(user id, JSON text of the value) of each row that can be sent; the others are counted by reason."""
-    id_place, value_place = places[0], places[1] if len(places) > 1 else None
+def rows(batch: Sequence[Sequence[Any]], places: Sequence[int], counts: Counter[str]) -> list[Row]:
+    """(user id,) or (user id, JSON text of the value) of each row that has one; unfit ids are counted by reason."""
+    id_place, value_place = places[0], places[-1]
+    is_trait = len(places) > 1
+    taken: list[Row] = []
     for row in batch:
         user_id = row[id_place]
-        if type(user_id) is not str:
+        if type(user_id) is int:
+            user_id = str(user_id)
+        elif (
+            type(user_id) is not str
+            or not 0 < len(user_id) <= forms.MAX_ID_LENGTH
+            or not user_id.isprintable()
+            or user_id.isspace()
+        ):
             user_id, reason = _id(user_id)
             if reason:
                 counts[reason] += 1
                 continue
-        if not 0 < len(user_id) <= MAX_ID_LENGTH or not user_id.isprintable() or user_id.isspace():
-            if reason := _unfit(user_id):
-                counts[reason] += 1
-                continue
-        yield user_id, None if value_place is None else value(row[value_place])
+        if not is_trait:
+            taken.append((user_id,))
+        elif (text := value(row[value_place])) is not None:
+            taken.append((user_id, text))
+    return taken
 
 
 def _id(raw: Any) -> tuple[str, str | None]:
@@ -38,31 +46,15 @@ def _id(raw: Any) -> tuple[str, str | None]:
             return "", "null"
         case bool() | bytes() | bytearray() | memoryview():
             return "", "binary"
-        case int() | uuid.UUID():
-            return str(raw), None
-        case float() | decimal.Decimal():
-            return number(raw) if math.isfinite(raw) else str(raw), None
-    return str(raw), None
-
-
-def _unfit(user_id: str) -> str | None:
-    if not user_id.strip(" \t\r\n"):
-        return "empty"
-    if "\0" in user_id:
-        return "nul_character"
-    if len(user_id) > MAX_ID_LENGTH:
-        return "too_long"
-    if any("\ud800" <= character <= "\udfff" for character in user_id):
-        return "not_unicode"
-    return None
-
-
-def number(raw: float | decimal.Decimal) -> str:
-    """Whole decimals exactly, others at 15 significant digits, as both databases print them."""
-    if isinstance(raw, decimal.Decimal) and raw == raw.to_integral_value():
-        return f"{raw.to_integral_value():f}"
-    text = f"{float(raw):.15g}"
-    return "0" if text == "-0" else text
+        case Decimal() if raw.is_finite() and raw == raw.to_integral_value():
+            text = str(int(raw))
+        case float() | Decimal():
+            text = forms.number(raw)
+            if text == forms.NOT_PRIMITIVE:
+                return "", "null"
+        case _:
+            text = str(raw)
+    return text, forms.unfit(text)
 
 
 def value(raw: Any) -> str | None:
@@ -72,23 +64,10 @@ def value(raw: Any) -> str | None:
             return None
         case bool():
             return "true" if raw else "false"
-        case int():
-            return str(raw)
-        case float() | decimal.Decimal():
-            return number(raw) if math.isfinite(raw) else NOT_PRIMITIVE
+        case int() | float() | Decimal():
+            return forms.number(raw)
         case str() | uuid.UUID():
-            text = str(raw)
-            return (
-                NOT_PRIMITIVE if "\0" in text or not _encodes(text) else json.dumps(text, ensure_ascii=False)
-            )
-        case dt.date() | dt.time():
-            return json.dumps(raw.isoformat())
-    return NOT_PRIMITIVE
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            return forms.string(str(raw))
+        case dt.date() | dt.time():  # as PostgreSQL writes them: no zeros at the end of a fraction
+            return f'"{_ZEROS.sub("", raw.isoformat())}"'
+    return forms.NOT_PRIMITIVE

@@ -1,0 +1,180 @@
+"""What a run commits: the new baseline, and a delivery for each change in {temp}audience_sync_changes."""
+
+import datetime as dt
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from audience_sync.definitions.model import Kind
+from audience_sync.store.engines import is_sqlite, sql
+
+UNHEARD = "left before anything was sent"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a run writes: its ids, the key's two bodies, and the moment that its values are of."""
+
+    run_id: int
+    definition_id: int
+    key: str
+    kind: Kind
+    as_of: dt.datetime
+    now: dt.datetime
+    full: bool
+    first: bool
+    fingerprint: str | None
+
+    def body(self, *, left: str, value: str) -> str:
+        """The expression of a delivery's body: `left` is a condition, keys need no quoting."""
+        gone, held = ("false", "'true'") if self.kind is Kind.AUDIENCE else ("null", value)
+        return f"'{{\"{self.key}\": ' || CASE WHEN {left} THEN '{gone}' ELSE {held} END || '}}'"
+
+
+def commit(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
+    """Write the new baseline and its deliveries; the caller's transaction makes them one."""
+    if counts.get("exited") or counts.get("changed"):
+        _end_memberships(connection, run)
+    if counts.get("entered") or counts.get("changed"):
+        sql(
+            connection,
+            "INSERT INTO {our}members (definition_id, user_id, entered_run_id, value) "
+            "SELECT :definition_id, user_id, :run_id, value "
+            "FROM {temp}audience_sync_changes WHERE change <> 'exited' ORDER BY user_id",
+            definition_id=run.definition_id,
+            run_id=run.run_id,
+        )
+    unheard = bool(counts.get("exited")) and _cancel_unheard(connection, run)
+    if run.full:
+        _deliver_everyone(connection, run)
+    elif counts:
+        _deliver_changes(connection, run, unheard=unheard)
+    _revive_dead(connection, run)
+
+
+def _end_memberships(connection: sa.Connection, run: Commit) -> None:
+    sql(
+        connection,
+        "INSERT INTO {our}past_members (definition_id, user_id, entered_run_id, exited_run_id, value) "
+        "SELECT :definition_id, user_id, entered_run_id, :run_id, old_value "
+        "FROM {temp}audience_sync_changes WHERE change <> 'entered'",
+        definition_id=run.definition_id,
+        run_id=run.run_id,
+    )
+    sql(
+        connection,
+        "DELETE FROM {our}members WHERE definition_id = :definition_id AND user_id IN "
+        "(SELECT user_id FROM {temp}audience_sync_changes WHERE change <> 'entered')",
+        definition_id=run.definition_id,
+    )
+
+
+def _cancel_unheard(connection: sa.Connection, run: Commit) -> bool:
+    """An exit whose entry is pending, where nothing for the key and user was ever tried, cancels both.
+
+    True where there are such exits: {temp}audience_sync_unheard has their users.
+    """
+    waiting = (
+        "FROM {temp}audience_sync_changes c JOIN {our}deliveries d ON d.subject_id = c.user_id "
+        "WHERE c.change = 'exited' AND d.definition_id = :definition_id AND d.status = 'pending'"
+    )
+    if not is_sqlite(connection):  # from here on no worker may claim them
+        sql(connection, f"SELECT count(*) FROM (SELECT 1 {waiting} FOR UPDATE OF d) AS locked", **_id(run))
+    sql(connection, "DROP TABLE IF EXISTS {temp}audience_sync_unheard")
+    sql(connection, "CREATE TEMPORARY TABLE audience_sync_unheard (user_id text PRIMARY KEY)")
+    found = sql(
+        connection,
+        f"INSERT INTO {{temp}}audience_sync_unheard SELECT DISTINCT c.user_id {waiting} "
+        "AND NOT EXISTS (SELECT 1 FROM {our}deliveries t WHERE t.subject_id = c.user_id "
+        "AND t.definition_id = :definition_id AND "
+        "(t.attempt_count > 0 OR t.status IN ('sending', 'accepted', 'dead')))",
+        **_id(run),
+    ).rowcount
+    if found:
+        sql(
+            connection,
+            "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :error "
+            "WHERE status = 'pending' AND definition_id = :definition_id "
+            "AND subject_id IN (SELECT user_id FROM {temp}audience_sync_unheard)",
+            now=run.now,
+            error=UNHEARD,
+            **_id(run),
+        )
+    return bool(found)
+
+
+def _deliver_changes(connection: sa.Connection, run: Commit, *, unheard: bool) -> None:
+    delivery_class = "push" if run.first else "change"
+    changes = "FROM {temp}audience_sync_changes"
+    if not unheard:
+        _deliver(connection, run, changes, delivery_class)
+        return
+    these = "change = 'exited' AND user_id IN (SELECT user_id FROM {temp}audience_sync_unheard)"
+    _deliver(connection, run, f"{changes} WHERE NOT ({these})", delivery_class)
+    _deliver(connection, run, f"{changes} WHERE {these}", delivery_class, cancelled=True)
+
+
+def _deliver_everyone(connection: sa.Connection, run: Commit) -> None:
+    """A full run: members as they are, and everyone who ever held it and left, but for whom Userpilot never knew."""
+    of_left = "d.subject_id = p.user_id AND d.definition_id = p.definition_id"
+    everyone = (
+        "FROM (SELECT user_id, 'entered' AS change, value FROM {our}members "
+        "WHERE definition_id = :definition_id UNION ALL SELECT DISTINCT p.user_id, 'exited', NULL "
+        "FROM {our}past_members p WHERE p.definition_id = :definition_id AND NOT EXISTS (SELECT 1 "
+        "FROM {our}members m WHERE m.definition_id = p.definition_id AND m.user_id = p.user_id) "
+        f"AND (NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {of_left}) OR EXISTS (SELECT 1 FROM "
+        f"{{our}}deliveries d WHERE {of_left} AND (d.status <> 'cancelled' OR d.attempt_count > 0)))) AS everyone"
+    )
+    _deliver(connection, run, everyone, "push")
+
+
+def _deliver(
+    connection: sa.Connection, run: Commit, rows: str, delivery_class: str, *, cancelled: bool = False
+) -> None:
+    body = run.body(left="change = 'exited'", value="value")
+    settled = ", settled_at, error" if cancelled else ""
+    values = ", :now, :error" if cancelled else ""
+    parameters = {"error": UNHEARD} if cancelled else {}
+    sql(
+        connection,
+        "INSERT INTO {our}deliveries (action, subject_id, body, class, run_id, definition_id, value_at, "
+        f"fingerprint, status, created_at, next_attempt_at{settled}) "
+        f"SELECT 'identify', user_id, {_json(connection, body)}, :class, :run_id, :definition_id, :as_of, "
+        f":fingerprint, :status, :now, :now{values} {rows} ORDER BY user_id",
+        **{"class": delivery_class},
+        status="cancelled" if cancelled else "pending",
+        run_id=run.run_id,
+        as_of=run.as_of,
+        fingerprint=run.fingerprint,
+        now=run.now,
+        **parameters,
+        **_id(run),
+    )
+
+
+def _revive_dead(connection: sa.Connection, run: Commit) -> None:
+    """One new attempt for each dead delivery whose value is still current: no newer one is there."""
+    dead = "status = 'dead' AND definition_id = :definition_id"
+    if sql(connection, f"SELECT 1 FROM {{our}}deliveries WHERE {dead} LIMIT 1", **_id(run)).first() is None:
+        return
+    current = run.body(left="m.user_id IS NULL", value="m.value")
+    sql(
+        connection,
+        "UPDATE {our}deliveries SET status = 'pending', settled_at = NULL, next_attempt_at = :now, "
+        "first_attempt_at = NULL, quiet_until = NULL, alone = false, error = NULL "
+        f"WHERE {dead} AND delivery_id IN (SELECT d.delivery_id FROM {{our}}deliveries d "
+        "LEFT JOIN {our}members m ON m.definition_id = d.definition_id AND m.user_id = d.subject_id "
+        f"WHERE d.status = 'dead' AND d.definition_id = :definition_id AND CAST(d.body AS text) = {current} "
+        "AND NOT EXISTS (SELECT 1 FROM {our}deliveries n WHERE n.subject_id = d.subject_id "
+        "AND n.definition_id = d.definition_id AND n.delivery_id > d.delivery_id))",
+        now=run.now,
+        **_id(run),
+    )
+
+
+def _json(connection: sa.Connection, text: str) -> str:
+    return f"({text})" if is_sqlite(connection) else f"CAST({text} AS json)"
+
+
+def _id(run: Commit) -> dict[str, int]:
+    return {"definition_id": run.definition_id}
