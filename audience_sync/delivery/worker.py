@@ -35,6 +35,7 @@ LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0  # what becomes due within it is waited for
 POLL_SECONDS = 0.2  # how soon something new in the queue is noticed
+MANY = 10_000
 RECONNECT_SECONDS = (0.5, 2.0, 8.0)
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
 
@@ -156,6 +157,8 @@ class Worker:
                 lane.factor, lane.reason = slow["factor"], slow["reason"]
                 lane.paused_until = monotonic + (paused_until - now).total_seconds()
         self._pending = store.pending_counts(connection)
+        if sum(self._pending.values()) > MANY:
+            store.count_anew(connection)
         stopped = store.stopped(connection)
         self.report.stopped = stopped and stopped[1]
 
@@ -260,7 +263,8 @@ class Worker:
                 )
                 if room <= 0 or self._look_at.get((name, delivery_class), -math.inf) > monotonic:
                     continue
-                subjects = store.subjects_due(connection, name, delivery_class, now, room)
+                busy = self._busy(name, claims)
+                subjects = store.subjects_due(connection, name, delivery_class, now, room, busy)
                 chosen = self._choose(connection, name, subjects, now) if subjects else []
                 if chosen:
                     claims += store.claim(connection, name, epoch, chosen, now, is_push=push)
@@ -268,13 +272,16 @@ class Worker:
                     self._look_at[name, delivery_class] = monotonic + self.settings.poll_seconds
         return claims
 
+    def _busy(self, name: str, claims: list[store.Claimed]) -> set[str]:
+        return {each.subject_id for each in (*self._in_flight.values(), *claims) if each.action == name}
+
     def _choose(
         self, connection: sa.Connection, name: str, subjects: list[str], now: dt.datetime
     ) -> list[list[store.Delivery]]:
         """The deliveries of each subject's next request, without what newer accepted values have overtaken."""
         chosen = [merge.choose(each, now) for each in store.pending_of(connection, name, subjects, now)]
-        late = [each.delivery_id for each in itertools.chain(*chosen) if each.is_call or each.alone]
-        newer = store.overtaken(connection, late, ["accepted"]) if late and name != "track" else {}
+        late = [each for each in itertools.chain(*chosen) if each.is_call or each.alone]
+        newer = store.overtaken(connection, late, ["accepted"])
         if not newer:
             return [each for each in chosen if each]
         trimmed = [merge.trim(each, newer) for each in chosen]

@@ -19,8 +19,6 @@ FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)
 OVERTAKEN = "overtaken by a newer value"
 CHUNK = 500  # ids in a statement
 
-_SENDING = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
-  AND b.status = 'sending')"""
 # A subject waits after an unknown outcome; older values wait for a newer one that must go alone. The first
 # of those that are due stands for the subject, however many it has.
 _WAITS = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
@@ -164,21 +162,33 @@ def prefer_indexes(connection: sa.Connection) -> None:
         connection.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in off)))
 
 
+def count_anew(connection: sa.Connection) -> None:
+    """Let PostgreSQL learn that the queue has grown, so that it goes by the right index."""
+    if not is_sqlite(connection):
+        sql(connection, "ANALYZE {our}deliveries")
+
+
 def subjects_due(
-    connection: sa.Connection, action: str, delivery_class: str, now: dt.datetime, limit: int
+    connection: sa.Connection,
+    action: str,
+    delivery_class: str,
+    now: dt.datetime,
+    limit: int,
+    busy: Collection[str] = (),
 ) -> list[str]:
-    """The subjects whose turn it is, each once, oldest first."""
+    """The subjects whose turn it is, each once, oldest first. `busy`: those with a request under way."""
     waits = _TRACK_WAITS if action == "track" else _WAITS
     parameters = {"patience": now - FIRST_IDENTIFY_WAIT} if action == "track" else {}
     rows = sql(
         connection,
         "SELECT d.subject_id FROM {our}deliveries d WHERE d.action = :action AND d.class = :class "
-        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND NOT {_SENDING} AND NOT {waits} "
+        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND d.subject_id NOT IN :busy AND NOT {waits} "
         "ORDER BY d.next_attempt_at, d.delivery_id LIMIT :limit",
         **{"class": delivery_class},
         action=action,
         now=now,
         limit=limit,
+        busy=["", *busy],  # nobody is called ""; an empty list has no type
         **parameters,
     )
     return list(dict.fromkeys(rows.scalars()))
@@ -219,8 +229,8 @@ _ID = deliveries.c.delivery_id
 _IS_PENDING = deliveries.c.status == "pending"
 _OF_SUBJECTS = sa.and_(
     deliveries.c.subject_id.in_(sa.bindparam("subjects", expanding=True)),
-    deliveries.c.action == sa.bindparam("action"),
-    UNSETTLED,  # for the index
+    deliveries.c.action.concat("") == sa.bindparam("action"),  # not by the index that begins with it
+    UNSETTLED,  # but by this one
     PENDING,
 )
 _COLUMNS = sa.select(
@@ -234,7 +244,7 @@ _COLUMNS = sa.select(
     deliveries.c.first_attempt_at,
     deliveries.c.next_attempt_at,
 )
-_PENDING = _COLUMNS.where(_OF_SUBJECTS).order_by(_ID)
+_PENDING = _COLUMNS.where(_OF_SUBJECTS)
 _PENDING_TRACKS = _COLUMNS.where(
     _ID.in_(sa.select(sa.func.min(_ID)).where(_OF_SUBJECTS).group_by(deliveries.c.subject_id)), _IS_PENDING
 )
@@ -246,35 +256,32 @@ _LOCK = (
 
 
 def overtaken(
-    connection: sa.Connection, ids: Collection[int], statuses: Collection[str] = tuple(Status)
+    connection: sa.Connection,
+    values: Sequence[Delivery | sa.Row[Any]],
+    statuses: Collection[str] = tuple(Status),
 ) -> dict[int, set[str]]:
     """The traits of these deliveries of which their subjects have newer values in one of the statuses."""
-    newer = deliveries.alias("newer")
+    found: dict[int, set[str]] = {}
+    states = [each for each in values if each.action != "track"]
+    if not states:
+        return found
+    by_subject: dict[tuple[str, str], list[Any]] = {}
+    for each in states:
+        by_subject.setdefault((each.action, each.subject_id), []).append(each)
+    newer = sa.select(
+        _ID, deliveries.c.action, deliveries.c.subject_id, deliveries.c.value_at, deliveries.c.body
+    )
     rows = connection.execute(
-        sa.select(deliveries.c.delivery_id, newer.c.body)
-        .join(
-            newer,
-            sa.and_(
-                newer.c.subject_id == deliveries.c.subject_id,
-                newer.c.action == deliveries.c.action,
-                sa.or_(
-                    newer.c.value_at > deliveries.c.value_at,
-                    sa.and_(
-                        newer.c.value_at == deliveries.c.value_at,
-                        newer.c.delivery_id > deliveries.c.delivery_id,
-                    ),
-                ),
-            ),
-        )
-        .where(
-            deliveries.c.delivery_id.in_(list(ids)),
-            deliveries.c.action != "track",
-            newer.c.status.in_(list(statuses)),
+        newer.where(
+            deliveries.c.subject_id.in_({each.subject_id for each in states}),
+            deliveries.c.value_at >= min(each.value_at for each in states),
+            deliveries.c.status.in_(list(statuses)),
         )
     )
-    found: dict[int, set[str]] = {}
-    for delivery_id, body in rows:
-        found.setdefault(delivery_id, set()).update(body)
+    for row in rows:
+        for each in by_subject.get((row.action, row.subject_id), ()):
+            if (row.value_at, row.delivery_id) > (each.value_at, each.delivery_id):
+                found.setdefault(each.delivery_id, set()).update(row.body)
     return found
 
 
@@ -456,7 +463,7 @@ def are_waiting(
         for chunk in _chunks(ids):
             statement = sa.select(deliveries.c.delivery_id).where(
                 origin.in_(chunk),
-                deliveries.c.status == "pending",
+                deliveries.c.status.in_(("pending", "")),  # not by the index of all that is pending
                 deliveries.c.attempt_count == 0,
                 deliveries.c.next_attempt_at <= now,
             )
@@ -476,9 +483,9 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
         ids = connection.execute(dead).scalars().all()
     count, reasons = 0, []
     for chunk in _chunks(ids):
-        columns = sa.select(deliveries.c.delivery_id, deliveries.c.status, deliveries.c.body)
-        rows = {row.delivery_id: row for row in connection.execute(columns.where(_ID.in_(chunk)))}
-        newer = overtaken(connection, chunk)
+        found = connection.execute(sa.select(deliveries).where(_ID.in_(chunk))).all()
+        rows = {row.delivery_id: row for row in found}
+        newer = overtaken(connection, [row for row in found if row.status == "dead"])
         retried = []
         for delivery_id in chunk:
             row = rows.get(delivery_id)

@@ -164,17 +164,23 @@ def now(connection: sa.Connection) -> dt.datetime:
 
 
 def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[*tuple[Any, ...]]:
-    """Run a statement on our tables: `{our}` and `{temp}` stand before their names."""
+    """Run a statement on our tables: `{our}` and `{temp}` stand before their names; lists are for IN."""
     our = connection.get_execution_options()["our"]
     moments = tuple(name for name, value in parameters.items() if isinstance(value, dt.datetime))
-    return connection.execute(_clause(statement, our, is_sqlite(connection), moments), parameters)
+    lists = tuple(name for name, value in parameters.items() if isinstance(value, list))
+    return connection.execute(_clause(statement, our, is_sqlite(connection), moments, lists), parameters)
 
 
 @lru_cache(maxsize=512)
-def _clause(statement: str, our: str, sqlite: bool, moments: tuple[str, ...]) -> sa.TextClause:
+def _clause(
+    statement: str, our: str, sqlite: bool, moments: tuple[str, ...], lists: tuple[str, ...]
+) -> sa.TextClause:
     temp = "temp." if sqlite else "pg_temp."
     clause = sa.text(statement.replace("{our}", our).replace("{temp}", temp))
-    return clause.bindparams(*(sa.bindparam(name, type_=UtcDateTime) for name in moments))
+    return clause.bindparams(
+        *(sa.bindparam(name, type_=UtcDateTime) for name in moments),
+        *(sa.bindparam(name, expanding=True) for name in lists),
+    )
 
 
 def process_is_alive(pid: int) -> bool:
