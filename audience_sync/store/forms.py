@@ -70,8 +70,8 @@ def teach(raw: sqlite3.Connection) -> None:
         raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
 
 
-# A text of which each character is one byte holds no NUL (length stops there) and is UTF-8.
-_PLAIN = "length({0}) = length(CAST({0} AS BLOB))"
+# ASCII without a NUL; other text may not even be UTF-8.
+_PLAIN = "(instr({0}, char(0)) = 0 AND {0} NOT GLOB '*[^' || char(1) || '-' || char(127) || ']*')"
 _SQLITE_REAL = (
     f"CASE WHEN {{0}} >= -{_LIMIT}.0 AND {{0}} < {_LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
     "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_number({0}) END"

@@ -111,20 +111,21 @@ def _batches(
             _authorize(reading, definition, bound, parameter)
             if source.dialect.name == "postgresql":  # all rows are read, so plan for all
                 reading.exec_driver_sql("SET LOCAL cursor_tuple_fraction = 1")
-            reading.execution_options(stream_results=True, max_row_buffer=FETCH_ROWS)
-            result = _execute(reading, bound, parameter)
-            names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
-            places = [names.index(name) for name in _need_columns(definition, names)]
-            yield []
-            while batch := _fetch(reading, result):
-                if time.monotonic() > deadline:
-                    raise DefinitionError(_too_long(definition))
-                yield values.rows(batch, places, counts)
+            reading.execution_options(stream_results=True)
+            with closing(_execute(reading, bound, parameter)) as result:
+                names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
+                places = [names.index(name) for name in _need_columns(definition, names)]
+                yield []
+                batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy took it to see the columns
+                while batch:
+                    if time.monotonic() > deadline:
+                        raise DefinitionError(_too_long(definition))
+                    yield values.rows(batch, places, counts)
+                    batch = _fetch(reading, result.cursor)
 
 
-def _fetch(connection: sa.Connection, result: sa.CursorResult[*tuple[Any, ...]]) -> Sequence[Sequence[Any]]:
+def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
     """The next rows as the driver has them: SQLAlchemy's cost as much as everything else here."""
-    cursor: Any = result.cursor
     try:
         rows: Sequence[Sequence[Any]] = cursor.fetchmany(FETCH_ROWS)
     except connection.dialect.loaded_dbapi.Error as error:
@@ -162,7 +163,8 @@ def _columns(
     names = [(column[0], column[1]) for column in description]
     result.close()
     if engines.is_sqlite(connection):
-        return [forms.Column(name.lower()) for name, _ in names]
+        # Of a subquery's columns, the second called user_id is user_id:1.
+        return [forms.Column(name.partition(":")[0].lower()) for name, _ in names]
     types = connection.execute(
         sa.text("SELECT oid, typname, typcategory FROM pg_catalog.pg_type WHERE oid = ANY(:oids)"),
         {"oids": [oid for _, oid in names]},

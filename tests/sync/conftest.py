@@ -73,12 +73,11 @@ class World:
     def run(self, run_id):
         names = "status, mode, member_count, entered_count, exited_count, changed_count, set_aside, error"
         with engines.read(self.engine) as connection:
-            row = engines.sql(
+            return engines.sql(
                 connection,
                 f"SELECT run_id, {names} FROM {{our}}runs WHERE run_id = :run_id",
                 run_id=run_id,
             ).one()
-        return row
 
     def members(self, key="vips"):
         return dict(

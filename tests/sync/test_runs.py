@@ -10,6 +10,8 @@ import threading
 import pytest
 import sqlalchemy as sa
 
+from audience_sync.clock import SystemClock
+from audience_sync.definitions.model import Definition, Kind
 from audience_sync.errors import Busy, ConfigError, DatabaseError, DefinitionError, Interrupted
 from audience_sync.store import engines, leases
 from audience_sync.sync import runs
@@ -333,12 +335,9 @@ def test_a_database_that_fails_in_the_commit_fails_the_run_with_its_reason(world
 def test_a_database_that_is_gone_is_said_plainly(tmp_path):
     engine = engines.open_own(f"sqlite:///{tmp_path}/own.db", "audience_sync")
     (tmp_path / "own.db").write_text("this is no database, and it is long enough to be read as one" * 20)
+    vips, moment = Definition("vips", "vips", Kind.AUDIENCE, "SELECT 1 AS user_id"), dt.datetime.now(dt.UTC)
     with pytest.raises(DatabaseError, match="file is not a database"):
-        runs.resolve_as_of(
-            engine, [], dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-        )
-        with engines.read(engine):
-            pass
+        runs.sync(engine, vips, moment, SystemClock())
 
 
 def test_a_moment_is_neither_in_the_future_nor_before_the_last_committed_run(world):
