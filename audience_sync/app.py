@@ -31,6 +31,7 @@ class App:
     engine: sa.Engine
     clock: Clock = field(default_factory=SystemClock)
     stop: threading.Event = field(default_factory=threading.Event)
+    is_delivering: bool = False
     _sources: dict[str, sa.Engine] = field(default_factory=dict)
 
     def definitions(self, keys: Sequence[str] = ()) -> list[Definition]:
@@ -53,11 +54,11 @@ class App:
 
     def source(self, definition: Definition) -> sa.Engine | None:
         """The engine of a definition's source; None where that is our own database."""
-        name = definition.source
-        if name is None:
-            return None
+        return None if definition.source is None else self.open_source(definition.source)
+
+    def open_source(self, name: str) -> sa.Engine:
         if name not in self._sources:
-            self._sources[name] = open_source(name, self.settings.sources[name].url)
+            self._sources[name] = source_engine(name, self.settings.sources[name].url)
         return self._sources[name]
 
     def sync(self, definition: Definition, as_of: dt.datetime, *, full: bool = False) -> int:
@@ -70,6 +71,12 @@ class App:
             full=full,
             fingerprint=self.settings.destination.fingerprint if self.settings.destination.api_key else None,
         )
+
+    def plan(
+        self, definitions: Sequence[Definition], moments: dict[str, dt.datetime]
+    ) -> tuple[list[runs.Plan], int]:
+        pairs = [(definition, self.source(definition)) for definition in definitions]
+        return runs.plan(self.engine, pairs, moments)
 
     def client(self) -> Client:
         destination = self.settings.destination
@@ -92,24 +99,30 @@ class App:
                     return worker.Report(pending_count=pending, stopped=stopped[1])
                 with engines.write(self.engine) as connection:
                     deliveries.go(connection)
-            destination = self.settings.destination
-            build = partial(payloads.build, booleans=destination.booleans, nested=destination.nested)
-            return worker.Worker(
-                self.engine,
-                client,
-                worker.Settings(
-                    per_minute={
-                        "identify": destination.identify_per_minute,
-                        "track": destination.track_per_minute,
-                        "company": destination.company_per_minute,
-                    },
-                    build=build,
-                    tracks_at_most_once=destination.track_policy == "at_most_once",
-                ),
-                self.clock,
-                stop=self.stop,
-                on_progress=on_progress,
-            ).deliver(run_ids, call_ids)
+            self.is_delivering = True
+            try:
+                return self._worker(client, on_progress).deliver(run_ids, call_ids)
+            finally:
+                self.is_delivering = False
+
+    def _worker(self, client: Client, on_progress: Callable[[worker.Report], None]) -> worker.Worker:
+        destination = self.settings.destination
+        return worker.Worker(
+            self.engine,
+            client,
+            worker.Settings(
+                per_minute={
+                    "identify": destination.identify_per_minute,
+                    "track": destination.track_per_minute,
+                    "company": destination.company_per_minute,
+                },
+                build=partial(payloads.build, booleans=destination.booleans, nested=destination.nested),
+                tracks_at_most_once=destination.track_policy == "at_most_once",
+            ),
+            self.clock,
+            stop=self.stop,
+            on_progress=on_progress,
+        )
 
     def close(self) -> None:
         for engine in (self.engine, *self._sources.values()):
@@ -135,7 +148,7 @@ def open_app(path: Path | None = None, *, migrated: bool = True) -> Iterator[App
         app.close()
 
 
-def open_source(name: str, url: str) -> sa.Engine:
+def source_engine(name: str, url: str) -> sa.Engine:
     """The engine of a source, which definitions only read.
 
     Raises:

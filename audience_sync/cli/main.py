@@ -31,7 +31,7 @@ def configure(
     config: Annotated[
         Path | None, typer.Option(help="The configuration file.", envvar="AUDIENCE_SYNC_CONFIG")
     ] = None,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001  (its callback prints it)
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -49,6 +49,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("audience-sync: stopped", file=sys.stderr)  # noqa: T201
         sys.exit(130)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader left (| head)
         sys.stderr.close()
         sys.exit(0)

@@ -1,0 +1,206 @@
+"""The commands around the work: init, check, db, sandbox, demo."""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from audience_sync.app import App, open_app
+from audience_sync.cli import say
+from audience_sync.cli.main import app
+from audience_sync.definitions.model import Definition
+from audience_sync.errors import AudienceSyncError, ConfigError
+
+db = typer.Typer(help="Migrations of our own tables.", no_args_is_help=True)
+app.add_typer(db, name="db")
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> None:
+    """Write the commented starter configuration."""
+    import audience_sync  # noqa: PLC0415
+
+    package = Path(audience_sync.__file__).parent
+    shipped = package / "_config" / "audience_sync.toml"
+    starter = shipped if shipped.is_file() else package.parent / "config" / "audience_sync.toml"
+    target = folder / "config" / "audience_sync.toml"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("x", encoding="utf-8") as file:
+            file.write(starter.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise ConfigError(f"{target} is there already: it was left as it is.") from None
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}.") from None
+    say.line(f"Wrote {target}. Edit it, set USERPILOT_API_KEY, then run `audience-sync check`.")
+
+
+@app.command()
+def check(context: typer.Context) -> None:
+    """Check configuration, databases, migrations, API key and every definition."""
+    from audience_sync.settings import load  # noqa: PLC0415
+
+    settings = load(context.obj)
+    say.line(f"ok    configuration {settings.path}")
+    with open_app(context.obj, migrated=False) as opened:
+        good = _try("database", partial(_check_database, opened))
+        for name in settings.sources:
+            good = _try(f"source {name}", partial(_check_source, opened, name)) and good
+        good = _try("API key", partial(_check_key, opened)) and good
+        for definition in settings.definitions:
+            good = (
+                _try(f"definition {definition.key}", partial(_check_definition, opened, definition)) and good
+            )
+    if not good:
+        raise typer.Exit(ConfigError.exit_code)
+
+
+def _try(what: str, action: Callable[[], str]) -> bool:
+    """Print the line of one check; its text is what was found."""
+    try:
+        found = action()
+    except AudienceSyncError as error:
+        say.line(f"WRONG {what}: {error}")
+        return False
+    say.line(f"ok    {what}: {found}")
+    return True
+
+
+def _check_database(opened: App) -> str:
+    from audience_sync.store import engines, migrate  # noqa: PLC0415
+
+    migrate.ensure(opened.engine)
+    with engines.read(opened.engine) as connection:
+        if engines.is_sqlite(connection):
+            mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+            return f"SQLite, journal mode {mode}, version {migrate.HEAD}"
+        return f"PostgreSQL, schema {opened.settings.database.schema}, version {migrate.HEAD}"
+
+
+def _check_source(opened: App, name: str) -> str:
+    import sqlalchemy as sa  # noqa: PLC0415
+
+    from audience_sync.errors import SourceError  # noqa: PLC0415
+    from audience_sync.store import engines  # noqa: PLC0415
+
+    source = opened.open_source(name)
+    try:
+        with source.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+            if source.dialect.name == "postgresql" and _may_write(connection):
+                return "reached; its role could write: give audience-sync one that may only SELECT"
+    except sa.exc.DBAPIError as error:
+        raise SourceError(f"cannot be reached: {engines.reason(error)}. Is its url right?") from error
+    return "reached"
+
+
+def _may_write(connection: object) -> bool:
+    import sqlalchemy as sa  # noqa: PLC0415
+
+    query = (
+        "SELECT rolsuper OR EXISTS (SELECT 1 FROM information_schema.table_privileges WHERE grantee = current_user "
+        "AND privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE')) FROM pg_roles WHERE rolname = current_user"
+    )
+    return bool(connection.execute(sa.text(query)).scalar())  # type: ignore[attr-defined]
+
+
+def _check_key(opened: App) -> str:
+    from audience_sync.userpilot.answers import Outcome  # noqa: PLC0415
+
+    with contextlib.closing(opened.client()) as client:
+        answer = client.validate()
+    endpoint = opened.settings.destination.endpoint
+    if answer.outcome is Outcome.ACCEPTED:
+        return f"Userpilot takes it ({endpoint})"
+    if answer.outcome is Outcome.UNAUTHORISED:
+        raise ConfigError(
+            f"Userpilot refused it (HTTP {answer.status_code}): put the right key into [destination] api_key."
+        )
+    if answer.status_code == 404:
+        return f"{endpoint} answers, but does not say whether the key is good"
+    raise ConfigError(
+        f"{endpoint} gave no answer: {answer.error}. Is [destination] endpoint right, and the network up?"
+    )
+
+
+def _check_definition(opened: App, definition: Definition) -> str:
+    from audience_sync.definitions import sql  # noqa: PLC0415
+    from audience_sync.sync import runs  # noqa: PLC0415
+
+    source = opened.source(definition)
+    warnings = sql.check(definition.sql, (source or opened.engine).dialect.name)
+    moments = runs.resolve_as_of(opened.engine, [definition], None, opened.clock.now())
+    plans, _ = opened.plan([definition], moments)
+    return "; ".join([f"{plans[0].member_count:,} members", *warnings])
+
+
+@app.command()
+def sandbox(
+    port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8787,
+    api_key: Annotated[str, typer.Option(help="A toy key, not Userpilot's.")] = "sandbox",
+) -> None:
+    """Run a local Userpilot to try things on."""
+    from audience_sync.sandbox import Sandbox  # noqa: PLC0415
+
+    try:
+        server = Sandbox(port=port, api_key=api_key)
+        say.line(
+            f'A local Userpilot listens. In [destination]: endpoint = "{server.url}", api_key = "{api_key}"'
+        )
+        say.line(
+            f"Its state: {server.url}_sandbox/state. Its requests: {server.url}_sandbox/requests. Ctrl-C ends it."
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    except OSError as error:
+        raise ConfigError(
+            f"Port {port} cannot be used: {error.strerror}. Choose another with --port."
+        ) from error
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where its files go.")] = Path(
+        "audience-sync-demo"
+    ),
+) -> None:
+    """Sync a year of real orders to a local sandbox; needs nothing."""
+    from audience_sync.cli import demonstration  # noqa: PLC0415
+
+    demonstration.run(folder)
+
+
+@db.command()
+def upgrade(context: typer.Context) -> None:
+    """Bring the database to this program's version."""
+    from audience_sync.store import migrate  # noqa: PLC0415
+
+    with open_app(context.obj, migrated=False) as opened:
+        migrate.upgrade(opened.engine)
+        say.line(f"The database is at version {migrate.HEAD}.")
+
+
+@db.command()
+def current(context: typer.Context) -> None:
+    """Print the database's version."""
+    from audience_sync.store import migrate  # noqa: PLC0415
+
+    with open_app(context.obj, migrated=False) as opened:
+        revision = migrate.current(opened.engine)
+        newest = "the newest" if revision == migrate.HEAD else f"this program needs {migrate.HEAD}"
+        say.line(f"{revision} ({newest})" if revision else "none of our tables yet")
+
+
+@db.command()
+def downgrade(context: typer.Context, revision: str) -> None:
+    """Go back to an older version, or to `base`: that drops all our tables and what they hold."""
+    from audience_sync.store import migrate  # noqa: PLC0415
+
+    if revision != "base" and revision not in migrate.KNOWN:
+        raise ConfigError(f"There is no version {revision}: there are base, {', '.join(migrate.KNOWN)}.")
+    with open_app(context.obj, migrated=False) as opened:
+        migrate.downgrade(opened.engine, revision)
+        say.line(f"The database is at version {revision}.")

@@ -1,0 +1,278 @@
+"""What people look up: runs, members, users and deliveries, as dicts whose names are those of the JSON output."""
+
+import datetime as dt
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.store import deliveries as queue
+from audience_sync.store import engines, leases
+from audience_sync.store.tables import (
+    calls,
+    definitions,
+    deliveries,
+    events,
+    members,
+    past_members,
+    profiles,
+    requests,
+    runs,
+)
+
+SAMPLE = 5
+UNDECIDED = ("held", "pending", "sending")
+FETCH_ROWS = 10_000
+
+
+def run_rows(
+    connection: sa.Connection,
+    *,
+    key: str | None = None,
+    ids: Collection[int] | None = None,
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """Runs, newest first, with how far their deliveries are."""
+    query = sa.select(runs, definitions.c.key).join(
+        definitions, definitions.c.definition_id == runs.c.definition_id
+    )
+    if key is not None:
+        query = query.where(definitions.c.key == key)
+    if ids is not None:
+        query = query.where(runs.c.run_id.in_(list(ids)))
+    found = connection.execute(query.order_by(runs.c.run_id.desc()).limit(limit)).all()
+    counts: dict[int, dict[str, int]] = {row.run_id: {} for row in found}
+    grouped = (
+        sa.select(deliveries.c.run_id, deliveries.c.status, sa.func.count())
+        .where(deliveries.c.run_id.in_(list(counts)))
+        .group_by(deliveries.c.run_id, deliveries.c.status)
+    )
+    for run_id, status, count in connection.execute(grouped):
+        counts[run_id][status] = count
+    return [_run(row, counts[row.run_id]) for row in found]
+
+
+def _run(row: Any, count: dict[str, int]) -> dict[str, Any]:
+    return {
+        "run_id": row.run_id,
+        "key": row.key,
+        "mode": row.mode,
+        "trigger": row.trigger,
+        "status": row.status,
+        "as_of": row.as_of,
+        "started_at": row.started_at,
+        "finished_at": row.finished_at,
+        "member_count": row.member_count,
+        "entered_count": row.entered_count,
+        "exited_count": row.exited_count,
+        "changed_count": row.changed_count,
+        "set_aside_count": sum((row.set_aside or {}).values()),
+        "accepted_count": count.get("accepted", 0),
+        "pending_count": sum(count.get(status, 0) for status in UNDECIDED),
+        "dead_count": count.get("dead", 0),
+        "cancelled_count": count.get("cancelled", 0),
+        "error": row.error,
+    }
+
+
+def run_in_full(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
+    """A run with what was set aside and some of those who changed; None where there is no such run."""
+    found = run_rows(connection, ids=[run_id])
+    if not found:
+        return None
+    row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one()
+    came = sa.union(
+        _users(members, members.c.entered_run_id, row),
+        _users(past_members, past_members.c.entered_run_id, row),
+    ).subquery()
+    left = _users(past_members, past_members.c.exited_run_id, row).subquery()
+    arrived, gone = sa.select(came.c.user_id), sa.select(left.c.user_id)
+    return found[0] | {
+        "held_by": row.held_by,
+        "set_aside": row.set_aside or {},
+        "entered_sample": _sample(connection, arrived.except_(gone)),
+        "exited_sample": _sample(connection, gone.except_(arrived)),
+        "changed_sample": _sample(connection, arrived.intersect(gone)),
+    }
+
+
+def _users(table: sa.Table, column: sa.Column[int], row: Any) -> sa.Select[Any]:
+    return sa.select(table.c.user_id).where(table.c.definition_id == row.definition_id, column == row.run_id)
+
+
+def _sample(connection: sa.Connection, users: sa.CompoundSelect[Any]) -> list[str]:
+    named = users.subquery()
+    statement = sa.select(named.c.user_id).order_by(named.c.user_id).limit(SAMPLE)
+    return list(connection.execute(statement).scalars())
+
+
+def definition_rows(connection: sa.Connection) -> dict[str, dict[str, Any]]:
+    """Each key that was ever used: its size and its last run."""
+    newest = sa.select(sa.func.max(runs.c.run_id)).group_by(runs.c.definition_id)
+    last = {row["key"]: row for row in run_rows(connection, ids=connection.execute(newest).scalars().all())}
+    sizes = {
+        row.key: row.member_count
+        for row in connection.execute(
+            sa.select(definitions.c.key, runs.c.member_count)
+            .join(definitions, definitions.c.definition_id == runs.c.definition_id)
+            .where(
+                runs.c.run_id.in_(
+                    sa.select(sa.func.max(runs.c.run_id))
+                    .where(runs.c.status == "succeeded")
+                    .group_by(runs.c.definition_id)
+                )
+            )
+        )
+    }
+    return {
+        row.key: {
+            "key": row.key,
+            "name": row.name,
+            "kind": row.kind,
+            "member_count": sizes.get(row.key, 0),
+            "last_run": last.get(row.key),
+        }
+        for row in connection.execute(sa.select(definitions).order_by(definitions.c.definition_id))
+    }
+
+
+def member_rows(
+    connection: sa.Connection, definition_id: int, at: dt.datetime | None
+) -> Iterator[tuple[str, str | None]]:
+    """(user id, JSON text of a trait's value) of each member now or at a past moment, by user id."""
+    query = sa.select(members.c.user_id, members.c.value).where(members.c.definition_id == definition_id)
+    if at is not None:
+        entered, exited = runs.alias("entered"), runs.alias("exited")
+        query = query.join(entered, entered.c.run_id == members.c.entered_run_id).where(entered.c.as_of <= at)
+        past = (
+            sa.select(past_members.c.user_id, past_members.c.value)
+            .join(entered, entered.c.run_id == past_members.c.entered_run_id)
+            .join(exited, exited.c.run_id == past_members.c.exited_run_id)
+            .where(past_members.c.definition_id == definition_id, entered.c.as_of <= at, exited.c.as_of > at)
+        )
+        both = query.union_all(past).subquery()
+        query = sa.select(both.c.user_id, both.c.value)
+    rows = connection.execution_options(stream_results=True, max_row_buffer=FETCH_ROWS).execute(
+        query.order_by("user_id")
+    )
+    yield from ((row.user_id, row.value) for row in rows)
+
+
+def user(connection: sa.Connection, user_id: str) -> dict[str, Any]:
+    """All that is known of a user: memberships with their times, deliveries, and the profile that calls told."""
+    history = engines.sql(
+        connection,
+        'SELECT key, value, "from", "to" FROM {our}membership_history WHERE user_id = :user_id ORDER BY "from", key',
+        user_id=user_id,
+    )
+    profile = connection.execute(sa.select(profiles).where(profiles.c.user_id == user_id)).one_or_none()
+    newest_events = connection.execute(
+        sa.select(events.c.name, events.c.properties, events.c.timestamp)
+        .where(events.c.user_id == user_id)
+        .order_by(events.c.timestamp.desc())
+        .limit(SAMPLE)
+    )
+    return {
+        "user_id": user_id,
+        "memberships": [
+            {"key": row.key, "value": json.loads(row.value), "from": _moment(row[2]), "to": _moment(row[3])}
+            for row in history
+        ],
+        "deliveries": delivery_rows(
+            connection, deliveries.c.subject_id == user_id, deliveries.c.action != "company"
+        ),
+        "profile": profile
+        and {
+            "traits": profile.traits,
+            "company_id": profile.company_id,
+            "first_seen_at": profile.first_seen_at,
+            "last_seen_at": profile.last_seen_at,
+            "events": [dict(row._mapping) for row in newest_events],  # noqa: SLF001  (SQLAlchemy's public name)
+        },
+    }
+
+
+def _moment(value: Any) -> dt.datetime | None:
+    """A time out of a view: text on SQLite."""
+    if isinstance(value, str):
+        return dt.datetime.fromisoformat(value).replace(tzinfo=dt.UTC)
+    return None if value is None else value.astimezone(dt.UTC)
+
+
+def delivery_rows(
+    connection: sa.Connection, *where: sa.ColumnElement[bool], limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Deliveries, newest first, with the answer of the last request that carried each."""
+    query = (
+        sa.select(deliveries, requests.c.status_code, requests.c.x_request_id)
+        .join(requests, requests.c.request_id == deliveries.c.request_id, isouter=True)
+        .where(*where)
+        .order_by(deliveries.c.delivery_id.desc())
+        .limit(limit)
+    )
+    return [
+        {
+            "delivery_id": row.delivery_id,
+            "action": row.action,
+            "subject_id": row.subject_id,
+            "body": row.body,
+            "status": row.status,
+            "run_id": row.run_id,
+            "call_id": row.call_id,
+            "attempt_count": row.attempt_count,
+            "next_attempt_at": row.next_attempt_at if row.status == "pending" else None,
+            "created_at": row.created_at,
+            "settled_at": row.settled_at,
+            "status_code": row.status_code,
+            "x_request_id": row.x_request_id,
+            "error": row.error,
+        }
+        for row in connection.execute(query)
+    ]
+
+
+def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
+    """What `status` tells of the queue and of who works it."""
+    counts = queue.counts(connection, deliveries.c.status.in_((*UNDECIDED, "dead")))
+    unsettled = deliveries.c.status.in_(("pending", "sending"))
+    oldest = sa.select(sa.func.min(deliveries.c.created_at, type_=deliveries.c.created_at.type)).where(
+        unsettled
+    )
+    stopped = queue.stopped(connection)
+    holder = leases.holder(connection, leases.QUEUE)
+    sent = connection.execute(
+        sa.select(requests.c.lane, sa.func.count())
+        .where(requests.c.started_at > now - dt.timedelta(seconds=60))
+        .group_by(requests.c.lane)
+    )
+    return {
+        "stopped": stopped and {"since": stopped[0], "reason": stopped[1]},
+        "deliverer": holder and {"host": holder.host, "pid": holder.pid},
+        "pending_count": counts.get("pending", 0) + counts.get("sending", 0),
+        "held_count": counts.get("held", 0),
+        "dead_count": counts.get("dead", 0),
+        "oldest_at": connection.execute(oldest).scalar(),
+        "late_count": _late_count(connection, now),
+        "sent_last_minute": {lane: count for lane, count in sent},  # noqa: C416  (a row is not a pair to mypy)
+        "slow_downs": queue.slow_downs(connection),
+        "call_count": connection.execute(sa.select(sa.func.count()).select_from(calls)).scalar_one(),
+    }
+
+
+def _late_count(connection: sa.Connection, now: dt.datetime) -> int:
+    """Deliveries that were tried, failed, and wait for another attempt."""
+    statement = sa.select(sa.func.count()).where(
+        deliveries.c.status == "pending", deliveries.c.attempt_count > 0, deliveries.c.next_attempt_at > now
+    )
+    return int(connection.execute(statement).scalar_one())
+
+
+def call_rows(
+    connection: sa.Connection, status: str | None, *, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """What applications handed in, newest first."""
+    query = sa.select(calls).order_by(calls.c.call_id.desc()).limit(limit)
+    if status is not None:
+        query = query.where(calls.c.status == status)
+    return [dict(row._mapping) for row in connection.execute(query)]  # noqa: SLF001  (SQLAlchemy's public name)
