@@ -5,17 +5,18 @@ import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from audience_sync.app import App, open_app
 from audience_sync.cli import say
 from audience_sync.cli.main import app
-from audience_sync.delivery.worker import Report
 from audience_sync.errors import Busy, ConfigError, Interrupted
-from audience_sync.store import deliveries, engines, looks
-from audience_sync.sync import runs
+
+if TYPE_CHECKING:
+    from audience_sync.app import App
+    from audience_sync.delivery.worker import Report
+    from audience_sync.sync import runs
 
 Keys = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY]...", help="The definitions; all enabled ones if none.")
@@ -28,7 +29,7 @@ NoDeliver = Annotated[bool, typer.Option("--no-deliver", help="Only queue; send 
 
 
 @contextmanager
-def stoppable(opened: App) -> Iterator[None]:
+def stoppable(opened: "App") -> Iterator[None]:
     """SIGTERM and Ctrl-C: a delivery finishes what is in flight, anything else ends at once; twice ends all."""
 
     def ask(_number: int, _frame: object) -> None:
@@ -49,6 +50,9 @@ def stoppable(opened: App) -> Iterator[None]:
 @app.command()
 def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json: Json = False) -> None:
     """Compute and compare; send and store nothing."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.sync import runs
+
     with open_app(context.obj) as opened, stoppable(opened):
         definitions = opened.definitions(keys or ())
         moments = runs.resolve_as_of(opened.engine, definitions, moment(as_of), opened.clock.now())
@@ -83,7 +87,7 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
 CHANGES = ("entered", "exited", "changed")
 
 
-def _plan(each: runs.Plan) -> dict[str, Any]:
+def _plan(each: "runs.Plan") -> dict[str, Any]:
     return {
         "key": each.key,
         "member_count": each.member_count,
@@ -108,6 +112,10 @@ def sync(
     as_json: Json = False,
 ) -> None:
     """Compute the definitions, then deliver what changed."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import deliveries, engines, looks
+    from audience_sync.sync import runs
+
     for name, value in (("--hold", hold), ("--user", user)):
         if value:
             not_yet(name)
@@ -167,6 +175,8 @@ def show_runs(found: Sequence[dict[str, Any]]) -> None:
 @app.command()
 def deliver(context: typer.Context, as_json: Json = False) -> None:
     """Deliver what is due."""
+    from audience_sync.cli.session import open_app
+
     with open_app(context.obj) as opened, stoppable(opened):
         report = deliver_now(opened)
         if as_json:
@@ -176,12 +186,14 @@ def deliver(context: typer.Context, as_json: Json = False) -> None:
     finish(report)
 
 
-def deliver_now(opened: App, run_ids: Sequence[int] = (), call_ids: Sequence[int] = ()) -> Report:
+def deliver_now(opened: "App", run_ids: Sequence[int] = (), call_ids: Sequence[int] = ()) -> "Report":
     with say.progress() as show:
         return opened.deliver(run_ids, call_ids, show)
 
 
-def _delivery(report: Report | None, pending: int) -> dict[str, int]:
+def _delivery(report: "Report | None", pending: int) -> dict[str, int]:
+    from audience_sync.delivery.worker import Report
+
     done = report or Report()
     return {
         "accepted_count": done.accepted_count,
@@ -191,7 +203,7 @@ def _delivery(report: Report | None, pending: int) -> dict[str, int]:
     }
 
 
-def tell_delivery(report: Report | None, pending: int) -> None:
+def tell_delivery(report: "Report | None", pending: int) -> None:
     if report is None:
         say.line(f"Nothing was sent; {pending:,} deliveries wait for `audience-sync deliver`.")
         return
@@ -209,7 +221,7 @@ def tell_delivery(report: Report | None, pending: int) -> None:
         say.line("What is pending is tried again by the next `audience-sync deliver` or `sync`.")
 
 
-def finish(report: Report | None, *, failed: bool = False, busy: bool = False) -> None:
+def finish(report: "Report | None", *, failed: bool = False, busy: bool = False) -> None:
     """Leave with the exit code of this command's work: 1 before 75."""
     undone = report is not None and (
         report.dead_count or report.stopped or (report.pending_count and not report.is_left)
@@ -263,7 +275,9 @@ def group(
 
 
 def _call(context: typer.Context, raw: dict[str, Any], *, no_deliver: bool) -> None:
-    from audience_sync import intake  # noqa: PLC0415
+    from audience_sync import intake
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import deliveries, engines
 
     with open_app(context.obj) as opened, stoppable(opened):
         if not no_deliver:
@@ -300,6 +314,9 @@ def retry(
     all_dead: Annotated[bool, typer.Option("--all-dead", help="Every dead delivery.")] = False,
 ) -> None:
     """Queue dead deliveries again, if nothing newer has overtaken them."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import deliveries, engines
+
     if bool(ids) == all_dead:
         raise ConfigError("Name the deliveries to try again, or say --all-dead.")
     with open_app(context.obj) as opened:
@@ -315,6 +332,9 @@ def retry(
 @app.command()
 def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...")]) -> None:
     """Cancel pending or dead deliveries; Userpilot is not told."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import deliveries, engines
+
     with open_app(context.obj) as opened:
         with engines.write(opened.engine) as connection:
             count = deliveries.discard(connection, ids, opened.clock.now())
@@ -329,7 +349,7 @@ def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(met
 
 
 def moment(text: str | None) -> dt.datetime | None:
-    from audience_sync.calls.validation import parse_moment  # noqa: PLC0415
+    from audience_sync.calls.validation import parse_moment
 
     try:
         return None if text is None else parse_moment(text)

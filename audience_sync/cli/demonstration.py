@@ -170,7 +170,7 @@ def _show_history(opened: App) -> None:
     ]
     say.line("The newest runs, from the database:")
     numbers = ["members", "entered", "exited", "accepted"]
-    say.table(["run", "key", "as of", "status", *numbers], rows, numbers=["run", *numbers])
+    say.table(["run", "key", "as of", *numbers], rows, numbers=["run", *numbers])
 
 
 def _ask(url: str, what: str) -> Any:

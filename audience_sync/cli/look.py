@@ -1,25 +1,28 @@
 """The commands that look inside: status, list, history, show, members, user, deliveries, calls."""
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from audience_sync.app import App, open_app
 from audience_sync.cli import act, say
 from audience_sync.cli.act import Json, show_runs
 from audience_sync.cli.main import app
 from audience_sync.errors import ConfigError
-from audience_sync.store import engines, looks, runs
-from audience_sync.store.tables import deliveries as deliveries_table
 
 ROWS = 50  # of a table on a terminal; --json gives all
 STATUSES = ("held", "pending", "sending", "accepted", "dead", "cancelled")
+
+if TYPE_CHECKING:
+    from audience_sync.app import App
 
 
 @app.command()
 def status(context: typer.Context, as_json: Json = False) -> None:
     """Say whether anything is stopped, dead or late, and how long the queue is."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+
     with open_app(context.obj) as opened:
         with engines.read(opened.engine) as connection:
             found = looks.queue_state(connection, opened.clock.now())
@@ -56,7 +59,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         say.table(["lane", *numbers, "state"], rows, numbers=numbers)
 
 
-def _lanes(opened: App, sent: dict[str, int], slow: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _lanes(opened: "App", sent: dict[str, int], slow: dict[str, Any]) -> dict[str, dict[str, Any]]:
     destination = opened.settings.destination
     limits = {
         "identify": destination.identify_per_minute,
@@ -77,6 +80,9 @@ def _lanes(opened: App, sent: dict[str, int], slow: dict[str, Any]) -> dict[str,
 @app.command("list")
 def list_(context: typer.Context, as_json: Json = False) -> None:
     """List the definitions: size, last run, state."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+
     with open_app(context.obj) as opened:
         with engines.read(opened.engine) as connection:
             used = looks.definition_rows(connection)
@@ -115,6 +121,9 @@ def history(
     as_json: Json = False,
 ) -> None:
     """List the runs, newest first."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+
     with open_app(context.obj) as opened, engines.read(opened.engine) as connection:
         if key is not None:
             known_id(connection, opened, key)
@@ -124,9 +133,17 @@ def history(
             return
         names = {"member": "members", "entered": "in", "exited": "out", "changed": "new", "accepted": "sent"}
         names |= {"pending": "left", "dead": "dead"}
+        for name in ("changed", "pending", "dead"):  # columns that people look at when there is something
+            if not any(run[f"{name}_count"] for run in found):
+                del names[name]
         rows = [
-            [str(run["run_id"]), run["key"], say.moment(run["as_of"]), run["status"]]
-            + [say.count(run[f"{name}_count"]) for name in names]
+            [
+                str(run["run_id"]),
+                run["key"],
+                say.moment(run["as_of"]),
+                run["status"],
+                *(say.count(run[f"{name}_count"]) for name in names),
+            ]
             for run in found
         ]
         numbers = ["run", *names.values()]
@@ -136,6 +153,9 @@ def history(
 @app.command()
 def show(context: typer.Context, run_id: int, as_json: Json = False) -> None:
     """Show a run: counts, what was set aside, some of those who changed."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+
     with open_app(context.obj) as opened, engines.read(opened.engine) as connection:
         found = looks.run_in_full(connection, run_id)
         if found is None:
@@ -166,6 +186,9 @@ def members(
     at: Annotated[str | None, typer.Option(help="At a past moment (ISO 8601) instead of now.")] = None,
 ) -> None:
     """Print the members, one user id a line (a trait: id, tab, JSON value)."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+
     with open_app(context.obj) as opened, engines.read(opened.engine) as connection:
         definition_id = known_id(connection, opened, key)
         if definition_id is not None:
@@ -176,6 +199,9 @@ def members(
 @app.command()
 def user(context: typer.Context, user_id: str, as_json: Json = False) -> None:
     """Show all that is known of a user, and what was sent."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+
     with open_app(context.obj) as opened, engines.read(opened.engine) as connection:
         found = looks.user(connection, user_id)
         if as_json:
@@ -207,6 +233,10 @@ def deliveries(
     as_json: Json = False,
 ) -> None:
     """List the deliveries, newest first."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+    from audience_sync.store.tables import deliveries as deliveries_table
+
     if status is not None and status not in STATUSES:
         raise ConfigError(f"{status} is no status of a delivery: there are {', '.join(STATUSES)}.")
     with open_app(context.obj) as opened, engines.read(opened.engine) as connection:
@@ -241,6 +271,9 @@ def calls(
     as_json: Json = False,
 ) -> None:
     """List the calls that applications handed in, newest first."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import engines, looks
+
     if status not in {None, "accepted", "ignored"}:
         raise ConfigError(f"{status} is no status of a call: there are accepted, ignored.")
     with open_app(context.obj) as opened, engines.read(opened.engine) as connection:
@@ -265,8 +298,10 @@ def calls(
         )
 
 
-def known_id(connection: Any, opened: App, key: str) -> int | None:
+def known_id(connection: Any, opened: "App", key: str) -> int | None:
     """The id of a definition that was used, None for one that is only configured; others are a mistake."""
+    from audience_sync.store import runs
+
     row = runs.find(connection, key)
     if row is not None:
         return int(row.definition_id)

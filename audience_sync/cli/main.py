@@ -39,7 +39,7 @@ def configure(
 
 
 def main() -> None:
-    from audience_sync.cli import act, look, setup  # noqa: F401, PLC0415  (they register their commands)
+    from audience_sync.cli import act, look, setup  # noqa: F401  (they register their commands)
 
     try:
         app()

@@ -5,10 +5,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from audience_sync.clock import isoformat
-from audience_sync.delivery.worker import Report
+
+if TYPE_CHECKING:
+    from audience_sync.delivery.worker import Report
 
 WIDTH = 80
 FOLDED = {"key", "for", "body", "answer", "reason", "value", "user", "event or group"}  # may be of any length
@@ -44,10 +46,10 @@ def count(value: int | None) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
     """A table of at most 80 columns; `numbers` names the columns that are set to the right."""
-    from rich import box  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
@@ -69,19 +71,19 @@ def span(seconds: float) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[Report], None]]:
+def progress() -> Iterator[Callable[["Report"], None]]:
     """A bar on a terminal, fed with the delivery's reports; elsewhere nothing."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("delivering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=Console(stderr=True, width=WIDTH), transient=True) as bar:
         task = bar.add_task("delivering", total=None, left="")
 
-        def show(report: Report) -> None:
+        def show(report: "Report") -> None:
             done = report.accepted_count + report.dead_count
             left = f"{span(report.seconds_left)} left"
             bar.update(task, completed=done, total=done + report.pending_count, left=left)

@@ -4,11 +4,10 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from audience_sync.app import App, open_app
 from audience_sync.cli import say
 from audience_sync.cli.main import app
 from audience_sync.definitions.model import Definition
@@ -17,11 +16,14 @@ from audience_sync.errors import AudienceSyncError, ConfigError
 db = typer.Typer(help="Migrations of our own tables.", no_args_is_help=True)
 app.add_typer(db, name="db")
 
+if TYPE_CHECKING:
+    from audience_sync.app import App
+
 
 @app.command()
 def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> None:
     """Write the commented starter configuration."""
-    import audience_sync  # noqa: PLC0415
+    import audience_sync
 
     package = Path(audience_sync.__file__).parent
     shipped = package / "_config" / "audience_sync.toml"
@@ -41,7 +43,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
 @app.command()
 def check(context: typer.Context) -> None:
     """Check configuration, databases, migrations, API key and every definition."""
-    from audience_sync.settings import load  # noqa: PLC0415
+    from audience_sync.cli.session import open_app
+    from audience_sync.settings import load
 
     settings = load(context.obj)
     say.line(f"ok    configuration {settings.path}")
@@ -69,8 +72,8 @@ def _try(what: str, action: Callable[[], str]) -> bool:
     return True
 
 
-def _check_database(opened: App) -> str:
-    from audience_sync.store import engines, migrate  # noqa: PLC0415
+def _check_database(opened: "App") -> str:
+    from audience_sync.store import engines, migrate
 
     migrate.ensure(opened.engine)
     with engines.read(opened.engine) as connection:
@@ -80,11 +83,11 @@ def _check_database(opened: App) -> str:
         return f"PostgreSQL, schema {opened.settings.database.schema}, version {migrate.HEAD}"
 
 
-def _check_source(opened: App, name: str) -> str:
-    import sqlalchemy as sa  # noqa: PLC0415
+def _check_source(opened: "App", name: str) -> str:
+    import sqlalchemy as sa
 
-    from audience_sync.errors import SourceError  # noqa: PLC0415
-    from audience_sync.store import engines  # noqa: PLC0415
+    from audience_sync.errors import SourceError
+    from audience_sync.store import engines
 
     source = opened.open_source(name)
     try:
@@ -98,7 +101,7 @@ def _check_source(opened: App, name: str) -> str:
 
 
 def _may_write(connection: object) -> bool:
-    import sqlalchemy as sa  # noqa: PLC0415
+    import sqlalchemy as sa
 
     query = (
         "SELECT rolsuper OR EXISTS (SELECT 1 FROM information_schema.table_privileges WHERE grantee = current_user "
@@ -107,8 +110,8 @@ def _may_write(connection: object) -> bool:
     return bool(connection.execute(sa.text(query)).scalar())  # type: ignore[attr-defined]
 
 
-def _check_key(opened: App) -> str:
-    from audience_sync.userpilot.answers import Outcome  # noqa: PLC0415
+def _check_key(opened: "App") -> str:
+    from audience_sync.userpilot.answers import Outcome
 
     with contextlib.closing(opened.client()) as client:
         answer = client.validate()
@@ -126,9 +129,9 @@ def _check_key(opened: App) -> str:
     )
 
 
-def _check_definition(opened: App, definition: Definition) -> str:
-    from audience_sync.definitions import sql  # noqa: PLC0415
-    from audience_sync.sync import runs  # noqa: PLC0415
+def _check_definition(opened: "App", definition: Definition) -> str:
+    from audience_sync.definitions import sql
+    from audience_sync.sync import runs
 
     source = opened.source(definition)
     warnings = sql.check(definition.sql, (source or opened.engine).dialect.name)
@@ -143,7 +146,7 @@ def sandbox(
     api_key: Annotated[str, typer.Option(help="A toy key, not Userpilot's.")] = "sandbox",
 ) -> None:
     """Run a local Userpilot to try things on."""
-    from audience_sync.sandbox import Sandbox  # noqa: PLC0415
+    from audience_sync.sandbox import Sandbox
 
     try:
         server = Sandbox(port=port, api_key=api_key)
@@ -168,7 +171,7 @@ def demo(
     ),
 ) -> None:
     """Sync a year of real orders to a local sandbox; needs nothing."""
-    from audience_sync.cli import demonstration  # noqa: PLC0415
+    from audience_sync.cli import demonstration
 
     demonstration.run(folder)
 
@@ -176,7 +179,8 @@ def demo(
 @db.command()
 def upgrade(context: typer.Context) -> None:
     """Bring the database to this program's version."""
-    from audience_sync.store import migrate  # noqa: PLC0415
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import migrate
 
     with open_app(context.obj, migrated=False) as opened:
         migrate.upgrade(opened.engine)
@@ -186,7 +190,8 @@ def upgrade(context: typer.Context) -> None:
 @db.command()
 def current(context: typer.Context) -> None:
     """Print the database's version."""
-    from audience_sync.store import migrate  # noqa: PLC0415
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import migrate
 
     with open_app(context.obj, migrated=False) as opened:
         revision = migrate.current(opened.engine)
@@ -197,7 +202,8 @@ def current(context: typer.Context) -> None:
 @db.command()
 def downgrade(context: typer.Context, revision: str) -> None:
     """Go back to an older version, or to `base`: that drops all our tables and what they hold."""
-    from audience_sync.store import migrate  # noqa: PLC0415
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import migrate
 
     if revision != "base" and revision not in migrate.KNOWN:
         raise ConfigError(f"There is no version {revision}: there are base, {', '.join(migrate.KNOWN)}.")
