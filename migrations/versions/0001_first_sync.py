@@ -65,8 +65,8 @@ def upgrade() -> None:
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("left_out", sa.JSON(), nullable=True),
-        sa.CheckConstraint("(status = 'ignored') = (reason IS NOT NULL)", name="ck_calls_reason"),
-        sa.CheckConstraint("status IN ('accepted', 'ignored')", name="ck_calls_status"),
+        sa.CheckConstraint("(status = 'ignored') = (reason IS NOT NULL)", name=op.f("ck_calls_reason")),
+        sa.CheckConstraint("status IN ('accepted', 'ignored')", name=op.f("ck_calls_status")),
         sa.PrimaryKeyConstraint("call_id", name="pk_calls"),
         sa.UniqueConstraint("message_id", name="uq_calls_message_id"),
         sqlite_autoincrement=True,
@@ -89,7 +89,7 @@ def upgrade() -> None:
         sa.Column("fingerprint", sa.Text(), nullable=True),
         sa.Column("created_at", TIME, nullable=False),
         sa.Column("retired_at", TIME, nullable=True),
-        sa.CheckConstraint("kind IN ('audience', 'trait')", name="ck_definitions_kind"),
+        sa.CheckConstraint("kind IN ('audience', 'trait')", name=op.f("ck_definitions_kind")),
         sa.PrimaryKeyConstraint("definition_id", name="pk_definitions"),
         sa.UniqueConstraint("key", name="uq_definitions_key"),
     )
@@ -117,20 +117,23 @@ def upgrade() -> None:
         sa.Column("error", sa.Text(), nullable=True),
         sa.CheckConstraint(
             "(status IN ('accepted', 'dead', 'cancelled')) = (settled_at IS NOT NULL)",
-            name="ck_deliveries_settled",
+            name=op.f("ck_deliveries_settled"),
         ),
-        sa.CheckConstraint("action IN ('identify', 'track', 'company')", name="ck_deliveries_action"),
-        sa.CheckConstraint("class IN ('call', 'change', 'push')", name="ck_deliveries_class"),
-        sa.CheckConstraint("status <> 'dead' OR error IS NOT NULL", name="ck_deliveries_reason"),
+        sa.CheckConstraint("action IN ('identify', 'track', 'company')", name=op.f("ck_deliveries_action")),
+        sa.CheckConstraint("class IN ('call', 'change', 'push')", name=op.f("ck_deliveries_class")),
+        sa.CheckConstraint("status <> 'dead' OR error IS NOT NULL", name=op.f("ck_deliveries_reason")),
         sa.CheckConstraint(
             "status IN ('held', 'pending', 'sending', 'accepted', 'dead', 'cancelled')",
-            name="ck_deliveries_status",
+            name=op.f("ck_deliveries_status"),
         ),
         sa.CheckConstraint(
-            "status NOT IN ('sending', 'accepted') OR request_id IS NOT NULL", name="ck_deliveries_requested"
+            "status NOT IN ('sending', 'accepted') OR request_id IS NOT NULL",
+            name=op.f("ck_deliveries_requested"),
         ),
-        sa.CheckConstraint("(run_id IS NULL) <> (call_id IS NULL)", name="ck_deliveries_origin"),
-        sa.CheckConstraint("(run_id IS NULL) = (definition_id IS NULL)", name="ck_deliveries_definition"),
+        sa.CheckConstraint("(run_id IS NULL) <> (call_id IS NULL)", name=op.f("ck_deliveries_origin")),
+        sa.CheckConstraint(
+            "(run_id IS NULL) = (definition_id IS NULL)", name=op.f("ck_deliveries_definition")
+        ),
         sa.PrimaryKeyConstraint("delivery_id", name="pk_deliveries"),
         sqlite_autoincrement=True,
     )
@@ -183,8 +186,10 @@ def upgrade() -> None:
         sa.Column("stopped_reason", sa.Text(), nullable=True),
         sa.Column("slow_downs", sa.JSON(), nullable=False),
         sa.Column("heartbeat_at", TIME, nullable=True),
-        sa.CheckConstraint("(stopped_at IS NULL) = (stopped_reason IS NULL)", name="ck_destination_stopped"),
-        sa.CheckConstraint("destination_id = 1", name="ck_destination_one_row"),
+        sa.CheckConstraint(
+            "(stopped_at IS NULL) = (stopped_reason IS NULL)", name=op.f("ck_destination_stopped")
+        ),
+        sa.CheckConstraint("destination_id = 1", name=op.f("ck_destination_one_row")),
         sa.PrimaryKeyConstraint("destination_id", name="pk_destination"),
     )
     op.create_table(
@@ -210,7 +215,7 @@ def upgrade() -> None:
         sa.Column("pid", sa.Integer(), nullable=True),
         sa.Column("epoch", sa.BigInteger(), nullable=False),
         sa.Column("expires_at", TIME, nullable=True),
-        sa.CheckConstraint("(owner IS NULL) = (expires_at IS NULL)", name="ck_leases_held"),
+        sa.CheckConstraint("(owner IS NULL) = (expires_at IS NULL)", name=op.f("ck_leases_held")),
         sa.PrimaryKeyConstraint("name", name="pk_leases"),
     )
     op.create_table(
@@ -254,7 +259,7 @@ def upgrade() -> None:
         sa.Column("x_request_id", sa.Text(), nullable=True),
         sa.Column("delivery_count", sa.Integer(), nullable=False),
         sa.Column("error", sa.Text(), nullable=True),
-        sa.CheckConstraint("lane IN ('identify', 'track', 'company', 'bulk')", name="ck_requests_lane"),
+        sa.CheckConstraint("lane IN ('identify', 'track', 'company', 'bulk')", name=op.f("ck_requests_lane")),
         sa.PrimaryKeyConstraint("request_id", name="pk_requests"),
         sqlite_autoincrement=True,
     )
@@ -276,14 +281,16 @@ def upgrade() -> None:
         sa.Column("changed_count", sa.BigInteger(), nullable=True),
         sa.Column("set_aside", sa.JSON(), nullable=True),
         sa.Column("error", sa.Text(), nullable=True),
-        sa.CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="ck_runs_finished"),
-        sa.CheckConstraint("mode IN ('first', 'changes', 'full', 'canary', 'retire')", name="ck_runs_mode"),
-        sa.CheckConstraint("status <> 'succeeded' OR member_count IS NOT NULL", name="ck_runs_counted"),
+        sa.CheckConstraint("(status = 'running') = (finished_at IS NULL)", name=op.f("ck_runs_finished")),
+        sa.CheckConstraint(
+            "mode IN ('first', 'changes', 'full', 'canary', 'retire')", name=op.f("ck_runs_mode")
+        ),
+        sa.CheckConstraint("status <> 'succeeded' OR member_count IS NOT NULL", name=op.f("ck_runs_counted")),
         sa.CheckConstraint(
             "status IN ('running', 'held', 'rejected', 'succeeded', 'failed', 'abandoned')",
-            name="ck_runs_status",
+            name=op.f("ck_runs_status"),
         ),
-        sa.CheckConstraint("\"trigger\" IN ('schedule', 'manual')", name="ck_runs_trigger"),
+        sa.CheckConstraint("\"trigger\" IN ('schedule', 'manual')", name=op.f("ck_runs_trigger")),
         sa.ForeignKeyConstraint(
             ["definition_id"], ["definitions.definition_id"], name="fk_runs_definition_id"
         ),

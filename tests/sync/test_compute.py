@@ -6,7 +6,7 @@ import sqlite3
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.app import open_source
+from audience_sync.app import source_engine
 from audience_sync.errors import DefinitionError, SourceError
 from audience_sync.store import engines
 from audience_sync.sync import compute
@@ -48,7 +48,7 @@ def shop(request, tmp_path):
             "INSERT INTO orders VALUES ('ann', 1.5, '2026-02-28'), ('ann', 1.5, '2026-03-02'), ('bob', 2, NULL)"
         )
     maker.dispose()
-    source = open_source("shop", url)
+    source = source_engine("shop", url)
     yield source
     source.dispose()
 
@@ -213,7 +213,7 @@ def test_an_error_of_a_source_is_the_definitions(world, computed, shop):
 )
 def test_a_source_that_is_down_fails_its_runs_and_no_others(world, address):
     world.people("ann")
-    source = open_source("shop", address)
+    source = source_engine("shop", address)
     run = world.sync(world.audience("SELECT user_id FROM orders", source="shop"), source=source)
     source.dispose()
     assert run.status == "failed"
@@ -224,7 +224,7 @@ def test_a_source_that_is_down_fails_its_runs_and_no_others(world, address):
 
 def test_a_source_that_dies_while_it_is_read_is_said_so(world, computed, postgres, monkeypatch):
     monkeypatch.setattr(compute, "FETCH_ROWS", 10)
-    source = open_source("shop", postgres.url(postgres.create()))
+    source = source_engine("shop", postgres.url(postgres.create()))
     taken = compute.values.rows
 
     def kill(*arguments):
@@ -241,7 +241,7 @@ def test_a_source_that_dies_while_it_is_read_is_said_so(world, computed, postgre
 
 def test_an_sqlite_source_that_is_no_database_is_said_so(world, computed, tmp_path):
     (tmp_path / "shop.db").write_text("not a database at all, but long enough to look at" * 20)
-    source = open_source("shop", f"sqlite:///{tmp_path}/shop.db")
+    source = source_engine("shop", f"sqlite:///{tmp_path}/shop.db")
     with pytest.raises(SourceError, match="file is not a database"):
         computed(world.audience("SELECT user_id FROM orders", source="shop"), source)
     source.dispose()

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from audience_sync.app import open_source
+from audience_sync.app import source_engine
 from audience_sync.definitions.model import Definition, Kind
 from audience_sync.store import engines, forms, migrate
 from audience_sync.sync import compute, values
@@ -56,7 +56,7 @@ class Databases:
         for name, url in urls.items():
             self.own[name] = engines.open_own(url, "audience_sync")
             migrate.upgrade(self.own[name])
-            self.sources[name] = open_source(name, url)
+            self.sources[name] = source_engine(name, url)
 
     def fill(self, name, id_type, value_type, rows):
         with engines.write(self.own[name]) as connection:
