@@ -6,7 +6,6 @@ It shares no code with the rest of this project, so that a misreading of the API
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from audience_sync.sandbox.faults import Faults
@@ -37,7 +36,6 @@ class Sandbox:
         self._host, self._port = host, port
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
-        self._serving = False
 
     @property
     def url(self) -> str:
@@ -48,35 +46,29 @@ class Sandbox:
 
     def start(self) -> Self:
         if self._thread is None:
-            self._bind()
-            self._serving = True
-            self._thread = threading.Thread(target=self.serve_forever, name="sandbox", daemon=True)
+            serve = self._bind().serve_forever
+            self._thread = threading.Thread(target=serve, args=(0.02,), name="sandbox", daemon=True)
             self._thread.start()
         return self
 
     def serve_forever(self) -> None:
-        """Serves on the calling thread until it is interrupted, or stopped by another."""
-        server = self._bind()
-        self._serving = True
+        """Serves until it is interrupted, or stopped by another thread."""
+        self.start()
         try:
-            server.serve_forever(poll_interval=0.02)
+            if self._thread is not None:
+                self._thread.join()
         finally:
-            self._serving = False
-            server.close_all()
-            self._server = None
+            self.stop()
 
     def stop(self) -> None:
         """Returns when the port is closed and every connection is cut; requests that wait are not applied."""
-        server = self._server
-        if server is None:
-            return
-        if self._serving:
-            server.shutdown()
-        server.close_all()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._server = None
+        (server, thread), self._server, self._thread = (self._server, self._thread), None, None
+        if server is not None:
+            if thread is not None:
+                server.shutdown()
+            server.close_all()
+        if thread is not None:
+            thread.join()
 
     def _bind(self) -> Server:
         if self._server is None:
@@ -87,7 +79,5 @@ class Sandbox:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()

@@ -3,13 +3,19 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from email import message_from_bytes
 from email.message import Message
-from typing import Any
+from http import HTTPStatus
+from typing import Annotated, Any
 from urllib.parse import unquote
 
-from audience_sync.sandbox.state import Entry, RefusalError, State, job_fields
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from audience_sync.sandbox.state import Entry, RefusalError, State
 
 API_VERSION = "2020-09-22"
+REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,203 +35,157 @@ class Request:
     headers: Message
     body: Body
 
-    def text(self, name: str) -> str | None:
-        value = self.body.value.get(name) if isinstance(self.body.value, dict) else None
-        return value if isinstance(value, str) else None
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    body: Any = None  # None: no body at all
-
-
-def answer(state: State, request: Request, entry: Entry) -> Answer:
-    if request.headers.get("Authorization") != f"Token {state.api_key}":
-        return Answer(401, errors(401, "the API key is missing or wrong"))
+def answer(state: State, request: Request, entry: Entry) -> tuple[int, Any]:
+    """The status and the body; None is no body at all."""
     try:
-        return _endpoint(request)(state, request, entry)
-    except RefusalError as refusal:
-        return Answer(refusal.status, errors(refusal.status, str(refusal)))
+        return 200 if request.method == "GET" else 202, _act(state, request, entry)
+    except (RefusalError, msgspec.ValidationError) as refusal:
+        status = getattr(refusal, "status", 400)
+        return status, errors(status, str(refusal))
+
+
+def _act(state: State, request: Request, entry: Entry) -> Any:
+    if request.headers.get("Authorization") != f"Token {state.api_key}":
+        raise RefusalError(401, "the API key is missing or wrong")
+    path = _JOB_PATH if request.path.startswith(_JOB_PATH) else request.path
+    if (request.method, path) not in _ENDPOINTS:
+        raise RefusalError(404, f"no such endpoint: {request.method} {request.path}")
+    lane, shape, act = _ENDPOINTS[request.method, path]
+    if lane in _VERSIONED and request.headers.get("X-API-Version") != API_VERSION:
+        raise RefusalError(400, f"X-API-Version must be {API_VERSION}")
+    if lane is not None:
+        state.admit(lane, entry)
+    return act(state, request, entry, None if shape is None else _read(request, shape))
 
 
 def errors(status: int, message: str) -> dict[str, list[dict[str, str]]]:
-    return {
-        "errors": [
-            {
-                "details": message,
-                "error": _ERRORS.get(status, "error"),
-                "error_code": str(status),
-                "message": message,
-            }
-        ]
-    }
+    kind = REASONS.get(status, "Error").lower().replace(" ", "_")
+    return {"errors": [{"details": message, "error": kind, "error_code": str(status), "message": message}]}
 
 
 def read_body(content_type: str, raw: bytes) -> Body:
-    header = Message()
-    header["Content-Type"] = content_type
+    head = b"Content-Type: " + (content_type or "text/plain").encode("latin-1") + b"\r\n\r\n"
+    kind = message_from_bytes(head).get_content_type()
     try:
-        if header.get_content_type() == "application/json" and content_type:
+        if kind == "application/json":
             return Body(_parse(raw), size=len(raw))
-        if header.get_content_type() == "multipart/form-data":
-            return _read_multipart(raw, str(header.get_param("boundary", "")).encode())
+        if kind == "multipart/form-data":
+            return _read_multipart(message_from_bytes(head + raw))
+        problem = "Content-Type must be application/json"
     except (ValueError, RecursionError) as error:
-        return Body(raw[:1000].decode(errors="replace"), f"the body cannot be read: {error}", size=len(raw))
-    text = raw[:1000].decode(errors="replace") if raw else None
-    return Body(text, "Content-Type must be application/json", size=len(raw))
+        problem = f"the body cannot be read: {error}"
+    return Body(raw[:1000].decode(errors="replace") if raw else None, problem, size=len(raw))
 
 
-def _identify(state: State, request: Request, entry: Entry) -> Answer:
-    _need_version(request)
-    state.admit("identify", entry)
-    body = _json(request, {"user_id", "metadata", "company"})
-    user_id = _id(body, "user_id")
-    company = body.get("company")
-    if "company" in body:
-        company = _primitives(body, "company")
-        _id(company, "id")
-    state.identify(entry.number, user_id, _primitives(body, "metadata"), company)
-    return Answer(202)
+_NOT_EMPTY = msgspec.Meta(min_length=1)
+_Id = Annotated[str, _NOT_EMPTY]
+_Properties = dict[str, str | int | float | bool | None]
 
 
-def _track(state: State, request: Request, entry: Entry) -> Answer:
-    _need_version(request)
-    state.admit("track", entry)
-    body = _json(request, {"user_id", "event_name", "metadata"})
-    user_id, event_name = _id(body, "user_id"), _id(body, "event_name")
-    state.track(entry.number, user_id, event_name, _primitives(body, "metadata"))
-    return Answer(202)
+class _Strict(msgspec.Struct, forbid_unknown_fields=True):
+    """Userpilot may well ignore an unknown member; here it is a mistake that should be seen."""
 
 
-def _identify_company(state: State, request: Request, entry: Entry) -> Answer:
-    state.admit("company", entry)
-    body = _json(request, {"company_id", "metadata"})
-    state.identify_company(_id(body, "company_id"), _primitives(body, "metadata"))
-    return Answer(202)
+class _Identify(_Strict):
+    user_id: _Id
+    metadata: _Properties = {}
+    company: _Properties | UnsetType = UNSET
 
 
-def _bulk(kind: str, members: set[str]) -> Callable[[State, Request, Entry], Answer]:
-    key = "user_id" if kind == "users" else "company_id"
+class _Track(_Strict):
+    user_id: _Id
+    event_name: _Id
+    metadata: _Properties = {}
 
-    def endpoint(state: State, request: Request, entry: Entry) -> Answer:
+
+class _UserRow(_Strict):
+    user_id: _Id
+    metadata: _Properties = {}
+    company_id: _Id | UnsetType = UNSET
+
+
+class _Company(_Strict):
+    company_id: _Id
+    metadata: _Properties = {}
+
+
+def _identify(state: State, _: Request, entry: Entry, body: _Identify) -> None:
+    company = None if body.company is UNSET else body.company
+    if company is not None:
+        msgspec.convert(company.get("id"), _Id)
+    state.identify(entry.number, body.user_id, body.metadata, company)
+
+
+def _track(state: State, _: Request, entry: Entry, body: _Track) -> None:
+    state.track(entry.number, body.user_id, body.event_name, body.metadata)
+
+
+def _identify_company(state: State, _: Request, _entry: Entry, body: _Company) -> None:
+    state.identify_company(body.company_id, body.metadata)
+
+
+def _bulk(kind: str, row: Any) -> "_Act":
+    def act(state: State, request: Request, entry: Entry, _: None) -> dict[str, Any]:
         limits, body = state.limits, request.body
         if body.size > limits.bulk_bytes_per_request:
             raise RefusalError(413, f"{body.size} bytes; {limits.bulk_bytes_per_request} are the most")
-        rows = body.value if body.filename is not None else _json(request, {kind}).get(kind)
-        if body.problem is not None or not isinstance(rows, list) or not rows:
-            raise RefusalError(400, body.problem or f"{kind} must be a list of rows")
-        if len(rows) > limits.bulk_rows_per_request:
+        rows = body.value if body.filename is not None else _only(kind, _read(request, dict[str, Any]))
+        if isinstance(rows, list) and len(rows) > limits.bulk_rows_per_request:
             raise RefusalError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
-        for position, row in enumerate(rows, 1):
-            try:
-                _only(row, members)
-                _id(row, key)
-                if "company_id" in row:
-                    _id(row, "company_id")
-                _primitives(row, "metadata")
-            except RefusalError as refusal:
-                raise RefusalError(400, f"row {position}: {refusal}") from None
-        return Answer(202, job_fields(state.start_job(entry.number, kind, rows, body.filename, body.size)))
+        msgspec.convert(rows, Annotated[list[row], _NOT_EMPTY])
+        return state.start_job(entry.number, kind, rows, body.filename, body.size).fields()
 
-    return endpoint
+    return act
 
 
-def _delete(kind: str) -> Callable[[State, Request, Entry], Answer]:
-    def endpoint(state: State, request: Request, entry: Entry) -> Answer:
-        _need_version(request)
-        state.admit("delete", entry)
-        ids = _json(request, {kind}).get(kind)
-        if not isinstance(ids, list) or not ids or not all(isinstance(item, str) and item for item in ids):
-            raise RefusalError(400, f"{kind} must be a list of ids")
-        state.delete(kind, ids)
-        return Answer(202)
+def _delete(kind: str) -> "_Act":
+    def act(state: State, _: Request, _entry: Entry, body: dict[str, Any]) -> None:
+        state.delete(kind, msgspec.convert(_only(kind, body), Annotated[list[_Id], _NOT_EMPTY]))
 
-    return endpoint
+    return act
 
 
-def _jobs(state: State, _request: Request, _entry: Entry) -> Answer:
-    with state.lock:
-        state.advance()
-        return Answer(200, [job_fields(job) for job in state.jobs.values()])
+def _jobs(state: State, _: Request, _entry: Entry, _body: None) -> list[dict[str, Any]]:
+    return [job.fields() for job in state.jobs.values()]
 
 
-def _job(state: State, request: Request, _entry: Entry) -> Answer:
-    with state.lock:
-        state.advance()
-        job = state.jobs.get(unquote(request.path.removeprefix(_JOB_PATH)))
-        if job is None:
-            raise RefusalError(404, "no such job")
-        return Answer(200, job_fields(job) | {"completed_rows": job.completed_rows})
+def _job(state: State, request: Request, _entry: Entry, _body: None) -> dict[str, Any]:
+    job = state.jobs.get(unquote(request.path.removeprefix(_JOB_PATH)))
+    if job is None:
+        raise RefusalError(404, "no such job")
+    return job.fields() | {"completed_rows": job.completed_rows}
 
 
-def _validate(_state: State, _request: Request, _entry: Entry) -> Answer:
-    return Answer(200, {})
-
-
+_Act = Callable[[State, Request, Entry, Any], Any]  # what it returns is the answer's body
 _JOB_PATH = "/v1/background_jobs/"
-_ENDPOINTS: dict[tuple[str, str], Callable[[State, Request, Entry], Answer]] = {
-    ("POST", "/v1/identify"): _identify,
-    ("POST", "/v1/track"): _track,
-    ("POST", "/v1/companies/identify"): _identify_company,
-    ("POST", "/v1/users/bulk_identify"): _bulk("users", {"user_id", "company_id", "metadata"}),
-    ("POST", "/v1/companies/bulk_identify"): _bulk("companies", {"company_id", "metadata"}),
-    ("GET", "/v1/background_jobs"): _jobs,
-    ("GET", _JOB_PATH): _job,
-    ("DELETE", "/v1/users"): _delete("users"),
-    ("DELETE", "/v1/companies"): _delete("companies"),
-    ("GET", "/v1/validate"): _validate,
+_VERSIONED = {"identify", "track", "delete"}
+_ENDPOINTS: dict[
+    tuple[str, str], tuple[str | None, Any, _Act]
+] = {  # the lane, the body's shape, what it does
+    ("POST", "/v1/identify"): ("identify", _Identify, _identify),
+    ("POST", "/v1/track"): ("track", _Track, _track),
+    ("POST", "/v1/companies/identify"): ("company", _Company, _identify_company),
+    ("POST", "/v1/users/bulk_identify"): (None, None, _bulk("users", _UserRow)),
+    ("POST", "/v1/companies/bulk_identify"): (None, None, _bulk("companies", _Company)),
+    ("GET", "/v1/background_jobs"): (None, None, _jobs),
+    ("GET", _JOB_PATH): (None, None, _job),
+    ("DELETE", "/v1/users"): ("delete", dict[str, Any], _delete("users")),
+    ("DELETE", "/v1/companies"): ("delete", dict[str, Any], _delete("companies")),
+    ("GET", "/v1/validate"): (None, None, lambda *_: {}),
 }
-_ERRORS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 409: "conflict", 411: "length_required"}
-_ERRORS |= {413: "payload_too_large", 429: "too_many_requests"}
 
 
-def _endpoint(request: Request) -> Callable[[State, Request, Entry], Answer]:
-    path = _JOB_PATH if request.path.startswith(_JOB_PATH) else request.path
-    try:
-        return _ENDPOINTS[request.method, path]
-    except KeyError:
-        raise RefusalError(404, f"no such endpoint: {request.method} {request.path}") from None
+def _read(request: Request, shape: Any) -> Any:
+    if request.body.problem is not None or request.body.filename is not None:
+        raise RefusalError(400, request.body.problem or "Content-Type must be application/json")
+    return msgspec.convert(request.body.value, shape)
 
 
-def _need_version(request: Request) -> None:
-    if request.headers.get("X-API-Version") != API_VERSION:
-        raise RefusalError(400, f"X-API-Version must be {API_VERSION}")
-
-
-def _json(request: Request, members: set[str]) -> dict[str, Any]:
-    body = request.body
-    if body.filename is not None:
-        raise RefusalError(400, "Content-Type must be application/json")
-    if body.problem is not None:
-        raise RefusalError(400, body.problem)
-    return _only(body.value, members)
-
-
-def _only(value: Any, members: set[str]) -> dict[str, Any]:
-    """Userpilot may well ignore an unknown member; here it is a mistake that should be seen."""
-    if not isinstance(value, dict):
-        raise RefusalError(400, "a JSON object is needed")
-    if value.keys() - members:
-        raise RefusalError(400, f"unknown members: {', '.join(sorted(value.keys() - members))}")
-    return value
-
-
-def _id(body: dict[str, Any], name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or not value:
-        raise RefusalError(400, f"{name} must be a non-empty string")
-    return value
-
-
-def _primitives(body: dict[str, Any], name: str) -> dict[str, Any]:
-    value = body.get(name, {})
-    if not isinstance(value, dict):
-        raise RefusalError(400, f"{name} must be an object")
-    for member, item in value.items():
-        if isinstance(item, dict | list):
-            raise RefusalError(400, f"{name}.{member} must be a string, a number, a boolean or null")
-    return value
+def _only(kind: str, body: dict[str, Any]) -> Any:
+    if body.keys() != {kind}:
+        raise RefusalError(400, f"{kind} is needed, and nothing else")
+    return body[kind]
 
 
 def _parse(raw: bytes) -> Any:
@@ -236,17 +196,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _read_multipart(raw: bytes, boundary: bytes) -> Body:
-    parts = (b"\r\n" + raw).split(b"\r\n--" + boundary)
-    if not boundary or not parts[-1].startswith(b"--"):
+def _read_multipart(message: Message) -> Body:
+    if message.defects or not message.is_multipart():
         raise ValueError("the multipart body is not closed by its boundary")
-    for part in parts[1:-1]:
-        head, _, content = part.partition(b"\r\n\r\n")
-        header = Message()
-        for line in head.decode().strip().split("\r\n"):
-            name, _, value = line.partition(":")
-            header[name] = value.strip()
-        if header.get_param("name", header="content-disposition") == "file":
+    for part in message.walk():
+        if part.get_param("name", header="content-disposition") == "file":
+            content: Any = part.get_payload(decode=True)
             rows = [_parse(line) for line in content.splitlines() if line.strip()]
-            return Body(rows, filename=header.get_filename() or "file", size=len(content))
+            return Body(rows, filename=part.get_filename() or "file", size=len(content))
     raise ValueError("the multipart body has no part named file")

@@ -19,17 +19,16 @@ import socketserver
 import sys
 import threading
 import uuid
-from dataclasses import asdict, fields, replace
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs
+
+import msgspec
 
 from audience_sync.sandbox import api
 from audience_sync.sandbox.faults import Fault, Faults
-from audience_sync.sandbox.state import Limits, State, as_fields
+from audience_sync.sandbox.state import Limits, State
 
-_REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
 GARBAGE = b"\x16\x03\x01\x00\x00 this is not HTTP\r\n\r\n"
 FRAMING_BYTES = 65_536  # of a multipart upload, around its file
 
@@ -106,28 +105,31 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self, request: api.Request) -> None:
         state = self.server.state
-        user_id, company_id = request.text("user_id"), request.text("company_id")
-        entry = state.receive(request.method, request.path, request.body.value, user_id, company_id)
-        fault = self.server.faults.take(request.path, user_id) or Fault("")
+        with state.lock:
+            entry = state.receive(request.method, request.path, request.body.value)
+        fault = self.server.faults.take(request.path, entry.user_id) or Fault("")
         entry.fault = fault.name or None
         if self._stopped_within(fault.delay_seconds):
             return
-        answer, headers = api.Answer(0), fault.headers
+        status, body = 0, None
         if fault.applies:
-            answer = api.answer(state, request, entry)
-            entry.applied = request.method != "GET" and answer.status < 300
+            with state.lock:
+                state.advance()
+                status, body = api.answer(state, request, entry)
+                entry.applied = request.method != "GET" and status < 300
         if fault.status is not None:
-            default = api.errors(fault.status, "a fault was asked for") if fault.status >= 400 else None
-            answer = api.Answer(fault.status, default if fault.body is None else fault.body)
+            status, body = fault.status, fault.body
+            if body is None and status >= 400:
+                body = api.errors(status, "a fault was asked for")
         if fault.drop is None and not fault.garbage:
-            entry.status = answer.status
+            entry.status = status
         if self._stopped_within(fault.delay_after_seconds):
             return
         if fault.drop is not None or fault.garbage:
             self.close_connection = True
             self.wfile.write(GARBAGE if fault.garbage else b"")
             return
-        self._send(answer.status, answer.body, {"x-request-id": entry.x_request_id} | headers)
+        self._send(status, body, {"x-request-id": entry.x_request_id} | fault.headers)
 
     def _stopped_within(self, seconds: float) -> bool:
         if seconds and self.server.stopping.wait(seconds):
@@ -136,11 +138,8 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        content = (
-            body.encode() if isinstance(body, str) else b"" if body is None else json.dumps(body).encode()
-        )
-        reason = _REASONS.get(status, "Fault")
-        lines = [f"HTTP/1.1 {status} {reason}", f"content-length: {len(content)}"]
+        content = b"" if body is None else (body if isinstance(body, str) else json.dumps(body)).encode()
+        lines = [f"HTTP/1.1 {status} {api.REASONS.get(status, 'Fault')}", f"content-length: {len(content)}"]
         if content:
             lines.append("content-type: application/json")
         headers = {"x-request-id": uuid.uuid4().hex} if headers is None else headers
@@ -152,29 +151,28 @@ class Handler(BaseHTTPRequestHandler):
     def _control(self, name: str, query: str, body: api.Body) -> None:
         try:
             with self.server.state.lock:
-                content = json.dumps(self._controlled(f"{self.command} {name}", query, body))
+                self.server.state.advance()
+                content = self._controlled(f"{self.command} {name}", parse_qs(query), body.value)
+                content = json.dumps(content, default=msgspec.structs.asdict)
             self._send(200, content)
         except ValueError as error:
             self._send(400, api.errors(400, str(error)))
         except LookupError as error:
             self._send(404, api.errors(404, str(error)))
 
-    def _controlled(self, call: str, query: str, body: api.Body) -> Any:  # noqa: C901 (a table)
+    def _controlled(self, call: str, query: dict[str, list[str]], body: Any) -> Any:  # noqa: C901 (a table)
         state, faults = self.server.state, self.server.faults
         match call:
             case "GET state":
                 return state.snapshot()
             case "GET requests":
-                after = int(parse_qs(query).get("after", ["0"])[0])
-                return [as_fields(entry) for entry in state.requests[after:]]
+                return state.requests[int(query.get("after", ["0"])[0]) :]
             case "GET history":
-                state.advance()
-                user_id = parse_qs(query).get("user_id")
-                return state.history if user_id is None else state.history.get(user_id[0], [])
+                return state.history.get(query["user_id"][0], []) if "user_id" in query else state.history
             case "GET faults":
                 return faults.list()
             case "POST faults":
-                return faults.add(_object(body))
+                return faults.add(msgspec.convert(body, dict[str, Any]))
             case "DELETE faults":
                 return faults.clear()
             case "POST reset":
@@ -182,33 +180,13 @@ class Handler(BaseHTTPRequestHandler):
             case "POST deletions":
                 return state.advance(delete_now=True)
             case "POST limits":
-                state.set_limits(_limits(state.limits, _object(body)))
-                return asdict(state.limits)
+                changes = msgspec.convert(body, dict[str, Any])
+                state.limits = msgspec.convert(msgspec.structs.asdict(state.limits) | changes, Limits)
+                return state.limits
             case "POST key":
-                state.api_key = _key(_object(body))
+                state.api_key = msgspec.convert(body, _Key)["api_key"]
                 return None
         raise LookupError(f"no such control: {call}")
 
 
-def _object(body: api.Body) -> dict[str, Any]:
-    if body.problem is not None or not isinstance(body.value, dict):
-        raise ValueError(body.problem or "a JSON object is needed")
-    return body.value
-
-
-def _limits(limits: Limits, changes: dict[str, Any]) -> Limits:
-    known = {item.name: item.type for item in fields(Limits)}
-    if unknown := sorted(changes.keys() - known.keys()):
-        raise ValueError(f"unknown limits: {', '.join(unknown)}; known: {', '.join(known)}")
-    for name, value in changes.items():
-        if isinstance(value, bool) or not isinstance(value, int | float if known[name] is float else int):
-            raise ValueError(f"{name} must be a number")  # noqa: TRY004
-        if value < 0:
-            raise ValueError(f"{name} must not be negative")
-    return replace(limits, **changes)
-
-
-def _key(body: dict[str, Any]) -> str:
-    if body.keys() != {"api_key"} or not isinstance(body["api_key"], str):
-        raise ValueError('{"api_key": "..."} is needed')
-    return body["api_key"]
+_Key = Annotated[dict[Literal["api_key"], str], msgspec.Meta(min_length=1)]

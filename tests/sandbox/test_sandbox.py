@@ -320,6 +320,11 @@ def test_a_fault_answers_instead(client):
     assert client.control("GET", "faults") == []
 
 
+def test_a_fault_strikes_every_nth(client):
+    client.control("POST", "faults", {"status": 500, "after": 1, "every": 3, "times": 2})
+    assert [client.identify("u") for _ in range(10)] == [202, 202, 202, 500, 202, 202, 500, 202, 202, 202]
+
+
 @pytest.mark.parametrize(
     ("effect", "error", "applied"),
     [
