@@ -205,7 +205,7 @@ def _delivery(report: "Report | None", pending: int) -> dict[str, int]:
 
 def tell_delivery(report: "Report | None", pending: int) -> None:
     if report is None:
-        say.line(f"Nothing was sent; {pending:,} deliveries wait for `audience-sync deliver`.")
+        say.line(f"Nothing was sent. Waiting for `audience-sync deliver`: {pending:,}.")
         return
     say.line(
         f"Delivered: {report.accepted_count:,} accepted, {report.dead_count:,} dead, {pending:,} pending "
