@@ -28,35 +28,27 @@ class Body:
     size: int = 0  # bytes, of the file alone in a multipart upload
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    method: str
-    path: str
-    headers: Message
-    body: Body
-
-
-def answer(state: State, request: Request, entry: Entry) -> tuple[int, Any]:
+def answer(state: State, entry: Entry, headers: Message, body: Body) -> tuple[int, Any]:
     """The status and the body; None is no body at all."""
     try:
-        return 200 if request.method == "GET" else 202, _act(state, request, entry)
+        return 200 if entry.method == "GET" else 202, _act(state, entry, headers, body)
     except (RefusalError, msgspec.ValidationError) as refusal:
         status = getattr(refusal, "status", 400)
         return status, errors(status, str(refusal))
 
 
-def _act(state: State, request: Request, entry: Entry) -> Any:
-    if request.headers.get("Authorization") != f"Token {state.api_key}":
+def _act(state: State, entry: Entry, headers: Message, body: Body) -> Any:
+    if headers.get("Authorization") != f"Token {state.api_key}":
         raise RefusalError(401, "the API key is missing or wrong")
-    path = _JOB_PATH if request.path.startswith(_JOB_PATH) else request.path
-    if (request.method, path) not in _ENDPOINTS:
-        raise RefusalError(404, f"no such endpoint: {request.method} {request.path}")
-    lane, shape, act = _ENDPOINTS[request.method, path]
-    if lane in _VERSIONED and request.headers.get("X-API-Version") != API_VERSION:
+    path = _JOB_PATH if entry.path.startswith(_JOB_PATH) else entry.path
+    if (entry.method, path) not in _ENDPOINTS:
+        raise RefusalError(404, f"no such endpoint: {entry.method} {entry.path}")
+    lane, shape, act = _ENDPOINTS[entry.method, path]
+    if lane in _VERSIONED and headers.get("X-API-Version") != API_VERSION:
         raise RefusalError(400, f"X-API-Version must be {API_VERSION}")
     if lane is not None:
         state.admit(lane, entry)
-    return act(state, request, entry, None if shape is None else _read(request, shape))
+    return act(state, entry, body if shape is None else _read(body, shape))
 
 
 def errors(status: int, message: str) -> dict[str, list[dict[str, str]]]:
@@ -110,27 +102,19 @@ class _Company(_Strict):
     metadata: _Properties = {}
 
 
-def _identify(state: State, _: Request, entry: Entry, body: _Identify) -> None:
+def _identify(state: State, entry: Entry, body: _Identify) -> None:
     company = None if body.company is UNSET else body.company
     if company is not None:
         msgspec.convert(company.get("id"), _Id)
     state.identify(entry.number, body.user_id, body.metadata, company)
 
 
-def _track(state: State, _: Request, entry: Entry, body: _Track) -> None:
-    state.track(entry.number, body.user_id, body.event_name, body.metadata)
-
-
-def _identify_company(state: State, _: Request, _entry: Entry, body: _Company) -> None:
-    state.identify_company(body.company_id, body.metadata)
-
-
 def _bulk(kind: str, row: Any) -> "_Act":
-    def act(state: State, request: Request, entry: Entry, _: None) -> dict[str, Any]:
-        limits, body = state.limits, request.body
+    def act(state: State, entry: Entry, body: Body) -> dict[str, Any]:
+        limits = state.limits
         if body.size > limits.bulk_bytes_per_request:
             raise RefusalError(413, f"{body.size} bytes; {limits.bulk_bytes_per_request} are the most")
-        rows = body.value if body.filename is not None else _only(kind, _read(request, dict[str, Any]))
+        rows = body.value if body.filename is not None else _only(kind, _read(body, dict[str, Any]))
         if isinstance(rows, list) and len(rows) > limits.bulk_rows_per_request:
             raise RefusalError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
         msgspec.convert(rows, Annotated[list[row], _NOT_EMPTY])
@@ -140,46 +124,43 @@ def _bulk(kind: str, row: Any) -> "_Act":
 
 
 def _delete(kind: str) -> "_Act":
-    def act(state: State, _: Request, _entry: Entry, body: dict[str, Any]) -> None:
+    def act(state: State, _: Entry, body: dict[str, Any]) -> None:
         state.delete(kind, msgspec.convert(_only(kind, body), Annotated[list[_Id], _NOT_EMPTY]))
 
     return act
 
 
-def _jobs(state: State, _: Request, _entry: Entry, _body: None) -> list[dict[str, Any]]:
-    return [job.fields() for job in state.jobs.values()]
-
-
-def _job(state: State, request: Request, _entry: Entry, _body: None) -> dict[str, Any]:
-    job = state.jobs.get(unquote(request.path.removeprefix(_JOB_PATH)))
+def _job(state: State, entry: Entry, _: Body) -> dict[str, Any]:
+    job = state.jobs.get(unquote(entry.path.removeprefix(_JOB_PATH)))
     if job is None:
         raise RefusalError(404, "no such job")
     return job.fields() | {"completed_rows": job.completed_rows}
 
 
-_Act = Callable[[State, Request, Entry, Any], Any]  # what it returns is the answer's body
+_Act = Callable[[State, Entry, Any], Any]  # what it returns is the answer's body
 _JOB_PATH = "/v1/background_jobs/"
 _VERSIONED = {"identify", "track", "delete"}
-_ENDPOINTS: dict[
-    tuple[str, str], tuple[str | None, Any, _Act]
-] = {  # the lane, the body's shape, what it does
+# The lane, the body's shape, what it does.
+_ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, _Act]] = {
     ("POST", "/v1/identify"): ("identify", _Identify, _identify),
-    ("POST", "/v1/track"): ("track", _Track, _track),
-    ("POST", "/v1/companies/identify"): ("company", _Company, _identify_company),
+    ("POST", "/v1/track"): ("track", _Track,
+        lambda state, entry, body: state.track(entry.number, body.user_id, body.event_name, body.metadata)),
+    ("POST", "/v1/companies/identify"): ("company", _Company,
+        lambda state, _, body: state.identify_company(body.company_id, body.metadata)),
     ("POST", "/v1/users/bulk_identify"): (None, None, _bulk("users", _UserRow)),
     ("POST", "/v1/companies/bulk_identify"): (None, None, _bulk("companies", _Company)),
-    ("GET", "/v1/background_jobs"): (None, None, _jobs),
+    ("GET", "/v1/background_jobs"): (None, None, lambda state, *_: [job.fields() for job in state.jobs.values()]),
     ("GET", _JOB_PATH): (None, None, _job),
     ("DELETE", "/v1/users"): ("delete", dict[str, Any], _delete("users")),
     ("DELETE", "/v1/companies"): ("delete", dict[str, Any], _delete("companies")),
     ("GET", "/v1/validate"): (None, None, lambda *_: {}),
-}
+}  # fmt: skip
 
 
-def _read(request: Request, shape: Any) -> Any:
-    if request.body.problem is not None or request.body.filename is not None:
-        raise RefusalError(400, request.body.problem or "Content-Type must be application/json")
-    return msgspec.convert(request.body.value, shape)
+def _read(body: Body, shape: Any) -> Any:
+    if body.problem is not None or body.filename is not None:
+        raise RefusalError(400, body.problem or "Content-Type must be application/json")
+    return msgspec.convert(body.value, shape)
 
 
 def _only(kind: str, body: dict[str, Any]) -> Any:

@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith("/_sandbox/"):
             self._control(path.removeprefix("/_sandbox/"), query, body)
         else:
-            self._serve(api.Request(self.command, path, self.headers, body))
+            self._serve(path, body)
 
     do_GET = do_DELETE = do_PUT = do_PATCH = do_POST  # noqa: N815
 
@@ -103,24 +103,24 @@ class Handler(BaseHTTPRequestHandler):
             return api.Body(None, "the body is too large", size=size)
         return api.read_body(self.headers.get("Content-Type", ""), self.rfile.read(size))
 
-    def _serve(self, request: api.Request) -> None:
+    def _serve(self, path: str, body: api.Body) -> None:
         state = self.server.state
         with state.lock:
-            entry = state.receive(request.method, request.path, request.body.value)
-        fault = self.server.faults.take(request.path, entry.user_id) or Fault("")
+            entry = state.receive(self.command, path, body.value)
+        fault = self.server.faults.take(path, entry.user_id) or Fault("")
         entry.fault = fault.name or None
         if self._stopped_within(fault.delay_seconds):
             return
-        status, body = 0, None
+        status, answer = 0, None
         if fault.applies:
             with state.lock:
                 state.advance()
-                status, body = api.answer(state, request, entry)
-                entry.applied = request.method != "GET" and status < 300
+                status, answer = api.answer(state, entry, self.headers, body)
+                entry.applied = self.command != "GET" and status < 300
         if fault.status is not None:
-            status, body = fault.status, fault.body
-            if body is None and status >= 400:
-                body = api.errors(status, "a fault was asked for")
+            status, answer = fault.status, fault.body
+            if answer is None and status >= 400:
+                answer = api.errors(status, "a fault was asked for")
         if fault.drop is None and not fault.garbage:
             entry.status = status
         if self._stopped_within(fault.delay_after_seconds):
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.wfile.write(GARBAGE if fault.garbage else b"")
             return
-        self._send(status, body, {"x-request-id": entry.x_request_id} | fault.headers)
+        self._send(status, answer, {"x-request-id": entry.x_request_id} | fault.headers)
 
     def _stopped_within(self, seconds: float) -> bool:
         if seconds and self.server.stopping.wait(seconds):

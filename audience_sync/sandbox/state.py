@@ -64,14 +64,6 @@ class Job(msgspec.Struct):
         }
 
 
-class Deletion(msgspec.Struct):
-    kind: str
-    ids: list[str]
-    requested_at: float
-    due_at: float
-    done_at: float | None = None
-
-
 class Entry(msgspec.Struct):
     """A line of the request log. `status` is None while it is under way, and when nothing was answered."""
 
@@ -105,7 +97,7 @@ class State:
         self.companies: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
         self.jobs: dict[str, Job] = {}
-        self.deletions: list[Deletion] = []
+        self.deletions: list[dict[str, Any]] = []
         self.requests: list[Entry] = []
         self.history: dict[str, list[tuple[str, Any, int]]] = {}
         self._windows: dict[str, deque[float]] = {}
@@ -162,7 +154,8 @@ class State:
         now = datetime.fromtimestamp(self._wall(), UTC)
         due = now.replace(hour=DELETIONS_HOUR, minute=0, second=0, microsecond=0)
         due += timedelta(days=due <= now)
-        self.deletions.append(Deletion(kind, ids, now.timestamp(), due.timestamp()))
+        times = {"requested_at": now.timestamp(), "due_at": due.timestamp(), "done_at": None}
+        self.deletions.append({"kind": kind, "ids": ids} | times)
 
     def set_limits(self, limits: Limits) -> None:
         with self.lock:
@@ -178,7 +171,7 @@ class State:
             if job.end_time is None:
                 self._work(job, worked)
         for deletion in self.deletions:
-            if deletion.done_at is None and (delete_now or deletion.due_at <= self._wall()):
+            if deletion["done_at"] is None and (delete_now or deletion["due_at"] <= self._wall()):
                 self._carry_out(deletion)
 
     def snapshot(self) -> dict[str, Any]:
@@ -206,11 +199,11 @@ class State:
         if done == len(job.rows):
             job.end_time = self._wall()
 
-    def _carry_out(self, deletion: Deletion) -> None:
+    def _carry_out(self, deletion: dict[str, Any]) -> None:
         """A user's events go with the user; history and log stay, they are for checking."""
-        deletion.done_at = self._wall()
-        ids = set(deletion.ids)
-        if deletion.kind == "users":
+        deletion["done_at"] = self._wall()
+        ids = set(deletion["ids"])
+        if deletion["kind"] == "users":
             self.users = {name: user for name, user in self.users.items() if name not in ids}
             self.events = [event for event in self.events if event["user_id"] not in ids]
             return
