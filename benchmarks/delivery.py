@@ -14,15 +14,15 @@ from functools import partial
 from audience_sync.clock import SystemClock
 from audience_sync.delivery.worker import Settings, Worker
 from audience_sync.sandbox import Limits, Sandbox
-from audience_sync.store import deliveries, engines, migrate
+from audience_sync.store import engines, migrate
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.client import Client
 
-FAST = {lane: 100_000_000 for lane in ("identify", "track", "company")}
+FAST = dict.fromkeys(("identify", "track", "company"), 100_000_000)
 ROWS = """
 INSERT INTO {our}deliveries (action, subject_id, body, class, run_id, definition_id, value_at, status, created_at,
                              next_attempt_at)
-SELECT 'identify', 'user-' || n, '{{"an_audience": true}}', 'change', 1, 1, :now, 'pending', :now, :now FROM {numbers}
+SELECT 'identify', 'user-' || n, :body, 'change', 1, 1, :now, 'pending', :now, :now FROM NUMBERS
 """
 
 
@@ -37,13 +37,8 @@ def fill(engine, count):
     if engines.is_sqlite(engine):
         numbers = f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {count}) SELECT n FROM s)"
     with engines.write(engine) as connection:
-        engines.sql(
-            connection,
-            ROWS.replace("{numbers}", numbers).replace("{{", "{").replace("}}", "}").replace(
-                '{"an_audience": true}', '{"an_audience"\\: true}'
-            ),
-            now=dt.datetime.now(dt.UTC),
-        )
+        body, now = '{"an_audience": true}', dt.datetime.now(dt.UTC)
+        engines.sql(connection, ROWS.replace("NUMBERS", numbers), body=body, now=now)
 
 
 def measure(url, endpoint, queued, count):
@@ -78,7 +73,9 @@ def main():
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(other,), daemon=True)
     process.start()
     endpoint = pipe.recv()
-    print(f"{'database':<12}{'queued':>12}{'requests':>12}{'requests/s':>14}{'CPU ms/request':>16}{'RSS MB':>10}")
+    print(
+        f"{'database':<12}{'queued':>12}{'requests':>12}{'requests/s':>14}{'CPU ms/request':>16}{'RSS MB':>10}"
+    )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if sys.argv[1:]:
             for url in sys.argv[1:]:

@@ -1,0 +1,163 @@
+"""The JSON that other programs read: one document on standard output, with the names of the contract."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import sqlalchemy as sa
+
+RUN = {
+    "run_id", "key", "mode", "trigger", "status", "as_of", "started_at", "finished_at", "member_count",
+    "entered_count", "exited_count", "changed_count", "set_aside_count", "accepted_count", "pending_count",
+    "dead_count", "cancelled_count", "error",
+}  # fmt: skip
+DELIVERY = {"accepted_count": 0, "dead_count": 0, "pending_count": 0, "request_count": 0}
+
+
+@pytest.fixture
+def program(url, tmp_path, sandbox):
+    """Runs the command line on a database with three people, two of them in; SQL text comes back as a table."""
+    (tmp_path / "audience_sync.toml").write_text(
+        f"""
+[database]
+url = "{url}"
+[destination]
+endpoint = "{sandbox.url}"
+api_key = "sandbox"
+identify_per_minute = 1000000
+[[audiences]]
+name = "VIPs"
+key = "vips"
+sql = "SELECT user_id FROM people WHERE spent > 10"
+[[traits]]
+name = "Spent"
+sql = "SELECT user_id, spent AS value FROM people"
+"""
+    )
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE people (user_id text, spent integer)")
+        connection.exec_driver_sql("INSERT INTO people VALUES ('a', 20), ('b', 30), ('c', 5), (NULL, 99)")
+    engine.dispose()
+
+    def run(*arguments, code=0):
+        done = subprocess.run(
+            [sys.executable, "-m", "audience_sync", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    def document(*arguments, code=0):
+        return json.loads(run(*arguments, "--json", code=code))
+
+    run.document = document
+    return run
+
+
+def test_a_sync_from_plan_to_history(program, sandbox):
+    plan = program.document("plan")
+    assert plan["delivery"] == {"request_count": 3, "bulk_row_count": 0, "estimated_seconds": 0.0}
+    assert plan["definitions"][0] == {
+        "key": "vips", "member_count": 2, "entered_count": 2, "exited_count": 0, "changed_count": 0,
+        "entered_sample": ["a", "b"], "exited_sample": [], "held_by": None,
+    }  # fmt: skip
+    assert program.document("history") == []
+    synced = program.document("sync")
+    assert synced["delivery"] == DELIVERY | {"accepted_count": 5, "request_count": 3}
+    assert [run.keys() for run in synced["runs"]] == [RUN, RUN]
+    vips = synced["runs"][0]
+    assert (vips["key"], vips["mode"], vips["trigger"], vips["status"]) == (
+        "vips",
+        "first",
+        "manual",
+        "succeeded",
+    )
+    assert (vips["member_count"], vips["entered_count"], vips["set_aside_count"]) == (2, 2, 1)
+    assert vips["as_of"].endswith("Z")
+    assert (vips["accepted_count"], vips["pending_count"], vips["error"]) == (2, 0, None)
+    state = sandbox.state.snapshot()["users"]
+    assert {user: held["properties"] for user, held in state.items()} == {
+        "a": {"vips": True, "spent": 20}, "b": {"vips": True, "spent": 30}, "c": {"spent": 5},
+    }  # fmt: skip
+
+    assert [run["run_id"] for run in program.document("history")] == [2, 1]
+    assert [run["run_id"] for run in program.document("history", "vips")] == [1]
+    shown = program.document("show", "1")
+    assert shown.keys() == RUN | {"set_aside", "held_by", "entered_sample", "exited_sample", "changed_sample"}
+    assert (shown["set_aside"], shown["entered_sample"]) == ({"null": 1}, ["a", "b"])
+
+    again = program.document("sync")
+    assert [run["mode"] for run in again["runs"]] == ["changes", "changes"]
+    assert again["delivery"] == DELIVERY
+
+
+def test_what_is_not_delivered_is_counted_as_left(program):
+    synced = program.document("sync", "--no-deliver")
+    assert synced["delivery"] == DELIVERY | {"pending_count": 5}
+    assert program.document("deliver") == DELIVERY | {"accepted_count": 5, "request_count": 3}
+
+
+def test_looking_inside(program):
+    assert program("members", "vips") == ""
+    program("sync")
+    assert program("members", "vips") == "a\nb\n"
+    assert program("members", "spent") == "a\t20\nb\t30\nc\t5\n"
+    assert program("members", "vips", "--at", "2001-01-01") == ""
+    listed = program.document("list")
+    assert [(each["key"], each["kind"], each["member_count"], each["state"]) for each in listed] == [
+        ("vips", "audience", 2, "enabled"), ("spent", "trait", 3, "enabled"),
+    ]  # fmt: skip
+    assert listed[0].keys() == {"key", "name", "kind", "member_count", "last_run", "next_slot_at", "state"}
+    user = program.document("user", "a")
+    assert user.keys() == {"user_id", "memberships", "deliveries", "profile"}
+    assert {each["key"]: (each["value"], each["to"]) for each in user["memberships"]} == {
+        "vips": (True, None), "spent": (20, None),
+    }  # fmt: skip
+    assert [(each["body"], each["status"], each["status_code"]) for each in user["deliveries"]] == [
+        ({"spent": 20}, "accepted", 202), ({"vips": True}, "accepted", 202),
+    ]  # fmt: skip
+    assert program.document("deliveries", "--status", "dead") == []
+    status = program.document("status")
+    assert (status["stopped"], status["pending_count"], status["dead_count"]) == (None, 0, 0)
+
+
+def test_calls_by_hand(program, sandbox):
+    program("identify", "a", "--trait", "plan=pro", "--trait", "seats=3", "--trait", 'code="12"')
+    program("track", "a", "Order Completed", "--property", "total=12.5")
+    program("group", "a", "acme", "--trait", "size=40")
+    held = sandbox.state.snapshot()
+    assert held["users"]["a"]["properties"] == {"plan": "pro", "seats": 3, "code": "12"}
+    assert held["companies"]["acme"] == {"properties": {"size": 40}}
+    assert [call["type"] for call in program.document("calls")] == ["group", "track", "identify"]
+    assert program.document("user", "a")["profile"]["company_id"] == "acme"
+
+
+def test_full_tells_those_who_left(program, sandbox, url):
+    program("sync")
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE people SET spent = 1 WHERE user_id = 'a'")
+    engine.dispose()
+    program("sync", "vips")
+    assert sandbox.state.snapshot()["users"]["a"]["properties"]["vips"] is False
+    run = program.document("sync", "vips", "--full")["runs"][0]
+    assert (run["mode"], run["entered_count"], run["accepted_count"]) == ("full", 0, 2)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sync", "--help"], ["db", "--help"], ["--version"]])
+def test_help_loads_neither_database_nor_network(arguments):
+    script = (
+        "import sys\nfrom audience_sync.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('sqlalchemy', 'httpx', 'alembic', 'sqlglot', 'rich.table') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
