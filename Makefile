@@ -27,4 +27,5 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sync.py
+	$(BIN)/python benchmarks/delivery.py
 	$(BIN)/python benchmarks/script.py

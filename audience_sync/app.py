@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -20,7 +21,9 @@ from audience_sync.store import deliveries, engines, migrate
 from audience_sync.sync import runs
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
-from audience_sync.userpilot.client import Client
+
+if TYPE_CHECKING:
+    from audience_sync.userpilot.client import Client
 
 
 @dataclass(slots=True)
@@ -78,7 +81,9 @@ class App:
         pairs = [(definition, self.source(definition)) for definition in definitions]
         return runs.plan(self.engine, pairs, moments)
 
-    def client(self) -> Client:
+    def client(self) -> "Client":
+        from audience_sync.userpilot.client import Client  # noqa: PLC0415  (httpx: only where something is sent)
+
         destination = self.settings.destination
         return Client(destination.endpoint, destination.require_api_key(), ca_file=destination.ca_file)
 
@@ -89,11 +94,13 @@ class App:
         on_progress: Callable[[worker.Report], None] = lambda _: None,
     ) -> worker.Report:
         """Deliver what is due. A stopped destination is asked first whether the key is good now."""
+        with engines.read(self.engine) as connection:
+            stopped = deliveries.stopped(connection)
+            pending = deliveries.pending_count(connection)
+        if not pending:
+            return worker.Report()
         with self.client() as client:
-            with engines.read(self.engine) as connection:
-                stopped = deliveries.stopped(connection)
-                pending = deliveries.pending_count(connection)
-            if stopped and pending:
+            if stopped:
                 answer = client.validate()
                 if answer.outcome is Outcome.UNAUTHORISED:
                     return worker.Report(pending_count=pending, stopped=stopped[1])
@@ -105,7 +112,7 @@ class App:
             finally:
                 self.is_delivering = False
 
-    def _worker(self, client: Client, on_progress: Callable[[worker.Report], None]) -> worker.Worker:
+    def _worker(self, client: "Client", on_progress: Callable[[worker.Report], None]) -> worker.Worker:
         destination = self.settings.destination
         return worker.Worker(
             self.engine,

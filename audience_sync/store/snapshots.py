@@ -118,50 +118,68 @@ def _allow_memory(connection: sa.Connection) -> None:
         )
 
 
-def set_aside(connection: sa.Connection, kind: Kind) -> dict[str, int]:
-    """Take out of the snapshot what cannot be sent, and count it by reason.
+def compare(
+    connection: sa.Connection, definition_id: int | None, kind: Kind
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compare the snapshot with the members, into the changes.
 
-    A user whose trait is not one primitive value stays in it, marked by a null value: a bad row does not
-    say that he left, so the difference passes him over.
+    Returns how many users entered, exited and, for traits, changed; and how many rows were set aside, by reason.
+    """
+    if kind is Kind.TRAIT:
+        aside = _set_ids_aside(connection, "snapshot") | _mark_values(connection)
+        _diff(connection, definition_id, kind)
+    else:  # it is soon done among the changes: no bad id was ever a member, so each of them enters
+        repeats = "SELECT coalesce(sum(row_count), 0) - count(*) FROM {temp}audience_sync_snapshot"
+        _diff(connection, definition_id, kind)
+        aside = _set_ids_aside(connection, "changes", sql(connection, repeats).scalar_one())
+    rows = sql(connection, "SELECT change, count(*) FROM {temp}audience_sync_changes GROUP BY change")
+    return {change: int(count) for change, count in rows}, aside
+
+
+def _mark_values(connection: sa.Connection) -> dict[str, int]:
+    """Mark users whose trait is not one primitive value by a null value, and count them by reason.
+
+    A bad row does not say that its user left, so the difference passes him over.
+    """
+    counts = {}
+    sql(connection, "DELETE FROM {temp}audience_sync_snapshot WHERE low IS NULL")
+    for reason, condition in (("not_primitive", "low = '!'"), ("unequal_values", "low <> high")):
+        marked = sql(
+            connection,
+            f"UPDATE {{temp}}audience_sync_snapshot SET low = NULL, high = NULL WHERE {condition}",
+        ).rowcount
+        if marked:
+            counts[reason] = marked
+    return counts
+
+
+def _set_ids_aside(connection: sa.Connection, table: str, repeats: int = 0) -> dict[str, int]:
+    """Take the ids that cannot be sent out of a table, and count their rows in the snapshot by reason.
+
+    `repeats` are the rows of the snapshot that are not the first of their id.
     """
     doubtful, unfit = forms.POSTGRESQL_DOUBTFUL, forms.POSTGRESQL_UNFIT
     if is_sqlite(connection):
         doubtful, unfit = forms.SQLITE_DOUBTFUL, forms.SQLITE_UNFIT
-    users, rows, doubts = sql(
-        connection,
-        f"SELECT count(*), coalesce(sum(row_count), 0), count(CASE WHEN {doubtful} THEN 1 END) "
-        "FROM {temp}audience_sync_snapshot",
-    ).one()
     counts: dict[str, int] = {}
-    if doubts:
-        for reason, row_count, user_count in sql(
+    looked_at = f"FROM {{temp}}audience_sync_{table} WHERE {doubtful}"
+    if table == "changes":
+        looked_at += " AND change = 'entered'"
+    if sql(connection, f"SELECT 1 {looked_at} LIMIT 1").first() is not None:
+        for reason, row_count, id_count in sql(
             connection,
             f"SELECT {unfit}, sum(row_count), count(*) FROM {{temp}}audience_sync_snapshot "
             f"WHERE {doubtful} GROUP BY 1 HAVING {unfit} IS NOT NULL",
         ):
             counts[reason] = int(row_count)
-            users, rows = users - user_count, rows - row_count
-    if counts:
-        sql(
-            connection,
-            f"DELETE FROM {{temp}}audience_sync_snapshot WHERE {doubtful} AND {unfit} IS NOT NULL",
-        )
-    if kind is Kind.TRAIT:
-        sql(connection, "DELETE FROM {temp}audience_sync_snapshot WHERE low IS NULL")
-        for reason, condition in (("not_primitive", "low = '!'"), ("unequal_values", "low <> high")):
-            marked = sql(
-                connection,
-                f"UPDATE {{temp}}audience_sync_snapshot SET low = NULL, high = NULL WHERE {condition}",
-            ).rowcount
-            if marked:
-                counts[reason] = marked
-    elif rows > users:
-        counts["duplicate"] = int(rows - users)
+            repeats -= row_count - id_count
+        sql(connection, f"DELETE {looked_at} AND {unfit} IS NOT NULL")
+    if repeats > 0:
+        counts["duplicate"] = int(repeats)
     return counts
 
 
-def diff(connection: sa.Connection, definition_id: int | None, kind: Kind) -> dict[str, int]:
-    """Compare the snapshot with the members: entered, exited and, for traits, changed users, counted."""
+def _diff(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
     _drop(connection, "changes")
     has_members = definition_id is not None and (
         sql(
@@ -177,15 +195,12 @@ def diff(connection: sa.Connection, definition_id: int | None, kind: Kind) -> di
     )
     insert = "INSERT INTO {temp}audience_sync_changes "
     if not has_members:
-        entered_count = sql(connection, insert + _all_entered(kind)).rowcount
-        return {"entered": entered_count} if entered_count else {}
-    _allow_memory(connection)
+        sql(connection, insert + _all_entered(kind))
+        return
     query = _anti_joins(kind) if is_sqlite(connection) else _full_join(kind)
     sql(connection, insert + query, definition_id=definition_id)
     if not is_sqlite(connection):
         sql(connection, "ANALYZE pg_temp.audience_sync_changes")
-    rows = sql(connection, "SELECT change, count(*) FROM {temp}audience_sync_changes GROUP BY change")
-    return {change: int(count) for change, count in rows}
 
 
 def _all_entered(kind: Kind) -> str:
@@ -214,14 +229,17 @@ def _anti_joins(kind: Kind) -> str:
 
 
 def _full_join(kind: Kind) -> str:
-    value = "s.low" if kind is Kind.TRAIT else "NULL"
-    kept = "s.low IS NULL OR s.low = m.value" if kind is Kind.TRAIT else "m.user_id IS NOT NULL"
+    """With the memory of the session: a hash in small batches, which fit the processor's cache, is a third faster."""
+    low, old, differs = "NULL", "NULL", "s.user_id IS NULL OR m.user_id IS NULL"
+    if kind is Kind.TRAIT:
+        low, old = "s.low", "m.value"
+        differs = "s.user_id IS NULL OR (m.user_id IS NULL AND s.low IS NOT NULL) OR s.low <> m.value"
     return (
         "SELECT coalesce(s.user_id, m.user_id), CASE WHEN m.user_id IS NULL THEN 'entered' "
-        f"WHEN s.user_id IS NULL THEN 'exited' ELSE 'changed' END, {value}, m.entered_run_id, m.value "
+        f"WHEN s.user_id IS NULL THEN 'exited' ELSE 'changed' END, {low}, m.entered_run_id, {old} "
         "FROM {temp}audience_sync_snapshot s FULL JOIN "
         "(SELECT user_id, value, entered_run_id FROM {our}members WHERE definition_id = :definition_id) m "
-        f"ON m.user_id = s.user_id WHERE s.user_id IS NULL OR ({kept}) IS NOT TRUE"
+        f"ON m.user_id = s.user_id WHERE {differs}"
     )
 
 

@@ -34,8 +34,8 @@ _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOP
 
 def compute(
     connection: sa.Connection, definition: Definition, as_of: dt.datetime, source: sa.Engine | None
-) -> dict[str, int]:
-    """Fill the snapshot table with the definition's result as of a moment; what was set aside, by reason.
+) -> Counter[str]:
+    """Fill the snapshot table with the definition's result as of a moment; what of it could not be loaded, by reason.
 
     `connection` is to our own database, and not in a transaction.
 
@@ -55,10 +55,8 @@ def compute(
     if source is None:
         with connection.begin(), _words(definition, None, deadline), _limits(connection, deadline):
             _take(connection, definition, bound, as_of)
-            counts = snapshots.set_aside(connection, definition.kind)
-    else:
-        counts = _stream(connection, definition, bound, as_of, source, deadline)
-    return {reason: counts[reason] for reason in sorted(counts)}
+        return Counter()
+    return _stream(connection, definition, bound, as_of, source, deadline)
 
 
 def _take(
@@ -90,7 +88,6 @@ def _stream(
         next(batches)  # the source is asked before our own transaction begins
         with connection.begin():
             snapshots.load(connection, batches, definition.kind)
-            counts.update(snapshots.set_aside(connection, definition.kind))
     return counts
 
 

@@ -5,6 +5,7 @@ The snapshot and the changes live in temporary tables of one connection, which i
 
 import datetime as dt
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,11 +80,11 @@ def sync(
         run = _start(connection, definition, as_of, clock, full=full, fingerprint=fingerprint)
         try:
             crash.at("run_started")
-            set_aside = compute(connection, definition, run.as_of, source)
+            unloaded = compute(connection, definition, run.as_of, source)
             crash.at("snapshot_computed")
             with engines.write(engine) as other:  # the commit has the lease's whole time
                 leases.renew(other, run.lease)
-            counts = _commit(connection, definition, run, set_aside, clock)
+            counts = _commit(connection, definition, run, unloaded, clock)
         except BaseException as error:
             is_recorded = _fail(engine, run, error, clock)
             ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
@@ -146,11 +147,12 @@ def _start(
 
 
 def _commit(
-    connection: sa.Connection, definition: Definition, run: _Run, set_aside: dict[str, int], clock: Clock
+    connection: sa.Connection, definition: Definition, run: _Run, unloaded: Counter[str], clock: Clock
 ) -> dict[str, int]:
     """The new baseline, its deliveries and the end of the run, as one; what changed, counted."""
     with engines.begin_write(connection):
-        counts = snapshots.diff(connection, run.definition_id, definition.kind)
+        counts, unfit = snapshots.compare(connection, run.definition_id, definition.kind)
+        set_aside = unloaded + Counter(unfit)
         now = clock.now()
         commit = changes.Commit(
             run_id=run.run_id,
@@ -171,7 +173,7 @@ def _commit(
             now=now,
             member_count=_member_count(run.last, counts),
             counts=counts,
-            set_aside=set_aside,
+            set_aside={reason: set_aside[reason] for reason in sorted(set_aside)},
         )
         leases.renew(connection, run.lease)
         leases.release(connection, run.lease)
@@ -215,7 +217,7 @@ def plan(
             compute(connection, definition, as_of_by_key[definition.key], source)
             with connection.begin():
                 row = store.find(connection, definition.key)
-                counts = snapshots.diff(connection, row.definition_id if row else None, definition.kind)
+                counts, _ = snapshots.compare(connection, row.definition_id if row else None, definition.kind)
                 snapshots.touch(connection)
                 samples = {change: snapshots.sample(connection, change) for change in ("entered", "exited")}
                 last = store.baseline(connection, definition.key)

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.app import source_engine
 from audience_sync.errors import DefinitionError, SourceError
-from audience_sync.store import engines
+from audience_sync.store import engines, snapshots
 from audience_sync.sync import compute
 
 AS_OF = dt.datetime(2026, 3, 1, 13, 30, tzinfo=dt.UTC)
@@ -22,8 +22,8 @@ def computed(engine):
     def run(definition, source=None):
         with engine.connect() as connection:
             counts = compute.compute(connection, definition, AS_OF, source)
-            columns = "user_id, low" if definition.kind.value == "trait" else "user_id, NULL"
-            rows = engines.sql(connection, f"SELECT {columns} FROM {{temp}}audience_sync_snapshot").all()
+            counts += compute.Counter(snapshots.compare(connection, None, definition.kind)[1])
+            rows = engines.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes").all()
         return dict(map(tuple, rows)), counts
 
     return run

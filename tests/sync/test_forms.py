@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from audience_sync.app import source_engine
 from audience_sync.definitions.model import Definition, Kind
-from audience_sync.store import engines, forms, migrate
+from audience_sync.store import engines, forms, migrate, snapshots
 from audience_sync.sync import compute, values
 
 AS_OF = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
@@ -67,15 +67,15 @@ class Databases:
                 connection.exec_driver_sql(f"INSERT INTO rows_of_it VALUES ({places})", rows)
 
     def computed(self, name, kind):
-        """In place and streamed: the snapshot's rows and what was set aside; both must be the same."""
+        """In place and streamed: who enters and what is set aside; both must be the same."""
         found = []
         for source, own in ((None, name), (name, "sqlite"), (name, "postgresql")):
             sql = "SELECT user_id, value FROM rows_of_it"
             definition = Definition("it", "it", kind, sql, source=source)
             with self.own[own].connect() as connection:
                 counts = compute.compute(connection, definition, AS_OF, source and self.sources[source])
-                columns = "user_id, low" if kind is Kind.TRAIT else "user_id, row_count"
-                rows = engines.sql(connection, f"SELECT {columns} FROM {{temp}}audience_sync_snapshot")
+                counts += compute.Counter(snapshots.compare(connection, None, kind)[1])
+                rows = engines.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes")
                 found.append((dict(map(tuple, rows)), counts))
         assert found[0] == found[1] == found[2]
         return found[0]
@@ -210,12 +210,13 @@ def test_text_that_is_not_unicode_is_set_aside(databases):
         connection.exec_driver_sql("INSERT INTO rows_of_it VALUES ('bob', CAST(x'ff41' AS text))")
     definition = Definition("it", "it", Kind.TRAIT, "SELECT user_id, value FROM rows_of_it")
     with databases.own["sqlite"].connect() as connection:
-        counts = compute.compute(connection, definition, AS_OF, None)
+        compute.compute(connection, definition, AS_OF, None)
+        _, counts = snapshots.compare(connection, None, definition.kind)
         rows = engines.sql(
-            connection, "SELECT user_id, low FROM temp.audience_sync_snapshot ORDER BY 1"
+            connection, "SELECT user_id, value FROM temp.audience_sync_changes ORDER BY 1"
         ).all()
     assert counts == {"not_unicode": 1, "not_primitive": 1}
-    assert [tuple(row) for row in rows] == [("ann", '"x"'), ("bob", None), ("caf\u00e9", '"\u00e9"')]
+    assert [tuple(row) for row in rows] == [("ann", '"x"'), ("caf\u00e9", '"\u00e9"')]
 
 
 @pytest.mark.parametrize(
