@@ -94,6 +94,7 @@ class App:
         on_progress: Callable[[worker.Report], None] = lambda _: None,
     ) -> worker.Report:
         """Deliver what is due. A stopped destination is asked first whether the key is good now."""
+        self.settings.destination.require_api_key()
         with engines.read(self.engine) as connection:
             stopped = deliveries.stopped(connection)
             pending = deliveries.pending_count(connection)

@@ -148,6 +148,8 @@ def advice(error: sa.exc.DBAPIError) -> str:
         return "Another program holds its lock: close it, and run the command again."
     if "disk is full" in text or "no space left" in text:
         return "Nothing was lost: make room on the disk, and run the command again."
+    if "disk i/o error" in text:
+        return "Nothing was lost: see whether the disk has room and is well, and run the command again."
     if "readonly" in text or "permission denied" in text or "unable to open" in text:
         return "Give this user the right to write there, or change [database] url."
     if isinstance(error, sa.exc.OperationalError):

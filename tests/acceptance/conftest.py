@@ -1,0 +1,87 @@
+"""The command line as real processes, on a configuration of the test's own database and sandbox."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+
+@dataclass(frozen=True)
+class Command:
+    """`audience-sync` with a configuration; what it says is never a traceback."""
+
+    path: Path
+
+    def __call__(self, *arguments, **options):
+        """The exit code, and all that was said."""
+        return self.ended(self.popen(*arguments, **options))
+
+    def document(self, *arguments):
+        with self.popen(*arguments, "--json") as process:
+            return json.loads(process.communicate(timeout=100)[0])
+
+    def popen(self, *arguments, environ=None, **options):
+        called = [sys.executable, "-m", "audience_sync", "--config", str(self.path), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(called, **pipes, env=clean() | (environ or {}), **options)
+
+    @staticmethod
+    def ended(process):
+        with process:
+            out, err = process.communicate(timeout=100)
+        assert "Traceback" not in out + err
+        return process.returncode, out + err
+
+
+def clean():
+    """The environment without what would change our configuration."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if "AUDIENCE_SYNC" not in name and "USERPILOT" not in name
+    }
+
+
+@pytest.fixture
+def environ():
+    return clean()
+
+
+@pytest.fixture
+def company(url):
+    """Runs statements on the tables of the company, which are in the same database as ours."""
+    engine = sa.create_engine(url)
+
+    def execute(statement, *rows):
+        with engine.begin() as connection:
+            if rows:
+                connection.execute(sa.text(statement), rows)
+            else:
+                connection.exec_driver_sql(statement)
+
+    yield execute
+    engine.dispose()
+
+
+@pytest.fixture
+def start(url, tmp_path, sandbox):
+    """Writes the configuration: audiences and their SQL by name, and what else is said; gives its commands."""
+    path = tmp_path / "audience_sync.toml"
+
+    def write(audiences, extra="", key="sandbox", source=None, **destination):
+        lines = ["[database]", f'url = "{url}"', "[destination]", f'api_key = "{key}"']
+        destination = {"endpoint": sandbox.url, "identify_per_minute": 100_000} | destination
+        lines += [f"{name} = {json.dumps(value)}" for name, value in destination.items()]
+        lines.append(extra)
+        for name, query in audiences.items():
+            lines += ["[[audiences]]", f'name = "{name}"', f"sql = {json.dumps(query)}"]
+            lines += [f'source = "{source}"'] if name == "Far" else []
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return Command(path)
+
+    return write
