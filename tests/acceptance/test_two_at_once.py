@@ -1,0 +1,122 @@
+"""Two commands at the same time, on both databases: one run a definition, one pace, no change lost or sent twice."""
+
+import itertools
+import random
+import signal
+import time
+
+import pytest
+
+from audience_sync.sandbox import Limits
+
+# Always true, after some tenths of a second: two processes that start together meet here.
+SLOWLY = "(SELECT count(*) FROM seats a, seats b, seats c WHERE a.number < 100 AND a.number + b.number + c.number = 1) = 3"
+TAKEN = "SELECT user_id FROM seats WHERE taken = 1"
+AUDIENCES = {
+    "Taken": f"{TAKEN} AND {SLOWLY}",
+    "Free": "SELECT user_id FROM seats WHERE taken = 0",
+    "Low": "SELECT user_id FROM seats WHERE taken = 1 AND number < 100",
+}
+SEATS = 200
+OF_DATABASES = (
+    "sqlalchemy",
+    "psycopg",
+    "database is locked",
+    "deadlock",
+    "serialize",
+    "unique",
+    "lock timeout",
+)
+
+
+@pytest.fixture
+def seats(company):
+    """Free at first; the list follows the table."""
+    company("CREATE TABLE seats (user_id text, number integer, taken integer)")
+    rows = [{"user_id": f"u{number}", "number": number} for number in range(SEATS)]
+    company("INSERT INTO seats VALUES (:user_id, :number, 0)", *rows)
+    return [0] * SEATS
+
+
+def move(company, seats, chosen):
+    for number in chosen:
+        seats[number] = 1 - seats[number]
+    company(
+        "UPDATE seats SET taken = 1 - taken WHERE number = :number", *[{"number": each} for each in chosen]
+    )
+
+
+def together(command, *names):
+    """Both end well, or leave a definition to the other; neither shows an error of the database."""
+    ends = [command.ended(process) for process in [command.popen(name) for name in names]]
+    for code, said in ends:
+        assert code == 0 or (code == 75 and "is being synced by process" in said), (code, said)
+        assert not any(word in said.lower() for word in OF_DATABASES), said
+    return [code for code, _ in ends]
+
+
+def assert_true(sandbox, seats):
+    users = sandbox.state.snapshot()["users"]
+    for number, taken in enumerate(seats):
+        found = {"taken": False, "free": False, "low": False} | users[f"u{number}"]["properties"]
+        assert found == {"taken": taken == 1, "free": taken == 0, "low": taken == 1 and number < 100}, number
+
+
+def test_two_syncs_share_the_work(start, company, seats, sandbox):
+    command = start(AUDIENCES)
+    chance, codes, moved = random.Random(7), [], 0
+    assert command("sync")[0] == 0
+    for _ in range(6):
+        chosen = chance.sample(range(SEATS), 60)
+        moved += len(chosen)
+        move(company, seats, chosen)
+        codes += together(command, "sync", "sync")
+        assert_true(sandbox, seats)
+    assert 75 in codes
+    runs = [run for run in command.document("history") if run["key"] == "taken"]
+    assert {run["status"] for run in runs} == {"succeeded"}
+    assert sum(run["entered_count"] + run["exited_count"] for run in runs) == moved
+    for lines in sandbox.state.history.values():
+        for key in ("taken", "free", "low"):
+            values = [value for name, value, _ in lines if name == key]
+            assert all(left != right for left, right in itertools.pairwise(values)), lines
+
+
+def test_a_deliver_beside_a_sync(start, company, seats, sandbox):
+    command = start(AUDIENCES)
+    chance = random.Random(8)
+    assert command("sync", "--no-deliver")[0] == 0
+    for _ in range(4):
+        move(company, seats, chance.sample(range(SEATS), 60))
+        assert together(command, "sync", "deliver") == [0, 0]
+        assert_true(sandbox, seats)
+
+
+def test_two_keep_to_one_limit(start, company, seats, sandbox):
+    limit = 40
+    sandbox.state.limits = Limits(identify_per_minute=limit)
+    command = start({"Taken": TAKEN}, identify_per_minute=limit)
+    assert command("sync")[0] == 0
+    move(company, seats, range(SEATS))
+    processes = [command.popen(name) for name in ("sync", "sync", "deliver")]
+    deadline = time.monotonic() + 60
+    while len(sandbox.state.requests) < limit and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        assert command.ended(process)[0] in {0, 1, 75}
+    assert [entry.status for entry in sandbox.state.requests] == [202] * limit
+
+
+def test_a_run_whose_process_is_gone_is_taken_over(start, seats, sandbox):
+    command = start(AUDIENCES)
+    killed = command.popen("sync", environ={"AUDIENCE_SYNC_CRASH_AT": "changes_written:2"})
+    assert command.ended(killed)[0] == -signal.SIGKILL
+    code, said = command("sync")
+    assert code == 0, said
+    runs = [(run["key"], run["status"]) for run in command.document("history")][::-1]
+    assert runs[:2] == [("taken", "succeeded"), ("free", "abandoned")]
+    assert runs[2:] == [("taken", "succeeded"), ("free", "succeeded"), ("low", "succeeded")]
+    assert_true(sandbox, seats)

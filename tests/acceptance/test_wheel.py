@@ -1,0 +1,46 @@
+"""The wheel, installed outside the checkout: a working program with its migrations and data inside."""
+
+import subprocess
+import sys
+import tomllib
+
+
+def run(*arguments, **options):
+    found = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200, **options)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+def test_the_installed_wheel_works(tmp_path, repository, environ):
+    install, home = tmp_path / "installed", tmp_path / "home"
+    home.mkdir()
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    offline = ("--no-deps", "--no-index")
+    run(*pip, "wheel", str(repository), *offline, "--no-build-isolation", "--wheel-dir", str(tmp_path))
+    wheel = next(tmp_path.glob("*.whl"))
+    run(*pip, "install", *offline, "--target", str(install), str(wheel))
+
+    environ |= {"PYTHONPATH": str(install)}
+
+    def python(*arguments):
+        return run(sys.executable, "-P", *arguments, cwd=home, env=environ)
+
+    def program(*arguments):
+        return python("-m", "audience_sync", *arguments)
+
+    assert python("-c", "import audience_sync; print(audience_sync.__file__)").startswith(str(install))
+    version = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
+    assert program("--version") == f"audience-sync {version}\n"
+    program("init")
+    starter = (repository / "config" / "audience_sync.toml").read_text()
+    assert (home / "config" / "audience_sync.toml").read_text() == starter
+
+    assert "31 syncs of 3 audiences" in program("demo", "months")
+    asked = program("--config", "months/audience_sync.toml", "history", "at_risk")
+    assert "succeeded" in asked
+    assert "CC BY 4.0" in (install / "audience_sync" / "demo_data" / "ATTRIBUTION.txt").read_text()
+    assert {path.name for path in (install / "audience_sync" / "_migrations" / "versions").glob("0*.py")} == {
+        path.name for path in (repository / "migrations" / "versions").glob("0*.py")
+    }
+    assert {path.name for path in install.iterdir()} >= {"audience_sync", "bin"}
+    assert not (install / "tests").exists()
