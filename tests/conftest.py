@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import sqlalchemy as sa
 
 from audience_sync.sandbox import Limits, Sandbox
 from audience_sync.store import engines, migrate
+from audience_sync.userpilot.answers import Answer, Outcome
 
 SCHEMA = "audience_sync"
 _numbers = itertools.count()
@@ -113,6 +115,47 @@ def sandbox():
 
 
 FAST = {"identify_per_minute": 1_000_000, "track_per_minute": 1_000_000, "company_per_minute": 1_000_000}
+
+
+class FaultyUserpilot:
+    """Userpilot in memory: applies a request, unless the next fault says otherwise; refuses what holds poison."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.faults = []
+        self.history = []  # (user, trait or event, value)
+
+    @staticmethod
+    def build(action, subject_id, body):
+        return action, {"user_id": subject_id, "metadata": body}
+
+    def send(self, path, payload):
+        with self.lock:
+            fault = self.faults.pop(0) if self.faults else None
+            match fault:
+                case "500":
+                    return Answer(Outcome.FAILED, 500, None, "broken", None)
+                case "400":
+                    return Answer(Outcome.REFUSED, 400, None, "bad", None)
+                case "401":
+                    return Answer(Outcome.UNAUTHORISED, 401, None, "no such key", None)
+                case "429":
+                    return Answer(Outcome.THROTTLED, 429, None, "too many", None)
+                case "drop before":
+                    return Answer(Outcome.UNKNOWN, None, None, "no answer", None)
+            values = payload["metadata"]
+            if any(str(value).endswith("poison") for value in values.values()):
+                return Answer(Outcome.REFUSED, 400, None, "poison", None)
+            kind = "event" if path == "track" else None
+            self.history += [(payload["user_id"], kind or name, value) for name, value in values.items()]
+            if fault == "drop after":
+                return Answer(Outcome.UNKNOWN, None, None, "no answer", None)
+            return Answer(Outcome.ACCEPTED, 202, "x", None, None)
+
+
+@pytest.fixture
+def make_userpilot():
+    return FaultyUserpilot
 
 
 @pytest.fixture

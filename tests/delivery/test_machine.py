@@ -6,7 +6,6 @@ The newest value is by its time, then its arrival. A value is unique, so that a 
 import datetime as dt
 import os
 import random
-import threading
 from collections import Counter
 
 import hypothesis.strategies as st
@@ -18,45 +17,10 @@ from audience_sync.delivery.worker import Settings, Worker
 from audience_sync.store import deliveries as store
 from audience_sync.store import engines
 from audience_sync.store.tables import deliveries, destination, leases, requests
-from audience_sync.userpilot.answers import Answer, Outcome
 
 USERS = st.sampled_from(["u1", "u2", "u3"])
 FAULTS = st.sampled_from(["500", "401", "429", "drop before", "drop after"])
 KILLED = "killed"
-
-
-class Server:
-    """Applies a request, unless the next fault says otherwise; refuses what holds poison."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.faults = []
-        self.history = []  # (user, trait or event, value)
-
-    def send(self, path, payload):
-        with self.lock:
-            fault = self.faults.pop(0) if self.faults else None
-            match fault:
-                case "500":
-                    return Answer(Outcome.FAILED, 500, None, "broken", None)
-                case "401":
-                    return Answer(Outcome.UNAUTHORISED, 401, None, "no such key", None)
-                case "429":
-                    return Answer(Outcome.THROTTLED, 429, None, "too many", None)
-                case "drop before":
-                    return Answer(Outcome.UNKNOWN, None, None, "no answer", None)
-            values = payload["metadata"]
-            if any(str(value).endswith("poison") for value in values.values()):
-                return Answer(Outcome.REFUSED, 400, None, "poison", None)
-            kind = "event" if path == "track" else None
-            self.history += [(payload["user_id"], kind or name, value) for name, value in values.items()]
-            if fault == "drop after":
-                return Answer(Outcome.UNKNOWN, None, None, "no answer", None)
-            return Answer(Outcome.ACCEPTED, 202, "x", None, None)
-
-
-def build(action, subject_id, body):
-    return action, {"user_id": subject_id, "metadata": body}
 
 
 class Killed(BaseException):
@@ -64,10 +28,10 @@ class Killed(BaseException):
 
 
 class Machine(RuleBasedStateMachine):
-    def __init__(self, queue, clock):
+    def __init__(self, queue, clock, server):
         super().__init__()
         self.queue, self.clock = queue, clock
-        self.server = Server()
+        self.server = server
         self.order = {}  # value: its place in time
         self.was_faulty = False
         with engines.write(queue.engine) as connection:
@@ -117,7 +81,7 @@ class Machine(RuleBasedStateMachine):
         return Worker(
             self.queue.engine,
             self.server,
-            Settings(pace, build, poll_seconds=60),
+            Settings(pace, self.server.build, poll_seconds=60),
             self.clock,
             chance=random.Random(self.seed),
             on_progress=on_progress,
@@ -211,9 +175,9 @@ class Machine(RuleBasedStateMachine):
             assert set(Counter(self.server.history).values()) <= {1}
 
 
-def test_nothing_is_lost_repeated_or_goes_back_in_time(hand_queue, clock):
+def test_nothing_is_lost_repeated_or_goes_back_in_time(hand_queue, clock, make_userpilot):
     run_state_machine_as_test(
-        lambda: Machine(hand_queue, clock),
+        lambda: Machine(hand_queue, clock, make_userpilot()),
         settings=settings(
             max_examples=int(os.environ.get("MACHINE_EXAMPLES", "10")),
             stateful_step_count=20,
