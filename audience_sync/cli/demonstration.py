@@ -164,7 +164,7 @@ def _show_history(opened: App) -> None:
         found = looks.run_rows(connection, limit=6)
     names = ["member", "entered", "exited", "accepted"]
     rows = [
-        [str(each["run_id"]), each["key"], f"{each['as_of']:%Y-%m-%d}", each["status"]]
+        [str(each["run_id"]), each["key"], f"{each['as_of']:%Y-%m-%d}"]
         + [say.count(each[f"{name}_count"]) for name in names]
         for each in found
     ]

@@ -30,7 +30,9 @@ def orders(request):
 @pytest.fixture
 def audiences(backend):
     """The demo's own queries; on PostgreSQL with its words for a day, and for one some days before."""
-    found = {each["name"]: each["sql"] for each in tomllib.loads(CONFIGURATION.format(url="", pace=1))["audiences"]}
+    found = {
+        each["name"]: each["sql"] for each in tomllib.loads(CONFIGURATION.format(url="", pace=1))["audiences"]
+    }
     if backend == "sqlite":
         return found
     day = r"date\(:as_of(?:, '-(\d+) days')?\)"
@@ -66,7 +68,8 @@ def test_every_day_is_as_plain_python_says(orders, audiences, start, company, ba
         assert (done["delivery"]["pending_count"], done["delivery"]["dead_count"]) == (0, 0)
         now = expected(orders, day)
         counted = {
-            run["key"]: (run["member_count"], run["entered_count"], run["exited_count"]) for run in done["runs"]
+            run["key"]: (run["member_count"], run["entered_count"], run["exited_count"])
+            for run in done["runs"]
         }
         assert counted == {
             key: (len(now[key]), len(now[key] - before[key]), len(before[key] - now[key])) for key in KEYS
