@@ -18,6 +18,7 @@ from audience_sync.delivery import worker
 from audience_sync.errors import ConfigError, SourceError
 from audience_sync.settings import Settings
 from audience_sync.store import deliveries, engines, migrate
+from audience_sync.store import runs as store_runs
 from audience_sync.sync import runs
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
@@ -54,6 +55,12 @@ class App:
         if keys:
             return [known[key] for key in dict.fromkeys(keys)]
         return [definition for definition in known.values() if definition.enabled]
+
+    def take_stored_keys(self) -> None:
+        """Give each definition the key that its name had at its first use."""
+        with engines.read(self.engine) as connection:
+            stored = store_runs.keys_by_name(connection)
+        self.settings = settings_module.with_stored_keys(self.settings, stored)
 
     def source(self, definition: Definition) -> sa.Engine | None:
         """The engine of a definition's source; None where that is our own database."""
@@ -151,6 +158,7 @@ def open_app(path: Path | None = None, *, migrated: bool = True) -> Iterator[App
     try:
         if migrated:
             migrate.ensure(app.engine)
+            app.take_stored_keys()
         yield app
     finally:
         app.close()
@@ -168,7 +176,7 @@ def source_engine(name: str, url: str) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite":
             return engines.open_sqlite_source(parsed)
         if parsed.get_backend_name() == "postgresql":
-            return engines.open_postgresql(parsed)
+            return engines.open_postgresql_source(parsed)
         return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
         raise SourceError(

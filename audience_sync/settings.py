@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Never, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -189,7 +190,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         for file, content in files
         for place, table in _tables(file, content, f"{kind}s")
     )
-    _check_unique(top, definitions)
+    _check_unique(path, definitions)
     return msgspec.structs.replace(settings, definitions=definitions)
 
 
@@ -406,15 +407,38 @@ def _definition(
         source=found.source,
         enabled=found.enabled,
         timeout_seconds=_seconds(found.timeout or defaults.timeout),
+        is_key_derived=found.key is None,
     )
 
 
-def _check_unique(top: _Place, definitions: Iterable[Definition]) -> None:
+def with_stored_keys(settings: Settings, stored: Mapping[tuple[str, str], list[str]]) -> Settings:
+    """The settings with the keys that were stored at a definition's first use: they are never derived again.
+
+    `stored` are the keys by kind and name, in the order of their first use.
+
+    Raises:
+        ConfigError: two definitions would have one key now.
+
+    """
+    definitions = tuple(
+        _with_stored_key(each, stored.get((each.kind, each.name), [])) for each in settings.definitions
+    )
+    _check_unique(settings.path, definitions)
+    return msgspec.structs.replace(settings, definitions=definitions)
+
+
+def _with_stored_key(definition: Definition, known: list[str]) -> Definition:
+    if not definition.is_key_derived or not known or definition.key in known:
+        return definition
+    return replace(definition, key=known[-1])
+
+
+def _check_unique(path: Path, definitions: Iterable[Definition]) -> None:
     names: dict[str, str] = {}
     for each in definitions:
         if each.key in names:
-            top.fail(
-                f"{_shown(names[each.key])} and {_shown(each.name)} have one key, {each.key}: "
+            raise ConfigError(
+                f"{path}: the file: {_shown(names[each.key])} and {_shown(each.name)} have one key, {each.key}: "
                 "give one of them another with `key = `"
             )
         names[each.key] = each.name

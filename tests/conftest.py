@@ -1,6 +1,7 @@
 """Both databases, fresh for each test and migrated, and the sandbox on a real socket."""
 
 import itertools
+import os
 import shutil
 import tempfile
 import threading
@@ -9,12 +10,23 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from audience_sync.sandbox import Limits, Sandbox
 from audience_sync.store import engines, migrate
 from audience_sync.userpilot.answers import Answer, Outcome
 
 SCHEMA = "audience_sync"
+
+# Here other examples at each run, in CI the same ones: a change is judged by what it changed. Time is no matter.
+hypothesis_settings.register_profile(
+    "ours",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+hypothesis_settings.load_profile("ours")
 _numbers = itertools.count()
 
 

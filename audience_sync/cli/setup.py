@@ -53,7 +53,7 @@ def check(context: typer.Context) -> None:
         for name in settings.sources:
             good = _try(f"source {name}", partial(_check_source, opened, name)) and good
         good = _try("API key", partial(_check_key, opened)) and good
-        for definition in settings.definitions:
+        for definition in opened.settings.definitions:
             good = (
                 _try(f"definition {definition.key}", partial(_check_definition, opened, definition)) and good
             )
@@ -76,6 +76,7 @@ def _check_database(opened: "App") -> str:
     from audience_sync.store import engines, migrate
 
     migrate.ensure(opened.engine)
+    opened.take_stored_keys()
     with engines.read(opened.engine) as connection:
         if engines.is_sqlite(connection):
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()

@@ -13,7 +13,8 @@ class Kind(StrEnum):
 class Definition:
     """An audience (its SQL gives `user_id`) or a computed trait (`user_id` and `value`).
 
-    `source` is the name of a declared source; None is our own database.
+    `source` is the name of a declared source; None is our own database. `is_key_derived`: the configuration
+    gives no key, so the one that was stored with the name at its first use holds, whatever the rule is by now.
     """
 
     key: str
@@ -23,3 +24,4 @@ class Definition:
     source: str | None = None
     enabled: bool = True
     timeout_seconds: float = 600.0
+    is_key_derived: bool = False

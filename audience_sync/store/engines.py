@@ -5,12 +5,14 @@ because a read that turns into a write fails at once whatever the busy timeout (
 """
 
 import datetime as dt
+import json
 import os
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from decimal import Decimal
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,16 @@ def open_own(url: str, schema: str) -> sa.Engine:
     )
 
 
-def open_postgresql(url: sa.URL) -> sa.Engine:
+def open_postgresql_source(url: sa.URL) -> sa.Engine:
+    """A database that is only read; numbers in its JSON are as exact as where it computes with them itself."""
+    return open_postgresql(url, json_deserializer=partial(json.loads, parse_float=Decimal))
+
+
+def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
     try:
         return sa.create_engine(
             url,
+            **options,
             hide_parameters=True,
             pool_pre_ping=True,
             connect_args={

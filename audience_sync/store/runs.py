@@ -1,7 +1,6 @@
 """Definitions as they were first used, and their runs."""
 
 import datetime as dt
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -42,8 +41,12 @@ def find(connection: sa.Connection, key: str) -> sa.Row[tuple[object, ...]] | No
     return connection.execute(sa.select(definitions).where(definitions.c.key == key)).one_or_none()
 
 
-def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[tuple[object, ...]]]:
-    return connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)).all()
+def keys_by_name(connection: sa.Connection) -> dict[tuple[str, str], list[str]]:
+    """Every key that was ever used, by kind and name, in the order of their first use."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)):
+        found.setdefault((row.kind, row.name), []).append(row.key)
+    return found
 
 
 def baseline(connection: sa.Connection, key: str) -> Baseline:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import sqlalchemy as sa
 
 GOOD = "SELECT user_id FROM people"
 
@@ -92,7 +93,21 @@ def test_a_database_of_a_newer_version(good, engine, backend):
     assert "Upgrade audience-sync" in said
 
 
-@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # PostgreSQL's disk is its server's
+def test_a_database_that_is_behind(good):
+    command = good()
+    later = (  # the program as it will be when there is a second migration
+        "from audience_sync.store import migrate; migrate.HEAD, migrate.KNOWN = '0002', ('0001', '0002');"
+        "from audience_sync.cli import main; main()"
+    )
+    called = [sys.executable, "-c", later, "--config", str(command.path), "sync"]
+    found = subprocess.run(called, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "audience-sync db upgrade" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert command.document("history") == []
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # PostgreSQL's: the test below
 def test_a_disk_without_room_loses_nothing(start, tmp_path, sandbox):
     numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {})"
     everyone = f"{numbers} SELECT 'u' || i AS user_id FROM n"
@@ -114,16 +129,37 @@ def test_a_disk_without_room_loses_nothing(start, tmp_path, sandbox):
     assert (runs[0], runs[-1]) == (("succeeded", 5_000), ("succeeded", 10))
 
 
-def test_a_key_without_rights_stops_at_once(good, sandbox):
-    command = good()
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_server_without_room_to_sort_loses_nothing(start, url, postgres, sandbox):
+    """A test cannot fill the server's disk; its limit on temporary files is as good as a full one."""
+    database = sa.make_url(url).database
+    everyone = (
+        "SELECT 'a long id, so that there is much to sort: ' || i AS user_id FROM generate_series(1, {}) i"
+    )
+    assert start({"All": everyone.format(10)})("sync")[0] == 0
+    command = start({"All": everyone.format(30_000)})
+    postgres.run(f"ALTER DATABASE {database} SET temp_file_limit = '64kB'")
+    code, said = command("sync")
+    assert (code, "temp_file_limit" in said) == (1, True), said
+    assert len(sandbox.state.snapshot()["users"]) == 10
+    postgres.run(f"ALTER DATABASE {database} RESET temp_file_limit")
+    assert command("sync", "--no-deliver")[0] == 0
+    runs = [(run["status"], run["member_count"], run["pending_count"]) for run in command.document("history")]
+    assert runs == [("succeeded", 30_000, 29_990), ("failed", None, 0), ("succeeded", 10, 0)]
+
+
+def test_a_key_without_rights_stops_at_once(good, company, sandbox):
+    company("INSERT INTO people VALUES (:user)", *[{"user": f"more{number}"} for number in range(57)])
+    command = good(identify_per_minute=1_000_000)
     sandbox.faults.add({"path": "/v1/identify", "status": 403, "body": {"error": "not for this app"}})
     code, said = command("sync")
     assert (code, "403" in said) == (1, True), said
-    assert [each["status"] for each in command.document("deliveries")] == ["pending"] * 3
+    assert [each["status"] for each in command.document("deliveries")] == ["pending"] * 60
+    assert len(sandbox.state.requests) <= 8  # those that were in flight together
     assert "not for this app" in command.document("status")["stopped"]["reason"]
     sandbox.faults.clear()
     assert command("deliver")[0] == 0
-    assert len(sandbox.state.snapshot()["users"]) == 3
+    assert len(sandbox.state.snapshot()["users"]) == 60
 
 
 def test_a_wrong_key_loses_nothing(good, sandbox):

@@ -1,5 +1,7 @@
 """The wheel, installed outside the checkout: a working program with its migrations and data inside."""
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -34,6 +36,15 @@ def test_the_installed_wheel_works(tmp_path, repository, environ):
     program("init")
     starter = (repository / "config" / "audience_sync.toml").read_text()
     assert (home / "config" / "audience_sync.toml").read_text() == starter
+
+    assert "at version" in program("db", "upgrade")
+    assert "the newest" in program("db", "current")
+    with contextlib.closing(sqlite3.connect(home / "audience_sync.db")) as database:
+        database.execute("CREATE TABLE orders (user_id text, ordered_on text, total_gbp real)")
+        database.execute("INSERT INTO orders VALUES ('u1', date('now'), 12.5), ('u2', '2020-01-01', 1)")
+        database.commit()
+    asked = program("sync", "--no-deliver")  # one member of the starter's audience, two values of its trait
+    assert "Waiting for `audience-sync deliver`: 3." in asked
 
     assert "31 syncs of 3 audiences" in program("demo", "months")
     asked = program("--config", "months/audience_sync.toml", "history", "at_risk")

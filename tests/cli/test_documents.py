@@ -7,6 +7,8 @@ import sys
 import pytest
 import sqlalchemy as sa
 
+from audience_sync.store import engines
+
 RUN = {
     "run_id", "key", "mode", "trigger", "status", "as_of", "started_at", "finished_at", "member_count",
     "entered_count", "exited_count", "changed_count", "set_aside_count", "accepted_count", "pending_count",
@@ -161,3 +163,16 @@ def test_help_loads_neither_database_nor_network(arguments):
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_key_stays_as_it_was_stored_at_first_use(program, url):
+    program("sync")
+    engine = engines.open_own(url, "audience_sync")
+    with engines.write(engine) as connection:  # as an earlier release derived it
+        engines.sql(connection, "UPDATE {our}definitions SET key = 'spent_in_all' WHERE key = 'spent'")
+    engine.dispose()
+    synced = program.document("sync")
+    assert [(run["key"], run["mode"]) for run in synced["runs"]] == [
+        ("vips", "changes"), ("spent_in_all", "changes"),
+    ]  # fmt: skip
+    assert [each["key"] for each in program.document("list")] == ["vips", "spent_in_all"]

@@ -176,6 +176,14 @@ def test_values_of_postgresql_are_the_same_in_place_and_streamed(databases, post
     check()
 
 
+@pytest.mark.parametrize("postgresql_type", ["json", "jsonb"])
+def test_numbers_in_json_keep_the_digits_that_a_double_has_not(databases, postgresql_type):
+    rows = [("a", "2.215411740277963e+16"), ("b", "9007199254740993.0"), ("c", "0.10")]
+    databases.fill("postgresql", "text", postgresql_type, rows)
+    found, _ = databases.computed("postgresql", Kind.TRAIT)
+    assert found == {"a": "22154117402779630", "b": "9007199254740993", "c": "0.1"}
+
+
 @pytest.mark.parametrize(
     ("postgresql_type", "raws"),
     [("numeric", DECIMALS), ("numeric(30,0)", DECIMALS), ("uuid", st.uuids()), ("real", st.integers(0, 99))],
