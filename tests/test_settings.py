@@ -14,6 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from audience_sync import settings
+from audience_sync.definitions import schedule
+from audience_sync.definitions.model import Guard
 from audience_sync.errors import ConfigError, MissingVariable
 
 STARTER = Path(__file__).parent.parent / "config" / "audience_sync.toml"
@@ -50,6 +52,10 @@ def refused(load, tmp_path):
 ACCEPTED = [  # every name of the contract that works: its place, its default, a value, and what is made of that
     ("database.url", "sqlite:///{}/audience_sync.db", "'postgresql+psycopg://me@db/x'", "postgresql+psycopg://me@db/x"),
     ("database.schema", "audience_sync", "'sync_2'", "sync_2"),
+    ("database.keep_calls", "90 days", "'12 hours'", "12 hours"),
+    ("database.keep_deliveries", "400 days", "'1 day'", "1 day"),
+    ("database.keep_requests", "90 days", "'forever'", "forever"),
+    ("database.keep_past_members", "forever", "'800 days'", "800 days"),
     ("destination.api_key", None, "'k'", "k"),
     ("destination.endpoint", "https://analytex.userpilot.io/",
      "'https://analytex-eu.userpilot.io'", "https://analytex-eu.userpilot.io/"),
@@ -97,11 +103,39 @@ def test_defaults_and_sources_are_read(load):
     assert found.definitions[0].timeout_seconds == 7200.0
 
 
+def test_a_definition_has_its_own_rules_of_operation_or_the_defaults(load):
+    text = """
+[defaults]
+schedule = "30 6 * * 1-5"
+timezone = "Europe/Berlin"
+guard_above = 10
+max_exit_ratio = 0.25
+eligible_sql = "SELECT user_id FROM known"
+[[audiences]]
+name = "A"
+sql = "s"
+[[audiences]]
+name = "B"
+sql = "s"
+schedule = "every 5 minutes"
+full_schedule = "@weekly"
+timezone = "UTC"
+guard_above = 0
+max_enter_ratio = 3
+eligible_sql = ""
+ready_sql = "SELECT true"
+"""
+    a, b = load(text).definitions
+    assert (a.schedule, a.full_schedule) == (schedule.parse("30 6 * * 1-5", "Europe/Berlin"), None)
+    assert (a.guard, a.eligible_sql, a.ready_sql) == (Guard(10, 0.25, 1.0), "SELECT user_id FROM known", None)
+    assert b.schedule == schedule.parse("every 5 minutes", "UTC")
+    assert b.full_schedule == schedule.parse("0 0 * * 0", "UTC")
+    assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0), None, "SELECT true")
+
+
 # The rest of the contract's names. A release that brings one moves it to the tables above.
-RUNS = "schedule full_schedule timezone guard_above max_exit_ratio max_enter_ratio eligible_sql ready_sql"
 LATER = {
-    "[defaults]": RUNS, AUDIENCE: f"{RUNS} query", TRAIT: f"{RUNS} query", "": "tracking mappings",
-    "[database]": "keep_calls keep_deliveries keep_requests keep_past_members",
+    AUDIENCE: "query", TRAIT: "query", "": "tracking mappings",
     "[destination]": "bulk_rows_per_minute bulk_rows_per_job",
 }  # fmt: skip
 CASES = [(f"{place}\n{name} = 's3cret'", name) for place, names in LATER.items() for name in names.split()]
@@ -125,7 +159,15 @@ REFUSED = [
     ("[destination]\nmissing = 's3cret'", "[destination]: unknown name missing: "),
     ("[logging]\nlvl = 's3cret'", "[logging]: unknown name lvl: did you mean level?"),
     ("[sources.shop]\nuri = 's3cret'", "[sources.shop]: unknown name uri: did you mean url?"),
-    ("[defaults]\nx = 's3cret'", "[defaults]: unknown name x: known are timeout"),
+    ("[defaults]\nscedule = 's3cret'", "[defaults]: unknown name scedule: did you mean schedule?"),
+    # schedules, guards and spans
+    ("[defaults]\nmax_exit_ratio = -1", "[defaults]: max_exit_ratio: expected a number from 0 on, such as 0.5"),
+    ("[defaults]\nguard_above = 1.5", "[defaults]: guard_above: expected a whole number from 0 on"),
+    ("[database]\nkeep_calls = 's3cret'",
+     '[database]: keep_calls: expected a span, such as "90 days", or "forever"'),
+    (TRAIT + "schedule = '@reboot'", "[[traits]] A: schedule: "),
+    (TRAIT + "full_schedule = '61 * * * *'", "[[traits]] A: full_schedule: "),
+    (TRAIT + "timezone = 'Europe/Berln'", "[[traits]] A: schedule: "),
     ("[[audiences]]\nnaem = 's3cret'", "[[audiences]] number 1: unknown name naem: did you mean name?"),
     (TRAIT + "source_ = 's3cret'", "[[traits]] A: unknown name source_: did you mean source?"),
     (TRAIT + "source = 'shp'\n[sources.shop]\nurl='x://'",

@@ -3,10 +3,21 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from audience_sync.definitions.schedule import Schedule
+
 
 class Kind(StrEnum):
     AUDIENCE = "audience"
     TRAIT = "trait"
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """When a run is held for a person: more than these shares of a last snapshot of at least `above` members."""
+
+    above: int = 100
+    max_exit_ratio: float = 0.5
+    max_enter_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +36,8 @@ class Definition:
     enabled: bool = True
     timeout_seconds: float = 600.0
     is_key_derived: bool = False
+    schedule: Schedule | None = None
+    full_schedule: Schedule | None = None
+    guard: Guard = Guard()
+    eligible_sql: str | None = None  # gives user_id of those whom Userpilot knows
+    ready_sql: str | None = None  # gives true once the source may be computed on

@@ -3,6 +3,8 @@
 Alembic is imported only where it works: its import costs more than a whole unchanged sync may.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from audience_sync.errors import DatabaseError
 from audience_sync.store import engines
 from audience_sync.store.tables import metadata
 
-HEAD = "0001"
-KNOWN = ("0001",)
+HEAD = "0002"
+KNOWN = ("0001", "0002")
 VERSION_TABLE = "audience_sync_version"
 _LOCK = 4_710_226_013  # any number that is ours: PostgreSQL's advisory lock for migrations
 
@@ -88,24 +90,33 @@ def _run(engine: sa.Engine, direction: str, revision: str) -> None:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(script_folder()).replace("%", "%%"))
     with engines.plain_errors(engine), engine.connect() as connection:
-        # Batch mode rebuilds tables: with enforcement on, SQLite would delete the rows of their children.
-        if engines.is_sqlite(engine):
-            connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
-            connection.commit()
         connection.execution_options(schema_translate_map=None)  # names resolve by the search path here
-        with engines.begin_write(connection):
+        with _without_foreign_keys(connection), engines.begin_write(connection):
             if not engines.is_sqlite(engine):
                 _enter_schema(connection, engine.get_execution_options()["schema"])
             config.attributes["connection"] = connection
             run: Any = getattr(alembic.command, direction)
             run(config, revision)
-        if engines.is_sqlite(engine):
-            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-            connection.exec_driver_sql("PRAGMA foreign_keys = ON")
-            if broken is not None:
-                raise DatabaseError(
-                    f"After the migration, rows of {broken[0]} point nowhere: restore the backup."
-                )
+
+
+@contextmanager
+def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
+    """Batch mode rebuilds tables: with enforcement on, SQLite would delete the rows of their children.
+
+    The pragma does nothing inside a transaction, so it goes past SQLAlchemy, which would begin one.
+    """
+    if not engines.is_sqlite(connection):
+        yield
+        return
+    raw: Any = connection.connection.dbapi_connection
+    raw.execute("PRAGMA foreign_keys = OFF")
+    try:
+        yield
+        broken = raw.execute("PRAGMA foreign_key_check").fetchone()
+    finally:
+        raw.execute("PRAGMA foreign_keys = ON")
+    if broken is not None:
+        raise DatabaseError(f"After the migration, rows of {broken[0]} point nowhere: restore the backup.")
 
 
 def _enter_schema(connection: sa.Connection, schema: str) -> None:

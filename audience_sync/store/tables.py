@@ -62,8 +62,17 @@ definitions = sa.Table(
     sa.Column("fingerprint", sa.Text),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("retired_at", UtcDateTime),
+    sa.Column("forgotten_count", sa.BigInteger, nullable=False, server_default="0"),  # exits of the next run
     sa.CheckConstraint("kind IN ('audience', 'trait')", name="kind"),
 )
+
+
+def _one_of_a_definition(status: str) -> sa.Index:
+    where = sa.text(f"status = '{status}'")
+    return sa.Index(
+        f"uq_runs_{status}", "definition_id", unique=True, sqlite_where=where, postgresql_where=where
+    )
+
 
 runs = sa.Table(
     "runs",
@@ -83,6 +92,11 @@ runs = sa.Table(
     sa.Column("changed_count", sa.BigInteger),
     sa.Column("set_aside", Json),  # {reason: count}
     sa.Column("error", sa.Text),
+    sa.Column("baseline_run_id", Serial),  # the committed run that this one was compared with
+    # Of the deliveries that are no longer kept: what became of them.
+    sa.Column("accepted_count", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("dead_count", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("cancelled_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.CheckConstraint("mode IN ('first', 'changes', 'full', 'canary', 'retire')", name="mode"),
     sa.CheckConstraint("\"trigger\" IN ('schedule', 'manual')", name="trigger"),
     sa.CheckConstraint(
@@ -90,13 +104,10 @@ runs = sa.Table(
     ),
     sa.CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="finished"),
     sa.CheckConstraint("status <> 'succeeded' OR member_count IS NOT NULL", name="counted"),
-    sa.Index(
-        "uq_runs_running",
-        "definition_id",
-        unique=True,
-        sqlite_where=sa.text("status = 'running'"),
-        postgresql_where=sa.text("status = 'running'"),
-    ),
+    sa.CheckConstraint("held_by IN ('hold', 'guard', 'fingerprint')", name="held_by"),
+    sa.CheckConstraint("status <> 'held' OR held_by IS NOT NULL", name="held"),
+    _one_of_a_definition("running"),
+    _one_of_a_definition("held"),
     sa.Index("ix_runs_definition_id", "definition_id", "run_id"),
     sqlite_autoincrement=True,
 )
@@ -274,6 +285,26 @@ destination = sa.Table(
     sa.CheckConstraint("destination_id = 1", name="one_row"),
     sa.CheckConstraint("(stopped_at IS NULL) = (stopped_reason IS NULL)", name="stopped"),
 )
+
+forgotten = sa.Table(
+    "forgotten",
+    metadata,
+    sa.Column("user_hash", sa.Text, primary_key=True),  # SHA-256 of the id, in hexadecimal
+    sa.Column("forgotten_at", UtcDateTime, nullable=False),
+    sa.Column("returns_at", UtcDateTime),  # from when on the user may be sent again
+)
+
+schedule_slots = sa.Table(
+    "schedule_slots",
+    metadata,
+    sa.Column(
+        "definition_id", Serial, sa.ForeignKey("definitions.definition_id"), primary_key=True,
+        autoincrement=False,
+    ),
+    sa.Column("slot_at", UtcDateTime, primary_key=True),
+    sa.Column("taken_at", UtcDateTime, nullable=False),
+    sa.Column("run_id", Serial),
+)  # fmt: skip
 
 leases = sa.Table(
     "leases",

@@ -1,0 +1,227 @@
+"""Schedules: what `schedule` and `timezone` of the configuration mean, as slots, which are moments in UTC.
+
+A cron expression means what crontab(5) says, in the wall-clock time of its zone, and each local slot comes
+exactly once: at the first moment at which the wall clock has reached it. So a local time that occurs twice is
+taken the first time, and one that does not occur comes with the first moment after the gap; all that fall into
+one gap, and a slot that is due at its end anyway, are one slot. In the hour that comes again nothing new is
+due, not even for `*/30 * * * *`: whoever wants no such pause writes `every 30 minutes`.
+
+`every N minutes` (hours, days) comes at whole multiples of the span since 1970-01-01T00:00Z, in every zone.
+
+Schedules are computed from their text alone, so every process finds the same slots.
+"""
+
+import calendar
+import difflib
+import itertools
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import NamedTuple, TypeAlias
+from zoneinfo import ZoneInfo, available_timezones
+
+from audience_sync.errors import ConfigError
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LONGEST = timedelta(days=366)
+
+_NICKNAMES = {
+    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
+}  # fmt: skip
+_EVERY = re.compile(r"every ([1-9][0-9]{0,5}) (minute|hour|day)s?")
+_PART = re.compile(r"(?:\*|(?P<first>[0-9A-Za-z]+)(?:-(?P<last>[0-9A-Za-z]+))?)(?:/(?P<step>[0-9]{1,9}))?")
+_EXAMPLES = '"0 6 * * *" (minute hour day-of-month month day-of-week) or "every 30 minutes"'
+
+
+class _Field(NamedTuple):
+    label: str
+    low: int
+    high: int
+    names: tuple[str, ...] = ()
+
+
+_MINUTE, _HOUR, _DAY = _Field("minute", 0, 59), _Field("hour", 0, 23), _Field("day of month", 1, 31)
+_MONTH = _Field(
+    "month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+)
+_WEEKDAY = _Field("day of week", 0, 7, ("sun", "mon", "tue", "wed", "thu", "fri", "sat"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    zone: ZoneInfo
+    times: tuple[time, ...]  # ascending
+    months: frozenset[int]
+    days: frozenset[int]
+    weekdays: frozenset[int]  # Sunday is 0
+    either: bool  # day of month or day of week, where both are restricted
+
+    def latest(self, after: datetime, until: datetime) -> datetime | None:
+        """The latest slot with after < slot <= until."""
+        # A clock that was set back, by a day at most, has already reached times that it does not show.
+        newest, oldest = _wall(until, self.zone).toordinal() + 1, _wall(after, self.zone).toordinal()
+        for day in self._days(range(newest, oldest - 1, -1)):
+            if passed := self._passed(day, until):
+                slot = self._slot(day, self.times[passed - 1])
+                return slot if slot > after else None
+        return None
+
+    def next(self, after: datetime) -> datetime:
+        """The first slot after that moment; `parse` accepts no expression that has none."""
+        for day in self._days(itertools.count(_wall(after, self.zone).toordinal())):
+            if (passed := self._passed(day, after)) < len(self.times):
+                return self._slot(day, self.times[passed])
+        raise AssertionError  # the days do not end
+
+    def _days(self, ordinals: Iterable[int]) -> Iterator[date]:
+        for ordinal in ordinals:
+            day = date.fromordinal(ordinal)
+            if day.month in self.months:
+                by_date, by_weekday = day.day in self.days, ordinal % 7 in self.weekdays
+                if (by_date or by_weekday) if self.either else (by_date and by_weekday):
+                    yield day
+
+    def _passed(self, day: date, moment: datetime) -> int:
+        """How many of the day's slots have come by that moment."""
+        return bisect_right(self.times, moment, key=lambda each: self._slot(day, each))
+
+    def _slot(self, day: date, local: time) -> datetime:
+        return _first_reached(datetime.combine(day, local), self.zone)
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    span: timedelta
+
+    def latest(self, after: datetime, until: datetime) -> datetime | None:
+        """The latest slot with after < slot <= until."""
+        slot = until - (until - _EPOCH) % self.span
+        return slot if slot > after else None
+
+    def next(self, after: datetime) -> datetime:
+        """The first slot after that moment."""
+        return after - (after - _EPOCH) % self.span + self.span
+
+
+Schedule: TypeAlias = Cron | Every
+
+
+def parse(text: str, timezone: str) -> Schedule:
+    """The schedule that the text means in the zone of that IANA name; a ConfigError for what has no meaning."""
+    zone = _zone(timezone)
+    words = text.split()
+    if not words:
+        raise ConfigError(f"a schedule is empty: write {_EXAMPLES}")
+    if words[0].lower() == "every":
+        return _every(" ".join(words))
+    if words[0].startswith("@"):
+        words = _nickname(" ".join(words)).split()
+    if len(words) != 5:
+        raise ConfigError(
+            f"a schedule has five fields, without seconds or a year, and this one {len(words)}: write {_EXAMPLES}"
+        )
+    return _cron(words, zone)
+
+
+def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
+    return moment.astimezone(zone).replace(tzinfo=None)
+
+
+def _first_reached(local: datetime, zone: ZoneInfo) -> datetime:
+    """The first moment at which the zone's wall clock shows `local`, or later where a gap swallows it."""
+    moment = local.replace(tzinfo=zone).astimezone(UTC)
+    if _wall(moment, zone) == local:
+        return moment
+    # In a gap, fold=0 counts from before it and lands behind its end; fold=1 does the reverse.
+    before = local.replace(tzinfo=zone, fold=1).astimezone(UTC)
+    seconds = range((moment - before) // timedelta(seconds=1))
+    end = bisect_left(seconds, True, key=lambda each: _wall(before + timedelta(seconds=each), zone) >= local)
+    return before + timedelta(seconds=end)
+
+
+def _zone(name: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # not found; no plain name or no zone's file; a folder
+        known = available_timezones()
+    if not known:
+        raise ConfigError("this machine has no time zones: install its tzdata package, or tzdata from PyPI")
+    near = difflib.get_close_matches(name[:60], known, n=1)
+    hint = f"did you mean {near[0]}" if near else "write an IANA name such as Europe/Berlin or UTC"
+    raise ConfigError(f"there is no time zone {name[:60]!r}: {hint}")
+
+
+def _nickname(text: str) -> str:
+    if text.lower() == "@reboot":
+        raise ConfigError("@reboot is no time of the clock, so nothing is ever due by it: write @daily, say")
+    if text.lower() not in _NICKNAMES:
+        raise ConfigError(f"there is no schedule {text[:60]!r}: write one of {', '.join(_NICKNAMES)}")
+    return _NICKNAMES[text.lower()]
+
+
+def _every(text: str) -> Every:
+    if match := _EVERY.fullmatch(text.lower()):
+        span = timedelta(**{f"{match[2]}s": int(match[1])})
+        if span <= _LONGEST:
+            return Every(span)
+    raise ConfigError(
+        f"{text[:60]!r} is no span: write a whole number of minutes, hours or days, "
+        f'at least 1 minute and at most {_LONGEST.days} days, such as "every 30 minutes"'
+    )
+
+
+def _cron(words: list[str], zone: ZoneInfo) -> Cron:
+    fields = (_MINUTE, _HOUR, _DAY, _MONTH, _WEEKDAY)
+    minutes, hours, days, months, weekdays = map(_values, fields, words)
+    # crontab's rule goes by the first character: */2 restricts nothing here, and 1-31 does.
+    either = not words[2].startswith("*") and not words[4].startswith("*")
+    # Every weekday comes to every date in time, to 29 February within 40 years: the date alone decides.
+    if not either and min(days) > max(calendar.monthrange(2000, month)[1] for month in months):
+        raise ConfigError(f"never comes: month {words[3]!r} has no day {words[2]!r}: write one that it has")
+    return Cron(
+        zone=zone,
+        times=tuple(time(hour, minute) for hour in sorted(hours) for minute in sorted(minutes)),
+        months=months,
+        days=days,
+        weekdays=frozenset(day % 7 for day in weekdays),
+        either=either,
+    )
+
+
+def _values(field: _Field, text: str) -> frozenset[int]:
+    return frozenset(value for part in text.split(",") for value in _range(field, part))
+
+
+def _range(field: _Field, part: str) -> range:
+    if not (match := _PART.fullmatch(part)):
+        raise _wrong(
+            field, part, f"write *, */2, {field.low}, {field.low}-{field.high} or a list, with commas"
+        )
+    first, last, step = match["first"], match["last"], int(match["step"] or 1)
+    low = _value(field, first) if first else field.low
+    high = _value(field, last or first) if first else field.high
+    if last and last.lower() == "sun" and low:
+        high = 7  # fri-sun: a week ends with the Sunday that a range cannot start with
+    if high < low:
+        raise _wrong(field, part, f"a range goes upwards: write {first}-{field.high},{field.low}-{last}")
+    if match["step"] and first and not last:
+        raise _wrong(field, part, f"a step needs a range: write {first}-{field.high}/{step}")
+    if not 1 <= step <= (longest := field.high - field.low + 1):
+        raise _wrong(field, part, f"a step is a number from 1 to {longest}")
+    return range(low, high + 1, step)
+
+
+def _value(field: _Field, text: str) -> int:
+    if text.lower() in field.names:
+        return field.low + field.names.index(text.lower())
+    if re.fullmatch("[0-9]{1,2}", text) and field.low <= int(text) <= field.high:
+        return int(text)
+    names = f" or a name from {field.names[0]} to {field.names[-1]}" if field.names else ""
+    raise _wrong(field, text, f"write a number from {field.low} to {field.high}{names}")
+
+
+def _wrong(field: _Field, text: str, remedy: str) -> ConfigError:
+    return ConfigError(f"{field.label}: {text[:60]!r} is not understood: {remedy}")
