@@ -1,7 +1,6 @@
 """The composition root: settings in, wired objects out."""
 
 import datetime as dt
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from audience_sync.definitions.model import Definition
 from audience_sync.delivery import worker
 from audience_sync.errors import ConfigError, SourceError
 from audience_sync.settings import Settings
-from audience_sync.store import deliveries, engines, migrate
+from audience_sync.stopping import Stop
+from audience_sync.store import deliveries, destinations, engines, migrate
 from audience_sync.store import runs as store_runs
-from audience_sync.sync import runs
+from audience_sync.sync import levers, plans, runs
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
 
@@ -34,15 +34,16 @@ class App:
     settings: Settings
     engine: sa.Engine
     clock: Clock = field(default_factory=SystemClock)
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop: Stop = field(default_factory=Stop)
     is_delivering: bool = False
+    retired: set[str] = field(default_factory=set)  # keys
     _sources: dict[str, sa.Engine] = field(default_factory=dict)
 
     def definitions(self, keys: Sequence[str] = ()) -> list[Definition]:
         """The enabled definitions, or those with these keys.
 
         Raises:
-            ConfigError: there is none of that key, or none at all.
+            ConfigError: there is none of that key, or it was retired.
 
         """
         known = {definition.key: definition for definition in self.settings.definitions}
@@ -52,15 +53,21 @@ class App:
                     f"There is no definition with the key {key} in {self.settings.path}. "
                     f"There are: {', '.join(known) or 'none'}."
                 )
+            if key in self.retired:
+                raise ConfigError(runs.retired(key))
         if keys:
             return [known[key] for key in dict.fromkeys(keys)]
-        return [definition for definition in known.values() if definition.enabled]
+        return [each for key, each in known.items() if each.enabled and key not in self.retired]
 
-    def take_stored_keys(self) -> None:
-        """Give each definition the key that its name had at its first use."""
+    def learn_keys(self) -> None:
+        """Give each definition the key that its name had at its first use, and learn which keys rest."""
         with engines.read(self.engine) as connection:
-            stored = store_runs.keys_by_name(connection)
+            rows = store_runs.all_definitions(connection)
+        stored: dict[tuple[str, str], list[str]] = {}
+        for row in rows:
+            stored.setdefault((row.kind, row.name), []).append(row.key)
         self.settings = settings_module.with_stored_keys(self.settings, stored)
+        self.retired = {row.key for row in rows if row.retired_at is not None}
 
     def source(self, definition: Definition) -> sa.Engine | None:
         """The engine of a definition's source; None where that is our own database."""
@@ -71,22 +78,51 @@ class App:
             self._sources[name] = source_engine(name, self.settings.sources[name].url)
         return self._sources[name]
 
-    def sync(self, definition: Definition, as_of: dt.datetime, *, full: bool = False) -> int:
-        return runs.sync(
-            self.engine,
-            definition,
-            as_of,
-            self.clock,
-            source=self.source(definition),
-            full=full,
-            fingerprint=self.settings.destination.fingerprint if self.settings.destination.api_key else None,
+    def sync(
+        self,
+        definition: Definition,
+        as_of: dt.datetime,
+        *,
+        full: bool = False,
+        hold: bool = False,
+        users: Sequence[str] = (),
+        trigger: str = "manual",
+    ) -> int:
+        """Run a definition, as `runs.sync` says; its id."""
+        order = runs.Order(
+            full=full, hold=hold, users=tuple(users) or None, trigger=trigger, fingerprint=self.fingerprint
         )
+        source = self.source(definition)
+        return runs.sync(self.engine, definition, as_of, self.clock, order, source=source, stop=self.stop)
 
     def plan(
         self, definitions: Sequence[Definition], moments: dict[str, dt.datetime]
-    ) -> tuple[list[runs.Plan], int]:
+    ) -> tuple[list[plans.Plan], int]:
         pairs = [(definition, self.source(definition)) for definition in definitions]
-        return runs.plan(self.engine, pairs, moments)
+        return plans.plan(self.engine, pairs, moments, self.clock.now(), self.fingerprint)
+
+    def approve(self, run_id: int) -> None:
+        levers.approve(self.engine, run_id, self.clock, self.fingerprint)
+
+    def reject(self, run_id: int) -> None:
+        levers.reject(self.engine, run_id, self.clock)
+
+    def retire(self, key: str) -> int:
+        return levers.retire(self.engine, key, self.clock, self.fingerprint)
+
+    def accept_destination(self) -> list[str]:
+        """Take the configured destination for the one that everything was made for; the keys that this moved."""
+        self.settings.destination.require_api_key()
+        fingerprint = self.settings.destination.fingerprint
+        with engines.write(self.engine) as connection:
+            keys = destinations.of_others(connection, fingerprint)
+            destinations.accept(connection, fingerprint)
+        return keys
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the configured destination; None while its key is not known."""
+        return self.settings.destination.fingerprint or None
 
     def client(self) -> "Client":
         from audience_sync.userpilot.client import Client  # noqa: PLC0415  (httpx: only where something is sent)
@@ -100,23 +136,29 @@ class App:
         call_ids: Sequence[int] = (),
         on_progress: Callable[[worker.Report], None] = lambda _: None,
     ) -> worker.Report:
-        """Deliver what is due. A stopped destination is asked first whether the key is good now."""
+        """Deliver what is due. A stopped destination is asked first whether the key is good now.
+
+        What was made for another destination is held, and counted in the report.
+        """
         self.settings.destination.require_api_key()
-        with engines.read(self.engine) as connection:
-            stopped = deliveries.stopped(connection)
+        with engines.write(self.engine) as connection:
+            held = destinations.sort(connection, self.settings.destination.fingerprint, self.clock.now())
+            stopped = destinations.stopped(connection)
             pending = deliveries.pending_count(connection)
         if not pending:
-            return worker.Report()
+            return worker.Report(held_count=held)
         with self.client() as client:
             if stopped:
                 answer = client.validate()
                 if answer.outcome is Outcome.UNAUTHORISED:
-                    return worker.Report(pending_count=pending, stopped=stopped[1])
+                    return worker.Report(pending_count=pending, stopped=stopped[1], held_count=held)
                 with engines.write(self.engine) as connection:
-                    deliveries.go(connection)
+                    destinations.go(connection)
             self.is_delivering = True
             try:
-                return self._worker(client, on_progress).deliver(run_ids, call_ids)
+                report = self._worker(client, on_progress).deliver(run_ids, call_ids)
+                report.held_count = held
+                return report
             finally:
                 self.is_delivering = False
 
@@ -133,6 +175,7 @@ class App:
                 },
                 build=partial(payloads.build, booleans=destination.booleans, nested=destination.nested),
                 tracks_at_most_once=destination.track_policy == "at_most_once",
+                fingerprint=destination.fingerprint,
             ),
             self.clock,
             stop=self.stop,
@@ -158,7 +201,7 @@ def open_app(path: Path | None = None, *, migrated: bool = True) -> Iterator[App
     try:
         if migrated:
             migrate.ensure(app.engine)
-            app.take_stored_keys()
+            app.learn_keys()
         yield app
     finally:
         app.close()

@@ -7,6 +7,7 @@ AudienceSyncError
 ├── DatabaseError        our own database cannot be used
 ├── SourceError          a source cannot be reached or read
 ├── CallError            a call that is not valid
+├── NotApproved          a held run that must be computed again first
 ├── Busy                 another process is syncing the definition
 ├── LeaseLost            another process took this one's place; nothing was written
 └── Interrupted          a signal asked this process to stop
@@ -41,6 +42,10 @@ class SourceError(AudienceSyncError):
 
 class CallError(AudienceSyncError):
     exit_code = 2
+
+
+class NotApproved(AudienceSyncError):  # noqa: N818
+    pass
 
 
 class Busy(AudienceSyncError):  # noqa: N818

@@ -31,15 +31,21 @@ def configure(format: str = "text", level: str = "info") -> None:  # noqa: A002 
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
+def event(log: logging.Logger, level: int, name: str, **fields: str | float) -> None:
+    """Log what happened in a line: its name, and facts about it; never an id of a user, a trait or a secret."""
+    log.log(level, "%s", name, extra={"facts": fields})
+
+
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return f"{_at(record)} {record.levelname} {_message(record)}"
+        facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
+        return f"{_at(record)} {record.levelname} {_message(record)}{facts}"
 
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         known = {"at": _at(record), "level": record.levelname.lower(), "logger": record.name}
-        return json.dumps(known | {"message": _message(record)})
+        return json.dumps(known | {"message": _message(record)} | getattr(record, "facts", {}))
 
 
 def _at(record: logging.LogRecord) -> str:

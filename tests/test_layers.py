@@ -5,21 +5,22 @@ import sys
 
 import pytest
 
-ROOT = {"errors", "clock", "crash", "__version__"}
+ROOT = {"errors", "clock", "crash", "stopping", "__version__"}
 PURE = {"errors"}
 MAY_IMPORT = {
     "errors": set(),
     "clock": set(),
     "crash": set(),
+    "stopping": set(),
     "logs": ROOT,
     "definitions": PURE,
     "calls": PURE,
     "settings": ROOT | {"definitions", "calls"},
     "store": ROOT | {"definitions", "calls"},
     "userpilot": ROOT | {"calls"},
-    "sync": ROOT | {"definitions", "store"},
+    "sync": ROOT | {"logs", "definitions", "store"},
     "intake": ROOT | {"definitions", "calls", "store", "app"},  # its doors take the application, as `app`
-    "delivery": ROOT | {"store", "userpilot"},
+    "delivery": ROOT | {"logs", "store", "userpilot"},
     "sandbox": set(),
     "app": ROOT | {"settings", "logs", "definitions", "calls", "store", "sync", "delivery", "userpilot"},
 }

@@ -1,7 +1,6 @@
-"""The commands that compute and send: plan, sync, deliver, identify, track, group, retry, discard."""
+"""The commands that compute and send: plan, sync, deliver."""
 
 import datetime as dt
-import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ from audience_sync.errors import Busy, ConfigError, Interrupted
 if TYPE_CHECKING:
     from audience_sync.app import App
     from audience_sync.delivery.worker import Report
-    from audience_sync.sync import runs
+    from audience_sync.sync import plans
+
+HELD = 3  # the exit code where a run waits for a person
 
 Keys = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY]...", help="The definitions; all enabled ones if none.")
@@ -79,6 +80,8 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
             for name, users in each.samples.items():
                 if users:
                     say.line(f"{each.key} {name}, for example: {', '.join(users)}")
+            if each.held:
+                say.line(f"{each.key} would be held. {each.held.reason}")
         say.line(
             f"It would take {request_count:,} requests: {say.span(seconds)} at the pace of this configuration."
         )
@@ -87,7 +90,7 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
 CHANGES = ("entered", "exited", "changed")
 
 
-def _plan(each: "runs.Plan") -> dict[str, Any]:
+def _plan(each: "plans.Plan") -> dict[str, Any]:
     return {
         "key": each.key,
         "member_count": each.member_count,
@@ -96,7 +99,7 @@ def _plan(each: "runs.Plan") -> dict[str, Any]:
         "changed_count": each.counts.get("changed", 0),
         "entered_sample": each.samples.get("entered", []),
         "exited_sample": each.samples.get("exited", []),
-        "held_by": None,
+        "held_by": each.held and each.held.by,
     }
 
 
@@ -105,8 +108,10 @@ def sync(
     context: typer.Context,
     keys: Keys = None,
     full: Annotated[bool, typer.Option("--full", help="Send every member and everyone who left.")] = False,
-    hold: Annotated[bool, typer.Option("--hold", help="Not yet: wait for `approve`.")] = False,
-    user: Annotated[list[str] | None, typer.Option(help="Not yet: a canary of these users.")] = None,
+    hold: Annotated[bool, typer.Option("--hold", help="Compute, then wait for `approve`.")] = False,
+    user: Annotated[
+        list[str] | None, typer.Option(help="A canary: only this user's changes (may be repeated).")
+    ] = None,
     as_of: AsOf = None,
     no_deliver: NoDeliver = False,
     as_json: Json = False,
@@ -116,9 +121,10 @@ def sync(
     from audience_sync.store import deliveries, engines, looks
     from audience_sync.sync import runs
 
-    for name, value in (("--hold", hold), ("--user", user)):
-        if value:
-            not_yet(name)
+    if user and not keys:
+        raise ConfigError("A canary is of named definitions: audience-sync sync KEY --user USER_ID.")
+    if user and hold:
+        raise ConfigError("A canary commits its users' changes at once: leave out --hold or --user.")
     with open_app(context.obj) as opened, stoppable(opened):
         if not no_deliver:
             opened.settings.destination.require_api_key()
@@ -131,7 +137,8 @@ def sync(
         run_ids, busy = [], []
         for definition in definitions:
             try:
-                run_ids.append(opened.sync(definition, moments[definition.key], full=full))
+                moment_of = moments[definition.key]
+                run_ids.append(opened.sync(definition, moment_of, full=full, hold=hold, users=user or ()))
             except Busy as error:
                 busy.append(str(error))
                 say.aside(f"audience-sync: {error}")
@@ -144,8 +151,8 @@ def sync(
         else:
             show_runs(found)
             tell_delivery(report, pending)
-    failed = any(each["status"] == "failed" for each in found)
-    finish(report, failed=failed, busy=bool(busy))
+    statuses = {each["status"] for each in found}
+    finish(report, failed="failed" in statuses, busy=bool(busy), held="held" in statuses)
 
 
 def show_runs(found: Sequence[dict[str, Any]]) -> None:
@@ -165,6 +172,11 @@ def show_runs(found: Sequence[dict[str, Any]]) -> None:
     for each in found:
         if each["error"]:
             say.line(f"Run {each['run_id']} {each['status']}: {each['error']}")
+        if each["status"] == "held":
+            say.line(
+                f"`audience-sync show {each['run_id']}` shows it; `approve {each['run_id']}` commits exactly this, "
+                f"`reject {each['run_id']}` drops it."
+            )
         if each["set_aside_count"]:
             say.line(
                 f"Run {each['run_id']}: {each['set_aside_count']:,} rows were set aside "
@@ -213,6 +225,12 @@ def tell_delivery(report: "Report | None", pending: int) -> None:
     )
     if report.dead_count:
         say.line("`audience-sync deliveries --status dead` says why they were refused.")
+    if report.held_count:
+        say.line(
+            f"Held: {report.held_count:,}, made for another destination than the one that is configured now. For "
+            "a new environment: `audience-sync sync KEY --full`; for the same one with a new key or address: "
+            "`audience-sync check --accept-destination`."
+        )
     if report.is_left:
         say.line("Another process is delivering: the rest is left to it.")
     elif report.stopped:
@@ -221,8 +239,8 @@ def tell_delivery(report: "Report | None", pending: int) -> None:
         say.line("What is pending is tried again by the next `audience-sync deliver` or `sync`.")
 
 
-def finish(report: "Report | None", *, failed: bool = False, busy: bool = False) -> None:
-    """Leave with the exit code of this command's work: 1 before 75."""
+def finish(report: "Report | None", *, failed: bool = False, busy: bool = False, held: bool = False) -> None:
+    """Leave with the exit code of this command's work: 1 before 75 before 3."""
     undone = report is not None and (
         report.dead_count or report.stopped or (report.pending_count and not report.is_left)
     )
@@ -230,122 +248,8 @@ def finish(report: "Report | None", *, failed: bool = False, busy: bool = False)
         raise typer.Exit(1)
     if busy:
         raise typer.Exit(Busy.exit_code)
-
-
-@app.command()
-def identify(
-    context: typer.Context,
-    user_id: str,
-    trait: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="A trait; V is JSON where it parses.")
-    ] = None,
-    no_deliver: NoDeliver = False,
-) -> None:
-    """Tell traits of a user, and deliver what is due."""
-    _call(context, {"type": "identify", "userId": user_id, "traits": pairs(trait)}, no_deliver=no_deliver)
-
-
-@app.command()
-def track(
-    context: typer.Context,
-    user_id: str,
-    event: str,
-    property_: Annotated[
-        list[str] | None,
-        typer.Option("--property", metavar="K=V", help="A property; V is JSON where it parses."),
-    ] = None,
-    no_deliver: NoDeliver = False,
-) -> None:
-    """Tell something that a user did, and deliver what is due."""
-    raw = {"type": "track", "userId": user_id, "event": event, "properties": pairs(property_)}
-    _call(context, raw, no_deliver=no_deliver)
-
-
-@app.command()
-def group(
-    context: typer.Context,
-    user_id: str,
-    group_id: str,
-    trait: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A company's trait.")] = None,
-    no_deliver: NoDeliver = False,
-) -> None:
-    """Tell the company of a user, and deliver what is due."""
-    raw = {"type": "group", "userId": user_id, "groupId": group_id, "traits": pairs(trait)}
-    _call(context, raw, no_deliver=no_deliver)
-
-
-def _call(context: typer.Context, raw: dict[str, Any], *, no_deliver: bool) -> None:
-    from audience_sync import intake
-    from audience_sync.cli.session import open_app
-    from audience_sync.store import deliveries, engines
-
-    with open_app(context.obj) as opened, stoppable(opened):
-        if not no_deliver:
-            opened.settings.destination.require_api_key()
-        receipt = intake.accept(opened, raw)
-        if receipt.ignored:
-            say.line(f"Call {receipt.call_id} was kept and ignored: {receipt.ignored}.")
-        else:
-            say.line(f"Call {receipt.call_id} was accepted for delivery.")
-        report = None if no_deliver else deliver_now(opened, call_ids=[receipt.call_id])
-        with engines.read(opened.engine) as connection:
-            tell_delivery(report, deliveries.pending_count(connection))
-    finish(report)
-
-
-def pairs(given: Sequence[str] | None) -> dict[str, Any]:
-    """k=v pairs; v is JSON where it parses, else the text itself."""
-    found = {}
-    for each in given or ():
-        name, separator, text = each.partition("=")
-        if not separator or not name:
-            raise ConfigError(f"{each!r} is not NAME=VALUE: write, for example, plan=pro or age=12.")
-        try:
-            found[name] = json.loads(text)
-        except (ValueError, RecursionError):
-            found[name] = text
-    return found
-
-
-@app.command()
-def retry(
-    context: typer.Context,
-    ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="Dead deliveries.")] = None,
-    all_dead: Annotated[bool, typer.Option("--all-dead", help="Every dead delivery.")] = False,
-) -> None:
-    """Queue dead deliveries again, if nothing newer has overtaken them."""
-    from audience_sync.cli.session import open_app
-    from audience_sync.store import deliveries, engines
-
-    if bool(ids) == all_dead:
-        raise ConfigError("Name the deliveries to try again, or say --all-dead.")
-    with open_app(context.obj) as opened:
-        with engines.write(opened.engine) as connection:
-            count, reasons = deliveries.retry(connection, None if all_dead else ids, opened.clock.now())
-        for reason in reasons:
-            say.aside(reason)
-        say.line(f"{count:,} deliveries are queued again: `audience-sync deliver` sends them.")
-    if reasons and not all_dead:
-        raise typer.Exit(1)
-
-
-@app.command()
-def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...")]) -> None:
-    """Cancel pending or dead deliveries; Userpilot is not told."""
-    from audience_sync.cli.session import open_app
-    from audience_sync.store import deliveries, engines
-
-    with open_app(context.obj) as opened:
-        with engines.write(opened.engine) as connection:
-            count = deliveries.discard(connection, ids, opened.clock.now())
-        say.line(f"{count:,} of {len(set(ids)):,} deliveries are cancelled.")
-        if count:
-            say.line(
-                "Where they came from an audience, `audience-sync sync KEY --full` tells Userpilot the truth again."
-            )
-    if count < len(set(ids)):
-        say.aside("The others do not exist, or are neither pending nor dead.")
-        raise typer.Exit(1)
+    if held or (report is not None and report.held_count):
+        raise typer.Exit(HELD)
 
 
 def moment(text: str | None) -> dt.datetime | None:
@@ -355,20 +259,3 @@ def moment(text: str | None) -> dt.datetime | None:
         return None if text is None else parse_moment(text)
     except ValueError as error:
         raise ConfigError(f"{text} is not a moment: write ISO 8601, such as 2026-05-01T12:00:00Z.") from error
-
-
-def not_yet(name: str) -> None:
-    raise ConfigError(f"not yet: {name} belongs to a later release.")
-
-
-def _later(name: str) -> None:
-    @app.command(
-        name, help="Not yet: it belongs to a later release.", hidden=True,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )  # fmt: skip
-    def later() -> None:
-        not_yet(name)
-
-
-for _name in ("daemon", "serve", "approve", "reject", "retire", "forget", "import"):
-    _later(_name)

@@ -41,7 +41,16 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
 
 
 @app.command()
-def check(context: typer.Context) -> None:
+def check(
+    context: typer.Context,
+    accept_destination: Annotated[
+        bool,
+        typer.Option(
+            "--accept-destination",
+            help="The destination is the one that all was made for, with a new key or address.",
+        ),
+    ] = False,
+) -> None:
     """Check configuration, databases, migrations, API key and every definition."""
     from audience_sync.cli.session import open_app
     from audience_sync.settings import load
@@ -53,10 +62,14 @@ def check(context: typer.Context) -> None:
         for name in settings.sources:
             good = _try(f"source {name}", partial(_check_source, opened, name)) and good
         good = _try("API key", partial(_check_key, opened)) and good
+        if accept_destination and good:
+            moved = opened.accept_destination()
+            say.line(f"ok    destination: accepted for {', '.join(moved) or 'all that there is'}")
+        good = _try("destination", partial(_check_destination, opened)) and good
         for definition in opened.settings.definitions:
-            good = (
-                _try(f"definition {definition.key}", partial(_check_definition, opened, definition)) and good
-            )
+            name = f"definition {definition.key}"
+            good = _try(name, partial(_check_definition, opened, definition)) and good
+        good = _try("keys", partial(_check_retired, opened)) and good
     if not good:
         raise typer.Exit(ConfigError.exit_code)
 
@@ -76,7 +89,7 @@ def _check_database(opened: "App") -> str:
     from audience_sync.store import engines, migrate
 
     migrate.ensure(opened.engine)
-    opened.take_stored_keys()
+    opened.learn_keys()
     with engines.read(opened.engine) as connection:
         if engines.is_sqlite(connection):
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
@@ -130,10 +143,39 @@ def _check_key(opened: "App") -> str:
     )
 
 
+def _check_destination(opened: "App") -> str:
+    from audience_sync.store import destinations, engines
+    from audience_sync.sync.runs import OTHER_DESTINATION
+
+    fingerprint = opened.fingerprint
+    if fingerprint is None:
+        return "not known without the key"
+    with engines.read(opened.engine) as connection:
+        others = destinations.of_others(connection, fingerprint)
+    if others:
+        raise ConfigError(f"{OTHER_DESTINATION.format(key=others[0])} ({', '.join(others)}).")
+    return "the one that all was made for"
+
+
+def _check_retired(opened: "App") -> str:
+    from audience_sync.store import engines, runs
+
+    configured = {definition.key for definition in opened.settings.definitions}
+    with engines.read(opened.engine) as connection:
+        used = {row.key for row in runs.all_definitions(connection) if row.retired_at is None}
+    if gone := sorted(used - configured):
+        return (
+            f"not in the configuration any more: {', '.join(gone)}. Userpilot keeps their last values until "
+            "`audience-sync retire KEY`"
+        )
+    return "every key that was used is configured, or retired"
+
+
 def _check_definition(opened: "App", definition: Definition) -> str:
     from audience_sync.definitions import sql
     from audience_sync.sync import runs
 
+    opened.definitions([definition.key])  # a retired key is an error
     source = opened.source(definition)
     warnings = sql.check(definition.sql, (source or opened.engine).dialect.name)
     moments = runs.resolve_as_of(opened.engine, [definition], None, opened.clock.now())

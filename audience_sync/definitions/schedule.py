@@ -62,7 +62,8 @@ class Cron:
     def latest(self, after: datetime, until: datetime) -> datetime | None:
         """The latest slot with after < slot <= until."""
         # A clock that was set back, by a day at most, has already reached times that it does not show.
-        newest, oldest = _wall(until, self.zone).toordinal() + 1, _wall(after, self.zone).toordinal()
+        newest = until.astimezone(self.zone).toordinal() + 1
+        oldest = after.astimezone(self.zone).toordinal()
         for day in self._days(range(newest, oldest - 1, -1)):
             if passed := self._passed(day, until):
                 slot = self._slot(day, self.times[passed - 1])
@@ -71,7 +72,7 @@ class Cron:
 
     def next(self, after: datetime) -> datetime:
         """The first slot after that moment; `parse` accepts no expression that has none."""
-        for day in self._days(itertools.count(_wall(after, self.zone).toordinal())):
+        for day in self._days(itertools.count(after.astimezone(self.zone).toordinal())):
             if (passed := self._passed(day, after)) < len(self.times):
                 return self._slot(day, self.times[passed])
         raise AssertionError  # the days do not end
@@ -89,7 +90,7 @@ class Cron:
         return bisect_right(self.times, moment, key=lambda each: self._slot(day, each))
 
     def _slot(self, day: date, local: time) -> datetime:
-        return _first_reached(datetime.combine(day, local), self.zone)
+        return _first_reached(datetime.combine(day, local, self.zone))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,26 +127,22 @@ def parse(text: str, timezone: str) -> Schedule:
     return _cron(words, zone)
 
 
-def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
-    return moment.astimezone(zone).replace(tzinfo=None)
-
-
-def _first_reached(local: datetime, zone: ZoneInfo) -> datetime:
-    """The first moment at which the zone's wall clock shows `local`, or later where a gap swallows it."""
-    moment = local.replace(tzinfo=zone).astimezone(UTC)
-    if _wall(moment, zone) == local:
+def _first_reached(local: datetime) -> datetime:
+    """The first moment at which the wall clock of a zone shows `local`, or later where a gap swallows it."""
+    moment, zone = local.astimezone(UTC), local.tzinfo
+    if moment.astimezone(zone) == local:  # two datetimes of one zone compare by what their clocks show
         return moment
     # In a gap, fold=0 counts from before it and lands behind its end; fold=1 does the reverse.
-    before = local.replace(tzinfo=zone, fold=1).astimezone(UTC)
+    before = local.replace(fold=1).astimezone(UTC)
     seconds = range((moment - before) // timedelta(seconds=1))
-    end = bisect_left(seconds, True, key=lambda each: _wall(before + timedelta(seconds=each), zone) >= local)
+    end = bisect_left(seconds, True, key=lambda n: (before + timedelta(seconds=n)).astimezone(zone) >= local)
     return before + timedelta(seconds=end)
 
 
 def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):  # not found; no plain name or no zone's file; a folder
+    except (KeyError, ValueError, OSError):  # not found; no plain name, or no zone; a folder, on some systems
         known = available_timezones()
     if not known:
         raise ConfigError("this machine has no time zones: install its tzdata package, or tzdata from PyPI")
@@ -156,7 +153,7 @@ def _zone(name: str) -> ZoneInfo:
 
 def _nickname(text: str) -> str:
     if text.lower() == "@reboot":
-        raise ConfigError("@reboot is no time of the clock, so nothing is ever due by it: write @daily, say")
+        raise ConfigError("nothing is ever due by @reboot, which is no time of the clock: write @daily, say")
     if text.lower() not in _NICKNAMES:
         raise ConfigError(f"there is no schedule {text[:60]!r}: write one of {', '.join(_NICKNAMES)}")
     return _NICKNAMES[text.lower()]
@@ -168,7 +165,7 @@ def _every(text: str) -> Every:
         if span <= _LONGEST:
             return Every(span)
     raise ConfigError(
-        f"{text[:60]!r} is no span: write a whole number of minutes, hours or days, "
+        f"there is no span {text[:60]!r}: write a whole number of minutes, hours or days, "
         f'at least 1 minute and at most {_LONGEST.days} days, such as "every 30 minutes"'
     )
 
@@ -180,7 +177,9 @@ def _cron(words: list[str], zone: ZoneInfo) -> Cron:
     either = not words[2].startswith("*") and not words[4].startswith("*")
     # Every weekday comes to every date in time, to 29 February within 40 years: the date alone decides.
     if not either and min(days) > max(calendar.monthrange(2000, month)[1] for month in months):
-        raise ConfigError(f"never comes: month {words[3]!r} has no day {words[2]!r}: write one that it has")
+        raise ConfigError(
+            f"never comes: month {words[3][:60]!r} has no day {words[2][:60]!r}: write one that it has"
+        )
     return Cron(
         zone=zone,
         times=tuple(time(hour, minute) for hour in sorted(hours) for minute in sorted(minutes)),
@@ -209,8 +208,8 @@ def _range(field: _Field, part: str) -> range:
         raise _wrong(field, part, f"a range goes upwards: write {first}-{field.high},{field.low}-{last}")
     if match["step"] and first and not last:
         raise _wrong(field, part, f"a step needs a range: write {first}-{field.high}/{step}")
-    if not 1 <= step <= (longest := field.high - field.low + 1):
-        raise _wrong(field, part, f"a step is a number from 1 to {longest}")
+    if step not in range(1, field.high - field.low + 2):
+        raise _wrong(field, part, f"a step is a number from 1 to {field.high - field.low + 1}")
     return range(low, high + 1, step)
 
 

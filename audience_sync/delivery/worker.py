@@ -25,7 +25,7 @@ from audience_sync.delivery import merge
 from audience_sync.delivery.pace import WINDOW_SECONDS, Lane
 from audience_sync.errors import DatabaseError, LeaseLost
 from audience_sync.store import deliveries as store
-from audience_sync.store import engines, leases
+from audience_sync.store import destinations, engines, leases
 from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Sender(Protocol):
 class Report:
     """The work of one process; `is_left` where another one does it, `stopped` why the destination is.
 
+    `held_count` is what waits because it was made for another destination.
+
     While the work goes on, `pending_count` (of the whole queue) and `seconds_left` are estimates: what other
     processes add is counted at the end.
     """
@@ -56,6 +58,7 @@ class Report:
     dead_count: int = 0
     request_count: int = 0
     pending_count: int = 0
+    held_count: int = 0
     seconds_left: float = 0.0
     is_left: bool = False
     stopped: str | None = None
@@ -68,6 +71,7 @@ class Settings:
     per_minute: dict[str, int]
     build: Callable[[str, str, dict[str, Any]], tuple[str, dict[str, Any]]]
     tracks_at_most_once: bool = False
+    fingerprint: str | None = None  # of the destination; None takes whatever is pending
     grace: dt.timedelta = merge.GRACE
     window_seconds: float = WINDOW_SECONDS
     poll_seconds: float = POLL_SECONDS
@@ -149,7 +153,7 @@ class Worker:
         self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in store.LANES}
         for name, ended_at in store.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
             self._lanes[name].ended.append(monotonic - max(0.0, (now - ended_at).total_seconds()))
-        self._slow_downs = store.slow_downs(connection)
+        self._slow_downs = destinations.slow_downs(connection)
         for name, slow in self._slow_downs.items():
             paused_until = dt.datetime.fromisoformat(slow["paused_until"])
             if paused_until > now - SLOW_DOWN_LASTS and name in self._lanes:
@@ -159,7 +163,7 @@ class Worker:
         self._pending = store.pending_counts(connection)
         if sum(self._pending.values()) > MANY:
             store.count_anew(connection)
-        stopped = store.stopped(connection)
+        stopped = destinations.stopped(connection)
         self.report.stopped = stopped and stopped[1]
 
     def _recover(self, connection: sa.Connection) -> None:
@@ -237,7 +241,7 @@ class Worker:
         if ended:
             store.settle(connection, ended)
             if self.report.stopped:
-                store.stop(connection, self.clock.now(), self.report.stopped)
+                destinations.stop(connection, self.clock.now(), self.report.stopped)
         claims = [] if self._is_ending() else self._claim(connection, lease.epoch)
         busy = bool(claims or self._in_flight)
         wait = self._next_look(len(claims)) if busy else self._idle_seconds(connection)
@@ -264,7 +268,9 @@ class Worker:
                 if room <= 0 or self._look_at.get((name, delivery_class), -math.inf) > monotonic:
                     continue
                 busy = self._busy(name, claims)
-                subjects = store.subjects_due(connection, name, delivery_class, now, room, busy)
+                subjects = store.subjects_due(
+                    connection, name, delivery_class, now, room, busy, self.settings.fingerprint
+                )
                 chosen = self._choose(connection, name, subjects, now) if subjects else []
                 if chosen:
                     claims += store.claim(connection, name, epoch, chosen, now, is_push=push)
@@ -279,7 +285,8 @@ class Worker:
         self, connection: sa.Connection, name: str, subjects: list[str], now: dt.datetime
     ) -> list[list[store.Delivery]]:
         """The deliveries of each subject's next request, without what newer accepted values have overtaken."""
-        chosen = [merge.choose(each, now) for each in store.pending_of(connection, name, subjects, now)]
+        pending = store.pending_of(connection, name, subjects, now, self.settings.fingerprint)
+        chosen = [merge.choose(each, now) for each in pending]
         late = [each for each in itertools.chain(*chosen) if each.is_call or each.alone]
         newer = store.overtaken(connection, late, ["accepted"])
         if not newer:
@@ -385,7 +392,7 @@ class Worker:
         }
         paused = {name for name, lane in self._lanes.items() if lane.paused_until > monotonic}
         if slow.keys() != self._slow_downs.keys() or paused != self._paused or (is_over and slow):
-            store.set_slow_downs(connection, slow)
+            destinations.set_slow_downs(connection, slow)
             self._slow_downs, self._paused = slow, paused
 
     def _tell(self) -> None:
@@ -416,7 +423,7 @@ class Worker:
             self._wait(name, each, monotonic)
             for name in store.LANES
             for each in store.CLASSES
-            if store.subjects_due(connection, name, each, now, 1)
+            if store.subjects_due(connection, name, each, now, 1, (), self.settings.fingerprint)
         ]
         for name, each, due_at in store.next_due(connection, now):
             waits.append(max(self._wait(name, each, monotonic), (due_at - now).total_seconds()))

@@ -2,6 +2,7 @@
 
 import datetime as dt
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -14,7 +15,11 @@ UNSETTLED = "d.status IN ('pending', 'sending')"  # as ix_deliveries_unsettled h
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What a run writes: its ids, the key's two bodies, and the moment that its values are of."""
+    """What a run writes: its ids, the key's two bodies, and the moment that its values are of.
+
+    `everyone`: deliveries for all who hold it or ever did, not for the changes alone; `users`, if given, are
+    the only ones that it is about; `delivery_class` is their right of way.
+    """
 
     run_id: int
     definition_id: int
@@ -22,18 +27,88 @@ class Commit:
     kind: Kind
     as_of: dt.datetime
     now: dt.datetime
-    full: bool
-    first: bool
     fingerprint: str | None
+    delivery_class: str = "change"
+    everyone: bool = False
+    users: tuple[str, ...] | None = None
 
     def body(self, *, left: str, value: str) -> str:
         """The expression of a delivery's body: `left` is a condition, keys need no quoting."""
         gone, held = ("false", "'true'") if self.kind is Kind.AUDIENCE else ("null", value)
         return f"'{{\"{self.key}\": ' || CASE WHEN {left} THEN '{gone}' ELSE {held} END || '}}'"
 
+    @property
+    def gone(self) -> str:
+        """The body of one who left."""
+        return f'{{"{self.key}": {"false" if self.kind is Kind.AUDIENCE else "null"}}}'
+
 
 def commit(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
     """Write the new baseline and its deliveries; the caller's transaction makes them one."""
+    unheard = bool(counts.get("exited")) and _cancel_unheard(connection, run)
+    if run.everyone:  # whoever is unheard of is told nothing: what was pending is cancelled by now
+        _deliver_everyone(connection, run, "pending")
+    elif counts:
+        _deliver_changes(connection, run, unheard=unheard)
+    _move_baseline(connection, run, counts)
+
+
+def hold(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
+    """Keep the changes as deliveries that wait for a person; the baseline stays."""
+    if run.everyone:
+        _deliver_everyone(connection, run, "held")
+    elif counts:
+        _deliver(connection, run, "FROM {temp}audience_sync_changes", "held")
+
+
+def approve(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
+    """Commit a held run: its deliveries are there, and the changes were made of them."""
+    mine = "run_id = :run_id AND status = 'held'"
+    if counts.get("exited") and _cancel_unheard(connection, run):
+        sql(
+            connection,
+            "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :error "
+            f"WHERE {mine} AND subject_id IN (SELECT user_id FROM {{temp}}audience_sync_unheard)",
+            run_id=run.run_id,
+            now=run.now,
+            error=UNHEARD,
+        )
+    sql(
+        connection,
+        f"UPDATE {{our}}deliveries SET status = 'pending', next_attempt_at = :now WHERE {mine}",
+        run_id=run.run_id,
+        now=run.now,
+    )
+    _move_baseline(connection, run, counts)
+
+
+def drop_held(connection: sa.Connection, run_id: int, now: dt.datetime, reason: str) -> None:
+    """The changes of a held run will not be sent."""
+    sql(
+        connection,
+        "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :reason "
+        "WHERE run_id = :run_id AND status = 'held'",
+        run_id=run_id,
+        now=now,
+        reason=reason,
+    )
+
+
+def drop_of_other_destinations(connection: sa.Connection, run: Commit) -> None:
+    """What waits for another destination than this run's is not told there: this run tells everything here."""
+    sql(
+        connection,
+        "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :error "
+        "WHERE definition_id = :definition_id AND status IN ('held', 'pending', 'dead') "
+        "AND fingerprint <> :fingerprint",
+        now=run.now,
+        error="made for another destination",
+        fingerprint=run.fingerprint,
+        **_id(run),
+    )
+
+
+def _move_baseline(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
     if counts.get("exited") or counts.get("changed"):
         _end_memberships(connection, run)
     if counts.get("entered") or counts.get("changed"):
@@ -45,11 +120,6 @@ def commit(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> No
             definition_id=run.definition_id,
             run_id=run.run_id,
         )
-    unheard = bool(counts.get("exited")) and _cancel_unheard(connection, run)
-    if run.full:
-        _deliver_everyone(connection, run)
-    elif counts:
-        _deliver_changes(connection, run, unheard=unheard)
     _revive_dead(connection, run)
 
 
@@ -91,7 +161,10 @@ def _cancel_unheard(connection: sa.Connection, run: Commit) -> bool:
         connection,
         "DELETE FROM {temp}audience_sync_unheard WHERE EXISTS (SELECT 1 FROM {our}deliveries d "
         "WHERE d.subject_id = audience_sync_unheard.user_id AND d.definition_id = :definition_id "
-        "AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead')))",
+        "AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead') "
+        # An exit that waits tells of an entry that was told, though it may not be kept any more.
+        "OR (d.status = 'pending' AND CAST(d.body AS text) = :gone)))",
+        gone=run.gone,
         **_id(run),
     ).rowcount
     if heard == waiting:
@@ -107,44 +180,51 @@ def _cancel_unheard(connection: sa.Connection, run: Commit) -> bool:
 
 
 def _deliver_changes(connection: sa.Connection, run: Commit, *, unheard: bool) -> None:
-    changes, delivery_class = "FROM {temp}audience_sync_changes", "push" if run.first else "change"
+    changes = "FROM {temp}audience_sync_changes"
     if not unheard:
-        _deliver(connection, run, changes, delivery_class)
+        _deliver(connection, run, changes, "pending")
         return
     these = "change = 'exited' AND user_id IN (SELECT user_id FROM {temp}audience_sync_unheard)"
-    _deliver(connection, run, f"{changes} WHERE NOT ({these})", delivery_class)
-    _deliver(connection, run, f"{changes} WHERE {these}", delivery_class, cancelled=True)
+    _deliver(connection, run, f"{changes} WHERE NOT ({these})", "pending")
+    _deliver(connection, run, f"{changes} WHERE {these}", "cancelled")
 
 
-def _deliver_everyone(connection: sa.Connection, run: Commit) -> None:
-    """A full run: members as they are, and everyone who ever held it and left, but for whom Userpilot never knew."""
-    of_left = "d.subject_id = p.user_id AND d.definition_id = p.definition_id"
+def _deliver_everyone(connection: sa.Connection, run: Commit, status: str) -> None:
+    """Members as they will be, and everyone who ever held it and left, but for whom Userpilot never knew."""
+    of_left = "d.subject_id = p.user_id AND d.definition_id = :definition_id AND d.status <> 'held'"
+    changed = "SELECT 1 FROM {temp}audience_sync_changes c WHERE c.user_id ="
+    mine = "WHERE definition_id = :definition_id"
     everyone = (
-        "FROM (SELECT user_id, 'entered' AS change, value FROM {our}members "
-        "WHERE definition_id = :definition_id UNION ALL SELECT DISTINCT p.user_id, 'exited', NULL "
-        "FROM {our}past_members p WHERE p.definition_id = :definition_id AND NOT EXISTS (SELECT 1 "
-        "FROM {our}members m WHERE m.definition_id = p.definition_id AND m.user_id = p.user_id) "
+        "FROM (SELECT user_id, change, value FROM {temp}audience_sync_changes WHERE change <> 'exited' "
+        "UNION ALL SELECT m.user_id, 'entered', m.value FROM {our}members m "
+        f"{mine} AND NOT EXISTS ({changed} m.user_id) "
+        "UNION ALL SELECT p.user_id, 'exited', NULL FROM (SELECT user_id FROM {our}past_members "
+        f"{mine} UNION SELECT user_id FROM {{temp}}audience_sync_changes WHERE change = 'exited') p "
+        f"WHERE NOT EXISTS (SELECT 1 FROM {{our}}members m {mine} AND m.user_id = p.user_id "
+        f"AND NOT EXISTS ({changed} m.user_id AND c.change = 'exited')) "
+        f"AND NOT EXISTS ({changed} p.user_id AND c.change <> 'exited') "
         f"AND (NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {of_left}) OR EXISTS (SELECT 1 FROM "
         f"{{our}}deliveries d WHERE {of_left} AND (d.status <> 'cancelled' OR d.attempt_count > 0)))) AS everyone"
     )
-    _deliver(connection, run, everyone, "push")
+    where = "" if run.users is None else " WHERE user_id IN :users"
+    _deliver(connection, run, everyone + where, status)
 
 
-def _deliver(
-    connection: sa.Connection, run: Commit, rows: str, delivery_class: str, *, cancelled: bool = False
-) -> None:
-    body = run.body(left="change = 'exited'", value="value")
-    settled = ", settled_at, error" if cancelled else ""
-    values = ", :now, :error" if cancelled else ""
-    parameters = {"error": UNHEARD} if cancelled else {}
+def _deliver(connection: sa.Connection, run: Commit, rows: str, status: str) -> None:
+    cancelled = status == "cancelled"
+    body = _json(connection, run.body(left="change = 'exited'", value="value"))
+    parameters: dict[str, Any] = {"error": UNHEARD} if cancelled else {}
+    if ":users" in rows:
+        parameters["users"] = ["", *(run.users or ())]  # nobody is called ""; an empty list has no type
     sql(
         connection,
         "INSERT INTO {our}deliveries (action, subject_id, body, class, run_id, definition_id, value_at, "
-        f"fingerprint, status, created_at, next_attempt_at{settled}) "
-        f"SELECT 'identify', user_id, {_json(connection, body)}, :class, :run_id, :definition_id, :as_of, "
-        f":fingerprint, :status, :now, :now{values} {rows} ORDER BY user_id",
-        **{"class": delivery_class},
-        status="cancelled" if cancelled else "pending",
+        f"fingerprint, status, created_at, next_attempt_at{', settled_at, error' if cancelled else ''}) "
+        f"SELECT 'identify', user_id, {body}, "
+        ":class, :run_id, :definition_id, :as_of, :fingerprint, :status, :now, :now"
+        f"{', :now, :error' if cancelled else ''} {rows} ORDER BY user_id",
+        **{"class": run.delivery_class},
+        status=status,
         run_id=run.run_id,
         as_of=run.as_of,
         fingerprint=run.fingerprint,
@@ -155,21 +235,28 @@ def _deliver(
 
 
 def _revive_dead(connection: sa.Connection, run: Commit) -> None:
-    """One new attempt for each dead delivery whose value is still current: no newer one is there."""
+    """One new attempt for each dead delivery whose value is still current: no newer one was committed."""
     dead = "status = 'dead' AND definition_id = :definition_id"
     if sql(connection, f"SELECT 1 FROM {{our}}deliveries WHERE {dead} LIMIT 1", **_id(run)).first() is None:
         return
     current = run.body(left="m.user_id IS NULL", value="m.value")
+    mine: str = ""
+    parameters: dict[str, Any] = {}
+    if run.users is not None:
+        mine, parameters = " AND subject_id IN :users", {"users": list(run.users)}
     sql(
         connection,
         "UPDATE {our}deliveries SET status = 'pending', settled_at = NULL, next_attempt_at = :now, "
         "first_attempt_at = NULL, quiet_until = NULL, alone = false, error = NULL "
-        f"WHERE {dead} AND delivery_id IN (SELECT d.delivery_id FROM {{our}}deliveries d "
+        f"WHERE {dead}{mine} AND delivery_id IN (SELECT d.delivery_id FROM {{our}}deliveries d "
         "LEFT JOIN {our}members m ON m.definition_id = d.definition_id AND m.user_id = d.subject_id "
         f"WHERE d.status = 'dead' AND d.definition_id = :definition_id AND CAST(d.body AS text) = {current} "
-        "AND NOT EXISTS (SELECT 1 FROM {our}deliveries n WHERE n.subject_id = d.subject_id "
-        "AND n.definition_id = d.definition_id AND n.delivery_id > d.delivery_id))",
+        "AND NOT EXISTS (SELECT 1 FROM {our}deliveries n JOIN {our}runs r ON r.run_id = n.run_id "
+        "WHERE n.subject_id = d.subject_id AND n.definition_id = d.definition_id "
+        "AND n.delivery_id > d.delivery_id AND (r.status = 'succeeded' OR r.run_id = :run_id)))",
         now=run.now,
+        run_id=run.run_id,
+        **parameters,
         **_id(run),
     )
 

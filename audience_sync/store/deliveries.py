@@ -1,7 +1,6 @@
 """The queue: who is next, what was sent, and what became of it. Every function runs in its caller's transaction."""
 
 import datetime as dt
-import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.store.engines import is_sqlite, sql
-from audience_sync.store.tables import DEAD, PENDING, UNSETTLED, deliveries, destination, requests
+from audience_sync.store.tables import DEAD, PENDING, UNSETTLED, deliveries, requests, runs
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order of their right of way
@@ -175,14 +174,21 @@ def subjects_due(
     now: dt.datetime,
     limit: int,
     busy: Collection[str] = (),
+    fingerprint: str | None = None,
 ) -> list[str]:
-    """The subjects whose turn it is, each once, oldest first. `busy`: those with a request under way."""
+    """The subjects whose turn it is, each once, oldest first.
+
+    `busy`: those with a request under way; `fingerprint`: only what is for this destination.
+    """
     waits = _TRACK_WAITS if action == "track" else _WAITS
-    parameters = {"patience": now - FIRST_IDENTIFY_WAIT} if action == "track" else {}
+    parameters: dict[str, Any] = {"patience": now - FIRST_IDENTIFY_WAIT} if action == "track" else {}
+    ours = ""
+    if fingerprint is not None:
+        ours, parameters = "AND d.fingerprint = :fingerprint ", parameters | {"fingerprint": fingerprint}
     rows = sql(
         connection,
         "SELECT d.subject_id FROM {our}deliveries d WHERE d.action = :action AND d.class = :class "
-        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND d.subject_id NOT IN :busy AND NOT {waits} "
+        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND d.subject_id NOT IN :busy AND NOT {waits} {ours}"
         "ORDER BY d.next_attempt_at, d.delivery_id LIMIT :limit",
         **{"class": delivery_class},
         action=action,
@@ -195,13 +201,19 @@ def subjects_due(
 
 
 def pending_of(
-    connection: sa.Connection, action: str, subjects: Sequence[str], now: dt.datetime
+    connection: sa.Connection,
+    action: str,
+    subjects: Sequence[str],
+    now: dt.datetime,
+    fingerprint: str | None = None,
 ) -> list[list[Delivery]]:
     """What is pending for each of these subjects, as it will be once claimed; of tracks only the first.
 
     A subject of which another process is changing something is left out.
     """
     statement = _PENDING_TRACKS if action == "track" else _PENDING
+    if fingerprint is not None:
+        statement = statement.where(deliveries.c.fingerprint == fingerprint)
     found: dict[str, list[Delivery]] = {subject: [] for subject in subjects}
     for row in connection.execute(statement, {"action": action, "subjects": subjects}):
         found[row.subject_id].append(
@@ -268,6 +280,7 @@ def overtaken(
     by_subject: dict[tuple[str, str], list[Any]] = {}
     for each in states:
         by_subject.setdefault((each.action, each.subject_id), []).append(each)
+    rejected = sa.select(runs.c.run_id).where(runs.c.status == "rejected")  # whose values never held
     newer = sa.select(
         _ID, deliveries.c.action, deliveries.c.subject_id, deliveries.c.value_at, deliveries.c.body
     )
@@ -276,6 +289,11 @@ def overtaken(
             deliveries.c.subject_id.in_({each.subject_id for each in states}),
             deliveries.c.value_at >= min(each.value_at for each in states),
             deliveries.c.status.in_(list(statuses)),
+            sa.or_(
+                deliveries.c.status != "cancelled",
+                deliveries.c.run_id.is_(None),
+                deliveries.c.run_id.not_in(rejected),
+            ),
         )
     )
     for row in rows:
@@ -528,29 +546,3 @@ def _chunks(ids: Collection[int]) -> Iterator[Sequence[int]]:
     """The ids without repeats, as many as a statement takes well."""
     unique = list(dict.fromkeys(ids))
     return (unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK))
-
-
-def stopped(connection: sa.Connection) -> tuple[dt.datetime, str] | None:
-    row = connection.execute(sa.select(destination)).one_or_none()
-    return None if row is None or row.stopped_at is None else (row.stopped_at, row.stopped_reason)
-
-
-def stop(connection: sa.Connection, now: dt.datetime, reason: str) -> None:
-    _set_destination(connection, stopped_at=now, stopped_reason=reason)
-
-
-def go(connection: sa.Connection) -> None:
-    _set_destination(connection, stopped_at=None, stopped_reason=None)
-
-
-def slow_downs(connection: sa.Connection) -> dict[str, Any]:
-    return connection.execute(sa.select(destination.c.slow_downs)).scalar_one_or_none() or {}
-
-
-def set_slow_downs(connection: sa.Connection, lanes: dict[str, Any]) -> None:
-    _set_destination(connection, slow_downs=json.loads(json.dumps(lanes)))
-
-
-def _set_destination(connection: sa.Connection, **values: Any) -> None:
-    if connection.execute(destination.update().values(**values)).rowcount == 0:
-        connection.execute(destination.insert().values(**({"destination_id": 1, "slow_downs": {}} | values)))

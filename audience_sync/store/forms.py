@@ -4,6 +4,7 @@ A value's form is JSON text, and equal texts are equal values: a whole number th
 integer, any other at 15 significant digits. '!' stands for what is not a primitive, and sorts before every form.
 """
 
+import hashlib
 import json
 import math
 import sqlite3
@@ -61,12 +62,17 @@ def unfit(raw: str | bytes) -> str | None:
     return "too_long" if len(text) > MAX_ID_LENGTH else None
 
 
+def user_hash(user_id: str) -> str:
+    """What is kept of a user who was erased: SHA-256 of the id, in hexadecimal."""
+    return hashlib.sha256(user_id.encode()).hexdigest()
+
+
 def teach(raw: sqlite3.Connection) -> None:
     """Give SQLite the functions that its expressions below call for the few values that need them.
 
     Its own printf errs in the fifteenth digit, and its texts may hold anything.
     """
-    for function in (number, string, unfit):
+    for function in (number, string, unfit, user_hash):
         raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
 
 
@@ -91,6 +97,9 @@ CASE typeof(value)
   WHEN 'text' THEN CASE WHEN {_PLAIN.format("value")} THEN json_quote(value)
                         ELSE audience_sync_string(CAST(value AS BLOB)) END
   WHEN 'blob' THEN '!' END"""
+
+SQLITE_HASH = "audience_sync_user_hash(user_id)"
+POSTGRESQL_HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
 
 # Of an id's form: whether it has to be looked at, which costs little, and why it cannot be sent.
 SQLITE_DOUBTFUL = f"(user_id >= x'' OR user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"

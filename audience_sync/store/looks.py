@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.store import deliveries as queue
-from audience_sync.store import engines, leases
+from audience_sync.store import destinations, engines, leases
 from audience_sync.store.tables import (
     calls,
     definitions,
@@ -33,7 +33,7 @@ def run_rows(
     ids: Collection[int] | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs, newest first, with how far their deliveries are."""
+    """Runs, newest first, with how far their deliveries are, those that are no longer kept among them."""
     query = sa.select(runs, definitions.c.key).join(
         definitions, definitions.c.definition_id == runs.c.definition_id
     )
@@ -68,10 +68,10 @@ def _run(row: Any, count: dict[str, int]) -> dict[str, Any]:
         "exited_count": row.exited_count,
         "changed_count": row.changed_count,
         "set_aside_count": sum((row.set_aside or {}).values()),
-        "accepted_count": count.get("accepted", 0),
+        "accepted_count": row.accepted_count + count.get("accepted", 0),
         "pending_count": sum(count.get(status, 0) for status in UNDECIDED),
-        "dead_count": count.get("dead", 0),
-        "cancelled_count": count.get("cancelled", 0),
+        "dead_count": row.dead_count + count.get("dead", 0),
+        "cancelled_count": row.cancelled_count + count.get("cancelled", 0),
         "error": row.error,
     }
 
@@ -239,7 +239,7 @@ def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
     oldest = sa.select(sa.func.min(deliveries.c.created_at, type_=deliveries.c.created_at.type)).where(
         unsettled
     )
-    stopped = queue.stopped(connection)
+    stopped = destinations.stopped(connection)
     holder = leases.holder(connection, leases.QUEUE)
     sent = connection.execute(
         sa.select(requests.c.lane, sa.func.count())
@@ -255,7 +255,7 @@ def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
         "oldest_at": connection.execute(oldest).scalar(),
         "late_count": _late_count(connection, now),
         "sent_last_minute": {lane: count for lane, count in sent},  # noqa: C416  (a row is not a pair to mypy)
-        "slow_downs": queue.slow_downs(connection),
+        "slow_downs": destinations.slow_downs(connection),
         "call_count": connection.execute(sa.select(sa.func.count()).select_from(calls)).scalar_one(),
     }
 

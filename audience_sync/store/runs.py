@@ -1,7 +1,9 @@
 """Definitions as they were first used, and their runs."""
 
 import datetime as dt
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -11,11 +13,24 @@ from audience_sync.store.tables import definitions, runs
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Where a definition's next run starts from; run_id is None before its first committed run."""
+    """Where a definition's next run starts from; run_id is None before its first committed run.
+
+    `is_first`: no run has committed more than a canary's users.
+    """
 
     run_id: int | None
     as_of: dt.datetime | None
     member_count: int
+    is_first: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a run found: the size of its snapshot, who changed, and the rows that were set aside, by reason."""
+
+    member_count: int
+    counts: dict[str, int]
+    set_aside: dict[str, int]
 
 
 def register(connection: sa.Connection, definition: Definition, now: dt.datetime) -> int:
@@ -23,11 +38,7 @@ def register(connection: sa.Connection, definition: Definition, now: dt.datetime
     found = find(connection, definition.key)
     if found is not None:
         if found.name != definition.name:
-            connection.execute(
-                definitions.update()
-                .where(definitions.c.definition_id == found.definition_id)
-                .values(name=definition.name)
-            )
+            _change(connection, found.definition_id, name=definition.name)
         return int(found.definition_id)
     inserted = connection.execute(
         definitions.insert().values(
@@ -37,27 +48,72 @@ def register(connection: sa.Connection, definition: Definition, now: dt.datetime
     return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # a table with a key gives one
 
 
-def find(connection: sa.Connection, key: str) -> sa.Row[tuple[object, ...]] | None:
+def find(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
     return connection.execute(sa.select(definitions).where(definitions.c.key == key)).one_or_none()
 
 
-def keys_by_name(connection: sa.Connection) -> dict[tuple[str, str], list[str]]:
-    """Every key that was ever used, by kind and name, in the order of their first use."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)):
-        found.setdefault((row.kind, row.name), []).append(row.key)
-    return found
+def lock(connection: sa.Connection, definition_id: int) -> sa.Row[Any]:
+    """The definition's row, which nobody else changes before this transaction ends."""
+    return connection.execute(
+        sa.select(definitions).where(definitions.c.definition_id == definition_id).with_for_update()
+    ).one()
+
+
+def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+    """Every key that was ever used, in the order of their first use."""
+    return connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)).all()
+
+
+def retire(connection: sa.Connection, definition_id: int, now: dt.datetime) -> None:
+    """From now on the key rests."""
+    _change(connection, definition_id, retired_at=now)
+
+
+def set_fingerprint(connection: sa.Connection, definition_id: int, fingerprint: str | None) -> None:
+    """Say which destination the baseline belongs to."""
+    _change(connection, definition_id, fingerprint=fingerprint)
+
+
+def count_forgotten(connection: sa.Connection, definition_id: int, count: int) -> None:
+    """Keep how many members were erased: exits of the next run."""
+    _change(connection, definition_id, forgotten_count=count)
+
+
+def _change(connection: sa.Connection, definition_id: int, **values: Any) -> None:
+    connection.execute(
+        definitions.update().where(definitions.c.definition_id == definition_id).values(**values)
+    )
 
 
 def baseline(connection: sa.Connection, key: str) -> Baseline:
-    row = connection.execute(
+    committed = (
         sa.select(runs.c.run_id, runs.c.as_of, runs.c.member_count)
         .join(definitions, definitions.c.definition_id == runs.c.definition_id)
         .where(definitions.c.key == key, runs.c.status == "succeeded")
         .order_by(runs.c.run_id.desc())
         .limit(1)
+    )
+    row = connection.execute(committed).one_or_none()
+    if row is None:
+        return Baseline(None, None, 0)
+    is_first = connection.execute(committed.where(runs.c.mode != "canary")).first() is None
+    return Baseline(row.run_id, row.as_of, row.member_count, is_first)
+
+
+def held(connection: sa.Connection, definition_id: int) -> sa.Row[Any] | None:
+    """The definition's run that waits for a person."""
+    return connection.execute(
+        sa.select(runs).where(runs.c.definition_id == definition_id, runs.c.status == "held")
     ).one_or_none()
-    return Baseline(None, None, 0) if row is None else Baseline(row.run_id, row.as_of, row.member_count)
+
+
+def get(connection: sa.Connection, run_id: int) -> sa.Row[Any] | None:
+    """A run with its definition's key, name, kind and fingerprint."""
+    return connection.execute(
+        sa.select(runs, definitions.c.key, definitions.c.name, definitions.c.kind, definitions.c.fingerprint)
+        .join(definitions, definitions.c.definition_id == runs.c.definition_id)
+        .where(runs.c.run_id == run_id)
+    ).one_or_none()
 
 
 def start(
@@ -68,6 +124,7 @@ def start(
     trigger: str,
     as_of: dt.datetime,
     now: dt.datetime,
+    baseline_run_id: int | None,
 ) -> int:
     """Begin a run; one that its process left behind is closed as abandoned. The caller holds the lease."""
     connection.execute(
@@ -83,33 +140,47 @@ def start(
             status="running",
             as_of=as_of,
             started_at=now,
+            baseline_run_id=baseline_run_id,
         )
     )
     return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # a table with a key gives one
 
 
-def succeed(
-    connection: sa.Connection,
-    run_id: int,
-    *,
-    now: dt.datetime,
-    member_count: int,
-    counts: dict[str, int],
-    set_aside: dict[str, int],
-) -> None:
+def succeed(connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime) -> None:
     """Close a run; that it is still ours, its lease says."""
+    _finish(connection, run_id, computed, now, status="succeeded", error=None)
+
+
+def hold(
+    connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime, *, held_by: str, reason: str
+) -> None:
+    """Let a run wait for a person."""
+    _finish(connection, run_id, computed, now, status="held", held_by=held_by, error=reason)
+
+
+def _finish(
+    connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime, **values: Any
+) -> None:
     connection.execute(
         runs.update()
         .where(runs.c.run_id == run_id)
         .values(
-            status="succeeded",
             finished_at=now,
-            member_count=member_count,
-            entered_count=counts.get("entered", 0),
-            exited_count=counts.get("exited", 0),
-            changed_count=counts.get("changed", 0),
-            set_aside=set_aside,
+            member_count=computed.member_count,
+            entered_count=computed.counts.get("entered", 0),
+            exited_count=computed.counts.get("exited", 0),
+            changed_count=computed.counts.get("changed", 0),
+            set_aside=computed.set_aside,
+            **values,
         )
+    )
+
+
+def reject(connection: sa.Connection, run_id: int, reason: str) -> None:
+    connection.execute(
+        runs.update()
+        .where(runs.c.run_id == run_id, runs.c.status == "held")
+        .values(status="rejected", error=reason)
     )
 
 

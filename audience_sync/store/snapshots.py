@@ -5,6 +5,7 @@ trait, low and high: the smallest and greatest form of a value) and {temp}audien
 value and, of who was a member, entered_run_id and old_value). Nothing of ours is written here.
 """
 
+import datetime as dt
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from audience_sync.definitions.model import Kind
 from audience_sync.store import forms
 from audience_sync.store.engines import is_sqlite, sql
 
+SNAPSHOT = "snapshot"
+ELIGIBLE = "eligible"  # those who may enter: user_id, row_count
 WORK_MEMORY = "128MB"  # a hash of one or two million ids
 
 # For COPY's text: what ends a row or a column. No id and no value holds a NUL: it stands for both until then.
@@ -23,30 +26,34 @@ _COPY = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 def take(
     connection: sa.Connection,
     select: str,
-    kind: Kind,
     columns: Sequence[forms.Column],
     as_of: sa.BindParameter[Any] | None,
+    table: str = SNAPSHOT,
 ) -> None:
-    """Compute a definition on our own database, as a subquery: no row leaves it.
+    """Compute a query on our own database, as a subquery: no row leaves it.
 
-    `select` is its bound text, which gives the columns (they were checked); `as_of` its parameter, if it uses it.
+    `select` is its bound text, which gives `columns`: user_id and, for a trait, value (they were checked);
+    `as_of` its parameter, if it uses it; `table` the one to fill.
     """
-    by_name = {column.name: column for column in columns}
     if is_sqlite(connection):
         raw: Any = connection.connection.dbapi_connection
         forms.teach(raw)
-        user_id, value = forms.SQLITE_ID, forms.SQLITE_VALUE
+        expressions = [forms.SQLITE_ID, forms.SQLITE_VALUE][: len(columns)]
     else:
-        digits = forms.float_digits(list(by_name.values()))
+        digits = forms.float_digits(list(columns))
         sql(connection, f"SET LOCAL extra_float_digits = {digits}")
-        user_id = forms.postgresql_id(by_name["user_id"])
-        value = forms.postgresql_value(by_name["value"]) if kind is Kind.TRAIT else ""
-    _group(connection, f"({select}) AS definition", user_id, value if kind is Kind.TRAIT else "", as_of)
+        makers = (forms.postgresql_id, forms.postgresql_value)
+        expressions = [make(column) for make, column in zip(makers, columns, strict=False)]
+    _group(connection, table, f"({select}) AS definition", expressions, as_of)
 
 
-def load(connection: sa.Connection, batches: Iterable[Sequence[tuple[str, ...]]], kind: Kind) -> None:
+def load(
+    connection: sa.Connection,
+    batches: Iterable[Sequence[tuple[str, ...]]],
+    names: Sequence[str],
+    table: str = SNAPSHOT,
+) -> None:
     """Take over a result from a source: ids, or ids and values, in their forms; one batch is in memory."""
-    names = ("user_id", "value") if kind is Kind.TRAIT else ("user_id",)
     _drop(connection, "rows")
     collated = "text" if is_sqlite(connection) else 'text COLLATE "C"'
     columns = ", ".join(f"{name} {collated}" for name in names)
@@ -63,18 +70,19 @@ def load(connection: sa.Connection, batches: Iterable[Sequence[tuple[str, ...]]]
                 text = "\0\0".join(["\0".join(row) for row in batch]).translate(_COPY)
                 copy.write(text.replace("\0\0", "\n").replace("\0", "\t") + "\n" if text else "")
     temp = "temp" if is_sqlite(connection) else "pg_temp"
-    _group(connection, f"{temp}.audience_sync_rows", "user_id", "value" if kind is Kind.TRAIT else "")
+    _group(connection, table, f"{temp}.audience_sync_rows", names)
     _drop(connection, "rows")
 
 
 def _group(
     connection: sa.Connection,
+    table: str,
     origin: str,
-    user_id: str,
-    value: str,
+    expressions: Sequence[str],
     as_of: sa.BindParameter[Any] | None = None,
 ) -> None:
-    _drop(connection, "snapshot")
+    _drop(connection, table)
+    user_id, value = (*expressions, "")[:2]
     if is_sqlite(connection):
         columns, values, merge = "", "", ""
         if value:
@@ -85,18 +93,18 @@ def _group(
             )
         sql(
             connection,
-            "CREATE TEMPORARY TABLE audience_sync_snapshot "
+            f"CREATE TEMPORARY TABLE audience_sync_{table} "
             f"(user_id text PRIMARY KEY, row_count integer{columns}) WITHOUT ROWID",
         )
         statement = (  # sorted and merged like this, it takes two thirds of GROUP BY's time
-            f"INSERT INTO temp.audience_sync_snapshot SELECT {user_id} AS user_id, 1{values} FROM {origin} "
+            f"INSERT INTO temp.audience_sync_{table} SELECT {user_id} AS user_id, 1{values} FROM {origin} "
             f"ORDER BY 1 ON CONFLICT (user_id) DO UPDATE SET row_count = row_count + 1{merge}"
         )
     else:
         _allow_memory(connection)
         made = f", min({value}) AS low, max({value}) AS high" if value else ""
         statement = (  # not INSERT, which does not work in parallel
-            f"CREATE TEMPORARY TABLE audience_sync_snapshot AS SELECT {user_id} AS user_id, "
+            f"CREATE TEMPORARY TABLE audience_sync_{table} AS SELECT {user_id} AS user_id, "
             f"count(*) AS row_count{made} FROM {origin} GROUP BY 1"
         )
     clause = sa.text(statement)
@@ -132,8 +140,91 @@ def compare(
         repeats = "SELECT coalesce(sum(row_count), 0) - count(*) FROM {temp}audience_sync_snapshot"
         _diff(connection, definition_id, kind)
         aside = _set_ids_aside(connection, "changes", sql(connection, repeats).scalar_one())
+    return count_changes(connection), aside
+
+
+def count_changes(connection: sa.Connection) -> dict[str, int]:
     rows = sql(connection, "SELECT change, count(*) FROM {temp}audience_sync_changes GROUP BY change")
-    return {change: int(count) for change, count in rows}, aside
+    return {change: int(count) for change, count in rows}
+
+
+def is_empty(connection: sa.Connection) -> bool:
+    return sql(connection, "SELECT 1 FROM {temp}audience_sync_snapshot LIMIT 1").first() is None
+
+
+def leave_out_ineligible(connection: sa.Connection) -> int:
+    """Take out of the changes who is not in the eligible table; how many would have entered.
+
+    A member who stops being eligible stays as he is, whatever his change.
+    """
+    unknown = (
+        "NOT EXISTS (SELECT 1 FROM {temp}audience_sync_eligible e "
+        "WHERE e.user_id = audience_sync_changes.user_id)"
+    )
+    entered = _leave_out(connection, f"change = 'entered' AND {unknown}")
+    _leave_out(connection, f"change <> 'entered' AND {unknown}")
+    return entered
+
+
+def leave_out_forgotten(connection: sa.Connection, now: dt.datetime) -> int:
+    """Take out of the changes those who were erased and may not return yet; how many. They never were members."""
+    where = "WHERE returns_at IS NULL OR returns_at > :now"
+    if sql(connection, f"SELECT 1 FROM {{our}}forgotten {where} LIMIT 1", now=now).first() is None:
+        return 0
+    hashed = forms.POSTGRESQL_HASH
+    if is_sqlite(connection):
+        raw: Any = connection.connection.dbapi_connection
+        forms.teach(raw)
+        hashed = forms.SQLITE_HASH
+    hashes = f"SELECT user_hash FROM {{our}}forgotten {where}"
+    return _leave_out(connection, f"change = 'entered' AND {hashed} IN ({hashes})", now=now)
+
+
+def leave_out_others(connection: sa.Connection, users: Sequence[str]) -> None:
+    """Keep only the changes of these users."""
+    _leave_out(connection, "user_id NOT IN :users", users=list(users))
+
+
+def _leave_out(connection: sa.Connection, where: str, **parameters: Any) -> int:
+    return sql(connection, f"DELETE FROM {{temp}}audience_sync_changes WHERE {where}", **parameters).rowcount
+
+
+def all_exit(connection: sa.Connection, definition_id: int) -> dict[str, int]:
+    """Into the changes: every member leaves."""
+    _make_changes(connection)
+    sql(
+        connection,
+        "INSERT INTO {temp}audience_sync_changes SELECT user_id, 'exited', NULL, entered_run_id, value "
+        "FROM {our}members WHERE definition_id = :definition_id",
+        definition_id=definition_id,
+    )
+    return count_changes(connection)
+
+
+def take_held(
+    connection: sa.Connection, run_id: int, definition_id: int, key: str, kind: Kind
+) -> dict[str, int]:
+    """Into the changes: what a held run's deliveries would change of the members."""
+    _make_changes(connection)
+    prefix = f'{{"{key}": '
+    told = (
+        "SELECT subject_id, substr(CAST(body AS text), :start, length(CAST(body AS text)) - :start) AS value"
+    )
+    gone = "'null'" if kind is Kind.TRAIT else "'false'"
+    value, differs = ("h.value", "h.value <> m.value") if kind is Kind.TRAIT else ("NULL", "false")
+    sql(
+        connection,
+        "INSERT INTO {temp}audience_sync_changes "
+        f"SELECT h.subject_id, CASE WHEN h.value = {gone} THEN 'exited' WHEN m.user_id IS NULL THEN 'entered' "
+        f"ELSE 'changed' END, CASE WHEN h.value <> {gone} THEN {value} END, m.entered_run_id, m.value "
+        f"FROM ({told} FROM {{our}}deliveries WHERE run_id = :run_id AND status = 'held') h "
+        "LEFT JOIN {our}members m ON m.definition_id = :definition_id AND m.user_id = h.subject_id "
+        f"WHERE CASE WHEN h.value = {gone} THEN m.user_id IS NOT NULL ELSE m.user_id IS NULL OR {differs} END",
+        start=len(prefix) + 1,
+        run_id=run_id,
+        definition_id=definition_id,
+    )
+    return count_changes(connection)
 
 
 def _mark_values(connection: sa.Connection) -> dict[str, int]:
@@ -179,20 +270,24 @@ def _set_ids_aside(connection: sa.Connection, table: str, repeats: int = 0) -> d
     return counts
 
 
-def _diff(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
+def _make_changes(connection: sa.Connection) -> None:
     _drop(connection, "changes")
-    has_members = definition_id is not None and (
-        sql(
-            connection, "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1", id=definition_id
-        ).first()
-        is not None
-    )
     collated, big = ("text PRIMARY KEY", "") if is_sqlite(connection) else ('text COLLATE "C"', "big")
     sql(
         connection,
         f"CREATE TEMPORARY TABLE audience_sync_changes (user_id {collated}, change text, value text, "
         f"entered_run_id {big}int, old_value text){' WITHOUT ROWID' if is_sqlite(connection) else ''}",
     )
+
+
+def _diff(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
+    has_members = definition_id is not None and (
+        sql(
+            connection, "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1", id=definition_id
+        ).first()
+        is not None
+    )
+    _make_changes(connection)
     insert = "INSERT INTO {temp}audience_sync_changes "
     if not has_members:
         sql(connection, insert + _all_entered(kind))

@@ -157,6 +157,7 @@ calls = sa.Table(
 PENDING = sa.text("status = 'pending'")
 DEAD = sa.text("status = 'dead'")
 SENDING = sa.text("status = 'sending'")
+HELD = sa.text("status = 'held'")
 UNSETTLED = sa.text("status IN ('pending', 'sending')")
 CALLED = sa.text("call_id IS NOT NULL")
 
@@ -213,6 +214,7 @@ deliveries = sa.Table(
         sqlite_where=UNSETTLED,
         postgresql_where=UNSETTLED,
     ),
+    sa.Index("ix_deliveries_held", "run_id", sqlite_where=HELD, postgresql_where=HELD),
     sa.Index("ix_deliveries_dead", "definition_id", sqlite_where=DEAD, postgresql_where=DEAD),
     sa.Index("ix_deliveries_call_id", "call_id", sqlite_where=CALLED, postgresql_where=CALLED),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),

@@ -1,4 +1,7 @@
-"""Compute a definition into the snapshot table: on our own database, or streamed from a source."""
+"""Compute a definition into the snapshot table: on our own database, or streamed from a source.
+
+Whether it is ready, and who is eligible, is asked where the definition runs.
+"""
 
 import datetime as dt
 import sqlite3
@@ -6,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,10 +17,12 @@ import sqlalchemy as sa
 from audience_sync.definitions import sql as definition_sql
 from audience_sync.definitions.model import Definition, Kind
 from audience_sync.errors import DefinitionError, Interrupted, SourceError
+from audience_sync.stopping import Stop
 from audience_sync.store import engines, forms, snapshots
 from audience_sync.store.tables import UtcDateTime
 from audience_sync.sync import values
 
+SQL = "SQL"
 FETCH_ROWS = 20_000
 PROGRESS_STEPS = 20_000  # virtual machine steps between two looks at the clock: some milliseconds
 _QUERY_ACTIONS = {
@@ -32,93 +38,142 @@ _SERVER_STATES = ("08", "53", "57", "58", "XX")
 _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
 
 
+@dataclass(frozen=True, slots=True)
+class _Statement:
+    """One of a definition's queries, checked and bound: where it runs, for which moment, and until when."""
+
+    definition: Definition
+    called: str  # as messages name it
+    bound: sa.TextClause
+    uses_as_of: bool
+    needs: tuple[str, ...]  # columns
+    as_of: dt.datetime
+    source: sa.Engine | None
+    deadline: float  # monotonic seconds
+    stop: Stop
+
+
 def compute(
-    connection: sa.Connection, definition: Definition, as_of: dt.datetime, source: sa.Engine | None
+    connection: sa.Connection,
+    definition: Definition,
+    as_of: dt.datetime,
+    source: sa.Engine | None,
+    stop: Stop | None = None,
 ) -> Counter[str]:
     """Fill the snapshot table with the definition's result as of a moment; what of it could not be loaded, by reason.
 
-    `connection` is to our own database, and not in a transaction.
+    Where it has an `eligible_sql`, the eligible table is filled too. `connection` is to our own database, and
+    not in a transaction.
 
     Raises:
-        DefinitionError: the definition cannot be computed as it is written, or not in its time.
+        DefinitionError: the definition cannot be computed as it is written, or not in its time, or is not ready.
         SourceError: its source cannot be reached.
 
     """
     deadline = time.monotonic() + definition.timeout_seconds
-    dialect = (source or connection).dialect.name
-    try:
-        definition_sql.check(definition.sql, dialect)
-        bound = sa.text(definition_sql.bind(definition.sql, dialect))
-    except DefinitionError as error:
-        raise DefinitionError(f"{definition.key}: {error}.") from error
-    connection.execution_options(write=False)
-    if source is None:
-        with connection.begin(), _words(definition, None, deadline), _limits(connection, deadline):
-            _take(connection, definition, bound, as_of)
-        return Counter()
-    return _stream(connection, definition, bound, as_of, source, deadline)
 
-
-def _take(
-    connection: sa.Connection, definition: Definition, bound: sa.TextClause, as_of: dt.datetime
-) -> None:
-    parameter = _as_of(connection, definition, as_of)
-    _authorize(connection, definition, bound, parameter)
-    columns = _columns(connection, bound, parameter)
-    _need_columns(definition, [column.name for column in columns])
-    user_id = next(column for column in columns if column.name == "user_id")
-    if not forms.id_is_possible(user_id):
-        raise DefinitionError(
-            f"{definition.key}: the column user_id is of type {user_id.type_name}: give text, a number or a uuid."
+    def statement(called: str, text: str, *needs: str) -> _Statement:
+        dialect = (source or connection).dialect.name
+        try:
+            definition_sql.check(text, dialect)
+            bound = sa.text(definition_sql.bind(text, dialect))
+        except DefinitionError as error:
+            where = "" if called == SQL else f"{called}: "
+            raise DefinitionError(f"{definition.key}: {where}{error}.") from error
+        uses_as_of = definition_sql.uses_as_of(text, dialect)
+        return _Statement(
+            definition, called, bound, uses_as_of, needs, as_of, source, deadline, stop or Stop()
         )
-    snapshots.take(connection, bound.text, definition.kind, columns, parameter)
+
+    connection.execution_options(write=False)
+    if definition.ready_sql:
+        _need_ready(connection, statement("ready_sql", definition.ready_sql))
+    needs = ("user_id", "value") if definition.kind is Kind.TRAIT else ("user_id",)
+    unloaded = _fill(connection, statement(SQL, definition.sql, *needs), snapshots.SNAPSHOT)
+    if definition.eligible_sql:
+        _fill(connection, statement("eligible_sql", definition.eligible_sql, "user_id"), snapshots.ELIGIBLE)
+    return unloaded
 
 
-def _stream(
-    connection: sa.Connection,
-    definition: Definition,
-    bound: sa.TextClause,
-    as_of: dt.datetime,
-    source: sa.Engine,
-    deadline: float,
-) -> Counter[str]:
-    """Read a source in batches and load them; only one batch is in memory."""
+def _need_ready(connection: sa.Connection, statement: _Statement) -> None:
+    if statement.source is None:
+        with _own(connection, statement):
+            _authorize(connection, statement)
+            row = _execute(connection, statement.bound, statement).first()
+    else:
+        with _reading(statement) as reading:
+            row = _execute(reading, statement.bound, statement).first()
+    value = row[0] if row else None
+    if not isinstance(value, bool | int) or not value:
+        raise DefinitionError(
+            f"{statement.definition.key}: not ready: its ready_sql did not give true. The next run asks again."
+        )
+
+
+def _fill(connection: sa.Connection, statement: _Statement, table: str) -> Counter[str]:
+    """Put a query's rows into a temporary table."""
+    if statement.source is None:
+        with _own(connection, statement):
+            _take(connection, statement, table)
+        return Counter()
     counts: Counter[str] = Counter()
-    with closing(_batches(definition, bound, as_of, source, deadline, counts)) as batches:
+    with closing(_batches(statement, counts)) as batches:
         next(batches)  # the source is asked before our own transaction begins
         with connection.begin():
-            snapshots.load(connection, batches, definition.kind)
+            snapshots.load(connection, batches, statement.needs, table)
     return counts
 
 
-def _batches(
-    definition: Definition,
-    bound: sa.TextClause,
-    as_of: dt.datetime,
-    source: sa.Engine,
-    deadline: float,
-    counts: Counter[str],
-) -> Generator[list[values.Row]]:
-    """An empty batch once the query has begun, then its rows."""
-    with _words(definition, source, deadline), source.connect() as reading:
+@contextmanager
+def _own(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
+    with connection.begin(), _words(statement), _limits(connection, statement):
+        yield
+
+
+@contextmanager
+def _reading(statement: _Statement) -> Iterator[sa.Connection]:
+    """A read-only transaction on the source, in which all queries see one state of it."""
+    source = statement.source
+    assert source is not None  # noqa: S101  (whoever asks knows)
+    with _words(statement), source.connect() as reading:
         if source.dialect.name == "postgresql":
             reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        with reading.begin(), _limits(reading, deadline):
-            parameter = _as_of(reading, definition, as_of)
-            _authorize(reading, definition, bound, parameter)
-            if source.dialect.name == "postgresql":  # all rows are read, so plan for all
-                reading.exec_driver_sql("SET LOCAL cursor_tuple_fraction = 1")
-            reading.execution_options(stream_results=True)
-            with closing(_execute(reading, bound, parameter)) as result:
-                names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
-                places = [names.index(name) for name in _need_columns(definition, names)]
-                yield []
-                batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy took it to see the columns
-                while batch:
-                    if time.monotonic() > deadline:
-                        raise DefinitionError(_too_long(definition))
-                    yield values.rows(batch, places, counts)
-                    batch = _fetch(reading, result.cursor)
+        with reading.begin(), _limits(reading, statement):
+            _authorize(reading, statement)
+            yield reading
+
+
+def _take(connection: sa.Connection, statement: _Statement, table: str) -> None:
+    _authorize(connection, statement)
+    columns = _columns(connection, statement)
+    _need_columns(statement, [column.name for column in columns])
+    by_name = {column.name: column for column in columns}
+    if not forms.id_is_possible(by_name["user_id"]):
+        raise DefinitionError(
+            f"{statement.definition.key}: the column user_id of its {statement.called} is of type "
+            f"{by_name['user_id'].type_name}: give text, a number or a uuid."
+        )
+    needed = [by_name[name] for name in statement.needs]
+    snapshots.take(connection, statement.bound.text, needed, _as_of(connection, statement), table)
+
+
+def _batches(statement: _Statement, counts: Counter[str]) -> Generator[list[values.Row]]:
+    """An empty batch once the query has begun, then its rows; only one batch is in memory."""
+    with _reading(statement) as reading:
+        if reading.dialect.name == "postgresql":  # all rows are read, so plan for all
+            reading.exec_driver_sql("SET LOCAL cursor_tuple_fraction = 1")
+        reading.execution_options(stream_results=True)
+        with closing(_execute(reading, statement.bound, statement)) as result:
+            names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
+            _need_columns(statement, names)
+            places = [names.index(name) for name in statement.needs]
+            yield []
+            batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy took it to see the columns
+            while batch:
+                if time.monotonic() > statement.deadline:
+                    raise DefinitionError(_too_long(statement.definition))
+                yield values.rows(batch, places, counts)
+                batch = _fetch(reading, result.cursor)
 
 
 def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
@@ -133,17 +188,16 @@ def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
 
 
 def _execute(
-    connection: sa.Connection, statement: sa.TextClause, parameter: sa.BindParameter[Any] | None
+    connection: sa.Connection, clause: sa.TextClause, statement: _Statement
 ) -> sa.CursorResult[*tuple[Any, ...]]:
-    return connection.execute(statement if parameter is None else statement.bindparams(parameter))
+    parameter = _as_of(connection, statement)
+    return connection.execute(clause if parameter is None else clause.bindparams(parameter))
 
 
-def _as_of(
-    connection: sa.Connection, definition: Definition, as_of: dt.datetime
-) -> sa.BindParameter[Any] | None:
-    if not definition_sql.uses_as_of(definition.sql, connection.dialect.name):
+def _as_of(connection: sa.Connection, statement: _Statement) -> sa.BindParameter[Any] | None:
+    if not statement.uses_as_of:
         return None
-    utc = as_of.astimezone(dt.UTC)
+    utc = statement.as_of.astimezone(dt.UTC)
     match connection.dialect.name:
         case "sqlite":
             return sa.bindparam("as_of", f"{utc:%Y-%m-%d %H:%M:%S}", type_=sa.Text())
@@ -152,10 +206,9 @@ def _as_of(
     return sa.bindparam("as_of", utc.replace(tzinfo=None), type_=sa.DateTime())
 
 
-def _columns(
-    connection: sa.Connection, bound: sa.TextClause, parameter: sa.BindParameter[Any] | None
-) -> list[forms.Column]:
-    result = _execute(connection, sa.text(f"SELECT * FROM ({bound.text}) AS definition LIMIT 0"), parameter)
+def _columns(connection: sa.Connection, statement: _Statement) -> list[forms.Column]:
+    clause = sa.text(f"SELECT * FROM ({statement.bound.text}) AS definition LIMIT 0")
+    result = _execute(connection, clause, statement)
     description: Any = result.cursor.description if result.cursor else ()
     names = [(column[0], column[1]) for column in description]
     result.close()
@@ -170,24 +223,17 @@ def _columns(
     return [forms.Column(name, *known[oid]) for name, oid in names]
 
 
-def _need_columns(definition: Definition, names: Sequence[str]) -> list[str]:
-    needed = ["user_id", "value"] if definition.kind is Kind.TRAIT else ["user_id"]
-    for name in needed:
+def _need_columns(statement: _Statement, names: Sequence[str]) -> None:
+    for name in statement.needs:
         if names.count(name) != 1:
             raise DefinitionError(
-                f"{definition.key}: its SQL must give one column called {name}; it gives {', '.join(names)}. "
-                f"Write SELECT … AS {name}."
+                f"{statement.definition.key}: its {statement.called} must give one column called {name}; "
+                f"it gives {', '.join(names)}. Write SELECT … AS {name}."
             )
-    return needed
 
 
-def _authorize(
-    connection: sa.Connection,
-    definition: Definition,
-    bound: sa.TextClause,
-    parameter: sa.BindParameter[Any] | None,
-) -> None:
-    """On SQLite: prepare a definition alone, under an authorizer that knows nothing but reading."""
+def _authorize(connection: sa.Connection, statement: _Statement) -> None:
+    """On SQLite: prepare a query alone, under an authorizer that knows nothing but reading."""
     if not engines.is_sqlite(connection):
         return
     raw: Any = connection.connection.dbapi_connection
@@ -203,24 +249,25 @@ def _authorize(
 
     raw.set_authorizer(authorizer)
     try:
-        _execute(connection, sa.text(f"EXPLAIN {bound.text}"), parameter).close()
+        _execute(connection, sa.text(f"EXPLAIN {statement.bound.text}"), statement).close()
     except sa.exc.DBAPIError as error:
         if not refused:
             raise
         raise DefinitionError(
-            f"{definition.key}: a definition may only read, and this one does more ({refused[0]})."
+            f"{statement.definition.key}: a definition may only read, and this one does more ({refused[0]})."
         ) from error
     finally:
         raw.set_authorizer(None)
 
 
 @contextmanager
-def _limits(connection: sa.Connection, deadline: float) -> Iterator[None]:
-    """Let statements run until then, and no longer, and not after a signal."""
+def _limits(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
+    """Let statements run until their time is over, and no longer, and not after a signal."""
     raw: Any = connection.connection.dbapi_connection
+    deadline, stop = statement.deadline, statement.stop
     match connection.dialect.name:
         case "sqlite":
-            raw.set_progress_handler(lambda: time.monotonic() > deadline, PROGRESS_STEPS)
+            raw.set_progress_handler(lambda: stop.is_set() or time.monotonic() > deadline, PROGRESS_STEPS)
             try:
                 yield
             finally:
@@ -229,7 +276,8 @@ def _limits(connection: sa.Connection, deadline: float) -> Iterator[None]:
             milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
             try:
-                yield
+                with stop.interrupting(raw.cancel_safe):
+                    yield
             except Interrupted:
                 raw.cancel_safe()
                 connection.invalidate()
@@ -246,20 +294,25 @@ def _too_long(definition: Definition) -> str:
 
 
 @contextmanager
-def _words(definition: Definition, source: sa.Engine | None, deadline: float) -> Iterator[None]:
+def _words(statement: _Statement) -> Iterator[None]:
     """Say a driver's error as the definition's, or the source's; our own database's stays as it is."""
+    definition = statement.definition
     try:
         yield
     except sa.exc.DBAPIError as error:
         told = engines.reason(error)
-        if "statement timeout" in told or (told == "interrupted" and time.monotonic() > deadline):
+        if statement.stop.is_set():
+            raise Interrupted("The process was asked to stop.") from error
+        if "statement timeout" in told or (told == "interrupted" and time.monotonic() > statement.deadline):
             raise DefinitionError(_too_long(definition)) from error
         if told in {"interrupted", "user-defined function raised exception"}:
             # SQLite swallows what a signal raises while it calls back.
             raise Interrupted("A signal stopped the statement.") from error
         if not _is_servers(error):
-            raise DefinitionError(f"{definition.key}: its SQL does not work: {told}.") from error
-        if source is None:
+            raise DefinitionError(
+                f"{definition.key}: its {statement.called} does not work: {told}."
+            ) from error
+        if statement.source is None:
             raise
         raise SourceError(
             f"{definition.key}: the source {definition.source} cannot be read: {told}. Is it running, and "

@@ -1,6 +1,8 @@
 """One run of one definition: take its lease, compute, compare, and commit baseline and deliveries as one.
 
-The snapshot and the changes live in temporary tables of one connection, which is closed when the run ends.
+What is too unlike the last run, or for another destination, or asked to wait, is held for a person instead
+(levers.py). The snapshot and the changes live in temporary tables of one connection, which is closed when the
+run ends.
 """
 
 import datetime as dt
@@ -8,31 +10,51 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from audience_sync import crash
+from audience_sync import crash, logs
 from audience_sync.clock import Clock, isoformat
 from audience_sync.definitions.model import Definition
 from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError, Interrupted
+from audience_sync.stopping import Stop
 from audience_sync.store import changes, engines, leases, snapshots
 from audience_sync.store import runs as store
+from audience_sync.sync import guard
 from audience_sync.sync.compute import compute
 
 log = logging.getLogger(__name__)
 
 LEASE_SLACK_SECONDS = 120.0  # beyond the definition's own time: for the commit
+OTHER_DESTINATION = (
+    "the members of {key} were told to another destination than the one that is configured now. For a new "
+    "environment run `audience-sync sync {key} --full`, which tells it everything; for the same environment "
+    "with a new key or address, `audience-sync check --accept-destination`"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a sync of the definition would change; samples are of user ids, in their order."""
+class Order:
+    """What is asked of a run.
 
-    key: str
-    member_count: int
-    counts: dict[str, int]
-    samples: dict[str, list[str]] = field(default_factory=dict)
+    `full`: tell everyone, not the changes alone; `hold`: wait for `approve`; `users`: a canary, about these
+    only; `fingerprint`: the destination that it is for, None while that is not known.
+    """
+
+    full: bool = False
+    hold: bool = False
+    users: tuple[str, ...] | None = None
+    trigger: str = "manual"
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Who holds a run, and why, in words."""
+
+    by: str
+    reason: str
 
 
 def resolve_as_of(
@@ -64,41 +86,52 @@ def sync(
     definition: Definition,
     as_of: dt.datetime,
     clock: Clock,
+    order: Order = Order(),
     *,
     source: sa.Engine | None = None,
-    full: bool = False,
-    fingerprint: str | None = None,
+    stop: Stop | None = None,
 ) -> int:
     """Run a definition; the run's id. A definition that cannot be computed is its run's failure.
 
     Raises:
         Busy: another process is syncing it.
+        ConfigError: its key was retired, or a canary is for another destination than its members.
         DatabaseError: our own database cannot be used.
+        Interrupted: a signal, or `stop`, ended it.
 
     """
-    with _temporary(engine) as connection:
-        run = _start(connection, definition, as_of, clock, full=full, fingerprint=fingerprint)
+    with temporary(engine) as connection:
+        run = _start(connection, definition, as_of, clock, order)
+        started = clock.monotonic()
         try:
             crash.at("run_started")
-            unloaded = compute(connection, definition, run.as_of, source)
+            unloaded = compute(connection, definition, run.as_of, source, stop)
             crash.at("snapshot_computed")
             with engines.write(engine) as other:  # the commit has the lease's whole time
                 leases.renew(other, run.lease)
-            counts = _commit(connection, definition, run, unloaded, clock)
+            found = _commit(connection, definition, run, unloaded, clock)
         except BaseException as error:
             is_recorded = _fail(engine, run, error, clock)
             ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
             if not is_recorded or not ends_only_this_run or isinstance(error, Interrupted):
                 raise
-            log.warning("run %d of %s failed (%s)", run.run_id, definition.key, type(error).__name__)
+            logs.event(
+                log,
+                logging.WARNING,
+                "run failed",
+                run_id=run.run_id,
+                key=definition.key,
+                error=type(error).__name__,
+            )
         else:
             crash.at("run_committed")
-            log.info("run %d of %s: %s", run.run_id, definition.key, counts or "no change")
+            seconds = round(clock.monotonic() - started, 3)
+            logs.event(log, logging.INFO, found, run_id=run.run_id, key=definition.key, seconds=seconds)
     return run.run_id
 
 
 @contextmanager
-def _temporary(engine: sa.Engine) -> Iterator[sa.Connection]:
+def temporary(engine: sa.Engine) -> Iterator[sa.Connection]:
     """A connection that is closed in the end, and its temporary tables with it."""
     with engines.plain_errors(engine), engine.connect() as connection:
         try:
@@ -108,52 +141,87 @@ def _temporary(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """A run under way, and where it starts from."""
+class Run:
+    """A run under way: its order, and where it starts from."""
 
     lease: leases.Lease
     run_id: int
     definition_id: int
     as_of: dt.datetime
     last: store.Baseline
-    full: bool
-    fingerprint: str | None
+    order: Order
+    is_for_other: bool  # the baseline belongs to another destination
+
+
+def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Lease:
+    """The sole right to change a definition's members.
+
+    Raises:
+        Busy: another process has it.
+
+    """
+    lease = leases.acquire(connection, leases.of_definition(key), seconds)
+    if isinstance(lease, leases.Holder):
+        raise Busy(f"{key} is being synced by process {lease.pid} on {lease.host}: wait for it to end.")
+    return lease
 
 
 def _start(
-    connection: sa.Connection,
-    definition: Definition,
-    as_of: dt.datetime,
-    clock: Clock,
-    *,
-    full: bool,
-    fingerprint: str | None,
-) -> _Run:
-    seconds = definition.timeout_seconds + LEASE_SLACK_SECONDS
+    connection: sa.Connection, definition: Definition, as_of: dt.datetime, clock: Clock, order: Order
+) -> Run:
     with engines.begin_write(connection):
-        lease = leases.acquire(connection, leases.of_definition(definition.key), seconds)
-        if isinstance(lease, leases.Holder):
-            raise Busy(
-                f"{definition.key} is being synced by process {lease.pid} on {lease.host}: wait for it to end."
-            )
+        lease = take_lease(connection, definition.key, definition.timeout_seconds + LEASE_SLACK_SECONDS)
         last = store.baseline(connection, definition.key)
         as_of = max(as_of, last.as_of or as_of)  # while we waited, another process may have committed
         definition_id = store.register(connection, definition, clock.now())
-        mode = "full" if full else "first" if last.run_id is None else "changes"
+        row = store.lock(connection, definition_id)
+        if row.retired_at is not None:
+            raise ConfigError(retired(definition.key))
+        is_for_other = is_other(row.fingerprint, order.fingerprint)
+        if is_for_other and order.users is not None:
+            raise ConfigError(f"No canary now: {OTHER_DESTINATION.format(key=definition.key)}.")
         run_id = store.start(
-            connection, definition_id, mode=mode, trigger="manual", as_of=as_of, now=clock.now()
+            connection,
+            definition_id,
+            mode=_mode(order, last),
+            trigger=order.trigger,
+            as_of=as_of,
+            now=clock.now(),
+            baseline_run_id=last.run_id,
         )
-    return _Run(lease, run_id, definition_id, as_of, last, full, fingerprint)
+    return Run(lease, run_id, definition_id, as_of, last, order, is_for_other)
+
+
+def retired(key: str) -> str:
+    return f"The key {key} was retired and rests: give the definition another one with `key = `."
+
+
+def is_other(known: str | None, wanted: str | None) -> bool:
+    """Whether two destinations differ; one that is not known may be any."""
+    return bool(known and wanted and known != wanted)
+
+
+def _mode(order: Order, last: store.Baseline) -> str:
+    if order.users is not None:
+        return "canary"
+    if order.full:
+        return "full"
+    return "first" if last.is_first else "changes"
 
 
 def _commit(
-    connection: sa.Connection, definition: Definition, run: _Run, unloaded: Counter[str], clock: Clock
-) -> dict[str, int]:
-    """The new baseline, its deliveries and the end of the run, as one; what changed, counted."""
+    connection: sa.Connection, definition: Definition, run: Run, unloaded: Counter[str], clock: Clock
+) -> str:
+    """The new baseline, its deliveries and the end of the run, as one; or the changes, held. What became of it."""
     with engines.begin_write(connection):
-        counts, unfit = snapshots.compare(connection, run.definition_id, definition.kind)
-        set_aside = unloaded + Counter(unfit)
+        row = store.lock(connection, run.definition_id)
         now = clock.now()
+        counts, unfit = compare(connection, run.definition_id, definition, now, run.order.users)
+        forgotten = row.forgotten_count if run.order.users is None else 0
+        set_aside = unloaded + Counter(unfit)
+        computed = store.Computed(
+            *sized(run.last, counts, forgotten), {reason: set_aside[reason] for reason in sorted(set_aside)}
+        )
         commit = changes.Commit(
             run_id=run.run_id,
             definition_id=run.definition_id,
@@ -161,30 +229,93 @@ def _commit(
             kind=definition.kind,
             as_of=run.as_of,
             now=now,
-            full=run.full,
-            first=run.last.run_id is None,
-            fingerprint=run.fingerprint,
+            fingerprint=run.order.fingerprint or row.fingerprint,
+            delivery_class="push" if _mode(run.order, run.last) in {"first", "full"} else "change",
+            everyone=run.order.full,
+            users=run.order.users,
         )
-        changes.commit(connection, commit, counts)
+        replace_held(connection, run.definition_id, f"Replaced by run {run.run_id}.", now)
+        held = why_held(connection, definition, run.last, counts, run.order, is_for_other=run.is_for_other)
+        if held:
+            changes.hold(connection, commit, counts)
+            store.hold(connection, run.run_id, computed, now, held_by=held.by, reason=held.reason)
+        else:
+            if run.is_for_other:
+                changes.drop_of_other_destinations(connection, commit)
+            changes.commit(connection, commit, counts)
+            store.succeed(connection, run.run_id, computed, now)
+            settle_definition(connection, row, run.order.fingerprint, forgotten)
         crash.at("changes_written")
-        store.succeed(
-            connection,
-            run.run_id,
-            now=now,
-            member_count=_member_count(run.last, counts),
-            counts=counts,
-            set_aside={reason: set_aside[reason] for reason in sorted(set_aside)},
-        )
         leases.renew(connection, run.lease)
         leases.release(connection, run.lease)
-    return counts
+    return f"run held by {held.by}" if held else "run succeeded"
 
 
-def _member_count(last: store.Baseline, counts: dict[str, int]) -> int:
-    return last.member_count + counts.get("entered", 0) - counts.get("exited", 0)
+def compare(
+    connection: sa.Connection,
+    definition_id: int | None,
+    definition: Definition,
+    now: dt.datetime,
+    users: Sequence[str] | None = None,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compare the snapshot with the members: who entered, exited and changed, and who was set aside, counted."""
+    counts, aside = snapshots.compare(connection, definition_id, definition.kind)
+    if definition.eligible_sql:
+        aside |= {"not_eligible": snapshots.leave_out_ineligible(connection)}
+    aside |= {"forgotten": snapshots.leave_out_forgotten(connection, now)}
+    if users is not None:
+        snapshots.leave_out_others(connection, users)
+    if definition.eligible_sql or aside["forgotten"] or users is not None:
+        counts = snapshots.count_changes(connection)
+    return counts, {reason: count for reason, count in aside.items() if count}
 
 
-def _fail(engine: sa.Engine, run: _Run, error: BaseException, clock: Clock) -> bool:
+def sized(last: store.Baseline, counts: dict[str, int], forgotten: int) -> tuple[int, dict[str, int]]:
+    """The size of the snapshot and its changes; members who were erased since the last run count as exits."""
+    told = counts | ({"exited": counts.get("exited", 0) + forgotten} if forgotten else {})
+    return last.member_count + told.get("entered", 0) - told.get("exited", 0), told
+
+
+def why_held(
+    connection: sa.Connection,
+    definition: Definition,
+    last: store.Baseline,
+    counts: dict[str, int],
+    order: Order,
+    *,
+    is_for_other: bool,
+) -> Held | None:
+    """Whether a person has to look before anything is sent; the snapshot is there."""
+    if is_for_other and not order.full:
+        return Held("fingerprint", f"It waits: {OTHER_DESTINATION.format(key=definition.key)}.")
+    unlike = None
+    if not last.is_first and order.users is None:
+        is_empty = snapshots.is_empty(connection)
+        unlike = guard.reason_to_hold(definition.guard, last.member_count, counts, is_empty=is_empty)
+    if order.hold:
+        return Held("hold", f"It waits, as it was asked to{f'; {unlike}' if unlike else ''}.")
+    return Held("guard", f"The guard holds it: {unlike}.") if unlike else None
+
+
+def replace_held(connection: sa.Connection, definition_id: int, reason: str, now: dt.datetime) -> None:
+    """A definition has one held run at most, and a newer run knows better."""
+    before = store.held(connection, definition_id)
+    if before is not None:
+        changes.drop_held(connection, before.run_id, now, reason)
+        store.reject(connection, before.run_id, reason)
+
+
+def settle_definition(
+    connection: sa.Connection, row: sa.Row[tuple[object, ...]], fingerprint: str | None, forgotten: int
+) -> None:
+    """After a commit: whose the baseline is, and that the erased were counted."""
+    if fingerprint and row.fingerprint != fingerprint:
+        store.set_fingerprint(connection, row.definition_id, fingerprint)
+    if forgotten:
+        store.count_forgotten(connection, row.definition_id, 0)
+
+
+def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
     """Close the run with its error; False where the database does not even take that."""
     if isinstance(error, AudienceSyncError) and not isinstance(error, Interrupted):
         told = str(error)
@@ -200,28 +331,3 @@ def _fail(engine: sa.Engine, run: _Run, error: BaseException, clock: Clock) -> b
         log.warning("run %d could not be closed as failed: %s", run.run_id, second)
         return False
     return True
-
-
-def plan(
-    engine: sa.Engine,
-    definitions: Sequence[tuple[Definition, sa.Engine | None]],
-    as_of_by_key: dict[str, dt.datetime],
-) -> tuple[list[Plan], int]:
-    """Compute and compare definitions with their sources, and keep nothing.
-
-    With the plans comes how many users they change, or have something pending, together: each is one Identify.
-    """
-    plans = []
-    with _temporary(engine) as connection:
-        for definition, source in definitions:
-            compute(connection, definition, as_of_by_key[definition.key], source)
-            with connection.begin():
-                row = store.find(connection, definition.key)
-                counts, _ = snapshots.compare(connection, row.definition_id if row else None, definition.kind)
-                snapshots.touch(connection)
-                samples = {change: snapshots.sample(connection, change) for change in ("entered", "exited")}
-                last = store.baseline(connection, definition.key)
-            plans.append(Plan(definition.key, _member_count(last, counts), counts, samples))
-        with connection.begin():
-            touched_count = snapshots.touched_count(connection)
-    return plans, touched_count

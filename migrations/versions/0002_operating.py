@@ -82,12 +82,14 @@ def upgrade() -> None:
     op.create_index(
         "uq_runs_held", "runs", ["definition_id"], unique=True, sqlite_where=HELD, postgresql_where=HELD
     )
+    op.create_index("ix_deliveries_held", "deliveries", ["run_id"], sqlite_where=HELD, postgresql_where=HELD)
     op.execute(snapshots(" + r.{}_count"))
     op.execute(MEMBERSHIP_HISTORY)
 
 
 def downgrade() -> None:
     _drop_views()
+    op.drop_index("ix_deliveries_held", "deliveries")
     op.drop_index("uq_runs_held", "runs")
     with _runs(
         sa.Column("baseline_run_id", SERIAL),

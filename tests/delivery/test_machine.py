@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from audience_sync.delivery.worker import Settings, Worker
 from audience_sync.store import deliveries as store
-from audience_sync.store import engines
+from audience_sync.store import destinations, engines
 from audience_sync.store.tables import deliveries, destination, leases, requests
 
 USERS = st.sampled_from(["u1", "u2", "u3"])
@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def allow(self):
         with engines.write(self.queue.engine) as connection:
-            store.go(connection)
+            destinations.go(connection)
 
     @rule(after=st.integers(1, 3))
     def crash(self, after):

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from audience_sync.delivery.worker import MAX_IN_FLIGHT
 from audience_sync.sandbox import Limits
 from audience_sync.store import deliveries as store
-from audience_sync.store import engines
+from audience_sync.store import destinations, engines
 from audience_sync.userpilot.answers import Answer, Outcome
 
 
@@ -204,7 +204,7 @@ def test_a_429_slows_the_lane_and_is_no_attempt(queue, worker_of, sandbox):
     first, second = (entry.monotonic for entry in sandbox.state.requests)
     assert second - first >= 0.2
     with engines.read(queue.engine) as connection:
-        assert store.slow_downs(connection)["identify"]["factor"] < 1
+        assert destinations.slow_downs(connection)["identify"]["factor"] < 1
 
 
 def test_a_long_retry_after_ends_the_work_and_the_next_process_keeps_to_it(
@@ -234,12 +234,12 @@ def test_a_refused_key_stops_at_once_and_loses_nothing(queue, worker_of, sandbox
     assert queue.counts() == {"accepted": 20, "pending": 40}
     assert report.pending_count == 40
     with engines.read(queue.engine) as connection:
-        assert store.stopped(connection)[1] == report.stopped
+        assert destinations.stopped(connection)[1] == report.stopped
 
     sandbox.faults.clear()
     assert worker_of().deliver().stopped == report.stopped, "it stays stopped until somebody says go"
     with engines.write(queue.engine) as connection:
-        store.go(connection)
+        destinations.go(connection)
     worker_of().deliver()
     assert queue.counts() == {"accepted": 60}
 

@@ -64,11 +64,12 @@ class World:
     def schema(self):
         return None if engines.is_sqlite(self.engine) else "public"
 
-    def sync(self, definition, **options):
+    def sync(self, definition, source=None, **order):
         """Sync a definition; its run."""
         now = self.clock.now()
         as_of = runs.resolve_as_of(self.engine, [definition], None, now)[definition.key]
-        return self.run(runs.sync(self.engine, definition, as_of, self.clock, **options))
+        order = runs.Order(**order)
+        return self.run(runs.sync(self.engine, definition, as_of, self.clock, order, source=source))
 
     def run(self, run_id):
         names = "status, mode, member_count, entered_count, exited_count, changed_count, set_aside, error"

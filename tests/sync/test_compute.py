@@ -118,7 +118,9 @@ def test_a_definition_that_gives_nothing_is_an_empty_snapshot(world, computed):
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 def test_a_column_that_cannot_hold_ids_is_refused(world, computed):
-    with pytest.raises(DefinitionError, match="user_id is of type bool: give text, a number or a uuid"):
+    with pytest.raises(
+        DefinitionError, match="user_id of its SQL is of type bool: give text, a number or a uuid"
+    ):
         computed(world.audience("SELECT true AS user_id"))
 
 

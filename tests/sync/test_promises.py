@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from audience_sync import crash
 from audience_sync.delivery.worker import Settings, Worker
-from audience_sync.store import deliveries, engines
+from audience_sync.store import destinations, engines
 from audience_sync.sync import runs
 
 USERS = ["ann", "bob", "cy"]
@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def mend_the_key(self):
         with engines.write(self.world.engine) as connection:
-            deliveries.go(connection)
+            destinations.go(connection)
 
     def teardown(self):
         self.userpilot.faults.clear()

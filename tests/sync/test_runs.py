@@ -363,35 +363,6 @@ def test_a_run_that_waited_does_not_go_back_in_time(world):
     assert world.run(run_id).status == "succeeded"
 
 
-def test_a_plan_tells_what_would_change_and_keeps_nothing(world):
-    vips, spend = world.audience(), world.trait()
-    world.people(("ann", 1.0), ("bob", 2.0))
-    world.sync(vips)
-    world.settle("accepted", "subject_id = 'ann'")
-    world.people(("ann", 1.0), ("cid", 3.0), ("dan", None))
-    before = world.query("SELECT count(*) FROM {our}runs")
-    moment = world.clock.now()
-    plans, touched = runs.plan(world.engine, [(vips, None), (spend, None)], {"vips": moment, "spend": moment})
-    assert [(plan.key, plan.member_count, plan.counts) for plan in plans] == [
-        ("vips", 3, {"entered": 2, "exited": 1}),
-        ("spend", 2, {"entered": 2}),
-    ]
-    assert plans[0].samples == {"entered": ["cid", "dan"], "exited": ["bob"]}
-    assert touched == 4  # bob, cid, dan; ann for her spend
-    assert world.query("SELECT count(*) FROM {our}runs") == before
-    assert set(world.members()) == {"ann", "bob"}
-
-
-def test_a_plan_counts_users_whose_changes_are_pending(world):
-    world.people("ann", "bob")
-    world.sync(world.audience())
-    world.people("bob", "cid")
-    plans, touched = runs.plan(world.engine, [(world.audience(), None)], {"vips": world.clock.now()})
-    assert plans[0].counts == {"entered": 1, "exited": 1}
-    assert touched == 3
-    assert runs.plan(world.engine, [], {}) == ([], 2)
-
-
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 def test_an_exit_is_sent_where_a_worker_claims_the_entry_meanwhile(world):
     world.people("ann")

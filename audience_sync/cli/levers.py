@@ -1,0 +1,95 @@
+"""What a person does about runs, keys, users and deliveries: it is queued, and `deliver` or the daemon sends it."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from audience_sync.cli import say
+from audience_sync.cli.main import app
+from audience_sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from audience_sync.app import App
+
+
+@app.command()
+def approve(context: typer.Context, run_id: int) -> None:
+    """Commit the changes that a held run waits with."""
+    from audience_sync.cli.session import open_app
+
+    with open_app(context.obj) as opened:
+        opened.approve(run_id)
+        _tell_run(opened, run_id)
+
+
+@app.command()
+def reject(context: typer.Context, run_id: int) -> None:
+    """Drop the changes that a held run waits with."""
+    from audience_sync.cli.session import open_app
+
+    with open_app(context.obj) as opened:
+        opened.reject(run_id)
+        say.line(f"Run {run_id} is rejected: nothing of it is sent, and the next run computes anew.")
+
+
+@app.command()
+def retire(context: typer.Context, key: str) -> None:
+    """Tell false (of a trait, null) of all who hold it, and let the key rest."""
+    from audience_sync.cli.session import open_app
+
+    with open_app(context.obj) as opened:
+        run_id = opened.retire(key)
+        _tell_run(opened, run_id)
+        if key in {definition.key for definition in opened.settings.definitions}:
+            say.line(f"{key} rests from now on: remove it from {opened.settings.path}.")
+
+
+def _tell_run(opened: "App", run_id: int) -> None:
+    from audience_sync.cli.act import show_runs
+    from audience_sync.store import engines, looks
+
+    with engines.read(opened.engine) as connection:
+        found = looks.run_rows(connection, ids=[run_id])
+    show_runs(found)
+    say.line(f"Queued: {found[0]['pending_count']:,}. `audience-sync deliver` or the daemon sends them.")
+
+
+@app.command()
+def retry(
+    context: typer.Context,
+    ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="Dead deliveries.")] = None,
+    all_dead: Annotated[bool, typer.Option("--all-dead", help="Every dead delivery.")] = False,
+) -> None:
+    """Queue dead deliveries again, if nothing newer has overtaken them."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import deliveries, engines
+
+    if bool(ids) == all_dead:
+        raise ConfigError("Name the deliveries to try again, or say --all-dead.")
+    with open_app(context.obj) as opened:
+        with engines.write(opened.engine) as connection:
+            count, reasons = deliveries.retry(connection, None if all_dead else ids, opened.clock.now())
+        for reason in reasons:
+            say.aside(reason)
+        say.line(f"{count:,} deliveries are queued again: `audience-sync deliver` sends them.")
+    if reasons and not all_dead:
+        raise typer.Exit(1)
+
+
+@app.command()
+def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...")]) -> None:
+    """Cancel pending or dead deliveries; Userpilot is not told."""
+    from audience_sync.cli.session import open_app
+    from audience_sync.store import deliveries, engines
+
+    with open_app(context.obj) as opened:
+        with engines.write(opened.engine) as connection:
+            count = deliveries.discard(connection, ids, opened.clock.now())
+        say.line(f"{count:,} of {len(set(ids)):,} deliveries are cancelled.")
+        if count:
+            say.line(
+                "Where they came from an audience, `audience-sync sync KEY --full` tells Userpilot the truth again."
+            )
+    if count < len(set(ids)):
+        say.aside("The others do not exist, or are neither pending nor dead.")
+        raise typer.Exit(1)
