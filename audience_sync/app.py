@@ -14,14 +14,17 @@ from audience_sync import settings as settings_module
 from audience_sync.clock import Clock, SystemClock
 from audience_sync.definitions.model import Definition
 from audience_sync.delivery import worker
-from audience_sync.errors import ConfigError, SourceError
+from audience_sync.errors import ConfigError, NotForgotten, SourceError
 from audience_sync.settings import Settings
 from audience_sync.stopping import Stop
-from audience_sync.store import deliveries, destinations, engines, migrate
+from audience_sync.store import deliveries, destinations, engines, forgetting, migrate
 from audience_sync.store import runs as store_runs
 from audience_sync.sync import levers, plans, runs
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
+
+DELETION_ATTEMPTS = 4
+DELETION_PAUSE_SECONDS = 2.5  # one request in 2 s, documented
 
 if TYPE_CHECKING:
     from audience_sync.userpilot.client import Client
@@ -109,6 +112,31 @@ class App:
 
     def retire(self, key: str) -> int:
         return levers.retire(self.engine, key, self.clock, self.fingerprint)
+
+    def forget(self, user_id: str) -> int:
+        """Have Userpilot delete a user, then erase what is here; how many memberships that ended.
+
+        Raises:
+            NotForgotten: Userpilot did not take it; nothing was changed.
+
+        """
+        with self.client() as client:
+            answer = client.delete_user(user_id)
+            for _ in range(DELETION_ATTEMPTS - 1):
+                if answer.outcome in {Outcome.ACCEPTED, Outcome.REFUSED, Outcome.UNAUTHORISED}:
+                    break
+                self.clock.sleep(answer.retry_after_seconds or DELETION_PAUSE_SECONDS)
+                answer = client.delete_user(user_id)
+        if answer.outcome is not Outcome.ACCEPTED:
+            raise NotForgotten(
+                f"Userpilot did not take the deletion ({answer.error}), so nothing was changed: run it again."
+            )
+        with engines.write(self.engine) as connection:
+            return forgetting.forget(connection, user_id, self.clock.now())
+
+    def allow_return(self, user_id: str) -> dt.datetime | None:
+        with engines.write(self.engine) as connection:
+            return forgetting.allow_return(connection, user_id)
 
     def accept_destination(self) -> list[str]:
         """Take the configured destination for the one that everything was made for; the keys that this moved."""

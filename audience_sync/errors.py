@@ -8,6 +8,7 @@ AudienceSyncError
 ├── SourceError          a source cannot be reached or read
 ├── CallError            a call that is not valid
 ├── NotApproved          a held run that must be computed again first
+├── NotForgotten         Userpilot did not take a deletion
 ├── Busy                 another process is syncing the definition
 ├── LeaseLost            another process took this one's place; nothing was written
 └── Interrupted          a signal asked this process to stop
@@ -45,6 +46,10 @@ class CallError(AudienceSyncError):
 
 
 class NotApproved(AudienceSyncError):  # noqa: N818
+    pass
+
+
+class NotForgotten(AudienceSyncError):  # noqa: N818
     pass
 
 

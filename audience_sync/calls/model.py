@@ -37,3 +37,7 @@ class Call:
     def subject_id(self) -> str | None:
         """The user that the call is about: userId, else anonymousId."""
         return self.user_id if self.user_id is not None else self.anonymous_id
+
+    def anonymous(self) -> "Call":
+        """That there was such a call, and nothing about whom or what."""
+        return Call(self.type, self.message_id, None, None, None, None, {}, {}, {}, self.timestamp)

@@ -44,6 +44,32 @@ def retire(context: typer.Context, key: str) -> None:
             say.line(f"{key} rests from now on: remove it from {opened.settings.path}.")
 
 
+@app.command()
+def forget(
+    context: typer.Context,
+    user_id: str,
+    allow_return: Annotated[
+        bool, typer.Option("--allow-return", help="Let a user who was forgotten be sent again.")
+    ] = False,
+) -> None:
+    """Have Userpilot delete a user, and erase what is known of the user here."""
+    from audience_sync.cli.session import open_app
+
+    with open_app(context.obj) as opened:
+        if allow_return:
+            at = opened.allow_return(user_id)
+            if at is None:
+                raise ConfigError("That user was not forgotten: nothing to allow.")
+            say.line(f"From {say.moment(at)} UTC on the user may be computed and sent again.")
+            return
+        ended = opened.forget(user_id)
+        say.line(
+            f"Userpilot carries the deletion out at 02:00 UTC. Here everything of the user is erased ({ended} "
+            "memberships), and later computations and calls set the user aside."
+        )
+        say.line("To undo the last part: `audience-sync forget USER_ID --allow-return`.")
+
+
 def _tell_run(opened: "App", run_id: int) -> None:
     from audience_sync.cli.act import show_runs
     from audience_sync.store import engines, looks

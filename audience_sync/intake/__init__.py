@@ -84,6 +84,7 @@ def accept(app: App, raw: Mapping[str, Any], *, received_at: dt.datetime | None 
         )
         if call_id is None:
             return Receipt(calls.id_of(connection, call.message_id), call.message_id, is_repeat=True)
+        ignored = calls.ignored_because(connection, call_id)
     return Receipt(call_id, call.message_id, ignored)
 
 

@@ -9,8 +9,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from audience_sync.calls.model import Call, CallType
 from audience_sync.calls.presets import Outgoing
+from audience_sync.store import forgetting
 from audience_sync.store.engines import is_sqlite
 from audience_sync.store.tables import calls, companies, deliveries, events, profiles
+
+FORGOTTEN = "the user was forgotten"
 
 
 def add(
@@ -23,7 +26,12 @@ def add(
     left_out: dict[str, Any],
     fingerprint: str | None,
 ) -> int | None:
-    """Keep a call, what it tells, and its deliveries; None where its message id is known already."""
+    """Keep a call, what it tells, and its deliveries; None where its message id is known already.
+
+    Of a user who was erased nothing is kept but that there was a call.
+    """
+    if call.subject_id is not None and forgetting.is_forgotten(connection, call.subject_id, received_at):
+        call, outgoing, left_out, ignored = call.anonymous(), (), {}, FORGOTTEN
     body = {
         name: value
         for name, value in (
@@ -54,6 +62,8 @@ def add(
     ).scalar_one_or_none()
     if call_id is None:
         return None
+    if call.subject_id is None:
+        return int(call_id)
     _learn(connection, call, call_id, received_at)
     for each in outgoing:
         connection.execute(
@@ -79,6 +89,13 @@ def id_of(connection: sa.Connection, message_id: str) -> int:
     return int(
         connection.execute(sa.select(calls.c.call_id).where(calls.c.message_id == message_id)).scalar_one()
     )
+
+
+def ignored_because(connection: sa.Connection, call_id: int) -> str | None:
+    reason: str | None = connection.execute(
+        sa.select(calls.c.reason).where(calls.c.call_id == call_id)
+    ).scalar_one()
+    return reason
 
 
 def _learn(connection: sa.Connection, call: Call, call_id: int, received_at: dt.datetime) -> None:

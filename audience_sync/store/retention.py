@@ -25,16 +25,14 @@ from audience_sync.store.tables import (
     schedule_slots,
 )
 
-CHUNK = 1_000  # rows that a transaction removes
-STRETCH = 20_000  # rows that it looks at
-LONGEST_SECONDS = (
-    100 * 365 * 86_400
-)  # to keep for longer is to keep for ever: years have four digits in SQLite
+CHUNK = 1_000  # rows that a transaction removes at most
+STRETCH = 20_000  # rows that it looks at: what stays is passed over faster than what goes is removed
+LONGEST_SECONDS = 100 * 365 * 86_400  # longer is forever: SQLite compares years of four digits
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """How long rows are kept, in seconds; `math.inf` is for ever.
+    """How long rows are kept, in seconds; `math.inf` is forever.
 
     Calls count from when they were received, deliveries from when they were settled, requests (and the slots
     of schedules) from when they were started, past members from the end of the run in which they left.
@@ -88,7 +86,7 @@ def prune(
 
     The tables take turns, a piece each, until nothing is left or `seconds` are over, which is looked at after
     each round: with 0 there is one. What is left then goes the next time. A piece is a write transaction of
-    its own, so that others wait for milliseconds.
+    its own, so that others wait for less than a tenth of a second.
     """
     spans = {
         deliveries: keep.deliveries,
@@ -117,10 +115,10 @@ def prune(
 
 
 def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
-    """Go through a table by its key and remove what may go, a piece at a time; how many rows each time.
+    """Go through a table by its key, oldest first, and remove what may go; how many rows of each piece.
 
     A piece is of one stretch of the table, however little of it may go. Where a time rises with the key, the
-    walk ends at the stretch in which it reaches `before`.
+    walk ends after the stretch in which it reaches `before`.
     """
     columns = list(part.table.primary_key)
     key = sa.tuple_(*columns)
@@ -134,11 +132,10 @@ def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
             piece = sa.select(*columns).where(stretch, part.may_go).order_by(*columns).limit(CHUNK)
             count = _remove(connection, part.table, key.in_(piece.correlate(None)), before)
         yield count
-        if count == CHUNK:
-            continue
-        if last is None or (part.rising is not None and last[-1] >= before):
-            return
-        rest = key > last[:-1]
+        if count < CHUNK:  # no more of this stretch
+            if last is None or (part.rising is not None and last[-1] >= before):
+                return
+            rest = key > last[:-1]
 
 
 def _remove(

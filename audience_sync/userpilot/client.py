@@ -69,14 +69,11 @@ class Client:
 
         Whatever goes wrong is in the answer; only a closed client raises (RuntimeError).
         """
-        try:
-            text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-            content = text.encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            # The exception's own text would quote the payload.
-            words = f"the payload cannot be written as JSON in UTF-8 ({type(error).__name__}): not sent"
-            return Answer(Outcome.REFUSED, None, None, words, None)
-        return self._request("POST", path, content)
+        return self._write("POST", path, payload)
+
+    def delete_user(self, user_id: str) -> Answer:
+        """Ask for the deletion of a user, which Userpilot carries out at 02:00 UTC; one request in 2 s at most."""
+        return self._write("DELETE", "v1/users", {"users": [user_id]})
 
     def validate(self) -> Answer:
         """Ask whether the key is good: accepted, unauthorised, or refused with 404, which tells nothing."""
@@ -91,6 +88,16 @@ class Client:
             line.http.close()
             line.wire.close()
         self._watchdog.stop()
+
+    def _write(self, method: str, path: str, payload: dict[str, Any]) -> Answer:
+        try:
+            text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            content = text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            # The exception's own text would quote the payload.
+            words = f"the payload cannot be written as JSON in UTF-8 ({type(error).__name__}): not sent"
+            return Answer(Outcome.REFUSED, None, None, words, None)
+        return self._request(method, path, content)
 
     def _request(self, method: str, path: str, content: bytes | None) -> Answer:
         line = self._take_line()

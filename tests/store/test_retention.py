@@ -307,20 +307,34 @@ def test_it_works_for_as_long_as_it_may(store, monkeypatch):
 
 
 def test_what_stays_is_passed_over_in_stretches(store, transactions, monkeypatch):
-    monkeypatch.setattr(retention, "CHUNK", 3)
     monkeypatch.setattr(retention, "STRETCH", 4)
     store.definition()
     store.run()
-    store.deliver(*[store.delivery("dead")] * 10, *[store.delivery("accepted")] * 4)
-    store.insert(tables.past_members, *(
-        {"definition_id": definition, "user_id": user, "entered_run_id": run, "exited_run_id": 1}
-        for definition in (1, 2) for user in ("Zoë", "ann", "bob") for run in (1, 2)
-    ))  # fmt: skip
-    keep = Keep(math.inf, 400 * DAY, math.inf, 400 * DAY)
+    store.deliver(*[store.delivery("dead")] * 10, *[store.delivery("accepted")] * 5)
     before = transactions()
-    assert store.prune(keep) == {"deliveries": 4, "past_members": 12}
-    assert transactions() == before + 5 + 7
+    assert store.prune(Keep(math.inf, 400 * DAY, math.inf, math.inf)) == {"deliveries": 5}
+    assert transactions() == before + 4
     assert store.ids(tables.deliveries) == list(range(1, 11))
+
+
+def test_past_members_go_from_among_those_that_stay(store, monkeypatch):
+    monkeypatch.setattr(retention, "CHUNK", 1)
+    monkeypatch.setattr(retention, "STRETCH", 3)
+    store.definition()
+    old, new = store.run(finished=500), store.run(finished=10)
+    names = ("definition_id", "user_id", "entered_run_id", "exited_run_id")
+    keys = list(itertools.product((1, 2), ("Zoë", "ann", "bob"), (-2, -1)))
+    exits = itertools.cycle((old, new, new, old, old))
+    store.insert(
+        tables.past_members,
+        *(dict(zip(names, (*key, run), strict=True)) for key, run in zip(keys, exits, strict=False)),
+    )
+    keep = Keep(math.inf, math.inf, math.inf, 400 * DAY)
+    assert store.prune(keep) == {"past_members": 7}
+    kept = store.rows("SELECT definition_id, user_id, entered_run_id FROM {our}past_members")
+    assert sorted(kept) == [
+        (1, "Zoë", -1), (1, "ann", -2), (2, "Zoë", -2), (2, "Zoë", -1), (2, "bob", -1),
+    ]  # fmt: skip
 
 
 def test_the_walk_ends_where_rows_are_new(store, transactions, monkeypatch):

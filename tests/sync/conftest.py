@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync.definitions.model import Definition, Kind
-from audience_sync.store import engines
+from audience_sync.store import engines, tables
 from audience_sync.sync import runs
 
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -72,13 +72,8 @@ class World:
         return self.run(runs.sync(self.engine, definition, as_of, self.clock, order, source=source))
 
     def run(self, run_id):
-        names = "status, mode, member_count, entered_count, exited_count, changed_count, set_aside, error"
         with engines.read(self.engine) as connection:
-            return engines.sql(
-                connection,
-                f"SELECT run_id, {names} FROM {{our}}runs WHERE run_id = :run_id",
-                run_id=run_id,
-            ).one()
+            return connection.execute(sa.select(tables.runs).where(tables.runs.c.run_id == run_id)).one()
 
     def members(self, key="vips"):
         return dict(

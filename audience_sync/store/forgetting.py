@@ -1,0 +1,84 @@
+"""Users who were erased: their rows are gone, and the hash of the id keeps them from coming back by accident."""
+
+import datetime as dt
+
+import sqlalchemy as sa
+
+from audience_sync.store import forms
+from audience_sync.store.engines import sql
+from audience_sync.store.tables import definitions, forgotten
+
+DELETIONS_HOUR = 2  # UTC: when Userpilot carries deletions out (its documentation of DELETE /v1/users)
+
+
+def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
+    """Erase a user; how many memberships that ended. Each counts as an exit of its definition's next run."""
+    locked = sa.select(definitions.c.definition_id).order_by(definitions.c.definition_id).with_for_update()
+    ids = connection.execute(locked).scalars().all()
+    memberships = 0
+    for definition_id in ids:
+        key = {"definition_id": definition_id, "user_id": user_id}
+        mine = "WHERE definition_id = :definition_id AND user_id = :user_id"
+        ended = sql(connection, f"DELETE FROM {{our}}members {mine}", **key).rowcount
+        sql(connection, f"DELETE FROM {{our}}past_members {mine}", **key)
+        if ended:
+            memberships += 1
+            sql(
+                connection,
+                "UPDATE {our}definitions SET forgotten_count = forgotten_count + 1 "
+                "WHERE definition_id = :definition_id",
+                definition_id=definition_id,
+            )
+    _drop_deliveries(connection, user_id)
+    for table in ("profiles", "events", "calls"):
+        sql(connection, f"DELETE FROM {{our}}{table} WHERE user_id = :user_id", user_id=user_id)
+    sql(connection, "DELETE FROM {our}calls WHERE anonymous_id = :user_id", user_id=user_id)
+    connection.execute(forgotten.delete().where(forgotten.c.user_hash == forms.user_hash(user_id)))
+    connection.execute(forgotten.insert().values(user_hash=forms.user_hash(user_id), forgotten_at=now))
+    return memberships
+
+
+def _drop_deliveries(connection: sa.Connection, user_id: str) -> None:
+    """Their counts stay with the runs; what was still to be sent counts as cancelled."""
+    mine = "subject_id = :user_id AND action <> 'company'"
+    of_run = f"SELECT count(*) FROM {{our}}deliveries d WHERE d.run_id = runs.run_id AND {mine}"
+    final = ("accepted", "dead")
+    counted = [f"{name}_count = {name}_count + ({of_run} AND d.status = '{name}')" for name in final]
+    counted.append(f"cancelled_count = cancelled_count + ({of_run} AND d.status NOT IN ('accepted', 'dead'))")
+    sql(
+        connection,
+        f"UPDATE {{our}}runs SET {', '.join(counted)} "
+        f"WHERE run_id IN (SELECT run_id FROM {{our}}deliveries WHERE {mine} AND run_id IS NOT NULL)",
+        user_id=user_id,
+    )
+    requests = f"SELECT request_id FROM {{our}}deliveries WHERE {mine} AND request_id IS NOT NULL"
+    sql(  # the API's words may quote the id
+        connection,
+        f"UPDATE {{our}}requests SET error = NULL WHERE error IS NOT NULL AND request_id IN ({requests})",
+        user_id=user_id,
+    )
+    sql(connection, f"DELETE FROM {{our}}deliveries WHERE {mine}", user_id=user_id)
+
+
+def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
+    """Let an erased user come back once the deletion was carried out; from when on. None: was not erased."""
+    mine = forgotten.c.user_hash == forms.user_hash(user_id)
+    row = connection.execute(sa.select(forgotten).where(mine)).one_or_none()
+    if row is None:
+        return None
+    returns_at = next_deletions(row.forgotten_at)
+    connection.execute(forgotten.update().where(mine).values(returns_at=returns_at))
+    return returns_at
+
+
+def is_forgotten(connection: sa.Connection, user_id: str, now: dt.datetime) -> bool:
+    """Whether nothing may be kept or sent of a user."""
+    mine = forgotten.c.user_hash == forms.user_hash(user_id)
+    row = connection.execute(sa.select(forgotten).where(mine)).one_or_none()
+    return row is not None and (row.returns_at is None or row.returns_at > now)
+
+
+def next_deletions(after: dt.datetime) -> dt.datetime:
+    """When Userpilot carries out what was asked for at a moment."""
+    same_day = after.astimezone(dt.UTC).replace(hour=DELETIONS_HOUR, minute=0, second=0, microsecond=0)
+    return same_day if same_day > after else same_day + dt.timedelta(days=1)
