@@ -1,6 +1,7 @@
 """The composition root: settings in, wired objects out."""
 
 import datetime as dt
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from audience_sync.definitions.model import Definition
 from audience_sync.delivery import worker
 from audience_sync.errors import ConfigError, NotForgotten, SourceError
 from audience_sync.settings import Settings
+from audience_sync.settings.shapes import seconds as span_seconds
 from audience_sync.stopping import Stop
-from audience_sync.store import deliveries, destinations, engines, forgetting, migrate
+from audience_sync.store import deliveries, destinations, engines, forgetting, migrate, retention
 from audience_sync.store import runs as store_runs
 from audience_sync.sync import levers, plans, runs
 from audience_sync.userpilot import payloads
@@ -163,10 +165,14 @@ class App:
         run_ids: Sequence[int] = (),
         call_ids: Sequence[int] = (),
         on_progress: Callable[[worker.Report], None] = lambda _: None,
+        *,
+        stop: threading.Event | None = None,
+        is_gathering: Callable[[], bool] = lambda: False,
     ) -> worker.Report:
         """Deliver what is due. A stopped destination is asked first whether the key is good now.
 
-        What was made for another destination is held, and counted in the report.
+        What was made for another destination is held, and counted in the report. `stop` ends this delivery
+        alone; while `is_gathering`, changes wait for those that other runs are about to commit.
         """
         self.settings.destination.require_api_key()
         with engines.write(self.engine) as connection:
@@ -184,13 +190,20 @@ class App:
                     destinations.go(connection)
             self.is_delivering = True
             try:
-                report = self._worker(client, on_progress).deliver(run_ids, call_ids)
+                working = self._worker(client, on_progress, stop or self.stop, is_gathering)
+                report = working.deliver(run_ids, call_ids)
                 report.held_count = held
                 return report
             finally:
                 self.is_delivering = False
 
-    def _worker(self, client: "Client", on_progress: Callable[[worker.Report], None]) -> worker.Worker:
+    def _worker(
+        self,
+        client: "Client",
+        on_progress: Callable[[worker.Report], None],
+        stop: threading.Event,
+        is_gathering: Callable[[], bool],
+    ) -> worker.Worker:
         destination = self.settings.destination
         return worker.Worker(
             self.engine,
@@ -206,9 +219,36 @@ class App:
                 fingerprint=destination.fingerprint,
             ),
             self.clock,
-            stop=self.stop,
+            stop=stop,
             on_progress=on_progress,
+            is_gathering=is_gathering,
         )
+
+    def prune(self, seconds: float = 5.0) -> dict[str, int]:
+        """Remove what is older than the configuration keeps it; how many rows of each table went."""
+        database = self.settings.database
+        keep = retention.Keep(
+            calls=span_seconds(database.keep_calls),
+            deliveries=span_seconds(database.keep_deliveries),
+            requests=span_seconds(database.keep_requests),
+            past_members=span_seconds(database.keep_past_members),
+        )
+        return retention.prune(self.engine, keep, self.clock.now(), seconds=seconds)
+
+    def reloaded(self) -> "App":
+        """The configuration as it is now, on the same database.
+
+        Raises:
+            ConfigError: it is not right, or names another database.
+
+        """
+        settings = settings_module.load(self.settings.path)
+        before, after = self.settings.database, settings.database
+        if (before.url, before.schema) != (after.url, after.schema):
+            raise ConfigError(f"{settings.path}: another [database] takes a restart.")
+        again = App(settings, self.engine, self.clock, self.stop)
+        again.learn_keys()
+        return again
 
     def close(self) -> None:
         for engine in (self.engine, *self._sources.values()):

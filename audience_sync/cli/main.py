@@ -56,7 +56,7 @@ def main() -> None:
     gc.set_threshold(
         50_000
     )  # most of what a command makes is its imports, which stay: looking them over takes a tenth
-    from audience_sync.cli import act, handing, levers, look, setup  # noqa: F401  (they register their commands)
+    from audience_sync.cli import act, handing, levers, look, running, setup  # noqa: F401  (they register their commands)
 
     try:
         app()

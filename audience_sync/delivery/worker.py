@@ -12,7 +12,7 @@ import math
 import queue
 import random
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -97,6 +97,7 @@ class Worker:
     stop: threading.Event = field(default_factory=threading.Event)
     chance: random.Random = field(default_factory=random.Random)
     on_progress: Callable[[Report], None] = lambda _: None
+    is_gathering: Callable[[], bool] = lambda: False  # more changes of the same users are about to come
     report: Report = field(default_factory=Report)
     _lanes: dict[str, Lane] = field(default_factory=dict)
     _pending: dict[str, int] = field(default_factory=dict)
@@ -257,7 +258,12 @@ class Worker:
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._turn += 1
         store.prefer_indexes(connection)
-        for delivery_class in store.CLASSES:
+        classes: Sequence[str] = store.CLASSES
+        if self.is_gathering():
+            classes = ("call",)
+            for later in itertools.product(store.LANES, ("change", "push")):
+                self._look_at[later] = monotonic + self.settings.poll_seconds
+        for delivery_class in classes:
             for turn in range(len(store.LANES)):
                 name, push = store.LANES[(self._turn + turn) % len(store.LANES)], delivery_class == "push"
                 room = min(

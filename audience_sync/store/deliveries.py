@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.store.engines import is_sqlite, sql
-from audience_sync.store.tables import DEAD, PENDING, UNSETTLED, deliveries, requests, runs
+from audience_sync.store.tables import DEAD, PENDING, SENDING, UNSETTLED, deliveries, requests, runs
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order of their right of way
@@ -471,6 +471,17 @@ def pending_counts(connection: sa.Connection) -> dict[str, int]:
 
 def pending_count(connection: sa.Connection) -> int:
     return sum(pending_counts(connection).values())
+
+
+def is_due(connection: sa.Connection, now: dt.datetime) -> bool:
+    """Whether anything may be claimed, or was being sent by a process that is gone."""
+    due = [
+        sa.select(sa.literal(1)).where(_is_next(action, delivery_class), _DUE_AT <= _NOW)
+        for action in LANES
+        for delivery_class in CLASSES
+    ]
+    exist = [sa.exists(each) for each in (*due, sa.select(sa.literal(1)).where(SENDING))]
+    return bool(connection.execute(sa.select(sa.or_(*exist)), {"now": now}).scalar_one())
 
 
 def are_waiting(

@@ -1,12 +1,13 @@
 """Users who were erased: their rows are gone, and the hash of the id keeps them from coming back by accident."""
 
 import datetime as dt
+from collections import Counter
 
 import sqlalchemy as sa
 
 from audience_sync.store import forms
 from audience_sync.store.engines import sql
-from audience_sync.store.tables import definitions, forgotten
+from audience_sync.store.tables import definitions, deliveries, forgotten, requests, runs
 
 DELETIONS_HOUR = 2  # UTC: when Userpilot carries deletions out (its documentation of DELETE /v1/users)
 
@@ -40,24 +41,24 @@ def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
 
 def _drop_deliveries(connection: sa.Connection, user_id: str) -> None:
     """Their counts stay with the runs; what was still to be sent counts as cancelled."""
-    mine = "subject_id = :user_id AND action <> 'company'"
-    of_run = f"SELECT count(*) FROM {{our}}deliveries d WHERE d.run_id = runs.run_id AND {mine}"
-    final = ("accepted", "dead")
-    counted = [f"{name}_count = {name}_count + ({of_run} AND d.status = '{name}')" for name in final]
-    counted.append(f"cancelled_count = cancelled_count + ({of_run} AND d.status NOT IN ('accepted', 'dead'))")
-    sql(
-        connection,
-        f"UPDATE {{our}}runs SET {', '.join(counted)} "
-        f"WHERE run_id IN (SELECT run_id FROM {{our}}deliveries WHERE {mine} AND run_id IS NOT NULL)",
-        user_id=user_id,
+    mine = sa.and_(deliveries.c.subject_id == user_id, deliveries.c.action != "company")
+    of_mine = sa.select(deliveries.c.request_id).where(mine)
+    connection.execute(  # the API's words may quote the id
+        requests.update()
+        .where(requests.c.request_id.in_(of_mine), requests.c.error.is_not(None))
+        .values(error=None)
     )
-    requests = f"SELECT request_id FROM {{our}}deliveries WHERE {mine} AND request_id IS NOT NULL"
-    sql(  # the API's words may quote the id
-        connection,
-        f"UPDATE {{our}}requests SET error = NULL WHERE error IS NOT NULL AND request_id IN ({requests})",
-        user_id=user_id,
+    gone = connection.execute(
+        deliveries.delete().where(mine).returning(deliveries.c.run_id, deliveries.c.status)
+    ).all()
+    counts = Counter(
+        (run_id, status if status in {"accepted", "dead"} else "cancelled")
+        for run_id, status in gone
+        if run_id is not None
     )
-    sql(connection, f"DELETE FROM {{our}}deliveries WHERE {mine}", user_id=user_id)
+    for (run_id, status), count in sorted(counts.items()):  # in one order, as others lock them
+        column = runs.c[f"{status}_count"]
+        connection.execute(runs.update().where(runs.c.run_id == run_id).values({column: column + count}))
 
 
 def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:

@@ -56,6 +56,12 @@ class _Part:
 
 _BEFORE = sa.bindparam("before", type_=UtcDateTime())
 _SETTLED = deliveries.c.status.in_(("accepted", "cancelled"))  # for good: a dead one may live again
+_dead = deliveries.alias()
+_OVERTAKES = sa.exists().where(  # the reason why an older dead one must not be tried again
+    _dead.c.subject_id == deliveries.c.subject_id,
+    _dead.c.status == "dead",
+    _dead.c.delivery_id < deliveries.c.delivery_id,
+)
 _OF_CALL = sa.exists().where(deliveries.c.call_id == calls.c.call_id, ~_SETTLED)
 _UNDER_WAY = sa.exists().where(deliveries.c.request_id == requests.c.request_id, SENDING)
 _LEFT = sa.exists().where(runs.c.run_id == past_members.c.exited_run_id, runs.c.finished_at < _BEFORE)
@@ -66,7 +72,7 @@ _NEWEST_SLOT = (
     .scalar_subquery()
 )
 _PARTS = (
-    _Part(deliveries, _SETTLED & (deliveries.c.settled_at < _BEFORE), deliveries.c.created_at),
+    _Part(deliveries, _SETTLED & (deliveries.c.settled_at < _BEFORE) & ~_OVERTAKES, deliveries.c.created_at),
     _Part(calls, (calls.c.received_at < _BEFORE) & ~_OF_CALL, calls.c.received_at),
     _Part(requests, (requests.c.started_at < _BEFORE) & ~_UNDER_WAY, requests.c.started_at),
     _Part(past_members, _LEFT),
@@ -115,7 +121,7 @@ def prune(
 
 
 def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
-    """Go through a table by its key, oldest first, and remove what may go; how many rows of each piece.
+    """Go through a table by its key and remove what may go; how many rows of each piece.
 
     A piece is of one stretch of the table, however little of it may go. Where a time rises with the key, the
     walk ends after the stretch in which it reaches `before`.

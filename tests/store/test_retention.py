@@ -48,12 +48,12 @@ class Store:
         times = {"started_at": ago(finished), "finished_at": ago(finished)}
         return self.insert(tables.runs, {"definition_id": definition_id} | row | counts | times)[0]
 
-    def delivery(self, status, settled=500, *, created=None, subject="ann", run=None, call=None, request=1):
+    def delivery(self, status, settled=500, *, created=None, subject=None, run=None, call=None, request=1):
         is_settled = status in {"accepted", "dead", "cancelled"}
         created = ago(settled if created is None else created)
         return {
             "action": "track" if call else "identify",
-            "subject_id": subject,
+            "subject_id": subject or f"user {next(self.numbers)}",
             "body": {"vips": True},
             "class": "call" if call else "change",
             "run_id": None if call else run or 1,
@@ -224,7 +224,10 @@ def test_a_user_is_shown_without_what_is_gone(store):
     store.run()
     request = store.request(started=100, ended=100)
     store.insert(tables.members, {"definition_id": 1, "user_id": "ann", "entered_run_id": 1})
-    store.deliver(store.delivery("accepted", 500), store.delivery("accepted", 100, request=request))
+    store.deliver(
+        store.delivery("accepted", 500, subject="ann"),
+        store.delivery("accepted", 100, subject="ann", request=request),
+    )
     assert store.prune() == {"deliveries": 1, "requests": 1}
     with engines.read(store.engine) as connection:
         ann = looks.user(connection, "ann")
@@ -345,6 +348,19 @@ def test_the_walk_ends_where_rows_are_new(store, transactions, monkeypatch):
     before = transactions()
     assert store.prune(Keep(math.inf, 400 * DAY, math.inf, math.inf)) == {"deliveries": 3}
     assert transactions() == before + 2
+
+
+def test_what_overtakes_a_dead_delivery_stays_with_it(store):
+    store.definition()
+    store.run()
+    store.deliver(
+        store.delivery("accepted", subject="ann"),
+        store.delivery("dead", subject="ann"),
+        store.delivery("accepted", subject="ann"),
+        store.delivery("accepted", subject="bob"),
+    )
+    assert store.prune() == {"deliveries": 2}
+    assert store.ids(tables.deliveries) == [2, 3]
 
 
 def test_two_at_once_count_each_delivery_once(store, monkeypatch):
