@@ -1,5 +1,6 @@
 """The commands that look inside: status, list, history, show, members, user, deliveries, calls."""
 
+import datetime as dt
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,53 +11,91 @@ from audience_sync.cli.act import Json, show_runs
 from audience_sync.cli.main import app
 from audience_sync.errors import ConfigError
 
+NEXT = 10  # slots that `status` shows
+ALIVE_SECONDS = 60.0  # after a daemon's last sign of life
 ROWS = 50  # of a table on a terminal; --json gives all
 STATUSES = ("held", "pending", "sending", "accepted", "dead", "cancelled")
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from audience_sync.app import App
 
 
 @app.command()
 def status(context: typer.Context, as_json: Json = False) -> None:
-    """Say whether anything is stopped, dead or late, and how long the queue is."""
+    """Say whether anything is stopped, held, dead or late, how long the queue is, and what comes next."""
     from audience_sync.cli.session import open_app
     from audience_sync.store import engines, looks
 
     with open_app(context.obj) as opened:
         with engines.read(opened.engine) as connection:
             found = looks.queue_state(connection, opened.clock.now())
+            found |= _coming(opened, connection)
         found["lanes"] = _lanes(opened, found.pop("sent_last_minute"), found.pop("slow_downs"))
-        found["next_slots"] = []
         if as_json:
             say.document(found)
-            return
-        stopped, holder = found["stopped"], found["deliverer"]
-        say.line(
-            f"Stopped since {say.moment(stopped['since'])}: {stopped['reason']}"
-            if stopped
-            else "Not stopped."
-        )
-        say.line(
-            f"Process {holder['pid']} on {holder['host']} delivers." if holder else "Nobody delivers now."
-        )
-        oldest = f", the oldest since {say.moment(found['oldest_at'])} UTC" if found["oldest_at"] else ""
-        say.line(
-            f"Queue: {found['pending_count']:,} pending{oldest}; {found['late_count']:,} wait for another attempt."
-        )
-        dead = " (`audience-sync deliveries --status dead` says why)" if found["dead_count"] else ""
-        say.line(f"Dead: {found['dead_count']:,}{dead}. Held: {found['held_count']:,}.")
-        rows = [
-            [
-                name,
-                say.count(lane["per_minute"]),
-                say.count(lane["sent_last_minute"]),
-                lane["reason"] or "at its pace",
-            ]
-            for name, lane in found["lanes"].items()
+        else:
+            _show_status(found)
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    stopped, holder = found["stopped"], found["deliverer"]
+    say.line(
+        f"Stopped since {say.moment(stopped['since'])}: {stopped['reason']}" if stopped else "Not stopped."
+    )
+    say.line(_daemon_words(found["daemon"]))
+    say.line(f"Process {holder['pid']} on {holder['host']} delivers." if holder else "Nobody delivers now.")
+    oldest = f", the oldest since {say.moment(found['oldest_at'])} UTC" if found["oldest_at"] else ""
+    say.line(
+        f"Queue: {found['pending_count']:,} pending{oldest}; {found['late_count']:,} wait for another attempt."
+    )
+    dead = " (`audience-sync deliveries --status dead` says why)" if found["dead_count"] else ""
+    say.line(f"Dead: {found['dead_count']:,}{dead}. Held: {found['held_count']:,}.")
+    for each in found["held_runs"]:
+        say.line(f"Run {each['run_id']} of {each['key']} is held. {each['reason']}")
+    if found["waiting"]:
+        say.line(f"Their slots wait for a person: {', '.join(found['waiting'])}.")
+    if found["late"]:
+        say.line(f"Late, a slot has passed: {', '.join(found['late'])}.")
+    rows = [
+        [
+            name,
+            say.count(lane["per_minute"]),
+            say.count(lane["sent_last_minute"]),
+            lane["reason"] or "at its pace",
         ]
-        numbers = ["per minute", "last minute"]
-        say.table(["lane", *numbers, "state"], rows, numbers=numbers)
+        for name, lane in found["lanes"].items()
+    ]
+    numbers = ["per minute", "last minute"]
+    say.table(["lane", *numbers, "state"], rows, numbers=numbers)
+    if found["next_slots"]:
+        slots = [[each["key"], say.moment(each["slot_at"])] for each in found["next_slots"][:NEXT]]
+        say.table(["key", "next slot (UTC)"], slots)
+
+
+def _daemon_words(daemon: dict[str, Any]) -> str:
+    if daemon["heartbeat_at"] is None:
+        return "No daemon has run here."
+    seen = f"its last sign of life: {say.moment(daemon['heartbeat_at'])} UTC"
+    return f"The daemon is at work, {seen}." if daemon["is_alive"] else f"The daemon is gone, {seen}."
+
+
+def _coming(opened: "App", connection: "sa.Connection") -> dict[str, Any]:
+    """The daemon's sign of life, the next slots, and those that wait or are late."""
+    from audience_sync.store import destinations
+    from audience_sync.sync import slots
+
+    now, beat = opened.clock.now(), destinations.last_beat(connection)
+    outlooks = {each.key: slots.outlook(connection, each, now) for each in opened.settings.definitions}
+    coming = sorted((each.next_at, key) for key, each in outlooks.items() if each.next_at and not each.waits)
+    is_alive = beat is not None and now - beat < dt.timedelta(seconds=ALIVE_SECONDS)
+    return {
+        "daemon": {"heartbeat_at": beat, "is_alive": is_alive},
+        "next_slots": [{"key": key, "slot_at": at} for at, key in coming],
+        "waiting": [key for key, each in outlooks.items() if each.waits],
+        "late": [key for key, each in outlooks.items() if each.is_late and not each.waits],
+    }
 
 
 def _lanes(opened: "App", sent: dict[str, int], slow: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -79,24 +118,15 @@ def _lanes(opened: "App", sent: dict[str, int], slow: dict[str, Any]) -> dict[st
 
 @app.command("list")
 def list_(context: typer.Context, as_json: Json = False) -> None:
-    """List the definitions: size, last run, state."""
+    """List the definitions: size, last run, next slot, state."""
     from audience_sync.cli.session import open_app
     from audience_sync.store import engines, looks
 
     with open_app(context.obj) as opened:
         with engines.read(opened.engine) as connection:
             used = looks.definition_rows(connection)
-        for definition in opened.settings.definitions:
-            blank = {"member_count": 0, "last_run": None}
-            described = {"key": definition.key, "name": definition.name, "kind": definition.kind.value}
-            state = "enabled" if definition.enabled else "disabled"
-            used[definition.key] = (
-                described
-                | {name: used.get(definition.key, blank)[name] for name in blank}
-                | {"next_slot_at": None, "state": state}
-            )
-        found = [{"next_slot_at": None, "state": "not in the configuration"} | each for each in used.values()]
-        found = [{name: each[name] for name in LIST} for each in found]
+            coming = _coming(opened, connection)
+        found = _definitions(opened, used, {each["key"]: each["slot_at"] for each in coming["next_slots"]})
         if as_json:
             say.document(found)
             return
@@ -107,11 +137,41 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
         for each in found:
             last = each["last_run"]
             ran = f"{say.moment(last['started_at'])} {last['status']}" if last else "never"
-            rows.append([each["key"], each["kind"], say.count(each["member_count"]), ran, each["state"]])
-        say.table(["key", "kind", "members", "last run", "state"], rows, numbers=["members"])
+            rows.append(
+                [each["key"], each["kind"], say.count(each["member_count"]), ran,
+                 say.moment(each["next_slot_at"]), each["state"]]
+            )  # fmt: skip
+        say.table(["key", "kind", "members", "last run", "next slot", "state"], rows, numbers=["members"])
+        say.line(_daemon_words(coming["daemon"]))
 
 
-LIST = ("key", "name", "kind", "member_count", "last_run", "next_slot_at", "state")
+def _definitions(
+    opened: "App", used: dict[str, dict[str, Any]], slots: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Those of the configuration, and those that were used and are not in it any more."""
+    configured = {each.key: each for each in opened.settings.definitions}
+    found = []
+    for key in [*configured, *(used.keys() - configured.keys())]:
+        row, definition = used.get(key, {}), configured.get(key)
+        state = "enabled" if definition and definition.enabled else "disabled"
+        if row.get("is_retired"):
+            state = "retired"
+        elif definition is None:
+            state = "not configured"
+        elif row.get("is_held"):
+            state = "held"
+        found.append(
+            {
+                "key": key,
+                "name": definition.name if definition else row["name"],
+                "kind": definition.kind.value if definition else row["kind"],
+                "member_count": row.get("member_count", 0),
+                "last_run": row.get("last_run"),
+                "next_slot_at": slots.get(key),
+                "state": state,
+            }
+        )
+    return found
 
 
 @app.command()
@@ -175,8 +235,10 @@ def show(context: typer.Context, run_id: int, as_json: Json = False) -> None:
         for name in ("entered", "exited", "changed"):
             if found[f"{name}_sample"]:
                 say.line(f"{name}, for example: {', '.join(found[f'{name}_sample'])}")
+        if found["held_by"]:
+            say.line(f"held by: {found['held_by']}")
         if found["error"]:
-            say.line(f"error: {found['error']}")
+            say.line(f"{'why' if found['status'] == 'held' else 'error'}: {found['error']}")
 
 
 @app.command()

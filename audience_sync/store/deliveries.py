@@ -475,12 +475,12 @@ def pending_count(connection: sa.Connection) -> int:
 
 def is_due(connection: sa.Connection, now: dt.datetime) -> bool:
     """Whether anything may be claimed, or was being sent by a process that is gone."""
-    due = [
-        sa.select(sa.literal(1)).where(_is_next(action, delivery_class), _DUE_AT <= _NOW)
+    due: list[Any] = [
+        sa.and_(_is_next(action, delivery_class), _DUE_AT <= _NOW)
         for action in LANES
         for delivery_class in CLASSES
     ]
-    exist = [sa.exists(each) for each in (*due, sa.select(sa.literal(1)).where(SENDING))]
+    exist = [sa.exists(sa.select(_ID).where(each)) for each in (*due, SENDING)]
     return bool(connection.execute(sa.select(sa.or_(*exist)), {"now": now}).scalar_one())
 
 

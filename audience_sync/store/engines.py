@@ -160,7 +160,9 @@ def advice(error: sa.exc.DBAPIError) -> str:
         return "Nothing was lost: see whether the disk has room and is well, and run the command again."
     if "readonly" in text or "permission denied" in text or "unable to open" in text:
         return "Give this user the right to write there, or change [database] url."
-    if isinstance(error, sa.exc.OperationalError):
+    if isinstance(error, sa.exc.OperationalError) and (
+        error.statement is None or error.connection_invalidated
+    ):
         return "Is the server running, and are the address and password in [database] url right?"
     return "Nothing was half done: run the command again when it is mended."
 

@@ -82,18 +82,50 @@ def run_in_full(connection: sa.Connection, run_id: int) -> dict[str, Any] | None
     if not found:
         return None
     row = connection.execute(sa.select(runs).where(runs.c.run_id == run_id)).one()
+    waits = row.status in {"held", "rejected"}
+    return (
+        found[0]
+        | {"held_by": row.held_by, "set_aside": row.set_aside or {}}
+        | (_held_samples(connection, row) if waits else _samples(connection, row))
+    )
+
+
+def _samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
+    """Of a run that was committed, by the intervals that it began and ended."""
     came = sa.union(
         _users(members, members.c.entered_run_id, row),
         _users(past_members, past_members.c.entered_run_id, row),
     ).subquery()
     left = _users(past_members, past_members.c.exited_run_id, row).subquery()
     arrived, gone = sa.select(came.c.user_id), sa.select(left.c.user_id)
-    return found[0] | {
-        "held_by": row.held_by,
-        "set_aside": row.set_aside or {},
+    return {
         "entered_sample": _sample(connection, arrived.except_(gone)),
         "exited_sample": _sample(connection, gone.except_(arrived)),
         "changed_sample": _sample(connection, arrived.intersect(gone)),
+    }
+
+
+def _held_samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
+    """Of a run that waits, or waited in vain: what its deliveries would do to the members."""
+    definition = connection.execute(
+        sa.select(definitions).where(definitions.c.definition_id == row.definition_id)
+    ).one()
+    gone = f'{{"{definition.key}": {"false" if definition.kind == "audience" else "null"}}}'
+    told = sa.cast(deliveries.c.body, sa.Text)
+    is_member = sa.exists().where(
+        members.c.definition_id == row.definition_id, members.c.user_id == deliveries.c.subject_id
+    )
+    value = members.c.value
+    is_same = sa.exists().where(
+        members.c.definition_id == row.definition_id,
+        members.c.user_id == deliveries.c.subject_id,
+        sa.or_(value.is_(None), told == sa.literal(f'{{"{definition.key}": ').concat(value).concat("}")),
+    )
+    users = sa.select(deliveries.c.subject_id.label("user_id")).where(deliveries.c.run_id == row.run_id)
+    return {
+        "entered_sample": _sample(connection, users.where(told != gone, ~is_member)),
+        "exited_sample": _sample(connection, users.where(told == gone, is_member)),
+        "changed_sample": _sample(connection, users.where(told != gone, is_member, ~is_same)),
     }
 
 
@@ -101,7 +133,7 @@ def _users(table: sa.Table, column: sa.Column[int], row: Any) -> sa.Select[Any]:
     return sa.select(table.c.user_id).where(table.c.definition_id == row.definition_id, column == row.run_id)
 
 
-def _sample(connection: sa.Connection, users: sa.CompoundSelect[Any]) -> list[str]:
+def _sample(connection: sa.Connection, users: sa.SelectBase) -> list[str]:
     named = users.subquery()
     statement = sa.select(named.c.user_id).order_by(named.c.user_id).limit(SAMPLE)
     return list(connection.execute(statement).scalars())
@@ -111,6 +143,7 @@ def definition_rows(connection: sa.Connection) -> dict[str, dict[str, Any]]:
     """Each key that was ever used: its size and its last run."""
     newest = sa.select(sa.func.max(runs.c.run_id)).group_by(runs.c.definition_id)
     last = {row["key"]: row for row in run_rows(connection, ids=connection.execute(newest).scalars().all())}
+    held = set(connection.execute(sa.select(runs.c.definition_id).where(runs.c.status == "held")).scalars())
     sizes = {
         row.key: row.member_count
         for row in connection.execute(
@@ -132,6 +165,8 @@ def definition_rows(connection: sa.Connection) -> dict[str, dict[str, Any]]:
             "kind": row.kind,
             "member_count": sizes.get(row.key, 0),
             "last_run": last.get(row.key),
+            "is_retired": row.retired_at is not None,
+            "is_held": row.definition_id in held,
         }
         for row in connection.execute(sa.select(definitions).order_by(definitions.c.definition_id))
     }
@@ -251,6 +286,7 @@ def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
         "deliverer": holder and {"host": holder.host, "pid": holder.pid},
         "pending_count": counts.get("pending", 0) + counts.get("sending", 0),
         "held_count": counts.get("held", 0),
+        "held_runs": [_held_run(row) for row in connection.execute(_HELD_RUNS)],
         "dead_count": counts.get("dead", 0),
         "oldest_at": connection.execute(oldest).scalar(),
         "late_count": _late_count(connection, now),
@@ -258,6 +294,18 @@ def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
         "slow_downs": destinations.slow_downs(connection),
         "call_count": connection.execute(sa.select(sa.func.count()).select_from(calls)).scalar_one(),
     }
+
+
+_HELD_RUNS = (
+    sa.select(runs, definitions.c.key)
+    .join(definitions, definitions.c.definition_id == runs.c.definition_id)
+    .where(runs.c.status == "held")
+    .order_by(runs.c.run_id)
+)
+
+
+def _held_run(row: Any) -> dict[str, Any]:
+    return {"run_id": row.run_id, "key": row.key, "held_by": row.held_by, "reason": row.error}
 
 
 def _late_count(connection: sa.Connection, now: dt.datetime) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from audience_sync.definitions.model import Guard
 from audience_sync.errors import ConfigError, NotApproved
-from audience_sync.store import destinations, engines, forgetting
+from audience_sync.store import destinations, engines, forgetting, looks
 from audience_sync.store import runs as store
 from audience_sync.sync import levers, plans, runs
 
@@ -391,3 +391,15 @@ def test_who_was_erased_is_an_exit_of_the_next_run_and_comes_back_only_when_allo
     known.clock.sleep(2 * 3600)
     run = known.sync(known.audience())
     assert (counts(run), run.set_aside) == ((4, 1, 0, 0), {"forgotten": 1})
+
+
+def test_a_held_run_shows_what_it_would_do(world):
+    world.people(("ann", 1.0), ("bob", 2.0), ("cid", 3.0))
+    world.sync(world.trait())
+    world.people(("ann", 1.0), ("bob", 4.0), ("dan", 3.0))
+    run = world.sync(world.trait(), hold=True, full=True)
+    with engines.read(world.engine) as connection:
+        shown = looks.run_in_full(connection, run.run_id)
+    assert (shown["held_by"], shown["error"]) == ("hold", "It waits, as it was asked to.")
+    samples = [shown[f"{name}_sample"] for name in ("entered", "exited", "changed")]
+    assert samples == [["dan"], ["cid"], ["bob"]]
