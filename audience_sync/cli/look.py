@@ -136,13 +136,15 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
         rows = []
         for each in found:
             last = each["last_run"]
-            ran = f"{say.moment(last['started_at'])} {last['status']}" if last else "never"
-            rows.append(
-                [each["key"], each["kind"], say.count(each["member_count"]), ran,
-                 say.moment(each["next_slot_at"]), each["state"]]
-            )  # fmt: skip
-        say.table(["key", "kind", "members", "last run", "next slot", "state"], rows, numbers=["members"])
+            ran = f"{_short(last['started_at'])} {last['status']}" if last else "never"
+            next_slot = _short(each["next_slot_at"])
+            rows.append([each["key"], say.count(each["member_count"]), ran, next_slot, each["state"]])
+        say.table(["key", "members", "last run (UTC)", "next slot", "state"], rows, numbers=["members"])
         say.line(_daemon_words(coming["daemon"]))
+
+
+def _short(value: dt.datetime | None) -> str:
+    return say.moment(value)[5:]  # a year ago is far away here
 
 
 def _definitions(

@@ -109,25 +109,30 @@ def sync(
             crash.at("snapshot_computed")
             with engines.write(engine) as other:  # the commit has the lease's whole time
                 leases.renew(other, run.lease)
-            found = _commit(connection, definition, run, unloaded, clock)
+            what, computed = _commit(connection, definition, run, unloaded, clock)
         except BaseException as error:
             is_recorded = _fail(engine, run, error, clock)
             ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
             if not is_recorded or not ends_only_this_run or isinstance(error, Interrupted):
                 raise
-            logs.event(
-                log,
-                logging.WARNING,
-                "run failed",
-                run_id=run.run_id,
-                key=definition.key,
-                error=type(error).__name__,
-            )
+            _log(clock.monotonic() - started, "run failed", run, definition.key, error=type(error).__name__)
         else:
             crash.at("run_committed")
-            seconds = round(clock.monotonic() - started, 3)
-            logs.event(log, logging.INFO, found, run_id=run.run_id, key=definition.key, seconds=seconds)
+            counts = {name: computed.counts.get(name, 0) for name in ("entered", "exited", "changed")}
+            _log(
+                clock.monotonic() - started,
+                what,
+                run,
+                definition.key,
+                members=computed.member_count,
+                **counts,
+            )
     return run.run_id
+
+
+def _log(seconds: float, what: str, run: "Run", key: str, **facts: str | int) -> None:
+    level = logging.WARNING if "error" in facts else logging.INFO
+    logs.event(log, level, what, run_id=run.run_id, key=key, **facts, seconds=round(seconds, 3))
 
 
 @contextmanager
@@ -211,8 +216,11 @@ def _mode(order: Order, last: store.Baseline) -> str:
 
 def _commit(
     connection: sa.Connection, definition: Definition, run: Run, unloaded: Counter[str], clock: Clock
-) -> str:
-    """The new baseline, its deliveries and the end of the run, as one; or the changes, held. What became of it."""
+) -> tuple[str, store.Computed]:
+    """The new baseline, its deliveries and the end of the run, as one; or the changes, held.
+
+    Returns what became of it, in words, and what was found.
+    """
     with engines.begin_write(connection):
         row = store.lock(connection, run.definition_id)
         now = clock.now()
@@ -248,7 +256,7 @@ def _commit(
         crash.at("changes_written")
         leases.renew(connection, run.lease)
         leases.release(connection, run.lease)
-    return f"run held by {held.by}" if held else "run succeeded"
+    return f"run held by {held.by}" if held else "run succeeded", computed
 
 
 def compare(
