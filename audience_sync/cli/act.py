@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from audience_sync.delivery.worker import Report
     from audience_sync.sync import plans
 
+PRUNE_SECONDS = 1.0  # a little of what is old goes with each command
 HELD = 3  # the exit code where a run waits for a person
 
 Keys = Annotated[
@@ -143,6 +144,7 @@ def sync(
                 busy.append(str(error))
                 say.aside(f"audience-sync: {error}")
         report = None if no_deliver else deliver_now(opened, run_ids)
+        opened.prune(seconds=PRUNE_SECONDS)
         with engines.read(opened.engine) as connection:
             found = looks.run_rows(connection, ids=run_ids)[::-1]
             pending = deliveries.pending_count(connection)
@@ -191,6 +193,7 @@ def deliver(context: typer.Context, as_json: Json = False) -> None:
 
     with open_app(context.obj) as opened, stoppable(opened):
         report = deliver_now(opened)
+        opened.prune(seconds=PRUNE_SECONDS)
         if as_json:
             say.document(_delivery(report, report.pending_count))
         else:

@@ -153,7 +153,7 @@ def _definitions(
     """Those of the configuration, and those that were used and are not in it any more."""
     configured = {each.key: each for each in opened.settings.definitions}
     found = []
-    for key in [*configured, *(used.keys() - configured.keys())]:
+    for key in [*configured, *(each for each in used if each not in configured)]:
         row, definition = used.get(key, {}), configured.get(key)
         state = "enabled" if definition and definition.enabled else "disabled"
         if row.get("is_retired"):

@@ -28,14 +28,14 @@ class Command:
     def popen(self, *arguments, environ=None, **options):
         called = [sys.executable, "-m", "audience_sync", "--config", str(self.path), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(called, **pipes, env=clean() | (environ or {}), **options)
+        return subprocess.Popen(called, env=clean() | (environ or {}), **pipes | options)
 
     @staticmethod
     def ended(process):
         with process:
-            out, err = process.communicate(timeout=100)
-        assert "Traceback" not in out + err
-        return process.returncode, out + err
+            said = "".join(filter(None, process.communicate(timeout=100)))
+        assert "Traceback" not in said
+        return process.returncode, said
 
 
 def clean():

@@ -1,0 +1,237 @@
+"""Daemons as real processes: signals, a hung definition, two at once, and one that slept through its lease."""
+
+import contextlib
+import itertools
+import re
+import signal
+import sqlite3
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync.store import engines
+
+DAILY = 'schedule = "0 0 * * *"'
+PEOPLE = "SELECT user_id FROM people WHERE is_in = 1"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT CAST(max(i) AS text) AS user_id FROM n"
+
+
+@pytest.fixture(autouse=True)
+def people(company):
+    company("CREATE TABLE people (user_id text, number integer, is_in integer)")
+    company(
+        "INSERT INTO people VALUES (:user, :number, 1)", *[{"user": f"u{n}", "number": n} for n in range(40)]
+    )
+
+
+@pytest.fixture
+def own(engine):
+    def execute(statement):
+        with engines.write(engine) as connection:
+            return engines.sql(connection, statement)
+
+    return execute
+
+
+@pytest.fixture
+def make_due(own):
+    """The newest slot of every definition is due: it was first seen two days ago, and nothing was taken since."""
+
+    def back_date(command):
+        assert command("sync", "--no-deliver")[0] in {0, 1}
+        own("DELETE FROM {our}schedule_slots")
+        own("UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")
+
+    return back_date
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "daemon.log"
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+def runs(command, trigger="schedule"):
+    return [
+        (run["key"], run["status"]) for run in command.document("history")[::-1] if run["trigger"] == trigger
+    ]
+
+
+def stop(command, process, sent=signal.SIGTERM):
+    process.send_signal(sent)
+    code, said = command.ended(process)
+    assert code == 0, said
+    return said
+
+
+def fall_asleep(daemon, engine):
+    """Between two transactions: on SQLite one would keep everybody out."""
+
+    def is_free():
+        daemon.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(sqlite3.OperationalError):
+            if engines.is_sqlite(engine):
+                with contextlib.closing(sqlite3.connect(engine.url.database, timeout=0.1)) as database:
+                    database.execute("BEGIN IMMEDIATE")
+            return True
+        daemon.send_signal(signal.SIGCONT)
+        return False
+
+    until(is_free)
+
+
+def told(sandbox):
+    return {user for user, each in sandbox.state.snapshot()["users"].items() if each["properties"]["in"]}
+
+
+def test_a_daemon_catches_up_delivers_and_stops(start, company, make_due, sandbox):
+    command = start({"In": PEOPLE}, extra=f"[defaults]\n{DAILY}\n[logging]\nformat = 'json'")
+    make_due(command)
+    company("UPDATE people SET is_in = 0 WHERE number < 10")
+    daemon = command.popen("daemon")
+    until(lambda: len(told(sandbox)) == 30)
+    status = command.document("status")
+    assert status["daemon"]["is_alive"] is True
+    assert [each["key"] for each in status["next_slots"]] == ["in"]
+    said = stop(command, daemon)
+    assert runs(command) == [("in", "succeeded")]
+    assert '"message": "run succeeded"' in said
+    assert '"message": "daemon stopped"' in said
+    assert len({entry.user_id for entry in sandbox.state.requests}) == len(sandbox.state.requests)
+
+
+def test_a_hung_definition_holds_up_no_other_and_ends_with_the_daemon(start, make_due, sandbox, own):
+    command = start({"In": PEOPLE}, extra=f"[defaults]\n{DAILY}")
+    make_due(command)
+    command = start({"In": PEOPLE, "Hung": ENDLESS}, extra=f"[defaults]\n{DAILY}\ntimeout = '2 hours'")
+    own(
+        "INSERT INTO {our}definitions (key, name, kind, created_at) "
+        "VALUES ('hung', 'Hung', 'audience', '2020-01-01 00:00:00.000000')"
+    )
+    daemon = command.popen("daemon")
+    until(lambda: len(told(sandbox)) == 40)
+    assert sorted(runs(command)) == [("hung", "running"), ("in", "succeeded")]
+    began = time.monotonic()
+    stop(command, daemon, signal.SIGINT)
+    assert time.monotonic() - began < 30
+    assert sorted(runs(command)) == [("hung", "failed"), ("in", "succeeded")]
+    assert [row.key for row in own(TAKEN)] == ["in"]  # the hung one's slot is due again
+
+
+TAKEN = (
+    "SELECT d.key FROM {our}schedule_slots s JOIN {our}definitions d ON d.definition_id = s.definition_id "
+    "ORDER BY d.key"
+)
+
+
+def test_two_daemons_and_a_sync_run_a_slot_once(start, company, make_due, sandbox, own):
+    audiences = {"In": PEOPLE, "Low": f"{PEOPLE} AND number < 20", "High": f"{PEOPLE} AND number >= 20"}
+    command = start(audiences, extra=f"[defaults]\n{DAILY}")
+    make_due(command)
+    company("UPDATE people SET is_in = 0 WHERE number < 10")
+    daemons = [command.popen("daemon") for _ in range(2)]
+    code, said = command("sync")
+    assert code in {0, 75}, said
+    until(lambda: len(told(sandbox)) == 30 and len(runs(command)) == 3)
+    for daemon in daemons:
+        stop(command, daemon)
+    assert sorted(runs(command)) == [("high", "succeeded"), ("in", "succeeded"), ("low", "succeeded")]
+    assert [row.key for row in own(TAKEN)] == ["high", "in", "low"]
+    for lines in sandbox.state.history.values():
+        for key in ("in", "low", "high"):
+            values = [value for name, value, _ in lines if name == key]
+            assert all(left != right for left, right in itertools.pairwise(values)), lines
+
+
+def test_a_new_configuration_is_taken_at_sighup_and_a_bad_one_is_not(start, make_due, sandbox, own, log):
+    command = start({"In": PEOPLE}, extra=f"[defaults]\n{DAILY}")
+    make_due(command)
+    daemon = command.popen("daemon", stderr=log.open("w"))
+    until(lambda: len(told(sandbox)) == 40)
+    good = command.path.read_text()
+    command.path.write_text("no = 1")
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: re.search("the configuration is refused.*unknown name no", log.read_text()))
+    command.path.write_text(good.replace('"In"', '"Others"'))
+    daemon.send_signal(signal.SIGHUP)
+    until(lambda: "others" in [row.key for row in own("SELECT key FROM {our}definitions")])
+    own("UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")  # so that its slot is due
+    until(lambda: ("others", "succeeded") in runs(command))
+    stop(command, daemon)
+    assert "configuration reloaded" in log.read_text()
+
+
+def test_who_slept_through_the_lease_of_a_run_changes_nothing(start, make_due, own, engine, tmp_path, log):
+    with contextlib.closing(sqlite3.connect(tmp_path / "shop.db", isolation_level=None)) as shop:
+        shop.execute("CREATE TABLE buyers AS SELECT 'u1' AS user_id")
+        extra = f'[sources.shop]\nurl = "sqlite:///{tmp_path}/shop.db"\n[defaults]\n{DAILY}'
+        command = start({"Far": "SELECT user_id FROM buyers"}, extra=extra, source="shop")
+        make_due(command)
+        assert command("deliver")[0] == 0
+        shop.execute("BEGIN EXCLUSIVE")  # the daemon's query waits for this
+        daemon = command.popen("daemon", stderr=log.open("w"))
+        until(lambda: runs(command) == [("far", "running")])
+        fall_asleep(daemon, engine)
+        own("UPDATE {our}leases SET expires_at = '2020-01-01 00:00:00.000000' WHERE owner IS NOT NULL")
+        command = start({"Far": "SELECT 'u2' AS user_id UNION SELECT 'u3'"}, extra=extra)
+        assert command("sync")[0] == 0
+        known = command.document("deliveries")
+        daemon.send_signal(signal.SIGCONT)
+        shop.execute("ROLLBACK")
+    until(lambda: re.search("run failed run_id=2 key=far error=LeaseLost", log.read_text()))
+    stop(command, daemon)
+    assert runs(command) == [("far", "abandoned")]
+    assert command.document("deliveries") == known
+    assert command("members", "far") == (0, "u2\nu3\n")
+
+
+def test_who_slept_through_the_queues_lease_sends_nothing_more(start, make_due, sandbox, own, engine):
+    command = start({"In": PEOPLE}, extra=f"[defaults]\n{DAILY}", identify_per_minute=300)
+    make_due(command)
+    daemon = command.popen("daemon")
+    until(lambda: len(told(sandbox)) >= 5)
+    fall_asleep(daemon, engine)
+    own("UPDATE {our}leases SET expires_at = '2020-01-01 00:00:00.000000' WHERE owner IS NOT NULL")
+    assert command("deliver")[0] == 0
+    assert len(told(sandbox)) == 40
+    known = len(sandbox.state.requests)
+    daemon.send_signal(signal.SIGCONT)
+    said = stop(command, daemon)
+    assert "Another process took over (queue); this one stops and has written nothing" in said
+    assert len(sandbox.state.requests) - known <= 8
+    assert [each["status"] for each in command.document("deliveries")] == ["accepted"] * 40
+
+
+def test_a_run_by_schedule_is_held_and_said_so(start, company, make_due, sandbox):
+    extra = f"[defaults]\n{DAILY}\nguard_above = 10"
+    command = start({"In": PEOPLE}, extra=extra)
+    make_due(command)
+    assert command("deliver")[0] == 0
+    company("DELETE FROM people")
+    daemon = command.popen("daemon")
+    until(lambda: runs(command) == [("in", "held")])
+    said = stop(command, daemon)
+    assert re.search(r"run held by guard run_id=2 key=in .*exited=40", said)
+    (held,) = command.document("status")["held_runs"]
+    assert (held["key"], held["held_by"]) == ("in", "guard")
+    assert len(told(sandbox)) == 40
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)  # a file does not go away
+def test_a_server_that_goes_away_is_waited_for(start, make_due, sandbox, url, postgres):
+    command = start({"In": PEOPLE}, extra=f"[defaults]\n{DAILY}")
+    make_due(command)
+    daemon = command.popen("daemon")
+    until(lambda: len(told(sandbox)) == 40)
+    name = sa.make_url(url).database
+    postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+    before = command.document("status")["daemon"]["heartbeat_at"]
+    until(lambda: command.document("status")["daemon"]["heartbeat_at"] > before)
+    stop(command, daemon)

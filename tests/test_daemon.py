@@ -1,0 +1,299 @@
+"""A daemon's life, told by its history: the clock is the test's, the rest is real."""
+
+import datetime as dt
+import threading
+from dataclasses import dataclass
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync import settings
+from audience_sync.app import App
+from audience_sync.daemon import Daemon
+from audience_sync.definitions import schedule
+from audience_sync.definitions.model import Definition, Kind
+from audience_sync.errors import ConfigError
+from audience_sync.store import destinations, engines, looks, slots
+from audience_sync.store import runs as store
+from audience_sync.sync import runs
+from audience_sync.sync.slots import outlook, take_due
+
+BERLIN = "Europe/Berlin"
+HOUR = dt.timedelta(hours=1)
+USERS = [f"u{number}" for number in range(6)]
+CONFIGURATION = """
+[database]
+url = "{url}"
+[destination]
+endpoint = "{endpoint}"
+api_key = "{key}"
+identify_per_minute = 100_000
+[defaults]
+schedule = "30 2 * * *"
+full_schedule = "0 3 1 * *"
+timezone = "Europe/Berlin"
+guard_above = 5
+[[audiences]]
+name = "In"
+sql = "SELECT user_id FROM people WHERE is_in = 1"
+"""
+
+
+@dataclass
+class SetClock:
+    moment: dt.datetime
+
+    def now(self):
+        return self.moment
+
+    def monotonic(self):
+        return self.moment.timestamp()
+
+    def sleep(self, seconds):
+        self.moment += dt.timedelta(seconds=seconds)
+
+
+def utc(text):
+    return dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)
+
+
+class Life:
+    """A daemon that ticks and delivers every hour of its days, and the company's people."""
+
+    def __init__(self, url, path, sandbox):
+        self.url, self.path, self.sandbox = url, path, sandbox
+        self.company = sa.create_engine(url)
+        self.run("CREATE TABLE people (user_id text, is_in integer)")
+        self.run(f"INSERT INTO people VALUES {', '.join(f'({user!r}, 1)' for user in USERS)}")
+        self.write("sandbox")
+        self.clock = SetClock(utc("2026-03-15 00:00"))
+        self.daemon = self.begin()
+
+    def run(self, statement):
+        with self.company.begin() as connection:
+            connection.exec_driver_sql(statement)
+
+    def write(self, key):
+        text = CONFIGURATION.format(url=self.url, endpoint=self.sandbox.url, key=key)
+        self.path.write_text(text, encoding="utf-8")
+
+    def begin(self):
+        loaded = settings.load(self.path, {})
+        app = App(loaded, engines.open_own(self.url, "audience_sync"), self.clock)
+        return Daemon(app, App.reloaded, start=lambda _, work: work())
+
+    def live_until(self, text):
+        """Up to that hour, UTC; what is due in it is done."""
+        while self.clock.moment < utc(text):
+            self.clock.moment = self.clock.moment.replace(minute=0, second=0, microsecond=0) + HOUR
+            self.daemon.tick()
+            self.daemon.deliver()
+
+    def set_in(self, users):
+        self.run("UPDATE people SET is_in = 0")
+        for user in users:
+            self.run(f"UPDATE people SET is_in = 1 WHERE user_id = {user!r}")
+
+    def told(self):
+        state = self.sandbox.state.snapshot()["users"]
+        return {user for user, each in state.items() if each["properties"].get("in")}
+
+    def history(self):
+        with engines.read(self.daemon.app.engine) as connection:
+            return looks.run_rows(connection)[::-1]
+
+    def slots(self):
+        with engines.read(self.daemon.app.engine) as connection:
+            rows = engines.sql(connection, "SELECT slot_at FROM {our}schedule_slots ORDER BY slot_at")
+            return [str(slot_at)[:16] for (slot_at,) in rows]
+
+    def close(self):
+        self.daemon.app.close()
+        self.company.dispose()
+
+
+@pytest.fixture
+def life(url, tmp_path, sandbox):
+    found = Life(url, tmp_path / "audience_sync.toml", sandbox)
+    yield found
+    found.close()
+
+
+def test_a_month_is_told_by_its_history(life):
+    life.live_until("2026-03-16 12:00")  # from the first slot on: 16 March, 02:30 in Berlin is 01:30 UTC
+    life.set_in(USERS[:4])
+    life.live_until("2026-03-19 12:00")
+    life.clock.moment = utc("2026-03-22 12:00")  # down for three nights: one is caught up
+    life.set_in(USERS[:5])
+    life.live_until("2026-03-24 12:00")
+    life.set_in([])  # the source is emptied: held, held again, and the first of those rejected by that
+    life.live_until("2026-03-26 12:00")
+    life.daemon.app.reject(life.history()[-1]["run_id"])
+    life.set_in(USERS[:5])
+    life.live_until("2026-03-31 12:00")  # across the night of 29 March, which has no 02:30
+    assert life.told() == set(USERS[:5])
+    life.live_until("2026-04-01 12:00")  # the full resync
+    life.sandbox.state.api_key = "another"
+    life.set_in(USERS)
+    life.live_until("2026-04-02 12:00")
+    refused = len(life.sandbox.state.requests)
+    life.live_until("2026-04-02 14:00")
+    assert (
+        len(life.sandbox.state.requests) - refused <= 2
+    )  # it asks whether the key is good again, and no more
+    assert life.told() == set(USERS[:5])
+    life.sandbox.state.api_key = "sandbox"
+    life.live_until("2026-04-03 12:00")
+    assert life.told() == set(USERS)
+
+    told = [
+        (
+            each["as_of"].strftime("%m-%d %H"),
+            each["mode"],
+            each["status"],
+            each["entered_count"],
+            each["exited_count"],
+        )
+        for each in life.history()
+    ]
+    assert told == [
+        ("03-15 02", "first", "succeeded", 6, 0),
+        ("03-16 02", "changes", "succeeded", 0, 0),
+        ("03-17 02", "changes", "succeeded", 0, 2),
+        ("03-18 02", "changes", "succeeded", 0, 0),
+        ("03-19 02", "changes", "succeeded", 0, 0),
+        ("03-22 13", "changes", "succeeded", 1, 0),
+        ("03-23 02", "changes", "succeeded", 0, 0),
+        ("03-24 02", "changes", "succeeded", 0, 0),
+        ("03-25 02", "changes", "rejected", 0, 5),
+        ("03-26 02", "changes", "rejected", 0, 5),
+        ("03-27 02", "changes", "succeeded", 0, 0),
+        ("03-28 02", "changes", "succeeded", 0, 0),
+        ("03-29 01", "changes", "succeeded", 0, 0),  # 03:00 in Berlin, the first moment after the gap
+        ("03-30 01", "changes", "succeeded", 0, 0),
+        ("03-31 01", "changes", "succeeded", 0, 0),
+        ("04-01 01", "full", "succeeded", 0, 0),  # 02:30 and 03:00 in Berlin, caught up at once as a full one
+        ("04-02 01", "changes", "succeeded", 1, 0),
+        ("04-03 01", "changes", "succeeded", 0, 0),
+    ]
+    assert {each["trigger"] for each in life.history()} == {"schedule"}
+    assert all(each["pending_count"] == each["dead_count"] == 0 for each in life.history())
+    assert life.slots()[5:8] == ["2026-03-22 01:30", "2026-03-23 01:30", "2026-03-24 01:30"]
+    assert life.slots()[12] == "2026-03-29 01:00"
+
+
+def test_what_a_person_asked_to_wait_makes_the_slots_wait(life):
+    life.live_until("2026-03-15 12:00")
+    (definition,) = life.daemon.app.definitions()
+    held = life.daemon.app.sync(definition, life.clock.now(), hold=True)
+    life.live_until("2026-03-17 12:00")
+    assert [each["status"] for each in life.history()] == ["succeeded", "held"]
+    with engines.read(life.daemon.app.engine) as connection:
+        seen = outlook(connection, definition, life.clock.now())
+    assert (seen.waits, seen.next_at) == (True, utc("2026-03-18 01:30"))
+    life.daemon.app.approve(held)
+    life.live_until("2026-03-17 13:00")  # the newest slot that waited is caught up
+    assert [each["status"] for each in life.history()] == ["succeeded"] * 3
+
+
+def test_a_run_that_was_cut_off_is_caught_up(life):
+    life.live_until("2026-03-15 01:00")
+    (definition,) = life.daemon.app.definitions()
+    life.clock.moment = utc("2026-03-15 02:00")
+    (slot,) = take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
+    with engines.write(life.daemon.app.engine) as connection:  # its process is killed here
+        run_id = store.start(
+            connection, slot.definition_id, mode="first", trigger="schedule", as_of=slot.slot_at,
+            now=slot.slot_at, baseline_run_id=None,
+        )  # fmt: skip
+        slots.note_run(connection, slot.definition_id, slot.slot_at, run_id)
+    life.live_until("2026-03-15 03:00")
+    assert [each["status"] for each in life.history()] == ["abandoned", "succeeded"]
+    assert life.slots() == ["2026-03-15 01:30"]
+
+
+def test_a_clock_that_jumps_repeats_no_slot_and_skips_none(life):
+    life.live_until("2026-03-16 02:00")
+    life.clock.moment = utc("2030-01-02 12:00")  # a wrong clock: one slot of then is taken
+    life.daemon.tick()
+    life.clock.moment = utc("2026-03-15 12:00")
+    life.live_until("2026-03-18 02:00")
+    assert life.slots() == [
+        "2026-03-15 01:30", "2026-03-16 01:30", "2026-03-17 01:30", "2026-03-18 01:30", "2030-01-02 01:30",
+    ]  # fmt: skip
+
+
+def test_a_bad_configuration_is_refused_and_the_old_one_goes_on(life):
+    before = life.daemon.app
+    life.path.write_text("schedule = 1")
+    life.daemon.reload()
+    assert life.daemon.app is before
+    life.write("sandbox")
+    life.path.write_text(life.path.read_text().replace(life.url, "sqlite:///elsewhere.db"))
+    with pytest.raises(ConfigError, match=r"another \[database\] takes a restart"):
+        before.reloaded()
+    life.write("sandbox")
+    life.path.write_text(life.path.read_text().replace('name = "In"', 'name = "Inside"'))
+    life.daemon.reload()
+    assert [each.key for each in life.daemon.app.definitions()] == ["inside"]
+
+
+def test_a_definition_that_another_process_syncs_is_due_again(life, monkeypatch):
+    def busy(*_, **__):
+        raise runs.Busy("somebody else")
+
+    life.clock.moment = utc("2026-03-15 02:00")
+    life.daemon.tick()
+    life.clock.moment = utc("2026-03-16 02:00")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "sync", busy)
+        life.daemon.tick()
+    assert life.slots() == []
+    life.daemon.tick()
+    assert life.slots() == ["2026-03-16 01:30"]
+    assert [each["status"] for each in life.history()] == ["succeeded"]
+
+
+def test_the_sign_of_life_is_in_the_database(life):
+    life.daemon.tick()
+    with engines.read(life.daemon.app.engine) as connection:
+        assert destinations.last_beat(connection) == life.clock.now()
+
+
+@pytest.mark.parametrize("count", [40])
+def test_two_daemons_never_take_one_slot_twice(engine, count):
+    every = schedule.parse("every 1 minute", "UTC")
+    definitions = [
+        Definition(f"d{number}", f"d{number}", Kind.AUDIENCE, "SELECT 1", schedule=every)
+        for number in range(3)
+    ]
+    start = utc("2026-03-15 00:00")
+    take_due(engine, definitions, start, limit=9)  # first seen
+    taken, barrier = [], threading.Barrier(2)
+
+    def work():
+        for minute in range(1, count + 1):
+            barrier.wait(30)
+            due = take_due(engine, definitions, start + dt.timedelta(minutes=minute), limit=9)
+            taken.extend((slot.definition.key, slot.slot_at) for slot in due)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == len(set(taken)) == 3 * count
+
+
+def test_what_is_due_is_taken_at_most_so_many_at_once_and_not_what_runs(engine):
+    every = schedule.parse("every 1 minute", "UTC")
+    definitions = [Definition(key, key, Kind.AUDIENCE, "SELECT 1", schedule=every) for key in "abcd"]
+    start = utc("2026-03-15 00:00")
+    take_due(engine, definitions, start, limit=9)
+    later = start + dt.timedelta(minutes=5)
+    assert [each.definition.key for each in take_due(engine, definitions, later, limit=2, but=("a",))] == [
+        "b",
+        "c",
+    ]
+    assert [each.definition.key for each in take_due(engine, definitions, later, limit=9)] == ["a", "d"]
+    assert take_due(engine, definitions, later, limit=9) == []
