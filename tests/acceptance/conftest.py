@@ -80,7 +80,7 @@ def start(url, tmp_path, sandbox):
         lines.append(extra)
         for name, query in audiences.items():
             lines += ["[[audiences]]", f'name = "{name}"', f"sql = {json.dumps(query)}"]
-            lines += [f'source = "{source}"'] if name == "Far" else []
+            lines += [f'source = "{source}"'] if source and name == "Far" else []
         path.write_text("\n".join(lines), encoding="utf-8")
         return Command(path)
 

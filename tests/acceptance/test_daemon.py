@@ -6,6 +6,7 @@ import re
 import signal
 import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -48,7 +49,13 @@ def make_due(own):
 
 @pytest.fixture
 def log(tmp_path):
-    return tmp_path / "daemon.log"
+    """A file for what a daemon logs."""
+    with (tmp_path / "daemon.log").open("w+") as file:
+        yield file
+
+
+def logged(log):
+    return Path(log.name).read_text(encoding="utf-8")
 
 
 def until(condition):
@@ -153,19 +160,19 @@ def test_two_daemons_and_a_sync_run_a_slot_once(start, company, make_due, sandbo
 def test_a_new_configuration_is_taken_at_sighup_and_a_bad_one_is_not(start, make_due, sandbox, own, log):
     command = start({"In": PEOPLE}, extra=f"[defaults]\n{DAILY}")
     make_due(command)
-    daemon = command.popen("daemon", stderr=log.open("w"))
+    daemon = command.popen("daemon", stderr=log)
     until(lambda: len(told(sandbox)) == 40)
     good = command.path.read_text()
     command.path.write_text("no = 1")
     daemon.send_signal(signal.SIGHUP)
-    until(lambda: re.search("the configuration is refused.*unknown name no", log.read_text()))
+    until(lambda: re.search("the configuration is refused.*unknown name no", logged(log)))
     command.path.write_text(good.replace('"In"', '"Others"'))
     daemon.send_signal(signal.SIGHUP)
     until(lambda: "others" in [row.key for row in own("SELECT key FROM {our}definitions")])
     own("UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")  # so that its slot is due
     until(lambda: ("others", "succeeded") in runs(command))
     stop(command, daemon)
-    assert "configuration reloaded" in log.read_text()
+    assert "configuration reloaded" in logged(log)
 
 
 def test_who_slept_through_the_lease_of_a_run_changes_nothing(start, make_due, own, engine, tmp_path, log):
@@ -176,7 +183,7 @@ def test_who_slept_through_the_lease_of_a_run_changes_nothing(start, make_due, o
         make_due(command)
         assert command("deliver")[0] == 0
         shop.execute("BEGIN EXCLUSIVE")  # the daemon's query waits for this
-        daemon = command.popen("daemon", stderr=log.open("w"))
+        daemon = command.popen("daemon", stderr=log)
         until(lambda: runs(command) == [("far", "running")])
         fall_asleep(daemon, engine)
         own("UPDATE {our}leases SET expires_at = '2020-01-01 00:00:00.000000' WHERE owner IS NOT NULL")
@@ -185,7 +192,7 @@ def test_who_slept_through_the_lease_of_a_run_changes_nothing(start, make_due, o
         known = command.document("deliveries")
         daemon.send_signal(signal.SIGCONT)
         shop.execute("ROLLBACK")
-    until(lambda: re.search("run failed run_id=2 key=far error=LeaseLost", log.read_text()))
+    until(lambda: re.search("run failed run_id=2 key=far error=LeaseLost", logged(log)))
     stop(command, daemon)
     assert runs(command) == [("far", "abandoned")]
     assert command.document("deliveries") == known
