@@ -1,6 +1,7 @@
 """The composition root: settings in, wired objects out."""
 
 import datetime as dt
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from audience_sync import logs
 from audience_sync import settings as settings_module
 from audience_sync.clock import Clock, SystemClock
 from audience_sync.definitions.model import Definition
@@ -24,6 +26,8 @@ from audience_sync.store import runs as store_runs
 from audience_sync.sync import levers, plans, runs
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
+
+log = logging.getLogger(__name__)
 
 DELETION_ATTEMPTS = 4
 DELETION_PAUSE_SECONDS = 2.5  # one request in 2 s, documented
@@ -190,9 +194,21 @@ class App:
                     destinations.go(connection)
             self.is_delivering = True
             try:
+                started = self.clock.monotonic()
                 working = self._worker(client, on_progress, stop or self.stop, is_gathering)
                 report = working.deliver(run_ids, call_ids)
                 report.held_count = held
+                if report.request_count:
+                    logs.event(
+                        log,
+                        logging.INFO,
+                        "delivered",
+                        accepted=report.accepted_count,
+                        dead=report.dead_count,
+                        pending=report.pending_count,
+                        requests=report.request_count,
+                        seconds=round(self.clock.monotonic() - started, 3),
+                    )
                 return report
             finally:
                 self.is_delivering = False

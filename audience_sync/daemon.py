@@ -175,16 +175,6 @@ class Daemon:
         report = app.deliver(stop=self._pause_delivery, is_gathering=lambda: self._young_count() > 0)
         if report.stopped:
             self._ask_key_at = app.clock.monotonic() + STOPPED_SECONDS
-        if report.request_count:
-            logs.event(
-                log,
-                logging.INFO,
-                "delivered",
-                accepted=report.accepted_count,
-                dead=report.dead_count,
-                pending=report.pending_count,
-                requests=report.request_count,
-            )
 
     def reload(self) -> None:
         """Take the configuration as it is now; one that is not right is refused, and the old one goes on."""

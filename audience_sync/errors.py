@@ -10,8 +10,9 @@ AudienceSyncError
 ├── NotApproved          a held run that must be computed again first
 ├── NotForgotten         Userpilot did not take a deletion
 ├── Busy                 another process is syncing the definition
-├── LeaseLost            another process took this one's place; nothing was written
-└── Interrupted          a signal asked this process to stop
+└── LeaseLost            another process took this one's place; nothing was written
+
+Interrupted              a signal asked this process to stop
 
 A message says what happened, where, and what to do next. It never holds a secret.
 """
@@ -61,5 +62,5 @@ class LeaseLost(AudienceSyncError):  # noqa: N818
     pass
 
 
-class Interrupted(AudienceSyncError):  # noqa: N818
-    pass
+class Interrupted(BaseException):
+    exit_code = 1

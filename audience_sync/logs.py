@@ -39,7 +39,7 @@ def event(log: logging.Logger, level: int, name: str, **fields: str | float) -> 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
-        return f"{_at(record)} {record.levelname} {_message(record)}{facts}"
+        return " | ".join(f"{_at(record)} {record.levelname} {_message(record)}{facts}".splitlines())
 
 
 class _Json(logging.Formatter):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from audience_sync import __version__
-from audience_sync.errors import AudienceSyncError, ConfigError
+from audience_sync.errors import AudienceSyncError, ConfigError, Interrupted
 
 app = typer.Typer(
     name="audience-sync",
@@ -60,7 +60,7 @@ def main() -> None:
 
     try:
         app()
-    except AudienceSyncError as error:
+    except (AudienceSyncError, Interrupted) as error:
         print(f"audience-sync: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -1,13 +1,15 @@
 """The command that runs by itself: daemon."""
 
+import logging
 import signal
 from types import FrameType
 
 import typer
 
-from audience_sync.cli import say
 from audience_sync.cli.main import app
 from audience_sync.errors import Interrupted
+
+log = logging.getLogger(__name__)
 
 
 @app.command()
@@ -32,7 +34,7 @@ def daemon(context: typer.Context) -> None:
         def end(_number: int, _frame: FrameType | None) -> None:
             if opened.stop.is_set():
                 raise Interrupted("Stopped at once. Nothing is lost: start it again to go on.")
-            say.aside("Stopping: finishing what is in flight.")
+            logs.event(log, logging.INFO, "stopping: finishing what is in flight")
             opened.stop.set()
 
         signal.signal(signal.SIGTERM, end)

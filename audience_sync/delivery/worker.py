@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import sqlalchemy as sa
 
-from audience_sync import crash
+from audience_sync import crash, logs
 from audience_sync.clock import Clock
 from audience_sync.delivery import merge
 from audience_sync.delivery.pace import WINDOW_SECONDS, Lane
@@ -379,8 +379,9 @@ class Worker:
                     "the right key into [destination] api_key, then run `audience-sync deliver`."
                 )
                 log.error("the destination is stopped: HTTP %s", answer.status_code)
-        if changed:
-            log.warning("the %s lane: %s", name, lane.reason or "at its pace again")
+        if changed:  # the reason may quote what was sent: it is for `status`, not for the log
+            what = "lane slows down" if lane.reason else "lane is at its pace again"
+            logs.event(log, logging.WARNING, what, lane=name, status_code=answer.status_code or "none")
 
     def _keep_slow_downs(self, connection: sa.Connection, *, is_over: bool) -> None:
         """Write each lane's slow-down where it matters to others: when a pause begins or ends, and at the end."""

@@ -15,6 +15,8 @@ def url(place: Place, url: str, folder: Path) -> str:
         place.fail("url: expected a database URL, such as sqlite:///FILE")
     if scheme in {"postgresql", "postgres"}:
         place.fail("url: write postgresql+psycopg:// (the bare form means another driver)")
+    if scheme.partition("+")[0] != "sqlite":
+        _check_network(place, rest)
     if scheme.partition("+")[0] != "sqlite" or not rest:
         return url
     if not rest.startswith("/"):
@@ -24,6 +26,19 @@ def url(place: Place, url: str, folder: Path) -> str:
     if file and ":memory:" not in file:
         file = f"{prefix}{absolute(folder, file.removeprefix(prefix))}"
     return f"{scheme}:///{file}{question}{options}"
+
+
+def _check_network(place: Place, rest: str) -> None:
+    """Refuse what would be read with parts of the password where they are shown: as host, port or option."""
+    authority, _, after = rest.partition("/")
+    host = authority.rpartition("@")[2]
+    if authority.count("@") > 1 or not re.fullmatch(r"(\[[^\]]*\]|[^:\[]*)(:\d*)?", host):
+        place.fail(
+            "url: expected SCHEME://USER:PASSWORD@HOST:PORT/DATABASE; write @ : / ? # in a password as %40 %3A "
+            "%2F %3F %23"
+        )
+    if re.search(r"(^|[?&])(password|pwd|passwd)=", f"{host}{after}".partition("?")[2], re.IGNORECASE):
+        place.fail("url: write the password as USER:PASSWORD@HOST, not among the options")
 
 
 def endpoint(place: Place, endpoint: str, *, custom: bool) -> str:

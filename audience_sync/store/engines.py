@@ -4,6 +4,7 @@
 because a read that turns into a write fails at once whatever the busy timeout (SQLITE_BUSY_SNAPSHOT).
 """
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -82,6 +83,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
         raise DatabaseError(
             f"The folder of the database file {url.database} does not exist: create it, or change [database] url."
         )
+    _make_private(url.database)
     engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS})
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info[:3]) else "DELETE"
 
@@ -103,6 +105,13 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+def _make_private(database: str | None) -> None:
+    """A new file is for its owner alone: it will hold ids of users. What goes wrong, opening it will say."""
+    if database and not database.startswith((":", "file:")):
+        with contextlib.suppress(OSError):
+            os.close(os.open(database, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def is_sqlite(bind: sa.Engine | sa.Connection) -> bool:
@@ -146,8 +155,12 @@ def plain_errors(engine: sa.Engine) -> Iterator[None]:
 
 
 def reason(error: sa.exc.DBAPIError) -> str:
-    """The driver's own words, without the statement and its values; one line."""
-    return re.sub(r"\s+", " ", str(error.orig)).strip().rstrip(".")
+    """The driver's own words, without the statement and its values; one line.
+
+    Of PostgreSQL's the first: its details quote rows.
+    """
+    words = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
+    return re.sub(r"\s+", " ", words).strip().rstrip(".")
 
 
 def advice(error: sa.exc.DBAPIError) -> str:

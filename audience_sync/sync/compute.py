@@ -3,6 +3,7 @@
 Whether it is ready, and who is eligible, is asked where the definition runs.
 """
 
+import contextlib
 import datetime as dt
 import sqlite3
 import time
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +26,7 @@ from audience_sync.sync import values
 
 SQL = "SQL"
 FETCH_ROWS = 20_000
+CANCEL_SECONDS = 5.0
 PROGRESS_STEPS = 20_000  # virtual machine steps between two looks at the clock: some milliseconds
 _QUERY_ACTIONS = {
     sqlite3.SQLITE_SELECT,
@@ -276,14 +279,20 @@ def _limits(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
             milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
             try:
-                with stop.interrupting(raw.cancel_safe):
+                with stop.interrupting(partial(_cancel, raw)):
                     yield
             except Interrupted:
-                raw.cancel_safe()
+                _cancel(raw)
                 connection.invalidate()
                 raise
         case _:
             yield
+
+
+def _cancel(raw: Any) -> None:
+    """Ask PostgreSQL to end the connection's statement; where it does not listen, it will find nobody there."""
+    with contextlib.suppress(Exception):
+        raw.cancel_safe(timeout=CANCEL_SECONDS)
 
 
 def _too_long(definition: Definition) -> str:

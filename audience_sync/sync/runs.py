@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from audience_sync import crash, logs
 from audience_sync.clock import Clock, isoformat
 from audience_sync.definitions.model import Definition
-from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError, Interrupted
+from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError
 from audience_sync.stopping import Stop
 from audience_sync.store import changes, engines, leases, snapshots
 from audience_sync.store import runs as store
@@ -113,7 +113,7 @@ def sync(
         except BaseException as error:
             is_recorded = _fail(engine, run, error, clock)
             ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
-            if not is_recorded or not ends_only_this_run or isinstance(error, Interrupted):
+            if not is_recorded or not ends_only_this_run:
                 raise
             _log(clock.monotonic() - started, "run failed", run, definition.key, error=type(error).__name__)
         else:
@@ -325,7 +325,7 @@ def settle_definition(
 
 def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
     """Close the run with its error; False where the database does not even take that."""
-    if isinstance(error, AudienceSyncError) and not isinstance(error, Interrupted):
+    if isinstance(error, AudienceSyncError):
         told = str(error)
     elif isinstance(error, sa.exc.DBAPIError):
         told = f"The database failed: {engines.reason(error)}. {engines.advice(error)}"

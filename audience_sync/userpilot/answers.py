@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 MAX_ERROR_LENGTH = 500
@@ -118,9 +119,27 @@ def _entry_words(entry: dict[str, Any]) -> str:
 
 def one_line(text: str, max_length: int, secret: str) -> str:
     """The text without the secret, as every database and terminal takes it."""
-    open_text = text.replace(secret, "[API key]")
+    open_text = _spellings(secret).sub("[API key]", text)
     printable = "".join(character if character.isprintable() else " " for character in open_text)
     return " ".join(printable.split())[:max_length]
+
+
+@lru_cache(maxsize=4)
+def _spellings(secret: str) -> re.Pattern[str]:
+    """The secret as it is, and as JSON, URLs and HTML write it."""
+    return re.compile("".join(map(_spelled, secret)), re.IGNORECASE)
+
+
+def _spelled(character: str) -> str:
+    code = f"{ord(character):x}"
+    forms = (
+        rf"\\?{re.escape(character)}",
+        rf"\\u0*{code}",
+        f"%{code:0>2}",
+        f"&#x0*{code};",
+        f"&#0*{ord(character)};",
+    )
+    return f"(?:{'|'.join(forms)})"
 
 
 def retry_after(value: str | None, *, now: datetime) -> float | None:

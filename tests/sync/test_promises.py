@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from audience_sync import crash
 from audience_sync.delivery.worker import Settings, Worker
 from audience_sync.store import destinations, engines
-from audience_sync.sync import runs
+from audience_sync.sync import levers, runs
 
 USERS = ["ann", "bob", "cy"]
 FAULTS = st.sampled_from(["500", "400", "401", "429", "drop before", "drop after"])
@@ -34,6 +34,7 @@ class Machine(RuleBasedStateMachine):
         self.world, self.userpilot, self.crash_at = world, userpilot, crash_at
         self.people, self.limits = {}, {"some": 1, "few": 3}
         self.committed = {}  # (user, key): each value that a commit gave it
+        self.waiting = {}  # key: the held run, and what it would commit
         self.was_faulty = False
         for table in (
             "deliveries",
@@ -100,12 +101,50 @@ class Machine(RuleBasedStateMachine):
             )
         finally:
             self.crash_at(None)
-        gone = None if key == "points" else False
         self.was_faulty |= full
-        for user in before | after:
+        self.waiting.pop(key, None)  # a newer run knows better
+        self._commit(key, before | after, after)
+
+    def _commit(self, key, users, after):
+        gone = None if key == "points" else False
+        for user in users:
             values = self.committed.setdefault((user, key), [])
             if values[-1:] != [after.get(user, gone)]:
                 values.append(after.get(user, gone))
+
+    @rule(key=st.sampled_from(["some", "few", "points"]), full=st.sampled_from([False, False, True]))
+    def hold(self, key, full):
+        self.world.people(*self.people.items())
+        run = self.world.sync(self.definition(key), hold=True, full=full)
+        assert (run.status, run.held_by) == ("held", "hold")
+        self.waiting[key] = (run.run_id, self.snapshot(key), full)
+
+    @rule(key=st.sampled_from(["some", "few", "points"]))
+    def approve(self, key):
+        if key in self.waiting:
+            run_id, after, full = self.waiting.pop(key)
+            levers.approve(self.world.engine, run_id, self.world.clock, None)
+            self.was_faulty |= full
+            self._commit(key, self.held(key) | after, after)
+
+    @rule(key=st.sampled_from(["some", "few", "points"]))
+    def reject(self, key):
+        if key in self.waiting:
+            levers.reject(self.world.engine, self.waiting.pop(key)[0], self.world.clock)
+
+    @rule(key=st.sampled_from(["some", "few", "points"]), user=st.sampled_from(USERS))
+    def try_on_one(self, key, user):
+        self.world.people(*self.people.items())
+        before, after = self.held(key), self.snapshot(key)
+        run = self.world.sync(self.definition(key), users=(user,))
+        assert (run.status, run.mode) == ("succeeded", "canary")
+        size = len(before) + (user in after) - (user in before)
+        assert (run.member_count, run.changed_count) == (
+            size, int(user in before and user in after and before[user] != after[user]),
+        )  # fmt: skip
+        self.waiting.pop(key, None)
+        if user in before or user in after:
+            self._commit(key, [user], after)
 
     @rule(faults=st.lists(FAULTS, min_size=1, max_size=6))
     def break_down(self, faults):
