@@ -326,7 +326,7 @@ def test_signals(witness, sandbox, engine, backend):
     witness.configure(endpoint=sandbox.url)
     sandbox.stop()
     syncing = witness.begin("sync")
-    syncing.until_logged("the identify lane: cannot connect")
+    syncing.until_logged("lane slows down lane=identify")
     assert syncing.end(signal.SIGINT) == 1
     sandbox.start()
     witness.configure(endpoint=sandbox.url, per_minute=30, form="json")
