@@ -19,6 +19,10 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 SCHEMA = "audience_sync"
 
+os.environ.pop(
+    "PYTHONDONTWRITEBYTECODE", None
+)  # hundreds of processes are started, each would compile us anew
+
 # Here other examples at each run, in CI the same ones: a change is judged by what it changed. Time is no matter.
 hypothesis_settings.register_profile(
     "ours",

@@ -198,7 +198,7 @@ def deliver(context: typer.Context, as_json: Json = False) -> None:
             say.document(_delivery(report, report.pending_count))
         else:
             tell_delivery(report, report.pending_count)
-    finish(report)
+    finish(report, held=report.held_count > 0)
 
 
 def deliver_now(opened: "App", run_ids: Sequence[int] = (), call_ids: Sequence[int] = ()) -> "Report":
@@ -232,7 +232,7 @@ def tell_delivery(report: "Report | None", pending: int) -> None:
         say.line(
             f"Held: {report.held_count:,}, made for another destination than the one that is configured now. For "
             "a new environment: `audience-sync sync KEY --full`; for the same one with a new key or address: "
-            "`audience-sync check --accept-destination`."
+            "`audience-sync check --accept-destination`; for calls that nobody should hear of: `discard`."
         )
     if report.is_left:
         say.line("Another process is delivering: the rest is left to it.")
@@ -251,7 +251,7 @@ def finish(report: "Report | None", *, failed: bool = False, busy: bool = False,
         raise typer.Exit(1)
     if busy:
         raise typer.Exit(Busy.exit_code)
-    if held or (report is not None and report.held_count):
+    if held:
         raise typer.Exit(HELD)
 
 

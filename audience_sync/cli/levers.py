@@ -104,7 +104,7 @@ def retry(
 
 @app.command()
 def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...")]) -> None:
-    """Cancel pending or dead deliveries; Userpilot is not told."""
+    """Cancel pending, dead, or held deliveries (not a held run's); Userpilot is not told."""
     from audience_sync.cli.session import open_app
     from audience_sync.store import deliveries, engines
 
@@ -117,5 +117,5 @@ def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(met
                 "Where they came from an audience, `audience-sync sync KEY --full` tells Userpilot the truth again."
             )
     if count < len(set(ids)):
-        say.aside("The others do not exist, or are neither pending nor dead.")
+        say.aside("The others do not exist, are settled, or belong to a held run (`audience-sync reject`).")
         raise typer.Exit(1)

@@ -542,11 +542,16 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
 
 
 def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -> int:
-    """Cancel dead and pending deliveries; Userpilot is not told what they say."""
+    """Cancel dead and pending deliveries, and held ones that no held run waits with; Userpilot is not told."""
+    held_runs = sa.select(runs.c.run_id).where(runs.c.status == "held")
+    is_free = sa.or_(deliveries.c.run_id.is_(None), deliveries.c.run_id.not_in(held_runs))
+    may_go = sa.or_(
+        deliveries.c.status.in_(("dead", "pending")), sa.and_(deliveries.c.status == "held", is_free)
+    )
     return sum(
         connection.execute(
             deliveries.update()
-            .where(_ID.in_(chunk), deliveries.c.status.in_(("dead", "pending")))
+            .where(_ID.in_(chunk), may_go)
             .values(status="cancelled", settled_at=now, error="discarded by hand", quiet_until=None)
         ).rowcount
         for chunk in _chunks(ids)

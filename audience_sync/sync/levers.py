@@ -90,7 +90,7 @@ def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -
                 baseline_run_id=last.run_id,
             )
             runs.replace_held(
-                connection, row.definition_id, f"Replaced by run {run_id}, which retired the key.", now
+                connection, row.definition_id, f"{runs.REPLACED} {run_id}, which retired the key.", now
             )
             counts = snapshots.all_exit(connection, row.definition_id)
             computed = store.Computed(*runs.sized(last, counts, row.forgotten_count), {})
@@ -115,6 +115,11 @@ def _held(connection: sa.Connection, run_id: int) -> sa.Row[Any]:
     run = store.get(connection, run_id)
     if run is None:
         raise ConfigError(f"There is no run {run_id}: `audience-sync history` lists them.")
+    if run.status == "rejected" and run.error.startswith(runs.REPLACED):
+        raise NotApproved(
+            f"{run.error} The members may have changed since: run `audience-sync sync {run.key} --hold` again, "
+            "and approve that."
+        )
     if run.status != "held":
         raise ConfigError(f"Run {run_id} is {run.status}, not held.")
     return run

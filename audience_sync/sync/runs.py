@@ -27,6 +27,7 @@ from audience_sync.sync.compute import compute
 log = logging.getLogger(__name__)
 
 LEASE_SLACK_SECONDS = 120.0  # beyond the definition's own time: for the commit
+REPLACED = "Replaced by run"
 OTHER_DESTINATION = (
     "the members of {key} were told to another destination than the one that is configured now. For a new "
     "environment run `audience-sync sync {key} --full`, which tells it everything; for the same environment "
@@ -242,7 +243,7 @@ def _commit(
             everyone=run.order.full,
             users=run.order.users,
         )
-        replace_held(connection, run.definition_id, f"Replaced by run {run.run_id}.", now)
+        replace_held(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
         held = why_held(connection, definition, run.last, counts, run.order, is_for_other=run.is_for_other)
         if held:
             changes.hold(connection, commit, counts)

@@ -188,7 +188,7 @@ def test_moments_that_cannot_be(good):
     assert (code, "ISO 8601" in said) == (2, True), said
 
 
-@pytest.mark.parametrize("arguments", [("sync", "--hold"), ("sync", "--user", "u1"), ("daemon",)])
+@pytest.mark.parametrize("arguments", [("serve", "--port", "1"), ("import", "calls.ndjson")])
 def test_what_comes_later_says_so(good, arguments):
     code, said = good()(*arguments)
     assert (code, "not yet" in said) == (2, True), said

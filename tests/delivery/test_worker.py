@@ -8,7 +8,6 @@ import sqlalchemy as sa
 
 from audience_sync.delivery.worker import MAX_IN_FLIGHT
 from audience_sync.sandbox import Limits
-from audience_sync.store import deliveries as store
 from audience_sync.store import destinations, engines
 from audience_sync.userpilot.answers import Answer, Outcome
 
