@@ -88,13 +88,13 @@ def retry(
 ) -> None:
     """Queue dead deliveries again, if nothing newer has overtaken them."""
     from audience_sync.cli.session import open_app
-    from audience_sync.store import deliveries, engines
+    from audience_sync.store import dead, engines
 
     if bool(ids) == all_dead:
         raise ConfigError("Name the deliveries to try again, or say --all-dead.")
     with open_app(context.obj) as opened:
         with engines.write(opened.engine) as connection:
-            count, reasons = deliveries.retry(connection, None if all_dead else ids, opened.clock.now())
+            count, reasons = dead.retry(connection, None if all_dead else ids, opened.clock.now())
         for reason in reasons:
             say.aside(reason)
         say.line(f"{count:,} deliveries are queued again: `audience-sync deliver` sends them.")
@@ -106,11 +106,11 @@ def retry(
 def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...")]) -> None:
     """Cancel pending, dead, or held deliveries (not a held run's); Userpilot is not told."""
     from audience_sync.cli.session import open_app
-    from audience_sync.store import deliveries, engines
+    from audience_sync.store import dead, engines
 
     with open_app(context.obj) as opened:
         with engines.write(opened.engine) as connection:
-            count = deliveries.discard(connection, ids, opened.clock.now())
+            count = dead.discard(connection, ids, opened.clock.now())
         say.line(f"{count:,} of {len(set(ids)):,} deliveries are cancelled.")
         if count:
             say.line(

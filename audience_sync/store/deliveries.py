@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.store.engines import is_sqlite, sql
-from audience_sync.store.tables import DEAD, PENDING, SENDING, UNSETTLED, deliveries, requests, runs
+from audience_sync.store.tables import PENDING, SENDING, UNSETTLED, deliveries, requests, runs
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order of their right of way
@@ -489,7 +489,7 @@ def are_waiting(
 ) -> bool:
     """Whether deliveries of these origins wait to be claimed for the first time."""
     for origin, ids in ((deliveries.c.run_id, run_ids), (deliveries.c.call_id, call_ids)):
-        for chunk in _chunks(ids):
+        for chunk in chunks(ids):
             statement = sa.select(deliveries.c.delivery_id).where(
                 origin.in_(chunk),
                 deliveries.c.status.in_(("pending", "")),  # not by the index of all that is pending
@@ -501,64 +501,7 @@ def are_waiting(
     return False
 
 
-def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.datetime) -> tuple[int, list[str]]:
-    """Give dead deliveries (None: all of them) a new attempt; how many, and why the others did not get one.
-
-    A value that a newer delivery for the same subject and trait has overtaken stays dead, whatever became of
-    the newer one: each change of a membership is a delivery, so the older value is not true any more.
-    """
-    if ids is None:
-        dead = sa.select(deliveries.c.delivery_id).where(DEAD).order_by(deliveries.c.delivery_id)
-        ids = connection.execute(dead).scalars().all()
-    count, reasons = 0, []
-    for chunk in _chunks(ids):
-        found = connection.execute(sa.select(deliveries).where(_ID.in_(chunk))).all()
-        rows = {row.delivery_id: row for row in found}
-        newer = overtaken(connection, [row for row in found if row.status == "dead"])
-        retried = []
-        for delivery_id in chunk:
-            row = rows.get(delivery_id)
-            if row is None:
-                reasons.append(f"There is no delivery {delivery_id}.")
-            elif row.status != "dead":
-                reasons.append(f"Delivery {delivery_id} is {row.status}, not dead.")
-            elif row.body and newer.get(delivery_id, set()).issuperset(row.body):
-                reasons.append(f"Delivery {delivery_id} is {OVERTAKEN}.")
-            else:
-                retried.append(delivery_id)
-        count += connection.execute(
-            deliveries.update()
-            .where(_ID.in_(retried), deliveries.c.status == "dead")
-            .values(
-                status="pending",
-                settled_at=None,
-                next_attempt_at=now,
-                first_attempt_at=None,  # the four hours begin anew
-                quiet_until=None,
-                alone=False,
-            )
-        ).rowcount
-    return count, reasons
-
-
-def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -> int:
-    """Cancel dead and pending deliveries, and held ones that no held run waits with; Userpilot is not told."""
-    held_runs = sa.select(runs.c.run_id).where(runs.c.status == "held")
-    is_free = sa.or_(deliveries.c.run_id.is_(None), deliveries.c.run_id.not_in(held_runs))
-    may_go = sa.or_(
-        deliveries.c.status.in_(("dead", "pending")), sa.and_(deliveries.c.status == "held", is_free)
-    )
-    return sum(
-        connection.execute(
-            deliveries.update()
-            .where(_ID.in_(chunk), may_go)
-            .values(status="cancelled", settled_at=now, error="discarded by hand", quiet_until=None)
-        ).rowcount
-        for chunk in _chunks(ids)
-    )
-
-
-def _chunks(ids: Collection[int]) -> Iterator[Sequence[int]]:
+def chunks(ids: Collection[int]) -> Iterator[Sequence[int]]:
     """The ids without repeats, as many as a statement takes well."""
     unique = list(dict.fromkeys(ids))
     return (unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK))

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from audience_sync.delivery.worker import Settings, Worker
 from audience_sync.store import deliveries as store
-from audience_sync.store import destinations, engines
+from audience_sync.store import dead, destinations, engines
 from audience_sync.store.tables import deliveries, destination, leases, requests
 
 USERS = st.sampled_from(["u1", "u2", "u3"])
@@ -115,12 +115,12 @@ class Machine(RuleBasedStateMachine):
         """Somebody gives the dead a new attempt, or discards one of them."""
         with engines.write(self.queue.engine) as connection:
             if hand:
-                store.retry(connection, None, self.clock.now())
+                dead.retry(connection, None, self.clock.now())
             else:
-                dead = connection.execute(
+                refused = connection.execute(
                     sa.select(deliveries.c.delivery_id).where(deliveries.c.status == "dead").limit(1)
                 )
-                store.discard(connection, list(dead.scalars()), self.clock.now())
+                dead.discard(connection, list(refused.scalars()), self.clock.now())
 
     def teardown(self):
         self.server.faults.clear()
