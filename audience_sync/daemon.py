@@ -54,7 +54,6 @@ class Daemon:
     _pause_delivery: threading.Event = field(default_factory=threading.Event)
     _ask_key_at: float = 0.0
     _prune_at: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
         """Work until the application is asked to stop; then finish what is in flight."""
@@ -77,9 +76,8 @@ class Daemon:
                     self.reload()
                 if abs(self._clock_offset() - offset) > CLOCK_SECONDS:
                     offset = self._clock_offset()
-                    ticker.reschedule_job(
-                        "tick", trigger=interval
-                    )  # its next moment may be hours away by now
+                    # Where it was set back, the ticker's next moment is as far away as it was set.
+                    ticker.reschedule_job("tick", trigger=interval)
                     logs.event(log, logging.WARNING, "the clock was set")
         finally:
             self._pause_delivery.set()

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from audience_sync.delivery.worker import Settings, Worker
-from audience_sync.store import deliveries as store
 from audience_sync.store import dead, destinations, engines
+from audience_sync.store import deliveries as store
 from audience_sync.store.tables import deliveries, destination, leases, requests
 
 USERS = st.sampled_from(["u1", "u2", "u3"])
