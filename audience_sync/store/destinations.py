@@ -17,36 +17,59 @@ ELSEWHERE = "made for another destination than the one that is configured now"
 _NOT_OF_HELD_RUN = "(run_id IS NULL OR run_id NOT IN (SELECT run_id FROM {our}runs WHERE status = 'held'))"
 
 
+def is_other(connection: sa.Connection, known: str | None, wanted: str | None) -> bool:
+    """Whether what is for a destination must not go to the one that is wanted."""
+    return bool(known and wanted and known != wanted) and is_heard(connection, known or "")
+
+
+def is_heard(connection: sa.Connection, fingerprint: str) -> bool:
+    """False where the key was refused before anything was accepted: then any other may take its place."""
+    if stopped(connection) is None:
+        return True
+    kept = (
+        "SELECT 1 FROM {our}deliveries WHERE fingerprint = :fingerprint AND status IN ('accepted', 'sending')"
+    )
+    counted = (
+        "SELECT 1 FROM {our}runs r JOIN {our}definitions d ON d.definition_id = r.definition_id "
+        "WHERE d.fingerprint = :fingerprint AND r.accepted_count > 0"
+    )
+    return any(
+        sql(connection, f"{query} LIMIT 1", fingerprint=fingerprint).first() is not None
+        for query in (kept, counted)
+    )
+
+
+def adopt(connection: sa.Connection, definition_ids: list[int], fingerprint: str) -> None:
+    """What these definitions have told, or have to tell, belongs to this destination."""
+    if not definition_ids:
+        return
+    other = "(fingerprint IS NULL OR fingerprint <> :fingerprint) AND definition_id IN :ids"
+    given: dict[str, Any] = {"fingerprint": fingerprint, "ids": definition_ids}
+    sql(connection, f"UPDATE {{our}}definitions SET fingerprint = :fingerprint WHERE {other}", **given)
+    sql(
+        connection,
+        "UPDATE {our}deliveries SET fingerprint = :fingerprint "
+        f"WHERE status IN ('held', 'pending', 'dead') AND {other}",
+        **given,
+    )
+
+
 def sort(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
     """Hold what is pending for other destinations, release what was held and is for this one; how many are held.
 
     What a definition has pending is for the destination that its members were told to, so the queue is only
     looked through where that is another one.
     """
-    new = definitions.c.fingerprint.is_(None)
-    other = definitions.c.fingerprint != fingerprint
-    ids = {
-        state: list(connection.execute(sa.select(definitions.c.definition_id).where(where)).scalars())
-        for state, where in (("new", new), ("other", other))
-    }
-    connection.execute(definitions.update().where(new).values(fingerprint=fingerprint))
-    of_calls = "definition_id IS NULL AND class = 'call' AND action IN ('identify', 'track', 'company')"
-    for origin, state in (
-        (of_calls, None),
-        ("definition_id IN :ids", "new"),
-        ("definition_id IN :ids", "other"),
-    ):
-        if state and not ids[state]:
-            continue
-        pending = f"WHERE status = 'pending' AND {origin} AND fingerprint"
-        given: dict[str, Any] = {"fingerprint": fingerprint} | ({"ids": ids[state]} if state else {})
-        sql(connection, f"UPDATE {{our}}deliveries SET fingerprint = :fingerprint {pending} IS NULL", **given)
-        sql(
-            connection,
-            f"UPDATE {{our}}deliveries SET status = 'held', error = :error {pending} <> :fingerprint",
-            error=ELSEWHERE,
-            **given,
+    rows = connection.execute(
+        sa.select(definitions.c.definition_id, definitions.c.fingerprint).where(
+            sa.or_(definitions.c.fingerprint.is_(None), definitions.c.fingerprint != fingerprint)
         )
+    ).all()
+    heard = {known: is_heard(connection, known) for _, known in rows if known}
+    adopt(connection, [each for each, known in rows if not heard.get(known)], fingerprint)
+    if others := [each for each, known in rows if heard.get(known)]:
+        _hold(connection, "definition_id IN :ids", fingerprint, ids=others)
+    _sort_calls(connection, fingerprint, heard)
     held = f"status = 'held' AND {_NOT_OF_HELD_RUN}"
     sql(
         connection,
@@ -56,6 +79,38 @@ def sort(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
         fingerprint=fingerprint,
     )
     return int(sql(connection, f"SELECT count(*) FROM {{our}}deliveries WHERE {held}").scalar_one())
+
+
+def _sort_calls(connection: sa.Connection, fingerprint: str, heard: dict[str, bool]) -> None:
+    of_calls = "status = 'pending' AND class = 'call' AND action IN ('identify', 'track', 'company')"
+    known = sql(
+        connection,
+        f"SELECT DISTINCT fingerprint FROM {{our}}deliveries WHERE {of_calls} "
+        "AND (fingerprint IS NULL OR fingerprint <> :fingerprint)",
+        fingerprint=fingerprint,
+    ).scalars()
+    for other in known.all():
+        if other and (heard[other] if other in heard else is_heard(connection, other)):
+            _hold(connection, f"{of_calls} AND fingerprint = :other", fingerprint, other=other)
+        else:
+            same = "fingerprint IS NULL" if other is None else "fingerprint = :other"
+            given = {"fingerprint": fingerprint} | ({} if other is None else {"other": other})
+            sql(
+                connection,
+                f"UPDATE {{our}}deliveries SET fingerprint = :fingerprint WHERE {of_calls} AND {same}",
+                **given,
+            )
+
+
+def _hold(connection: sa.Connection, where: str, fingerprint: str, **given: Any) -> None:
+    sql(
+        connection,
+        "UPDATE {our}deliveries SET status = 'held', error = :error "
+        f"WHERE status = 'pending' AND fingerprint <> :fingerprint AND {where}",
+        error=ELSEWHERE,
+        fingerprint=fingerprint,
+        **given,
+    )
 
 
 def accept(connection: sa.Connection, fingerprint: str) -> None:
@@ -76,10 +131,11 @@ def accept(connection: sa.Connection, fingerprint: str) -> None:
 
 def of_others(connection: sa.Connection, fingerprint: str) -> list[str]:
     """The keys whose members were told to another destination."""
-    query = sa.select(definitions.c.key).where(
+    query = sa.select(definitions.c.key, definitions.c.fingerprint).where(
         definitions.c.fingerprint != fingerprint, definitions.c.retired_at.is_(None)
     )
-    return list(connection.execute(query.order_by(definitions.c.key)).scalars())
+    rows = connection.execute(query.order_by(definitions.c.key)).all()
+    return [key for key, known in rows if is_heard(connection, known)]
 
 
 def stopped(connection: sa.Connection) -> tuple[dt.datetime, str] | None:

@@ -69,11 +69,6 @@ def retire(connection: sa.Connection, definition_id: int, now: dt.datetime) -> N
     _change(connection, definition_id, retired_at=now)
 
 
-def set_fingerprint(connection: sa.Connection, definition_id: int, fingerprint: str | None) -> None:
-    """Say which destination the baseline belongs to."""
-    _change(connection, definition_id, fingerprint=fingerprint)
-
-
 def count_forgotten(connection: sa.Connection, definition_id: int, count: int) -> None:
     """Keep how many members were erased: exits of the next run."""
     _change(connection, definition_id, forgotten_count=count)

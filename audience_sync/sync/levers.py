@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from audience_sync.clock import Clock
 from audience_sync.definitions.model import Kind
 from audience_sync.errors import ConfigError, NotApproved
-from audience_sync.store import changes, engines, leases, snapshots
+from audience_sync.store import changes, destinations, engines, leases, snapshots
 from audience_sync.store import runs as store
 from audience_sync.sync import runs
 
@@ -35,14 +35,15 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | Non
                     f"The members of {run.key} have changed since run {run_id} was computed: run "
                     f"`audience-sync sync {run.key} --hold` again, and approve that."
                 )
-            if run.mode != "full" and runs.is_other(row.fingerprint, fingerprint):
+            is_for_other = destinations.is_other(connection, row.fingerprint, fingerprint)
+            if run.mode != "full" and is_for_other:
                 raise NotApproved(f"Not now: {runs.OTHER_DESTINATION.format(key=run.key)}.")
             kind = Kind(run.kind)
             counts = snapshots.take_held(connection, run_id, run.definition_id, run.key, kind)
             forgotten = row.forgotten_count if run.mode != "canary" else 0
             computed = store.Computed(*runs.sized(last, counts, forgotten), run.set_aside or {})
             commit = _commit(run, run_id, clock.now(), fingerprint)
-            if runs.is_other(row.fingerprint, fingerprint):
+            if is_for_other:
                 changes.drop_of_other_destinations(connection, commit)
             store.succeed(connection, run_id, computed, commit.now)
             changes.approve(connection, commit, counts)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from audience_sync.definitions.model import Definition
+from audience_sync.store import destinations, snapshots
 from audience_sync.store import runs as store
-from audience_sync.store import snapshots
 from audience_sync.sync import runs
 from audience_sync.sync.compute import compute
 
@@ -63,7 +63,7 @@ def _plan(
         last,
         counts,
         runs.Order(fingerprint=fingerprint),
-        is_for_other=row is not None and runs.is_other(row.fingerprint, fingerprint),
+        is_for_other=row is not None and destinations.is_other(connection, row.fingerprint, fingerprint),
     )
     samples = {change: snapshots.sample(connection, change) for change in SAMPLED}
     return Plan(definition.key, member_count, told, held, samples)

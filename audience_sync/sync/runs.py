@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -19,7 +20,7 @@ from audience_sync.clock import Clock, isoformat
 from audience_sync.definitions.model import Definition
 from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError
 from audience_sync.stopping import Stop
-from audience_sync.store import changes, engines, leases, snapshots
+from audience_sync.store import changes, destinations, engines, leases, snapshots
 from audience_sync.store import runs as store
 from audience_sync.sync import guard
 from audience_sync.sync.compute import compute
@@ -183,7 +184,7 @@ def _start(
         row = store.lock(connection, definition_id)
         if row.retired_at is not None:
             raise ConfigError(retired(definition.key))
-        is_for_other = is_other(row.fingerprint, order.fingerprint)
+        is_for_other = destinations.is_other(connection, row.fingerprint, order.fingerprint)
         if is_for_other and order.users is not None:
             raise ConfigError(f"No canary now: {OTHER_DESTINATION.format(key=definition.key)}.")
         run_id = store.start(
@@ -200,11 +201,6 @@ def _start(
 
 def retired(key: str) -> str:
     return f"The key {key} was retired and rests: give the definition another one with `key = `."
-
-
-def is_other(known: str | None, wanted: str | None) -> bool:
-    """Whether two destinations differ; one that is not known may be any."""
-    return bool(known and wanted and known != wanted)
 
 
 def _mode(order: Order, last: store.Baseline) -> str:
@@ -315,11 +311,11 @@ def replace_held(connection: sa.Connection, definition_id: int, reason: str, now
 
 
 def settle_definition(
-    connection: sa.Connection, row: sa.Row[tuple[object, ...]], fingerprint: str | None, forgotten: int
+    connection: sa.Connection, row: sa.Row[Any], fingerprint: str | None, forgotten: int
 ) -> None:
     """After a commit: whose the baseline is, and that the erased were counted."""
     if fingerprint and row.fingerprint != fingerprint:
-        store.set_fingerprint(connection, row.definition_id, fingerprint)
+        destinations.adopt(connection, [row.definition_id], fingerprint)
     if forgotten:
         store.count_forgotten(connection, row.definition_id, 0)
 

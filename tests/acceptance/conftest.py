@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from tests.acceptance.forking import Forker
+
 
 @dataclass(frozen=True)
 class Command:
     """`audience-sync` with a configuration; what it says is never a traceback."""
 
     path: Path
+    forker: Forker
 
     def __call__(self, *arguments, **options):
         """The exit code, and all that was said."""
@@ -26,9 +29,13 @@ class Command:
             return json.loads(process.communicate(timeout=100)[0])
 
     def popen(self, *arguments, environ=None, **options):
-        called = [sys.executable, "-m", "audience_sync", "--config", str(self.path), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(called, env=clean() | (environ or {}), **pipes | options)
+        called = ["--config", str(self.path), *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        environ = clean() | (environ or {})
+        if "preexec_fn" not in options:
+            return self.forker.start(called, environ, **streams)
+        program = [sys.executable, "-m", "audience_sync", *called]
+        return subprocess.Popen(program, env=environ, text=True, **streams)
 
     @staticmethod
     def ended(process):
@@ -68,8 +75,15 @@ def company(url):
     engine.dispose()
 
 
+@pytest.fixture(scope="session")
+def forker():
+    running = Forker()
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def start(url, tmp_path, sandbox):
+def start(url, tmp_path, sandbox, forker):
     """Writes the configuration: audiences and their SQL by name, and what else is said; gives its commands."""
     path = tmp_path / "audience_sync.toml"
 
@@ -82,6 +96,6 @@ def start(url, tmp_path, sandbox):
             lines += ["[[audiences]]", f'name = "{name}"', f"sql = {json.dumps(query)}"]
             lines += [f'source = "{source}"'] if source and name == "Far" else []
         path.write_text("\n".join(lines), encoding="utf-8")
-        return Command(path)
+        return Command(path, forker)
 
     return write

@@ -1,0 +1,203 @@
+"""Starts `audience-sync` as processes of their own, without paying its imports for each of them.
+
+A server that has imported everything forks one for each start: a process with its own pid, environment, pipes and
+signals, which can be stopped and killed like any other. `Started` stands for it, as subprocess.Popen would.
+"""
+
+import array
+import contextlib
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+import uuid
+from pathlib import Path
+
+IMPORTED = (  # what the commands import when they run
+    "audience_sync.app", "audience_sync.cli.session", "audience_sync.intake", "audience_sync.store.looks",
+    "audience_sync.userpilot.client", "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres",
+    "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "rich.table", "rich.progress",
+)  # fmt: skip
+
+
+class Forker:
+    """The server, seen from the tests."""
+
+    def __init__(self):
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, __file__, str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        self._codes = {}
+
+    def start(self, arguments, environ, **streams):
+        """A process with these arguments after the program's name; `streams` as for subprocess.Popen."""
+        pipes = {name: os.pipe() for name in ("stdout", "stderr") if streams.get(name) == subprocess.PIPE}
+        ends = [pipes[name][1] if name in pipes else streams[name].fileno() for name in ("stdout", "stderr")]
+        order = json.dumps(
+            {"arguments": arguments, "environ": dict(environ), "cwd": str(Path.cwd())}
+        ).encode()
+        self._socket.sendmsg([order], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", ends))])
+        for _, end in pipes.values():
+            os.close(end)
+        while True:
+            told = json.loads(self._socket.recv(1000))
+            if "started" in told:
+                break
+            self._codes[told["pid"]] = told["code"]
+        opened = {name: os.fdopen(end, "r", encoding="utf-8") for name, (end, _) in pipes.items()}
+        return Started(self, told["started"], opened)
+
+    def code(self, pid, timeout):
+        """The exit code of a process, negative for the signal that ended it; None where it runs on."""
+        self._socket.settimeout(timeout)
+        with contextlib.suppress(TimeoutError, BlockingIOError):
+            while pid not in self._codes:
+                told = json.loads(self._socket.recv(1000))
+                self._codes[told["pid"]] = told["code"]
+        self._socket.settimeout(None)
+        return self._codes.get(pid)
+
+    def close(self):
+        self._socket.close()
+        self._process.wait(30)
+
+
+class Started:
+    """A started process."""
+
+    def __init__(self, forker, pid, streams):
+        self._forker, self.pid, self._streams = forker, pid, streams
+        self.stdout, self.stderr = streams.get("stdout"), streams.get("stderr")
+        self.returncode = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for stream in self._streams.values():
+            stream.close()
+        self.wait()
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self._forker.code(self.pid, 0.0)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            self.returncode = self._forker.code(self.pid, timeout)
+            if self.returncode is None:
+                raise subprocess.TimeoutExpired("audience-sync", timeout)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout=None):
+        """What it wrote to its pipes, (stdout, stderr); None where it has none."""
+        said = dict.fromkeys(self._streams, b"")
+        with selectors.DefaultSelector() as selector:
+            for name, stream in self._streams.items():
+                selector.register(stream.fileno(), selectors.EVENT_READ, name)
+            while selector.get_map():
+                ready = selector.select(timeout)
+                if not ready:
+                    raise subprocess.TimeoutExpired("audience-sync", timeout)
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 65536)
+                    said[key.data] += chunk
+                    if not chunk:
+                        selector.unregister(key.fd)
+        self.wait(timeout)
+        return tuple(said[name].decode() if name in said else None for name in ("stdout", "stderr"))
+
+
+def serve(number):
+    from audience_sync.cli import act, handing, levers, look, main, running, setup  # noqa: F401, PLC0415
+
+    for name in IMPORTED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the test run's
+    wake, alarm = os.pipe()
+    os.set_blocking(alarm, False)
+    signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    with socket.socket(fileno=number) as orders, selectors.DefaultSelector() as selector:
+        selector.register(orders, selectors.EVENT_READ)
+        selector.register(wake, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fd == wake:
+                    os.read(wake, 65536)
+                    report(orders)
+                elif not take(orders, main):
+                    return
+
+
+def report(orders):
+    """Tell of the processes that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            orders.send(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}).encode())
+
+
+def take(orders, main):
+    """Start what the next order says; False where the tests have gone."""
+    order, ends, _, _ = socket.recv_fds(orders, 1_000_000, 2)
+    if not order:
+        return False
+    pid = os.fork()
+    if pid == 0:
+        orders.close()
+        become(json.loads(order), ends, main)
+    for end in ends:
+        os.close(end)
+    orders.send(json.dumps({"started": pid}).encode())
+    return True
+
+
+def become(order, ends, main):
+    """Be the program from here on, as if it had just been started."""
+    from audience_sync import crash  # noqa: PLC0415
+    from audience_sync.store import leases  # noqa: PLC0415
+
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, end in zip((1, 2), ends, strict=True):
+            os.dup2(end, number)
+            os.close(end)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["environ"])
+        importlib.reload(crash)
+        leases._PROCESS = uuid.uuid4().hex
+        sys.argv = ["audience-sync", *order["arguments"]]
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:  # noqa: BLE001  (as the interpreter would)
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
