@@ -122,8 +122,9 @@ class Worker:
             elif not self._wait_for_claim(run_ids, call_ids):
                 self.report.is_left = True
                 break
-        with engines.read(self.engine) as connection:
-            self.report.pending_count = store.pending_count(connection)
+        if self._is_ending() or self.report.is_left:
+            with engines.read(self.engine) as connection:
+                self.report.pending_count = store.pending_count(connection)
         return self.report
 
     def _acquire(self) -> leases.Lease | None:
@@ -206,7 +207,8 @@ class Worker:
         crash.at("lease_released")
         if self._is_ending():
             return False
-        with engines.read(self.engine) as connection:
+        with engines.read(self.engine) as connection:  # what came after this look is not our work any more
+            self.report.pending_count = store.pending_count(connection)
             return self._idle_seconds(connection) < math.inf
 
     def _is_ending(self) -> bool:
