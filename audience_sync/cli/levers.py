@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from audience_sync.cli import say
-from audience_sync.cli.main import app
+from audience_sync.cli.main import Id, app
 from audience_sync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
-def approve(context: typer.Context, run_id: int) -> None:
+def approve(context: typer.Context, run_id: Id) -> None:
     """Commit the changes that a held run waits with."""
     from audience_sync.cli.session import open_app
 
@@ -23,7 +23,7 @@ def approve(context: typer.Context, run_id: int) -> None:
 
 
 @app.command()
-def reject(context: typer.Context, run_id: int) -> None:
+def reject(context: typer.Context, run_id: Id) -> None:
     """Drop the changes that a held run waits with."""
     from audience_sync.cli.session import open_app
 
@@ -70,7 +70,7 @@ def forget(
         say.line("To undo the last part: `audience-sync forget USER_ID --allow-return`.")
 
 
-def _tell_run(opened: "App", run_id: int) -> None:
+def _tell_run(opened: "App", run_id: Id) -> None:
     from audience_sync.cli.act import show_runs
     from audience_sync.store import engines, looks
 
@@ -83,7 +83,9 @@ def _tell_run(opened: "App", run_id: int) -> None:
 @app.command()
 def retry(
     context: typer.Context,
-    ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="Dead deliveries.")] = None,
+    ids: Annotated[
+        list[int] | None, typer.Argument(metavar="[ID]...", help="Dead deliveries.", min=1, max=2**63 - 1)
+    ] = None,
     all_dead: Annotated[bool, typer.Option("--all-dead", help="Every dead delivery.")] = False,
 ) -> None:
     """Queue dead deliveries again, if nothing newer has overtaken them."""
@@ -97,13 +99,18 @@ def retry(
             count, reasons = dead.retry(connection, None if all_dead else ids, opened.clock.now())
         for reason in reasons:
             say.aside(reason)
-        say.line(f"{count:,} deliveries are queued again: `audience-sync deliver` sends them.")
+        if count:
+            say.line(f"Queued again: {count:,}. `audience-sync deliver` or the daemon sends them.")
+        else:
+            say.line("Nothing was queued again: there is no such dead delivery.")
     if reasons and not all_dead:
         raise typer.Exit(1)
 
 
 @app.command()
-def discard(context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...")]) -> None:
+def discard(
+    context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...", min=1, max=2**63 - 1)]
+) -> None:
     """Cancel pending, dead, or held deliveries (not a held run's); Userpilot is not told."""
     from audience_sync.cli.session import open_app
     from audience_sync.store import dead, engines

@@ -8,7 +8,7 @@ import typer
 
 from audience_sync.cli import act, say
 from audience_sync.cli.act import Json, show_runs
-from audience_sync.cli.main import app
+from audience_sync.cli.main import Id, app
 from audience_sync.errors import ConfigError
 
 NEXT = 10  # slots that `status` shows
@@ -210,10 +210,11 @@ def history(
         ]
         numbers = ["run", *names.values()]
         say.table(["run", "key", "as of", "status", *names.values()], rows, numbers=numbers)
+        _tell_more(found)
 
 
 @app.command()
-def show(context: typer.Context, run_id: int, as_json: Json = False) -> None:
+def show(context: typer.Context, run_id: Id, as_json: Json = False) -> None:
     """Show a run: counts, what was set aside, some of those who changed."""
     from audience_sync.cli.session import open_app
     from audience_sync.store import engines, looks
@@ -310,6 +311,7 @@ def deliveries(
             say.document(found)
         else:
             _show_deliveries(found)
+            _tell_more(found)
 
 
 def _show_deliveries(found: list[dict[str, Any]]) -> None:
@@ -360,6 +362,12 @@ def calls(
         say.table(
             ["id", "type", "user", "event or group", "status", "received", "reason"], rows, numbers=["id"]
         )
+        _tell_more(found)
+
+
+def _tell_more(found: list[dict[str, Any]]) -> None:
+    if len(found) == ROWS:
+        say.line(f"These are the newest {ROWS}: --json gives all.")
 
 
 def known_id(connection: Any, opened: "App", key: str) -> int | None:

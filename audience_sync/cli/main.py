@@ -10,6 +10,8 @@ import typer
 from audience_sync import __version__
 from audience_sync.errors import AudienceSyncError, ConfigError, Interrupted
 
+Id = Annotated[int, typer.Argument(min=1, max=2**63 - 1)]
+
 app = typer.Typer(
     name="audience-sync",
     help="Keeps audiences computed in your database true in Userpilot.",
@@ -69,3 +71,6 @@ def main() -> None:
     except BrokenPipeError:  # the reader left (| head)
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        print(f"audience-sync: {error.strerror or error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)

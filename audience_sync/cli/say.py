@@ -3,9 +3,10 @@
 import datetime as dt
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from audience_sync.clock import isoformat
 
@@ -13,7 +14,18 @@ if TYPE_CHECKING:
     from audience_sync.delivery.worker import Report
 
 WIDTH = 80
-FOLDED = {"key", "for", "body", "answer", "reason", "value", "user", "event or group"}  # may be of any length
+NARROWEST = 16  # a column that is folded
+FOLDED = {
+    "key",
+    "for",
+    "body",
+    "answer",
+    "reason",
+    "value",
+    "user",
+    "event or group",
+    "state",
+}  # may be of any length
 
 
 def line(text: str = "") -> None:
@@ -45,19 +57,62 @@ def count(value: int | None) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """A table of at most 80 columns; `numbers` names the columns that are set to the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """A table of at most 80 columns, in which nothing is cut; `numbers` names the columns that are set to the right.
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        justify: Literal["right", "left"] = "right" if column in numbers else "left"
-        shown.add_column(column, justify=justify, no_wrap=column not in FOLDED, overflow="fold")
+    What does not fit is folded, in the columns that may be of any length; where that is not enough, the key
+    stands in a line of its own above the rest of its row, whole, so that it can be copied.
+    """
+    layout = _Layout(columns, rows, numbers)
+    line()
+    layout.print(columns)
+    line(" " + "─" * (layout.width - 1))
     for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))  # ids and errors are no markup
-    Console(width=WIDTH, highlight=False, emoji=False).print(shown)
+        if layout.above is not None:
+            line(f" {row[layout.above]}")
+        layout.print(row)
+    line()
+
+
+class _Layout:
+    """How wide each column is, and which one, if any, stands above the others."""
+
+    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> None:
+        self.numbers = {place for place, column in enumerate(columns) if column in numbers}
+        self.widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        self.above: int | None = None
+        self.gap = 2
+        folding = [place for place, column in enumerate(columns) if column in FOLDED]
+        self._fold(folding)
+        if self.width > WIDTH and "key" in columns:
+            self.above = columns.index("key")
+            self.widths[self.above] = 0
+        if self.width > WIDTH:
+            self.gap = 1
+
+    @property
+    def width(self) -> int:
+        return sum(each + self.gap for each in self.widths if each) - self.gap + 1
+
+    def _fold(self, folding: Sequence[int]) -> None:
+        """Narrow the widest of the columns that may be folded, until all fit or they would be too narrow."""
+        while self.width > WIDTH and folding:
+            widest = max(folding, key=self.widths.__getitem__)
+            if self.widths[widest] <= NARROWEST:
+                return
+            self.widths[widest] -= 1
+
+    def print(self, cells: Sequence[str]) -> None:
+        folded = {
+            place: textwrap.wrap(cell, self.widths[place], break_on_hyphens=False) or [""]
+            for place, cell in enumerate(cells)
+            if place != self.above
+        }
+        for number in range(max(map(len, folded.values()), default=0)):
+            parts = []
+            for place, lines in folded.items():
+                part, width = lines[number] if number < len(lines) else "", self.widths[place]
+                parts.append(part.rjust(width) if place in self.numbers else part.ljust(width))
+            line((" " + (" " * self.gap).join(parts)).rstrip())
 
 
 def span(seconds: float) -> str:

@@ -58,18 +58,20 @@ def check(
     settings = load(context.obj)
     say.line(f"ok    configuration {settings.path}")
     with open_app(context.obj, migrated=False) as opened:
-        good = _try("database", partial(_check_database, opened))
+        good = has_database = _try("database", partial(_check_database, opened))
         for name in settings.sources:
             good = _try(f"source {name}", partial(_check_source, opened, name)) and good
         good = _try("API key", partial(_check_key, opened)) and good
         if accept_destination and good:
             moved = opened.accept_destination()
             say.line(f"ok    destination: accepted for {', '.join(moved) or 'all that there is'}")
-        good = _try("destination", partial(_check_destination, opened)) and good
-        for definition in opened.settings.definitions:
+        if has_database:
+            good = _try("destination", partial(_check_destination, opened)) and good
+        for definition in opened.settings.definitions if has_database else ():
             name = f"definition {definition.key}"
             good = _try(name, partial(_check_definition, opened, definition)) and good
-        good = _try("keys", partial(_check_retired, opened)) and good
+        if has_database:
+            good = _try("keys", partial(_check_retired, opened)) and good
     if not good:
         raise typer.Exit(ConfigError.exit_code)
 
@@ -244,12 +246,23 @@ def current(context: typer.Context) -> None:
 
 @db.command()
 def downgrade(context: typer.Context, revision: str) -> None:
-    """Go back to an older version, or to `base`: that drops all our tables and what they hold."""
+    """Go back to an older version, or to `base`: that drops all our tables and what they hold, for good."""
     from audience_sync.cli.session import open_app
     from audience_sync.store import migrate
 
     if revision != "base" and revision not in migrate.KNOWN:
         raise ConfigError(f"There is no version {revision}: there are base, {', '.join(migrate.KNOWN)}.")
     with open_app(context.obj, migrated=False) as opened:
+        if migrate.current(opened.engine) == migrate.HEAD:
+            _need_nobody_at_work(opened)
         migrate.downgrade(opened.engine, revision)
         say.line(f"The database is at version {revision}.")
+
+
+def _need_nobody_at_work(opened: "App") -> None:
+    from audience_sync.store import engines, leases
+
+    with engines.read(opened.engine) as connection:
+        holders = leases.holders(connection)
+    if holders:
+        raise ConfigError(f"Process {holders[0].pid} on {holders[0].host} is at work: stop it first.")

@@ -28,6 +28,7 @@ class Receipt:
     call_id: int
     message_id: str
     ignored: str | None = None
+    left_out: tuple[str, ...] = ()  # traits that are not sent
     is_repeat: bool = False
 
 
@@ -85,7 +86,7 @@ def accept(app: App, raw: Mapping[str, Any], *, received_at: dt.datetime | None 
         if call_id is None:
             return Receipt(calls.id_of(connection, call.message_id), call.message_id, is_repeat=True)
         ignored = calls.ignored_because(connection, call_id)
-    return Receipt(call_id, call.message_id, ignored)
+    return Receipt(call_id, call.message_id, ignored, tuple(left_out))
 
 
 _FIELDS = {"message_id": "messageId", "timestamp": "timestamp", "context": "context"}

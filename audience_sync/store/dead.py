@@ -60,7 +60,12 @@ def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -
         connection.execute(
             deliveries.update()
             .where(deliveries.c.delivery_id.in_(chunk), may_go)
-            .values(status="cancelled", settled_at=now, error="discarded by hand", quiet_until=None)
+            .values(
+                status="cancelled",
+                settled_at=now,
+                error=sa.func.coalesce(deliveries.c.error.concat("; "), "").concat("discarded by hand"),
+                quiet_until=None,
+            )
         ).rowcount
         for chunk in queue.chunks(ids)
     )

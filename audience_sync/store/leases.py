@@ -81,6 +81,12 @@ def holder(connection: sa.Connection, name: str) -> Holder | None:
     return Holder(row.host, row.pid)
 
 
+def holders(connection: sa.Connection) -> list[Holder]:
+    """Who is at work."""
+    names = connection.execute(sa.select(leases.c.name).order_by(leases.c.name)).scalars().all()
+    return [found for name in names if (found := holder(connection, name))]
+
+
 def renew(connection: sa.Connection, lease: Lease) -> None:
     """Hold the lease from now on, and until this transaction ends let nobody take it.
 

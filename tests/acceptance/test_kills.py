@@ -6,8 +6,8 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 import pytest
 import sqlalchemy as sa
@@ -95,16 +95,25 @@ def people(url):
     found.close()
 
 
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def command(url, tmp_path, sandbox):
+def command(url, tmp_path, sandbox, forker):
     """The command line on a configuration of the test's database and sandbox."""
     path = tmp_path / "audience_sync.toml"
     path.write_text(CONFIGURATION.format(url=url, endpoint=sandbox.url), encoding="utf-8")
 
     def run(*arguments, crash_at=None):
         environ = os.environ | ({"AUDIENCE_SYNC_CRASH_AT": crash_at} if crash_at else {})
-        called = [sys.executable, "-m", "audience_sync", "--config", str(path), *arguments]
-        return subprocess.run(called, capture_output=True, text=True, env=environ, check=False, timeout=100)
+        called = ["--config", str(path), *arguments]
+        with forker.start(called, environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            said = process.communicate(timeout=100)
+        return Ended(process.returncode, *said)
 
     return run
 
