@@ -96,12 +96,18 @@ class App:
         hold: bool = False,
         users: Sequence[str] = (),
         trigger: str = "manual",
+        slot_at: dt.datetime | None = None,
     ) -> int:
         """Run a definition, as `runs.sync` says; its id."""
         order = runs.Order(
-            full=full, hold=hold, users=tuple(users) or None, trigger=trigger, fingerprint=self.fingerprint
+            full=full,
+            hold=hold,
+            users=tuple(users) or None,
+            trigger=trigger,
+            slot_at=slot_at,
+            fingerprint=self.fingerprint,
         )
-        source = self.source(definition)
+        source = partial(self.source, definition)
         return runs.sync(self.engine, definition, as_of, self.clock, order, source=source, stop=self.stop)
 
     def plan(

@@ -29,6 +29,7 @@ LOOK_SECONDS = 1.0  # between two looks at the queue, at the clock and at what w
 MOST_AT_ONCE = 4  # definitions; one that takes long gives its place to the next
 LONG_SECONDS = 10.0
 STOPPED_SECONDS = 300.0  # between two questions whether a refused key is good again
+IDLE_SECONDS = 15.0  # after a look at the queue at which nothing could be sent
 PRUNE_SECONDS = 3600.0
 ENDING_SECONDS = 60.0  # a request may take half of it
 CLOCK_SECONDS = 2.0  # more than that, and the wall clock was set
@@ -49,15 +50,15 @@ class Daemon:
     app: App
     open_again: Callable[[App], App]
     start: Callable[[str, Callable[[], None]], None] = in_thread
-    reload_asked: threading.Event = field(default_factory=threading.Event)
+    end_asked: bool = False  # plain, because a signal's handler sets them: a lock might be held under it
+    reload_asked: bool = False
     _running: dict[str, float] = field(default_factory=dict)  # since when, monotonic
     _pause_delivery: threading.Event = field(default_factory=threading.Event)
-    _ask_key_at: float = 0.0
+    _deliver_at: float = 0.0
     _prune_at: float = 0.0
 
     def run(self) -> None:
         """Work until the application is asked to stop; then finish what is in flight."""
-        stop = self.app.stop
         ticker = BackgroundScheduler(
             executors={"default": ThreadPoolExecutor(1)},
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
@@ -71,8 +72,9 @@ class Daemon:
         logs.event(log, logging.INFO, "daemon started", definitions=len(self.app.definitions()))
         offset = self._clock_offset()
         try:
-            while not stop.wait(LOOK_SECONDS):
-                if self.reload_asked.is_set():
+            while not self.end_asked:
+                self.app.clock.sleep(LOOK_SECONDS)
+                if self.reload_asked:
                     self.reload()
                 if abs(self._clock_offset() - offset) > CLOCK_SECONDS:
                     offset = self._clock_offset()
@@ -80,6 +82,7 @@ class Daemon:
                     ticker.reschedule_job("tick", trigger=interval)
                     logs.event(log, logging.WARNING, "the clock was set")
         finally:
+            self.app.stop.set()
             self._pause_delivery.set()
             ticker.shutdown(wait=False)
             delivering.join(ENDING_SECONDS)
@@ -125,9 +128,7 @@ class Daemon:
         try:
             now = app.clock.now()
             as_of = runs.resolve_as_of(app.engine, [slot.definition], None, now)[key]
-            run_id = app.sync(slot.definition, as_of, full=slot.full, trigger="schedule")
-            with engines.write(app.engine) as connection:
-                slots.note_run(connection, slot.definition_id, slot.slot_at, run_id)
+            app.sync(slot.definition, as_of, full=slot.full, trigger="schedule", slot_at=slot.slot_at)
             is_done = True
         except (Busy, Interrupted) as error:
             logs.event(log, logging.INFO, f"slot given back ({type(error).__name__})", key=key)
@@ -146,7 +147,7 @@ class Daemon:
     def _give_back(app: App, slot: Slot) -> None:
         try:
             with engines.write(app.engine) as connection:
-                slots.give_back(connection, slot.definition_id, slot.slot_at)
+                slots.give_back(connection, slot.definition_id, slot.slot_at, slot.taken_at)
         except DatabaseError as error:  # then it is cut off, and taken over in a minute
             _tell(error)
 
@@ -163,25 +164,27 @@ class Daemon:
 
     def deliver(self) -> None:
         """Deliver what is due, if anything is. Runs that began together are waited for: a user's changes travel together."""
-        app = self.app
         self._pause_delivery.clear()
-        if app.stop.is_set() or app.clock.monotonic() < self._ask_key_at:
+        app = self.app
+        if app.stop.is_set() or app.clock.monotonic() < self._deliver_at:
             return
         with engines.read(app.engine) as connection:
             if not deliveries.is_due(connection, app.clock.now()):
                 return
         report = app.deliver(stop=self._pause_delivery, is_gathering=lambda: self._young_count() > 0)
         if report.stopped:
-            self._ask_key_at = app.clock.monotonic() + STOPPED_SECONDS
+            self._deliver_at = app.clock.monotonic() + STOPPED_SECONDS
+        elif report.is_left or not report.request_count:  # another process delivers, or a lane pauses
+            self._deliver_at = app.clock.monotonic() + IDLE_SECONDS
 
     def reload(self) -> None:
         """Take the configuration as it is now; one that is not right is refused, and the old one goes on."""
-        self.reload_asked.clear()
+        self.reload_asked = False
         try:
             self.app = self.open_again(self.app)
         except AudienceSyncError as error:
             _tell(error, "the configuration is refused, and the one from before goes on")
             return
-        self._ask_key_at = 0.0
+        self._deliver_at = 0.0
         self._pause_delivery.set()  # it goes on with the new key and limits
         logs.event(log, logging.INFO, "configuration reloaded", definitions=len(self.app.definitions()))

@@ -24,6 +24,8 @@ class Stop(threading.Event):
         """Call `interrupt`, from whatever thread asks for the end, if that happens meanwhile."""
         with self._lock:
             self._interrupts.append(interrupt)
+            if self.is_set():
+                interrupt()
         try:
             yield
         finally:

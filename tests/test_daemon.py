@@ -212,6 +212,16 @@ def test_a_run_that_was_cut_off_is_caught_up(life):
     assert life.slots() == ["2026-03-15 01:30"]
 
 
+def test_a_full_slot_that_was_cut_off_is_caught_up_in_full(life):
+    life.live_until("2026-03-30 12:00")
+    (definition,) = life.daemon.app.definitions()
+    life.clock.moment = utc("2026-04-02 12:00")  # down over the full slot of 1 April
+    (slot,) = take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
+    assert (slot.slot_at, slot.full) == (utc("2026-04-02 00:30"), True)
+    life.live_until("2026-04-02 13:00")  # its process is gone
+    assert life.history()[-1]["mode"] == "full"
+
+
 def test_a_clock_that_jumps_repeats_no_slot_and_skips_none(life):
     life.live_until("2026-03-16 02:00")
     life.clock.moment = utc("2030-01-02 12:00")  # a wrong clock: one slot of then is taken

@@ -32,12 +32,14 @@ def daemon(context: typer.Context) -> None:
         working = Daemon(opened, open_again)
 
         def end(_number: int, _frame: FrameType | None) -> None:
-            if opened.stop.is_set():
+            if working.end_asked:
                 raise Interrupted("Stopped at once. Nothing is lost: start it again to go on.")
-            logs.event(log, logging.INFO, "stopping: finishing what is in flight")
-            opened.stop.set()
+            working.end_asked = True
+
+        def reload(_number: int, _frame: FrameType | None) -> None:
+            working.reload_asked = True
 
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
-        signal.signal(signal.SIGHUP, lambda _number, _frame: working.reload_asked.set())
+        signal.signal(signal.SIGHUP, reload)
         working.run()

@@ -61,8 +61,11 @@ def check(
         good = has_database = _try("database", partial(_check_database, opened))
         for name in settings.sources:
             good = _try(f"source {name}", partial(_check_source, opened, name)) and good
-        good = _try("API key", partial(_check_key, opened)) and good
-        if accept_destination and good:
+        has_key = _try("API key", partial(_check_key, opened))
+        good = has_key and good
+        if accept_destination and not (has_database and has_key):
+            say.line("WRONG destination: not accepted: mend the database and the API key first")
+        elif accept_destination:
             moved = opened.accept_destination()
             say.line(f"ok    destination: accepted for {', '.join(moved) or 'all that there is'}")
         if has_database:

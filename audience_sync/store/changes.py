@@ -100,9 +100,10 @@ def drop_of_other_destinations(connection: sa.Connection, run: Commit) -> None:
         connection,
         "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :error "
         "WHERE definition_id = :definition_id AND status IN ('held', 'pending', 'dead') "
-        "AND fingerprint <> :fingerprint",
+        "AND fingerprint <> :fingerprint AND run_id <> :run_id",
         now=run.now,
         error="made for another destination",
+        run_id=run.run_id,
         fingerprint=run.fingerprint,
         **_id(run),
     )
@@ -140,13 +141,30 @@ def _end_memberships(connection: sa.Connection, run: Commit) -> None:
     )
 
 
+# The oldest delivery that waits is of a run in which the user entered, and in which no value of his ended: what
+# was told before, and is not kept any more, was taken back then.
+_BEGINS_WITH_ENTRY = """
+SELECT 1 FROM {our}deliveries o JOIN {temp}audience_sync_changes c ON c.user_id = o.subject_id
+WHERE o.delivery_id = (SELECT min(u.delivery_id) FROM {temp}audience_sync_unheard u
+                       WHERE u.user_id = audience_sync_unheard.user_id)
+  AND (o.run_id = c.entered_run_id OR EXISTS (SELECT 1 FROM {our}past_members p
+       WHERE p.definition_id = :definition_id AND p.user_id = o.subject_id AND p.entered_run_id = o.run_id))
+  AND NOT EXISTS (SELECT 1 FROM {our}past_members p WHERE p.definition_id = :definition_id
+                  AND p.user_id = o.subject_id AND p.exited_run_id = o.run_id)"""
+
+
 def _cancel_unheard(connection: sa.Connection, run: Commit) -> bool:
     """An exit whose entry is pending, where nothing for the key and user was ever tried, cancels both.
 
     True where there are such exits: {temp}audience_sync_unheard has their users, and what was pending.
     """
     sql(connection, "DROP TABLE IF EXISTS {temp}audience_sync_unheard")
-    sql(connection, "CREATE TEMPORARY TABLE audience_sync_unheard (user_id text, delivery_id bigint)")
+    collated = "text" if is_sqlite(connection) else 'text COLLATE "C"'
+    sql(
+        connection,
+        f"CREATE TEMPORARY TABLE audience_sync_unheard (user_id {collated}, delivery_id bigint, "
+        "PRIMARY KEY (user_id, delivery_id))",
+    )
     waiting = sql(  # from here on no worker may claim them: on SQLite we hold the only lock there is
         connection,
         "INSERT INTO {temp}audience_sync_unheard SELECT d.subject_id, d.delivery_id "
@@ -163,7 +181,8 @@ def _cancel_unheard(connection: sa.Connection, run: Commit) -> bool:
         "WHERE d.subject_id = audience_sync_unheard.user_id AND d.definition_id = :definition_id "
         "AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead') "
         # An exit that waits tells of an entry that was told, though it may not be kept any more.
-        "OR (d.status = 'pending' AND CAST(d.body AS text) = :gone)))",
+        "OR (d.status = 'pending' AND CAST(d.body AS text) = :gone))) "
+        f"OR NOT EXISTS ({_BEGINS_WITH_ENTRY})",
         gone=run.gone,
         **_id(run),
     ).rowcount

@@ -178,13 +178,16 @@ def subjects_due(
 ) -> list[str]:
     """The subjects whose turn it is, each once, oldest first.
 
-    `busy`: those with a request under way; `fingerprint`: only what is for this destination.
+    `busy`: those with a request under way; `fingerprint`: only what is for this destination, or for none in particular.
     """
     waits = _TRACK_WAITS if action == "track" else _WAITS
     parameters: dict[str, Any] = {"patience": now - FIRST_IDENTIFY_WAIT} if action == "track" else {}
     ours = ""
     if fingerprint is not None:
-        ours, parameters = "AND d.fingerprint = :fingerprint ", parameters | {"fingerprint": fingerprint}
+        ours, parameters = (
+            "AND (d.fingerprint = :fingerprint OR d.fingerprint IS NULL) ",
+            parameters | {"fingerprint": fingerprint},
+        )
     rows = sql(
         connection,
         "SELECT d.subject_id FROM {our}deliveries d WHERE d.action = :action AND d.class = :class "
@@ -213,7 +216,9 @@ def pending_of(
     """
     statement = _PENDING_TRACKS if action == "track" else _PENDING
     if fingerprint is not None:
-        statement = statement.where(deliveries.c.fingerprint == fingerprint)
+        statement = statement.where(
+            sa.or_(deliveries.c.fingerprint == fingerprint, deliveries.c.fingerprint.is_(None))
+        )
     found: dict[str, list[Delivery]] = {subject: [] for subject in subjects}
     for row in connection.execute(statement, {"action": action, "subjects": subjects}):
         found[row.subject_id].append(

@@ -49,7 +49,7 @@ def adopt(connection: sa.Connection, definition_ids: list[int], fingerprint: str
     sql(
         connection,
         "UPDATE {our}deliveries SET fingerprint = :fingerprint "
-        f"WHERE status IN ('held', 'pending', 'dead') AND {other}",
+        f"WHERE status IN ('held', 'pending', 'sending', 'dead') AND {other}",
         **given,
     )
 
@@ -124,7 +124,7 @@ def accept(connection: sa.Connection, fingerprint: str) -> None:
     sql(
         connection,
         "UPDATE {our}deliveries SET fingerprint = :fingerprint "
-        f"WHERE status IN ('held', 'pending', 'dead') AND ({others})",
+        f"WHERE status IN ('held', 'pending', 'sending', 'dead') AND ({others})",
         fingerprint=fingerprint,
     )
 

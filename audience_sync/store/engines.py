@@ -64,6 +64,7 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
             **options,
             hide_parameters=True,
             pool_pre_ping=True,
+            max_overflow=-1,  # each run that takes long keeps one, and none may keep the others out
             connect_args={
                 "connect_timeout": 10,
                 "keepalives_idle": 30,
@@ -84,7 +85,9 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
             f"The folder of the database file {url.database} does not exist: create it, or change [database] url."
         )
     _make_private(url.database)
-    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS})
+    engine = sa.create_engine(
+        url, hide_parameters=True, max_overflow=-1, connect_args={"timeout": BUSY_SECONDS}
+    )
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info[:3]) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")

@@ -14,7 +14,11 @@ DELETIONS_HOUR = 2  # UTC: when Userpilot carries deletions out (its documentati
 
 def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
     """Erase a user; how many memberships that ended. Each counts as an exit of its definition's next run."""
-    locked = sa.select(definitions.c.definition_id).order_by(definitions.c.definition_id).with_for_update()
+    locked = (
+        sa.select(definitions.c.definition_id)
+        .order_by(definitions.c.definition_id)
+        .with_for_update(key_share=True)
+    )
     ids = connection.execute(locked).scalars().all()
     memberships = 0
     for definition_id in ids:

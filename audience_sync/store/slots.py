@@ -45,9 +45,20 @@ def take_over(connection: sa.Connection, slot: sa.Row[Any], now: dt.datetime) ->
     return taken.rowcount == 1
 
 
-def give_back(connection: sa.Connection, definition_id: int, slot_at: dt.datetime) -> None:
-    """It is due again."""
-    connection.execute(schedule_slots.delete().where(*_is(definition_id, slot_at)))
+def give_back(
+    connection: sa.Connection, definition_id: int, slot_at: dt.datetime, taken_at: dt.datetime
+) -> None:
+    """It is due again, unless somebody else took it over meanwhile."""
+    mine = schedule_slots.c.taken_at == taken_at
+    connection.execute(schedule_slots.delete().where(*_is(definition_id, slot_at), mine))
+
+
+def before(connection: sa.Connection, definition_id: int, slot_at: dt.datetime) -> dt.datetime | None:
+    """The slot that was taken before one."""
+    newest = sa.func.max(schedule_slots.c.slot_at, type_=schedule_slots.c.slot_at.type)
+    earlier = (schedule_slots.c.definition_id == definition_id, schedule_slots.c.slot_at < slot_at)
+    moment: dt.datetime | None = connection.execute(sa.select(newest).where(*earlier)).scalar()
+    return moment
 
 
 def note_run(connection: sa.Connection, definition_id: int, slot_at: dt.datetime, run_id: int) -> None:

@@ -193,6 +193,8 @@ def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
 def _execute(
     connection: sa.Connection, clause: sa.TextClause, statement: _Statement
 ) -> sa.CursorResult[*tuple[Any, ...]]:
+    if statement.stop.is_set():
+        raise Interrupted("The process was asked to stop.")
     parameter = _as_of(connection, statement)
     return connection.execute(clause if parameter is None else clause.bindparams(parameter))
 

@@ -27,13 +27,18 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | Non
 
     """
     with runs.temporary(engine) as connection, engines.begin_write(connection):
-        run = _held(connection, run_id)
-        with _lease(connection, run.key):
-            row, last = store.lock(connection, run.definition_id), store.baseline(connection, run.key)
+        found = _held(connection, run_id)
+        with _lease(connection, found.key):
+            row, last = store.lock(connection, found.definition_id), store.baseline(connection, found.key)
+            run = _held(connection, run_id)  # as it is now that nobody else can change it
             if last.run_id != run.baseline_run_id:
                 raise NotApproved(
                     f"The members of {run.key} have changed since run {run_id} was computed: run "
                     f"`audience-sync sync {run.key} --hold` again, and approve that."
+                )
+            if run.held_by == "fingerprint" and fingerprint is None:
+                raise NotApproved(
+                    "It was held for its destination, and the API key is not set: set it first."
                 )
             is_for_other = destinations.is_other(connection, row.fingerprint, fingerprint)
             if run.mode != "full" and is_for_other:
@@ -58,7 +63,8 @@ def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
 
     """
     with engines.write(engine) as connection:
-        _held(connection, run_id)
+        store.lock(connection, _held(connection, run_id).definition_id)
+        _held(connection, run_id)  # as it is now that nobody else can change it
         changes.drop_held(connection, run_id, clock.now(), "rejected by hand")
         store.reject(connection, run_id, "It was rejected by hand.")
 

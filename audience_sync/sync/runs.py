@@ -8,7 +8,7 @@ run ends.
 import datetime as dt
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from audience_sync.clock import Clock, isoformat
 from audience_sync.definitions.model import Definition
 from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError
 from audience_sync.stopping import Stop
-from audience_sync.store import changes, destinations, engines, leases, snapshots
+from audience_sync.store import changes, destinations, engines, leases, slots, snapshots
 from audience_sync.store import runs as store
 from audience_sync.sync import guard
 from audience_sync.sync.compute import compute
@@ -41,13 +41,15 @@ class Order:
     """What is asked of a run.
 
     `full`: tell everyone, not the changes alone; `hold`: wait for `approve`; `users`: a canary, about these
-    only; `fingerprint`: the destination that it is for, None while that is not known.
+    only; `slot_at`: the slot that it was taken for; `fingerprint`: the destination that it is for, None while that
+    is not known.
     """
 
     full: bool = False
     hold: bool = False
     users: tuple[str, ...] | None = None
     trigger: str = "manual"
+    slot_at: dt.datetime | None = None
     fingerprint: str | None = None
 
 
@@ -90,10 +92,10 @@ def sync(
     clock: Clock,
     order: Order = Order(),
     *,
-    source: sa.Engine | None = None,
+    source: Callable[[], sa.Engine | None] = lambda: None,
     stop: Stop | None = None,
 ) -> int:
-    """Run a definition; the run's id. A definition that cannot be computed is its run's failure.
+    """Run a definition; the run's id. One that cannot be computed, or whose source cannot be opened, is its run's failure.
 
     Raises:
         Busy: another process is syncing it.
@@ -107,7 +109,7 @@ def sync(
         started = clock.monotonic()
         try:
             crash.at("run_started")
-            unloaded = compute(connection, definition, run.as_of, source, stop)
+            unloaded = compute(connection, definition, run.as_of, source(), stop)
             crash.at("snapshot_computed")
             with engines.write(engine) as other:  # the commit has the lease's whole time
                 leases.renew(other, run.lease)
@@ -157,7 +159,6 @@ class Run:
     as_of: dt.datetime
     last: store.Baseline
     order: Order
-    is_for_other: bool  # the baseline belongs to another destination
 
 
 def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Lease:
@@ -184,8 +185,7 @@ def _start(
         row = store.lock(connection, definition_id)
         if row.retired_at is not None:
             raise ConfigError(retired(definition.key))
-        is_for_other = destinations.is_other(connection, row.fingerprint, order.fingerprint)
-        if is_for_other and order.users is not None:
+        if order.users is not None and destinations.is_other(connection, row.fingerprint, order.fingerprint):
             raise ConfigError(f"No canary now: {OTHER_DESTINATION.format(key=definition.key)}.")
         run_id = store.start(
             connection,
@@ -196,7 +196,9 @@ def _start(
             now=clock.now(),
             baseline_run_id=last.run_id,
         )
-    return Run(lease, run_id, definition_id, as_of, last, order, is_for_other)
+        if order.slot_at is not None:
+            slots.note_run(connection, definition_id, order.slot_at, run_id)
+    return Run(lease, run_id, definition_id, as_of, last, order)
 
 
 def retired(key: str) -> str:
@@ -240,12 +242,13 @@ def _commit(
             users=run.order.users,
         )
         replace_held(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
-        held = why_held(connection, definition, run.last, counts, run.order, is_for_other=run.is_for_other)
+        is_for_other = destinations.is_other(connection, row.fingerprint, run.order.fingerprint)
+        held = why_held(connection, definition, run.last, counts, run.order, is_for_other=is_for_other)
         if held:
             changes.hold(connection, commit, counts)
             store.hold(connection, run.run_id, computed, now, held_by=held.by, reason=held.reason)
         else:
-            if run.is_for_other:
+            if is_for_other:
                 changes.drop_of_other_destinations(connection, commit)
             changes.commit(connection, commit, counts)
             store.succeed(connection, run.run_id, computed, now)
@@ -291,7 +294,7 @@ def why_held(
     is_for_other: bool,
 ) -> Held | None:
     """Whether a person has to look before anything is sent; the snapshot is there."""
-    if is_for_other and not order.full:
+    if is_for_other and not (order.full and order.trigger == "manual"):
         return Held("fingerprint", f"It waits: {OTHER_DESTINATION.format(key=definition.key)}.")
     unlike = None
     if not last.is_first and order.users is None:

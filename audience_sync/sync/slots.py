@@ -25,6 +25,7 @@ class Slot:
     definition: Definition
     definition_id: int
     slot_at: dt.datetime
+    taken_at: dt.datetime
     full: bool
 
 
@@ -68,12 +69,15 @@ def _due(connection: sa.Connection, definition: Definition, now: dt.datetime) ->
     after = last.slot_at if last else row.created_at
     found = _latest(definition, after, now)
     if found is not None:
-        return Slot(definition, definition_id, *found)
+        slot_at, full = found
+        return Slot(definition, definition_id, slot_at, now, full)
     if last is None or not slots.is_cut_off(last, now):
         return None
     if leases.holder(connection, leases.of_definition(definition.key)):
         return None
-    return Slot(definition, definition_id, last.slot_at, full=_is_full(definition, last.slot_at))
+    since = slots.before(connection, definition_id, last.slot_at) or row.created_at
+    missed = _latest(definition, since, last.slot_at)
+    return Slot(definition, definition_id, last.slot_at, now, full=missed is not None and missed[1])
 
 
 def _take(connection: sa.Connection, slot: Slot, now: dt.datetime) -> bool:
@@ -92,12 +96,6 @@ def _latest(
     full = definition.full_schedule and definition.full_schedule.latest(after, until)
     found = [each for each in (ordinary, full) if each]
     return (max(found), full is not None) if found else None
-
-
-def _is_full(definition: Definition, slot_at: dt.datetime) -> bool:
-    just_before = slot_at - dt.timedelta(microseconds=1)
-    full = definition.full_schedule and definition.full_schedule.latest(just_before, slot_at)
-    return full == slot_at
 
 
 def _waits(connection: sa.Connection, definition_id: int) -> bool:

@@ -59,7 +59,8 @@ COMPUTING = {  # is a definition under way
     "sqlite": "SELECT count(*) FROM runs JOIN definitions USING (definition_id) WHERE key = 'slow'",
     "postgresql": (
         "SELECT count(*) FROM pg_stat_activity "
-        "WHERE state = 'active' AND starts_with(query, 'CREATE TEMPORARY TABLE') AND strpos(query, 'n(i)') > 0"
+        "WHERE datname = current_database() AND state = 'active' "
+        "AND starts_with(query, 'CREATE TEMPORARY TABLE') AND strpos(query, 'n(i)') > 0"
     ),
 }
 SHOP = """

@@ -69,7 +69,7 @@ class World:
         now = self.clock.now()
         as_of = runs.resolve_as_of(self.engine, [definition], None, now)[definition.key]
         order = runs.Order(**order)
-        return self.run(runs.sync(self.engine, definition, as_of, self.clock, order, source=source))
+        return self.run(runs.sync(self.engine, definition, as_of, self.clock, order, source=lambda: source))
 
     def run(self, run_id):
         with engines.read(self.engine) as connection:

@@ -5,7 +5,7 @@ import datetime as dt
 import pytest
 
 from audience_sync.definitions.model import Guard
-from audience_sync.errors import ConfigError, NotApproved
+from audience_sync.errors import ConfigError, NotApproved, SourceError
 from audience_sync.store import destinations, engines, forgetting, looks
 from audience_sync.store import runs as store
 from audience_sync.sync import levers, plans, runs
@@ -403,3 +403,73 @@ def test_a_held_run_shows_what_it_would_do(world):
     assert (shown["held_by"], shown["error"]) == ("hold", "It waits, as it was asked to.")
     samples = [shown[f"{name}_sample"] for name in ("entered", "exited", "changed")]
     assert samples == [["dan"], ["cid"], ["bob"]]
+
+
+def test_a_full_run_that_was_held_for_one_key_is_told_to_the_next(world):
+    world.people("ann", "bob")
+    world.sync(world.audience(), fingerprint="one")
+    world.settle("accepted")
+    run = world.sync(world.audience(), fingerprint="one", full=True, hold=True)
+    levers.approve(world.engine, run.run_id, world.clock, "two")
+    told = world.query(
+        "SELECT subject_id, fingerprint, status FROM {our}deliveries WHERE run_id = 2 ORDER BY 1"
+    )
+    assert told == [("ann", "two", "pending"), ("bob", "two", "pending")]
+
+
+def test_a_scheduled_full_run_is_held_for_another_destination_like_any_other(known):
+    known.sync(known.audience(), fingerprint="one")
+    run = known.sync(known.audience(), fingerprint="two", full=True, trigger="schedule")
+    assert (run.status, run.held_by) == ("held", "fingerprint")
+    with pytest.raises(NotApproved, match="the API key is not set"):
+        levers.approve(known.engine, run.run_id, known.clock, None)
+
+
+def test_an_exit_is_told_though_the_accepted_entry_is_not_kept_any_more(known):
+    known.execute("DELETE FROM {our}deliveries")  # pruned
+    known.sync(known.audience(), full=True)  # not sent yet
+    known.people(*FIVE[1:])
+    run = known.sync(known.audience())
+    assert known.deliveries(run.run_id) == [("ann", '{"vips": false}', "pending")]
+    assert known.deliveries(2)[0] == ("ann", '{"vips": true}', "pending")
+
+
+def test_a_value_that_changed_before_anything_was_told_is_cancelled_with_its_exit(world):
+    for value in (1.0, 2.0):
+        world.people(("ann", value))
+        world.sync(world.trait())
+    world.people()
+    world.sync(world.trait())
+    assert world.query("SELECT DISTINCT status FROM {our}deliveries") == [("cancelled",)]
+
+
+def test_what_is_being_sent_goes_with_its_definition_to_another_destination(world):
+    world.people("ann")
+    world.sync(world.audience(), fingerprint="one")
+    world.execute("UPDATE {our}deliveries SET status = 'sending', request_id = 1")
+    with engines.write(world.engine) as connection:
+        destinations.accept(connection, "two")
+    assert world.query("SELECT fingerprint FROM {our}deliveries") == [("two",)]
+
+
+def test_an_accepted_destination_is_not_undone_by_a_run_under_way(known, monkeypatch):
+    known.sync(known.audience(), fingerprint="one")
+    compute = runs.compute
+
+    def meanwhile(*given):
+        with engines.write(known.engine) as connection:
+            destinations.accept(connection, "two")
+        return compute(*given)
+
+    monkeypatch.setattr(runs, "compute", meanwhile)
+    assert known.sync(known.audience(), fingerprint="one").status == "held"
+    assert known.query("SELECT fingerprint FROM {our}definitions") == [("two",)]
+
+
+def test_a_source_that_cannot_be_opened_is_its_runs_failure(world):
+    def closed():
+        raise SourceError("no such driver")
+
+    order = runs.Order()
+    run_id = runs.sync(world.engine, world.audience(), world.clock.now(), world.clock, order, source=closed)
+    assert (world.run(run_id).status, world.run(run_id).error) == ("failed", "no such driver")
