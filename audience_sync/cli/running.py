@@ -1,6 +1,5 @@
 """The command that runs by itself: daemon."""
 
-import logging
 import signal
 from types import FrameType
 
@@ -8,8 +7,6 @@ import typer
 
 from audience_sync.cli.main import app
 from audience_sync.errors import Interrupted
-
-log = logging.getLogger(__name__)
 
 
 @app.command()
