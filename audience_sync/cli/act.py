@@ -144,7 +144,6 @@ def sync(
                 busy.append(str(error))
                 say.aside(f"audience-sync: {error}")
         report = None if no_deliver else deliver_now(opened, run_ids)
-        opened.prune(seconds=PRUNE_SECONDS)
         with engines.read(opened.engine) as connection:
             found = looks.run_rows(connection, ids=run_ids)[::-1]
             pending = deliveries.pending_count(connection)
@@ -193,7 +192,6 @@ def deliver(context: typer.Context, as_json: Json = False) -> None:
 
     with open_app(context.obj) as opened, stoppable(opened):
         report = deliver_now(opened)
-        opened.prune(seconds=PRUNE_SECONDS)
         if as_json:
             say.document(_delivery(report, report.pending_count))
         else:
@@ -203,7 +201,10 @@ def deliver(context: typer.Context, as_json: Json = False) -> None:
 
 def deliver_now(opened: "App", run_ids: Sequence[int] = (), call_ids: Sequence[int] = ()) -> "Report":
     with say.progress() as show:
-        return opened.deliver(run_ids, call_ids, show)
+        report = opened.deliver(run_ids, call_ids, show)
+    if report.request_count:  # what grows by work shrinks with work
+        opened.prune(seconds=PRUNE_SECONDS)
+    return report
 
 
 def _delivery(report: "Report | None", pending: int) -> dict[str, int]:
