@@ -16,7 +16,8 @@ from audience_sync import logs
 from audience_sync import settings as settings_module
 from audience_sync.clock import Clock, SystemClock
 from audience_sync.definitions.model import Definition
-from audience_sync.delivery import worker
+from audience_sync.delivery import bulk, share, worker
+from audience_sync.delivery.pace import WINDOW_SECONDS
 from audience_sync.errors import ConfigError, NotForgotten, SourceError
 from audience_sync.settings import Settings
 from audience_sync.settings.shapes import seconds as span_seconds
@@ -112,9 +113,19 @@ class App:
 
     def plan(
         self, definitions: Sequence[Definition], moments: dict[str, dt.datetime]
-    ) -> tuple[list[plans.Plan], int]:
+    ) -> tuple[list[plans.Plan], share.Forecast]:
+        """What a sync of the definitions would change, and how it would be delivered."""
         pairs = [(definition, self.source(definition)) for definition in definitions]
-        return plans.plan(self.engine, pairs, moments, self.clock.now(), self.fingerprint)
+        found, touched = plans.plan(self.engine, pairs, moments, self.clock.now(), self.fingerprint)
+        users, pushes = touched
+        destination = self.settings.destination
+        pace = share.Pace(
+            live_limit=destination.identify_per_minute,
+            live_per_second=destination.identify_per_minute / WINDOW_SECONDS,
+            rows_per_second=destination.bulk_rows_per_minute / 60,
+            rows_per_job=destination.rows_per_job,
+        )
+        return found, share.forecast(pushes, users - pushes, pace)
 
     def approve(self, run_id: int) -> None:
         levers.approve(self.engine, run_id, self.clock, self.fingerprint)
@@ -227,6 +238,7 @@ class App:
         is_gathering: Callable[[], bool],
     ) -> worker.Worker:
         destination = self.settings.destination
+        build = partial(payloads.build, booleans=destination.booleans, nested=destination.nested)
         return worker.Worker(
             self.engine,
             client,
@@ -236,9 +248,15 @@ class App:
                     "track": destination.track_per_minute,
                     "company": destination.company_per_minute,
                 },
-                build=partial(payloads.build, booleans=destination.booleans, nested=destination.nested),
+                build=build,
                 tracks_at_most_once=destination.track_policy == "at_most_once",
                 fingerprint=destination.fingerprint,
+                bulk=bulk.Settings(
+                    row=lambda user_id, body: payloads.bulk_row(build("identify", user_id, body)[1]),
+                    rows_per_minute=destination.bulk_rows_per_minute,
+                    rows_per_job=destination.rows_per_job,
+                    fingerprint=destination.fingerprint,
+                ),
             ),
             self.clock,
             stop=stop,

@@ -58,13 +58,12 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
     with open_app(context.obj) as opened, stoppable(opened):
         definitions = opened.definitions(keys or ())
         moments = runs.resolve_as_of(opened.engine, definitions, moment(as_of), opened.clock.now())
-        plans, request_count = opened.plan(definitions, moments)
-        seconds = max(0.0, request_count * 60 / opened.settings.destination.identify_per_minute)
+        plans, forecast = opened.plan(definitions, moments)
         if as_json:
             delivery = {
-                "request_count": request_count,
-                "bulk_row_count": 0,
-                "estimated_seconds": round(seconds, 1),
+                "request_count": forecast.request_count,
+                "bulk_row_count": forecast.row_count,
+                "estimated_seconds": round(forecast.seconds, 1),
             }
             say.document({"definitions": [_plan(each) for each in plans], "delivery": delivery})
             return
@@ -83,8 +82,10 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
                     say.line(f"{each.key} {name}, for example: {', '.join(users)}")
             if each.held:
                 say.line(f"{each.key} would be held. {each.held.reason}")
+        bulk = f", and {forecast.row_count:,} rows in {forecast.job_count:,} of them (bulk jobs)"
         say.line(
-            f"It would take {request_count:,} requests: {say.span(seconds)} at the pace of this configuration."
+            f"It would take {forecast.request_count:,} requests{bulk if forecast.job_count else ''}: "
+            f"{say.span(forecast.seconds)} at the pace of this configuration."
         )
 
 

@@ -57,7 +57,7 @@ def body_of(ordered: Sequence[Delivery]) -> dict[str, Any]:
     return merged
 
 
-def _carried(ordered: Sequence[Delivery]) -> set[int]:
+def carried(ordered: Sequence[Delivery]) -> set[int]:
     """Those of whose values at least one is in the merged body; one that says nothing is carried, too."""
     owners = {trait: delivery.delivery_id for delivery in ordered for trait in delivery.body}
     return set(owners.values()) | {delivery.delivery_id for delivery in ordered if not delivery.body}
@@ -78,10 +78,10 @@ def settle(
     """Decide what an answer means for each delivery of its request."""
     match answer.outcome:
         case Outcome.ACCEPTED:
-            carried = _carried(ordered)
+            told = carried(ordered)
             return [
                 Settlement(delivery.delivery_id, Status.ACCEPTED)
-                if delivery.delivery_id in carried
+                if delivery.delivery_id in told
                 else Settlement(delivery.delivery_id, Status.CANCELLED, OVERTAKEN)
                 for delivery in ordered
             ]

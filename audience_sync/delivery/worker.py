@@ -9,20 +9,20 @@ import datetime as dt
 import itertools
 import logging
 import math
-import queue
 import random
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import sqlalchemy as sa
 
 from audience_sync import crash, logs
 from audience_sync.clock import Clock
-from audience_sync.delivery import merge
+from audience_sync.delivery import bulk, claims, merge
 from audience_sync.delivery.pace import WINDOW_SECONDS, Lane
+from audience_sync.delivery.senders import Senders
 from audience_sync.errors import DatabaseError, LeaseLost
 from audience_sync.store import deliveries as store
 from audience_sync.store import destinations, engines, leases
@@ -40,8 +40,11 @@ RECONNECT_SECONDS = (0.5, 2.0, 8.0)
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
 
 
-class Sender(Protocol):
+class Sender(bulk.JobSender, Protocol):
     def send(self, path: str, payload: dict[str, Any], /) -> Answer: ...
+
+
+Brought = tuple[store.Claimed | bulk.Errand, Answer]
 
 
 @dataclass(slots=True)
@@ -75,6 +78,7 @@ class Settings:
     grace: dt.timedelta = merge.GRACE
     window_seconds: float = WINDOW_SECONDS
     poll_seconds: float = POLL_SECONDS
+    bulk: bulk.Settings = field(default_factory=bulk.Settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class _Cycle:
     """What a cycle's transaction decided."""
 
     claims: list[store.Claimed]
+    bulk: bulk.Step
     wait_seconds: float
     is_over: bool
 
@@ -99,13 +104,14 @@ class Worker:
     on_progress: Callable[[Report], None] = lambda _: None
     is_gathering: Callable[[], bool] = lambda: False  # more changes of the same users are about to come
     report: Report = field(default_factory=Report)
+    open_senders: Callable[[], Senders[Brought]] = lambda: Senders(MAX_IN_FLIGHT + 1)
     _lanes: dict[str, Lane] = field(default_factory=dict)
+    _bulk: bulk.Bulk = field(init=False)
     _pending: dict[str, int] = field(default_factory=dict)
     _look_at: dict[tuple[str, str], float] = field(default_factory=dict)
     _slow_downs: dict[str, Any] = field(default_factory=dict)
     _paused: set[str] = field(default_factory=set)
     _in_flight: dict[int, store.Claimed] = field(default_factory=dict)
-    _answers: "queue.SimpleQueue[tuple[store.Claimed, Answer]]" = field(default_factory=queue.SimpleQueue)
     _turn: int = 0
 
     def deliver(self, run_ids: Collection[int] = (), call_ids: Collection[int] = ()) -> Report:
@@ -149,7 +155,7 @@ class Worker:
 
     def _take_over(self, connection: sa.Connection) -> None:
         now, monotonic = self.clock.now(), self.clock.monotonic()
-        self._in_flight, self._answers, self._look_at = {}, queue.SimpleQueue(), {}
+        self._in_flight, self._look_at = {}, {}
         self._recover(connection)
         window = self.settings.window_seconds
         self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in store.LANES}
@@ -162,6 +168,8 @@ class Worker:
                 lane = self._lanes[name]
                 lane.factor, lane.reason = slow["factor"], slow["reason"]
                 lane.paused_until = monotonic + (paused_until - now).total_seconds()
+        self._bulk = bulk.Bulk(self.settings.bulk, self.clock, self._lanes["identify"])
+        self._bulk.resume(connection, now)
         self._pending = store.pending_counts(connection)
         if sum(self._pending.values()) > MANY:
             store.count_anew(connection)
@@ -183,19 +191,21 @@ class Worker:
         """One tenure; True where more became due after it ended."""
         ended: list[store.Ended] = []
         try:
-            with ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="send") as pool:
+            with self.open_senders() as senders:
                 while True:
                     cycle = self._cycle(lease, ended)
-                    if ended:
+                    if ended or cycle.bulk.became:
                         crash.at("settled")
                         self._tell()
                     if cycle.claims:
                         crash.at("claimed")
                     for claimed in cycle.claims:
-                        pool.submit(self._send, claimed)
+                        senders.start(partial(self._send, claimed))
+                    if cycle.bulk.errand is not None:
+                        senders.start(partial(self._ask, cycle.bulk.errand))
                     if cycle.is_over:
                         break
-                    ended = [self._end(*answered) for answered in self._collect(cycle.wait_seconds)]
+                    ended = self._take_in(self._collect(senders, cycle.wait_seconds))
         except LeaseLost as lost:
             log.warning("%s", lost)
             self.report.is_left = True
@@ -223,6 +233,7 @@ class Worker:
                     leases.renew(connection, lease)
                     if len(pauses) < len(RECONNECT_SECONDS):  # what was committed may not have been told
                         self._recover(connection)
+                        self._bulk.resume(connection, self.clock.now())
                     cycle = self._step(connection, lease, ended)
                 break
             except DatabaseError as error:
@@ -238,25 +249,38 @@ class Worker:
         for claimed in cycle.claims:
             self._in_flight[claimed.request_id] = claimed
             self._lanes[claimed.action].start(push=claimed.is_push)
+        self._bulk.committed(cycle.bulk)
+        self.report.accepted_count += cycle.bulk.became["accepted"]
+        self._pending["identify"] = (
+            self._pending.get("identify", 0) - cycle.bulk.became["accepted"] - cycle.bulk.became["cancelled"]
+        )
         return cycle
 
     def _step(self, connection: sa.Connection, lease: leases.Lease, ended: list[store.Ended]) -> _Cycle:
         if ended:
             store.settle(connection, ended)
-            if self.report.stopped:
-                destinations.stop(connection, self.clock.now(), self.report.stopped)
-        claims = [] if self._is_ending() else self._claim(connection, lease.epoch)
-        busy = bool(claims or self._in_flight)
-        wait = self._next_look(len(claims)) if busy else self._idle_seconds(connection)
-        is_over = not busy and (wait == math.inf or self._is_ending())
+        if self.report.stopped:
+            destinations.stop(connection, self.clock.now(), self.report.stopped)
+        is_ending = self._is_ending()
+        found = [] if is_ending else self._claim(connection, lease.epoch)
+        job_step = self._bulk.step(
+            connection,
+            self.clock.now(),
+            lease.epoch,
+            may_start=not self.is_gathering(),
+            is_ending=is_ending,
+        )
+        busy = bool(found or self._in_flight or job_step.errand) or self._bulk.is_busy(is_ending=is_ending)
+        wait = self._next_look(len(found)) if busy else self._idle_seconds(connection)
+        is_over = not busy and (wait == math.inf or is_ending)
         self._keep_slow_downs(connection, is_over=is_over)
         if is_over:
             leases.release(connection, lease)
-        return _Cycle(claims, wait, is_over)
+        return _Cycle(found, job_step, wait, is_over)
 
     def _claim(self, connection: sa.Connection, epoch: int) -> list[store.Claimed]:
         """What may start now: calls before changes before pushes, the lanes in turn, each within its limit."""
-        claims: list[store.Claimed] = []
+        found: list[store.Claimed] = []
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._turn += 1
         store.prefer_indexes(connection)
@@ -269,44 +293,26 @@ class Worker:
             for turn in range(len(store.LANES)):
                 name, push = store.LANES[(self._turn + turn) % len(store.LANES)], delivery_class == "push"
                 room = min(
-                    self._lanes[name].room(monotonic, push=push)
-                    - sum(each.action == name for each in claims),
-                    MAX_IN_FLIGHT - len(self._in_flight) - len(claims),
+                    self._lanes[name].room(monotonic, push=push) - sum(each.action == name for each in found),
+                    MAX_IN_FLIGHT - len(self._in_flight) - len(found),
                 )
                 if room <= 0 or self._look_at.get((name, delivery_class), -math.inf) > monotonic:
                     continue
-                busy = self._busy(name, claims)
-                subjects = store.subjects_due(
-                    connection, name, delivery_class, now, room, busy, self.settings.fingerprint
-                )
-                chosen = self._choose(connection, name, subjects, now) if subjects else []
+                fingerprint = self.settings.fingerprint
+                subjects = store.subjects_due(connection, name, delivery_class, now, room, fingerprint)
+                chosen = claims.choose(connection, name, subjects, now, fingerprint) if subjects else []
                 if chosen:
-                    claims += store.claim(connection, name, epoch, chosen, now, is_push=push)
+                    found += store.claim(connection, name, epoch, chosen, now, is_push=push)
                 if len(chosen) < room:
-                    self._look_at[name, delivery_class] = monotonic + self.settings.poll_seconds
-        return claims
+                    self._look_at[name, delivery_class] = monotonic + self._patience(monotonic)
+        return found
 
-    def _busy(self, name: str, claims: list[store.Claimed]) -> set[str]:
-        return {each.subject_id for each in (*self._in_flight.values(), *claims) if each.action == name}
+    def _patience(self, since: float) -> float:
+        """How long to leave a queue alone that gave less than there was room for: longer where looking takes long."""
+        return max(self.settings.poll_seconds, 5 * (self.clock.monotonic() - since))
 
-    def _choose(
-        self, connection: sa.Connection, name: str, subjects: list[str], now: dt.datetime
-    ) -> list[list[store.Delivery]]:
-        """The deliveries of each subject's next request, without what newer accepted values have overtaken."""
-        pending = store.pending_of(connection, name, subjects, now, self.settings.fingerprint)
-        chosen = [merge.choose(each, now) for each in pending]
-        late = [each for each in itertools.chain(*chosen) if each.is_call or each.alone]
-        newer = store.overtaken(connection, late, ["accepted"])
-        if not newer:
-            return [each for each in chosen if each]
-        trimmed = [merge.trim(each, newer) for each in chosen]
-        gone = [delivery_id for each in trimmed for delivery_id in each.overtaken]
-        if gone:
-            store.cancel_overtaken(connection, gone, now)
-        return [each.left for each in trimmed if each.left]
-
-    def _send(self, claimed: store.Claimed) -> None:
-        self._answers.put((claimed, self._answer(claimed)))
+    def _send(self, claimed: store.Claimed) -> Brought:
+        return claimed, self._answer(claimed)
 
     def _answer(self, claimed: store.Claimed) -> Answer:
         try:
@@ -322,24 +328,34 @@ class Worker:
         crash.at("after_send")
         return answer
 
-    def _collect(self, wait_seconds: float) -> list[tuple[store.Claimed, Answer]]:
-        """The answers that are there; while none is there, wait."""
-        deadline = self.clock.monotonic() + min(RENEW_SECONDS, wait_seconds)
-        while self._answers.empty():
-            left = deadline - self.clock.monotonic()
-            if left <= 0 or (self.stop.is_set() and not self._in_flight):
-                return []
-            if not self._in_flight:
-                self.clock.sleep(min(left, self.settings.poll_seconds))
-                continue
-            with contextlib.suppress(queue.Empty):
-                first = self._answers.get(timeout=min(left, POLL_SECONDS))  # short, so that a signal is seen
-                return [first, *self._answered()]
-        return list(self._answered())
+    def _ask(self, errand: bulk.Errand) -> Brought:
+        try:
+            return errand, errand.run(self.sender)
+        except Exception as error:  # noqa: BLE001  (as above)
+            return errand, Answer(Outcome.UNKNOWN, None, None, f"{type(error).__name__} while sending", None)
 
-    def _answered(self) -> Iterator[tuple[store.Claimed, Answer]]:
-        while not self._answers.empty():
-            yield self._answers.get()
+    def _collect(self, senders: Senders[Brought], wait_seconds: float) -> list[Brought]:
+        """What was answered; while nothing is, wait."""
+        deadline = self.clock.monotonic() + min(RENEW_SECONDS, wait_seconds)
+        while True:
+            left = deadline - self.clock.monotonic()
+            is_asking = bool(self._in_flight) or self._bulk.is_asking
+            brought = senders.collect(left if is_asking else 0)
+            if brought or left <= 0 or (self.stop.is_set() and not is_asking):
+                return brought
+            if not is_asking:
+                self.clock.sleep(min(left, self.settings.poll_seconds))
+
+    def _take_in(self, brought: list[Brought]) -> list[store.Ended]:
+        ended = []
+        for asked, answer in brought:
+            if isinstance(asked, bulk.Errand):
+                self._bulk.take_in(asked, answer)
+                self._heed_refused_key(answer)
+                self.report.request_count += asked.what == "upload"
+            else:
+                ended.append(self._end(asked, answer))
+        return ended
 
     def _end(self, claimed: store.Claimed, answer: Answer) -> store.Ended:
         """Take an answer in: all but the database learns of it here, so that the database may be asked again."""
@@ -375,15 +391,19 @@ class Worker:
                 changed = lane.throttled(monotonic, answer.retry_after_seconds)
             case Outcome.FAILED | Outcome.UNKNOWN:
                 changed = lane.failed(monotonic, answer.error or "no answer")
-            case Outcome.UNAUTHORISED if self.report.stopped is None:
-                self.report.stopped = (
-                    f"Userpilot refused the API key (HTTP {answer.status_code}: {answer.error}). Nothing is lost: put "
-                    "the right key into [destination] api_key, then run `audience-sync deliver`."
-                )
-                log.error("the destination is stopped: HTTP %s", answer.status_code)
+            case Outcome.UNAUTHORISED:
+                self._heed_refused_key(answer)
         if changed:  # the reason may quote what was sent: it is for `status`, not for the log
             what = "lane slows down" if lane.reason else "lane is at its pace again"
             logs.event(log, logging.WARNING, what, lane=name, status_code=answer.status_code or "none")
+
+    def _heed_refused_key(self, answer: Answer) -> None:
+        if answer.outcome is Outcome.UNAUTHORISED and self.report.stopped is None:
+            self.report.stopped = (
+                f"Userpilot refused the API key (HTTP {answer.status_code}: {answer.error}). Nothing is lost: put "
+                "the right key into [destination] api_key, then run `audience-sync deliver`."
+            )
+            log.error("the destination is stopped: HTTP %s", answer.status_code)
 
     def _keep_slow_downs(self, connection: sa.Connection, *, is_over: bool) -> None:
         """Write each lane's slow-down where it matters to others: when a pause begins or ends, and at the end."""
@@ -400,6 +420,9 @@ class Worker:
             if lane.factor < 1.0 or lane.paused_until > monotonic
         }
         paused = {name for name, lane in self._lanes.items() if lane.paused_until > monotonic}
+        if told := self._bulk.slow_down(now):
+            slow["bulk"] = told
+            paused.add(f"bulk: {self._bulk.reason}")
         if slow.keys() != self._slow_downs.keys() or paused != self._paused or (is_over and slow):
             destinations.set_slow_downs(connection, slow)
             self._slow_downs, self._paused = slow, paused
@@ -418,12 +441,14 @@ class Worker:
         self.on_progress(self.report)
 
     def _next_look(self, claimed_count: int) -> float:
-        """While requests are in flight: when another one might start beside them."""
-        if len(self._in_flight) + claimed_count >= MAX_IN_FLIGHT or self._is_ending():
-            return math.inf
-        monotonic = self.clock.monotonic()
-        waits = [self._wait(name, each, monotonic) for name in store.LANES for each in store.CLASSES]
-        return max(0.01, min(waits))
+        """While something is under way: when another request might start beside it."""
+        waits = [self._bulk.wait_seconds()]
+        if len(self._in_flight) + claimed_count < MAX_IN_FLIGHT and not self._is_ending():
+            monotonic = self.clock.monotonic()
+            waits += [
+                max(0.01, self._wait(name, each, monotonic)) for name in store.LANES for each in store.CLASSES
+            ]
+        return min(waits)
 
     def _idle_seconds(self, connection: sa.Connection) -> float:
         """How long to wait while nothing is in flight; infinite where nothing comes within our patience."""
@@ -432,7 +457,7 @@ class Worker:
             self._wait(name, each, monotonic)
             for name in store.LANES
             for each in store.CLASSES
-            if store.subjects_due(connection, name, each, now, 1, (), self.settings.fingerprint)
+            if store.subjects_due(connection, name, each, now, 1, self.settings.fingerprint)
         ]
         for name, each, due_at in store.next_due(connection, now):
             waits.append(max(self._wait(name, each, monotonic), (due_at - now).total_seconds()))

@@ -12,7 +12,6 @@ from audience_sync.errors import MissingVariable
 # Names of the contract that a later release brings; that release deletes them here.
 LATER: dict[str, tuple[str, ...]] = {
     "": ("mappings", "tracking"),
-    "destination": ("bulk = true", "bulk_rows_per_minute", "bulk_rows_per_job"),
     "definition": ("query",),
 }
 
@@ -34,6 +33,9 @@ Keep = Annotated[
 Ratio = Annotated[float, msgspec.Meta(ge=0, description="a number from 0 on, such as 0.5")]
 Count = Annotated[int, msgspec.Meta(ge=0, description="a whole number from 0 on")]
 PerMinute = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
+RowsPerJob = Annotated[
+    int, msgspec.Meta(ge=1, le=10_000, description="a whole number from 1 to 10000, the most that Userpilot takes")
+]
 Schema = Annotated[
     str,
     msgspec.Meta(
@@ -78,7 +80,9 @@ class DestinationTable(Table, frozen=True):
     identify_per_minute: PerMinute = 600
     track_per_minute: PerMinute = 600
     company_per_minute: PerMinute = 600
-    bulk: bool = False
+    bulk: bool = True
+    bulk_rows_per_minute: PerMinute = 1800
+    bulk_rows_per_job: RowsPerJob = 10_000
     booleans: Literal["native", "string"] = "native"
     nested: Literal["flatten", "json"] = "flatten"
     track_policy: Literal["at_least_once", "at_most_once"] = "at_least_once"
@@ -92,6 +96,11 @@ class Destination(DestinationTable, frozen=True):
         if self.api_key is None:
             raise MissingVariable(self.missing)
         return self.api_key
+
+    @property
+    def rows_per_job(self) -> int:
+        """0: no bulk jobs."""
+        return self.bulk_rows_per_job if self.bulk else 0
 
     @property
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.store.engines import is_sqlite, sql
-from audience_sync.store.tables import PENDING, SENDING, UNSETTLED, deliveries, requests, runs
+from audience_sync.store.tables import PENDING, SENDING, UNSETTLED, bulk_jobs, deliveries, requests, runs
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order of their right of way
@@ -18,17 +18,18 @@ FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)
 OVERTAKEN = "overtaken by a newer value"
 CHUNK = 500  # ids in a statement
 
-# A subject waits after an unknown outcome; older values wait for a newer one that must go alone. The first
-# of those that are due stands for the subject, however many it has.
+# A subject waits while something of it is under way, and after an unknown outcome; older values wait for a newer
+# one that must go alone. The first of those that are due stands for the subject, however many it has.
 _WAITS = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
-  AND b.status IN ('pending', 'sending') AND (b.quiet_until > :now
+  AND b.status IN ('pending', 'sending') AND (b.status = 'sending' OR b.quiet_until > :now
     OR (b.alone AND b.next_attempt_at > :now AND (b.value_at > d.value_at
         OR (b.value_at = d.value_at AND b.delivery_id > d.delivery_id)))
     OR (b.delivery_id < d.delivery_id AND b.class = d.class AND b.alone = d.alone
         AND b.next_attempt_at <= :now)))"""
 # A user's tracks go in order, and after that user's first identify.
 _TRACK_WAITS = """(EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id
-    AND b.action = 'track' AND b.delivery_id < d.delivery_id AND b.status IN ('pending', 'sending'))
+    AND b.action = 'track' AND b.status IN ('pending', 'sending')
+    AND (b.status = 'sending' OR b.delivery_id < d.delivery_id))
   OR (d.created_at > :patience
     AND EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id
       AND b.action = 'identify' AND b.status IN ('pending', 'sending'))
@@ -111,10 +112,13 @@ def recover(
 ) -> int:
     """Take back what a process that is gone was sending: nobody knows whether it was applied.
 
-    `but` are requests that are known to be under way.
+    `but` are requests that are known to be under way; what is in bulk jobs stays there.
     """
     lost = "The process ended before the answer came"
-    mine = sa.and_(deliveries.c.status == "sending", deliveries.c.request_id.not_in(list(but)))
+    in_jobs = sa.select(bulk_jobs.c.request_id).where(bulk_jobs.c.settled_at.is_(None))
+    mine = sa.and_(
+        SENDING, deliveries.c.request_id.not_in(list(but)), deliveries.c.request_id.not_in(in_jobs)
+    )
     connection.execute(
         requests.update()
         .where(
@@ -173,34 +177,43 @@ def subjects_due(
     delivery_class: str,
     now: dt.datetime,
     limit: int,
-    busy: Collection[str] = (),
     fingerprint: str | None = None,
 ) -> list[str]:
-    """The subjects whose turn it is, each once, oldest first.
+    """The subjects whose turn it is, each once, oldest first; none of which something is under way.
 
-    `busy`: those with a request under way; `fingerprint`: only what is for this destination, or for none in particular.
+    `fingerprint`: only what is for this destination, or for none in particular.
     """
+    rows = due(connection, "d.subject_id", action, delivery_class, now, limit, fingerprint)
+    return list(dict.fromkeys(rows.scalars()))
+
+
+def due(
+    connection: sa.Connection,
+    columns: str,
+    action: str,
+    delivery_class: str,
+    now: dt.datetime,
+    limit: int,
+    fingerprint: str | None,
+) -> sa.CursorResult[*tuple[Any, ...]]:
+    """These columns of the deliveries `d` that stand for the subjects whose turn it is, oldest first."""
     waits = _TRACK_WAITS if action == "track" else _WAITS
     parameters: dict[str, Any] = {"patience": now - FIRST_IDENTIFY_WAIT} if action == "track" else {}
     ours = ""
     if fingerprint is not None:
-        ours, parameters = (
-            "AND (d.fingerprint = :fingerprint OR d.fingerprint IS NULL) ",
-            parameters | {"fingerprint": fingerprint},
-        )
-    rows = sql(
+        ours = "AND (d.fingerprint = :fingerprint OR d.fingerprint IS NULL) "
+        parameters["fingerprint"] = fingerprint
+    return sql(
         connection,
-        "SELECT d.subject_id FROM {our}deliveries d WHERE d.action = :action AND d.class = :class "
-        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND d.subject_id NOT IN :busy AND NOT {waits} {ours}"
+        f"SELECT {columns} FROM {{our}}deliveries d WHERE d.action = :action AND d.class = :class "
+        f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND NOT {waits} {ours}"
         "ORDER BY d.next_attempt_at, d.delivery_id LIMIT :limit",
         **{"class": delivery_class},
         action=action,
         now=now,
         limit=limit,
-        busy=["", *busy],  # nobody is called ""; an empty list has no type
         **parameters,
     )
-    return list(dict.fromkeys(rows.scalars()))
 
 
 def pending_of(

@@ -345,29 +345,33 @@ def sample(connection: sa.Connection, change: str, limit: int = 5) -> list[str]:
     return list(sql(connection, query, change=change, limit=limit).scalars())
 
 
-def touch(connection: sa.Connection) -> None:
+def touch(connection: sa.Connection, *, is_push: bool) -> None:
     """Keep the users of these changes beside those of the ones before, on this connection."""
     _make_touched(connection)
     sql(
         connection,
-        "INSERT INTO {temp}audience_sync_touched SELECT user_id FROM {temp}audience_sync_changes "
-        "WHERE true ON CONFLICT DO NOTHING",
+        "INSERT INTO {temp}audience_sync_touched SELECT user_id, :is_push FROM {temp}audience_sync_changes",
+        is_push=int(is_push),
     )
 
 
-def touched_count(connection: sa.Connection) -> int:
-    """How many users the changes and the pending identifies are of, together."""
+def touched_counts(connection: sa.Connection) -> tuple[int, int]:
+    """Of how many users the changes and the pending identifies are, together; how many of them are of pushes alone."""
     _make_touched(connection)
     query = (
-        "SELECT count(*) FROM (SELECT user_id FROM {temp}audience_sync_touched UNION SELECT subject_id "
-        "FROM {our}deliveries WHERE status = 'pending' AND action = 'identify') AS users"
+        "SELECT count(*), coalesce(sum(is_push), 0) FROM (SELECT user_id, min(is_push) AS is_push FROM ("
+        "SELECT user_id, is_push FROM {temp}audience_sync_touched UNION ALL "
+        "SELECT subject_id, CASE WHEN class = 'push' THEN 1 ELSE 0 END FROM {our}deliveries "
+        "WHERE status = 'pending' AND action = 'identify') AS each GROUP BY user_id) AS users"
     )
-    return int(sql(connection, query).scalar_one())
+    total, pushes = sql(connection, query).one()
+    return int(total), int(pushes)
 
 
 def _make_touched(connection: sa.Connection) -> None:
     collated = "text" if is_sqlite(connection) else 'text COLLATE "C"'
     sql(
         connection,
-        f"CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_touched (user_id {collated} PRIMARY KEY)",
+        "CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_touched "
+        f"(user_id {collated} NOT NULL, is_push integer NOT NULL)",
     )

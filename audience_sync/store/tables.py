@@ -239,6 +239,34 @@ requests = sa.Table(
     sqlite_autoincrement=True,
 )
 
+bulk_jobs = sa.Table(
+    "bulk_jobs",
+    metadata,
+    sa.Column("request_id", Serial, primary_key=True, autoincrement=False),  # its upload
+    sa.Column("filename", sa.Text, nullable=False),  # ours alone: by it a job is found whose id was lost
+    sa.Column("job_id", sa.Text),
+    sa.Column("fingerprint", sa.Text),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("state", sa.Text),  # in Userpilot's words
+    sa.Column("row_count", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("completed_count", sa.Integer),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("submitted_at", UtcDateTime),
+    sa.Column("ended_at", UtcDateTime),
+    sa.Column("settled_at", UtcDateTime),  # when its last delivery was
+    sa.Column("error", sa.Text),
+    # gathering; uploading: sent, and not answered; running; completed and failed: Userpilot's last word;
+    # dropped: Userpilot never had it; lost: nobody knows what became of it.
+    sa.CheckConstraint(
+        "status IN ('gathering', 'uploading', 'running', 'completed', 'failed', 'dropped', 'lost')",
+        name="status",
+    ),
+    sa.CheckConstraint("status <> 'running' OR job_id IS NOT NULL", name="running"),
+    sa.CheckConstraint(
+        "(status IN ('completed', 'failed', 'dropped', 'lost')) = (ended_at IS NOT NULL)", name="ended"
+    ),
+)
+
 profiles = sa.Table(
     "profiles",
     metadata,

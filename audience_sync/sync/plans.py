@@ -32,10 +32,11 @@ def plan(
     as_of_by_key: Mapping[str, dt.datetime],
     now: dt.datetime,
     fingerprint: str | None,
-) -> tuple[list[Plan], int]:
+) -> tuple[list[Plan], tuple[int, int]]:
     """Compute and compare definitions with their sources.
 
-    With the plans comes how many users they would send, or have something pending, together: each is one Identify.
+    With the plans comes how many users they would send, or have something pending, together, and how many of
+    these are of pushes alone: each is one Identify, or a row of a bulk job.
     """
     plans = []
     with runs.temporary(engine) as connection:
@@ -44,11 +45,12 @@ def plan(
             with connection.begin():
                 made = _plan(connection, definition, now, fingerprint)
                 if not made.held:
-                    snapshots.touch(connection)
+                    last = store.baseline(connection, definition.key)
+                    snapshots.touch(connection, is_push=last.is_first)
                 plans.append(made)
         with connection.begin():
-            touched_count = snapshots.touched_count(connection)
-    return plans, touched_count
+            touched = snapshots.touched_counts(connection)
+    return plans, touched
 
 
 def _plan(

@@ -22,7 +22,7 @@ def test_a_plan_tells_what_would_change_and_keeps_nothing(world):
         ("spend", 2, {"entered": 2}),
     ]
     assert found[0].samples == {"entered": ["cid", "dan"], "exited": ["bob"]}
-    assert touched == 4  # bob, cid, dan; ann for her spend
+    assert touched == (4, 2)  # bob's entry waits and is a push; cid and dan are changes; ann for her spend
     assert world.query("SELECT count(*) FROM {our}runs") == before
     assert set(world.members()) == {"ann", "bob"}
 
@@ -33,5 +33,5 @@ def test_a_plan_counts_users_whose_changes_are_pending(world):
     world.people("bob", "cid")
     found, touched = plan(world, world.audience())
     assert found[0].counts == {"entered": 1, "exited": 1}
-    assert touched == 3
-    assert plan(world) == ([], 2)
+    assert touched == (3, 1)
+    assert plan(world) == ([], (2, 2))

@@ -1,0 +1,63 @@
+"""How a backlog is divided: both lanes end together, and small work stays with the live lane."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from audience_sync.delivery.share import Pace, forecast, job_rows, live_users
+
+USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, rows_per_job=10_000)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "at_once", "rows"),
+    [
+        (0, 0, 0),
+        (600, 600, 0),  # the live lane takes them at once
+        (600, 0, 0),  # or within a minute
+        (650, 600, 0),  # fifty rows are not worth a job
+        (1_000, 600, 400),
+        (1_000, 0, 750),
+        (4_000, 600, 3_000),
+        (13_332, 0, 9_999),
+        (100_000, 600, 10_000),
+    ],
+)
+def test_the_next_job(waiting, at_once, rows):
+    assert job_rows(waiting, at_once, USERPILOT) == rows
+
+
+def test_without_bulk_jobs_all_goes_live():
+    assert job_rows(100_000, 0, Pace(600, 10.0, 30.0, 0)) == 0
+    assert forecast(6_000, 0, Pace(600, 10.0)).seconds == 600
+
+
+@given(
+    waiting=st.integers(0, 50_000),
+    at_once=st.integers(0, 600),
+    rows_per_second=st.floats(1, 100),
+    rows_per_job=st.integers(1, 10_000),
+)
+def test_both_lanes_end_together(waiting, at_once, rows_per_second, rows_per_job):
+    pace = Pace(600, 10.0, rows_per_second, rows_per_job)
+    rows = job_rows(waiting, at_once, pace)
+    assert 0 <= rows <= min(waiting, rows_per_job)
+    if rows and rows < rows_per_job:  # nothing is left when the job ends, and the live lane was not idle before
+        rest = waiting - rows
+        assert rest - live_users(rows, at_once, pace) <= 1
+        assert rest >= at_once
+        assert rest + 1 >= rows / rows_per_second * pace.live_per_second
+
+
+def test_a_forecast_is_of_the_combined_limit():
+    found = forecast(100_000, 0, USERPILOT)
+    assert found.row_count == pytest.approx(75_000, rel=0.01)
+    assert found.row_count + found.request_count - found.job_count == 100_000
+    assert found.seconds == pytest.approx(100_000 / 40, rel=0.01)
+    assert forecast(100_000, 0, Pace(600, 10.0)).seconds == 10_000
+
+
+def test_a_forecast_of_changes_counts_the_burst():
+    assert forecast(0, 600, USERPILOT).seconds < 10
+    assert forecast(0, 1_000, USERPILOT).seconds == pytest.approx(400 / 30)
+    assert forecast(0, 601, Pace(600, 10.0)).seconds < 10

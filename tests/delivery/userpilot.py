@@ -1,0 +1,70 @@
+"""Userpilot in this process: the sandbox without a socket, in the time of a clock that is set by hand."""
+
+import json
+import threading
+from email.message import Message
+
+from audience_sync.sandbox import Limits
+from audience_sync.sandbox.api import API_VERSION, Body, answer
+from audience_sync.sandbox.faults import Faults
+from audience_sync.sandbox.state import State
+from audience_sync.userpilot.answers import Answer, Outcome, judge
+
+KEY = "sandbox"
+
+
+class LocalUserpilot:
+    """A sender. Faults are the sandbox's; of a connection that drops nobody knows what it did."""
+
+    def __init__(self, clock, **limits):
+        self.clock = clock
+        self.state = State(KEY, Limits(**limits), clock.monotonic, lambda: clock.now().timestamp())
+        self.faults = Faults()
+        self.lock = threading.Lock()
+        self._headers = Message()
+        self._headers["Authorization"] = f"Token {KEY}"
+        self._headers["X-API-Version"] = API_VERSION
+
+    def send(self, path, payload):
+        return self._ask("POST", path, Body(payload))
+
+    def upload(self, path, filename, content):
+        rows = [json.loads(line) for line in content.splitlines()]
+        return self._ask("POST", path, Body(rows, filename=filename, size=len(content)))
+
+    def get(self, path):
+        return self._ask("GET", path, Body())
+
+    def _ask(self, method, path, body):
+        with self.lock:
+            self.state.advance()
+            entry = self.state.receive(method, f"/{path}", body.value)
+            fault = self.faults.take(entry.path, entry.user_id)
+            status, content = 0, None
+            if fault is None or fault.applies:
+                status, content = answer(self.state, entry, self._headers, body)
+                entry.applied = method == "POST" and status < 300
+            if fault is not None and fault.drop:
+                return Answer(Outcome.UNKNOWN, None, None, "the connection broke", None)
+            if fault is not None:
+                status, content = fault.status or status, fault.body if fault.status else content
+            entry.status = status
+            headers = {"x-request-id": entry.x_request_id} | (fault.headers if fault else {})
+            told = b"" if content is None else json.dumps(content).encode()
+            return judge(status, headers, told, cut=False, secret=KEY, now=self.clock.now())
+
+    def told(self, property_name):
+        """The property of each user who has it."""
+        users = self.state.users.items()
+        return {
+            user: found["properties"][property_name] for user, found in users if property_name in found["properties"]
+        }
+
+    def uploads(self):
+        """Of each upload: its status, and how many rows it had."""
+        return [
+            (entry.status, len(entry.body)) for entry in self.state.requests if entry.path.endswith("/bulk_identify")
+        ]
+
+    def refusals(self, status):
+        return sum(entry.status == status for entry in self.state.requests)
