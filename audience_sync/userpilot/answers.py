@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -40,13 +40,17 @@ _BY_STATUS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`error` is in the API's own words where it has any; `retry_after_seconds` is its wish, 0 to 900."""
+    """`error` is in the API's own words where it has any; `retry_after_seconds` is its wish, 0 to 900.
+
+    `document` is the JSON of an accepted answer's body; None where that is empty, was cut off or is no JSON.
+    """
 
     outcome: Outcome
     status_code: int | None
     x_request_id: str | None
     error: str | None
     retry_after_seconds: float | None
+    document: Any = field(default=None, compare=False)
 
 
 def judge(
@@ -57,18 +61,20 @@ def judge(
     `secret` is taken out of whatever the server said: some repeat a request's headers in their errors.
     """
     outcome = _outcome(status_code)
+    found = _json(body)
     error = None
-    if outcome is Outcome.ACCEPTED and not _is_success(headers, body, cut=cut):
+    if outcome is Outcome.ACCEPTED and not _is_success(headers, body, found, cut=cut):
         outcome = Outcome.UNKNOWN
-        error = f"HTTP {status_code}, but the body is not Userpilot's: {_words(body)}"
+        error = f"HTTP {status_code}, but the body is not Userpilot's: {_words(body, found)}"
     elif outcome is not Outcome.ACCEPTED:
-        error = _words(body).strip() or f"HTTP {status_code} without a message"
+        error = _words(body, found).strip() or f"HTTP {status_code} without a message"
     return Answer(
         outcome=outcome,
         status_code=status_code,
         x_request_id=one_line(headers.get("x-request-id", ""), MAX_REQUEST_ID_LENGTH, secret) or None,
         error=one_line(error, MAX_ERROR_LENGTH, secret) if error else None,
         retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
+        document=found if outcome is Outcome.ACCEPTED and found is not _NOT_JSON and not cut else None,
     )
 
 
@@ -76,14 +82,14 @@ def _outcome(status_code: int) -> Outcome:
     return _BY_STATUS.get(status_code) or _BY_CLASS.get(status_code // 100, Outcome.UNKNOWN)
 
 
-def _is_success(headers: Mapping[str, str], body: bytes, *, cut: bool) -> bool:
+def _is_success(headers: Mapping[str, str], body: bytes, found: Any, *, cut: bool) -> bool:
     """Whether the body of a 2xx is empty or JSON; a proxy's or a login page is neither."""
     text = body.strip()
     if not text:
         return True
     if "html" in headers.get("content-type", "").lower() or text.startswith(b"<"):
         return False
-    return cut or _json(body) is not _NOT_JSON
+    return cut or found is not _NOT_JSON
 
 
 _NOT_JSON = object()
@@ -100,13 +106,12 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _words(body: bytes) -> str:
+def _words(body: bytes, found: Any) -> str:
     """What an error body says: `{"errors": [{"error_code", "error", "message", "details"}]}`, or as it is."""
-    document = _json(body)
-    if isinstance(document, dict):
-        errors = document.get("errors")
+    if isinstance(found, dict):
+        errors = found.get("errors")
         entries = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
-        told = "; ".join(filter(None, map(_entry_words, entries or [document])))
+        told = "; ".join(filter(None, map(_entry_words, entries or [found])))
         if told:
             return told
     return body.decode("utf-8", "replace")

@@ -4,6 +4,7 @@ It promises an Answer for every request, within the deadline once connected, in 
 API key in none of it. It never repeats a request: that is delivery's decision.
 """
 
+import io
 import json
 import logging
 import ssl
@@ -24,14 +25,16 @@ __all__ = ["Answer", "Client", "Outcome"]
 
 API_VERSION = "2020-09-22"
 MAX_BODY_BYTES = 64 * 1024
+MAX_LIST_BYTES = 4 * 1024 * 1024
 
 
 class Client:
     """Sends requests from any number of threads; each request has a connection to itself.
 
     `ca_file` names certificate authorities beside the system's. `deadline_seconds` bounds a request from its
-    start to the last byte of its answer, however slowly that drips; `connect_seconds` is for each address of
-    the host, and for the TLS handshake. ConfigError if the endpoint, the key or the file cannot be used.
+    start to the last byte of its answer, however slowly that drips, and `upload_seconds` does so for uploads;
+    `connect_seconds` is for each address of the host, and for the TLS handshake. ConfigError if the endpoint,
+    the key or the file cannot be used.
     """
 
     def __init__(
@@ -41,13 +44,15 @@ class Client:
         *,
         ca_file: str = "",
         deadline_seconds: float = 30.0,
+        upload_seconds: float = 300.0,
         connect_seconds: float = 10.0,
     ) -> None:
         self._base = _base(endpoint)
         self._api_key = _checked_key(api_key)
         self._ssl_context = _ssl_context(ca_file)
-        self._deadline_seconds = deadline_seconds
-        self._timeout = httpx.Timeout(deadline_seconds, connect=min(connect_seconds, deadline_seconds))
+        self._usual = _Bounds(deadline_seconds, connect_seconds, MAX_BODY_BYTES)
+        self._of_list = _Bounds(deadline_seconds, connect_seconds, MAX_LIST_BYTES)
+        self._of_upload = _Bounds(upload_seconds, connect_seconds, MAX_BODY_BYTES)
         self._watchdog = Watchdog()
         self._lock = threading.Lock()
         self._idle: list[_Line] = []
@@ -71,13 +76,23 @@ class Client:
         """
         return self._write("POST", path, payload)
 
+    def upload(self, path: str, filename: str, content: bytes) -> Answer:
+        """POST the NDJSON as the part `file` of a form, once; whatever goes wrong is in the answer."""
+        # A file is sent in pieces; bytes would be copied whole for each piece that the network takes.
+        part = (filename, io.BytesIO(content), "application/x-ndjson")
+        return self._request("POST", path, self._of_upload, files={"file": part})
+
+    def get(self, path: str) -> Answer:
+        """GET the path below the endpoint, quoted where need be; up to 4 MB become the answer's document."""
+        return self._request("GET", path, self._of_list)
+
     def delete_user(self, user_id: str) -> Answer:
         """Ask for the deletion of a user, which Userpilot carries out at 02:00 UTC; one request in 2 s at most."""
         return self._write("DELETE", "v1/users", {"users": [user_id]})
 
     def validate(self) -> Answer:
         """Ask whether the key is good: accepted, unauthorised, or refused with 404, which tells nothing."""
-        return self._request("GET", "v1/validate", None)
+        return self._request("GET", "v1/validate", self._usual)
 
     def close(self) -> None:
         """Close the connections that no request uses; one in use is closed when its request ends."""
@@ -97,39 +112,47 @@ class Client:
             # The exception's own text would quote the payload.
             words = f"the payload cannot be written as JSON in UTF-8 ({type(error).__name__}): not sent"
             return Answer(Outcome.REFUSED, None, None, words, None)
-        return self._request(method, path, content)
+        headers = {"Content-Type": "application/json"}
+        return self._request(method, path, self._usual, content=content, headers=headers)
 
-    def _request(self, method: str, path: str, content: bytes | None) -> Answer:
+    def _request(self, method: str, path: str, bounds: "_Bounds", **parts: Any) -> Answer:
         line = self._take_line()
         try:
-            return self._exchange(line, method, self._base + path.lstrip("/"), content)
+            return self._exchange(line, method, self._base + path.lstrip("/"), bounds, parts)
         finally:
             self._put_back(line)
 
-    def _exchange(self, line: "_Line", method: str, url: str, content: bytes | None) -> Answer:
+    def _exchange(
+        self, line: "_Line", method: str, url: str, bounds: "_Bounds", parts: dict[str, Any]
+    ) -> Answer:
         response: httpx.Response | None = None
-        body = b""
+        body = bytearray()
         trouble: Exception | None = None
-        tracing = {"trace": line.wire.trace}
-        self._watchdog.arm(line.wire, time.monotonic() + self._deadline_seconds)
+        options = parts | {"timeout": bounds.timeout, "extensions": {"trace": line.wire.trace}}
+        self._watchdog.arm(line.wire, time.monotonic() + bounds.seconds)
         try:
-            with line.http.stream(method, url, content=content, extensions=tracing) as response:
+            with line.http.stream(method, url, **options) as response:
                 for chunk in response.iter_raw():
                     body += chunk
-                    if len(body) > MAX_BODY_BYTES:
+                    if len(body) > bounds.body_bytes or line.wire.cut:
                         break
         except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: a host that IDNA cannot write
             trouble = error
         finally:
             self._watchdog.disarm(line.wire)
-        return self._answer(line.wire, response, body, trouble)
+        return self._answer(line.wire, response, bytes(body), bounds, trouble)
 
     def _answer(
-        self, wire: Wire, response: httpx.Response | None, body: bytes, trouble: Exception | None
+        self,
+        wire: Wire,
+        response: httpx.Response | None,
+        body: bytes,
+        bounds: "_Bounds",
+        trouble: Exception | None,
     ) -> Answer:
         broken = None
         if wire.cut:
-            broken = f"no complete answer within {self._deadline_seconds:g} s"
+            broken = f"no complete answer within {bounds.seconds:g} s"
         elif trouble is not None:
             broken = one_line(_trouble_words(trouble), MAX_ERROR_LENGTH, self._api_key)
         if response is None:
@@ -139,7 +162,7 @@ class Client:
             response.status_code,
             response.headers,
             body,
-            cut=len(body) > MAX_BODY_BYTES,
+            cut=len(body) > bounds.body_bytes,
             secret=self._api_key,
             now=datetime.now(UTC),
         )
@@ -158,13 +181,11 @@ class Client:
             headers={
                 "Authorization": f"Token {self._api_key}",
                 "X-API-Version": API_VERSION,
-                "Content-Type": "application/json",
                 "Accept": "application/json, text/plain, */*",
                 "Accept-Encoding": "identity",  # a small compressed answer may be a huge one
                 "User-Agent": "audience-sync",
             },
             verify=self._ssl_context,
-            timeout=self._timeout,
             limits=httpx.Limits(max_connections=1),
             follow_redirects=False,
             trust_env=False,
@@ -177,6 +198,15 @@ class Client:
             self._idle.append(line)
         if self._closed:
             self.close()
+
+
+class _Bounds:
+    """What a request may take: the time, and the size of its answer's body."""
+
+    def __init__(self, seconds: float, connect_seconds: float, body_bytes: int) -> None:
+        self.seconds = seconds
+        self.timeout = httpx.Timeout(seconds, connect=min(connect_seconds, seconds))
+        self.body_bytes = body_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ never end. The socket is learned from the library's trace events and shut down f
 """
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -76,18 +77,18 @@ class Watchdog:
         self._changed = threading.Condition()
         self._deadlines: dict[Wire, float] = {}
         self._thread: threading.Thread | None = None
-        self._waiting_for_work = False
+        self._wakes_at = math.inf
         self._stopped = False
 
     def arm(self, wire: Wire, deadline: float) -> None:
-        """Deadlines never come before those armed earlier, so that a thread with work need not be woken."""
+        """Wakes the thread only for a deadline before its next look, which most requests never have."""
         wire.begin()
         with self._changed:
             self._deadlines[wire] = deadline
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="userpilot-deadlines", daemon=True)
                 self._thread.start()
-            elif self._waiting_for_work:
+            elif deadline < self._wakes_at:
                 self._changed.notify()
 
     def disarm(self, wire: Wire) -> None:
@@ -114,6 +115,5 @@ class Watchdog:
                 if self._stopped and not self._deadlines:
                     self._thread = None
                     return
-                self._waiting_for_work = not self._deadlines
-                next_deadline = min(self._deadlines.values(), default=None)
-                self._changed.wait(None if next_deadline is None else next_deadline - now)
+                self._wakes_at = min(self._deadlines.values(), default=math.inf)
+                self._changed.wait(self._wakes_at - now if self._deadlines else None)

@@ -42,6 +42,24 @@ def test_a_2xx_with_another_body_is_unknown(body):
     assert judged(202, body).outcome is Outcome.UNKNOWN
 
 
+@pytest.mark.parametrize(
+    ("body", "document"),
+    [(b'{"job_id":"1"}', {"job_id": "1"}), (b"[]", []), (b"7", 7), (b"", None), (b" ", None)],
+)
+def test_the_document_is_the_json_of_an_accepted_answer(body, document):
+    assert judged(200, body).document == document
+
+
+def test_what_was_cut_off_or_not_accepted_has_no_document():
+    assert judged(200, b"[1]", cut=True).document is None
+    assert judged(400, b"{}").document is None
+    assert judged(200, b"{}", content_type="text/html").document is None
+
+
+def test_two_answers_that_differ_in_their_documents_alone_are_equal():
+    assert judged(200, b"[1]") == judged(200, b"[2]")
+
+
 def test_a_2xx_that_calls_itself_html_is_unknown():
     answer = judged(200, b'"x"', content_type="text/HTML; charset=utf-8")
     assert answer.error == 'HTTP 200, but the body is not Userpilot\'s: "x"'

@@ -72,6 +72,7 @@ def test_an_endpoint_with_a_path_works_with_and_without_its_last_slash(serve, sl
     with Client(server.url + "eu" + slash, KEY) as client:
         client.validate()
     assert server.requests[0].startswith(b"GET /eu/v1/validate HTTP/1.1\r\n")
+    assert b"content-type" not in server.requests[0].lower()
 
 
 def test_one_connection_serves_request_after_request(serve):
