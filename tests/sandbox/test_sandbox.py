@@ -5,70 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from audience_sync.sandbox import Limits, Sandbox
-
-
-class Clock:
-    """Set by hand; starts at 2026-01-01T00:00:00Z."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def monotonic(self):
-        return self.seconds
-
-    def wall(self):
-        return 1_767_225_600 + self.seconds
-
-
-class Client:
-    def __init__(self, sandbox):
-        self.address = sandbox.url.removeprefix("http://").rstrip("/")
-        self.connection = http.client.HTTPConnection(self.address, timeout=10)
-        self.x_request_id = None
-
-    def send(self, method, path, body=None, *, raw=None, **headers):
-        headers = {
-            "Authorization": "Token sandbox",
-            "X-API-Version": "2020-09-22",
-            "Content-Type": "application/json",
-        } | {name.replace("_", "-"): value for name, value in headers.items()}
-        payload = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        headers = {name: value for name, value in headers.items() if value is not None}
-        self.connection.request(method, path, payload, headers)
-        response = self.connection.getresponse()
-        content = response.read()
-        self.x_request_id = response.getheader("x-request-id")
-        return response.status, json.loads(content) if content else None
-
-    def status(self, method, path, body=None, **options):
-        return self.send(method, path, body, **options)[0]
-
-    def identify(self, user_id, **metadata):
-        return self.status("POST", "/v1/identify", {"user_id": user_id, "metadata": metadata})
-
-    def control(self, method, name, body=None):
-        status, answer = self.send(method, f"/_sandbox/{name}", body)
-        assert status == 200, answer
-        return answer
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def sandbox(clock):
-    with Sandbox(monotonic=clock.monotonic, wall=clock.wall) as running:
-        yield running
-
-
-@pytest.fixture
-def client(sandbox):
-    client = Client(sandbox)
-    yield client
-    client.connection.close()
+from audience_sync.sandbox import Limits
 
 
 def test_identify_merges_and_null_removes(client):
@@ -155,14 +92,12 @@ def test_the_window_slides_and_a_refused_request_does_not_count(client, clock):
     assert client.status("POST", "/v1/track", {"user_id": "a", "event_name": "e"}) == 202
 
 
-def test_parallel_callers_share_one_window(sandbox, client):
+def test_parallel_callers_share_one_window(connect, client):
     client.control("POST", "limits", {"identify_per_minute": 100})
 
     def send(start):
-        own = Client(sandbox)
-        statuses = [own.identify(f"u{number}") for number in range(start, start + 40)]
-        own.connection.close()
-        return statuses
+        own = connect()
+        return [own.identify(f"u{number}") for number in range(start, start + 40)]
 
     with ThreadPoolExecutor(4) as pool:
         statuses = [status for part in pool.map(send, (0, 40, 80, 120)) for status in part]
