@@ -10,9 +10,9 @@ from typing import Self
 
 from audience_sync.sandbox.faults import Faults
 from audience_sync.sandbox.server import Server
-from audience_sync.sandbox.state import Limits, State
+from audience_sync.sandbox.state import JobFault, Limits, State
 
-__all__ = ["Limits", "Sandbox", "State"]
+__all__ = ["JobFault", "Limits", "Sandbox", "State"]
 
 
 class Sandbox:

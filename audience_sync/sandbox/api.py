@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from audience_sync.sandbox.state import Entry, RefusalError, State
+from audience_sync.sandbox.state import Entry, Job, RefusalError, State
 
 API_VERSION = "2020-09-22"
 REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
@@ -118,7 +118,7 @@ def _bulk(kind: str, row: Any) -> "_Act":
         if isinstance(rows, list) and len(rows) > limits.bulk_rows_per_request:
             raise RefusalError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
         msgspec.convert(rows, Annotated[list[row], _NOT_EMPTY])
-        return state.start_job(entry.number, kind, rows, body.filename, body.size).fields()
+        return _shown(state, state.start_job(entry.number, kind, rows, body.filename, body.size))
 
     return act
 
@@ -134,7 +134,12 @@ def _job(state: State, entry: Entry, _: Body) -> dict[str, Any]:
     job = state.jobs.get(unquote(entry.path.removeprefix(_JOB_PATH)))
     if job is None:
         raise RefusalError(404, "no such job")
-    return job.fields() | {"completed_rows": job.completed_rows}
+    return _shown(state, job, completed_rows=job.completed_rows)
+
+
+def _shown(state: State, job: Job, **more: int) -> dict[str, Any]:
+    fields = job.fields() | more
+    return {name: fields[name] for name in ("job_id", "status")} if state.limits.bare_jobs else fields
 
 
 _Act = Callable[[State, Entry, Any], Any]  # what it returns is the answer's body
@@ -149,7 +154,7 @@ _ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, _Act]] = {
         lambda state, _, body: state.identify_company(body.company_id, body.metadata)),
     ("POST", "/v1/users/bulk_identify"): (None, None, _bulk("users", _UserRow)),
     ("POST", "/v1/companies/bulk_identify"): (None, None, _bulk("companies", _Company)),
-    ("GET", "/v1/background_jobs"): (None, None, lambda state, *_: [job.fields() for job in state.jobs.values()]),
+    ("GET", "/v1/background_jobs"): (None, None, lambda state, *_: [_shown(state, job) for job in state.jobs.values()]),
     ("GET", _JOB_PATH): (None, None, _job),
     ("DELETE", "/v1/users"): ("delete", dict[str, Any], _delete("users")),
     ("DELETE", "/v1/companies"): ("delete", dict[str, Any], _delete("companies")),

@@ -6,6 +6,9 @@
 | GET requests?after=N | the log: every request but the control ones, in the order of arrival |
 | GET history?user_id=U | what was written for each user: [property, value, request number], in order |
 | GET, POST, DELETE faults | list, add one (the members are faults.Fault's), clear |
+| POST, DELETE job_faults | adds one (the members are state.JobFault's), for a job to come; clears |
+| POST other_job | {"rows": n}: a job of somebody else starts |
+| POST forget_jobs | no job is known by its id any more |
 | POST deletions | carries out what is asked for, without waiting for the hour |
 | POST limits | changes some of them |
 | POST key | {"api_key": ...}: the old one is revoked |
@@ -27,7 +30,7 @@ import msgspec
 
 from audience_sync.sandbox import api
 from audience_sync.sandbox.faults import Fault, Faults
-from audience_sync.sandbox.state import Limits, State
+from audience_sync.sandbox.state import JobFault, Limits, RefusalError, State
 
 GARBAGE = b"\x16\x03\x01\x00\x00 this is not HTTP\r\n\r\n"
 FRAMING_BYTES = 65_536  # of a multipart upload, around its file
@@ -155,12 +158,14 @@ class Handler(BaseHTTPRequestHandler):
                 content = self._controlled(f"{self.command} {name}", parse_qs(query), body.value)
                 content = json.dumps(content, default=msgspec.structs.asdict)
             self._send(200, content)
+        except RefusalError as error:
+            self._send(error.status, api.errors(error.status, str(error)))
         except ValueError as error:
             self._send(400, api.errors(400, str(error)))
         except LookupError as error:
             self._send(404, api.errors(404, str(error)))
 
-    def _controlled(self, call: str, query: dict[str, list[str]], body: Any) -> Any:  # noqa: C901 (a table)
+    def _controlled(self, call: str, query: dict[str, list[str]], body: Any) -> Any:  # noqa: C901, PLR0912 (a table)
         state, faults = self.server.state, self.server.faults
         match call:
             case "GET state":
@@ -175,6 +180,15 @@ class Handler(BaseHTTPRequestHandler):
                 return faults.add(msgspec.convert(body, dict[str, Any]))
             case "DELETE faults":
                 return faults.clear()
+            case "POST job_faults":
+                state.job_faults.append(msgspec.convert(body, JobFault))
+                return state.job_faults[-1]
+            case "DELETE job_faults":
+                return state.job_faults.clear()
+            case "POST other_job":
+                return state.start_other_job(msgspec.convert(body, _Rows)["rows"]).fields()
+            case "POST forget_jobs":
+                return state.forget_jobs()
             case "POST reset":
                 return state.reset()
             case "POST deletions":
@@ -189,4 +203,5 @@ class Handler(BaseHTTPRequestHandler):
         raise LookupError(f"no such control: {call}")
 
 
+_Rows = Annotated[dict[Literal["rows"], Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
 _Key = Annotated[dict[Literal["api_key"], str], msgspec.Meta(min_length=1)]

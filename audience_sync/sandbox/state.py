@@ -5,7 +5,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -23,7 +23,8 @@ class RefusalError(Exception):
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The `*_per_minute` of requests hold for any `window_seconds`; tests shorten the window.
 
-    `bulk_rows_per_minute` is the speed of a job, in rows a true minute.
+    `bulk_rows_per_minute` is the speed of a job, in rows a true minute. With `bare_jobs` an answer tells of a job
+    no more than its `job_id` and `status`: Userpilot promises nothing else.
     """
 
     identify_per_minute: _Count = 600
@@ -33,31 +34,57 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bulk_rows_per_request: _Count = 10_000
     bulk_bytes_per_request: _Count = 50_000_000
     window_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    bare_jobs: bool = False
+
+
+class JobFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What becomes of one job, somebody else's too: no more than its first `after_rows` rows are worked off, and then
+    it is `failed`, is completed (`short`), or `hangs` for ever. `completed` is a job that goes well.
+
+    `state` is shown for as long as it runs.
+    """
+
+    outcome: Literal["failed", "short", "hangs", "completed"] = "completed"
+    after_rows: _Count = 0
+    state: str | None = None
 
 
 class Job(msgspec.Struct):
     job_id: str
     kind: str  # users or companies
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # none, where the job is somebody else's
+    total_rows: int
     number: int  # of the request that brought it
     filename: str | None
     file_size: int
     submitted_at: float
+    fault: JobFault
     worked: float = 0.0  # rows, with the fraction that is under way
     completed_rows: int = 0
     start_time: float | None = None
     end_time: float | None = None
 
+    @property
+    def last_row(self) -> int:
+        """How many rows will ever be worked off."""
+        whole = self.fault.outcome == "completed"
+        return self.total_rows if whole else min(self.fault.after_rows, self.total_rows)
+
+    @property
+    def status(self) -> str:
+        if self.end_time is not None:
+            return "failed" if self.fault.outcome == "failed" else "completed"
+        return self.fault.state or ("queued" if self.start_time is None else "processing")
+
     def fields(self) -> dict[str, Any]:
         """As Userpilot lists it; `completed_rows` comes only where one job is asked for."""
-        running = "queued" if self.start_time is None else "processing"
         return {
             "job_id": self.job_id,
-            "status": running if self.end_time is None else "completed",
+            "status": self.status,
             "type": f"{self.kind}_bulk_identify",
             "filename": self.filename,
             "file_size": self.file_size,
-            "total_rows": len(self.rows),
+            "total_rows": self.total_rows,
             "submitted_at": _isoformat(self.submitted_at),
             "start_time": _isoformat(self.start_time),
             "end_time": _isoformat(self.end_time),
@@ -89,6 +116,7 @@ class State:
     ) -> None:
         self.api_key, self.limits = api_key, limits
         self.lock = threading.RLock()
+        self.job_faults: list[JobFault] = []  # each job that is started takes the first
         self._monotonic, self._wall = monotonic, wall
         self.reset()
 
@@ -97,6 +125,7 @@ class State:
         self.companies: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
         self.jobs: dict[str, Job] = {}
+        self._running: Job | None = None
         self.deletions: list[dict[str, Any]] = []
         self.requests: list[Entry] = []
         self.history: dict[str, list[tuple[str, Any, int]]] = {}
@@ -143,12 +172,26 @@ class State:
     def start_job(
         self, number: int, kind: str, rows: list[dict[str, Any]], filename: str | None, size: int
     ) -> Job:
-        for job in self.jobs.values():
-            if job.end_time is None:
-                raise RefusalError(409, f"the job {job.job_id} is still running")
-        job = Job(f"bulk:jobs:sandbox:{uuid.uuid4()}", kind, rows, number, filename, size, self._wall())
-        self.jobs[job.job_id] = job
+        if self._running is not None:
+            raise RefusalError(409, f"the job {self._running.job_id} is still running")
+        fault = self.job_faults.pop(0) if self.job_faults else JobFault()
+        job_id = f"bulk:jobs:sandbox:{uuid.uuid4()}"
+        job = Job(job_id, kind, rows, len(rows), number, filename, size, self._wall(), fault)
+        self.jobs[job_id] = self._running = job
         return job
+
+    def start_other_job(self, rows: int) -> Job:
+        """A job of somebody else who uses the key. What its rows would write is not kept."""
+        with self.lock:
+            self.advance()
+            job = self.start_job(0, "users", [], None, 0)
+            job.total_rows = rows
+            return job
+
+    def forget_jobs(self) -> None:
+        """No job is known by its id any more; a running one is still worked off, and keeps others out."""
+        with self.lock:
+            self.jobs = {}
 
     def delete(self, kind: str, ids: list[str]) -> None:
         now = datetime.fromtimestamp(self._wall(), UTC)
@@ -167,9 +210,8 @@ class State:
         now = self._monotonic()
         worked = (now - self._advanced_at) * self.limits.bulk_rows_per_minute / 60
         self._advanced_at = now
-        for job in self.jobs.values():
-            if job.end_time is None:
-                self._work(job, worked)
+        if self._running is not None:
+            self._work(self._running, worked)
         for deletion in self.deletions:
             if deletion["done_at"] is None and (delete_now or deletion["due_at"] <= self._wall()):
                 self._carry_out(deletion)
@@ -186,7 +228,7 @@ class State:
 
     def _work(self, job: Job, worked: float) -> None:
         job.worked += worked
-        done = min(int(job.worked + 1e-6), len(job.rows))  # 1e-6: 60 s at 1,800 a minute are 1,800 rows
+        done = min(int(job.worked + 1e-6), job.last_row)  # 1e-6: 60 s at 1,800 a minute are 1,800 rows
         for row in job.rows[job.completed_rows : done]:
             if job.kind == "companies":
                 self.identify_company(row["company_id"], row.get("metadata", {}))
@@ -196,8 +238,8 @@ class State:
         job.completed_rows = done
         if done and job.start_time is None:
             job.start_time = self._wall()
-        if done == len(job.rows):
-            job.end_time = self._wall()
+        if done == job.last_row and job.fault.outcome != "hangs":
+            job.end_time, self._running = self._wall(), None
 
     def _carry_out(self, deletion: dict[str, Any]) -> None:
         """A user's events go with the user; history and log stay, they are for checking."""
