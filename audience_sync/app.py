@@ -251,7 +251,7 @@ class App:
                 build=build,
                 tracks_at_most_once=destination.track_policy == "at_most_once",
                 fingerprint=destination.fingerprint,
-                bulk=bulk.Settings(
+                jobs=bulk.Settings(
                     row=lambda user_id, body: payloads.bulk_row(build("identify", user_id, body)[1]),
                     rows_per_minute=destination.bulk_rows_per_minute,
                     rows_per_job=destination.rows_per_job,

@@ -78,7 +78,7 @@ class Settings:
     grace: dt.timedelta = merge.GRACE
     window_seconds: float = WINDOW_SECONDS
     poll_seconds: float = POLL_SECONDS
-    bulk: bulk.Settings = field(default_factory=bulk.Settings)
+    jobs: bulk.Settings = field(default_factory=bulk.Settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class Worker:
                 lane = self._lanes[name]
                 lane.factor, lane.reason = slow["factor"], slow["reason"]
                 lane.paused_until = monotonic + (paused_until - now).total_seconds()
-        self._bulk = bulk.Bulk(self.settings.bulk, self.clock, self._lanes["identify"])
+        self._bulk = bulk.Bulk(self.settings.jobs, self.clock, self._lanes["identify"])
         self._bulk.resume(connection, now)
         self._pending = store.pending_counts(connection)
         if sum(self._pending.values()) > MANY:

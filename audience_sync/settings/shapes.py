@@ -34,7 +34,10 @@ Ratio = Annotated[float, msgspec.Meta(ge=0, description="a number from 0 on, suc
 Count = Annotated[int, msgspec.Meta(ge=0, description="a whole number from 0 on")]
 PerMinute = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
 RowsPerJob = Annotated[
-    int, msgspec.Meta(ge=1, le=10_000, description="a whole number from 1 to 10000, the most that Userpilot takes")
+    int,
+    msgspec.Meta(
+        ge=1, le=10_000, description="a whole number from 1 to 10000, the most that Userpilot takes"
+    ),
 ]
 Schema = Annotated[
     str,

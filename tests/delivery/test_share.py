@@ -42,7 +42,9 @@ def test_both_lanes_end_together(waiting, at_once, rows_per_second, rows_per_job
     pace = Pace(600, 10.0, rows_per_second, rows_per_job)
     rows = job_rows(waiting, at_once, pace)
     assert 0 <= rows <= min(waiting, rows_per_job)
-    if rows and rows < rows_per_job:  # nothing is left when the job ends, and the live lane was not idle before
+    if (
+        rows and rows < rows_per_job
+    ):  # nothing is left when the job ends, and the live lane was not idle before
         rest = waiting - rows
         assert rest - live_users(rows, at_once, pace) <= 1
         assert rest >= at_once

@@ -57,13 +57,17 @@ class LocalUserpilot:
         """The property of each user who has it."""
         users = self.state.users.items()
         return {
-            user: found["properties"][property_name] for user, found in users if property_name in found["properties"]
+            user: found["properties"][property_name]
+            for user, found in users
+            if property_name in found["properties"]
         }
 
     def uploads(self):
         """Of each upload: its status, and how many rows it had."""
         return [
-            (entry.status, len(entry.body)) for entry in self.state.requests if entry.path.endswith("/bulk_identify")
+            (entry.status, len(entry.body))
+            for entry in self.state.requests
+            if entry.path.endswith("/bulk_identify")
         ]
 
     def refusals(self, status):
