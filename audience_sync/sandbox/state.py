@@ -24,7 +24,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The `*_per_minute` of requests hold for any `window_seconds`; tests shorten the window.
 
     `bulk_rows_per_minute` is the speed of a job, in rows a true minute. With `bare_jobs` an answer tells of a job
-    no more than its `job_id` and `status`: Userpilot promises nothing else.
+    no more than its `job_id` and `status`: Userpilot promises nothing else. What Userpilot does not say: whether
+    uploads, their rows, polls of jobs and company calls (`*_count`) take places among the identifies.
+    `others_per_minute` of the identifies' places are taken by other clients of the key, evenly over the window.
     """
 
     identify_per_minute: _Count = 600
@@ -35,6 +37,11 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bulk_bytes_per_request: _Count = 50_000_000
     window_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
     bare_jobs: bool = False
+    uploads_count: bool = False
+    rows_count: bool = False
+    polls_count: bool = False
+    companies_count: bool = False
+    others_per_minute: _Count = 0
 
 
 class JobFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,16 +148,38 @@ class State:
         return entry
 
     def admit(self, lane: str, entry: Entry) -> None:
-        """Sliding window. A request that it refuses does not count; one refused later (a 400) does."""
-        limit, seconds = 1, DELETION_WINDOW_SECONDS
-        if lane != "delete":
-            limit, seconds = getattr(self.limits, f"{lane}_per_minute"), self.limits.window_seconds
-        window = self._windows.setdefault(lane, deque())
-        while window and window[0] <= entry.monotonic - seconds:
+        """A place in each window that the request counts in, or in none. One refused later (a 400) keeps them."""
+        names = self._counted_in(lane)
+        for name in names:
+            places, seconds = self._places(name)
+            if len(self._window(name, entry.monotonic)) >= places:
+                raise RefusalError(429, f"more than {places} {name} requests in {seconds:g} seconds")
+        for name in names:
+            self._windows[name].append(entry.monotonic)
+
+    def _counted_in(self, lane: str) -> list[str]:
+        match lane:
+            case "upload":
+                return ["identify"] * self.limits.uploads_count
+            case "poll":
+                return ["identify"] * self.limits.polls_count
+            case "company":
+                return ["company"] + ["identify"] * self.limits.companies_count
+        return [lane]
+
+    def _places(self, name: str) -> tuple[int, float]:
+        """How many a window has, and for how many seconds each is taken."""
+        if name == "delete":
+            return 1, DELETION_WINDOW_SECONDS
+        others = self.limits.others_per_minute if name == "identify" else 0
+        return getattr(self.limits, f"{name}_per_minute") - others, self.limits.window_seconds
+
+    def _window(self, name: str, now: float) -> deque[float]:
+        """When those places were taken that are not free again; it slides."""
+        window, (_, seconds) = self._windows.setdefault(name, deque()), self._places(name)
+        while window and window[0] <= now - seconds:
             window.popleft()
-        if len(window) >= limit:
-            raise RefusalError(429, f"more than {limit} {lane} requests in {seconds:g} seconds")
-        window.append(entry.monotonic)
+        return window
 
     def identify(
         self, number: int, user_id: str, metadata: dict[str, Any], company: dict[str, Any] | None
@@ -207,11 +236,9 @@ class State:
 
     def advance(self, *, delete_now: bool = False) -> None:
         """Works the running job off up to now, and carries deletions out that are due."""
-        now = self._monotonic()
-        worked = (now - self._advanced_at) * self.limits.bulk_rows_per_minute / 60
-        self._advanced_at = now
+        since, self._advanced_at = self._advanced_at, self._monotonic()
         if self._running is not None:
-            self._work(self._running, worked)
+            self._work(self._running, since, self._advanced_at)
         for deletion in self.deletions:
             if deletion["done_at"] is None and (delete_now or deletion["due_at"] <= self._wall()):
                 self._carry_out(deletion)
@@ -226,8 +253,9 @@ class State:
             "deletions": self.deletions,
         }
 
-    def _work(self, job: Job, worked: float) -> None:
-        job.worked += worked
+    def _work(self, job: Job, since: float, now: float) -> None:
+        speed, before = self.limits.bulk_rows_per_minute / 60, job.worked
+        job.worked += (now - since) * speed
         done = min(int(job.worked + 1e-6), job.last_row)  # 1e-6: 60 s at 1,800 a minute are 1,800 rows
         for row in job.rows[job.completed_rows : done]:
             if job.kind == "companies":
@@ -235,6 +263,9 @@ class State:
             else:
                 company = {"id": row["company_id"]} if "company_id" in row else None
                 self.identify(job.number, row["user_id"], row.get("metadata", {}), company)
+        if self.limits.rows_count:
+            moments = (since + (row + 1 - before) / speed for row in range(job.completed_rows, done))
+            self._window("identify", now).extend(moments)
         job.completed_rows = done
         if done and job.start_time is None:
             job.start_time = self._wall()
