@@ -112,8 +112,9 @@ def test_company_calls_can_take_a_place_in_both_windows(client, clock, fill):
 
 
 def test_other_clients_take_places(client, clock, fill):
-    client.control("POST", "limits", {"identify_per_minute": 5, "others_per_minute": 2})
-    assert fill() == 3
+    limits = {"identify_per_minute": 5, "company_per_minute": 1, "others_per_minute": 2}
+    client.control("POST", "limits", limits)
+    assert (fill(), identify_company(client)) == (3, 202)
     client.control("POST", "limits", {"others_per_minute": 6})
     clock.seconds = 60
     assert fill() == 0
