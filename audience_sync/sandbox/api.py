@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -12,7 +13,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from audience_sync.sandbox.state import Entry, Job, RefusalError, State
+from audience_sync.sandbox.state import JOB_PATH, Entry, Job, RefusalError, State
 
 API_VERSION = "2020-09-22"
 REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
@@ -40,7 +41,7 @@ def answer(state: State, entry: Entry, headers: Message, body: Body) -> tuple[in
 def _act(state: State, entry: Entry, headers: Message, body: Body) -> Any:
     if headers.get("Authorization") != f"Token {state.api_key}":
         raise RefusalError(401, "the API key is missing or wrong")
-    path = _JOB_PATH if entry.path.startswith(_JOB_PATH) else entry.path
+    path = JOB_PATH if entry.path.startswith(JOB_PATH) else entry.path
     if (entry.method, path) not in _ENDPOINTS:
         raise RefusalError(404, f"no such endpoint: {entry.method} {entry.path}")
     lane, shape, act = _ENDPOINTS[entry.method, path]
@@ -58,7 +59,7 @@ def errors(status: int, message: str) -> dict[str, list[dict[str, str]]]:
 
 def read_body(content_type: str, raw: bytes) -> Body:
     head = b"Content-Type: " + (content_type or "text/plain").encode("latin-1") + b"\r\n\r\n"
-    kind = message_from_bytes(head).get_content_type()
+    kind = _kind(head)
     try:
         if kind == "application/json":
             return Body(_parse(raw), size=len(raw))
@@ -68,6 +69,11 @@ def read_body(content_type: str, raw: bytes) -> Body:
     except (ValueError, RecursionError) as error:
         problem = f"the body cannot be read: {error}"
     return Body(raw[:1000].decode(errors="replace") if raw else None, problem, size=len(raw))
+
+
+@lru_cache  # it is the same for nearly all, and takes as long as all else that is read
+def _kind(head: bytes) -> str:
+    return message_from_bytes(head).get_content_type()
 
 
 _NOT_EMPTY = msgspec.Meta(min_length=1)
@@ -131,7 +137,7 @@ def _delete(kind: str) -> "_Act":
 
 
 def _job(state: State, entry: Entry, _: Body) -> dict[str, Any]:
-    job = state.jobs.get(unquote(entry.path.removeprefix(_JOB_PATH)))
+    job = state.jobs.get(unquote(entry.path.removeprefix(JOB_PATH)))
     if job is None:
         raise RefusalError(404, "no such job")
     return _shown(state, job, completed_rows=job.completed_rows)
@@ -143,7 +149,6 @@ def _shown(state: State, job: Job, **more: int) -> dict[str, Any]:
 
 
 _Act = Callable[[State, Entry, Any], Any]  # what it returns is the answer's body
-_JOB_PATH = "/v1/background_jobs/"
 _VERSIONED = {"identify", "track", "delete"}
 # The lane, the body's shape, what it does.
 _ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, _Act]] = {
@@ -155,7 +160,7 @@ _ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, _Act]] = {
     ("POST", "/v1/users/bulk_identify"): ("upload", None, _bulk("users", _UserRow)),
     ("POST", "/v1/companies/bulk_identify"): ("upload", None, _bulk("companies", _Company)),
     ("GET", "/v1/background_jobs"): ("poll", None, lambda state, *_: [_shown(state, job) for job in state.jobs.values()]),
-    ("GET", _JOB_PATH): ("poll", None, _job),
+    ("GET", JOB_PATH): ("poll", None, _job),
     ("DELETE", "/v1/users"): ("delete", dict[str, Any], _delete("users")),
     ("DELETE", "/v1/companies"): ("delete", dict[str, Any], _delete("companies")),
     ("GET", "/v1/validate"): (None, None, lambda *_: {}),

@@ -4,6 +4,7 @@
 | --- | --- |
 | GET state | users, companies, events, jobs, deletions, as of now |
 | GET requests?after=N | the log: every request but the control ones, in the order of arrival |
+| GET counts | how many requests of the log got which status: {"<method> <path>": {"<status>": n}} |
 | GET history?user_id=U | what was written for each user: [property, value, request number], in order |
 | GET, POST, DELETE faults | list, add one (the members are faults.Fault's), clear |
 | POST, DELETE job_faults | adds one (the members are state.JobFault's), for a job to come; clears |
@@ -125,7 +126,8 @@ class Handler(BaseHTTPRequestHandler):
             if answer is None and status >= 400:
                 answer = api.errors(status, "a fault was asked for")
         if fault.drop is None and not fault.garbage:
-            entry.status = status
+            with state.lock:
+                state.answered(entry, status)
         if self._stopped_within(fault.delay_after_seconds):
             return
         if fault.drop is not None or fault.garbage:
@@ -172,6 +174,8 @@ class Handler(BaseHTTPRequestHandler):
                 return state.snapshot()
             case "GET requests":
                 return state.requests[int(query.get("after", ["0"])[0]) :]
+            case "GET counts":
+                return state.counts()
             case "GET history":
                 return state.history.get(query["user_id"][0], []) if "user_id" in query else state.history
             case "GET faults":

@@ -1,8 +1,9 @@
 """What Userpilot would hold, and how fast it takes it in. No HTTP here; time comes in as two callables."""
 
+import math
 import threading
 import uuid
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ import msgspec
 
 DELETIONS_HOUR = 2  # UTC; Userpilot carries deletions out once a day
 DELETION_WINDOW_SECONDS = 2.0
+JOB_PATH = "/v1/background_jobs/"
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -114,6 +116,10 @@ class Entry(msgspec.Struct):
     fault: str | None = None
     x_request_id: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def endpoint(self) -> str:
+        return f"{self.method} {JOB_PATH + '*' if self.path.startswith(JOB_PATH) else self.path}"
+
 
 class State:
     """Whoever calls holds `lock`, and has jobs and deletions move on by `advance` before anything else."""
@@ -134,7 +140,9 @@ class State:
         self.jobs: dict[str, Job] = {}
         self._running: Job | None = None
         self.deletions: list[dict[str, Any]] = []
+        self._deletions_due_at = math.inf
         self.requests: list[Entry] = []
+        self._counts: dict[str, Counter[int | None]] = defaultdict(Counter)
         self.history: dict[str, list[tuple[str, Any, int]]] = {}
         self._windows: dict[str, deque[float]] = {}
         self._advanced_at = self._monotonic()
@@ -145,7 +153,12 @@ class State:
         if isinstance(body, dict):
             entry.user_id, entry.company_id = _text(body, "user_id"), _text(body, "company_id")
         self.requests.append(entry)
+        self._counts[entry.endpoint][None] += 1
         return entry
+
+    def answered(self, entry: Entry, status: int) -> None:
+        entry.status = status
+        self._counts[entry.endpoint].update({None: -1, status: 1})
 
     def admit(self, lane: str, entry: Entry) -> None:
         """A place in each window that the request counts in, or in none. One refused later (a 400) keeps them."""
@@ -228,6 +241,7 @@ class State:
         due += timedelta(days=due <= now)
         times = {"requested_at": now.timestamp(), "due_at": due.timestamp(), "done_at": None}
         self.deletions.append({"kind": kind, "ids": ids} | times)
+        self._deletions_due_at = min(self._deletions_due_at, due.timestamp())
 
     def set_limits(self, limits: Limits) -> None:
         with self.lock:
@@ -239,9 +253,11 @@ class State:
         since, self._advanced_at = self._advanced_at, self._monotonic()
         if self._running is not None:
             self._work(self._running, since, self._advanced_at)
-        for deletion in self.deletions:
-            if deletion["done_at"] is None and (delete_now or deletion["due_at"] <= self._wall()):
-                self._carry_out(deletion)
+        if delete_now or self._deletions_due_at <= self._wall():  # all that are open: it is the same hour
+            for deletion in self.deletions:
+                if deletion["done_at"] is None:
+                    self._carry_out(deletion)
+            self._deletions_due_at = math.inf
 
     def snapshot(self) -> dict[str, Any]:
         """Shares the inner objects with the state, so serialize it under the lock."""
@@ -252,6 +268,10 @@ class State:
             "jobs": [job.fields() | {"completed_rows": job.completed_rows} for job in self.jobs.values()],
             "deletions": self.deletions,
         }
+
+    def counts(self) -> dict[str, Counter[int | None]]:
+        """How many requests of the log got which status, by endpoint; None as in an entry."""
+        return {endpoint: +statuses for endpoint, statuses in self._counts.items()}
 
     def _work(self, job: Job, since: float, now: float) -> None:
         speed, before = self.limits.bulk_rows_per_minute / 60, job.worked

@@ -204,6 +204,20 @@ def test_deletions_wait_for_two_in_the_morning(client, clock):
     assert client.control("GET", "state")["users"] == {}
 
 
+def test_deletions_are_carried_out_day_after_day(client, clock):
+    for day in (0, 1):
+        client.identify("u1")
+        clock.seconds = day * 86_400 + 60
+        assert client.status("DELETE", "/v1/users", {"users": ["u1"]}) == 202
+        clock.seconds += 3
+        assert client.status("DELETE", "/v1/users", {"users": ["u2"]}) == 202
+        assert set(client.control("GET", "state")["users"]) == {"u1"}
+        clock.seconds = day * 86_400 + 2 * 3600
+        assert client.control("GET", "state")["users"] == {}
+    done = [deletion["done_at"] - 1_767_225_600 for deletion in client.control("GET", "state")["deletions"]]
+    assert done == [7200, 7200, 93_600, 93_600]
+
+
 def test_every_request_is_on_the_log(client):
     client.identify("u1", a=1)
     sent_id = client.x_request_id
@@ -227,6 +241,25 @@ def test_every_request_is_on_the_log(client):
     assert [entry["number"] for entry in client.control("GET", "requests?after=1")] == [2]
     client.control("POST", "reset")
     assert client.control("GET", "requests") == []
+
+
+def test_the_log_is_counted(client):
+    client.control("POST", "limits", {"identify_per_minute": 2})
+    client.control("POST", "faults", {"user_id": "u1", "drop": "after", "times": 1})
+    with pytest.raises(http.client.RemoteDisconnected):
+        client.identify("u1")
+    client.connection.close()
+    assert [client.identify("u1") for _ in range(3)] == [202, 429, 429]
+    for job in ("one", "two"):
+        client.status("GET", f"/v1/background_jobs/{job}")
+    client.status("GET", "/v1/background_jobs")
+    assert client.control("GET", "counts") == {
+        "POST /v1/identify": {"null": 1, "202": 1, "429": 2},
+        "GET /v1/background_jobs/*": {"404": 2},
+        "GET /v1/background_jobs": {"200": 1},
+    }
+    client.control("POST", "reset")
+    assert client.control("GET", "counts") == {}
 
 
 def test_a_fault_answers_instead(client):
