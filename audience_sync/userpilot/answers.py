@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 MAX_ERROR_LENGTH = 500
+MAX_TEXT_LENGTH = 65_536  # of a body that is looked at for words; the rest is not worth the memory
 MAX_REQUEST_ID_LENGTH = 200
 MAX_RETRY_AFTER_SECONDS = 900.0
 
@@ -124,7 +125,7 @@ def _entry_words(entry: dict[str, Any]) -> str:
 
 def one_line(text: str, max_length: int, secret: str) -> str:
     """The text without the secret, as every database and terminal takes it."""
-    open_text = _spellings(secret).sub("[API key]", text)
+    open_text = _spellings(secret).sub("[API key]", text)[:MAX_TEXT_LENGTH]
     printable = "".join(character if character.isprintable() else " " for character in open_text)
     return " ".join(printable.split())[:max_length]
 

@@ -33,7 +33,7 @@ class Wire:
                 self._adopt(info["return_value"].get_extra_info("socket"))
             case "connection.start_tls.complete":
                 self._socket = info["return_value"].get_extra_info("socket")
-            case "http11.send_request_headers.started":
+            case "http11.send_request_headers.started" if not self.cut:
                 self.sent = True
 
     def _adopt(self, connected: socket.socket) -> None:

@@ -8,6 +8,14 @@ import threading
 import pytest
 import trustme
 
+REQUESTS = {
+    "send": lambda client: client.send("v1/identify", {"user_id": "u1", "metadata": {"vip": True}}),
+    "upload": lambda client: client.upload(
+        "v1/users/bulk_identify", "users.ndjson", b'{"user_id":"u1","metadata":{"vip":true}}\n'
+    ),
+    "get": lambda client: client.get("v1/background_jobs"),
+}
+
 
 class Server:
     def __init__(self, script, tls):
@@ -72,6 +80,12 @@ class Server:
                 peer = stack.enter_context(self._tls.wrap_socket(peer, server_side=True))
             self._peers.append(peer)
             self._script(self, peer)
+
+
+@pytest.fixture(params=REQUESTS)
+def ask(request):
+    """ask(client) makes a request, of each kind in turn."""
+    return REQUESTS[request.param]
 
 
 @pytest.fixture
