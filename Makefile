@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench
+.PHONY: demo test test-httpx2 lint format bench
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/pytest --numprocesses 3 --dist worksteal
+
+test-httpx2: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check httpx2
+	TEST_IN_PLACE_OF_HTTPX=httpx2 $(BIN)/pytest --numprocesses 3 --dist worksteal tests/userpilot tests/delivery
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

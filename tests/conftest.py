@@ -1,8 +1,10 @@
 """Both databases, fresh for each test and migrated, and the sandbox on a real socket."""
 
+import importlib
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -18,6 +20,10 @@ from audience_sync.store import engines, migrate
 from audience_sync.userpilot.answers import Answer, Outcome
 
 SCHEMA = "audience_sync"
+
+if in_place_of_httpx := os.environ.get("TEST_IN_PLACE_OF_HTTPX"):  # a library of the same API
+    assert "httpx" not in sys.modules
+    sys.modules["httpx"] = importlib.import_module(in_place_of_httpx)
 
 os.environ.pop(
     "PYTHONDONTWRITEBYTECODE", None

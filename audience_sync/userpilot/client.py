@@ -57,7 +57,7 @@ class Client:
         self._lock = threading.Lock()
         self._idle: list[_Line] = []
         self._closed = False
-        for name in (httpx.__name__, "httpcore"):
+        for name in (httpx.__name__, httpx.__name__.replace("httpx", "httpcore")):
             logging.getLogger(name).setLevel(logging.WARNING)  # at INFO they print URLs, at DEBUG headers
 
     def __repr__(self) -> str:
