@@ -49,7 +49,7 @@ LOOK_SECONDS = 15.0  # between two looks at jobs that are not ours
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 30.0
 PATIENCE_SECONDS = 1800.0  # with a job of which nothing moves; longer where it is large
 MOST_MISSES = 3  # times that Userpilot does not know a job
-MEASURED_ROWS = 500  # of a job that tells how fast jobs are
+MEASURED_ROWS = 100  # of a job that tells how fast jobs are
 SLOWEST = 4  # times slower than the settings say
 REFUSALS_BEFORE_PAUSE = 5
 _NO_ENDPOINT = {404, 405, 501}
@@ -265,9 +265,19 @@ class Bulk:
                 job.end("lost", f"A bulk job was {ELSEWHERE}")
 
     def step(
-        self, connection: sa.Connection, now: dt.datetime, epoch: int, *, may_start: bool, is_ending: bool
+        self,
+        connection: sa.Connection,
+        now: dt.datetime,
+        epoch: int,
+        *,
+        live_count: int,
+        may_start: bool,
+        is_ending: bool,
     ) -> Step:
-        """A transaction's share of the work; `committed` must be told when it is."""
+        """A transaction's share of the work; `committed` must be told when it is.
+
+        `live_count`: how many users the same transaction gave to the live lane.
+        """
         step = Step()
         self._lose_patience()
         for job in self.jobs:
@@ -290,7 +300,7 @@ class Bulk:
         if gathering is not None and gathering.candidates:
             self._gather(connection, gathering, now, step)
         elif gathering is None and may_start and self._is_time_to_gather():
-            self._begin(connection, now, epoch, step)
+            self._begin(connection, now, epoch, live_count, step)
         if self._errand is None:
             step.errand = self._next_errand(connection, gathering, now, step)
         return step
@@ -337,8 +347,10 @@ class Bulk:
             return False
         return job is None or (job.status == "running" and self._remaining(job) <= AHEAD_SECONDS)
 
-    def _begin(self, connection: sa.Connection, now: dt.datetime, epoch: int, step: Step) -> None:
-        candidates = self._candidates(connection, now)
+    def _begin(
+        self, connection: sa.Connection, now: dt.datetime, epoch: int, live_count: int, step: Step
+    ) -> None:
+        candidates = self._candidates(connection, now, live_count)
         if not candidates:
             self._backlog_at = self.clock.monotonic() + BACKLOG_SECONDS
             return
@@ -347,7 +359,7 @@ class Bulk:
         job = Job(request_id, filename, "gathering", candidates=candidates)
         step.after_commit.append(lambda: self.jobs.append(job))
 
-    def _candidates(self, connection: sa.Connection, now: dt.datetime) -> list[str]:
+    def _candidates(self, connection: sa.Connection, now: dt.datetime, live_count: int) -> list[str]:
         """The users of the next job. The oldest of the queue are left to the live lane, which takes them meanwhile."""
         pace, settings = self.pace, self.settings
         limit = settings.rows_per_job + share.live_users(settings.rows_per_job, 0, pace) + pace.live_limit + 1
@@ -360,7 +372,7 @@ class Bulk:
                     waiting[each.user_id] = waiting.get(each.user_id, False) or each.was_tried
             if delivery_class != "push":
                 bursting = len(waiting)
-        at_once = min(bursting, self.live.room(self.clock.monotonic()))
+        at_once = min(bursting, max(0, self.live.room(self.clock.monotonic()) - live_count))
         rows = share.job_rows(len(waiting), at_once, pace)
         if not rows:
             return []

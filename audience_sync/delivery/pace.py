@@ -5,11 +5,18 @@ from collections import deque
 from dataclasses import dataclass, field
 
 WINDOW_SECONDS = 60.0
-THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0)  # Userpilot's advice where it sends no Retry-After
+THROTTLED_SECONDS = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    30.0,
+)  # Userpilot's advice, where it sends no Retry-After, is up to 8
 LONGEST_PAUSE_SECONDS = 900.0
 FAILURES_BEFORE_PAUSE = 5
 SLOWEST = 0.05  # of the limit
-PUSH_SECONDS = 0.1  # what a lane that stood still may catch up on pushes
+PUSH_SECONDS = 1.0  # what a lane that stood still may catch up on pushes
 _ROUNDING = 1e-6
 
 
@@ -44,12 +51,12 @@ class Lane:
 
     def room(self, now: float, *, push: bool = False) -> int:
         """How many requests may start now; pushes are spread evenly."""
-        while self.ended and self.ended[0] + self.window_seconds <= now:
+        while self.ended and self.ended[0] + self.window_seconds + _ROUNDING <= now:
             self.ended.popleft()
         if now < self.paused_until:
             return 0
         free = self.limit - self.in_flight - len(self.ended)
-        if self.pause_level:  # after failures one request tries whether all is well again
+        if self.pause_level or self.throttle_streak:  # one request tries whether all is well again
             free = min(free, 1 - self.in_flight)
         if push:
             self._earn(now)
@@ -62,10 +69,11 @@ class Lane:
             return 0.0
         wait = max(0.0, self.paused_until - now)
         excess = self.in_flight + len(self.ended) - self.limit
-        if excess >= len(self.ended) or (self.pause_level and self.in_flight):
+        is_trying = bool((self.pause_level or self.throttle_streak) and self.in_flight)
+        if excess >= len(self.ended) or is_trying:
             return math.inf
         if excess >= 0:
-            wait = max(wait, self.ended[excess] + self.window_seconds - now)
+            wait = max(wait, self.ended[excess] + self.window_seconds + 2 * _ROUNDING - now)
         if push:
             wait = max(wait, (1.0 - self._credit) / self.per_second)
         return wait

@@ -267,6 +267,7 @@ class Worker:
             connection,
             self.clock.now(),
             lease.epoch,
+            live_count=sum(each.action == "identify" for each in found),
             may_start=not self.is_gathering(),
             is_ending=is_ending,
         )

@@ -8,18 +8,18 @@ import sqlalchemy as sa
 from audience_sync.delivery import bulk
 from audience_sync.delivery.worker import Worker
 from audience_sync.sandbox.state import JobFault
-from audience_sync.store import engines
+from audience_sync.store import destinations, engines
 from audience_sync.store.tables import bulk_jobs, deliveries
 from audience_sync.userpilot import payloads
 from tests.delivery.conftest import settings_of
 from tests.delivery.userpilot import LocalUserpilot
 
-LIVE, ROWS = 600, 1800  # a minute
+LIVE, ROWS = 120, 360  # a minute: a fifth of Userpilot's, for a fifth of the work
 
 
 @pytest.fixture
 def userpilot(clock):
-    return LocalUserpilot(clock)
+    return LocalUserpilot(clock, identify_per_minute=LIVE, bulk_rows_per_minute=ROWS)
 
 
 @pytest.fixture
@@ -28,10 +28,9 @@ def work(hand_queue, clock, userpilot):
 
     def make(*, per_job=10_000, live=LIVE, rows=ROWS, on_progress=lambda _: None, **changes):
         settings = settings_of(
-            per_minute={"identify": live, "track": 600, "company": 600},
-            poll_seconds=1.0,
+            per_minute={"identify": live, "track": LIVE, "company": LIVE},
             jobs=bulk.Settings(row=row, rows_per_minute=rows, rows_per_job=per_job),
-            **changes,
+            **({"poll_seconds": 1.0} | changes),
         )
         return Worker(hand_queue.engine, userpilot, settings, clock, on_progress=on_progress)
 
@@ -56,17 +55,17 @@ def assert_all_told_once(queue, userpilot, count):
 
 
 def test_a_push_goes_by_both_lanes_which_end_together(hand_queue, clock, userpilot, work):
-    hand_queue.fill(4_000, kind="push")
+    hand_queue.fill(800, kind="push")
 
     report = work().deliver()
 
-    assert_all_told_once(hand_queue, userpilot, 4_000)
+    assert_all_told_once(hand_queue, userpilot, 800)
     ((status, rows),) = userpilot.uploads()
-    assert (status, rows) == (202, pytest.approx(3_000, abs=10))
+    assert (status, rows) == (202, pytest.approx(600, abs=10))
     assert clock.seconds == pytest.approx(100, rel=0.03)
     assert userpilot.refusals(429) == userpilot.refusals(409) == 0
-    assert (report.accepted_count, report.pending_count) == (4_000, 0)
-    assert report.request_count == 4_000 - rows + 1
+    assert (report.accepted_count, report.pending_count) == (800, 0)
+    assert report.request_count == 800 - rows + 1
     (job,) = jobs(hand_queue.engine)
     assert (job.status, job.row_count, job.completed_count) == ("completed", rows, rows)
     assert job.job_id
@@ -74,71 +73,71 @@ def test_a_push_goes_by_both_lanes_which_end_together(hand_queue, clock, userpil
 
 
 def test_a_long_push_takes_the_combined_limit(hand_queue, clock, userpilot, work):
-    hand_queue.fill(12_000, kind="push")
-    work(per_job=2_000).deliver()
-    assert_all_told_once(hand_queue, userpilot, 12_000)
-    assert 12_000 / clock.seconds >= 0.97 * (LIVE + ROWS) / 60
+    hand_queue.fill(2_400, kind="push")
+    work(per_job=400).deliver()
+    assert_all_told_once(hand_queue, userpilot, 2_400)
+    assert 2_400 / clock.seconds >= 0.97 * (LIVE + ROWS) / 60
     assert userpilot.refusals(429) == userpilot.refusals(409) == 0
-    assert max(rows for _, rows in userpilot.uploads()) == 2_000
+    assert max(rows for _, rows in userpilot.uploads()) == 400
 
 
 @pytest.mark.parametrize("kind", ["call", "change", "push"])
 def test_small_work_never_goes_by_bulk(hand_queue, userpilot, work, kind):
-    hand_queue.fill(600, kind=kind)
+    hand_queue.fill(LIVE, kind=kind)
     work().deliver()
     assert userpilot.uploads() == []
-    assert_all_told_once(hand_queue, userpilot, 600)
+    assert_all_told_once(hand_queue, userpilot, LIVE)
 
 
 def test_changes_burst_and_the_rest_goes_by_bulk(hand_queue, clock, userpilot, work):
-    hand_queue.fill(1_000)
+    hand_queue.fill(300)
     work().deliver()
-    assert userpilot.uploads() == [(202, 400)]
-    assert clock.seconds < 20
+    assert userpilot.uploads() == [(202, 300 - LIVE)]
+    assert clock.seconds == pytest.approx((300 - LIVE) / ROWS * 60, rel=0.03)
 
 
 def test_bulk_is_switched_off(hand_queue, userpilot, work):
-    hand_queue.fill(700, kind="push")
+    hand_queue.fill(140, kind="push")
     work(per_job=0).deliver()
     assert userpilot.uploads() == []
-    assert_all_told_once(hand_queue, userpilot, 700)
+    assert_all_told_once(hand_queue, userpilot, 140)
 
 
 def test_a_users_values_are_one_row_and_the_overwritten_ones_are_cancelled(hand_queue, userpilot, work):
-    hand_queue.fill(1_000, kind="push")
-    hand_queue.fill(1_000, kind="push")
-    hand_queue.add("u999", {"active": True}, kind="push")
+    hand_queue.fill(200, kind="push")
+    hand_queue.fill(200, kind="push")
+    hand_queue.add("u199", {"active": True}, kind="push")
     work().deliver()
-    assert hand_queue.counts() == {"accepted": 1_001, "cancelled": 1_000}
-    assert [rows for _, rows in userpilot.uploads()] == [750]
-    last = hand_queue.rows(deliveries.c.subject_id == "u999")
+    assert hand_queue.counts() == {"accepted": 201, "cancelled": 200}
+    assert [rows for _, rows in userpilot.uploads()] == [149]  # one was under way when the job was begun
+    last = hand_queue.rows(deliveries.c.subject_id == "u199")
     assert [(each.status, each.error) for each in last] == [
         ("cancelled", "overtaken by a newer value"), ("accepted", None), ("accepted", None),
     ]  # fmt: skip
-    assert userpilot.state.users["u999"]["properties"] == {"vip": True, "active": True}
+    assert userpilot.state.users["u199"]["properties"] == {"vip": True, "active": True}
 
 
 def test_a_newer_value_waits_for_the_job_and_then_follows(hand_queue, userpilot, work):
-    hand_queue.fill(4_000, kind="push")
+    hand_queue.fill(800, kind="push")
     added = []
 
     def change(_report):
         if userpilot.uploads() and not added:
-            added.append(hand_queue.add("u3999", {"vip": False}, kind="change"))
+            added.append(hand_queue.add("u400", {"vip": False}, kind="change"))
 
     work(on_progress=change).deliver()
 
-    assert [(name, value) for name, value, _ in userpilot.state.history["u3999"]] == [
+    assert [(name, value) for name, value, _ in userpilot.state.history["u400"]] == [
         ("vip", True),
         ("vip", False),
     ]
-    (first, second) = hand_queue.rows(deliveries.c.subject_id == "u3999")
+    (first, second) = hand_queue.rows(deliveries.c.subject_id == "u400")
     assert second.settled_at > first.settled_at
-    assert hand_queue.counts() == {"accepted": 4_001}
+    assert hand_queue.counts() == {"accepted": 801}
 
 
-def test_a_change_of_another_user_does_not_wait_for_the_job(hand_queue, clock, userpilot, work):
-    hand_queue.fill(100_000 // 5, kind="push")
+def test_a_change_of_another_user_does_not_wait_for_the_job(hand_queue, clock, work):
+    hand_queue.fill(4_000, kind="push")
     added = []
 
     def change(_report):
@@ -155,41 +154,41 @@ def test_a_change_of_another_user_does_not_wait_for_the_job(hand_queue, clock, u
 
 
 def test_the_real_pace_of_jobs_is_learned(hand_queue, clock, userpilot, work):
-    userpilot.state.limits = userpilot.state.limits.__class__(bulk_rows_per_minute=600)
-    hand_queue.fill(12_000, kind="push")
-    work(per_job=1_000).deliver()
-    assert_all_told_once(hand_queue, userpilot, 12_000)
-    assert 12_000 / clock.seconds >= 0.9 * (LIVE + 600) / 60
+    userpilot.limit(bulk_rows_per_minute=120)
+    hand_queue.fill(2_400, kind="push")
+    work(per_job=200).deliver()
+    assert_all_told_once(hand_queue, userpilot, 2_400)
+    assert 2_400 / clock.seconds >= 0.9 * (LIVE + 120) / 60
 
 
 # What may become of a job.
 
 
 def test_what_a_failed_job_held_is_told_by_the_live_lane(hand_queue, userpilot, work):
-    userpilot.state.job_faults.append(JobFault(outcome="failed", after_rows=500))
-    hand_queue.fill(2_000, kind="push")
+    userpilot.state.job_faults.append(JobFault(outcome="failed", after_rows=100))
+    hand_queue.fill(400, kind="push")
     work().deliver()
-    assert hand_queue.counts() == {"accepted": 2_000}
-    assert len(userpilot.told("vip")) == 2_000
+    assert hand_queue.counts() == {"accepted": 400}
+    assert len(userpilot.told("vip")) == 400
     assert jobs(hand_queue.engine)[0].status == "failed"
 
 
 def test_a_job_that_completed_with_rows_missing_forgets_nobody(hand_queue, userpilot, work):
-    userpilot.state.job_faults.append(JobFault(outcome="short", after_rows=700))
-    hand_queue.fill(2_000, kind="push")
+    userpilot.state.job_faults.append(JobFault(outcome="short", after_rows=150))
+    hand_queue.fill(400, kind="push")
     work().deliver()
-    assert hand_queue.counts() == {"accepted": 2_000}
-    assert len(userpilot.told("vip")) == 2_000
+    assert hand_queue.counts() == {"accepted": 400}
+    assert len(userpilot.told("vip")) == 400
     first = jobs(hand_queue.engine)[0]
-    assert (first.status, first.error) == ("failed", "Userpilot's bulk job completed 700 of 1500 rows")
+    assert (first.status, first.error) == ("failed", "Userpilot's bulk job completed 150 of 299 rows")
 
 
 def test_a_job_that_never_ends_is_given_up(hand_queue, clock, userpilot, work):
     userpilot.state.job_faults.append(JobFault(outcome="hangs", after_rows=10, state="mystery"))
-    hand_queue.fill(2_000, kind="push")
-    work().deliver()
-    assert hand_queue.counts() == {"accepted": 2_000}
-    assert len(userpilot.told("vip")) == 2_000
+    hand_queue.fill(400, kind="push")
+    work(poll_seconds=10.0).deliver()
+    assert hand_queue.counts() == {"accepted": 400}
+    assert len(userpilot.told("vip")) == 400
     (job,) = jobs(hand_queue.engine)
     assert (job.status, job.state) == ("lost", "mystery")
     assert bulk.PATIENCE_SECONDS < clock.seconds < 2 * bulk.PATIENCE_SECONDS + 600
@@ -197,13 +196,13 @@ def test_a_job_that_never_ends_is_given_up(hand_queue, clock, userpilot, work):
 
 def test_an_unknown_state_counts_as_running(hand_queue, userpilot, work):
     userpilot.state.job_faults.append(JobFault(state="mystery"))
-    hand_queue.fill(2_000, kind="push")
+    hand_queue.fill(400, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 2_000)
+    assert_all_told_once(hand_queue, userpilot, 400)
 
 
 def test_a_job_that_userpilot_does_not_know_any_more(hand_queue, userpilot, work):
-    hand_queue.fill(2_000, kind="push")
+    hand_queue.fill(400, kind="push")
     forgotten = []
 
     def forget(_report):
@@ -211,50 +210,50 @@ def test_a_job_that_userpilot_does_not_know_any_more(hand_queue, userpilot, work
             forgotten.append(userpilot.state.forget_jobs())
 
     work(on_progress=forget).deliver()
-    assert hand_queue.counts() == {"accepted": 2_000}
-    assert len(userpilot.told("vip")) == 2_000
+    assert hand_queue.counts() == {"accepted": 400}
+    assert len(userpilot.told("vip")) == 400
     assert jobs(hand_queue.engine)[0].status == "lost"
 
 
 def test_while_somebody_elses_job_runs_the_live_lane_works_on(hand_queue, clock, userpilot, work):
-    userpilot.state.start_other_job(3_000)  # 100 s
-    hand_queue.fill(6_000, kind="push")
+    userpilot.state.start_other_job(600)  # 100 s
+    hand_queue.fill(1_200, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 6_000)
+    assert_all_told_once(hand_queue, userpilot, 1_200)
     assert userpilot.refusals(409) == 1
     assert len(userpilot.uploads()) >= 2
-    assert clock.seconds < 6_000 / 40 + 100
+    assert clock.seconds < 1_200 / 8 + 110
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 404])
 def test_an_upload_that_is_put_off_gives_its_users_back(hand_queue, userpilot, work, status):
     fault = {"path": "/v1/users/bulk_identify", "status": status, "times": 2}
     userpilot.faults.add(fault)
-    hand_queue.fill(4_000, kind="push")
+    hand_queue.fill(800, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 4_000)
+    assert_all_told_once(hand_queue, userpilot, 800)
     assert Counter(found for found, _ in userpilot.uploads())[status] == 2
     assert all(row.attempt_count == 1 for row in hand_queue.rows())
 
 
 def test_too_large_an_upload_is_halved(hand_queue, userpilot, work):
-    userpilot.state.limits = userpilot.state.limits.__class__(bulk_rows_per_request=800)
-    hand_queue.fill(6_000, kind="push")
+    userpilot.limit(bulk_rows_per_request=160)
+    hand_queue.fill(1_200, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 6_000)
+    assert_all_told_once(hand_queue, userpilot, 1_200)
     statuses = Counter(found for found, _ in userpilot.uploads())
     assert statuses[413] <= 4
 
 
-@pytest.mark.parametrize("place", [160, 500, 999])
+@pytest.mark.parametrize("place", [40, 100, 199])
 def test_a_refused_row_is_found_by_halving(hand_queue, userpilot, work, place):
     """400 for every job that holds the user, and for the user alone: the rest is delivered."""
     refuse_rows_of(userpilot, f"u{place}")
-    hand_queue.fill(1_000, kind="push")
-    work(live=60, rows=6_000).deliver()
-    assert hand_queue.counts() == {"accepted": 999, "dead": 1}
-    assert len(userpilot.told("vip")) == 999
-    assert sum(status == 400 for status, _ in userpilot.uploads()) <= 11
+    hand_queue.fill(200, kind="push")
+    work(live=12).deliver()
+    assert hand_queue.counts() == {"accepted": 199, "dead": 1}
+    assert len(userpilot.told("vip")) == 199
+    assert sum(status == 400 for status, _ in userpilot.uploads()) <= 9
 
 
 def refuse_rows_of(userpilot, user_id):
@@ -276,45 +275,47 @@ def refuse_rows_of(userpilot, user_id):
 @pytest.mark.parametrize("drop", ["before", "after"])
 @pytest.mark.parametrize("is_bare", [False, True])
 def test_an_upload_whose_answer_never_came(hand_queue, userpilot, work, drop, is_bare):
-    userpilot.state.limits = userpilot.state.limits.__class__(bare_jobs=is_bare)
+    userpilot.limit(bare_jobs=is_bare)
     userpilot.faults.add({"path": "/v1/users/bulk_identify", "drop": drop, "times": 1})
-    hand_queue.fill(2_000, kind="push")
+    hand_queue.fill(400, kind="push")
     work().deliver()
-    assert hand_queue.counts() == {"accepted": 2_000}
-    assert len(userpilot.told("vip")) == 2_000
+    assert hand_queue.counts() == {"accepted": 400}
+    assert len(userpilot.told("vip")) == 400
     if drop == "after" and not is_bare:  # found by its file's name, and followed
-        assert_all_told_once(hand_queue, userpilot, 2_000)
+        assert_all_told_once(hand_queue, userpilot, 400)
         assert jobs(hand_queue.engine)[0].status == "completed"
 
 
 def test_a_process_that_comes_after_follows_the_job(hand_queue, clock, userpilot, work):
-    hand_queue.fill(2_000, kind="push")
+    hand_queue.fill(400, kind="push")
     first = work(on_progress=lambda _: first.stop.set() if userpilot.uploads() else None)
     first.deliver()
-    assert hand_queue.counts()["sending"] == 1_500
+    assert hand_queue.counts()["sending"] == 299
     clock.sleep(30)
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 2_000)
+    assert_all_told_once(hand_queue, userpilot, 400)
     (job,) = jobs(hand_queue.engine)
     assert job.status == "completed"
 
 
 def test_a_refused_key_leaves_the_job_to_who_comes_after(hand_queue, userpilot, work):
     userpilot.faults.add({"path": "/v1/background_jobs/*", "status": 401, "times": 1})
-    hand_queue.fill(2_000, kind="push")
+    hand_queue.fill(400, kind="push")
     report = work().deliver()
     assert report.stopped
-    assert hand_queue.counts()["sending"] == 1_500
+    assert hand_queue.counts()["sending"] == 299
+    with engines.write(hand_queue.engine) as connection:
+        destinations.go(connection)
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 2_000)
+    assert_all_told_once(hand_queue, userpilot, 400)
 
 
 def test_rows_that_are_not_fit_go_live(hand_queue, userpilot, work):
-    hand_queue.fill(2_000, kind="push")
-    hand_queue.add("u1999", {"story": "x" * 70_000}, kind="push")
+    hand_queue.fill(400, kind="push")
+    hand_queue.add("u399", {"story": "x" * 70_000}, kind="push")
     work().deliver()
-    assert hand_queue.counts() == {"accepted": 2_001}
-    assert len(userpilot.state.users["u1999"]["properties"]["story"]) == 70_000
+    assert hand_queue.counts() == {"accepted": 401}
+    assert len(userpilot.state.users["u399"]["properties"]["story"]) == 70_000
 
 
 # Limits that are other than the settings say.
@@ -323,8 +324,8 @@ def test_rows_that_are_not_fit_go_live(hand_queue, userpilot, work):
 @pytest.mark.parametrize(
     "limits",
     [
-        {"identify_per_minute": 300},
-        {"others_per_minute": 300},
+        {"identify_per_minute": LIVE // 2},
+        {"others_per_minute": LIVE // 2},
         {"uploads_count": True},
         {"polls_count": True},
         {"rows_count": True},
@@ -332,9 +333,9 @@ def test_rows_that_are_not_fit_go_live(hand_queue, userpilot, work):
     ids=str,
 )
 def test_no_storm_of_refusals(hand_queue, clock, userpilot, work, limits):
-    userpilot.state.limits = userpilot.state.limits.__class__(**limits)
-    hand_queue.fill(20_000, kind="push")
+    userpilot.limit(**limits)
+    hand_queue.fill(2_000, kind="push")
     work().deliver()
-    assert hand_queue.counts() == {"accepted": 20_000}
+    assert hand_queue.counts() == {"accepted": 2_000}
     minutes = clock.seconds / 60
     assert userpilot.refusals(429) <= 6 * minutes + 5

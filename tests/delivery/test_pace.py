@@ -4,7 +4,7 @@ from collections import deque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audience_sync.delivery.pace import Lane
+from audience_sync.delivery.pace import PUSH_SECONDS, Lane
 
 SECONDS = st.floats(0, 20, allow_nan=False)
 
@@ -71,7 +71,7 @@ def test_pushes_never_come_in_bursts(steps, limit):
     per_second = limit / 60
     for i, first in enumerate(started):
         for count, moment in enumerate(started[i:], 1):
-            assert count <= 1 + per_second * (moment - first + 0.1) + 1e-3
+            assert count <= 1 + per_second * (moment - first + PUSH_SECONDS) + 1e-3
 
 
 def test_calls_may_burst_into_an_empty_window_and_pushes_not():
@@ -117,20 +117,22 @@ def test_a_throttled_lane_waits_as_told_and_then_goes_at_half_its_pace():
     assert lane.throttled(10.0, 30.0)
     assert not lane.throttled(10.1, 30.0), "the rest of the burst says nothing new"
     assert lane.wait_seconds(10.1) == 29.9
+    assert lane.room(40.0) == 1, "one request tries"
+    lane.succeeded()
     assert lane.room(40.0) == 300
     for _ in range(600):
         lane.succeeded()
     assert lane.room(40.0) == 600
 
 
-def test_without_retry_after_the_pauses_are_those_that_userpilot_advises():
+def test_without_retry_after_the_pauses_are_those_that_userpilot_advises_and_then_grow():
     lane, now, pauses = Lane(600), 0.0, []
-    for _ in range(5):
+    for _ in range(7):
         lane.throttled(now, None)
         pauses.append(lane.wait_seconds(now))
         now += pauses[-1]
 
-    assert pauses == [1, 2, 4, 8, 8]
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
 
 
 def test_a_pause_is_never_longer_than_15_minutes():

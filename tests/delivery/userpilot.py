@@ -4,6 +4,8 @@ import json
 import threading
 from email.message import Message
 
+import msgspec
+
 from audience_sync.sandbox import Limits
 from audience_sync.sandbox.api import API_VERSION, Body, answer
 from audience_sync.sandbox.faults import Faults
@@ -24,6 +26,9 @@ class LocalUserpilot:
         self._headers = Message()
         self._headers["Authorization"] = f"Token {KEY}"
         self._headers["X-API-Version"] = API_VERSION
+
+    def limit(self, **limits):
+        self.state.set_limits(msgspec.structs.replace(self.state.limits, **limits))
 
     def send(self, path, payload):
         return self._ask("POST", path, Body(payload))
