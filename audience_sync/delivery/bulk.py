@@ -22,26 +22,23 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-from urllib.parse import quote
+from functools import partial
+from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync import crash, logs
+from audience_sync import logs
 from audience_sync.clock import Clock
-from audience_sync.delivery import claims, merge, share
+from audience_sync.delivery import merge, share
+from audience_sync.delivery.gather import Gatherer
+from audience_sync.delivery.jobs import Errand, Job, is_running
 from audience_sync.delivery.pace import LONGEST_PAUSE_SECONDS, Lane
-from audience_sync.store import deliveries as queue
 from audience_sync.store import jobs as store
 from audience_sync.store.destinations import ELSEWHERE
 from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-UPLOAD_PATH = "v1/users/bulk_identify"
-JOBS_PATH = "v1/background_jobs"
-MOST_BYTES = 20_000_000  # of an upload; Userpilot takes 50 MB
-PIECE = 500  # users that a transaction takes into a job
 AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back
 BACKLOG_SECONDS = 1.0  # between two looks at how long the queue is
@@ -53,12 +50,6 @@ MEASURED_ROWS = 100  # of a job that tells how fast jobs are
 SLOWEST = 4  # times slower than the settings say
 REFUSALS_BEFORE_PAUSE = 5
 _NO_ENDPOINT = {404, 405, 501}
-
-
-class JobSender(Protocol):
-    def upload(self, path: str, filename: str, content: bytes, /) -> Answer: ...
-
-    def get(self, path: str, /) -> Answer: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,63 +64,6 @@ class Settings:
     rows_per_job: int = 0
     fingerprint: str | None = None
     grace: dt.timedelta = merge.GRACE
-
-
-@dataclass(slots=True)
-class Job:
-    """A job that is not settled; times are monotonic seconds."""
-
-    request_id: int
-    filename: str
-    status: str
-    row_count: int = 0
-    job_id: str | None = None
-    state: str | None = None
-    completed_count: int | None = None
-    submitted_at: float = 0.0
-    moved_at: float = 0.0  # when anything was last heard of it that was new
-    poll_at: float = 0.0
-    miss_count: int = 0
-    error: str | None = None
-    is_changed: bool = False  # the database does not know yet
-    upload: Answer | None = None  # which the database does not know yet
-    candidates: list[str] = field(default_factory=list)
-    lines: list[bytes] = field(default_factory=list)
-    size: int = 0  # bytes
-    ready_at: float = math.inf
-
-    @property
-    def is_under_way(self) -> bool:
-        return self.status in {"uploading", "running"}
-
-    @property
-    def is_over(self) -> bool:
-        return self.status in {"completed", "failed", "dropped", "lost"}
-
-    def end(self, status: str, error: str | None = None) -> None:
-        self.status, self.error, self.is_changed = status, error, True
-        self.candidates, self.lines = [], []
-
-
-@dataclass(frozen=True, slots=True)
-class Errand:
-    """Something to ask Userpilot. `job` is None where it is about jobs that are not ours."""
-
-    what: str  # upload, poll or list
-    job: Job | None
-    content: bytes = b""
-
-    def run(self, sender: JobSender) -> Answer:
-        if self.what == "upload" and self.job is not None:
-            crash.at("before_upload")
-            answer = sender.upload(UPLOAD_PATH, self.job.filename, self.content)
-            crash.at("after_upload")
-            return answer
-        if self.what == "poll" and self.job is not None:
-            answer = sender.get(f"{JOBS_PATH}/{quote(self.job.job_id or '', safe=':')}")
-            crash.at("after_poll")
-            return answer
-        return sender.get(JOBS_PATH)
 
 
 @dataclass(slots=True)
@@ -162,11 +96,12 @@ class Bulk:
     _others_run: bool = False
     _look_at: float = -math.inf  # for jobs of others
     _backlog_at: float = -math.inf  # when the backlog is looked at again
-    _unfit: set[str] = field(default_factory=set)  # users whose rows only the live lane should tell
+    _gatherer: Gatherer = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows_per_second = self.settings.rows_per_minute / 60
         self._most_rows = self._rows_cap = self.settings.rows_per_job
+        self._gatherer = Gatherer(self.settings.row, self.settings.fingerprint)
 
     # What the worker asks.
 
@@ -179,7 +114,7 @@ class Bulk:
         """Whether a job is to be followed; at the end only until what was asked is answered and written down."""
         if is_ending:
             return self._errand is not None or any(job.is_changed or job.is_over for job in self.jobs)
-        return bool(self.jobs)
+        return self._errand is not None or bool(self.jobs)
 
     @property
     def is_asking(self) -> bool:
@@ -298,7 +233,10 @@ class Bulk:
             return step
         gathering = next((job for job in self.jobs if job.status == "gathering"), None)
         if gathering is not None and gathering.candidates:
-            self._gather(connection, gathering, now, step)
+            step.after_commit += [
+                self._gatherer.gather(connection, gathering, now),
+                partial(self._look_whether_ready, gathering),
+            ]
         elif gathering is None and may_start and self._is_time_to_gather():
             self._begin(connection, now, epoch, live_count, step)
         if self._errand is None:
@@ -350,7 +288,8 @@ class Bulk:
     def _begin(
         self, connection: sa.Connection, now: dt.datetime, epoch: int, live_count: int, step: Step
     ) -> None:
-        candidates = self._candidates(connection, now, live_count)
+        room = max(0, self.live.room(self.clock.monotonic()) - live_count)
+        candidates = self._gatherer.candidates(connection, now, self.pace, room, self._most_rows)
         if not candidates:
             self._backlog_at = self.clock.monotonic() + BACKLOG_SECONDS
             return
@@ -359,66 +298,9 @@ class Bulk:
         job = Job(request_id, filename, "gathering", candidates=candidates)
         step.after_commit.append(lambda: self.jobs.append(job))
 
-    def _candidates(self, connection: sa.Connection, now: dt.datetime, live_count: int) -> list[str]:
-        """The users of the next job. The oldest of the queue are left to the live lane, which takes them meanwhile."""
-        pace, settings = self.pace, self.settings
-        limit = settings.rows_per_job + share.live_users(settings.rows_per_job, 0, pace) + pace.live_limit + 1
-        waiting: dict[str, bool] = {}
-        bursting = 0
-        for delivery_class in queue.CLASSES:
-            left = limit - len(waiting)
-            if left > 0:
-                for each in store.backlog(connection, delivery_class, now, left, settings.fingerprint):
-                    waiting[each.user_id] = waiting.get(each.user_id, False) or each.was_tried
-            if delivery_class != "push":
-                bursting = len(waiting)
-        at_once = min(bursting, max(0, self.live.room(self.clock.monotonic()) - live_count))
-        rows = share.job_rows(len(waiting), at_once, pace)
-        if not rows:
-            return []
-        fit = [
-            user_id for user_id, was_tried in waiting.items() if not was_tried and user_id not in self._unfit
-        ]
-        left_to_live = share.live_users(rows, at_once, pace) - (len(waiting) - len(fit))
-        return fit[max(0, left_to_live) :][: min(rows, self._most_rows)]
-
-    def _gather(self, connection: sa.Connection, job: Job, now: dt.datetime, step: Step) -> None:
-        piece = store.free(connection, job.candidates[:PIECE], now)
-        lines: list[bytes] = []
-        ids: list[int] = []
-        overtaken: list[int] = []
-        size, is_full = job.size, False
-        found = claims.choose(connection, "identify", piece, now, self.settings.fingerprint) if piece else []
-        for chosen in found:
-            line = self._line(chosen)
-            if line is None:
-                self._unfit.add(chosen[0].subject_id)
-                continue
-            if size + len(line) > MOST_BYTES:
-                is_full = True
-                break
-            size += len(line)
-            lines.append(line)
-            carried = merge.carried(chosen)
-            ids += [each.delivery_id for each in chosen]
-            overtaken += [each.delivery_id for each in chosen if each.delivery_id not in carried]
-        if ids:
-            store.gather(connection, job.request_id, ids, overtaken, job.row_count + len(lines), now)
-
-        def commit() -> None:
-            job.lines += lines
-            job.row_count, job.size = job.row_count + len(lines), size
-            del job.candidates[: len(job.candidates) if is_full else PIECE]
-            if not job.candidates:
-                job.ready_at = self.clock.monotonic()
-
-        step.after_commit.append(commit)
-
-    def _line(self, chosen: list[queue.Delivery]) -> bytes | None:
-        try:
-            return self.settings.row(chosen[0].subject_id, merge.body_of(chosen))
-        except Exception:  # noqa: BLE001  (whatever it holds, only this user may suffer: the live lane says why)
-            return None
+    def _look_whether_ready(self, job: Job) -> None:
+        if not job.candidates:
+            job.ready_at = self.clock.monotonic()
 
     def _next_errand(
         self, connection: sa.Connection, gathering: Job | None, now: dt.datetime, step: Step
@@ -575,7 +457,7 @@ class Bulk:
             if each.get("filename") == job.filename and isinstance(each.get("job_id"), str):
                 self._runs(job, each["job_id"], each)
                 return
-        if not any(map(_is_running, listed)):
+        if not any(map(is_running, listed)):
             job.end("lost", job.error or "The process ended before the answer came")
 
     def _look_at_others(self, answer: Answer) -> None:
@@ -583,7 +465,7 @@ class Bulk:
         if answer.outcome is not Outcome.ACCEPTED or not isinstance(answer.document, list):
             self._others_run = False  # the next upload will tell
             self._pause(answer.error or "the list of jobs cannot be read", answer.retry_after_seconds)
-        elif not any(_is_running(each) for each in answer.document if isinstance(each, dict)):
+        elif not any(is_running(each) for each in answer.document if isinstance(each, dict)):
             self._others_run, self.reason = False, ""
 
     def _wait_for_others(self, reason: str) -> None:
@@ -616,7 +498,3 @@ class Bulk:
         """Seconds between two polls: fewer when the end is near."""
         left = self._remaining(job)
         return min(LONGEST_POLL_SECONDS, max(SHORTEST_POLL_SECONDS, left / 2 if left > 0 else -left / 20))
-
-
-def _is_running(job: dict[str, Any]) -> bool:
-    return job.get("status") not in {"completed", "failed"}

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from audience_sync import crash, logs
 from audience_sync.clock import Clock
-from audience_sync.delivery import bulk, claims, merge
+from audience_sync.delivery import bulk, claims, jobs, merge
 from audience_sync.delivery.pace import WINDOW_SECONDS, Lane
 from audience_sync.delivery.senders import Senders
 from audience_sync.errors import DatabaseError, LeaseLost
@@ -40,11 +40,11 @@ RECONNECT_SECONDS = (0.5, 2.0, 8.0)
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
 
 
-class Sender(bulk.JobSender, Protocol):
+class Sender(jobs.JobSender, Protocol):
     def send(self, path: str, payload: dict[str, Any], /) -> Answer: ...
 
 
-Brought = tuple[store.Claimed | bulk.Errand, Answer]
+Brought = tuple[store.Claimed | jobs.Errand, Answer]
 
 
 @dataclass(slots=True)
@@ -329,7 +329,7 @@ class Worker:
         crash.at("after_send")
         return answer
 
-    def _ask(self, errand: bulk.Errand) -> Brought:
+    def _ask(self, errand: jobs.Errand) -> Brought:
         try:
             return errand, errand.run(self.sender)
         except Exception as error:  # noqa: BLE001  (as above)
@@ -350,7 +350,7 @@ class Worker:
     def _take_in(self, brought: list[Brought]) -> list[store.Ended]:
         ended = []
         for asked, answer in brought:
-            if isinstance(asked, bulk.Errand):
+            if isinstance(asked, jobs.Errand):
                 self._bulk.take_in(asked, answer)
                 self._heed_refused_key(answer)
                 self.report.request_count += asked.what == "upload"
