@@ -32,7 +32,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         with engines.read(opened.engine) as connection:
             found = looks.queue_state(connection, opened.clock.now())
             found |= _coming(opened, connection)
-        found["lanes"] = _lanes(opened, found.pop("sent_last_minute"), found.pop("slow_downs"))
+        found["lanes"] = _lanes(opened, found)
         if as_json:
             say.document(found)
         else:
@@ -98,14 +98,17 @@ def _coming(opened: "App", connection: "sa.Connection") -> dict[str, Any]:
     }
 
 
-def _lanes(opened: "App", sent: dict[str, int], slow: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _lanes(opened: "App", found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each lane's pace; of bulk in rows, what it sent in uploads."""
     destination = opened.settings.destination
+    sent, slow, job = found.pop("sent_last_minute"), found.pop("slow_downs"), found["bulk_job"]
     limits = {
         "identify": destination.identify_per_minute,
         "track": destination.track_per_minute,
         "company": destination.company_per_minute,
+        "bulk": destination.bulk_rows_per_minute if destination.bulk else 0,
     }
-    return {
+    lanes = {
         name: {
             "per_minute": int(limit * slow.get(name, {}).get("factor", 1.0)),
             "sent_last_minute": sent.get(name, 0),
@@ -114,6 +117,14 @@ def _lanes(opened: "App", sent: dict[str, int], slow: dict[str, Any]) -> dict[st
         }
         for name, limit in limits.items()
     }
+    if not lanes["bulk"]["reason"]:
+        lanes["bulk"]["reason"] = _job_words(job) if job else None if destination.bulk else "switched off"
+    return lanes
+
+
+def _job_words(job: dict[str, Any]) -> str:
+    done = "" if job["completed_count"] is None else f", {job['completed_count']:,} done"
+    return f"a job of {job['row_count']:,} rows since {say.moment(job['submitted_at'])}{done}"
 
 
 @app.command("list")

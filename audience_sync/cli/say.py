@@ -139,8 +139,11 @@ def progress() -> Iterator[Callable[["Report"], None]]:
         task = bar.add_task("delivering", total=None, left="")
 
         def show(report: "Report") -> None:
-            done = report.accepted_count + report.dead_count
-            left = f"{span(report.seconds_left)} left"
-            bar.update(task, completed=done, total=done + report.pending_count, left=left)
+            done = report.accepted_count + report.dead_count + report.bulk_done_count
+            lanes = [f"{name} {report.left[name]:,}" for name in report.left if report.left[name]]
+            left = f"{', '.join(lanes)}: {span(report.seconds_left)}"
+            bar.update(
+                task, completed=done, total=done + report.pending_count - report.bulk_done_count, left=left
+            )
 
         yield show

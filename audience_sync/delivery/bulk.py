@@ -128,8 +128,15 @@ class Bulk:
         job = self.under_way
         return max(0.0, self._remaining(job)) if job else 0.0
 
-    def rows_left(self) -> int:
-        return sum(job.row_count - (job.completed_count or 0) for job in self.jobs if not job.is_over)
+    def progress(self) -> tuple[int, int]:
+        """Of the jobs that are not over: the rows that are done by now, as far as can be told, and the others."""
+        rows = sum(job.row_count for job in self.jobs if not job.is_over)
+        job = self.under_way
+        if job is None:
+            return 0, rows
+        expected = job.row_count - int(self.seconds_left() * self.rows_per_second)
+        done = min(job.row_count, max(expected, job.completed_count or 0))
+        return done, rows - done
 
     def wait_seconds(self) -> float:
         """How long until a step has something to do; infinite where that is for an answer to decide."""
@@ -161,6 +168,13 @@ class Bulk:
             "paused_until": (now + dt.timedelta(seconds=seconds)).isoformat(),
             "reason": self.reason,
         }
+
+    def restore_pause(self, told: dict[str, Any] | None, now: dt.datetime) -> None:
+        """Take over the pause that a process before this one wrote down."""
+        if told is not None:
+            until = dt.datetime.fromisoformat(told["paused_until"])
+            self.paused_until = self.clock.monotonic() + (until - now).total_seconds()
+            self.reason = told["reason"]
 
     # The database's side.
 

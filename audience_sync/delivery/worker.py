@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from audience_sync import crash, logs
 from audience_sync.clock import Clock
-from audience_sync.delivery import bulk, claims, jobs, merge
+from audience_sync.delivery import bulk, claims, jobs, merge, share
 from audience_sync.delivery.pace import WINDOW_SECONDS, Lane
 from audience_sync.delivery.senders import Senders
 from audience_sync.errors import DatabaseError, LeaseLost
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 8
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
+MEASURED_SECONDS = 20.0  # of work, after which its pace tells how long the rest takes
 PATIENCE_SECONDS = 60.0  # what becomes due within it is waited for
 POLL_SECONDS = 0.2  # how soon something new in the queue is noticed
 MANY = 10_000
@@ -53,8 +54,8 @@ class Report:
 
     `held_count` is what waits because it was made for another destination.
 
-    While the work goes on, `pending_count` (of the whole queue) and `seconds_left` are estimates: what other
-    processes add is counted at the end.
+    While the work goes on, `pending_count` (of the whole queue), `left` (by lane; of bulk rows) and `seconds_left`
+    are estimates: what other processes add is counted at the end.
     """
 
     accepted_count: int = 0
@@ -62,6 +63,8 @@ class Report:
     request_count: int = 0
     pending_count: int = 0
     held_count: int = 0
+    bulk_done_count: int = 0  # rows of a job under way
+    left: dict[str, int] = field(default_factory=dict)
     seconds_left: float = 0.0
     is_left: bool = False
     stopped: str | None = None
@@ -113,6 +116,8 @@ class Worker:
     _paused: set[str] = field(default_factory=set)
     _in_flight: dict[int, store.Claimed] = field(default_factory=dict)
     _turn: int = 0
+    _began_at: float = 0.0
+    _settled_count: int = 0
 
     def deliver(self, run_ids: Collection[int] = (), call_ids: Collection[int] = ()) -> Report:
         """Work until nothing is due and nothing becomes due within 60 s.
@@ -155,7 +160,7 @@ class Worker:
 
     def _take_over(self, connection: sa.Connection) -> None:
         now, monotonic = self.clock.now(), self.clock.monotonic()
-        self._in_flight, self._look_at = {}, {}
+        self._in_flight, self._look_at, self._began_at, self._settled_count = {}, {}, monotonic, 0
         self._recover(connection)
         window = self.settings.window_seconds
         self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in store.LANES}
@@ -170,6 +175,7 @@ class Worker:
                 lane.paused_until = monotonic + (paused_until - now).total_seconds()
         self._bulk = bulk.Bulk(self.settings.jobs, self.clock, self._lanes["identify"])
         self._bulk.resume(connection, now)
+        self._bulk.restore_pause(self._slow_downs.get("bulk"), now)
         self._pending = store.pending_counts(connection)
         if sum(self._pending.values()) > MANY:
             store.count_anew(connection)
@@ -251,10 +257,12 @@ class Worker:
             self._lanes[claimed.action].start(push=claimed.is_push)
         self._bulk.committed(cycle.bulk)
         self.report.accepted_count += cycle.bulk.became["accepted"]
-        self._pending["identify"] = (
-            self._pending.get("identify", 0) - cycle.bulk.became["accepted"] - cycle.bulk.became["cancelled"]
-        )
+        self._count_settled("identify", cycle.bulk.became["accepted"] + cycle.bulk.became["cancelled"])
         return cycle
+
+    def _count_settled(self, action: str, count: int) -> None:
+        self._pending[action] = self._pending.get(action, 0) - count
+        self._settled_count += count
 
     def _step(self, connection: sa.Connection, lease: leases.Lease, ended: list[store.Ended]) -> _Cycle:
         if ended:
@@ -371,7 +379,7 @@ class Worker:
         self.report.request_count += 1
         self.report.accepted_count += final.count(store.Status.ACCEPTED)
         self.report.dead_count += final.count(store.Status.DEAD)
-        self._pending[claimed.action] = self._pending.get(claimed.action, 0) - len(final)
+        self._count_settled(claimed.action, len(final))
         if claimed.action == "track" or len(final) < len(
             settlements
         ):  # the subject's next may be due at once
@@ -429,17 +437,27 @@ class Worker:
             self._slow_downs, self._paused = slow, paused
 
     def _tell(self) -> None:
-        self.report.pending_count = max(0, sum(self._pending.values()))
-        monotonic = self.clock.monotonic()
-        self.report.seconds_left = max(
-            (
-                max(0.0, lane.paused_until - monotonic) + max(0, self._pending.get(name, 0)) / lane.per_second
-                for name, lane in self._lanes.items()
-                if self._pending.get(name, 0) > 0
-            ),
-            default=0.0,
-        )
+        pending = {name: max(0, count) for name, count in self._pending.items()}
+        done, left = self._bulk.progress()
+        self.report.pending_count, self.report.bulk_done_count = sum(pending.values()), done
+        in_job = min(done + left, pending.get("identify", 0))
+        self.report.left = pending | {"identify": pending.get("identify", 0) - in_job, "bulk": left}
+        self.report.seconds_left = self._seconds_left()
         self.on_progress(self.report)
+
+    def _seconds_left(self) -> float:
+        """From the pace of this tenure, once it says something; before that, and for what pauses, from the limits."""
+        monotonic, report = self.clock.monotonic(), self.report
+        paused = max(lane.paused_until for lane in self._lanes.values()) - monotonic
+        elapsed = monotonic - self._began_at
+        done = self._settled_count + report.bulk_done_count
+        if elapsed > MEASURED_SECONDS and done:
+            seconds = (report.pending_count - report.bulk_done_count) * elapsed / done
+        else:
+            live = {name: report.left.get(name, 0) / lane.per_second for name, lane in self._lanes.items()}
+            live["identify"] = share.forecast(report.left["identify"], 0, self._bulk.pace).seconds
+            seconds = max(*live.values(), self._bulk.seconds_left())
+        return max(0.0, seconds, paused if report.pending_count else 0.0)
 
     def _next_look(self, claimed_count: int) -> float:
         """While something is under way: when another request might start beside it."""

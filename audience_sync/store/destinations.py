@@ -123,6 +123,11 @@ def accept(connection: sa.Connection, fingerprint: str) -> None:
     )
     sql(
         connection,
+        f"UPDATE {{our}}bulk_jobs SET fingerprint = :fingerprint WHERE settled_at IS NULL AND ({others})",
+        fingerprint=fingerprint,
+    )
+    sql(
+        connection,
         "UPDATE {our}deliveries SET fingerprint = :fingerprint "
         f"WHERE status IN ('held', 'pending', 'sending', 'dead') AND ({others})",
         fingerprint=fingerprint,

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from audience_sync.store import deliveries as queue
 from audience_sync.store import destinations, engines, leases
 from audience_sync.store.tables import (
+    bulk_jobs,
     calls,
     definitions,
     deliveries,
@@ -292,8 +293,19 @@ def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
         "late_count": _late_count(connection, now),
         "sent_last_minute": {lane: count for lane, count in sent},  # noqa: C416  (a row is not a pair to mypy)
         "slow_downs": destinations.slow_downs(connection),
+        "bulk_job": _bulk_job(connection),
         "call_count": connection.execute(sa.select(sa.func.count()).select_from(calls)).scalar_one(),
     }
+
+
+def _bulk_job(connection: sa.Connection) -> dict[str, Any] | None:
+    """The bulk job that is under way."""
+    columns = [
+        bulk_jobs.c[name] for name in ("job_id", "state", "row_count", "completed_count", "submitted_at")
+    ]
+    query = sa.select(*columns).where(bulk_jobs.c.status.in_(("uploading", "running")))
+    row = connection.execute(query.order_by(bulk_jobs.c.request_id.desc()).limit(1)).one_or_none()
+    return None if row is None else dict(row._mapping)  # noqa: SLF001  (SQLAlchemy's public name)
 
 
 _HELD_RUNS = (

@@ -17,6 +17,7 @@ from audience_sync.store.deliveries import prefer_indexes
 from audience_sync.store.tables import (
     SENDING,
     UtcDateTime,
+    bulk_jobs,
     calls,
     deliveries,
     past_members,
@@ -34,8 +35,8 @@ LONGEST_SECONDS = 100 * 365 * 86_400  # longer is forever: SQLite compares years
 class Keep:
     """How long rows are kept, in seconds; `math.inf` is forever.
 
-    Calls count from when they were received, deliveries from when they were settled, requests (and the slots
-    of schedules) from when they were started, past members from the end of the run in which they left.
+    Calls count from when they were received, deliveries from when they were settled, requests (with bulk
+    jobs and the slots of schedules) from when they were started, past members from the end of the run in which they left.
     Requests are needed for an hour at least: the pace is remembered by them.
     """
 
@@ -75,6 +76,7 @@ _PARTS = (
     _Part(deliveries, _SETTLED & (deliveries.c.settled_at < _BEFORE) & ~_OVERTAKES, deliveries.c.created_at),
     _Part(calls, (calls.c.received_at < _BEFORE) & ~_OF_CALL, calls.c.received_at),
     _Part(requests, (requests.c.started_at < _BEFORE) & ~_UNDER_WAY, requests.c.started_at),
+    _Part(bulk_jobs, bulk_jobs.c.settled_at < _BEFORE),
     _Part(past_members, _LEFT),
     _Part(schedule_slots, (schedule_slots.c.taken_at < _BEFORE) & (schedule_slots.c.slot_at < _NEWEST_SLOT)),
 )
@@ -98,6 +100,7 @@ def prune(
         deliveries: keep.deliveries,
         calls: keep.calls,
         requests: keep.requests,
+        bulk_jobs: keep.requests,
         past_members: keep.past_members,
         schedule_slots: keep.requests,
     }

@@ -19,7 +19,7 @@ NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC)
 DAY = 86_400
 KEEP = Keep(calls=90 * DAY, deliveries=400 * DAY, requests=90 * DAY, past_members=math.inf)
 STATUSES = ("held", "pending", "sending", "accepted", "dead", "cancelled")
-NOTHING = {"deliveries": 0, "calls": 0, "requests": 0, "past_members": 0, "schedule_slots": 0}
+NOTHING = dict.fromkeys(("deliveries", "calls", "requests", "bulk_jobs", "past_members", "schedule_slots"), 0)
 
 
 def ago(days):
@@ -112,6 +112,24 @@ def transactions(engine):
     seen = []
     sa.event.listen(engine, "commit", seen.append)
     return lambda: len(seen)
+
+
+def test_bulk_jobs_go_with_requests_once_they_are_settled(store):
+    jobs = [
+        {
+            "request_id": number,
+            "filename": str(number),
+            "job_id": "x",
+            "status": status,
+            "created_at": ago(days),
+            "ended_at": ago(days) if status == "completed" else None,
+            "settled_at": ago(days) if status == "completed" else None,
+        }
+        for number, (status, days) in enumerate([("completed", 91), ("completed", 89), ("running", 91)], 1)
+    ]
+    store.insert(tables.bulk_jobs, *jobs)
+    assert store.prune() == {"bulk_jobs": 1}
+    assert store.ids(tables.bulk_jobs) == [2, 3]
 
 
 def test_history_adds_up_when_its_deliveries_are_gone(store):
@@ -291,7 +309,7 @@ def test_the_tables_take_turns_a_piece_each_until_the_time_is_over(store, transa
         store.call()
     before = transactions()
     assert store.prune(seconds=0) == {"deliveries": 2, "calls": 2}
-    assert transactions() == before + 4  # and one each for requests and slots
+    assert transactions() == before + 5  # and one each for requests, jobs and slots
     assert [run["accepted_count"] for run in store.runs()] == [5]
     assert store.prune(seconds=0) == {"deliveries": 2, "calls": 1}
     assert store.prune() == {"deliveries": 1}
