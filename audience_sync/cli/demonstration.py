@@ -79,7 +79,7 @@ def run(folder: Path) -> None:
         configuration = folder / "audience_sync.toml"
         configuration.write_text(CONFIGURATION.format(url=sandbox.url, pace=PACE), encoding="utf-8")
         say.line(
-            f"A local Userpilot listens on {sandbox.url}; its pace is lifted (Userpilot takes 600 a minute)."
+            f"A local Userpilot listens on {sandbox.url}; its pace is lifted (Userpilot takes 2,400 users a minute)."
         )
         with open_app(configuration) as opened:
             _sync_days(opened, sandbox.url)

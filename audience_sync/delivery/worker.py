@@ -267,7 +267,7 @@ class Worker:
     def _step(self, connection: sa.Connection, lease: leases.Lease, ended: list[store.Ended]) -> _Cycle:
         if ended:
             store.settle(connection, ended)
-        if self.report.stopped:
+        if self.report.stopped and destinations.stopped(connection) is None:
             destinations.stop(connection, self.clock.now(), self.report.stopped)
         is_ending = self._is_ending()
         found = [] if is_ending else self._claim(connection, lease.epoch)
