@@ -31,7 +31,7 @@ from audience_sync import logs
 from audience_sync.clock import Clock
 from audience_sync.delivery import merge, share
 from audience_sync.delivery.gather import Gatherer
-from audience_sync.delivery.jobs import Errand, Job, is_running
+from audience_sync.delivery.jobs import Errand, Job, Told, told_of, told_of_all
 from audience_sync.delivery.pace import LONGEST_PAUSE_SECONDS, Lane
 from audience_sync.store import jobs as store
 from audience_sync.store.destinations import ELSEWHERE
@@ -362,11 +362,11 @@ class Bulk:
     def _uploaded(self, job: Job, answer: Answer) -> None:
         monotonic = self.clock.monotonic()
         error = answer.error or "no answer"
-        job_id = answer.document.get("job_id") if isinstance(answer.document, dict) else None
+        told = told_of(answer.document)
         match answer.outcome:
-            case Outcome.ACCEPTED if isinstance(job_id, str) and job_id:
+            case Outcome.ACCEPTED if told.job_id:
                 self._taken()
-                self._runs(job, job_id, answer.document)
+                self._runs(job, told.job_id, told)
             case Outcome.ACCEPTED | Outcome.UNKNOWN:
                 job.error = answer.error or "Userpilot took the upload and named no job"
                 job.poll_at = monotonic + SHORTEST_POLL_SECONDS * 10
@@ -403,13 +403,8 @@ class Bulk:
 
     def _polled(self, job: Job, answer: Answer) -> None:
         monotonic = self.clock.monotonic()
-        document = answer.document
-        if (
-            answer.outcome is Outcome.ACCEPTED
-            and isinstance(document, dict)
-            and isinstance(document.get("status"), str)
-        ):
-            self._runs(job, job.job_id or "", document)
+        if answer.outcome is Outcome.ACCEPTED and isinstance(answer.document, dict):
+            self._runs(job, job.job_id or "", told_of(answer.document))
         elif answer.status_code == 404:
             job.miss_count += 1
             job.poll_at = monotonic + LOOK_SECONDS
@@ -420,19 +415,18 @@ class Bulk:
             wait = answer.retry_after_seconds or 2 * max(self._interval(job), 1.0)
             job.poll_at = monotonic + min(wait, LONGEST_PAUSE_SECONDS)
 
-    def _runs(self, job: Job, job_id: str, document: dict[str, Any]) -> None:
+    def _runs(self, job: Job, job_id: str, told: Told) -> None:
         """Take in what Userpilot says of the job; what it leaves out is not needed."""
-        state, completed = str(document.get("status"))[:100], document.get("completed_rows")
-        completed = completed if type(completed) is int else job.completed_count
-        if (state, completed, job_id) != (job.state, job.completed_count, job.job_id):
+        completed = job.completed_count if told.completed_rows is None else told.completed_rows
+        if (told.state, completed, job_id) != (job.state, job.completed_count, job.job_id):
             job.moved_at = self.clock.monotonic()
             job.is_changed = True
-        job.status, job.job_id, job.state, job.completed_count = "running", job_id, state, completed
+        job.status, job.job_id, job.state, job.completed_count = "running", job_id, told.state, completed
         job.error, job.miss_count = None, 0
         job.poll_at = self.clock.monotonic() + self._interval(job)
-        if state == "completed":
-            self._completed(job, document)
-        elif state == "failed":
+        if told.state == "completed":
+            self._completed(job, told)
+        elif told.state == "failed":
             job.end("failed", "Userpilot's bulk job failed")
             self._pause("a bulk job failed", None)
         if job.is_over:
@@ -445,9 +439,9 @@ class Bulk:
                 seconds=round(self.clock.monotonic() - job.submitted_at, 1),
             )
 
-    def _completed(self, job: Job, document: dict[str, Any]) -> None:
-        counts = [document.get(name) for name in ("total_rows", "completed_rows")]
-        least = min((each for each in counts if type(each) is int), default=job.row_count)
+    def _completed(self, job: Job, told: Told) -> None:
+        counts = [count for count in (told.total_rows, told.completed_rows) if count is not None]
+        least = min(counts, default=job.row_count)
         if least < job.row_count:
             job.end("failed", f"Userpilot's bulk job completed {least} of {job.row_count} rows")
             self._pause("a bulk job completed with rows missing", None)
@@ -464,22 +458,22 @@ class Bulk:
     def _seek(self, job: Job, answer: Answer) -> None:
         """Find the job of an upload whose answer never came."""
         job.poll_at = self.clock.monotonic() + LOOK_SECONDS
-        if answer.outcome is not Outcome.ACCEPTED or not isinstance(answer.document, list):
+        listed = told_of_all(answer)
+        if listed is None:
             return
-        listed = [each for each in answer.document if isinstance(each, dict)]
-        for each in listed:
-            if each.get("filename") == job.filename and isinstance(each.get("job_id"), str):
-                self._runs(job, each["job_id"], each)
-                return
-        if not any(map(is_running, listed)):
+        mine = next((told for told in listed if told.filename == job.filename), None)
+        if mine is not None and mine.job_id:
+            self._runs(job, mine.job_id, mine)
+        elif not any(told.is_running for told in listed):
             job.end("lost", job.error or "The process ended before the answer came")
 
     def _look_at_others(self, answer: Answer) -> None:
         self._look_at = self.clock.monotonic() + LOOK_SECONDS
-        if answer.outcome is not Outcome.ACCEPTED or not isinstance(answer.document, list):
+        listed = told_of_all(answer)
+        if listed is None:
             self._others_run = False  # the next upload will tell
             self._pause(answer.error or "the list of jobs cannot be read", answer.retry_after_seconds)
-        elif not any(is_running(each) for each in answer.document if isinstance(each, dict)):
+        elif not any(told.is_running for told in listed):
             self._others_run, self.reason = False, ""
 
     def _wait_for_others(self, reason: str) -> None:

@@ -1,15 +1,17 @@
 """A bulk job as we know it, and what is asked about it."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote
 
 from audience_sync import crash
-from audience_sync.userpilot.answers import Answer
+from audience_sync.userpilot.answers import Answer, Outcome
 
 UPLOAD_PATH = "v1/users/bulk_identify"
 JOBS_PATH = "v1/background_jobs"
+MOST_ROWS = 1_000_000_000
 
 
 class JobSender(Protocol):
@@ -75,6 +77,40 @@ class Errand:
         return sender.get(JOBS_PATH)
 
 
-def is_running(job: dict[str, Any]) -> bool:
-    """As Userpilot lists it: an unknown state counts as running."""
-    return job.get("status") not in {"completed", "failed"}
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What Userpilot says of a job, as far as it can be used and every database takes it."""
+
+    job_id: str | None = None
+    filename: str | None = None
+    state: str = "unknown"
+    total_rows: int | None = None
+    completed_rows: int | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.state not in {"completed", "failed"}
+
+
+def told_of(document: Any) -> Told:
+    """The job in an answer; all but its id and state may be missing."""
+    if not isinstance(document, dict):
+        return Told()
+    texts = {
+        name: value
+        for name in ("job_id", "filename", "status")
+        if isinstance(value := document.get(name), str) and re.fullmatch(r"[!-~]{1,200}", value)
+    }
+    counts = {
+        name: value
+        for name in ("total_rows", "completed_rows")
+        if type(value := document.get(name)) is int and 0 <= value < MOST_ROWS
+    }
+    return Told(texts.get("job_id"), texts.get("filename"), texts.get("status", "unknown"), **counts)
+
+
+def told_of_all(answer: Answer) -> list[Told] | None:
+    """The jobs in a list; None where the answer is none."""
+    if answer.outcome is not Outcome.ACCEPTED or not isinstance(answer.document, list):
+        return None
+    return [told_of(each) for each in answer.document]

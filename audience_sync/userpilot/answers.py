@@ -63,6 +63,7 @@ def judge(
     """
     outcome = _outcome(status_code)
     found = _json(body)
+    may_keep = outcome is Outcome.ACCEPTED and not cut and secret.encode() not in body
     error = None
     if outcome is Outcome.ACCEPTED and not _is_success(headers, body, found, cut=cut):
         outcome = Outcome.UNKNOWN
@@ -75,7 +76,7 @@ def judge(
         x_request_id=one_line(headers.get("x-request-id", ""), MAX_REQUEST_ID_LENGTH, secret) or None,
         error=one_line(error, MAX_ERROR_LENGTH, secret) if error else None,
         retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
-        document=found if outcome is Outcome.ACCEPTED and found is not _NOT_JSON and not cut else None,
+        document=found if may_keep and found is not _NOT_JSON else None,
     )
 
 

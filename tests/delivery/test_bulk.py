@@ -318,6 +318,38 @@ def test_rows_that_are_not_fit_go_live(hand_queue, userpilot, work):
     assert len(userpilot.state.users["u399"]["properties"]["story"]) == 70_000
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"job_id": "a\0b", "status": "queued"},
+        {"job_id": 7},
+        {"job_id": "../..\ud800"},
+        [],
+        "x",
+        {"status": "completed"},
+    ],
+    ids=str,
+)
+def test_an_answer_that_names_no_job_is_none(hand_queue, userpilot, work, answer):
+    fault = {"path": "/v1/users/bulk_identify", "status": 202, "body": answer, "apply": True, "times": 1}
+    userpilot.faults.add(fault)
+    hand_queue.fill(200, kind="push")
+    work().deliver()
+    assert_all_told_once(hand_queue, userpilot, 200)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"status": "\0", "completed_rows": 2**70}, {"status": None}, {"status": ["completed"]}, [], {}, 3],
+    ids=str,
+)
+def test_a_poll_that_makes_no_sense_is_asked_again(hand_queue, userpilot, work, answer):
+    userpilot.faults.add({"path": "/v1/background_jobs/*", "status": 200, "body": answer, "times": 3})
+    hand_queue.fill(200, kind="push")
+    work().deliver()
+    assert_all_told_once(hand_queue, userpilot, 200)
+
+
 # Limits that are other than the settings say.
 
 
