@@ -1,10 +1,11 @@
 """The commands that compute and send: plan, sync, deliver."""
 
 import datetime as dt
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -32,21 +33,35 @@ NoDeliver = Annotated[bool, typer.Option("--no-deliver", help="Only queue; send 
 
 @contextmanager
 def stoppable(opened: "App") -> Iterator[None]:
-    """SIGTERM and Ctrl-C: a delivery finishes what is in flight, anything else ends at once; twice ends all."""
+    """SIGTERM, Ctrl-C or a terminal that closes: a delivery finishes what is in flight, anything else ends at once.
+
+    Twice ends all. What `nohup` had ignored stays ignored.
+    """
 
     def ask(_number: int, _frame: object) -> None:
-        if opened.is_delivering and not opened.stop.is_set():
+        if opened.stop.is_set():
+            end_at_once("Stopped at once. Nothing is lost: run the command again to go on.")
+        if opened.is_delivering:
             opened.stop.set()
             say.aside("Stopping: finishing what is in flight.")
         else:
             raise Interrupted("Stopped. Nothing is lost: run the command again to go on.")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    asked = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in asked}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_at_once(text: str) -> NoReturn:
+    """What is in flight would be waited for, half a minute perhaps; the next process sees to it as after a crash."""
+    say.aside(f"audience-sync: {text}")
+    os._exit(Interrupted.exit_code)
 
 
 @app.command()

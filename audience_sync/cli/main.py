@@ -58,19 +58,19 @@ def main() -> None:
     gc.set_threshold(
         50_000
     )  # most of what a command makes is its imports, which stay: looking them over takes a tenth
-    from audience_sync.cli import act, handing, levers, look, running, setup  # noqa: F401  (they register their commands)
+    from audience_sync.cli import act, handing, levers, look, running, say, setup  # noqa: F401  (they register their commands)
 
     try:
-        app()
+        with say.streams():
+            app()
     except (AudienceSyncError, Interrupted) as error:
-        print(f"audience-sync: {error}", file=sys.stderr)  # noqa: T201
+        say.aside(f"audience-sync: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("audience-sync: stopped", file=sys.stderr)  # noqa: T201
+        say.aside("audience-sync: stopped")
         sys.exit(130)
-    except BrokenPipeError:  # the reader left (| head)
-        sys.stderr.close()
-        sys.exit(0)
     except OSError as error:
-        print(f"audience-sync: {error.strerror or error}", file=sys.stderr)  # noqa: T201
+        say.aside(f"audience-sync: {error.strerror or error}")
         sys.exit(1)
+    finally:
+        say.hush()

@@ -5,8 +5,8 @@ from types import FrameType
 
 import typer
 
+from audience_sync.cli.act import end_at_once
 from audience_sync.cli.main import app
-from audience_sync.errors import Interrupted
 
 
 @app.command()
@@ -30,7 +30,7 @@ def daemon(context: typer.Context) -> None:
 
         def end(_number: int, _frame: FrameType | None) -> None:
             if working.end_asked:
-                raise Interrupted("Stopped at once. Nothing is lost: start it again to go on.")
+                end_at_once("Stopped at once. Nothing is lost: start it again to go on.")
             working.end_asked = True
 
         def reload(_number: int, _frame: FrameType | None) -> None:

@@ -1,12 +1,17 @@
-"""What people and machines read: tables of at most 80 columns, progress bars, and one JSON document."""
+"""What people and machines read: tables of at most 80 columns, progress bars, and one JSON document.
 
+Who reads it, and whether anybody does, changes neither the work nor its exit code.
+"""
+
+import contextlib
 import datetime as dt
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from audience_sync.clock import isoformat
 
@@ -29,12 +34,49 @@ FOLDED = {
 
 
 def line(text: str = "") -> None:
-    print(text)  # noqa: T201
+    with _unmissed():
+        print(text)  # noqa: T201
 
 
 def aside(text: str) -> None:
     """A line for the person, not for the pipe."""
-    print(text, file=sys.stderr)  # noqa: T201
+    with contextlib.suppress(OSError):  # a full disk, or a terminal that is gone
+        print(text, file=sys.stderr)  # noqa: T201
+
+
+@contextmanager
+def _unmissed() -> Iterator[None]:
+    """A reader who left (| head) hears no more, and is not missed."""
+    try:
+        yield
+    except BrokenPipeError:
+        _silence(sys.stdout)
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """Say things inside: at the end all of it is out, or an OSError says why not; closed streams are no trouble."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # else what is opened next would get its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    try:
+        yield
+    finally:
+        with _unmissed():
+            sys.stdout.flush()
+
+
+def hush() -> None:
+    """Drop what could not be said, which would be tried again when the interpreter ends, and change its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _silence(stream)
+
+
+def _silence(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def document(value: Any) -> None:

@@ -1,0 +1,143 @@
+"""How commands end: by signals, without their streams, without their parent; and what is left then."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+MANY = 30
+PEOPLE = "SELECT user_id FROM people"
+REAL = {"preexec_fn": lambda: None, "environ": {"PYTHONUNBUFFERED": ""}}  # an interpreter of its own, to its end
+SLOW = {"path": "/v1/identify", "delay_seconds": 25}  # longer than any test waits
+
+pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+def command(start, company):
+    company("CREATE TABLE people (user_id text)")
+    company("INSERT INTO people VALUES (:user)", *[{"user": f"u{number}"} for number in range(MANY)])
+    return start({"In": PEOPLE})
+
+
+@pytest.fixture
+def full():
+    with open("/dev/full", "w", encoding="utf-8") as file:
+        yield file
+
+
+@pytest.fixture
+def unread():
+    """A pipe whose reader has left, as `| head` leaves."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        yield file
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def told(sandbox):
+    return len(sandbox.state.snapshot()["users"])
+
+
+def seconds_to_end(command, process):
+    began = time.monotonic()
+    code, said = command.ended(process)
+    return time.monotonic() - began, code, said
+
+
+@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
+def test_work_needs_no_open_streams(command, sandbox, closed):
+    process = command.popen("sync", **REAL | {"preexec_fn": lambda: [os.close(number) for number in closed]})
+    code, said = command.ended(process)
+    assert (code, told(sandbox)) == (0, MANY), said
+
+
+def test_a_reader_who_left_changes_neither_work_nor_exit_code(command, sandbox, unread):
+    code, said = command("sync", stdout=unread, **REAL)
+    assert (code, told(sandbox)) == (0, MANY), said
+    assert "pipe" not in said.lower()
+    sandbox.state.api_key = "another"
+    code, said = command("sync", "--full", stdout=unread, **REAL)
+    assert (code, "api_key" in said) == (1, True), said
+
+
+def test_a_log_that_cannot_be_written_ends_no_work(command, sandbox, full, unread):
+    assert command("sync", stderr=full, **REAL)[0] == 0
+    assert told(sandbox) == MANY
+    assert command("sync", "--full", stderr=unread, **REAL)[0] == 0
+    assert len(sandbox.state.requests) == 2 * MANY
+
+
+def test_output_that_cannot_be_written_is_said(command, sandbox, full):
+    code, said = command("sync", stdout=full, **REAL)
+    assert (code, "No space left on device" in said) == (1, True), said
+    assert told(sandbox) == MANY
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_lets_a_delivery_finish_what_is_in_flight(start, command, sandbox, number):
+    command = start({"In": PEOPLE}, identify_per_minute=60)
+    process = command.popen("sync")
+    until(lambda: told(sandbox) > 1)
+    process.send_signal(number)
+    seconds, code, said = seconds_to_end(command, process)
+    assert (code, seconds < 10) == (1, True), said
+    assert "What is pending is tried again" in said
+    statuses = [each["status"] for each in command.document("deliveries")]
+    assert sorted(statuses) == ["accepted"] * told(sandbox) + ["pending"] * (MANY - told(sandbox))
+    assert command.document("status")["deliverer"] is None
+
+
+def test_nohup_is_obeyed(command, sandbox):
+    sandbox.faults.add(SLOW | {"delay_seconds": 1, "times": 1})
+    process = command.popen("sync", **REAL | {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)})
+    until(lambda: sandbox.state.requests)
+    process.send_signal(signal.SIGHUP)
+    assert command.ended(process)[0] == 0
+    assert told(sandbox) == MANY
+
+
+@pytest.mark.parametrize("name", ["sync", "daemon"])
+def test_a_second_signal_ends_at_once(start, command, sandbox, name):
+    command = start({"In": PEOPLE}, extra='[defaults]\nschedule = "every 1 minute"')
+    assert command("sync", "--no-deliver")[0] == 0
+    sandbox.faults.add(SLOW)
+    process = command.popen(name, **REAL)
+    until(lambda: len(sandbox.state.requests) >= 8)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    seconds, code, said = seconds_to_end(command, process)
+    assert (code, seconds < 5) == (1, True), (seconds, said)
+    assert "Nothing is lost" in said
+    sandbox.faults.clear()
+    sandbox.stop()  # what it still has of those requests is not applied
+    sandbox.start()
+    until(lambda: command("deliver")[0] == 0)
+    assert told(sandbox) == MANY
+
+
+def test_the_death_of_the_parent_ends_no_work(command, sandbox):
+    sandbox.faults.add(SLOW | {"delay_seconds": 1, "times": 8})
+    called = [sys.executable, "-m", "audience_sync", "--config", str(command.path), "sync"]
+    parent = subprocess.Popen(
+        ["sh", "-c", '"$@" & wait', "sh", *called], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    until(lambda: sandbox.state.requests)
+    parent.kill()
+    parent.stdout.close()
+    parent.wait()
+    until(lambda: told(sandbox) == MANY)
+    until(lambda: command.document("status")["deliverer"] is None)
+    assert [each["status"] for each in command.document("deliveries")] == ["accepted"] * MANY
