@@ -1,6 +1,10 @@
 """The migrated database is the one that the code describes, down to what `alembic check` does not see."""
 
 import datetime as dt
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -243,3 +247,18 @@ def test_the_newest_migration_is_the_one_that_the_program_knows():
     names = sorted(path.name for path in (migrate.script_folder() / "versions").glob("[0-9]*.py"))
     assert tuple(name[:4] for name in names) == migrate.KNOWN
     assert migrate.KNOWN[-1] == migrate.HEAD
+
+
+@pytest.mark.parametrize("start", ["base", "0001"])
+def test_an_upgrade_that_is_killed_at_any_statement_has_done_nothing(empty_url, empty, backend, start):
+    urls = empty_url if backend == "postgresql" else empty_url.replace("own.db", "{}.db")
+    script = str(Path(__file__).parent / "upgrading.py")
+    step = os.environ.get("KILLED_STATEMENTS_STEP", "17")  # soak/ kills at each
+    called = [sys.executable, script, urls, start, step]
+    found = subprocess.run(called, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 30
+    migrate.upgrade(empty)
+    upgraded = engines.open_own(urls.format(found.stdout.strip()), "audience_sync")
+    assert catalog(upgraded) == catalog(empty)
+    upgraded.dispose()
