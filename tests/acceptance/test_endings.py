@@ -5,12 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 MANY = 30
 PEOPLE = "SELECT user_id FROM people"
-REAL = {"preexec_fn": lambda: None, "environ": {"PYTHONUNBUFFERED": ""}}  # an interpreter of its own, to its end
+REAL = {
+    "preexec_fn": lambda: None,
+    "environ": {"PYTHONUNBUFFERED": ""},
+}  # an interpreter of its own, to its end
 SLOW = {"path": "/v1/identify", "delay_seconds": 25}  # longer than any test waits
 
 pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
@@ -25,7 +29,7 @@ def command(start, company):
 
 @pytest.fixture
 def full():
-    with open("/dev/full", "w", encoding="utf-8") as file:
+    with Path("/dev/full").open("w", encoding="utf-8") as file:
         yield file
 
 
@@ -100,7 +104,9 @@ def test_a_signal_lets_a_delivery_finish_what_is_in_flight(start, command, sandb
 
 def test_nohup_is_obeyed(command, sandbox):
     sandbox.faults.add(SLOW | {"delay_seconds": 1, "times": 1})
-    process = command.popen("sync", **REAL | {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)})
+    process = command.popen(
+        "sync", **REAL | {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    )
     until(lambda: sandbox.state.requests)
     process.send_signal(signal.SIGHUP)
     assert command.ended(process)[0] == 0

@@ -13,7 +13,6 @@ import sqlalchemy as sa
 
 from audience_sync.store import engines, migrate
 
-
 ROW = (
     "INSERT INTO {our}definitions (key, name, kind, created_at) "
     "VALUES ('vips', 'VIPs', 'audience', '2026-01-01 00:00:00.000000')"
@@ -43,12 +42,12 @@ def upgrade_until(url, last):
     """Die before the statement of this number, or, where it would be the one after the last, before the commit."""
     engine, seen = opened(url), []
 
-    def count(connection):
+    def count(*_):
         seen.append(1)
         if len(seen) == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sa.event.listen(engine, "before_cursor_execute", lambda connection, *_: count(connection))
+    sa.event.listen(engine, "before_cursor_execute", count)
     sa.event.listen(engine, "commit", count)
     migrate.upgrade(engine)
 
