@@ -270,6 +270,29 @@ def test_the_sign_of_life_is_in_the_database(life):
         assert destinations.last_beat(connection) == life.clock.now()
 
 
+def test_a_tick_outlives_a_lock(life, backend, caplog):
+    waits = "?timeout=0.1" if backend == "sqlite" else "&options=-c%20lock_timeout%3D100ms"
+    life.daemon.app.close()
+    life.daemon.app.engine = engines.open_own(life.url + waits, "audience_sync")
+    life.live_until("2026-03-15 01:00")
+    with engines.write(life.daemon.app.engine) as other:
+        destinations.beat(other, utc("2026-03-15 00:30"))
+        life.live_until("2026-03-15 03:00")
+    assert "Another program holds its lock" in str([record.facts for record in caplog.records])
+    assert life.slots() == []
+    life.live_until("2026-03-15 04:00")
+    assert life.slots() == ["2026-03-15 01:30"]
+    assert life.told() == set(USERS)
+
+
+def test_the_end_of_32_bit_time_is_an_hour_like_any_other(life):
+    life.clock.moment = utc("2038-01-17 12:00")
+    life.live_until("2038-01-20 12:00")
+    assert life.slots() == [f"2038-01-{day} 01:30" for day in (18, 19, 20)]
+    assert {run["status"] for run in life.history()} == {"succeeded"}
+    assert life.told() == set(USERS)
+
+
 @pytest.mark.parametrize("count", [40])
 def test_two_daemons_never_take_one_slot_twice(engine, count):
     every = schedule.parse("every 1 minute", "UTC")

@@ -24,6 +24,20 @@ from audience_sync.store.tables import UtcDateTime
 
 # Outlasts the longest transaction of ours: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
+# Where the other side is gone without a word, both sides learn of it within about a minute: the server too, or a
+# transaction that nobody is in would hold its locks. Seconds, but tcp_user_timeout: milliseconds in which nobody
+# confirms what was sent, which keepalives do not watch.
+_POSTGRESQL_ARGUMENTS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+_POSTGRESQL_OPTIONS = (
+    "-c lock_timeout=300s -c idle_in_transaction_session_timeout=1h -c timezone=UTC -c tcp_keepalives_idle=30 "
+    "-c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c tcp_user_timeout=60000"
+)
 TEMP = "temp"  # the schema of temporary tables; pg_temp on PostgreSQL
 
 
@@ -58,6 +72,9 @@ def open_postgresql_source(url: sa.URL) -> sa.Engine:
 
 
 def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
+    """An engine whose waits end; where the URL has parameters of its own for that, those hold."""
+    arguments = {name: value for name, value in _POSTGRESQL_ARGUMENTS.items() if name not in url.query}
+    options_of_url = " ".join(url.normalized_query.get("options", ()))
     try:
         return sa.create_engine(
             url,
@@ -65,13 +82,7 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
             hide_parameters=True,
             pool_pre_ping=True,
             max_overflow=-1,  # each run that takes long keeps one, and none may keep the others out
-            connect_args={
-                "connect_timeout": 10,
-                "keepalives_idle": 30,
-                "keepalives_interval": 10,
-                "keepalives_count": 3,
-                "options": "-c lock_timeout=300s -c idle_in_transaction_session_timeout=1h -c timezone=UTC",
-            },
+            connect_args=arguments | {"options": f"{_POSTGRESQL_OPTIONS} {options_of_url}"},
         )
     except ImportError as error:
         raise DatabaseError(
@@ -85,9 +96,8 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
             f"The folder of the database file {url.database} does not exist: create it, or change [database] url."
         )
     _make_private(url.database)
-    engine = sa.create_engine(
-        url, hide_parameters=True, max_overflow=-1, connect_args={"timeout": BUSY_SECONDS}
-    )
+    waits = {} if "timeout" in url.query else {"timeout": BUSY_SECONDS}
+    engine = sa.create_engine(url, hide_parameters=True, max_overflow=-1, connect_args=waits)
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info[:3]) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")
@@ -168,7 +178,7 @@ def reason(error: sa.exc.DBAPIError) -> str:
 
 def advice(error: sa.exc.DBAPIError) -> str:
     text = str(error.orig).lower()
-    if "locked" in text:
+    if "locked" in text or "lock timeout" in text:
         return "Another program holds its lock: close it, and run the command again."
     if "disk is full" in text or "no space left" in text:
         return "Nothing was lost: make room on the disk, and run the command again."

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from tests.acceptance.faults import cutting, here, own_server, people, through  # noqa: F401  (fixtures)
 from tests.acceptance.forking import Forker
 
 

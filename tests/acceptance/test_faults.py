@@ -1,0 +1,215 @@
+"""Faults of what we stand on, with real processes: servers that restart, networks that fall silent, locks, full disks."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync.store import engines, migrate
+from tests.acceptance.faults import (
+    EVERYONE,
+    IN_FLIGHT,
+    POSTGRESQL,
+    SLOWLY,
+    SQLITE,
+    USERS,
+    assert_never_partial,
+    impatient,
+    locked,
+    told,
+    until,
+    wanted,
+)
+
+
+@POSTGRESQL
+def test_a_restart_of_the_server_loses_nothing(here, own_server, sandbox):
+    command = here({"In": EVERYONE})
+    sandbox.faults.add({"path": "/v1/identify", "delay_seconds": 0.1})
+    delivering = command.popen("sync")
+    until(lambda: len(told(sandbox)) >= 10)
+    own_server.control("restart")
+    code, said = command.ended(delivering)
+    assert code == 0, said
+    assert told(sandbox) == wanted(range(USERS))
+    assert len(sandbox.state.requests) <= USERS + IN_FLIGHT
+
+    here.run("UPDATE people SET is_in = 0 WHERE number < 20")
+    computing = here({"In": SLOWLY}).popen("sync")
+    until(lambda: command.document("history")[0]["status"] == "running")
+    own_server.control("restart")
+    code, said = command.ended(computing)
+    assert code in {1, 2}, said
+    assert re.search("cannot be used|database failed", said)
+    assert here({"In": EVERYONE})("sync")[0] == 0
+    assert told(sandbox) == wanted(range(20, USERS))
+    assert_never_partial(command, {USERS, USERS - 20})
+
+
+@POSTGRESQL
+def test_both_sides_of_a_connection_watch_it(here):
+    engine = engines.open_own(here.url, "audience_sync")
+    with engine.connect() as connection:
+        names = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout")
+        theirs = [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
+        number = connection.connection.dbapi_connection.fileno()
+        with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as ours:
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+            mine = [ours.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+    engine.dispose()
+    assert theirs == ["30", "10", "3", "60000"]
+    assert mine == [30, 10, 3, 60_000]
+
+
+@POSTGRESQL
+def test_a_delivery_goes_on_after_a_silence(through, sandbox):
+    sandbox.faults.add({"path": "/v1/identify", "delay_seconds": 0.1})
+    command = through({"In": EVERYONE})
+    process = command.popen("sync")
+    until(lambda: len(told(sandbox)) >= 10)
+    through.proxy.fall_silent()
+    began = time.monotonic()
+    line = next(line for line in process.stderr if "cannot be used" in line)
+    assert re.search("timed out|timeout", line), line
+    assert time.monotonic() - began < 15
+    through.proxy.speak_again()
+    code, said = command.ended(process)
+    assert (code, told(sandbox)) == (0, wanted(range(USERS))), said
+    assert len(sandbox.state.requests) <= USERS + IN_FLIGHT
+
+
+@pytest.mark.usefixtures("people")
+def test_a_lock_is_waited_for(start, engine, sandbox):
+    command = start({"In": EVERYONE})
+    with locked(engine):
+        process = command.popen("sync")
+        time.sleep(2)
+        assert process.poll() is None
+    code, said = command.ended(process)
+    assert (code, told(sandbox)) == (0, wanted(range(USERS))), said
+
+
+@pytest.mark.usefixtures("people")
+def test_a_lock_that_stays_is_said(start, engine, sandbox, url, backend):
+    command = impatient(start({"In": EVERYONE}), url, backend)
+    assert command("sync", "--no-deliver")[0] == 0
+    with locked(engine):
+        for name in ("sync", "deliver"):
+            code, said = command(name)
+            assert code in {1, 2}, said
+            assert "Another program holds its lock" in said
+    assert command("deliver")[0] == 0
+    assert told(sandbox) == wanted(range(USERS))
+
+
+@SQLITE
+@pytest.mark.usefixtures("people")
+def test_a_disk_that_is_full_at_any_write_of_a_delivery_loses_nothing(start, sandbox, tmp_path):
+    command = start({"In": EVERYONE})
+    assert command("sync", "--no-deliver")[0] == 0
+    size = (tmp_path / "own.db").stat().st_size
+    for number, room in enumerate((0, 2_000, size // 3, size - 4096)):
+
+        def fill_disk(room=room):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+        code, said = command("deliver", preexec_fn=fill_disk)
+        assert (code, "see whether the disk has room" in said) == (2, True), said
+        assert len(sandbox.state.requests) <= IN_FLIGHT * (number + 1)
+    assert command("deliver")[0] == 0
+    assert told(sandbox) == wanted(range(USERS))
+    assert [each["status"] for each in command.document("deliveries")] == ["accepted"] * USERS
+
+
+def test_five_upgrades_at_once_are_one(start, url, backend, tmp_path, request):
+    if backend == "sqlite":
+        fresh = f"sqlite:///{tmp_path}/fresh.db"
+    else:
+        server = request.getfixturevalue("postgres")
+        fresh = server.url(server.create())
+    command = start({"In": EVERYONE})
+    command.path.write_text(command.path.read_text().replace(url, fresh))
+    engine = engines.open_own(fresh, "audience_sync")
+    with holding_upgrades(engine) as are_waiting:
+        processes = [command.popen("db", "upgrade") for _ in range(5)]
+        until(lambda: are_waiting(processes))
+    for process in processes:
+        code, said = command.ended(process)
+        assert (code, migrate.HEAD in said) == (0, True), said
+    assert migrate.current(engine) == migrate.HEAD
+    assert command.document("history") == []
+    engine.dispose()
+
+
+@contextlib.contextmanager
+def holding_upgrades(engine):
+    """Nobody may begin; what is given tells whether these processes have all come to that."""
+    if engines.is_sqlite(engine):
+        with contextlib.closing(sqlite3.connect(engine.url.database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+
+            def have_opened(processes):
+                opened = [
+                    {os.path.realpath(each) for each in Path(f"/proc/{process.pid}/fd").iterdir()}
+                    for process in processes
+                ]
+                return all(engine.url.database in each for each in opened)
+
+            yield have_opened
+            other.execute("ROLLBACK")
+        return
+    with engine.connect() as other:
+        lock = sa.text("SELECT pg_advisory_xact_lock(:lock)")
+        other.execute(lock, {"lock": migrate._LOCK})
+        query = sa.text(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = "
+            "(SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        yield lambda processes: other.execute(query).scalar() == len(processes)
+        other.rollback()
+
+
+NAMES = {
+    "it's; DROP TABLE people --": "it_s_drop_table_people",
+    'say "yes" 100%s': "say_yes_100_s",
+    ":as_of {{our}} {temp}": "as_of_our_temp",
+    "$(id) `id` %(x)s": "id_id_x_s",
+}
+IDS = [
+    "it's", 'say "yes"', "a;b", "100%", "%s", ":x", "{our}", "a\\b", "two\nlines", "\u202eabc", "\U0001f600",
+    "cafe\u0301", "caf\u00e9", "Ann", "ann", "007", "7", "7.0", " a ", "\u00a0", "null", "x" * 255, "\u4e16" * 255,
+]  # fmt: skip
+UNFIT = ["", " \t", "x" * 256, "y" * 1_000_000, None]
+
+
+@pytest.mark.parametrize("name", ["two\\nlines", "\\u202eright to left"])
+@SQLITE
+def test_a_name_that_no_table_can_show_is_refused(start, name):
+    code, said = start({name: EVERYONE})("sync")
+    assert (code, "one line without control characters" in said) == (2, True), said
+
+
+def test_names_and_ids_are_only_text(start, company, sandbox):
+    company("CREATE TABLE ids (user_id text)")
+    company("INSERT INTO ids VALUES (:user)", *[{"user": each} for each in (*IDS, *IDS, *UNFIT)])
+    audiences = {json.dumps(name)[1:-1]: "SELECT user_id FROM ids" for name in NAMES}
+    command = start(audiences)
+    code, said = command("sync")
+    assert code == 0, said
+    users = sandbox.state.snapshot()["users"]
+    assert users.keys() == set(IDS)
+    assert all(each["properties"] == dict.fromkeys(NAMES.values(), True) for each in users.values())
+    run = command.document("show", "1")
+    assert run["set_aside"] == {"duplicate": len(IDS), "empty": 2, "null": 1, "too_long": 2}
+    for user in IDS[:3]:
+        assert command.document("user", user)["memberships"], user
