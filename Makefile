@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-httpx2 lint format bench
+.PHONY: demo test test-httpx2 soak lint format bench
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ test: $(VENV)/installed
 test-httpx2: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check httpx2
 	TEST_IN_PLACE_OF_HTTPX=httpx2 $(BIN)/pytest --numprocesses 3 --dist worksteal tests/userpilot tests/delivery
+
+# Half an hour or so; some of it needs Linux, root or strace, and says so where they are missing.
+soak: $(VENV)/installed
+	$(BIN)/pytest soak -rs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
