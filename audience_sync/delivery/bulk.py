@@ -27,7 +27,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync import logs
+from audience_sync import crash, logs
 from audience_sync.clock import Clock
 from audience_sync.delivery import merge, share
 from audience_sync.delivery.gather import Gatherer
@@ -258,6 +258,8 @@ class Bulk:
         return step
 
     def committed(self, step: Step) -> None:
+        if step.became:
+            crash.at("job_settled")
         for job in step.written:
             job.is_changed, job.upload = False, None
         for each in step.after_commit:

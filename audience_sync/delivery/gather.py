@@ -7,6 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from audience_sync import crash
 from audience_sync.delivery import claims, merge, share
 from audience_sync.delivery.jobs import Job
 from audience_sync.store import deliveries as queue
@@ -77,6 +78,7 @@ class Gatherer:
             job.lines += lines
             job.row_count, job.size = job.row_count + len(lines), size
             del job.candidates[: len(job.candidates) if is_full else PIECE]
+            crash.at("gathered")
 
         return commit
 

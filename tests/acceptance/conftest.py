@@ -1,5 +1,6 @@
 """The command line as real processes, on a configuration of the test's own database and sandbox."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -81,6 +82,25 @@ def forker():
     running = Forker()
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def forkers(forker):
+    """For scenes that are played at a time."""
+    more = [Forker() for _ in range(3)]
+    yield [forker, *more]
+    for each in more:
+        each.close()
+
+
+@pytest.fixture
+def new_url(backend, tmp_path, request):
+    """Makes databases without any tables, and gives their URLs."""
+    if backend == "sqlite":
+        numbers = itertools.count()
+        return lambda: f"sqlite:///{tmp_path}/{next(numbers)}.db"
+    server = request.getfixturevalue("postgres")
+    return lambda: server.url(server.create())
 
 
 @pytest.fixture

@@ -1,0 +1,418 @@
+"""Kills `audience-sync` while a company's people move, lets it start again, and tells what that cost.
+
+A `Scene` is a company with a database and a sandbox of its own. Each kill on it is checked as soon as a new process
+has everything accepted: the sandbox holds what is true, and nothing was ever turned back.
+"""
+
+import itertools
+import os
+import queue
+import random
+import signal
+import sqlite3
+import statistics
+import subprocess
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from audience_sync.sandbox import Limits, Sandbox
+from audience_sync.store import engines
+
+SEED = os.environ.get("KILLS_SEED") or str(time.time_ns())
+KILLS_OF_A_SCENE = 100
+IN_FLIGHT = 8
+RECOVERED_WITHIN_SECONDS = 150
+OPEN = "SELECT count(*) FROM {our}deliveries WHERE status NOT IN ('accepted', 'cancelled', 'dead')"
+
+
+@dataclass(frozen=True)
+class Company:
+    """How many users there are and how many of them move between two syncs; how fast they may be told."""
+
+    users: int
+    moves: int
+    identify_per_minute: int
+    bulk_rows_per_job: int
+    window_seconds: float = 60.0  # what stands for the minute: nobody wants to wait for a true one
+
+    def limits(self):
+        return Limits(
+            identify_per_minute=self.identify_per_minute,
+            bulk_rows_per_minute=BULK_ROWS_PER_MINUTE,
+            window_seconds=self.window_seconds,
+        )
+
+
+BULK_ROWS_PER_MINUTE = 2_400
+SMALL = Company(60, 30, 1_000_000, 10_000)
+WITH_JOBS = Company(100, 90, 20, 15, window_seconds=3.0)  # each sync has jobs, three at least
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is killed: `command`, at `points` of audience_sync.crash in turn; without any, at random instants."""
+
+    told: str  # in the README's table
+    share: int  # of a hundred kills
+    points: tuple[str, ...] = ()
+    command: str = "sync"
+    company: Company = WITH_JOBS
+    longest_seconds: float = 2.0  # a random instant is not later than this
+
+
+def passings(**counts):
+    return tuple(f"{point}:{number}" for point, numbers in counts.items() for number in numbers)
+
+
+KINDS = {  # of the run's points, the second and third passing are the second and third definition
+    "run": Kind(
+        "computing and committing a run", 15, company=SMALL,
+        points=passings(run_started=(1, 2, 3), snapshot_computed=(1, 2, 3), changes_written=(1, 2, 3),
+                        run_committed=(1, 2, 3)),
+    ),
+    "requests": Kind(
+        "claiming, sending and settling requests", 25, company=SMALL,
+        points=passings(claimed=(1, 2, 3), before_send=(1, 5, 12, 17), after_send=(1, 6, 13, 19),
+                        settled=(1, 2, 3), lease_released=(1,)),
+    ),
+    "bulk": Kind(
+        "gathering, sending, following and settling a bulk job", 25,
+        points=passings(gathered=(1, 2, 3), before_upload=(1, 2, 3), after_upload=(1, 2, 3),
+                        after_poll=(1, 2, 3, 4), job_settled=(1, 2, 3), claimed=(4,), settled=(4,)),
+    ),
+    "random": Kind("`sync`, at a random instant", 25),
+    "daemon": Kind("`daemon`, at a random instant", 10, command="daemon", longest_seconds=3.5),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one kill did. `lost`: values of users that were not told; `turned_back`: that were told an older one.
+
+    Repeated are requests, and rows of bulk jobs, that told a user nothing new.
+    """
+
+    at: str
+    seconds: float  # from the kill until a new process had everything accepted
+    lost: int
+    turned_back: int
+    repeated_requests: int
+    repeated_rows: int
+    wrong: tuple[str, ...]  # whatever else is not as it should be
+
+    @property
+    def is_good(self):
+        return not (self.lost or self.turned_back or self.wrong)
+
+
+CONFIGURATION = """
+[database]
+url = "{url}"
+[destination]
+endpoint = "{endpoint}"
+api_key = "sandbox"
+identify_per_minute = {identify_per_minute}
+bulk_rows_per_minute = {bulk_rows_per_minute}
+bulk_rows_per_job = {bulk_rows_per_job}
+[defaults]
+schedule = "0 0 * * *"
+guard_above = 1_000_000
+[[audiences]]
+name = "In"
+sql = "SELECT user_id FROM people WHERE is_in = 1"
+[[audiences]]
+name = "Often in"
+sql = "SELECT user_id FROM people WHERE is_in = 1 AND moved > 3"
+[[traits]]
+name = "Moved"
+sql = "SELECT user_id, moved AS value FROM people"
+"""
+
+
+class People:
+    """The company's table, and all that was ever true of each user in it."""
+
+    def __init__(self, url, company, chance):
+        self._engine = sa.create_engine(url)
+        self._moves, self._chance = company.moves, chance
+        self.users = [f"u{number:03}" for number in range(company.users)]
+        self._rows = {user: {"is_in": 0, "moved": 0} for user in self.users}
+        self._truths = defaultdict(list)
+        with self._engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE people (user_id text, is_in integer, moved integer)")
+            connection.execute(
+                sa.text("INSERT INTO people VALUES (:user_id, :is_in, :moved)"),
+                [{"user_id": user, **row} for user, row in self._rows.items()],
+            )
+        self._note()
+
+    def move(self):
+        """Some enter and some leave; `moved` only ever grows."""
+        users = self._chance.sample(self.users, self._moves)
+        for user in users:
+            row = self._rows[user]
+            self._rows[user] = {"is_in": 1 - row["is_in"], "moved": row["moved"] + 1}
+        with self._engine.begin() as connection:
+            connection.execute(
+                sa.text("UPDATE people SET is_in = 1 - is_in, moved = moved + 1 WHERE user_id = :user_id"),
+                [{"user_id": user} for user in users],
+            )
+        self._note()
+
+    def _note(self):
+        for user in self.users:
+            for key, value in self._now(user).items():
+                self._truths[user, key].append(value)
+
+    def _now(self, user):
+        row = self._rows[user]
+        return {
+            "in": row["is_in"] == 1,
+            "often_in": row["is_in"] == 1 and row["moved"] > 3,
+            "moved": row["moved"],
+        }
+
+    def lost(self, told):
+        """How many values are other than what users were told; who never entered need not have been told."""
+        count = 0
+        for user in self.users:
+            properties = {"in": False, "often_in": False} | told.get(user, {"properties": {}})["properties"]
+            count += sum(properties.get(key) != value for key, value in self._now(user).items())
+        return count
+
+    def turned_back(self, history):
+        """How many properties were told values, repeats aside, that did not come true in this order."""
+        count = 0
+        for (user, key), values in self._truths.items():
+            lines = history.get(user, [])
+            told = [value for value, _ in itertools.groupby(value for name, value, _ in lines if name == key)]
+            true = iter(values if key == "moved" else [False, *values])
+            count += not all(any(value == each for each in true) for value in told)
+        return count
+
+    def close(self):
+        self._engine.dispose()
+
+
+def nothing_new(history):
+    """The requests, once for each user whom they told nothing new."""
+    for lines in history.values():
+        last = {}
+        for number, told in itertools.groupby(lines, key=lambda line: line[2]):
+            values = {name: value for name, value, _ in told}
+            if values.items() <= last.items():
+                yield number
+            last |= values
+
+
+class Scene:
+    """A company with its database and its sandbox, at which processes are killed."""
+
+    def __init__(self, url, folder, company, forker, sandbox, seed):
+        self._chance = random.Random(seed)
+        self._forker, self._sandbox = forker, sandbox
+        self._environ = dict(os.environ) | {"TEST_WINDOW_SECONDS": str(company.window_seconds)}
+        self._people = People(url, company, self._chance)
+        self._engine = engines.open_own(url, "audience_sync")
+        self._repeated = Counter()
+        self._path = folder / f"{sandbox.url.split(':')[-1].strip('/')}.toml"
+        self._path.write_text(
+            CONFIGURATION.format(
+                url=url,
+                endpoint=sandbox.url,
+                identify_per_minute=company.identify_per_minute,
+                bulk_rows_per_minute=BULK_ROWS_PER_MINUTE,
+                bulk_rows_per_job=company.bulk_rows_per_job,
+            ),
+            encoding="utf-8",
+        )
+        code, said = self._run()
+        assert code == 0, said
+
+    def kill(self, kind, number):
+        """The `number`th kill of a kind."""
+        if kind.points:
+            at = kind.points[number % len(kind.points)]
+            self._kill_at(at)
+        else:
+            at = self._kill_somewhere(kind)
+        killed_at = time.monotonic()
+        turned_back = self._turned_back()
+        if kind.command == "daemon":
+            wrong, seconds = self._recover_daemon(killed_at)
+        else:
+            if number % 2:  # what the killed process left behind is outdated when the next one comes
+                self._people.move()
+                killed_at = time.monotonic()
+            code, said = self._run()
+            seconds = time.monotonic() - killed_at
+            wrong = [] if code == 0 else [said]
+        repeated = self._count_repeated()
+        return Outcome(
+            at,
+            seconds,
+            lost=self._people.lost(self._state()["users"]),
+            turned_back=max(turned_back, self._turned_back()),
+            repeated_requests=repeated["requests"],
+            repeated_rows=repeated["rows"],
+            wrong=(*wrong, *self._wrongs()),
+        )
+
+    def _start(self, *arguments, crash_at=None):
+        environ = self._environ | ({"AUDIENCE_SYNC_CRASH_AT": crash_at} if crash_at else {})
+        called = ["--config", str(self._path), *arguments]
+        return self._forker.start(called, environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def _run(self, crash_at=None):
+        with self._start("sync", crash_at=crash_at) as process:
+            said = process.communicate(timeout=RECOVERED_WITHIN_SECONDS)
+        return process.returncode, "".join(said)
+
+    def _kill_at(self, point):
+        self._people.move()
+        code, said = self._run(crash_at=point)
+        assert code == -signal.SIGKILL, (point, code, said)
+
+    def _kill_somewhere(self, kind):
+        """At a random instant; where the process was done by then, again at an earlier one."""
+        longest = kind.longest_seconds
+        while True:
+            self._people.move()
+            if kind.command == "daemon":
+                self._make_due()
+            seconds = self._chance.uniform(0.0, longest)
+            with self._start(kind.command) as process:
+                time.sleep(seconds)
+                process.send_signal(signal.SIGKILL)
+                said = "".join(process.communicate(timeout=RECOVERED_WITHIN_SECONDS))
+            if process.returncode == -signal.SIGKILL:
+                return f"{seconds:.3f} s"
+            assert process.returncode == 0, said
+            longest = seconds
+
+    def _make_due(self):
+        """Of every definition the newest slot is due."""
+        with engines.write(self._engine) as connection:
+            engines.sql(connection, "DELETE FROM {our}schedule_slots")
+            engines.sql(connection, "UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")
+
+    def _recover_daemon(self, killed_at):
+        """Another daemon, until all is told; then it is asked to end."""
+        with self._start("daemon") as process:
+            while not (told := self._is_told()) and time.monotonic() < killed_at + RECOVERED_WITHIN_SECONDS:
+                time.sleep(0.05)
+            seconds = time.monotonic() - killed_at
+            process.send_signal(signal.SIGTERM)
+            said = "".join(process.communicate(timeout=RECOVERED_WITHIN_SECONDS))
+        return [said] if process.returncode or not told else [], seconds
+
+    def _is_told(self):
+        if self._people.lost(self._state()["users"]):
+            return False
+        with engines.read(self._engine) as connection:
+            return engines.sql(connection, OPEN).scalar_one() == 0
+
+    def _state(self):
+        with self._sandbox.state.lock:
+            self._sandbox.state.advance()
+            return self._sandbox.state.snapshot()
+
+    def _turned_back(self):
+        with self._sandbox.state.lock:
+            return self._people.turned_back(self._sandbox.state.history)
+
+    def _count_repeated(self):
+        """How many requests and rows since the last count told a user nothing new."""
+        state = self._sandbox.state
+        with state.lock:
+            uploads = {job.number for job in state.jobs.values()}
+            found = Counter(
+                "rows" if number in uploads else "requests" for number in nothing_new(state.history)
+            )
+        new, self._repeated = found - self._repeated, found
+        return new
+
+    def _wrongs(self):
+        """What is not as it should be when all is told."""
+        with engines.read(self._engine) as connection:
+
+            def statuses(table):
+                rows = engines.sql(connection, f"SELECT DISTINCT status FROM {{our}}{table}")
+                return set(rows.scalars())
+
+            if unfit := statuses("deliveries") - {"accepted", "cancelled"}:
+                yield f"deliveries are {unfit}"
+            if unfit := statuses("runs") - {"succeeded", "abandoned"}:
+                yield f"runs are {unfit}"
+            if engines.sql(connection, "SELECT 1 FROM {our}bulk_jobs WHERE settled_at IS NULL").first():
+                yield "a bulk job is not settled"
+        if refused := sum(counts[429] for counts in self._sandbox.state.counts().values()):
+            yield f"{refused} requests were beyond the limit"
+        if engines.is_sqlite(self._engine):
+            with closing(sqlite3.connect(self._engine.url.database)) as file:
+                found = file.execute("PRAGMA integrity_check").fetchall()
+            if found != [("ok",)]:
+                yield f"integrity_check: {found}"
+
+    def close(self):
+        self._people.close()
+        self._engine.dispose()
+
+
+@contextmanager
+def opened(url, folder, company, forker, seed):
+    with Sandbox(limits=company.limits()) as sandbox:
+        scene = Scene(url, folder, company, forker, sandbox, seed)
+        try:
+            yield scene
+        finally:
+            scene.close()
+
+
+def kill_all(kind, count, new_url, folder, forkers):
+    """So many kills, on a scene for each forker at a time: a scene mostly waits. Outcomes as they come."""
+    free = queue.SimpleQueue()
+    for forker in forkers:
+        free.put(forker)
+    size = min(KILLS_OF_A_SCENE, -(-count // len(forkers)))
+
+    def play(numbers, url):
+        forker = free.get()
+        try:
+            with opened(url, folder, kind.company, forker, f"{SEED} {numbers[0]}") as scene:
+                return [scene.kill(kind, number) for number in numbers]
+        finally:
+            free.put(forker)
+
+    parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    with ThreadPoolExecutor(len(forkers)) as pool:
+        found = list(pool.map(play, parts, [new_url() for _ in parts]))
+    return list(itertools.chain(*found))
+
+
+HEAD = "| killed while | on | kills | lost | turned back | duplicated | seconds to recover | again with |"
+_AGAIN = "`pytest soak -k {backend}-{name}`"
+
+
+def table_row(backend, name, outcomes):
+    """A row of the README's table."""
+    seconds = sorted(each.seconds for each in outcomes)
+    requests, rows = (
+        sum(getattr(each, f"repeated_{what}") for each in outcomes) for what in ("requests", "rows")
+    )
+    cells = [
+        KINDS[name].told,
+        {"sqlite": "SQLite", "postgresql": "PostgreSQL"}[backend],
+        f"{len(outcomes):,}",
+        f"{sum(each.lost for each in outcomes):,}",
+        f"{sum(each.turned_back for each in outcomes):,}",
+        f"{requests:,} requests, {rows:,} rows",
+        f"{statistics.median(seconds):.1f}, at most {seconds[-1]:.1f}",
+        _AGAIN.format(backend=backend, name=name),
+    ]
+    return f"| {' | '.join(cells)} |"
