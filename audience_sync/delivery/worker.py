@@ -161,7 +161,7 @@ class Worker:
     def _take_over(self, connection: sa.Connection) -> None:
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._in_flight, self._look_at, self._began_at, self._settled_count = {}, {}, monotonic, 0
-        self._recover(connection)
+        self._recover(connection, ())
         window = self.settings.window_seconds
         self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in store.LANES}
         for name, ended_at in store.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
@@ -182,13 +182,14 @@ class Worker:
         stopped = destinations.stopped(connection)
         self.report.stopped = stopped and stopped[1]
 
-    def _recover(self, connection: sa.Connection) -> None:
+    def _recover(self, connection: sa.Connection, answered: Sequence[store.Ended]) -> None:
+        known = [*self._in_flight, *(each.request_id for each in answered)]
         lost = store.recover(
             connection,
             self.clock.now(),
             self.settings.grace,
             tracks_at_most_once=self.settings.tracks_at_most_once,
-            but=self._in_flight.keys(),
+            but=known,
         )
         if lost:
             log.warning("%d deliveries were under way when their process ended: they are sent again", lost)
@@ -238,7 +239,7 @@ class Worker:
                 with engines.write(self.engine) as connection:
                     leases.renew(connection, lease)
                     if len(pauses) < len(RECONNECT_SECONDS):  # what was committed may not have been told
-                        self._recover(connection)
+                        self._recover(connection, ended)
                         self._bulk.resume(connection, self.clock.now())
                     cycle = self._step(connection, lease, ended)
                 break
