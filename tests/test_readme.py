@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from audience_sync import settings
 from audience_sync.store import engines
+from tests.acceptance.killing import KINDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -42,6 +43,17 @@ def test_its_commands_are_those_of_the_program():
     ).stdout
     offered = set(re.findall(r"^  ([a-z]+) ", shown.partition("Commands:")[2], re.MULTILINE))
     assert named == offered
+
+
+def test_its_kills_are_those_that_are_made_and_lost_nothing():
+    rows = re.findall(r"^\|.*`pytest soak -k ([a-z-]+)` \|$", README, re.MULTILINE)
+    assert sorted(rows) == sorted(
+        f"{backend}-{name}" for name in KINDS for backend in ("postgresql", "sqlite")
+    )
+    kept = re.findall(
+        r"^\| [^|]+ \| (?:SQLite|PostgreSQL) \| [0-9,]+ \| ([0-9,]+) \| ([0-9,]+) \|", README, re.MULTILINE
+    )
+    assert kept == [("0", "0")] * len(rows)
 
 
 def test_its_python_hands_in_calls_and_delivers(tmp_path, sandbox):

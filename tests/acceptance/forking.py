@@ -6,6 +6,7 @@ signals, which can be stopped and killed like any other. `Started` stands for it
 
 import array
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -185,6 +186,7 @@ def become(order, ends, main):
         os.chdir(order["cwd"])
         os.environ.clear()
         os.environ.update(order["environ"])
+        faulthandler.enable()  # on SIGABRT it tells where its threads are
         importlib.reload(crash)
         leases._PROCESS = uuid.uuid4().hex
         if seconds := os.environ.get("TEST_WINDOW_SECONDS"):
