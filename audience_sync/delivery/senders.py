@@ -1,11 +1,13 @@
 """A few threads that send. What they bring back is taken in by the one thread that decides."""
 
+import contextlib
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
 LOOK_SECONDS = 0.2  # the longest wait, so that a signal is seen
+TOGETHER_SECONDS = 0.003  # between two answers that are taken in at once: a transaction costs more than that
 Brought = TypeVar("Brought")
 
 
@@ -15,6 +17,7 @@ class Senders(Generic[Brought]):
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="send")
         self._brought: queue.SimpleQueue[Brought] = queue.SimpleQueue()
+        self._out = 0  # errands that are not collected
 
     def __enter__(self) -> Self:
         return self
@@ -24,16 +27,19 @@ class Senders(Generic[Brought]):
 
     def start(self, errand: Callable[[], Brought]) -> None:
         """Run it, which must not raise, in a thread."""
+        self._out += 1
         self._pool.submit(lambda: self._brought.put(errand()))
 
     def collect(self, seconds: float) -> list[Brought]:
-        """All that is there; while nothing is, wait for the first, a fifth of a second at most."""
-        if self._brought.empty() and seconds > 0:
-            try:
-                return [self._brought.get(timeout=min(seconds, LOOK_SECONDS)), *self._rest()]
-            except queue.Empty:
-                return []
-        return list(self._rest())
+        """All that is there; while nothing is, wait for the first, a fifth of a second at most, and those close behind."""
+        brought = list(self._rest())
+        if not brought and seconds > 0:
+            with contextlib.suppress(queue.Empty):
+                brought.append(self._brought.get(timeout=min(seconds, LOOK_SECONDS)))
+                while len(brought) < self._out:
+                    brought.append(self._brought.get(timeout=TOGETHER_SECONDS))
+        self._out -= len(brought)
+        return brought
 
     def _rest(self) -> Iterator[Brought]:
         while not self._brought.empty():
