@@ -39,7 +39,8 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered
+FIRST_ROWS = 2_000  # of a job that begins while none runs: it is soon under way, and the next one is gathered
+AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered, at the least
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back
 BACKLOG_SECONDS = 1.0  # between two looks at how long the queue is
 LOOK_SECONDS = 15.0  # between two looks at jobs that are not ours
@@ -95,6 +96,7 @@ class Bulk:
     _rows_cap: int = 0  # fewer than the settings' where those were too large
     _others_run: bool = False
     _look_at: float = -math.inf  # for jobs of others
+    _row_seconds: float = 0.0  # what the last job took to gather, a row
     _backlog_at: float = -math.inf  # when the backlog is looked at again
     _gatherer: Gatherer = field(init=False)
 
@@ -148,7 +150,7 @@ class Bulk:
         job = self.under_way
         if job is not None:
             ahead = (
-                self._remaining(job) - AHEAD_SECONDS
+                self._remaining(job) - self._ahead_seconds()
                 if len(self.jobs) == 1 and self._may_start()
                 else math.inf
             )
@@ -299,24 +301,34 @@ class Bulk:
         job = self.under_way
         if not self._may_start() or self._backlog_at > self.clock.monotonic():
             return False
-        return job is None or (job.status == "running" and self._remaining(job) <= AHEAD_SECONDS)
+        return job is None or (job.status == "running" and self._remaining(job) <= self._ahead_seconds())
+
+    def _ahead_seconds(self) -> float:
+        """How long before the end of a job the next is begun: half as long again as a full one takes to gather."""
+        rows = self.settings.rows_per_job
+        wanted = max(AHEAD_SECONDS, 1.5 * self._row_seconds * rows)
+        return min(wanted, max(AHEAD_SECONDS, rows / self.rows_per_second / 2))
 
     def _begin(
         self, connection: sa.Connection, now: dt.datetime, epoch: int, live_count: int, step: Step
     ) -> None:
-        room = max(0, self.live.room(self.clock.monotonic()) - live_count)
-        candidates = self._gatherer.candidates(connection, now, self.pace, room, self._most_rows)
+        began_at = self.clock.monotonic()
+        room = max(0, self.live.room(began_at) - live_count)
+        most = self._most_rows if self.under_way else min(self._most_rows, FIRST_ROWS)
+        candidates = self._gatherer.candidates(connection, now, self.pace, room, most)
         if not candidates:
-            self._backlog_at = self.clock.monotonic() + BACKLOG_SECONDS
+            monotonic = self.clock.monotonic()
+            self._backlog_at = monotonic + max(BACKLOG_SECONDS, 10 * (monotonic - began_at))
             return
         filename = f"audience-sync-{uuid.uuid4().hex}.ndjson"
         request_id = store.begin(connection, filename, self.settings.fingerprint, epoch, now)
-        job = Job(request_id, filename, "gathering", candidates=candidates)
+        job = Job(request_id, filename, "gathering", candidates=candidates, begun_at=self.clock.monotonic())
         step.after_commit.append(lambda: self.jobs.append(job))
 
     def _look_whether_ready(self, job: Job) -> None:
         if not job.candidates:
             job.ready_at = self.clock.monotonic()
+            self._row_seconds = (job.ready_at - job.begun_at) / max(1, job.row_count)
 
     def _next_errand(
         self, connection: sa.Connection, gathering: Job | None, now: dt.datetime, step: Step

@@ -14,7 +14,8 @@ from audience_sync.store import deliveries as queue
 from audience_sync.store import jobs as store
 
 MOST_BYTES = 20_000_000  # of an upload; Userpilot takes 50 MB
-PIECE = 500  # users that a transaction takes into a job
+MOST_SEEN = 50_000  # of the users that wait
+PIECE = 200  # users that a transaction takes into a job, so that the live lane hardly waits
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class Gatherer:
 
         `room` is what the live lane may burst now.
         """
-        limit = pace.rows_per_job + share.live_users(pace.rows_per_job, 0, pace) + pace.live_limit + 1
+        limit = min(MOST_SEEN, pace.rows_per_job + share.live_users(pace.rows_per_job, room, pace) + 1)
         waiting: dict[str, bool] = {}
         bursting = 0
         for delivery_class in queue.CLASSES:

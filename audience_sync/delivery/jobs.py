@@ -41,6 +41,7 @@ class Job:
     candidates: list[str] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
     size: int = 0  # bytes
+    begun_at: float = 0.0
     ready_at: float = math.inf
 
     @property

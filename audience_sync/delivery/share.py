@@ -22,9 +22,9 @@ class Pace:
 def job_rows(waiting: int, at_once: int, pace: Pace) -> int:
     """How many of the users that wait go into the next job, so that both lanes end together; 0: none is worth it.
 
-    What the live lane takes within one window never goes by bulk. `at_once` is how many it may burst now.
+    What the live lane takes at once never goes by bulk: `at_once` is how many it may burst now.
     """
-    if waiting <= pace.live_limit or not pace.rows_per_job:
+    if waiting <= at_once or not pace.rows_per_job:
         return 0
     fair = waiting * pace.rows_per_second / (pace.rows_per_second + pace.live_per_second)
     rows = int(min(fair, waiting - at_once, pace.rows_per_job))

@@ -18,7 +18,7 @@ from audience_sync.store import deliveries as queue
 from audience_sync.store.engines import is_sqlite, sql
 from audience_sync.store.tables import SENDING, bulk_jobs, deliveries, requests
 
-PIECE = 2_000  # deliveries that a transaction settles at most
+PIECE = 500  # deliveries that a transaction settles at most
 _TRIED = "(d.attempt_count > 0 OR d.alone)"
 
 

@@ -14,6 +14,7 @@ MAX_ERROR_LENGTH = 500
 MAX_TEXT_LENGTH = 65_536  # of a body that is looked at for words; the rest is not worth the memory
 MAX_REQUEST_ID_LENGTH = 200
 MAX_RETRY_AFTER_SECONDS = 900.0
+SHORTEST_SECRET = 12  # a shorter one is a toy, which job ids may hold by chance
 
 
 class Outcome(StrEnum):
@@ -63,7 +64,8 @@ def judge(
     """
     outcome = _outcome(status_code)
     found = _json(body)
-    may_keep = outcome is Outcome.ACCEPTED and not cut and secret.encode() not in body
+    quotes_secret = len(secret) >= SHORTEST_SECRET and secret.encode() in body
+    may_keep = outcome is Outcome.ACCEPTED and not cut and not quotes_secret
     error = None
     if outcome is Outcome.ACCEPTED and not _is_success(headers, body, found, cut=cut):
         outcome = Outcome.UNKNOWN

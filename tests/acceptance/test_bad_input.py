@@ -95,8 +95,8 @@ def test_a_database_of_a_newer_version(good, engine, backend):
 
 def test_a_database_that_is_behind(good):
     command = good()
-    later = (  # the program as it will be when there is a second migration
-        "from audience_sync.store import migrate; migrate.HEAD, migrate.KNOWN = '0003', ('0001', '0002', '0003');"
+    later = (  # the program as it will be when there is another migration
+        "from audience_sync.store import migrate; migrate.HEAD = '9999'; migrate.KNOWN += ('9999',);"
         "from audience_sync.cli import main; main()"
     )
     called = [sys.executable, "-c", later, "--config", str(command.path), "sync"]

@@ -81,12 +81,12 @@ def test_a_long_push_takes_the_combined_limit(hand_queue, clock, userpilot, work
     assert max(rows for _, rows in userpilot.uploads()) == 400
 
 
-@pytest.mark.parametrize("kind", ["call", "change", "push"])
-def test_small_work_never_goes_by_bulk(hand_queue, userpilot, work, kind):
-    hand_queue.fill(LIVE, kind=kind)
+@pytest.mark.parametrize(("kind", "count"), [("call", LIVE), ("change", LIVE), ("push", 130)])
+def test_small_work_never_goes_by_bulk(hand_queue, userpilot, work, kind, count):
+    hand_queue.fill(count, kind=kind)
     work().deliver()
     assert userpilot.uploads() == []
-    assert_all_told_once(hand_queue, userpilot, LIVE)
+    assert_all_told_once(hand_queue, userpilot, count)
 
 
 def test_changes_burst_and_the_rest_goes_by_bulk(hand_queue, clock, userpilot, work):

@@ -14,8 +14,9 @@ USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, row
     [
         (0, 0, 0),
         (600, 600, 0),  # the live lane takes them at once
-        (600, 0, 0),  # or within a minute
-        (650, 600, 0),  # fifty rows are not worth a job
+        (130, 0, 0),  # fewer than a hundred rows are not worth a job
+        (600, 0, 450),
+        (650, 600, 0),
         (1_000, 600, 400),
         (1_000, 0, 750),
         (4_000, 600, 3_000),

@@ -209,7 +209,7 @@ def test_a_canary_changes_its_users_alone(world):
     (planned,), touched = plans.plan(
         world.engine, [(world.audience(), None)], {"vips": world.clock.now()}, world.clock.now(), None
     )
-    assert (planned.member_count, planned.counts, touched) == (5, {"entered": 3}, 5)
+    assert (planned.member_count, planned.counts, touched) == (5, {"entered": 3}, (5, 3))
     first = world.sync(world.audience(guard=Guard(above=1, max_enter_ratio=0.1)))
     assert (first.mode, first.status, counts(first)) == ("first", "succeeded", (5, 3, 0, 0))
     assert [user for user, _, _ in world.deliveries(first.run_id)] == ["ann", "cid", "dan"]
@@ -356,7 +356,8 @@ def test_a_plan_says_what_would_be_held(known):
     definition = known.audience(guard=WARY)
     (planned,), touched = plans.plan(known.engine, [(definition, None)], {"vips": now}, now, None)
     assert (planned.held, touched) == (
-        runs.Held("guard", "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."), 0,
+        runs.Held("guard", "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."),
+        (0, 0),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def test_a_plan_tells_what_would_change_and_keeps_nothing(world):
         ("spend", 2, {"entered": 2}),
     ]
     assert found[0].samples == {"entered": ["cid", "dan"], "exited": ["bob"]}
-    assert touched == (4, 2)  # bob's entry waits and is a push; cid and dan are changes; ann for her spend
+    assert touched == (4, 1)  # bob, cid and dan change; ann is of the first run of spend alone
     assert world.query("SELECT count(*) FROM {our}runs") == before
     assert set(world.members()) == {"ann", "bob"}
 
