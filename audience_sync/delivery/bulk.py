@@ -190,6 +190,7 @@ class Bulk:
         if measured is not None:
             self._measured(measured)
         known = {job.request_id: job for job in self.jobs}
+        grace = self.settings.grace.total_seconds()
         self.jobs = []
         for row in store.unsettled(connection):
             since = (
@@ -207,6 +208,7 @@ class Bulk:
                 completed_count=row.completed_count,
                 submitted_at=since,
                 moved_at=monotonic,
+                poll_at=monotonic + (grace if row.status == "uploading" else 0.0),  # it may come yet
                 error=row.error,
             )
             self.jobs.append(job)
@@ -343,6 +345,7 @@ class Bulk:
                 return Errand("poll" if running.job_id else "list", running)
         elif gathering is not None and is_ready and (gathering.row_count == 0 or self._is_paused()):
             gathering.end("dropped")
+            self._backlog_at = monotonic + BACKLOG_SECONDS  # of those that wait nobody is free
         elif gathering is not None and is_ready:
             store.submit(connection, gathering.request_id, now)
             content = b"".join(gathering.lines)
@@ -383,7 +386,7 @@ class Bulk:
                 self._runs(job, told.job_id, told)
             case Outcome.ACCEPTED | Outcome.UNKNOWN:
                 job.error = answer.error or "Userpilot took the upload and named no job"
-                job.poll_at = monotonic + SHORTEST_POLL_SECONDS * 10
+                job.poll_at = monotonic + self.settings.grace.total_seconds()  # it may come yet
             case Outcome.REFUSED if answer.status_code == 409:
                 job.end("dropped", error)
                 self._wait_for_others(f"Another bulk job is running: {error}")

@@ -45,6 +45,9 @@ class Sender(jobs.JobSender, Protocol):
     def send(self, path: str, payload: dict[str, Any], /) -> Answer: ...
 
 
+_SLEPT = Answer(
+    Outcome.FAILED, None, None, "Not sent: this process stood still, and another may be in its place", None
+)
 Brought = tuple[store.Claimed | jobs.Errand, Answer]
 
 
@@ -90,6 +93,7 @@ class _Cycle:
 
     claims: list[store.Claimed]
     bulk: bulk.Step
+    send_by: float  # monotonic seconds
     wait_seconds: float
     is_over: bool
 
@@ -207,9 +211,9 @@ class Worker:
                     if cycle.claims:
                         crash.at("claimed")
                     for claimed in cycle.claims:
-                        senders.start(partial(self._send, claimed))
+                        senders.start(partial(self._send, claimed, cycle.send_by))
                     if cycle.bulk.errand is not None:
-                        senders.start(partial(self._ask, cycle.bulk.errand))
+                        senders.start(partial(self._ask, cycle.bulk.errand, cycle.send_by))
                     if cycle.is_over:
                         break
                     ended = self._take_in(self._collect(senders, cycle.wait_seconds))
@@ -238,10 +242,11 @@ class Worker:
             try:
                 with engines.write(self.engine) as connection:
                     leases.renew(connection, lease)
+                    send_by = self.clock.monotonic() + lease.seconds / 2
                     if len(pauses) < len(RECONNECT_SECONDS):  # what was committed may not have been told
                         self._recover(connection, ended)
                         self._bulk.resume(connection, self.clock.now())
-                    cycle = self._step(connection, lease, ended)
+                    cycle = self._step(connection, lease, ended, send_by)
                 break
             except DatabaseError as error:
                 cause = error.__cause__
@@ -265,7 +270,9 @@ class Worker:
         self._pending[action] = self._pending.get(action, 0) - count
         self._settled_count += count
 
-    def _step(self, connection: sa.Connection, lease: leases.Lease, ended: list[store.Ended]) -> _Cycle:
+    def _step(
+        self, connection: sa.Connection, lease: leases.Lease, ended: list[store.Ended], send_by: float
+    ) -> _Cycle:
         if ended:
             store.settle(connection, ended)
         if self.report.stopped and destinations.stopped(connection) is None:
@@ -286,7 +293,7 @@ class Worker:
         self._keep_slow_downs(connection, is_over=is_over)
         if is_over:
             leases.release(connection, lease)
-        return _Cycle(found, job_step, wait, is_over)
+        return _Cycle(found, job_step, send_by, wait, is_over)
 
     def _claim(self, connection: sa.Connection, epoch: int) -> list[store.Claimed]:
         """What may start now: calls before changes before pushes, the lanes in turn, each within its limit."""
@@ -321,8 +328,9 @@ class Worker:
         """How long to leave a queue alone that gave less than there was room for: longer where looking takes long."""
         return max(self.settings.poll_seconds, 5 * (self.clock.monotonic() - since))
 
-    def _send(self, claimed: store.Claimed) -> Brought:
-        return claimed, self._answer(claimed)
+    def _send(self, claimed: store.Claimed, send_by: float) -> Brought:
+        """Not when the lease may be another's: then the same users may have been told newer values."""
+        return claimed, _SLEPT if self.clock.monotonic() > send_by else self._answer(claimed)
 
     def _answer(self, claimed: store.Claimed) -> Answer:
         try:
@@ -338,7 +346,9 @@ class Worker:
         crash.at("after_send")
         return answer
 
-    def _ask(self, errand: jobs.Errand) -> Brought:
+    def _ask(self, errand: jobs.Errand, send_by: float) -> Brought:
+        if self.clock.monotonic() > send_by:
+            return errand, _SLEPT
         try:
             return errand, errand.run(self.sender)
         except Exception as error:  # noqa: BLE001  (as above)
@@ -462,8 +472,10 @@ class Worker:
 
     def _next_look(self, claimed_count: int) -> float:
         """While something is under way: when another request might start beside it."""
+        if self._is_ending():
+            return 0.0 if self._bulk.is_busy(is_ending=True) and not self._bulk.is_asking else math.inf
         waits = [self._bulk.wait_seconds()]
-        if len(self._in_flight) + claimed_count < MAX_IN_FLIGHT and not self._is_ending():
+        if len(self._in_flight) + claimed_count < MAX_IN_FLIGHT:
             monotonic = self.clock.monotonic()
             waits += [
                 max(0.01, self._wait(name, each, monotonic)) for name in store.LANES for each in store.CLASSES
