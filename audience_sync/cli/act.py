@@ -15,6 +15,7 @@ from audience_sync.errors import Busy, ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from audience_sync.app import App
+    from audience_sync.delivery.share import Forecast
     from audience_sync.delivery.worker import Report
     from audience_sync.sync import plans
 
@@ -97,11 +98,20 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
                     say.line(f"{each.key} {name}, for example: {', '.join(users)}")
             if each.held:
                 say.line(f"{each.key} would be held. {each.held.reason}")
-        bulk = f", and {forecast.row_count:,} rows in {forecast.job_count:,} of them (bulk jobs)"
         say.line(
-            f"It would take {forecast.request_count:,} requests{bulk if forecast.job_count else ''}: "
-            f"{say.span(forecast.seconds)} at the pace of this configuration."
+            f"It would take {forecast.request_count:,} requests{_jobs(forecast)}: {say.span(forecast.seconds)} "
+            "at the pace of this configuration."
         )
+
+
+def _jobs(forecast: "Forecast") -> str:
+    match forecast.job_count:
+        case 0:
+            return ""
+        case 1:
+            return f", one of them a bulk job of {forecast.row_count:,} rows"
+        case count:
+            return f", {count:,} of them bulk jobs, of {forecast.row_count:,} rows together"
 
 
 CHANGES = ("entered", "exited", "changed")

@@ -25,6 +25,7 @@ from audience_sync.store.tables import (
 SAMPLE = 5
 UNDECIDED = ("held", "pending", "sending")
 FETCH_ROWS = 10_000
+MINUTE = dt.timedelta(minutes=1)
 
 
 def run_rows(
@@ -279,7 +280,7 @@ def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
     holder = leases.holder(connection, leases.QUEUE)
     sent = connection.execute(
         sa.select(requests.c.lane, sa.func.count())
-        .where(requests.c.started_at > now - dt.timedelta(seconds=60))
+        .where(requests.c.started_at > now - MINUTE)
         .group_by(requests.c.lane)
     )
     return {
@@ -291,11 +292,17 @@ def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
         "dead_count": counts.get("dead", 0),
         "oldest_at": connection.execute(oldest).scalar(),
         "late_count": _late_count(connection, now),
-        "sent_last_minute": {lane: count for lane, count in sent},  # noqa: C416  (a row is not a pair to mypy)
+        "sent_last_minute": dict(map(tuple, sent)) | {"bulk": _rows_since(connection, now - MINUTE)},
         "slow_downs": destinations.slow_downs(connection),
         "bulk_job": _bulk_job(connection),
         "call_count": connection.execute(sa.select(sa.func.count()).select_from(calls)).scalar_one(),
     }
+
+
+def _rows_since(connection: sa.Connection, moment: dt.datetime) -> int:
+    """How many rows were sent in bulk jobs."""
+    rows = sa.select(sa.func.coalesce(sa.func.sum(bulk_jobs.c.row_count), 0))
+    return int(connection.execute(rows.where(bulk_jobs.c.submitted_at > moment)).scalar_one())
 
 
 def _bulk_job(connection: sa.Connection) -> dict[str, Any] | None:
