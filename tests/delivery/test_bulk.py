@@ -1,5 +1,6 @@
 """Both lanes on a backlog, in a clock's time: whatever becomes of a job, no user is forgotten."""
 
+import datetime as dt
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from audience_sync.delivery import bulk
 from audience_sync.delivery.worker import Worker
 from audience_sync.sandbox.state import JobFault
 from audience_sync.store import destinations, engines
+from audience_sync.store import jobs as store
 from audience_sync.store.tables import bulk_jobs, deliveries
 from audience_sync.userpilot import payloads
 from tests.delivery.conftest import settings_of
@@ -371,3 +373,65 @@ def test_no_storm_of_refusals(hand_queue, clock, userpilot, work, limits):
     assert hand_queue.counts() == {"accepted": 2_000}
     minutes = clock.seconds / 60
     assert userpilot.refusals(429) <= 6 * minutes + 5
+
+
+def test_users_who_wait_for_another_attempt_are_not_gathered_over_and_over(
+    hand_queue, clock, work, monkeypatch
+):
+    later = clock.now() + dt.timedelta(seconds=30)
+    for number in range(400):
+        hand_queue.add(f"u{number}", {"plan": "pro"}, attempt_count=1, next_attempt_at=later)
+    hand_queue.fill(400, kind="push")
+    begin, begun = store.begin, []
+
+    def count(*given):
+        begun.append(clock.seconds)
+        assert len(begun) <= clock.seconds + 10
+        return begin(*given)
+
+    monkeypatch.setattr(store, "begin", count)
+    work().deliver()
+    assert hand_queue.counts() == {"accepted": 800}
+
+
+class Slow:
+    """Answers come at once; once `stop` is set, after three looks."""
+
+    def __init__(self, clock, stop):
+        self.clock, self.stop = clock, stop
+        self.errands, self.waits = [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def start(self, errand):
+        self.errands.append(errand)
+
+    def collect(self, seconds):
+        if self.stop.is_set() and len(self.waits) < 3:
+            self.waits.append(seconds)
+            self.clock.sleep(seconds)
+            return []
+        brought, self.errands = [errand() for errand in self.errands], []
+        self.clock.sleep(0.05)
+        return brought
+
+
+def test_a_process_that_ends_waits_for_its_last_answer_and_not_for_its_job(
+    hand_queue, clock, userpilot, work
+):
+    hand_queue.fill(400)
+    worker = work()
+    slow = Slow(clock, worker.stop)
+    worker.open_senders = lambda: slow
+
+    def stop(_):
+        if userpilot.uploads() and worker._bulk.under_way and worker._in_flight:
+            worker.stop.set()
+
+    worker.on_progress = stop
+    worker.deliver()
+    assert max(slow.waits) > 1

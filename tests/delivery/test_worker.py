@@ -574,3 +574,41 @@ def test_a_delivery_that_cannot_be_written_dies_alone(queue, worker_of):
 
     assert queue.statuses() == ["dead", "accepted"]
     assert queue.rows()[0].error == "It cannot be written (KeyError)"
+
+
+class Standstill:
+    """Senders of a process that stands still between its claims and its requests."""
+
+    def __init__(self, clock):
+        self.clock, self.errands = clock, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def start(self, errand):
+        self.errands.append(errand)
+
+    def collect(self, _):
+        if self.errands:
+            self.clock.sleep(400)
+        brought, self.errands = [errand() for errand in self.errands], []
+        return brought
+
+
+def test_a_process_that_stood_still_sends_nothing_that_it_claimed_before(
+    hand_queue, worker_of, sandbox, clock
+):
+    delivery_id = hand_queue.add("u1", {"plan": "pro"})
+    worker = worker_of(clock=clock)
+    worker.open_senders = lambda: Standstill(clock)
+    worker.on_progress = lambda _: worker.stop.set()
+    worker.deliver()
+    assert log(sandbox) == []
+    row = hand_queue.row(delivery_id)
+    assert (row.status, row.error) == (
+        "pending",
+        "Not sent: this process stood still, and another may be in its place",
+    )

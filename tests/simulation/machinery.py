@@ -1,0 +1,311 @@
+"""What a simulation has in place of time, threads, the network and processes: all of it in one thread, by one seed."""
+
+import datetime as dt
+import heapq
+import itertools
+import json
+from dataclasses import dataclass
+from functools import partial
+
+import sqlalchemy as sa
+
+from audience_sync.store import engines
+from audience_sync.userpilot.answers import Answer, Outcome
+from tests.conftest import SCHEMA
+from tests.delivery.userpilot import LocalUserpilot
+
+START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+LATEST = 2.5  # seconds after which no request comes any more: within the grace
+ROUGH = [
+    "drop before",
+    "drop after",
+    "late",
+    "429",
+    "500",
+    "503",
+    "502",
+    "502 applied",
+    "html",
+    "html applied",
+]
+RETRY_AFTER = [None, "0", "2", "7", "-5", "soon", "100000", "Thu, 01 Jan 2026 00:05:00 GMT"]
+
+
+class Killed(BaseException):
+    pass
+
+
+class Timeline:
+    """A clock that only waiting moves: what is due meanwhile happens at its time, in the place of whoever waits.
+
+    The wall clock may be set; the monotonic one never goes back.
+    """
+
+    def __init__(self):
+        self.seconds = self.ahead = 0.0
+        self._due = []
+        self._numbers = itertools.count()
+
+    def now(self):
+        return START + dt.timedelta(seconds=self.seconds + self.ahead)
+
+    def monotonic(self):
+        return self.seconds
+
+    def sleep(self, seconds):
+        self.wait(seconds)
+
+    def after(self, seconds, act):
+        heapq.heappush(self._due, (self.seconds + seconds, next(self._numbers), act))
+
+    def wait(self, seconds, is_enough=lambda: False):
+        end = self.seconds + seconds
+        while self._due and self._due[0][0] <= end and not is_enough():
+            moment, _, act = heapq.heappop(self._due)
+            self.seconds = max(self.seconds, moment)
+            act()
+        if not is_enough():
+            self.seconds = max(self.seconds, end)
+
+
+@dataclass
+class Trouble:
+    """At the nth passing of a point the database fails, or the process dies."""
+
+    point: str
+    left: int
+    kills: bool
+
+    def __str__(self):
+        return f"{'death' if self.kills else 'failure'} at {self.point}"
+
+
+def open_database(url, reach):
+    """The engine of all processes; `reach` is told of every statement and commit, and may raise."""
+    engine = engines.open_own(url, SCHEMA)
+    commit = engine.dialect.do_commit
+
+    def do_commit(connection):
+        reach("commit")
+        commit(connection)
+        reach("committed")
+
+    engine.dialect.do_commit = do_commit
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def before(_connection, _cursor, _statement, _parameters, _context, _many):
+        reach("statement")
+
+    if engines.is_sqlite(engine):
+
+        @sa.event.listens_for(engine, "connect")
+        def connect(connection, _record):
+            connection.execute("PRAGMA synchronous = OFF")  # nobody pulls the plug
+            connection.execute(
+                "PRAGMA busy_timeout = 100"
+            )  # in one thread nobody gives a lock back meanwhile
+
+    return engine
+
+
+class Process:
+    """Once dead it reaches nothing more; while asleep its threads are, too."""
+
+    def __init__(self, name, database_error, note):
+        self.name, self._error, self._note = name, database_error, note
+        self.trouble = None
+        self.had_trouble = self.is_dead = self.is_asleep = False
+        self.worker = None
+        self.frozen = []  # what its threads will do when it wakes
+
+    @property
+    def is_awake(self):
+        return not self.is_dead and not self.is_asleep
+
+    def reach(self, point):
+        if self.is_dead:
+            raise Killed
+        trouble = self.trouble
+        if trouble is None or trouble.point != point:
+            return
+        trouble.left -= 1
+        if trouble.left > 0:
+            return
+        self.trouble, self.had_trouble = None, True
+        self._note(f"{self.name}: {trouble}")
+        if trouble.kills:
+            self.is_dead = True
+            raise Killed
+        error = self._error("the server went away")
+        error.sqlstate, error.sqlite_errorname = "57P01", "SQLITE_IOERR"
+        raise error
+
+
+class Wire:
+    """In place of a worker's threads: a request comes some time after it was begun, its answer after that."""
+
+    def __init__(self, process, timeline, chance, network):
+        self._process, self._timeline, self._chance, self._network = process, timeline, chance, network
+        self._under_way = 0
+        self._unread = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        while self._under_way and not self._process.is_dead:
+            self._timeline.wait(60, lambda: not self._under_way)
+
+    def start(self, errand):
+        self._under_way += 1
+        self._soon(errand)
+
+    def _soon(self, errand):
+        longest = LATEST if self._chance.random() < 0.1 else 0.2
+        self._timeline.after(self._chance.uniform(0.01, longest), partial(self._arrive, errand))
+
+    def collect(self, seconds):
+        if not self._unread and seconds > 0:
+            self._timeline.wait(seconds, lambda: self._unread)
+        brought, self._unread = self._unread, []
+        return brought
+
+    def _arrive(self, errand):
+        if not self._process.is_awake and self._chance.random() < 0.5:  # it had not been sent yet
+            self._process.frozen.append(partial(self._soon, errand))
+            return
+        with self._network.straying(not self._process.is_awake):
+            brought = errand()
+        longest = 20.0 if self._chance.random() < 0.1 else 0.3
+        self._timeline.after(self._chance.uniform(0.01, longest), partial(self._bring, brought))
+
+    def _bring(self, brought):
+        self._under_way -= 1
+        self._unread.append(brought)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A process's sender."""
+
+    process: Process
+    network: "Network"
+
+    def send(self, path, payload):
+        return self._pass(partial(self.network.send, path, payload))
+
+    def upload(self, path, filename, content):
+        return self._pass(partial(self.network.upload, path, filename, content))
+
+    def get(self, path):
+        return self._pass(partial(self.network.get, path))
+
+    def _pass(self, ask):
+        is_awake = self.process.is_awake
+        if is_awake:
+            self.process.reach("request")
+        answer = ask()
+        if is_awake:
+            self.process.reach("requested")
+        return answer
+
+
+class Network:
+    """The way to Userpilot, in this weather; it knows which answers were not Userpilot's own."""
+
+    def __init__(self, timeline, chance, note, **limits):
+        self.userpilot = LocalUserpilot(timeline, **limits)
+        self.weather, self.roughness = [], 0.0
+        self.poisoned = set()  # users
+        self.injected = set()  # numbers of requests that a fault answered
+        self.strays = set()  # numbers of requests that came when nobody waited for them
+        self.unsure_count = 0  # answers that left open whether the request was applied
+        self.uploads = {}  # number: the upload's filename
+        self.settled_at = 0.0  # when the last stray has come
+        self.when_late = lambda _users: None
+        self._timeline, self._chance, self._note = timeline, chance, note
+        self._is_straying = False
+
+    def straying(self, is_stray):
+        self._is_straying = is_stray
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._is_straying = False
+
+    def stray_until_settled(self):
+        self.settled_at = self._timeline.seconds + 3
+
+    def send(self, path, payload):
+        is_poison = payload["user_id"] in self.poisoned or _is_poison(payload)
+        ask = partial(self.userpilot.send, path, payload)
+        return self._ask(ask, path, is_poison=is_poison, users=[payload["user_id"]])
+
+    def upload(self, path, filename, content):
+        rows = [json.loads(line) for line in content.splitlines()]
+        is_poison = any(row["user_id"] in self.poisoned or _is_poison(row) for row in rows)
+
+        def ask():
+            self.uploads[len(self.userpilot.state.requests) + 1] = filename
+            return self.userpilot.upload(path, filename, content)
+
+        return self._ask(ask, path, is_poison=is_poison, users=[row["user_id"] for row in rows])
+
+    def get(self, path):
+        return self._ask(partial(self.userpilot.get, path), path, is_poison=False, users=[])
+
+    def _ask(self, ask, path, *, is_poison, users):
+        rough = self._chance.random() < self.roughness
+        kind = self._chance.choice(self.weather) if rough and self.weather else None
+        if kind in {"late", "drop before", "drop after", "502", "502 applied", "html", "html applied"}:
+            self.unsure_count += 1
+        if kind == "late":
+            self.stray_until_settled()
+            self._timeline.after(
+                self._chance.uniform(0.1, LATEST), partial(self._stray, ask, path, is_poison)
+            )
+            self._note(f"late: {path}")
+            if users and self._chance.random() < 0.5:
+                self.when_late(users)
+            return Answer(Outcome.UNKNOWN, None, None, "no answer in time", None)
+        if kind == "closed":
+            return Answer(Outcome.FAILED, None, None, "cannot connect", None)
+        if is_poison and kind in {None, "drop after", "502 applied", "html applied"}:
+            kind = "400"
+        return self._strike(ask, kind, path)
+
+    def _stray(self, ask, path, is_poison):
+        with self.straying(True):
+            self._strike(ask, "400" if is_poison else None, path)
+
+    def _strike(self, ask, kind, path):
+        number = len(self.userpilot.state.requests) + 1
+        if kind is not None:
+            self.injected.add(number)
+            self.userpilot.faults.add(self._fault(kind) | {"times": 1})
+        if self._is_straying:
+            self.strays.add(number)
+        answer = ask()
+        told = f"{answer.status_code} {answer.outcome}{' stray' if self._is_straying else ''}"
+        self._note(f"{number} {path.removeprefix('v1/')}: {kind or ''} {told}")
+        return answer
+
+    def _fault(self, kind):
+        status, _, applied = kind.partition(" ")
+        match status:
+            case "drop":
+                return {"drop": applied}
+            case "html":
+                headers = {"content-type": "text/html"}
+                return {"status": 200, "body": "<p>", "headers": headers, "apply": bool(applied)}
+            case "429":
+                wish = self._chance.choice(RETRY_AFTER)
+                return {"status": 429, "headers": {"retry-after": wish} if wish else {}}
+        return {"status": int(status), "apply": bool(applied)}
+
+
+def _is_poison(payload):
+    return any(str(value).endswith("poison") for value in payload.get("metadata", {}).values())

@@ -1,0 +1,479 @@
+"""One seed, one run: people, definitions, calls, syncs and workers, and all that may go wrong meanwhile.
+
+Each seed takes some kinds of trouble and leaves the others out; of eight seeds about one has none at all. When the
+storm is over, everything is synced and delivered; what must be true then, checker.py says.
+"""
+
+import datetime as dt
+import itertools
+import random
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync import crash
+from audience_sync.calls import presets, validation
+from audience_sync.definitions.model import Definition, Guard, Kind
+from audience_sync.delivery import bulk, gather, share
+from audience_sync.delivery.worker import Settings, Worker
+from audience_sync.errors import Busy, DatabaseError, LeaseLost
+from audience_sync.sandbox.state import JobFault, RefusalError
+from audience_sync.store import calls, deliveries, destinations, engines, jobs, leases
+from audience_sync.sync import runs
+from audience_sync.userpilot import payloads
+from tests.conftest import SCHEMA
+from tests.simulation.machinery import (
+    ROUGH,
+    Killed,
+    Line,
+    Network,
+    Process,
+    Timeline,
+    Trouble,
+    Wire,
+    open_database,
+)
+
+KINDS = ["network", "outages", "keys", "poison", "clock", "jobs", "database", "deaths", "naps", "stops"]
+NO_GUARD = Guard(above=1_000_000_000)
+DEFINITIONS = {
+    "moved": (Kind.TRAIT, "SELECT user_id, moved AS value FROM people"),
+    "in": (Kind.AUDIENCE, "SELECT user_id FROM people WHERE is_in = 1"),
+    "often_in": (Kind.AUDIENCE, "SELECT user_id FROM people WHERE is_in = 1 AND moved > 3"),
+    "even": (Kind.AUDIENCE, "SELECT user_id FROM people WHERE moved % 2 = 0"),
+}
+DEATHS_OF_SYNCS = ["run_started", "snapshot_computed", "changes_written", "run_committed"]
+DEATHS_OF_WORKERS = ["claimed", "settled", "lease_released", "request", "requested"]
+DEATHS_OF_ALL = ["statement", "commit", "committed"]
+
+
+class Simulation:
+    def __init__(self, seed, url):
+        self.chance = random.Random(seed)
+        self.timeline = Timeline()
+        self.log = []
+        self.company = engines.open_own(url, SCHEMA)  # the company's own access, and the checker's
+        self.engine = open_database(url, self._reach)
+        self.processes = []  # those that live, the innermost is awake
+        self.interruption_count = 0  # deaths, naps, and failures of the database
+        self.forward_jumps = []
+        self.excused = set()  # users of jobs that Userpilot denied while they ran
+        self._nap_at = None
+        self.messages = set()  # ids of the calls that were taken
+        self._numbers = itertools.count(1)
+        self._draw()
+
+    def _draw(self):
+        chance = self.chance
+        calm = chance.random() < 0.12
+        self.kinds = set() if calm else {kind for kind in KINDS if chance.random() < 0.4}
+        keys = ["moved", *sorted(chance.sample(sorted(DEFINITIONS.keys() - {"moved"}), chance.randint(1, 3)))]
+        self.definitions = [Definition(key, key, *DEFINITIONS[key], guard=NO_GUARD) for key in keys]
+        self.users = [f"u{number:03}" for number in range(chance.choice([5, 15, 40, 80]))]
+        live, per_job = chance.choice([20, 60, 120]), chance.choice([0, 20, 50, 150])
+        self.limits = {"identify": live, "track": live, "company": live}
+        rows = chance.choice([1, 3, 10]) * live
+        self.network = Network(
+            self.timeline,
+            chance,
+            self.note,
+            identify_per_minute=live,
+            track_per_minute=live,
+            bulk_rows_per_minute=rows,
+            bulk_rows_per_request=chance.choice([10_000, 10_000, 15]),
+            bare_jobs="jobs" in self.kinds and chance.random() < 0.3,
+        )
+
+        def build(action, subject_id, body):
+            return payloads.build(action, subject_id, body, booleans="native", nested="flatten")
+
+        self.settings = Settings(
+            self.limits,
+            build,
+            tracks_at_most_once=chance.random() < 0.2,
+            poll_seconds=chance.choice([5.0, 20.0, 60.0]),
+            jobs=bulk.Settings(
+                row=lambda user_id, body: payloads.bulk_row(build("identify", user_id, body)[1]),
+                rows_per_minute=3 * live,
+                rows_per_job=per_job,
+            ),
+        )
+        self.network.when_late = self.follow_up
+        self.seconds = chance.choice([100, 300, 900])
+        self._rows = {user: [chance.randint(0, 1), 0] for user in self.users}
+        self._gone = set()
+        self.truths = defaultdict(list)  # (user, key): each value that was ever true, in order
+
+    def close(self):
+        for engine in (self.engine, self.company):
+            engine.dispose()
+
+    def note(self, what):
+        self.log.append(f"{self.timeline.seconds:9.2f} {what}")
+
+    # The run.
+
+    def run(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engines, "now", lambda _: self.timeline.now())
+            patch.setattr(leases, "_is_gone", self._is_gone)
+            patch.setattr(engines, "BUSY_SECONDS", 0)  # a lease lasts as long on both databases
+            patch.setattr(crash, "at", self._at)
+            patch.setattr(share, "SMALLEST_JOB", 10)
+            patch.setattr(gather, "PIECE", 20)
+            patch.setattr(bulk, "MEASURED_ROWS", 15)
+            patch.setattr(jobs, "PIECE", 15)
+            self._patch = patch
+            self._settle_in()
+            self._storm()
+            self._calm()
+
+    def _settle_in(self):
+        self.note(f"kinds: {sorted(self.kinds)}, {len(self.users)} users, {self.limits['identify']} a minute")
+        self.people = sa.table(
+            "people",
+            *map(sa.column, ("user_id", "is_in", "moved")),
+            schema=None if engines.is_sqlite(self.engine) else "public",
+        )
+        with engines.write(self.company) as connection:
+            schema = "" if engines.is_sqlite(self.engine) else "public."
+            engines.sql(
+                connection, f"CREATE TABLE {schema}people (user_id text, is_in integer, moved integer)"
+            )
+        self._write_people(self.users)
+
+    def _storm(self):
+        acts = self._acts()
+        for _ in range(self.chance.randint(8, 25)):
+            self.timeline.after(self.chance.uniform(0, self.seconds), self.chance.choice(acts))
+        self.sync()
+        while self.timeline.seconds < self.seconds:
+            if self._pending():
+                self.deliver()
+            self.timeline.sleep(self.chance.choice([0.1, 3.0, 60.0]))
+
+    def _acts(self):
+        often = [
+            self.move,
+            self.move,
+            self.move_and_sync,
+            self.move_and_sync,
+            self.move_and_sync,
+            self.call,
+            self.call,
+        ]
+        of_kind = {
+            "network": [self.turn_rough] * 2,
+            "outages": [self.break_down],
+            "keys": [self.refuse_the_key],
+            "poison": [self.poison, self.call_poison],
+            "clock": [self.jump],
+            "jobs": [self.break_job, self.break_job, self.start_other_job, self.forget_jobs],
+            "database": [self.fail_database] * 2,
+            "deaths": [self.kill] * 3,
+            "naps": [self.nap, self.nap, self.deliver_beside],
+            "stops": [self.stop],
+        }
+        return often + [act for kind in KINDS if kind in self.kinds for act in of_kind[kind]]
+
+    def _calm(self):
+        """Faults are over, time passes, and everything is synced and delivered."""
+        self.note("calm")
+        self.kinds, self._nap_at = set(), None
+        self.network.weather, self.network.poisoned = [], set()
+        self.network.userpilot.state.job_faults.clear()
+        self.timeline.sleep(5)
+        for _ in range(2):
+            self.sync()
+            self._deliver_all()
+
+    def _deliver_all(self):
+        for _ in range(60):
+            self.deliver()
+            if not self._pending():
+                return
+            self.timeline.sleep(900)
+
+    def _pending(self):
+        with engines.read(self.company) as connection:
+            return deliveries.pending_count(connection)
+
+    # Processes.
+
+    @contextmanager
+    def process(self, what):
+        error = self.engine.dialect.loaded_dbapi.OperationalError
+        process = Process(f"{what}{next(self._numbers)}", error, self.note)
+        outer = self.processes[-1] if self.processes else None
+        if outer is not None:
+            outer.is_asleep = True
+            self.network.stray_until_settled()
+        self.processes.append(process)
+        self._patch.setattr(leases, "_PROCESS", process.name)
+        try:
+            yield process
+        except Killed:
+            self.network.stray_until_settled()
+            if process.worker is not None:
+                self.follow_up(self.users[:: self.chance.choice([1, 3])])
+        except DatabaseError:
+            if not process.had_trouble:
+                raise
+            self.note(f"{process.name} gives up")
+        finally:
+            self.interruption_count += process.had_trouble
+            process.is_dead = True
+            self.processes.pop()
+            if outer is not None:
+                self._patch.setattr(leases, "_PROCESS", outer.name)
+                outer.is_asleep = False
+                for act in outer.frozen:
+                    act()
+                outer.frozen.clear()
+
+    def _reach(self, point):
+        self.processes[-1].reach(point)
+
+    def _is_gone(self, row):
+        return str(row.owner).partition("-")[0] not in {process.name for process in self.processes}
+
+    def _at(self, point):
+        """A named point; those about a request are Line's."""
+        if point in DEATHS_OF_SYNCS or point in DEATHS_OF_WORKERS:
+            self._reach(point)
+        if point == self._nap_at:
+            self._nap_at = None
+            self._sleep_through(self.chance.choice([10, 100, 1000]))
+
+    def sync(self, *, full=False, users=None):
+        self.note(f"sync{' full' if full else ''}{f' {users}' if users else ''}")
+        with self.process("sync") as process:
+            process.trouble = self._armed(DEATHS_OF_SYNCS, 60)
+            for definition in self.definitions:
+                moments = runs.resolve_as_of(self.engine, [definition], None, self.timeline.now())
+                order = runs.Order(full=full, users=users)
+                try:
+                    runs.sync(self.engine, definition, moments[definition.key], self.timeline, order)
+                except (Busy, LeaseLost) as error:
+                    self.note(str(error))
+
+    def deliver(self):
+        with self.process("worker") as process:
+            process.trouble = self._armed(DEATHS_OF_WORKERS, 300)
+            with engines.write(self.engine) as connection:
+                if destinations.stopped(connection):
+                    destinations.go(connection)
+            chance = random.Random(self.chance.random())
+            process.worker = Worker(
+                self.engine,
+                Line(process, self.network),
+                self.settings,
+                self.timeline,
+                chance=chance,
+                open_senders=lambda: Wire(process, self.timeline, self.chance, self.network),
+            )
+            report = process.worker.deliver()
+            told = (
+                f"{report.accepted_count} accepted, {report.dead_count} dead, {report.pending_count} pending"
+            )
+            self.note(
+                f"{process.name}: {told}{', left' * report.is_left}{', stopped' * bool(report.stopped)}"
+            )
+
+    def _armed(self, deaths, statements):
+        kinds = [kind for kind in ("database", "deaths") if kind in self.kinds]
+        if not kinds or self.chance.random() < 0.7:
+            return None
+        kills = self.chance.choice(kinds) == "deaths"
+        point = self.chance.choice(DEATHS_OF_ALL + (deaths if kills else []))
+        return Trouble(point, self.chance.randint(1, statements if point == "statement" else 10), kills)
+
+    # What happens meanwhile.
+
+    def move(self, users=()):
+        count = self.chance.choice([1, 3, 10, len(self.users) // 2])
+        users = users or sorted(self.chance.sample(self.users, min(count, len(self.users))))
+        for user in users:
+            row = self._rows[user]
+            self._rows[user] = [1 - row[0], row[1] + 1]
+            (self._gone.add if self.chance.random() < 0.15 else self._gone.discard)(user)
+        self.note(f"move {users}")
+        self._write_people(users)
+
+    def _write_people(self, users):
+        rows = [
+            {"user_id": user, "is_in": self._rows[user][0], "moved": self._rows[user][1]}
+            for user in users
+            if user not in self._gone
+        ]
+        with engines.write(self.company) as connection:
+            connection.execute(self.people.delete().where(self.people.c.user_id.in_(users)))
+            if rows:
+                connection.execute(self.people.insert(), rows)
+        for user in users:
+            for key, value in self.now(user).items():
+                self.truths[user, key].append(value)
+
+    def now(self, user):
+        """What is true of the user."""
+        is_in, moved = self._rows[user]
+        is_there = user not in self._gone
+        return {
+            "moved": moved if is_there else None,
+            "in": is_there and is_in == 1,
+            "often_in": is_there and is_in == 1 and moved > 3,
+            "even": is_there and moved % 2 == 0,
+        }
+
+    def move_and_sync(self, users=()):
+        self.move(users)
+        users = tuple(self.chance.sample(self.users, 3)) if self.chance.random() < 0.15 else None
+        self.sync(full=users is None and self.chance.random() < 0.15, users=users)
+
+    def follow_up(self, users):
+        """Soon after it became unsure what these users were told, they move."""
+        if self.kinds:
+            self.timeline.after(self.chance.uniform(0, 1), partial(self.move_and_sync, users))
+
+    def call(self, poison=""):
+        """Some calls of an application, the times of some in the past."""
+        raws = []
+        for _ in range(self.chance.choice([1, 3, 20])):
+            number, user = next(self._numbers), self.chance.choice(self.users)
+            at = (self.timeline.now() - dt.timedelta(seconds=self.chance.choice([0, 0, 20]))).isoformat()
+            raw = {"userId": user, "messageId": f"m{number}", "timestamp": at}
+            if self.chance.random() < 0.4:
+                raw |= {"type": "track", "event": f"e{number}"}
+            else:
+                names = self.chance.sample(["plan", "city"], self.chance.randint(1, 2))
+                raw |= {"type": "identify", "traits": dict.fromkeys(names, f"{number}{poison}")}
+            raws.append(raw)
+        self.note(f"calls {[raw['messageId'] for raw in raws]}")
+        while not self._hand_in(raws):
+            pass
+
+    def _hand_in(self, raws):
+        """Until all are taken: a repeat has the same message id."""
+        with self.process("application") as process:
+            process.trouble = self._armed([], 40)
+            for raw in raws:
+                moment = self.timeline.now()
+                call = validation.parse(raw, received_at=moment, new_id=str)
+                outgoing, left_out = presets.deliveries_for(call, reserved_keys=set(DEFINITIONS))
+                with engines.write(self.engine) as connection:
+                    calls.add(
+                        connection,
+                        call,
+                        outgoing,
+                        received_at=moment,
+                        ignored=None,
+                        left_out=left_out,
+                        fingerprint=None,
+                    )
+                self.messages.add(raw["messageId"])
+            return True
+        return False
+
+    def call_poison(self):
+        self.call(" poison")
+
+    def poison(self):
+        self.network.poisoned = set(self.chance.sample(self.users, self.chance.choice([0, 1, 3])))
+        self.note(f"poisoned: {sorted(self.network.poisoned)}")
+
+    def turn_rough(self):
+        self._weather(self.chance.sample(ROUGH, 4), self.chance.choice([0.1, 0.5]), [0, 5, 60, 300])
+
+    def break_down(self):
+        self._weather([self.chance.choice(["drop before", "503", "closed"])], 1.0, [5, 60, 600])
+
+    def refuse_the_key(self):
+        self._weather([self.chance.choice(["401", "403"])], 1.0, [1, 60])
+
+    def _weather(self, weather, roughness, seconds):
+        self.network.weather, self.network.roughness = weather, roughness
+        self.note(f"weather: {weather} {roughness}")
+        self.timeline.after(self.chance.choice(seconds), self._clear_up)
+
+    def _clear_up(self):
+        self.network.weather = []
+
+    def jump(self):
+        """Set the wall clock. One that jumps ahead during a grace ends it: what nobody waits for is let come first."""
+        if self.timeline.seconds < self.network.settled_at:
+            self.timeline.after(3, self.jump)
+            return
+        seconds = self.chance.choice([-7200, -300, -5, 5, 50, 3600, 20000])
+        self.note(f"the clock jumps by {seconds}")
+        self.timeline.ahead += seconds
+        if seconds > 0:
+            self.forward_jumps.append(self.timeline.seconds)
+
+    def break_job(self):
+        """That a job fell short, nobody can see where Userpilot tells no counts."""
+        state = self.network.userpilot.state
+        outcomes = ["failed", "hangs"] if state.limits.bare_jobs else ["failed", "hangs", "short"]
+        outcome = self.chance.choice(outcomes)
+        rows = self.chance.randint(0, 20)
+        shown = self.chance.choice([None, "validating"])
+        state.job_faults.append(JobFault(outcome, after_rows=rows, state=shown))
+
+    def start_other_job(self):
+        try:
+            self.network.userpilot.state.start_other_job(self.chance.choice([10, 200]))
+        except RefusalError:
+            return
+        self.note("somebody else's job")
+
+    def forget_jobs(self):
+        """What a job tells that runs on though Userpilot denied it, nobody can put right."""
+        state = self.network.userpilot.state
+        running = state._running
+        if running is not None:
+            self.excused |= {row["user_id"] for row in running.rows}
+        self.note("jobs are forgotten")
+        state.forget_jobs()
+
+    def fail_database(self):
+        self._arm(Trouble(self.chance.choice(DEATHS_OF_ALL), self.chance.randint(1, 30), kills=False))
+
+    def kill(self):
+        point = self.chance.choice(DEATHS_OF_ALL + DEATHS_OF_WORKERS)
+        self._arm(Trouble(point, self.chance.randint(1, 30 if point == "statement" else 8), kills=True))
+
+    def _arm(self, trouble):
+        if self.processes:
+            self.processes[-1].trouble = trouble
+
+    def nap(self):
+        """Whatever runs stands still, now or at a point, long enough for another to take its place or not."""
+        self._nap_at = self.chance.choice([None, "claimed", "claimed", "settled", "snapshot_computed"])
+        if self._nap_at is None:
+            self._sleep_through(self.chance.choice([2, 30, 100]))
+
+    def deliver_beside(self):
+        self._sleep_through(0)
+
+    def _sleep_through(self, seconds):
+        if len(self.processes) != 1:
+            return
+        self.note(f"{self.processes[-1].name} sleeps for {seconds} s")
+        self.interruption_count += 1
+        end = self.timeline.seconds + seconds
+        with self.process("nobody"):
+            self.timeline.sleep(min(seconds, 65))
+        while True:
+            self.chance.choice([self.deliver, self.deliver, self.move_and_sync])()
+            if self.timeline.seconds >= end:
+                break
+            with self.process("nobody"):
+                self.timeline.sleep(10)
+
+    def stop(self):
+        worker = self.processes[-1].worker if self.processes else None
+        if worker is not None:
+            self.note(f"{self.processes[-1].name} is asked to stop")
+            worker.stop.set()
