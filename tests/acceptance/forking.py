@@ -50,6 +50,7 @@ class Forker:
         while True:
             told = json.loads(self._socket.recv(1000))
             if "started" in told:
+                self._codes.pop(told["started"], None)  # of a process that had this pid before
                 break
             self._codes[told["pid"]] = told["code"]
         opened = {name: os.fdopen(end, "r", encoding="utf-8") for name, (end, _) in pipes.items()}
