@@ -64,14 +64,14 @@ def judge(
     """
     outcome = _outcome(status_code)
     found = _json(body)
-    quotes_secret = len(secret) >= SHORTEST_SECRET and secret.encode() in body
-    may_keep = outcome is Outcome.ACCEPTED and not cut and not quotes_secret
     error = None
     if outcome is Outcome.ACCEPTED and not _is_success(headers, body, found, cut=cut):
         outcome = Outcome.UNKNOWN
         error = f"HTTP {status_code}, but the body is not Userpilot's: {_words(body, found)}"
     elif outcome is not Outcome.ACCEPTED:
         error = _words(body, found).strip() or f"HTTP {status_code} without a message"
+    quotes_secret = len(secret) >= SHORTEST_SECRET and secret.encode() in body
+    may_keep = outcome is Outcome.ACCEPTED and not cut and not quotes_secret
     return Answer(
         outcome=outcome,
         status_code=status_code,

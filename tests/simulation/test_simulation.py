@@ -7,7 +7,7 @@ import pytest
 from tests.simulation.checker import check
 from tests.simulation.simulation import Simulation
 
-USUAL = {"sqlite": range(30), "postgresql": range(30, 40)}
+USUAL = {"sqlite": range(20), "postgresql": range(30, 35)}
 
 
 def chosen():
