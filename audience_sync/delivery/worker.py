@@ -75,7 +75,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What delivery needs of the configuration; tests shorten the last three."""
+    """What delivery needs of the configuration; tests shorten the grace, the window and the poll."""
 
     per_minute: dict[str, int]
     build: Callable[[str, str, dict[str, Any]], tuple[str, dict[str, Any]]]

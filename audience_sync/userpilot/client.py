@@ -205,7 +205,8 @@ class _Bounds:
 
     def __init__(self, seconds: float, connect_seconds: float, body_bytes: int) -> None:
         self.seconds = seconds
-        self.timeout = httpx.Timeout(seconds, connect=min(connect_seconds, seconds))
+        # The watchdog ends a request; where it comes late, the library's own time-outs must not say so in other words.
+        self.timeout = httpx.Timeout(seconds + 1, connect=min(connect_seconds, seconds))
         self.body_bytes = body_bytes
 
 

@@ -145,6 +145,26 @@ class Queue:
             connection.execute(leases.update().values(owner=None, host=None, pid=None, expires_at=None))
 
 
+class HeldSenders:
+    """Senders in one thread: what was started is sent when it is collected."""
+
+    def __init__(self, clock):
+        self.clock, self.errands = clock, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def start(self, errand):
+        self.errands.append(errand)
+
+    def collect(self, _seconds):
+        brought, self.errands = [errand() for errand in self.errands], []
+        return brought
+
+
 @pytest.fixture
 def clock():
     return HandClock()

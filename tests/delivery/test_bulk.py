@@ -13,7 +13,7 @@ from audience_sync.store import destinations, engines
 from audience_sync.store import jobs as store
 from audience_sync.store.tables import bulk_jobs, deliveries
 from audience_sync.userpilot import payloads
-from tests.delivery.conftest import settings_of
+from tests.delivery.conftest import HeldSenders, settings_of
 from tests.delivery.userpilot import LocalUserpilot
 
 LIVE, ROWS = 120, 360  # a minute: a fifth of Userpilot's, for a fifth of the work
@@ -394,28 +394,19 @@ def test_users_who_wait_for_another_attempt_are_not_gathered_over_and_over(
     assert hand_queue.counts() == {"accepted": 800}
 
 
-class Slow:
+class Slow(HeldSenders):
     """Answers come at once; once `stop` is set, after three looks."""
 
     def __init__(self, clock, stop):
-        self.clock, self.stop = clock, stop
-        self.errands, self.waits = [], []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def start(self, errand):
-        self.errands.append(errand)
+        super().__init__(clock)
+        self.stop, self.waits = stop, []
 
     def collect(self, seconds):
         if self.stop.is_set() and len(self.waits) < 3:
             self.waits.append(seconds)
             self.clock.sleep(seconds)
             return []
-        brought, self.errands = [errand() for errand in self.errands], []
+        brought = super().collect(seconds)
         self.clock.sleep(0.05)
         return brought
 

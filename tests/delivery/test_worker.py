@@ -10,6 +10,7 @@ from audience_sync.delivery.worker import MAX_IN_FLIGHT
 from audience_sync.sandbox import Limits
 from audience_sync.store import destinations, engines
 from audience_sync.userpilot.answers import Answer, Outcome
+from tests.delivery.conftest import HeldSenders
 
 
 class Picky:
@@ -576,26 +577,13 @@ def test_a_delivery_that_cannot_be_written_dies_alone(queue, worker_of):
     assert queue.rows()[0].error == "It cannot be written (KeyError)"
 
 
-class Standstill:
+class Standstill(HeldSenders):
     """Senders of a process that stands still between its claims and its requests."""
 
-    def __init__(self, clock):
-        self.clock, self.errands = clock, []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def start(self, errand):
-        self.errands.append(errand)
-
-    def collect(self, _):
+    def collect(self, seconds):
         if self.errands:
             self.clock.sleep(400)
-        brought, self.errands = [errand() for errand in self.errands], []
-        return brought
+        return super().collect(seconds)
 
 
 def test_a_process_that_stood_still_sends_nothing_that_it_claimed_before(

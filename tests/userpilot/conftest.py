@@ -8,6 +8,8 @@ import threading
 import pytest
 import trustme
 
+KEY = "sEcReT/kEy=="
+ACCEPTED = b"HTTP/1.1 202 Accepted\r\nx-request-id: r-1\r\ncontent-length: 0\r\n\r\n"
 REQUESTS = {
     "send": lambda client: client.send("v1/identify", {"user_id": "u1", "metadata": {"vip": True}}),
     "upload": lambda client: client.upload(
@@ -15,6 +17,31 @@ REQUESTS = {
     ),
     "get": lambda client: client.get("v1/background_jobs"),
 }
+
+
+def answering(answer):
+    """Every request gets this answer."""
+
+    def script(server, peer):
+        while server.read_request(peer):
+            peer.sendall(answer)
+
+    return script
+
+
+def then_close(answer):
+    """The first request gets this answer, and the connection ends."""
+
+    def script(server, peer):
+        server.read_request(peer)
+        peer.sendall(answer)
+
+    return script
+
+
+def response(status, body=b"", *headers):
+    lines = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 class Server:

@@ -9,34 +9,7 @@ import pytest
 
 from audience_sync.errors import ConfigError
 from audience_sync.userpilot.client import Answer, Client, Outcome
-
-KEY = "sEcReT/kEy=="
-ACCEPTED = b"HTTP/1.1 202 Accepted\r\nx-request-id: r-1\r\ncontent-length: 0\r\n\r\n"
-
-
-def answering(answer):
-    """Every request gets this answer."""
-
-    def script(server, peer):
-        while server.read_request(peer):
-            peer.sendall(answer)
-
-    return script
-
-
-def then_close(answer):
-    """The first request gets this answer, and the connection ends."""
-
-    def script(server, peer):
-        server.read_request(peer)
-        peer.sendall(answer)
-
-    return script
-
-
-def response(status, body=b"", *headers):
-    lines = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}", *headers, "", ""]
-    return "\r\n".join(lines).encode() + body
+from tests.userpilot.conftest import ACCEPTED, KEY, answering, response, then_close
 
 
 def send(server, **options):

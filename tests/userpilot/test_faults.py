@@ -13,35 +13,13 @@ import tracemalloc
 import pytest
 
 from audience_sync.userpilot.client import Answer, Client, Outcome
+from tests.userpilot.conftest import ACCEPTED, KEY, answering, response, then_close
 
-KEY = "sEcReT/kEy=="
-ACCEPTED = b"HTTP/1.1 202 Accepted\r\nx-request-id: r-1\r\ncontent-length: 0\r\n\r\n"
 MB = 1024 * 1024
 
 
 def client_of(server, seconds=5.0, **options):
     return Client(server.url, KEY, deadline_seconds=seconds, upload_seconds=seconds, **options)
-
-
-def answering(answer):
-    def script(server, peer):
-        while server.read_request(peer):
-            peer.sendall(answer)
-
-    return script
-
-
-def then_close(answer):
-    def script(server, peer):
-        server.read_request(peer)
-        peer.sendall(answer)
-
-    return script
-
-
-def response(status, body=b"", *headers):
-    lines = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}", *headers, "", ""]
-    return "\r\n".join(lines).encode() + body
 
 
 @contextlib.contextmanager
@@ -459,7 +437,7 @@ def black_hole():
     try:
         listener = socket.create_server(("::1", 0), family=socket.AF_INET6, backlog=0)
     except OSError:
-        pytest.skip("no IPv6 here")
+        pytest.skip("no IPv6 here: there is no other address that swallows a SYN on loopback")
     with listener, socket.create_connection(listener.getsockname()[:2]):
         yield listener.getsockname()
 
