@@ -44,6 +44,7 @@ AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered, at the 
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back
 BACKLOG_SECONDS = 1.0  # between two looks at how long the queue is
 LOOK_SECONDS = 15.0  # between two looks at jobs that are not ours
+SHORTEST_WAIT_SECONDS = 0.01  # a wait of less than a clock's tick would never end
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 30.0
 PATIENCE_SECONDS = 1800.0  # with a job of which nothing moves; longer where it is large
 MOST_MISSES = 3  # times that Userpilot does not know a job
@@ -154,7 +155,8 @@ class Bulk:
                 if len(self.jobs) == 1 and self._may_start()
                 else math.inf
             )
-            return max(0.0, min(job.poll_at - monotonic, ahead if ahead > 0 else math.inf))
+            wait = min(job.poll_at - monotonic, ahead if ahead > 0 else math.inf)
+            return max(wait, SHORTEST_WAIT_SECONDS) if wait > 0 else 0.0
         if self._others_run:
             return max(0.0, self._look_at - monotonic)
         return 0.0 if self.jobs else math.inf

@@ -91,7 +91,10 @@ def test_output_that_cannot_be_written_is_said(command, sandbox, full):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_a_delivery_finish_what_is_in_flight(start, command, sandbox, number):
     command = start({"In": PEOPLE}, identify_per_minute=60)
-    process = command.popen("sync")
+    heard = {
+        "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    }  # whatever started these tests
+    process = command.popen("sync", **REAL | heard)
     until(lambda: told(sandbox) > 1)
     process.send_signal(number)
     seconds, code, said = seconds_to_end(command, process)
