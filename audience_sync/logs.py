@@ -19,6 +19,7 @@ QUIET = (
     "httpcore",
     "httpx",
     "sqlalchemy",
+    "uvicorn",
 )  # they print URLs, statements, every tick
 
 

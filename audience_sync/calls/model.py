@@ -1,6 +1,6 @@
 """The words of the general path: a call that an application handed in, and what it may ask of Userpilot."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -10,6 +10,9 @@ class CallType(StrEnum):
     IDENTIFY = "identify"
     TRACK = "track"
     GROUP = "group"
+    PAGE = "page"
+    SCREEN = "screen"
+    ALIAS = "alias"
 
 
 class Action(StrEnum):
@@ -20,7 +23,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that passed validation; `timestamp` is aware, in UTC."""
+    """A call that passed validation; `timestamp` is aware, in UTC.
+
+    `document` is the call as triggers and mappings read it: in Segment's fields, ids as strings, objects objects.
+    """
 
     type: CallType
     message_id: str
@@ -28,16 +34,26 @@ class Call:
     anonymous_id: str | None
     group_id: str | None
     event: str | None
-    traits: dict[str, Any]
-    properties: dict[str, Any]
-    context: dict[str, Any]
     timestamp: datetime
+    document: dict[str, Any] = field(default_factory=dict)
 
     @property
     def subject_id(self) -> str | None:
         """The user that the call is about: userId, else anonymousId."""
         return self.user_id if self.user_id is not None else self.anonymous_id
 
+    @property
+    def traits(self) -> dict[str, Any]:
+        return self.document.get("traits") or {}
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        return self.document.get("properties") or {}
+
+    @property
+    def context(self) -> dict[str, Any]:
+        return self.document.get("context") or {}
+
     def anonymous(self) -> "Call":
         """That there was such a call, and nothing about whom or what."""
-        return Call(self.type, self.message_id, None, None, None, None, {}, {}, {}, self.timestamp)
+        return Call(self.type, self.message_id, None, None, None, None, self.timestamp)

@@ -16,29 +16,45 @@ MAX_GROUP_ID_LENGTH = 500
 MAX_MESSAGE_ID_LENGTH = 100
 MAX_LEVELS = 20  # of objects and lists; the call itself is the first
 MAX_NUMBER_BITS = 1023  # what a double holds: more is no number to most readers of JSON
+_OBJECTS = ("traits", "properties", "context", "integrations")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse(raw: Mapping[str, Any], *, received_at: datetime, new_id: Callable[[], str]) -> Call:
+def parse(
+    raw: Mapping[str, Any],
+    *,
+    received_at: datetime,
+    new_id: Callable[[], str],
+    sent_at: datetime | None = None,
+) -> Call:
     """Check a call as it came in, in Segment's camel-case fields, and give it its types.
 
-    Raises CallError, whose message names the field. `timestamp` may be a datetime, too; a naive one is UTC.
+    `timestamp` may be a datetime, too; a naive one is UTC. `sent_at` is when the sender's clock says that it sent
+    the call: its times are then corrected by how much that clock is off (Segment's rule: receivedAt - (sentAt -
+    originalTimestamp)).
+
+    Raises:
+        CallError: what is wrong; the message names the field.
+
     """
     if not isinstance(raw, Mapping):
         raise CallError("a call is an object")
-    timestamp = raw.get("timestamp")
     document = dict(raw)
-    if isinstance(timestamp, datetime):
-        document["timestamp"] = timestamp.isoformat()
-    _check_json(document)
+    if isinstance(document.get("timestamp"), datetime):
+        document["timestamp"] = document["timestamp"].isoformat()
+    check_json(document)
     call_type = _call_type(document.get("type"))
-    user_id = _id(document, "userId", MAX_ID_LENGTH)
-    anonymous_id = _id(document, "anonymousId", MAX_ID_LENGTH)
+    user_id = id_in(document, "userId", MAX_ID_LENGTH)
+    anonymous_id = id_in(document, "anonymousId", MAX_ID_LENGTH)
     if user_id is None and anonymous_id is None:
         raise CallError("userId or anonymousId is required")
-    group_id = _id(document, "groupId", MAX_GROUP_ID_LENGTH) if call_type is CallType.GROUP else None
+    group_id = id_in(document, "groupId", MAX_GROUP_ID_LENGTH) if call_type is CallType.GROUP else None
     if call_type is CallType.GROUP and group_id is None:
         raise CallError("groupId is required in a group call")
+    if call_type is CallType.ALIAS and not document.get("previousId"):
+        raise CallError("previousId is required in an alias call")
+    for name in _OBJECTS:
+        _check_object(document, name)
     return Call(
         type=call_type,
         message_id=_message_id(document.get("messageId")) or new_id(),
@@ -46,10 +62,8 @@ def parse(raw: Mapping[str, Any], *, received_at: datetime, new_id: Callable[[],
         anonymous_id=anonymous_id,
         group_id=group_id,
         event=_event(document.get("event")) if call_type is CallType.TRACK else None,
-        traits=_object(document, "traits"),
-        properties=_object(document, "properties"),
-        context=_object(document, "context"),
-        timestamp=_timestamp(document.get("timestamp"), received_at),
+        timestamp=_timestamp(document, received_at, sent_at),
+        document=document,
     )
 
 
@@ -64,11 +78,12 @@ def parse_moment(text: str) -> datetime:
 
 def _call_type(value: object) -> CallType:
     if not isinstance(value, str) or value not in set(CallType):
-        raise CallError("type must be identify, track or group")
+        raise CallError(f"type must be one of {', '.join(CallType)}")
     return CallType(value)
 
 
-def _id(document: Mapping[str, Any], name: str, max_length: int) -> str | None:
+def id_in(document: dict[str, Any], name: str, max_length: int) -> str | None:
+    """The id that a field holds, and from now on as a string; None where there is none; CallError for what is no id."""
     value = document.get(name)
     if value is None:
         return None
@@ -82,6 +97,7 @@ def _id(document: Mapping[str, Any], name: str, max_length: int) -> str | None:
         raise CallError(f"{name} is empty")
     if len(value) > max_length:
         raise CallError(f"{name} is longer than {max_length} characters")
+    document[name] = value
     return value
 
 
@@ -101,27 +117,37 @@ def _event(value: object) -> str:
     return value
 
 
-def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _check_object(document: Mapping[str, Any], name: str) -> None:
+    if document.get(name) is not None and not isinstance(document[name], dict):
+        raise CallError(f"{name} must be an object")
+
+
+def _timestamp(document: Mapping[str, Any], received_at: datetime, sent_at: datetime | None) -> datetime:
+    said = moment_in(document, "timestamp")
+    if sent_at is None:
+        return said or received_at
+    original = moment_in(document, "originalTimestamp") or said
+    try:
+        return received_at - (sent_at - original) if original else received_at
+    except OverflowError as error:
+        raise CallError("timestamp is out of range") from error
+
+
+def moment_in(document: Mapping[str, Any], name: str) -> datetime | None:
+    """The moment that a field holds, None where there is none; CallError where it is not ISO 8601."""
     value = document.get(name)
     if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise CallError(f"{name} must be an object")
-    return value
-
-
-def _timestamp(value: object, received_at: datetime) -> datetime:
-    if value is None:
-        return received_at
+        return None
     if not isinstance(value, str):
-        raise CallError("timestamp must be a string in ISO 8601")
+        raise CallError(f"{name} must be a string in ISO 8601")
     try:
         return parse_moment(value)
     except ValueError as error:
-        raise CallError("timestamp is not ISO 8601, such as 2024-05-01T12:00:00Z") from error
+        raise CallError(f"{name} is not ISO 8601, such as 2024-05-01T12:00:00Z") from error
 
 
-def _check_json(document: dict[str, Any]) -> None:
+def check_json(document: dict[str, Any]) -> None:
+    """CallError for what is no JSON, too large or too deep, or what one of the databases cannot store."""
     _check_values(document, 1, MAX_CALL_BYTES)
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode()) > MAX_CALL_BYTES:

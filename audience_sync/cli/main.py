@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from audience_sync import __version__
-from audience_sync.errors import AudienceSyncError, ConfigError, Interrupted
+from audience_sync.errors import AudienceSyncError, Interrupted
 
 Id = Annotated[int, typer.Argument(min=1, max=2**63 - 1)]
 
@@ -41,24 +41,11 @@ def configure(
     context.obj = config
 
 
-def _later(name: str) -> None:
-    @app.command(
-        name, help="Not yet: it belongs to a later release.", hidden=True,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )  # fmt: skip
-    def later() -> None:
-        raise ConfigError(f"not yet: {name} belongs to a later release.")
-
-
-for _name in ("serve", "import"):
-    _later(_name)
-
-
 def main() -> None:
     gc.set_threshold(
         50_000
     )  # most of what a command makes is its imports, which stay: looking them over takes a tenth
-    from audience_sync.cli import act, handing, levers, look, running, say, setup  # noqa: F401  (they register their commands)
+    from audience_sync.cli import act, doors, handing, levers, look, running, say, setup  # noqa: F401  (they register their commands)
 
     try:
         with say.streams():

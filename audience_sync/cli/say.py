@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from audience_sync.clock import isoformat
 
@@ -189,3 +189,18 @@ def progress() -> Iterator[Callable[["Report"], None]]:
             )
 
         yield show
+
+
+@contextmanager
+def bytes_read(file: BinaryIO, size: int | None) -> Iterator[Callable[[object], None]]:
+    """A bar on a terminal of how far a file is read, for each call of what is given; elsewhere nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, width=WIDTH), transient=True) as bar:
+        task = bar.add_task("reading", total=size)
+        yield lambda _: bar.update(task, completed=file.tell() if size else None)

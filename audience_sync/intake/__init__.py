@@ -1,39 +1,45 @@
-"""The Python door for calls: Identify, Track and Group, queued in one transaction each.
+"""The doors for calls. This is the Python one: Identify, Track and Group, each committed when its function returns.
 
     with open_app() as app:
         intake.identify(app, "u1", {"plan": "pro"})
         intake.track(app, "u1", "Order Completed", {"total": 12.5})
         app.deliver()
 
-A call is accepted when the function returns: it is committed. Delivery is `app.deliver()`, a `sync`, or any
-other process that works the queue.
+Delivery is `app.deliver()`, a `sync`, or any other process that works the queue. The other doors are `files` and,
+beside the package, `web`; all of them hand their calls to `accept_all`.
 """
 
 import datetime as dt
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from audience_sync.app import App
-from audience_sync.calls import presets, validation
+from audience_sync.calls import mappings, validation
+from audience_sync.calls.mappings import Decision
+from audience_sync.calls.model import Call
 from audience_sync.errors import CallError
 from audience_sync.store import calls, engines
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of a call: accepted for delivery, or ignored for a reason. A repeat changed nothing."""
+    """What became of a call: accepted for delivery, or ignored for a reason. A repeat changed nothing.
+
+    `reason` is also there where one mapping of several failed.
+    """
 
     call_id: int
     message_id: str
     ignored: str | None = None
     left_out: tuple[str, ...] = ()  # traits that are not sent
     is_repeat: bool = False
+    reason: str | None = None
 
 
 def identify(app: App, user_id: str, traits: Mapping[str, Any] | None = None, **fields: Any) -> Receipt:
-    """Tell traits of a user. `fields`: message_id, timestamp (aware datetime), context.
+    """Tell traits of a user. `fields`: message_id, timestamp (aware datetime), context, integrations.
 
     Raises:
         CallError: the call is not valid; nothing was kept.
@@ -58,38 +64,54 @@ def group(
     return _accept(app, raw, fields)
 
 
-def accept(app: App, raw: Mapping[str, Any], *, received_at: dt.datetime | None = None) -> Receipt:
+def accept(app: App, raw: Mapping[str, Any]) -> Receipt:
     """Take in a call in Segment's form: `{"type", "userId", "traits", "messageId", …}`.
 
     Raises:
         CallError: it is not valid; nothing was kept.
 
     """
-    moment = received_at or app.clock.now()
-    call = validation.parse(raw, received_at=moment, new_id=lambda: f"audience-sync-{uuid.uuid4()}")
+    return accept_all(app, [parse(raw, received_at=app.clock.now())])[0]
+
+
+def parse(raw: Mapping[str, Any], *, received_at: dt.datetime, sent_at: dt.datetime | None = None) -> Call:
+    """Check a call as `validation.parse` does; one without a message id gets a new one."""
+    return validation.parse(raw, received_at=received_at, sent_at=sent_at, new_id=_new_id)
+
+
+def accept_all(app: App, found: Sequence[Call]) -> list[Receipt]:
+    """Keep calls and queue what they ask for, in one transaction; a receipt for each, in their order."""
     keys = {definition.key for definition in app.settings.definitions}
     destination = app.settings.destination
-    outgoing, left_out = presets.deliveries_for(call, reserved_keys=keys)
-    ignored = None
-    if not destination.presets:
-        outgoing, ignored = [], "no mapping matched: [destination] presets is false"
+    every = (*(mappings.PRESETS if destination.presets else ()), *app.settings.mappings)
+    decided = [(call, mappings.decide(call, every, reserved_keys=keys)) for call in found]
     with engines.write(app.engine) as connection:
-        call_id = calls.add(
+        kept = calls.add(
             connection,
-            call,
-            outgoing,
-            received_at=moment,
-            ignored=ignored,
-            left_out=left_out,
+            decided,
+            received_at=app.clock.now(),
             fingerprint=destination.fingerprint if destination.api_key else None,
         )
-        if call_id is None:
-            return Receipt(calls.id_of(connection, call.message_id), call.message_id, is_repeat=True)
-        ignored = calls.ignored_because(connection, call_id)
-    return Receipt(call_id, call.message_id, ignored, tuple(left_out))
+    return [_receipt(*each) for each in zip(decided, kept, strict=True)]
 
 
-_FIELDS = {"message_id": "messageId", "timestamp": "timestamp", "context": "context"}
+def _receipt(decided: tuple[Call, Decision], kept: calls.Kept) -> Receipt:
+    call, decision = decided
+    if kept.is_repeat:
+        return Receipt(kept.call_id, call.message_id, is_repeat=True)
+    return Receipt(kept.call_id, call.message_id, kept.ignored, tuple(decision.left_out), reason=kept.reason)
+
+
+def _new_id() -> str:
+    return f"audience-sync-{uuid.uuid4()}"
+
+
+_FIELDS = {
+    "message_id": "messageId",
+    "timestamp": "timestamp",
+    "context": "context",
+    "integrations": "integrations",
+}
 
 
 def _accept(app: App, raw: dict[str, Any], fields: Mapping[str, Any]) -> Receipt:

@@ -7,13 +7,15 @@ because every command starts here.
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from audience_sync.calls import mappings
 from audience_sync.definitions import keys, schedule
 from audience_sync.definitions.model import Definition, Guard, Kind
 from audience_sync.errors import ConfigError, MissingVariable
@@ -26,12 +28,15 @@ from audience_sync.settings.shapes import (
     Destination,
     DestinationTable,
     Logging,
+    MappingTable,
     Source,
     Table,
+    Tracking,
     seconds,
 )
 
 VARIABLE = "AUDIENCE_SYNC_CONFIG"
+_LISTS = ("audiences", "traits", "mappings")  # also in included files
 PLACES = ("config/audience_sync.toml", "audience_sync.toml")
 
 # Userpilot's own properties: an audience of that name would overwrite them with true and false.
@@ -48,7 +53,9 @@ class Settings(Table, frozen=True):
     sources: dict[str, Source]
     destination: Destination
     logging: Logging
+    tracking: Tracking
     definitions: tuple[Definition, ...]  # audiences, then traits, each in the order of the files
+    mappings: tuple[mappings.Mapping, ...]  # beside the presets, in the order of the files
 
 
 def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
@@ -74,7 +81,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
     document = read(path)
     top.check_names(
         document,
-        ("include", "database", "sources", "destination", "logging", "defaults", "audiences", "traits"),
+        ("include", "database", "sources", "destination", "logging", "tracking", "defaults", *_LISTS),
         "",
     )
     sources = document.get("sources", {})
@@ -90,7 +97,9 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         },
         destination=_destination(top.at("[destination]"), document.get("destination", {}), folder),
         logging=top.at("[logging]").convert(document.get("logging", {}), Logging, "logging"),
+        tracking=_tracking(top.at("[tracking]"), document.get("tracking", {})),
         definitions=(),
+        mappings=(),
     )
     defaults = top.at("[defaults]").convert(document.get("defaults", {}), Defaults, "defaults")
     files = [(top, document), *_included(top, document.get("include", []), folder)]
@@ -101,7 +110,13 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         for place, table in _tables(file, content, f"{kind}s")
     )
     _check_unique(path, definitions)
-    return msgspec.structs.replace(settings, definitions=definitions)
+    mapped = tuple(
+        _mapping(place, table)
+        for file, content in files
+        for place, table in _tables(file, content, "mappings")
+    )
+    _check_mappings(top, mapped, with_presets=settings.destination.presets)
+    return msgspec.structs.replace(settings, definitions=definitions, mappings=mapped)
 
 
 def _included(top: Place, patterns: Any, folder: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -117,7 +132,7 @@ def _included(top: Place, patterns: Any, folder: Path) -> Iterator[tuple[Place, 
             if path not in seen:
                 seen.add(path)
                 place, document = Place(path, "an included file", top.environ), read(path)
-                place.check_names(document, ("audiences", "traits"), "")
+                place.check_names(document, _LISTS, "")
                 yield place, document
 
 
@@ -166,6 +181,38 @@ def _destination(place: Place, table: Any, folder: Path) -> Destination:
     members["endpoint"] = addresses.endpoint(place, found.endpoint, custom=found.allow_custom_endpoint)
     members["ca_file"] = str(absolute(folder, found.ca_file)) if found.ca_file else ""
     return Destination(**{**members, "api_key": api_key}, missing=missing)
+
+
+def _tracking(place: Place, table: Any) -> Tracking:
+    place.check_names(table, Tracking.__struct_fields__, "tracking")
+    written = table.get("write_keys", [])
+    if isinstance(written, list):
+        table = {**table, "write_keys": [place.expand("write_keys", key) for key in written]}
+    tracking = place.convert(table, Tracking, "tracking")
+    if not all(re.fullmatch(r"[!-9;-~]+", key) for key in tracking.write_keys):  # a colon ends it in Basic
+        place.fail("write_keys: expected printable ASCII without spaces and colons")
+    return tracking
+
+
+def _mapping(place: Place, table: Any) -> mappings.Mapping:
+    found = place.convert(table, MappingTable, "mapping")
+    try:
+        return mappings.compile_mapping(found.name, found.action, found.trigger, found.fields)
+    except ConfigError as error:
+        place.fail(str(error))
+
+
+def _check_mappings(top: Place, found: Collection[mappings.Mapping], *, with_presets: bool) -> None:
+    most = mappings.MOST_MAPPINGS - (len(mappings.PRESETS) if with_presets else 0)
+    if len(found) > most:
+        top.fail(
+            f"mappings: there are {len(found)}, and a destination holds {mappings.MOST_MAPPINGS}"
+            f"{', the presets counted' if with_presets else ''}: leave {len(found) - most} out"
+        )
+    names = Counter(each.name for each in found)
+    for name, count in names.items():
+        if count > 1:
+            top.fail(f"mappings: {count} of them are called {shown(name)}: give each a name of its own")
 
 
 def _definition(

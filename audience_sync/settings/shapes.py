@@ -11,7 +11,6 @@ from audience_sync.errors import MissingVariable
 
 # Names of the contract that a later release brings; that release deletes them here.
 LATER: dict[str, tuple[str, ...]] = {
-    "": ("mappings", "tracking"),
     "definition": ("query",),
 }
 
@@ -111,6 +110,20 @@ class Destination(DestinationTable, frozen=True):
         if self.api_key is None:
             return ""
         return hashlib.sha256(f"{self.endpoint}\n{self.api_key}".encode()).hexdigest()[:16]
+
+
+class MappingTable(Table, frozen=True):
+    name: Text
+    action: Literal["identifyUser", "identifyCompany", "trackEvent"]
+    trigger: Text
+    fields: dict[str, Any] = {}
+
+
+class Tracking(Table, frozen=True):
+    """The HTTP door. No write keys: it stays on this machine."""
+
+    write_keys: tuple[Text, ...] = ()
+    calls_per_second: PerMinute = 1000
 
 
 class Defaults(Table, frozen=True):

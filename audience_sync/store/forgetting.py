@@ -2,6 +2,7 @@
 
 import datetime as dt
 from collections import Counter
+from collections.abc import Collection
 
 import sqlalchemy as sa
 
@@ -76,11 +77,18 @@ def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
     return returns_at
 
 
-def is_forgotten(connection: sa.Connection, user_id: str, now: dt.datetime) -> bool:
-    """Whether nothing may be kept or sent of a user."""
-    mine = forgotten.c.user_hash == forms.user_hash(user_id)
-    row = connection.execute(sa.select(forgotten).where(mine)).one_or_none()
-    return row is not None and (row.returns_at is None or row.returns_at > now)
+def forgotten_among(connection: sa.Connection, user_ids: Collection[str], now: dt.datetime) -> set[str]:
+    """Those of the users of whom nothing may be kept or sent."""
+    if not connection.execute(sa.select(sa.exists(sa.select(forgotten.c.user_hash)))).scalar_one():
+        return set()
+    hashes = {forms.user_hash(each): each for each in user_ids}
+    rows = connection.execute(
+        sa.select(forgotten.c.user_hash).where(
+            forgotten.c.user_hash.in_(list(hashes)),
+            sa.or_(forgotten.c.returns_at.is_(None), forgotten.c.returns_at > now),
+        )
+    )
+    return {hashes[found] for found in rows.scalars()}
 
 
 def next_deletions(after: dt.datetime) -> dt.datetime:

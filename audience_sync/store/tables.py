@@ -150,7 +150,7 @@ calls = sa.Table(
     sa.Column("reason", sa.Text),
     sa.Column("left_out", Json),  # traits that bear a definition's key: audiences belong to their runs
     sa.CheckConstraint("status IN ('accepted', 'ignored')", name="status"),
-    sa.CheckConstraint("(status = 'ignored') = (reason IS NOT NULL)", name="reason"),
+    sa.CheckConstraint("status <> 'ignored' OR reason IS NOT NULL", name="reason"),
     sqlite_autoincrement=True,
 )
 

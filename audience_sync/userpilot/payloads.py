@@ -3,6 +3,7 @@
 import json
 from typing import Any, assert_never
 
+from audience_sync.calls.mappings import COMPANY
 from audience_sync.calls.model import Action
 from audience_sync.calls.shapes import primitives
 
@@ -16,13 +17,18 @@ def build(
 ) -> tuple[str, dict[str, Any]]:
     """The path below the endpoint and the payload for one delivery.
 
-    `body` is the metadata of a user or company, or of a track `{"event_name": …, "metadata": …}`, where
-    metadata may be missing and is then not sent. `booleans` is native or string, `nested` flatten or json.
+    `body` is the metadata of a user (with the id of the user's company under COMPANY) or of a company, or of a
+    track `{"event_name": …, "metadata": …}`, where metadata may be missing and is then not sent. `booleans` is
+    native or string, `nested` flatten or json.
     ValueError if the action is none of Action.
     """
     match Action(action):
         case Action.IDENTIFY:
-            return "v1/identify", {"user_id": subject_id, "metadata": _properties(body, booleans, nested)}
+            traits = {name: value for name, value in body.items() if name != COMPANY}
+            payload = {"user_id": subject_id, "metadata": _properties(traits, booleans, nested)}
+            if COMPANY in body:
+                payload["company"] = {"id": body[COMPANY]}
+            return "v1/identify", payload
         case Action.COMPANY:
             metadata = _properties(body, booleans, nested)
             return "v1/companies/identify", {"company_id": subject_id, "metadata": metadata}

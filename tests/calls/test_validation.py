@@ -34,10 +34,8 @@ def test_an_identify():
         anonymous_id="a1",
         group_id=None,
         event=None,
-        traits={"plan": "pro"},
-        properties={},
-        context={"ip": "::1"},
         timestamp=datetime(2024, 4, 30, 8, 0, tzinfo=UTC),
+        document=raw,
     )
 
 
@@ -101,9 +99,8 @@ for _ in range(17):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"type": None}, "type must be identify, track or group"),
-        ({"type": "page"}, "type must be identify, track or group"),
-        ({"type": ["identify"]}, "type must be identify, track or group"),
+        ({"type": None}, "type must be one of identify, track, group, page, screen, alias"),
+        ({"type": ["identify"]}, "type must be one of identify, track, group, page, screen, alias"),
         ({"userId": None}, "userId or anonymousId is required"),
         ({"userId": ""}, "userId is empty"),
         ({"anonymousId": ""}, "anonymousId is empty"),
@@ -197,3 +194,22 @@ def test_whatever_comes_in_is_a_call_or_a_call_error(raw, call_type):
     assert call.subject_id
     assert call.timestamp.utcoffset() == timedelta(0)
     json.dumps([call.traits, call.properties], allow_nan=False, ensure_ascii=False).encode()
+
+
+def corrected(sent_at, **times):
+    raw = {"type": "identify", "userId": "u1", **times}
+    return parse(raw, received_at=RECEIVED_AT, sent_at=sent_at, new_id=str).timestamp
+
+
+def test_the_senders_clock_is_corrected():
+    ahead = RECEIVED_AT + timedelta(hours=2)
+    assert corrected(ahead, timestamp="2024-05-01T13:59:50Z") == RECEIVED_AT - timedelta(seconds=10)
+    original = {"timestamp": "2001-01-01T00:00:00Z", "originalTimestamp": "2024-05-01T11:00:00Z"}
+    assert corrected(RECEIVED_AT, **original) == RECEIVED_AT - timedelta(hours=1)
+    assert corrected(ahead) == RECEIVED_AT
+    with pytest.raises(CallError, match="timestamp is out of range"):
+        corrected(RECEIVED_AT, originalTimestamp="9999-12-31T00:00:00Z", timestamp="2024-05-01")
+
+
+def test_ids_become_text_in_what_triggers_read():
+    assert parsed(userId=7.0).document["userId"] == "7"

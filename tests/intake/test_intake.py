@@ -42,6 +42,7 @@ def test_calls_are_queued_and_learned_from(app):
     intake.track(app, "ann", "Order Completed", {"total": 12.5}, timestamp=NOON + dt.timedelta(hours=1))
     intake.group(app, "ann", "acme", {"size": 40}, timestamp=NOON)
     assert queued(app) == [
+        ("identify", "ann", {"@company": "acme"}),
         ("company", "acme", {"size": 40}),
         ("track", "ann", {"event_name": "Order Completed", "metadata": {"total": 12.5}}),
         ("identify", "ann", {"plan": "pro", "created_at": "2024-01-01"}),

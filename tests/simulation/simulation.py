@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync import crash
-from audience_sync.calls import presets, validation
+from audience_sync.calls import mappings, validation
 from audience_sync.definitions.model import Definition, Guard, Kind
 from audience_sync.delivery import bulk, gather, share
 from audience_sync.delivery.worker import Settings, Worker
@@ -362,15 +362,12 @@ class Simulation:
             for raw in raws:
                 moment = self.timeline.now()
                 call = validation.parse(raw, received_at=moment, new_id=str)
-                outgoing, left_out = presets.deliveries_for(call, reserved_keys=set(DEFINITIONS))
+                decision = mappings.decide(call, mappings.PRESETS, reserved_keys=set(DEFINITIONS))
                 with engines.write(self.engine) as connection:
                     calls.add(
                         connection,
-                        call,
-                        outgoing,
+                        [(call, decision)],
                         received_at=moment,
-                        ignored=None,
-                        left_out=left_out,
                         fingerprint=None,
                     )
                 self.messages.add(raw["messageId"])

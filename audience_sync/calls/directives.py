@@ -1,0 +1,316 @@
+"""Mappings: Segment's directives, checked when the configuration loads and resolved against calls.
+
+An object with one `@` key is a directive, everything else stands for itself, member by member. A value that a
+call does not have drops its key; in a list it becomes null, so that the others keep their places (as in Segment).
+Where Segment's engine depends on JavaScript's truth and conversions, this depends on JSON's types.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, Never, TypeAlias
+
+from audience_sync.calls.operations import json_text
+from audience_sync.errors import CallError, ConfigError
+
+MAX_LEVELS = 20  # of objects and lists, those of directives too
+
+
+class _Missing(Enum):
+    MISSING = "missing"
+
+
+MISSING: Final = _Missing.MISSING
+Document: TypeAlias = Mapping[str, Any]
+_Resolve: TypeAlias = Callable[[Document], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A mapping that was checked, ready for any number of calls."""
+
+    _resolve: _Resolve
+
+    def resolve(self, document: Document) -> Any:
+        """What the mapping makes of the call's document, or MISSING. It may share parts with both: change none of it.
+
+        Raises CallError where the document is too deep or its numbers too long to become text.
+        """
+        try:
+            return self._resolve(document)
+        except (RecursionError, ValueError) as error:
+            raise CallError("nested too deeply for its mapping, or a number is too long") from error
+
+
+def compile(value: Any, where: str = "") -> Template:  # noqa: A001  (as in re.compile)
+    """Check a mapping as it was configured. Raises ConfigError that begins with the place: `fields.name: …`."""
+    return Template(_compile(value, where, MAX_LEVELS))
+
+
+def _compile(value: Any, where: str, levels: int) -> _Resolve:
+    _check_levels(where, levels)
+    match value:
+        case dict() if any(name.startswith("@") for name in value):
+            return _directive(value, where, levels)
+        case dict():
+            members = {name: _compile(member, _at(where, name), levels - 1) for name, member in value.items()}
+            return lambda document: _present((name, member(document)) for name, member in members.items())
+        case list():
+            items = [_compile(item, f"{where}[{index}]", levels - 1) for index, item in enumerate(value)]
+            return lambda document: [None if (got := item(document)) is MISSING else got for item in items]
+        case _:
+            return _literal(value, where, levels)
+
+
+def _directive(value: dict[str, Any], where: str, levels: int) -> _Resolve:
+    name = next(name for name in value if name.startswith("@"))
+    if others := [other for other in value if other != name]:
+        _fail(where, f"{_shown(name)} stands alone in its object: {_shown(others[0])} is one key too many")
+    if name in _LEFT_OUT:
+        _fail(where, f"{name} is a directive of Segment's that is not supported here")
+    if name not in _DIRECTIVES:
+        _fail(where, f"unknown directive {_shown(name)}{_nearest(name, _DIRECTIVES)}")
+    return _DIRECTIVES[name](value[name], _at(where, name), levels - 1)
+
+
+# The directives: each checks its argument, and gives what resolves it
+
+
+def _path(argument: Any, where: str, _levels: int) -> _Resolve:
+    if not isinstance(argument, str):
+        _fail(where, 'expected a path in quotes, such as "$.properties.total"')
+    steps = _steps(argument, where)
+    return lambda document: _walk(document, steps)
+
+
+def _template(argument: Any, where: str, _levels: int) -> _Resolve:
+    if not isinstance(argument, str):
+        _fail(where, 'expected a text, such as "Order of {{userId}}"')
+    fixed, *placed = re.split(r"\{\{\{?", argument)
+    parts = []
+    for part in placed:
+        path, end, text = part.partition("}}")
+        if not end:
+            _fail(where, "{{ has no }} after it")
+        parts.append((_steps(path.strip(), where), text.removeprefix("}")))
+    return lambda document: (
+        fixed + "".join(_shown_value(_walk(document, steps)) + text for steps, text in parts)
+    )
+
+
+def _literal(argument: Any, where: str, levels: int) -> _Resolve:
+    _check_json(argument, where, levels)
+    return lambda _: argument
+
+
+def _if(argument: Any, where: str, levels: int) -> _Resolve:
+    members = _members(argument, where, ("exists", "blank", "then", "else"))
+    if ("exists" in members) == ("blank" in members):
+        _fail(where, "expected one of exists and blank")
+    if "then" not in members and "else" not in members:
+        _fail(where, "expected then, else, or both")
+    branches = {name: _compile(member, _at(where, name), levels - 1) for name, member in members.items()}
+    test, fulfils = ("exists", _exists) if "exists" in members else ("blank", _is_filled)
+    tested, then, otherwise = branches[test], branches.get("then", _drop), branches.get("else", _drop)
+    return lambda document: (then if fulfils(tested(document)) else otherwise)(document)
+
+
+def _case(argument: Any, where: str, levels: int) -> _Resolve:
+    members = _members(argument, where, ("operator", "value"), required=("operator", "value"))
+    change = _choice(members["operator"], _at(where, "operator"), {"upper": str.upper, "lower": str.lower})
+    given = _compile(members["value"], _at(where, "value"), levels - 1)
+    return lambda document: change(value) if isinstance(value := given(document), str) else value
+
+
+def _flatten(argument: Any, where: str, levels: int) -> _Resolve:
+    members = _members(argument, where, ("value", "separator", "omitArrays"), required=("value", "separator"))
+    separator, omit_lists = members["separator"], members.get("omitArrays", False)
+    if not isinstance(separator, str) or not separator:
+        _fail(_at(where, "separator"), 'expected a text that is not empty, such as "."')
+    if not isinstance(omit_lists, bool):
+        _fail(_at(where, "omitArrays"), "expected true or false")
+    kinds = (dict,) if omit_lists else (dict, list)
+    given = _compile(members["value"], _at(where, "value"), levels - 1)
+
+    def flatten(document: Document) -> Any:
+        value = given(document)
+        return dict(_leaves(value, "", separator, kinds)) if isinstance(value, kinds) else value
+
+    return flatten
+
+
+def _json(argument: Any, where: str, levels: int) -> _Resolve:
+    members = _members(argument, where, ("mode", "value"), required=("mode", "value"))
+    convert = _choice(members["mode"], _at(where, "mode"), {"encode": _encode, "decode": _decode})
+    given = _compile(members["value"], _at(where, "value"), levels - 1)
+    return lambda document: MISSING if (value := given(document)) is MISSING else convert(value)
+
+
+def _merge(argument: Any, where: str, levels: int) -> _Resolve:
+    members = _members(argument, where, ("objects", "direction"), required=("objects", "direction"))
+    order = _choice(members["direction"], _at(where, "direction"), {"right": 1, "left": -1})
+    if not isinstance(members["objects"], list):
+        _fail(_at(where, "objects"), "expected a list of objects or directives")
+    given = _compile(members["objects"], _at(where, "objects"), levels - 1)
+
+    def merge(document: Document) -> dict[str, Any]:
+        objects = [value for value in given(document)[::order] if isinstance(value, dict)]
+        return {name: member for value in objects for name, member in value.items()}
+
+    return merge
+
+
+_DIRECTIVES: dict[str, Callable[[Any, str, int], _Resolve]] = {
+    "@path": _path,
+    "@template": _template,
+    "@literal": _literal,
+    "@if": _if,
+    "@case": _case,
+    "@flatten": _flatten,
+    "@json": _json,
+    "@merge": _merge,
+}
+_LEFT_OUT = {"@replace", "@arrayPath", "@transform", "@excludeWhenNull", "@liquid"}
+
+
+# What they do with a call's values
+
+
+def _walk(value: Any, steps: list[str | int]) -> Any:
+    for step in steps:
+        if isinstance(value, Mapping):
+            value = value.get(str(step), MISSING)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            return MISSING
+    return value
+
+
+def _present(members: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in members if value is not MISSING}
+
+
+def _drop(_: Document) -> Any:
+    return MISSING
+
+
+def _exists(value: Any) -> bool:
+    return value is not MISSING and value is not None
+
+
+def _is_filled(value: Any) -> bool:
+    return _exists(value) and (isinstance(value, list | dict) or bool(value))
+
+
+def _shown_value(value: Any) -> str:
+    return json_text(value) if _exists(value) else ""
+
+
+def _leaves(value: Any, name: str, separator: str, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+        full_name = f"{name}{separator}{key}" if name else str(key)
+        if isinstance(member, kinds):
+            yield from _leaves(member, full_name, separator, kinds)
+        else:
+            yield full_name, member
+
+
+def _encode(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(digits)
+    return number
+
+
+# Checks of the configuration
+
+
+def _steps(path: str, where: str) -> list[str | int]:
+    rest = path.removeprefix("$")
+    if path and rest == path and not path.startswith("["):
+        rest = f".{path}"
+    if not re.fullmatch(f"(?:{_STEP})*", rest) or not path:
+        _fail(
+            where, f'not a path: {_shown(path)}: write $.properties.items[1].sku, odd names as ["odd.name"]'
+        )
+    names = [next(filter(None, found.groups()), "") for found in re.finditer(_STEP, rest)]
+    return [int(name) if re.fullmatch("0|[1-9][0-9]{0,8}", name) else name for name in names]
+
+
+_STEP = r"""\.([^.\[\]]+)|\[([0-9]+)\]|\["([^"]*)"\]|\['([^']*)'\]"""
+
+
+def _members(
+    argument: Any, where: str, known: Collection[str], required: Collection[str] = ()
+) -> dict[str, Any]:
+    if not isinstance(argument, dict):
+        _fail(where, f"expected an object with {', '.join(known)}")
+    for name in argument:
+        if name not in known:
+            _fail(where, f"unknown name {_shown(name)}{_nearest(name, known)}")
+    for name in required:
+        if name not in argument:
+            _fail(where, f"{name} is missing")
+    return argument
+
+
+def _choice(value: Any, where: str, choices: dict[str, Any]) -> Any:
+    if not isinstance(value, str) or value not in choices:
+        _fail(where, f"expected {' or '.join(choices)}")
+    return choices[value]
+
+
+def _check_json(value: Any, where: str, levels: int) -> None:
+    _check_levels(where, levels)
+    match value:
+        case dict():
+            for name, member in value.items():
+                _check_json(member, _at(where, name), levels - 1)
+        case list():
+            for index, item in enumerate(value):
+                _check_json(item, f"{where}[{index}]", levels - 1)
+        case float() if not math.isfinite(value):
+            _fail(where, "nan and inf are not JSON")
+        case None | bool() | int() | float() | str():
+            pass
+        case _:
+            _fail(where, f"a {type(value).__name__} is not a JSON value: write it as a text")
+
+
+def _check_levels(where: str, levels: int) -> None:
+    if levels < 0:
+        _fail(where, f"nested over {MAX_LEVELS} levels")
+
+
+def _at(where: str, name: str) -> str:
+    return f"{where}.{_shown(name)}" if where else _shown(name)
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name[:60], known, n=1)
+    return f": did you mean {near[0]}?" if near else f": known are {', '.join(known)}"
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 60 and name.isprintable() else ascii(name[:60])
+
+
+def _fail(where: str, message: str) -> Never:
+    raise ConfigError(f"{where}: {message}" if where else message)

@@ -1,0 +1,1 @@
+"""What `serve` serves: the tracking API that Segment's server libraries speak."""
