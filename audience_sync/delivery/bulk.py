@@ -39,7 +39,7 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-FIRST_ROWS = 2_000  # of a job that begins while none runs: it is soon under way, and the next one is gathered
+START_SECONDS = 0.1  # of gathering, while no job runs: then what is gathered goes
 AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered, at the least
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back
 BACKLOG_SECONDS = 1.0  # between two looks at how long the queue is
@@ -252,16 +252,23 @@ class Bulk:
         if is_ending:
             return step
         gathering = next((job for job in self.jobs if job.status == "gathering"), None)
-        if gathering is not None and gathering.candidates:
-            step.after_commit += [
-                self._gatherer.gather(connection, gathering, now),
-                partial(self._look_whether_ready, gathering),
-            ]
-        elif gathering is None and may_start and self._is_time_to_gather():
+        if gathering is not None:
+            self._gather(connection, gathering, now, step)
+        elif may_start and self._is_time_to_gather():
             self._begin(connection, now, epoch, live_count, step)
         if self._errand is None:
             step.errand = self._next_errand(connection, gathering, now, step)
         return step
+
+    def _gather(self, connection: sa.Connection, job: Job, now: dt.datetime, step: Step) -> None:
+        if self._is_enough(job):
+            job.candidates = []
+            self._look_whether_ready(job)
+        elif job.candidates:
+            step.after_commit += [
+                self._gatherer.gather(connection, job, now),
+                partial(self._look_whether_ready, job),
+            ]
 
     def committed(self, step: Step) -> None:
         if step.became:
@@ -318,8 +325,7 @@ class Bulk:
     ) -> None:
         began_at = self.clock.monotonic()
         room = max(0, self.live.room(began_at) - live_count)
-        most = self._most_rows if self.under_way else min(self._most_rows, FIRST_ROWS)
-        candidates = self._gatherer.candidates(connection, now, self.pace, room, most)
+        candidates = self._gatherer.candidates(connection, now, self.pace, room, self._most_rows)
         if not candidates:
             monotonic = self.clock.monotonic()
             self._backlog_at = monotonic + max(BACKLOG_SECONDS, 10 * (monotonic - began_at))
@@ -328,6 +334,16 @@ class Bulk:
         request_id = store.begin(connection, filename, self.settings.fingerprint, epoch, now)
         job = Job(request_id, filename, "gathering", candidates=candidates, begun_at=self.clock.monotonic())
         step.after_commit.append(lambda: self.jobs.append(job))
+
+    def _is_enough(self, job: Job) -> bool:
+        """While no job runs a small one starts soon, and the next is filled meanwhile."""
+        is_late = self.clock.monotonic() - job.begun_at >= START_SECONDS
+        return (
+            bool(job.candidates)
+            and is_late
+            and job.row_count >= share.SMALLEST_JOB
+            and self.under_way is None
+        )
 
     def _look_whether_ready(self, job: Job) -> None:
         if not job.candidates:

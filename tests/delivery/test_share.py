@@ -47,7 +47,7 @@ def test_both_lanes_end_together(waiting, at_once, rows_per_second, rows_per_job
         rows and rows < rows_per_job
     ):  # nothing is left when the job ends, and the live lane was not idle before
         rest = waiting - rows
-        a_row_more = 1 + pace.live_per_second / rows_per_second  # a job has whole rows
+        a_row_more = 2 + pace.live_per_second / rows_per_second  # a job has whole rows
         assert rest - live_users(rows, at_once, pace) <= a_row_more
         assert rest >= at_once
         assert rest + 1 >= rows / rows_per_second * pace.live_per_second
