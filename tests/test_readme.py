@@ -27,11 +27,16 @@ def test_its_queries_run(engine, query):
         assert connection.execute(sa.text(query)).all() == []
 
 
-def test_its_configuration_loads(tmp_path):
+def test_its_configurations_load(tmp_path):
     path = tmp_path / "audience_sync.toml"
-    path.write_text(blocks("toml")[0])
-    loaded = settings.load(path, {"DB_PASSWORD": "x", "USERPILOT_API_KEY": "y"})
-    assert [definition.key for definition in loaded.definitions] == ["order_completed_last_30days"]
+    environ = {"DB_PASSWORD": "x", "USERPILOT_API_KEY": "y", "WRITE_KEY": "z"}
+    found = []
+    for block in blocks("toml"):
+        path.write_text(block)
+        loaded = settings.load(path, environ)
+        found += [definition.key for definition in loaded.definitions]
+        found += [*loaded.tracking.write_keys, *(mapping.name for mapping in loaded.mappings)]
+    assert found == ["order_completed_last_30days", "z", "Big orders"]
 
 
 def test_its_commands_are_those_of_the_program():

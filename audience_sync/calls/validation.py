@@ -3,9 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
+
+import msgspec
 
 from audience_sync.calls.model import Call, CallType
 from audience_sync.errors import CallError
@@ -148,48 +150,70 @@ def moment_in(document: Mapping[str, Any], name: str) -> datetime | None:
 
 def check_json(document: dict[str, Any]) -> None:
     """CallError for what is no JSON, too large or too deep, or what one of the databases cannot store."""
-    _check_values(document, 1, MAX_CALL_BYTES)
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    if len(text.encode()) > MAX_CALL_BYTES:
+    _check_values(document)
+    if len(_text(document)) > MAX_CALL_BYTES:
         raise CallError("the call is larger than 32 KB")
 
 
-def _check_values(value: object, level: int, budget: int) -> int:
-    """Check all values within, and return what is left of the budget: a value takes a byte at least.
+def _text(document: dict[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(document)
+    except (TypeError, ValueError, OverflowError):  # whatever msgspec does not write
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
-    The budget ends structures that hold themselves many times over before they become text.
+
+def _check_values(document: dict[str, Any]) -> None:
+    """Check all values within, a level after the other.
+
+    Each takes a byte at least: that ends structures that hold themselves many times over before they become text.
     """
-    budget -= 1
-    if budget < 0:
-        raise CallError("the call is larger than 32 KB")
-    match value:
-        case dict() | list() if level > MAX_LEVELS:
+    level, budget, layer = 1, MAX_CALL_BYTES, [document]
+    while layer:
+        if level > MAX_LEVELS:
             raise CallError(f"objects and lists are nested over {MAX_LEVELS} levels")
-        case dict():
-            for name, member in value.items():
-                if not isinstance(name, str):
-                    raise CallError("the names in an object must be strings")
-                _check_scalar(name)
-                budget = _check_values(member, level + 1, budget)
-        case list():
-            for item in value:
-                budget = _check_values(item, level + 1, budget)
-        case _:
-            _check_scalar(value)
-    return budget
+        inner: list[Any] = []
+        for each in layer:
+            budget -= 1 + len(each)
+            if budget < 0:
+                raise CallError("the call is larger than 32 KB")
+            inner += _checked_members(each)
+        level, layer = level + 1, inner
 
 
-def _check_scalar(value: object) -> None:
+def _checked_members(value: dict[Any, Any] | list[Any]) -> list[Any]:
+    """The objects and lists among them; all the others are checked."""
+    members: Iterable[Any] = value
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise CallError("the names in an object must be strings")
+            _check_text(name)
+        members = value.values()
+    inner = []
+    for member in members:
+        if isinstance(member, str):
+            _check_text(member)
+        elif isinstance(member, dict | list):
+            inner.append(member)
+        elif member is not None and member is not True and member is not False:
+            _check_number(member)
+    return inner
+
+
+def _check_text(value: str) -> None:
+    if "\0" in value:
+        raise CallError("text with a NUL character cannot be stored")
+    if not value.isascii() and _LONE_SURROGATE.search(value):
+        raise CallError("text with a lone surrogate is not Unicode")
+
+
+def _check_number(value: object) -> None:
     match value:
-        case str() if "\0" in value:
-            raise CallError("text with a NUL character cannot be stored")
-        case str() if _LONE_SURROGATE.search(value):
-            raise CallError("text with a lone surrogate is not Unicode")
         case float() if not math.isfinite(value):
             raise CallError("NaN and Infinity are not JSON")
         case int() if value.bit_length() > MAX_NUMBER_BITS:
             raise CallError("a number is too large")
-        case None | bool() | int() | float() | str():
+        case int() | float():
             pass
         case _:
             raise CallError(f"a {type(value).__name__} is not a JSON value")

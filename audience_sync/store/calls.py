@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from audience_sync.calls.mappings import Decision
 from audience_sync.calls.model import Call, CallType
-from audience_sync.store import forgetting
-from audience_sync.store.engines import is_sqlite
+from audience_sync.store import forgetting, rows
+from audience_sync.store.engines import is_sqlite, sql
 from audience_sync.store.tables import calls, companies, deliveries, events, profiles
 
 FORGOTTEN = "the user was forgotten"
@@ -52,24 +51,18 @@ def add(
     learned = [(call_id, call) for call_id, call, _ in new if call.subject_id is not None]
     if learned:
         _learn(connection, learned, received_at)
-    queued = [
-        {
-            "action": each.action.value,
-            "subject_id": each.subject_id,
-            "body": each.body,
-            "class": "call",
-            "call_id": call_id,
-            "value_at": call.timestamp,
-            "fingerprint": fingerprint,
-            "status": "pending",
-            "created_at": received_at,
-            "next_attempt_at": received_at,
-        }
-        for call_id, call, decision in new
-        for each in decision.outgoing
-    ]
-    if queued:
-        connection.execute(deliveries.insert(), queued)
+    now = rows.moment(received_at)
+    rows.insert(
+        connection,
+        deliveries,
+        _DELIVERY,
+        [
+            (each.action.value, each.subject_id, rows.document(each.body), "call", call_id,
+             rows.moment(call.timestamp), fingerprint, "pending", now, now)
+            for call_id, call, decision in new
+            for each in decision.outgoing
+        ],
+    )  # fmt: skip
     known = _known(connection, [call.message_id for call, _ in decided if call.message_id not in ids])
     kept = []
     for call, _ in decided:
@@ -87,39 +80,71 @@ def _insert(
     connection: sa.Connection, decided: Mapping[str, tuple[Call, Decision]], received_at: dt.datetime
 ) -> dict[str, int]:
     """The ids of those that are new, by message id."""
-    rows = [
-        {
-            "message_id": message_id,
-            "type": call.type.value,
-            "user_id": call.user_id,
-            "anonymous_id": call.anonymous_id,
-            "group_id": call.group_id,
-            "event": call.event,
-            "body": {name: value for name, value in call.document.items() if value and name not in _COLUMNS},
-            "timestamp": call.timestamp,
-            "received_at": received_at,
-            "status": "accepted" if decision.outgoing else "ignored",
-            "reason": decision.reason,
-            "left_out": decision.left_out or None,
-        }
-        for message_id, (call, decision) in sorted(
-            decided.items()
-        )  # in one order: others wait for the same ids
+    free = _free_ids(connection, len(decided))
+    ordered = sorted(decided.items())  # in one order: other processes may wait for the same message ids
+    ids = {message_id: call_id for call_id, (message_id, _) in zip(free, ordered, strict=True)}
+    now = rows.moment(received_at)
+    written = [
+        (
+            ids[message_id],
+            message_id,
+            call.type.value,
+            call.user_id,
+            call.anonymous_id,
+            call.group_id,
+            call.event,
+            rows.document(
+                {name: value for name, value in call.document.items() if value and name not in _COLUMNS}
+            ),
+            rows.moment(call.timestamp),
+            now,
+            "accepted" if decision.outgoing else "ignored",
+            decision.reason,
+            rows.document(decision.left_out) if decision.left_out else None,
+        )
+        for message_id, (call, decision) in ordered
     ]
-    insert = (
-        sqlite.insert(calls) if is_sqlite(connection) else postgresql.insert(calls)
-    ).on_conflict_do_nothing()
-    inserted = connection.execute(insert.returning(calls.c.message_id, calls.c.call_id), rows)
-    return {message_id: int(call_id) for message_id, call_id in inserted}
+    if rows.insert(connection, calls, _CALL, written, "ON CONFLICT (message_id) DO NOTHING") == len(written):
+        return ids
+    taken = connection.execute(
+        sa.select(calls.c.message_id).where(calls.c.call_id.between(free[0], free[-1]))
+    ).scalars()
+    return {message_id: ids[message_id] for message_id in taken}
+
+
+_CALL = (
+    "call_id", "message_id", "type", "user_id", "anonymous_id", "group_id", "event", "body", "timestamp",
+    "received_at", "status", "reason", "left_out",
+)  # fmt: skip
+_DELIVERY = (
+    "action", "subject_id", "body", "class", "call_id", "value_at", "fingerprint", "status", "created_at",
+    "next_attempt_at",
+)  # fmt: skip
+_EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "received_at")
+
+
+def _free_ids(connection: sa.Connection, count: int) -> Sequence[int]:
+    """So many ids for new calls, ascending."""
+    if is_sqlite(connection):  # nobody else writes now
+        last = sql(connection, "SELECT max(seq) FROM sqlite_sequence WHERE name = 'calls'").scalar() or 0
+        return range(last + 1, last + 1 + count)
+    sequence = "pg_get_serial_sequence(:calls, 'call_id')"
+    ids = sql(
+        connection,
+        f"SELECT nextval({sequence}) FROM generate_series(1, :count)",
+        calls=f"{connection.get_execution_options()['our']}calls",
+        count=count,
+    )
+    return sorted(ids.scalars())
 
 
 def _known(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str, int]:
     if not message_ids:
         return {}
-    rows = connection.execute(
+    found = connection.execute(
         sa.select(calls.c.message_id, calls.c.call_id).where(calls.c.message_id.in_(message_ids))
     )
-    return {message_id: int(call_id) for message_id, call_id in rows}
+    return {message_id: int(call_id) for message_id, call_id in found}
 
 
 def _learn(connection: sa.Connection, new: Sequence[tuple[int, Call]], received_at: dt.datetime) -> None:
@@ -137,39 +162,27 @@ def _learn(connection: sa.Connection, new: Sequence[tuple[int, Call]], received_
     _merge(connection, profiles, profiles.c.user_id, users)
     if groups:
         _merge(connection, companies, companies.c.company_id, groups)
-        connection.execute(
-            _JOIN_COMPANY,
-            [
-                {"user": user, "company": call.group_id, "at": call.timestamp}
-                for user, call in sorted(member_of.items())
-            ],
+        rows.update(
+            connection,
+            profiles,
+            ("user_id", "company_id", "company_at"),
+            [(user, call.group_id, rows.moment(call.timestamp)) for user, call in sorted(member_of.items())],
+            "(t.company_at IS NULL OR t.company_at <= {company_at})",
         )
-    tracked = [
-        {
-            "call_id": call_id,
-            "user_id": call.subject_id,
-            "name": call.event,
-            "properties": call.properties,
-            "context": call.context,
-            "timestamp": call.timestamp,
-            "received_at": received_at,
-        }
-        for call_id, call in new
-        if call.type is CallType.TRACK
-    ]
-    if tracked:
-        connection.execute(events.insert(), tracked)
+    now = rows.moment(received_at)
+    rows.insert(
+        connection,
+        events,
+        _EVENT,
+        [
+            (call_id, call.subject_id, call.event, rows.document(call.properties), rows.document(call.context),
+             rows.moment(call.timestamp), now)
+            for call_id, call in new
+            if call.type is CallType.TRACK
+        ],
+    )  # fmt: skip
 
 
-_AT = sa.bindparam("at", type_=profiles.c.company_at.type)
-_JOIN_COMPANY = (
-    profiles.update()
-    .where(
-        profiles.c.user_id == sa.bindparam("user"),
-        sa.or_(profiles.c.company_at.is_(None), profiles.c.company_at <= _AT),
-    )
-    .values(company_id=sa.bindparam("company"), company_at=_AT)
-)
 _Told = tuple[dt.datetime, dict[str, Any]]
 
 
@@ -177,57 +190,49 @@ def _merge(
     connection: sa.Connection, table: sa.Table, key: sa.Column[str], told: Mapping[str, Sequence[_Told]]
 ) -> None:
     """Merge traits, the newest timestamp winning each; a null removes (its time is kept)."""
-    insert: Any = sqlite.insert(table) if is_sqlite(connection) else postgresql.insert(table)
-    new = insert.excluded
-    connection.execute(  # which also locks their rows
-        insert.on_conflict_do_update(
-            index_elements=[key],
-            set_={
-                "first_seen_at": _case(
-                    new.first_seen_at < table.c.first_seen_at, new, table, "first_seen_at"
-                ),
-                "last_seen_at": _case(new.last_seen_at > table.c.last_seen_at, new, table, "last_seen_at"),
-            },
-        ),
+    rows.insert(  # which also locks what was there
+        connection,
+        table,
+        (key.name, "traits", "trait_times", "first_seen_at", "last_seen_at"),
         [
-            {
-                key.name: subject,
-                "traits": {},
-                "trait_times": {},
-                "first_seen_at": min(at for at, _ in each),
-                "last_seen_at": max(at for at, _ in each),
-            }
+            (subject, "{}", "{}", rows.moment(min(each, key=_at)[0]), rows.moment(max(each, key=_at)[0]))
+            if len(each) > 1
+            else (subject, "{}", "{}", at := rows.moment(each[0][0]), at)
             for subject, each in sorted(told.items())
         ],
+        f"ON CONFLICT ({key.name}) DO UPDATE SET {_SEEN}",
     )
     with_traits = {
-        subject: sorted(((at, traits) for at, traits in each if traits), key=lambda one: one[0])
+        subject: sorted(((at, traits) for at, traits in each if traits), key=_at)
         for subject, each in told.items()
         if any(traits for _, traits in each)
     }
     if not with_traits:
         return
-    rows = connection.execute(
+    known = connection.execute(
         sa.select(key, table.c.traits, table.c.trait_times).where(key.in_(list(with_traits)))
     ).all()
-    connection.execute(
-        table.update()
-        .where(key == sa.bindparam("subject"))
-        .values(traits=sa.bindparam("merged"), trait_times=sa.bindparam("times")),
+    rows.update(
+        connection,
+        table,
+        (key.name, "traits", "trait_times"),
         [
-            _merged(subject, known, times, with_traits[subject])
-            for subject, known, times in sorted(rows, key=lambda row: row[0])
+            _merged(subject, traits, times, with_traits[subject])
+            for subject, traits, times in sorted(known, key=lambda row: str(row[0]))
         ],
     )
 
 
-def _case(condition: Any, new: Any, table: sa.Table, name: str) -> Any:
-    return sa.case((condition, new[name]), else_=table.c[name])
+_SEEN = """first_seen_at = CASE WHEN excluded.first_seen_at < t.first_seen_at THEN excluded.first_seen_at
+ELSE t.first_seen_at END, last_seen_at = CASE WHEN excluded.last_seen_at > t.last_seen_at
+THEN excluded.last_seen_at ELSE t.last_seen_at END"""
 
 
-def _merged(
-    subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]
-) -> dict[str, Any]:
+def _at(told: _Told) -> dt.datetime:
+    return told[0]
+
+
+def _merged(subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]) -> rows.Row:
     for at, given in told:
         stamp = at.astimezone(dt.UTC).isoformat(timespec="microseconds")
         for name, value in given.items():
@@ -236,4 +241,4 @@ def _merged(
                 traits[name] = value
                 if value is None:
                     del traits[name]
-    return {"subject": subject, "merged": traits, "times": times}
+    return subject, rows.document(traits), rows.document(times)

@@ -25,8 +25,12 @@ class UtcDateTime(sa.TypeDecorator[dt.datetime]):
     def process_bind_param(self, value: dt.datetime | None, dialect: sa.Dialect) -> Any:
         if value is None:
             return None
-        utc = value.astimezone(dt.UTC)
-        return utc if dialect.name == "postgresql" else utc.strftime("%Y-%m-%d %H:%M:%S.%f")
+        return value.astimezone(dt.UTC) if dialect.name == "postgresql" else self.text(value)
+
+    @staticmethod
+    def text(value: dt.datetime) -> str:
+        """UTC, in a form that sorts as the moments do."""
+        return value.astimezone(dt.UTC).isoformat(" ", "microseconds")[:26]
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> dt.datetime | None:
         if value is None:
