@@ -10,6 +10,7 @@ Then a file is imported. One call in two is a track, one in ten a group, the oth
 
 import argparse
 import base64
+import gc
 import http.client
 import json
 import multiprocessing
@@ -33,7 +34,7 @@ from audience_sync.intake.writer import Writer
 from audience_sync.store import tables
 
 SPAWN = multiprocessing.get_context("spawn")
-BATCH, CLIENTS, USERS = 100, 4, 20_000
+BATCH, CLIENTS, USERS = 100, 16, 20_000
 CONFIGURATION = """
 [database]
 url = "{url}"
@@ -96,6 +97,7 @@ class Forgetful:
 def serve(pipe, configuration, *, stores):
     from audience_sync.web import server, tracking
 
+    gc.set_threshold(50_000)  # as the command line does
     os.sched_setaffinity(0, {0})
     with open_app(configuration) as app, server.listen("127.0.0.1", 0) as listening, Writer(app) as writer:
         api = tracking.Tracking(app, writer if stores else Forgetful()).asgi()
@@ -223,6 +225,7 @@ def bare_inserts(configuration, rows, count):
 
 
 def measure(name, calls, lines):
+    gc.set_threshold(50_000)
     documents = [call(number) for number in range(calls)]
     batches = [json.dumps({"batch": documents[at : at + BATCH]}).encode() for at in range(0, calls, BATCH)]
     with databases(name) as database, tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Never, TypeAlias
@@ -25,7 +25,7 @@ class _Missing(Enum):
 
 
 MISSING: Final = _Missing.MISSING
-Document: TypeAlias = Mapping[str, Any]
+Document: TypeAlias = dict[str, Any]
 _Resolve: TypeAlias = Callable[[Document], Any]
 
 
@@ -57,13 +57,26 @@ def _compile(value: Any, where: str, levels: int) -> _Resolve:
         case dict() if any(name.startswith("@") for name in value):
             return _directive(value, where, levels)
         case dict():
-            members = {name: _compile(member, _at(where, name), levels - 1) for name, member in value.items()}
-            return lambda document: _present((name, member(document)) for name, member in members.items())
+            return _object(
+                {name: _compile(member, _at(where, name), levels - 1) for name, member in value.items()}
+            )
         case list():
             items = [_compile(item, f"{where}[{index}]", levels - 1) for index, item in enumerate(value)]
             return lambda document: [None if (got := item(document)) is MISSING else got for item in items]
         case _:
             return _literal(value, where, levels)
+
+
+def _object(members: dict[str, _Resolve]) -> _Resolve:
+    def resolve(document: Document) -> dict[str, Any]:
+        found = {}
+        for name, member in members.items():
+            value = member(document)
+            if value is not MISSING:
+                found[name] = value
+        return found
+
+    return resolve
 
 
 def _directive(value: dict[str, Any], where: str, levels: int) -> _Resolve:
@@ -182,17 +195,13 @@ _LEFT_OUT = {"@replace", "@arrayPath", "@transform", "@excludeWhenNull", "@liqui
 
 def _walk(value: Any, steps: list[str | int]) -> Any:
     for step in steps:
-        if isinstance(value, Mapping):
-            value = value.get(str(step), MISSING)
+        if isinstance(value, dict):
+            value = value.get(step, MISSING) if isinstance(step, str) else value.get(str(step), MISSING)
         elif isinstance(value, list) and isinstance(step, int) and step < len(value):
             value = value[step]
         else:
             return MISSING
     return value
-
-
-def _present(members: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in members if value is not MISSING}
 
 
 def _drop(_: Document) -> Any:

@@ -19,6 +19,7 @@ MAX_MESSAGE_ID_LENGTH = 100
 MAX_LEVELS = 20  # of objects and lists; the call itself is the first
 MAX_NUMBER_BITS = 1023  # what a double holds: more is no number to most readers of JSON
 _OBJECTS = ("traits", "properties", "context", "integrations")
+_TYPES = {each.value: each for each in CallType}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -79,9 +80,10 @@ def parse_moment(text: str) -> datetime:
 
 
 def _call_type(value: object) -> CallType:
-    if not isinstance(value, str) or value not in set(CallType):
-        raise CallError(f"type must be one of {', '.join(CallType)}")
-    return CallType(value)
+    found = _TYPES.get(value) if isinstance(value, str) else None
+    if found is None:
+        raise CallError(f"type must be one of {', '.join(_TYPES)}")
+    return found
 
 
 def id_in(document: dict[str, Any], name: str, max_length: int) -> str | None:

@@ -202,11 +202,7 @@ def _merge(
         ],
         f"ON CONFLICT ({key.name}) DO UPDATE SET {_SEEN}",
     )
-    with_traits = {
-        subject: sorted(((at, traits) for at, traits in each if traits), key=_at)
-        for subject, each in told.items()
-        if any(traits for _, traits in each)
-    }
+    with_traits = {subject: each for subject, each in told.items() if any(traits for _, traits in each)}
     if not with_traits:
         return
     known = connection.execute(
@@ -233,7 +229,7 @@ def _at(told: _Told) -> dt.datetime:
 
 
 def _merged(subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]) -> rows.Row:
-    for at, given in told:
+    for at, given in sorted(told, key=_at) if len(told) > 1 else told:
         stamp = at.astimezone(dt.UTC).isoformat(timespec="microseconds")
         for name, value in given.items():
             if times.get(name, "") <= stamp:

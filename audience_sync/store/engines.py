@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from audience_sync.errors import DatabaseError
@@ -58,9 +59,9 @@ def open_own(url: str, schema: str) -> sa.Engine:
     """
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":
-        engine = _open_sqlite(parsed)
+        engine = _open_sqlite(parsed, **_JSON)
         return engine.execution_options(our="")
-    engine = open_postgresql(parsed)
+    engine = open_postgresql(parsed, **_JSON)
     return engine.execution_options(
         our=f'"{schema}".', schema=schema, schema_translate_map={None: schema, TEMP: "pg_temp"}
     )
@@ -90,14 +91,32 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
         ) from error
 
 
-def _open_sqlite(url: sa.URL) -> sa.Engine:
+def document(value: Any) -> str:
+    """A value as JSON text."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, OverflowError):  # whatever msgspec does not write
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _value(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return json.loads(text)
+
+
+_JSON: dict[str, Any] = {"json_serializer": document, "json_deserializer": _value}
+
+
+def _open_sqlite(url: sa.URL, **options: Any) -> sa.Engine:
     if url.database and url.database != ":memory:" and not Path(url.database).parent.is_dir():
         raise DatabaseError(
             f"The folder of the database file {url.database} does not exist: create it, or change [database] url."
         )
     _make_private(url.database)
     waits = {} if "timeout" in url.query else {"timeout": BUSY_SECONDS}
-    engine = sa.create_engine(url, hide_parameters=True, max_overflow=-1, connect_args=waits)
+    engine = sa.create_engine(url, **options, hide_parameters=True, max_overflow=-1, connect_args=waits)
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info[:3]) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")

@@ -5,7 +5,6 @@ numbers or None; `moment` and `document` make text of what is neither.
 """
 
 import datetime as dt
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,21 +13,16 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.store.engines import is_sqlite
+from audience_sync.store.engines import document, is_sqlite
 from audience_sync.store.tables import UtcDateTime
 
 Row = tuple[Any, ...]
+__all__ = ("Row", "document", "insert", "moment", "update")
 
 
+@lru_cache(maxsize=10_000)  # a call's moment goes into several tables
 def moment(value: dt.datetime) -> str:
     return UtcDateTime.text(value)
-
-
-def document(value: Any) -> str:
-    try:
-        return msgspec.json.encode(value).decode()
-    except (TypeError, ValueError, OverflowError):  # whatever msgspec does not write
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def insert(
