@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "store": ROOT | {"definitions", "calls"},
     "userpilot": ROOT | {"calls"},
     "sync": ROOT | {"logs", "definitions", "store"},
-    "intake": ROOT | {"definitions", "calls", "store", "app"},  # its doors take the application, as `app`
+    "intake": ROOT
+    | {"settings", "definitions", "calls", "store", "app"},  # its doors take the application, as `app`
     "delivery": ROOT | {"logs", "store", "userpilot"},
     "sandbox": set(),
     "app": ROOT | {"settings", "logs", "definitions", "calls", "store", "sync", "delivery", "userpilot"},

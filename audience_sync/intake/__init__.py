@@ -11,16 +11,17 @@ beside the package, `web`; all of them hand their calls to `accept_all`.
 
 import datetime as dt
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from audience_sync.app import App
 from audience_sync.calls import mappings, validation
-from audience_sync.calls.mappings import Decision
 from audience_sync.calls.model import Call
 from audience_sync.errors import CallError
+from audience_sync.settings import Settings
 from audience_sync.store import calls, engines
+from audience_sync.store.calls import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +82,33 @@ def parse(raw: Mapping[str, Any], *, received_at: dt.datetime, sent_at: dt.datet
 
 def accept_all(app: App, found: Sequence[Call]) -> list[Receipt]:
     """Keep calls and queue what they ask for, in one transaction; a receipt for each, in their order."""
-    keys = {definition.key for definition in app.settings.definitions}
+    return keep(app, prepare(app.settings, found))
+
+
+def prepare(settings: Settings, found: Iterable[Call]) -> list[Prepared]:
+    """Decide what each call asks for, and write it down as text: all but the database's part."""
+    keys = {definition.key for definition in settings.definitions}
+    every = (*(mappings.PRESETS if settings.destination.presets else ()), *settings.mappings)
+    return [calls.prepare(call, mappings.decide(call, every, reserved_keys=keys)) for call in found]
+
+
+def keep(app: App, prepared: Sequence[Prepared]) -> list[Receipt]:
+    """The database's part, in one transaction."""
     destination = app.settings.destination
-    every = (*(mappings.PRESETS if destination.presets else ()), *app.settings.mappings)
-    decided = [(call, mappings.decide(call, every, reserved_keys=keys)) for call in found]
     with engines.write(app.engine) as connection:
         kept = calls.add(
             connection,
-            decided,
+            prepared,
             received_at=app.clock.now(),
             fingerprint=destination.fingerprint if destination.api_key else None,
         )
-    return [_receipt(*each) for each in zip(decided, kept, strict=True)]
+    return [_receipt(*each) for each in zip(prepared, kept, strict=True)]
 
 
-def _receipt(decided: tuple[Call, Decision], kept: calls.Kept) -> Receipt:
-    call, decision = decided
+def _receipt(call: Prepared, kept: calls.Kept) -> Receipt:
     if kept.is_repeat:
         return Receipt(kept.call_id, call.message_id, is_repeat=True)
-    return Receipt(kept.call_id, call.message_id, kept.ignored, tuple(decision.left_out), reason=kept.reason)
+    return Receipt(kept.call_id, call.message_id, kept.ignored, call.names_left_out, reason=kept.reason)
 
 
 def _new_id() -> str:

@@ -1,40 +1,54 @@
 """The door for files: one call a line (NDJSON), plain or gzip, as long as the disk is.
 
 A line without a message id gets one made of its bytes: a file that is imported again adds nothing, and two equal
-lines are one call.
+lines are one call. A file of more than one piece is made into calls by a process of its own, while this one keeps
+what is ready: two cores share the work.
 """
 
 import gzip
 import hashlib
 import io
 import json
+import multiprocessing
+import signal
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, BinaryIO, Self, cast
 
 import msgspec
 
-from audience_sync import intake
+from audience_sync import intake, settings
 from audience_sync.app import App
-from audience_sync.calls.model import Call
 from audience_sync.calls.validation import MAX_CALL_BYTES
+from audience_sync.clock import SystemClock
 from audience_sync.errors import CallError, ConfigError
-from audience_sync.intake.writer import Writer
+from audience_sync.settings import Settings
+from audience_sync.store.calls import Prepared
 
-PIECE = 1_000  # calls in a transaction
-MOST_PIECES = 3  # read ahead of the one that is being committed
+PIECE = 5_000  # lines in a transaction
+MOST_AHEAD = 2  # pieces that are made ready while one is kept
 LONGEST_LINE = 2 * MAX_CALL_BYTES  # with white space, or escapes that shorten
 _GZIP = b"\x1f\x8b"
+_SPAWN = multiprocessing.get_context("spawn")
+
+Line = tuple[int, bytes]  # its number, from 1
 
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    number: int  # from 1
+    number: int
     reason: str
     text: bytes  # its beginning
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    calls: list[Prepared] = field(default_factory=list)
+    bad: list[BadLine] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -48,7 +62,8 @@ class Summary:
     def line_count(self) -> int:
         return self.accepted_count + self.ignored_count + self.repeated_count + self.bad_count
 
-    def add(self, receipts: list[intake.Receipt]) -> None:
+    def add(self, piece: Piece, receipts: list[intake.Receipt]) -> None:
+        self.bad_count += len(piece.bad)
         for receipt in receipts:
             if receipt.is_repeat:
                 self.repeated_count += 1
@@ -68,7 +83,7 @@ def unpacked(file: BinaryIO) -> BinaryIO:
 
 def take_in(
     app: App,
-    lines: BinaryIO,
+    file: BinaryIO,
     on_bad: Callable[[BadLine], None],
     on_progress: Callable[[Summary], None] = lambda _: None,
 ) -> Summary:
@@ -80,35 +95,106 @@ def take_in(
 
     """
     summary = Summary()
-    under_way: deque[Future[list[intake.Receipt]]] = deque()
-
-    def settle(most: int) -> None:
-        while len(under_way) > most:
-            summary.add(under_way.popleft().result())
+    trouble: list[ConfigError] = []
+    pieces = _pieces(_lines(file), trouble)
+    with Preparer(app.settings) as preparer:
+        for piece in preparer.prepared(pieces):
+            for each in piece.bad:
+                on_bad(each)
+            summary.add(piece, intake.keep(app, piece.calls) if piece.calls else [])
             on_progress(summary)
-
-    trouble: ConfigError | None = None
-    with Writer(app) as writer:
-        piece: list[Call] = []
-        try:
-            for number, line in _lines(lines):
-                try:
-                    piece.append(_call(app, line))
-                except CallError as error:
-                    summary.bad_count += 1
-                    on_bad(BadLine(number, str(error), line[:LONGEST_LINE]))
-                if len(piece) == PIECE:
-                    under_way.append(writer.accept(piece))
-                    piece = []
-                    settle(MOST_PIECES)
-        except ConfigError as error:
-            trouble = error
-        if piece:
-            under_way.append(writer.accept(piece))
-        settle(0)
-    if trouble is not None:
-        raise trouble
+    if trouble:
+        raise trouble[0]
     return summary
+
+
+class Preparer:
+    """Makes pieces ready in their order: the first here, the others in a process that ends with this one."""
+
+    def __init__(self, configured: Settings) -> None:
+        self._settings = configured
+        self._pipe: Connection[Any, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pipe is not None:
+            self._pipe.close()  # which ends the process
+
+    def prepared(self, pieces: Iterator[list[Line]]) -> Iterator[Piece]:
+        for first in pieces:
+            yield prepare(self._settings, first)
+            break
+        under_way: deque[list[Line]] = deque()
+        for piece in pieces:
+            self._hand_over(piece)
+            under_way.append(piece)
+            if len(under_way) > MOST_AHEAD:
+                yield self._ready(under_way.popleft())
+        while under_way:
+            yield self._ready(under_way.popleft())
+
+    def _hand_over(self, piece: list[Line]) -> None:
+        if self._pipe is None:
+            self._pipe, other = _SPAWN.Pipe()
+            process = _SPAWN.Process(target=_work, args=(other, self._settings.path), daemon=True)
+            process.start()
+            other.close()
+        self._pipe.send(piece)
+
+    def _ready(self, piece: list[Line]) -> Piece:
+        """What the process made of the piece; where it died, it is made here."""
+        try:
+            found: Piece = cast("Connection[Any, Any]", self._pipe).recv()
+        except (EOFError, OSError):
+            return prepare(self._settings, piece)
+        return found
+
+
+def _work(pipe: "Connection[Any, Any]", path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    configured = settings.load(path)
+    while True:
+        try:
+            pipe.send(prepare(configured, pipe.recv()))
+        except (EOFError, OSError):
+            return
+
+
+def prepare(configured: Settings, lines: Sequence[Line]) -> Piece:
+    calls, bad = [], []
+    received_at = SystemClock().now()
+    for number, line in lines:
+        try:
+            calls.append(intake.parse(_raw(line), received_at=received_at))
+        except CallError as error:
+            bad.append(BadLine(number, str(error), line[:LONGEST_LINE]))
+    return Piece(intake.prepare(configured, calls), bad)
+
+
+def _raw(line: bytes) -> Any:
+    if len(line) > LONGEST_LINE:
+        raise CallError("the call is larger than 32 KB")
+    raw = decoded(line)
+    if isinstance(raw, dict) and raw.get("messageId") is None:
+        raw["messageId"] = f"audience-sync-{hashlib.sha256(line.strip()).hexdigest()[:40]}"
+    return raw
+
+
+def _pieces(lines: Iterator[Line], trouble: list[ConfigError]) -> Iterator[list[Line]]:
+    """The lines, so many together; where they end early, `trouble` says why."""
+    piece: list[Line] = []
+    try:
+        for line in lines:
+            piece.append(line)
+            if len(piece) == PIECE:
+                yield piece
+                piece = []
+    except ConfigError as error:
+        trouble.append(error)
+    if piece:
+        yield piece
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -126,15 +212,6 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         raise ConfigError(
             f"The file cannot be read after line {number}: {error}. What stands before that is handed in."
         ) from error
-
-
-def _call(app: App, line: bytes) -> Call:
-    if len(line) > LONGEST_LINE:
-        raise CallError("the call is larger than 32 KB")
-    raw = decoded(line)
-    if isinstance(raw, dict) and raw.get("messageId") is None:
-        raw["messageId"] = f"audience-sync-{hashlib.sha256(line.strip()).hexdigest()[:40]}"
-    return intake.parse(raw, received_at=app.clock.now())
 
 
 def decoded(text: bytes) -> Any:

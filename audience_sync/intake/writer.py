@@ -14,14 +14,14 @@ from typing import Self
 
 from audience_sync import intake
 from audience_sync.app import App
-from audience_sync.calls.model import Call
+from audience_sync.store.calls import Prepared
 
 MOST_CALLS = 2_500  # in a transaction, if more than one batch is waiting
 
 
 @dataclass(slots=True)
 class _Batch:
-    calls: Sequence[Call]
+    calls: Sequence[Prepared]
     future: "Future[list[intake.Receipt]]" = field(default_factory=Future)
 
 
@@ -47,7 +47,7 @@ class Writer:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def accept(self, calls: Sequence[Call]) -> "Future[list[intake.Receipt]]":
+    def accept(self, calls: Sequence[Prepared]) -> "Future[list[intake.Receipt]]":
         """The receipts, once the calls are committed; or what kept them from that, and then none of them is."""
         batch = _Batch(calls)
         self._waiting.put(batch)
@@ -78,7 +78,7 @@ class Writer:
 
     def _commit(self, batches: Sequence[_Batch], *, is_last_try: bool = False) -> bool:
         try:
-            receipts = intake.accept_all(self._app, [call for batch in batches for call in batch.calls])
+            receipts = intake.keep(self._app, [call for batch in batches for call in batch.calls])
         except Exception as error:  # noqa: BLE001  (whatever it is, who waits must hear of it)
             if is_last_try:
                 for batch in batches:

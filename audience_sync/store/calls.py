@@ -1,9 +1,9 @@
 """What applications handed in, and what it told about users, companies and events."""
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -17,6 +17,34 @@ FORGOTTEN = "the user was forgotten"
 _COLUMNS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}  # of the body none
 
 
+class Prepared(NamedTuple):
+    """A call and what was decided of it, as text that only needs to be written; cheap to hand to another process."""
+
+    message_id: str
+    type: str
+    user_id: str | None
+    anonymous_id: str | None
+    group_id: str | None
+    event: str | None
+    body: str
+    timestamp: str
+    reason: str | None
+    left_out: str | None
+    outgoing: tuple[tuple[str, str, str], ...]  # action, subject, body
+    properties: str
+    context: str
+    traits: dict[str, Any]
+    names_left_out: tuple[str, ...]
+
+    @property
+    def subject_id(self) -> str | None:
+        return self.user_id if self.user_id is not None else self.anonymous_id
+
+    @property
+    def ignored(self) -> str | None:
+        return None if self.outgoing else self.reason
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What became of a call: `ignored` is why it is not delivered, `reason` why a part of it is not."""
@@ -27,9 +55,33 @@ class Kept:
     is_repeat: bool = False
 
 
+def prepare(call: Call, decision: Decision) -> Prepared:
+    body = {name: value for name, value in call.document.items() if value and name not in _COLUMNS}
+    is_track = call.type is CallType.TRACK
+    return Prepared(
+        message_id=call.message_id,
+        type=call.type.value,
+        user_id=call.user_id,
+        anonymous_id=call.anonymous_id,
+        group_id=call.group_id,
+        event=call.event,
+        body=rows.document(body),
+        timestamp=rows.moment(call.timestamp),
+        reason=decision.reason,
+        left_out=rows.document(decision.left_out) if decision.left_out else None,
+        outgoing=tuple(
+            (each.action.value, each.subject_id, rows.document(each.body)) for each in decision.outgoing
+        ),
+        properties=rows.document(call.properties) if is_track else "",
+        context=rows.document(call.context) if is_track else "",
+        traits=call.traits if call.type in {CallType.IDENTIFY, CallType.GROUP} else {},
+        names_left_out=tuple(decision.left_out),
+    )
+
+
 def add(
     connection: sa.Connection,
-    decided: Sequence[tuple[Call, Decision]],
+    prepared: Sequence[Prepared],
     *,
     received_at: dt.datetime,
     fingerprint: str | None,
@@ -38,83 +90,45 @@ def add(
 
     Of a user who was erased nothing is kept but that there was a call.
     """
-    users = {call.subject_id for call, _ in decided if call.subject_id is not None}
+    users = {each.subject_id for each in prepared if each.subject_id is not None}
     erased = forgetting.forgotten_among(connection, users, received_at)
-    first: dict[str, tuple[Call, Decision]] = {}
-    for call, decision in decided:
-        if call.subject_id in erased:
-            first.setdefault(call.message_id, (call.anonymous(), Decision(problems=[FORGOTTEN])))
-        else:
-            first.setdefault(call.message_id, (call, decision))
+    first: dict[str, Prepared] = {}
+    for each in prepared:
+        if each.message_id not in first:
+            first[each.message_id] = _erased(each) if each.subject_id in erased else each
     ids = _insert(connection, first, received_at)
-    new = [(ids[message_id], *each) for message_id, each in first.items() if message_id in ids]
-    learned = [(call_id, call) for call_id, call, _ in new if call.subject_id is not None]
-    if learned:
-        _learn(connection, learned, received_at)
+    new = [(ids[message_id], each) for message_id, each in first.items() if message_id in ids]
+    _learn(connection, [each for each in new if each[1].subject_id is not None], received_at)
     now = rows.moment(received_at)
-    rows.insert(
-        connection,
-        deliveries,
-        _DELIVERY,
-        [
-            (each.action.value, each.subject_id, rows.document(each.body), "call", call_id,
-             rows.moment(call.timestamp), fingerprint, "pending", now, now)
-            for call_id, call, decision in new
-            for each in decision.outgoing
-        ],
-    )  # fmt: skip
-    known = _known(connection, [call.message_id for call, _ in decided if call.message_id not in ids])
+    queued = [
+        (*outgoing, "call", call_id, each.timestamp, fingerprint, "pending", now, now)
+        for call_id, each in new
+        for outgoing in each.outgoing
+    ]
+    rows.insert(connection, deliveries, _DELIVERY, queued)
+    known = _known(connection, [each.message_id for each in prepared if each.message_id not in ids])
     kept = []
-    for call, _ in decided:
-        if call.message_id in ids:
-            decision = first[call.message_id][1]
-            reason = decision.reason
-            kept.append(Kept(ids.pop(call.message_id), None if decision.outgoing else reason, reason))
-            known[call.message_id] = kept[-1].call_id
+    for each in prepared:
+        if each.message_id in ids:
+            known[each.message_id] = call_id = ids.pop(each.message_id)
+            mine = first[each.message_id]
+            kept.append(Kept(call_id, mine.ignored, mine.reason))
         else:
-            kept.append(Kept(known[call.message_id], is_repeat=True))
+            kept.append(Kept(known[each.message_id], is_repeat=True))
     return kept
 
 
-def _insert(
-    connection: sa.Connection, decided: Mapping[str, tuple[Call, Decision]], received_at: dt.datetime
-) -> dict[str, int]:
-    """The ids of those that are new, by message id."""
-    free = _free_ids(connection, len(decided))
-    ordered = sorted(decided.items())  # in one order: other processes may wait for the same message ids
-    ids = {message_id: call_id for call_id, (message_id, _) in zip(free, ordered, strict=True)}
-    now = rows.moment(received_at)
-    written = [
-        (
-            ids[message_id],
-            message_id,
-            call.type.value,
-            call.user_id,
-            call.anonymous_id,
-            call.group_id,
-            call.event,
-            rows.document(
-                {name: value for name, value in call.document.items() if value and name not in _COLUMNS}
-            ),
-            rows.moment(call.timestamp),
-            now,
-            "accepted" if decision.outgoing else "ignored",
-            decision.reason,
-            rows.document(decision.left_out) if decision.left_out else None,
-        )
-        for message_id, (call, decision) in ordered
-    ]
-    if rows.insert(connection, calls, _CALL, written, "ON CONFLICT (message_id) DO NOTHING") == len(written):
-        return ids
-    taken = connection.execute(
-        sa.select(calls.c.message_id).where(calls.c.call_id.between(free[0], free[-1]))
-    ).scalars()
-    return {message_id: ids[message_id] for message_id in taken}
+def _erased(prepared: Prepared) -> Prepared:
+    """That there was such a call, and nothing about whom or what."""
+    return prepared._replace(
+        user_id=None, anonymous_id=None, group_id=None, event=None, body="{}", reason=FORGOTTEN, left_out=None,
+        outgoing=(), properties="", context="", traits={}, names_left_out=(),
+    )  # fmt: skip
 
 
 _CALL = (
     "call_id", "message_id", "type", "user_id", "anonymous_id", "group_id", "event", "body", "timestamp",
-    "received_at", "status", "reason", "left_out",
+    "reason", "left_out", "status", "received_at",
 )  # fmt: skip
 _DELIVERY = (
     "action", "subject_id", "body", "class", "call_id", "value_at", "fingerprint", "status", "created_at",
@@ -123,15 +137,32 @@ _DELIVERY = (
 _EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "received_at")
 
 
-def _free_ids(connection: sa.Connection, count: int) -> Sequence[int]:
+def _insert(
+    connection: sa.Connection, prepared: Mapping[str, Prepared], received_at: dt.datetime
+) -> dict[str, int]:
+    """The ids of those that are new, by message id."""
+    ordered = sorted(prepared)  # in one order: other processes may wait for the same message ids
+    ids = dict(zip(ordered, _free_ids(connection, len(ordered)), strict=True))
+    now = rows.moment(received_at)
+    written = []
+    for message_id in ordered:
+        each = prepared[message_id]
+        status = "accepted" if each.outgoing else "ignored"
+        written.append((ids[message_id], *each[: _CALL.index("left_out")], status, now))
+    if rows.insert(connection, calls, _CALL, written, "ON CONFLICT (message_id) DO NOTHING") == len(written):
+        return ids
+    found = _known(connection, ordered)
+    return {message_id: call_id for message_id, call_id in ids.items() if found[message_id] == call_id}
+
+
+def _free_ids(connection: sa.Connection, count: int) -> Iterable[int]:
     """So many ids for new calls, ascending."""
     if is_sqlite(connection):  # nobody else writes now
         last = sql(connection, "SELECT max(seq) FROM sqlite_sequence WHERE name = 'calls'").scalar() or 0
         return range(last + 1, last + 1 + count)
-    sequence = "pg_get_serial_sequence(:calls, 'call_id')"
     ids = sql(
         connection,
-        f"SELECT nextval({sequence}) FROM generate_series(1, :count)",
+        "SELECT nextval(pg_get_serial_sequence(:calls, 'call_id')) FROM generate_series(1, :count)",
         calls=f"{connection.get_execution_options()['our']}calls",
         count=count,
     )
@@ -147,43 +178,35 @@ def _known(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str, i
     return {message_id: int(call_id) for message_id, call_id in found}
 
 
-def _learn(connection: sa.Connection, new: Sequence[tuple[int, Call]], received_at: dt.datetime) -> None:
+_Told = tuple[str, dict[str, Any]]  # when, and which traits
+
+
+def _learn(connection: sa.Connection, new: Sequence[tuple[int, Prepared]], received_at: dt.datetime) -> None:
     users: dict[str, list[_Told]] = {}
     groups: dict[str, list[_Told]] = {}
-    member_of: dict[str, Call] = {}
-    for _, call in new:
+    member_of: dict[str, Prepared] = {}
+    tracked: list[rows.Row] = []
+    now = rows.moment(received_at)
+    for call_id, call in new:
         subject = call.subject_id or ""
-        traits = call.traits if call.type is CallType.IDENTIFY else {}
+        traits = call.traits if call.type == CallType.IDENTIFY else {}
         users.setdefault(subject, []).append((call.timestamp, traits))
-        if call.type is CallType.GROUP and call.group_id is not None:
+        if call.type == CallType.GROUP and call.group_id is not None:
             groups.setdefault(call.group_id, []).append((call.timestamp, call.traits))
             if subject not in member_of or member_of[subject].timestamp <= call.timestamp:
                 member_of[subject] = call
+        elif call.type == CallType.TRACK:
+            tracked.append((call_id, subject, call.event, call.properties, call.context, call.timestamp, now))
     _merge(connection, profiles, profiles.c.user_id, users)
-    if groups:
-        _merge(connection, companies, companies.c.company_id, groups)
-        rows.update(
-            connection,
-            profiles,
-            ("user_id", "company_id", "company_at"),
-            [(user, call.group_id, rows.moment(call.timestamp)) for user, call in sorted(member_of.items())],
-            "(t.company_at IS NULL OR t.company_at <= {company_at})",
-        )
-    now = rows.moment(received_at)
-    rows.insert(
+    _merge(connection, companies, companies.c.company_id, groups)
+    rows.update(
         connection,
-        events,
-        _EVENT,
-        [
-            (call_id, call.subject_id, call.event, rows.document(call.properties), rows.document(call.context),
-             rows.moment(call.timestamp), now)
-            for call_id, call in new
-            if call.type is CallType.TRACK
-        ],
-    )  # fmt: skip
-
-
-_Told = tuple[dt.datetime, dict[str, Any]]
+        profiles,
+        ("user_id", "company_id", "company_at"),
+        [(user, call.group_id, call.timestamp) for user, call in sorted(member_of.items())],
+        "(t.company_at IS NULL OR t.company_at <= {company_at})",
+    )
+    rows.insert(connection, events, _EVENT, tracked)
 
 
 def _merge(
@@ -195,9 +218,7 @@ def _merge(
         table,
         (key.name, "traits", "trait_times", "first_seen_at", "last_seen_at"),
         [
-            (subject, "{}", "{}", rows.moment(min(each, key=_at)[0]), rows.moment(max(each, key=_at)[0]))
-            if len(each) > 1
-            else (subject, "{}", "{}", at := rows.moment(each[0][0]), at)
+            (subject, "{}", "{}", min(each, key=_at)[0], max(each, key=_at)[0])
             for subject, each in sorted(told.items())
         ],
         f"ON CONFLICT ({key.name}) DO UPDATE SET {_SEEN}",
@@ -207,16 +228,9 @@ def _merge(
         return
     known = connection.execute(
         sa.select(key, table.c.traits, table.c.trait_times).where(key.in_(list(with_traits)))
-    ).all()
-    rows.update(
-        connection,
-        table,
-        (key.name, "traits", "trait_times"),
-        [
-            _merged(subject, traits, times, with_traits[subject])
-            for subject, traits, times in sorted(known, key=lambda row: str(row[0]))
-        ],
     )
+    merged = [_merged(subject, traits, times, with_traits[subject]) for subject, traits, times in known]
+    rows.update(connection, table, (key.name, "traits", "trait_times"), merged)
 
 
 _SEEN = """first_seen_at = CASE WHEN excluded.first_seen_at < t.first_seen_at THEN excluded.first_seen_at
@@ -224,13 +238,13 @@ ELSE t.first_seen_at END, last_seen_at = CASE WHEN excluded.last_seen_at > t.las
 THEN excluded.last_seen_at ELSE t.last_seen_at END"""
 
 
-def _at(told: _Told) -> dt.datetime:
+def _at(told: _Told) -> str:
     return told[0]
 
 
 def _merged(subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]) -> rows.Row:
-    for at, given in sorted(told, key=_at) if len(told) > 1 else told:
-        stamp = at.astimezone(dt.UTC).isoformat(timespec="microseconds")
+    for at, given in sorted(told, key=_at):
+        stamp = f"{at.replace(' ', 'T')}+00:00"
         for name, value in given.items():
             if times.get(name, "") <= stamp:
                 times[name] = stamp

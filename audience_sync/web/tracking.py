@@ -180,12 +180,15 @@ class Tracking:
         sent_at = _sent_at(shared)
         found = [_parse(raw, shared, received_at, sent_at) for raw in raws]
         valid = [each for each in found if isinstance(each, Call)]
-        kept = await asyncio.wrap_future(self.writer.accept(valid)) if valid else []
+        kept = await self._keep(valid) if valid else []
         receipts = iter(kept)
         return [
             _verdict(next(receipts)) if isinstance(each, Call) else _refusal(raw, str(each))
             for raw, each in zip(raws, found, strict=True)
         ]
+
+    async def _keep(self, calls: Sequence[Call]) -> list[intake.Receipt]:
+        return await asyncio.wrap_future(self.writer.accept(intake.prepare(self.app.settings, calls)))
 
     async def _health(self, _request: Request) -> Response:
         """200 if calls can be kept now."""

@@ -366,7 +366,7 @@ class Simulation:
                 with engines.write(self.engine) as connection:
                     calls.add(
                         connection,
-                        [(call, decision)],
+                        [calls.prepare(call, decision)],
                         received_at=moment,
                         fingerprint=None,
                     )
