@@ -107,9 +107,9 @@ def _insert(
     if rows.insert(connection, calls, _CALL, written, "ON CONFLICT (message_id) DO NOTHING") == len(written):
         return ids
     taken = connection.execute(
-        sa.select(calls.c.message_id).where(calls.c.call_id.between(free[0], free[-1]))
-    ).scalars()
-    return {message_id: ids[message_id] for message_id in taken}
+        sa.select(calls.c.message_id, calls.c.call_id).where(calls.c.call_id.between(free[0], free[-1]))
+    )  # others' among them, whose ids lie between ours
+    return {message_id: call_id for message_id, call_id in taken if ids.get(message_id) == call_id}
 
 
 _CALL = (
