@@ -26,7 +26,7 @@ _FIELDS: dict[str, Any] = {
 }
 _OWN: dict[CallType, dict[str, Any]] = {
     CallType.IDENTIFY: {"traits": _OBJECT},
-    CallType.TRACK: {"event": {"type": "string", "minLength": 1}, "properties": _OBJECT},
+    CallType.TRACK: {"event": {"type": "string", "minLength": 1, "maxLength": 500}, "properties": _OBJECT},
     CallType.GROUP: {"groupId": {"type": ["string", "number"]}, "traits": _OBJECT},
     CallType.PAGE: {"name": {}, "properties": _OBJECT},
     CallType.SCREEN: {"name": {}, "properties": _OBJECT},
