@@ -10,6 +10,7 @@ import binascii
 import datetime as dt
 import hmac
 import ipaddress
+import json
 import logging
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from starlette.routing import Route
 from audience_sync import intake, logs
 from audience_sync.app import App
 from audience_sync.calls.model import Call, CallType
-from audience_sync.calls.validation import MAX_CALL_BYTES, moment_in
+from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, moment_in
 from audience_sync.clock import Clock
 from audience_sync.errors import CallError, DatabaseError
 from audience_sync.intake.files import decoded
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
+MAX_MERGED_BYTES = 16 * 1024 * 1024  # what a batch says for all its calls, for each of them
 MOST_READ_BYTES = 4 * MAX_BATCH_BYTES  # of a body that is too large: most senders send all before they look
 MOST_WAITING = 1_000  # batches: the writer is stuck, and their senders may have gone
 BODY_SECONDS = 30.0  # for a whole body to come
@@ -136,6 +138,7 @@ class Tracking:
             raise RefusalError(400, "batch must be a list of calls")
         if len(batch) > MAX_BATCH_CALLS:
             raise RefusalError(413, f"a batch holds at most {MAX_BATCH_CALLS:,} calls: divide it")
+        _check_shared(document, len(batch))
         return JSONResponse({"success": True, "calls": await self._take_in(batch, document)})
 
     # Who may come in, and with what.
@@ -272,6 +275,16 @@ def _too_large(most_bytes: int) -> RefusalError:
     return RefusalError(
         413, f"the body is larger than {most_bytes // 1024} KB", {"Connection": "close"}
     )  # what comes yet is not read
+
+
+def _check_shared(document: Mapping[str, Any], count: int) -> None:
+    shared = {name: document.get(name) for name in _MERGED}
+    try:
+        check_json(shared)
+    except CallError as error:
+        raise RefusalError(400, f"what is merged into each call: {error}") from error
+    if len(json.dumps(shared)) * count > MAX_MERGED_BYTES:
+        raise RefusalError(413, "what is merged into each call makes the batch too large: divide it")
 
 
 def _sent_at(shared: Mapping[str, Any]) -> dt.datetime | None:

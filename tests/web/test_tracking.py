@@ -327,8 +327,18 @@ def test_a_call_in_a_batch_has_a_limit_of_its_own(door):
         {"messageId": "m2", "status": "refused", "reason": "the call is larger than 32 KB"},
         *accepted("m1"),
     ]
-    (verdict,) = door.batch(IDENTIFY, context={"a": "x" * 32 * 1024})
-    assert verdict["status"] == "refused"
+
+
+@SQLITE
+def test_what_is_merged_into_each_call_counts_for_each(door):
+    calls = [{"type": "track", "userId": "ann", "event": "Clicked"}] * 2000
+    for context, error in [
+        ({"a": "x" * 32 * 1024}, (400, "what is merged into each call: the call is larger than 32 KB")),
+        ({"a": "x" * 10_000}, (413, "what is merged into each call makes the batch too large: divide it")),
+        ("all", (200, None)),
+    ]:
+        answer = door.post("batch", {"batch": calls, "context": context})
+        assert (answer.status_code, answer.json().get("error")) == error
 
 
 def test_a_batch_has_so_many_calls_at_most(door):
