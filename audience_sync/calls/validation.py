@@ -16,6 +16,7 @@ MAX_CALL_BYTES = 32 * 1024
 MAX_ID_LENGTH = 255
 MAX_GROUP_ID_LENGTH = 500
 MAX_MESSAGE_ID_LENGTH = 100
+MAX_EVENT_LENGTH = 500  # much longer ones fit into no index of PostgreSQL
 MAX_LEVELS = 20  # of objects and lists; the call itself is the first
 MAX_NUMBER_BITS = 1023  # what a double holds: more is no number to most readers of JSON
 _OBJECTS = ("traits", "properties", "context", "integrations")
@@ -118,6 +119,8 @@ def _message_id(value: object) -> str | None:
 def _event(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise CallError("event is required in a track call: a string that is not empty")
+    if len(value) > MAX_EVENT_LENGTH:
+        raise CallError(f"event is longer than {MAX_EVENT_LENGTH} characters")
     return value
 
 

@@ -82,7 +82,7 @@ def import_(
         if deliver:
             opened.settings.destination.require_api_key()
         source, size = stack.enter_context(_source(file))
-        on_bad = stack.enter_context(_bad_lines(set_aside))
+        on_bad = stack.enter_context(_bad_lines(set_aside, file))
         with say.bytes_read(source, size) as on_progress:
             summary = files.take_in(opened, files.unpacked(source), on_bad, on_progress)
         if not as_json:
@@ -115,9 +115,11 @@ def _source(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
 
 
 @contextlib.contextmanager
-def _bad_lines(path: Path | None) -> Iterator[Callable[["BadLine"], None]]:
+def _bad_lines(path: Path | None, source: str) -> Iterator[Callable[["BadLine"], None]]:
     count = 0
     try:
+        if path and path.exists() and source != "-" and path.samefile(source):
+            raise ConfigError(f"{path} is the file itself: write the bad lines to another.")
         file = path.open("w", encoding="utf-8") if path else contextlib.nullcontext()
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error

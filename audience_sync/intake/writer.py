@@ -47,9 +47,15 @@ class Writer:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def waiting_count(self) -> int:
+        """How many batches are not yet being committed."""
+        return self._waiting.qsize()
+
     def accept(self, calls: Sequence[Prepared]) -> "Future[list[intake.Receipt]]":
         """The receipts, once the calls are committed; or what kept them from that, and then none of them is."""
         batch = _Batch(calls)
+        batch.future.set_running_or_notify_cancel()  # who no longer waits for it cannot undo it
         self._waiting.put(batch)
         return batch.future
 

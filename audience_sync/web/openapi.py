@@ -26,11 +26,11 @@ _FIELDS: dict[str, Any] = {
 }
 _OWN: dict[CallType, dict[str, Any]] = {
     CallType.IDENTIFY: {"traits": _OBJECT},
-    CallType.TRACK: {"event": {"type": "string", "minLength": 1}, "properties": _OBJECT},
+    CallType.TRACK: {"event": {"type": "string", "minLength": 1, "maxLength": 500}, "properties": _OBJECT},
     CallType.GROUP: {"groupId": {"type": ["string", "number"]}, "traits": _OBJECT},
-    CallType.PAGE: {"name": {"type": ["string", "null"]}, "properties": _OBJECT},
-    CallType.SCREEN: {"name": {"type": ["string", "null"]}, "properties": _OBJECT},
-    CallType.ALIAS: {"previousId": {"type": "string", "minLength": 1}},
+    CallType.PAGE: {"name": {}, "properties": _OBJECT},
+    CallType.SCREEN: {"name": {}, "properties": _OBJECT},
+    CallType.ALIAS: {"previousId": {"minLength": 1}},
 }
 _REQUIRED = {CallType.TRACK: ["event"], CallType.GROUP: ["groupId"], CallType.ALIAS: ["previousId"]}
 _BATCH = {
@@ -63,6 +63,18 @@ _ANSWER = {
         "calls": {"type": "array", "items": {"$ref": "#/components/schemas/verdict"}},
     },
 }
+_STATUS = {
+    "type": "object",
+    "required": ["status"],
+    "properties": {
+        "status": {"enum": ["ok", "failing"]},
+        "reason": {"type": "string"},
+        "daemon_heartbeat_at": {
+            "type": ["string", "null"],
+            "description": "Who delivers was last seen then.",
+        },
+    },
+}
 _REFUSALS = {
     "400": "Not JSON, not gzip, or not a call.",
     "401": "The write key is missing or not known.",
@@ -74,8 +86,8 @@ _REFUSALS = {
 }
 
 
-def _answer(description: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/answer"}}}
+def _answer(description: str, schema: str = "answer") -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     return {"description": description, "content": content}
 
 
@@ -102,8 +114,8 @@ _HEALTH = {
     "get": {
         "summary": "Whether calls can be kept now.",
         "responses": {
-            "200": {"description": "They can."},
-            "503": {"description": "They cannot: reason says why."},
+            "200": _answer("They can.", "health"),
+            "503": _answer("They cannot: reason says why.", "health"),
         },
     }
 }
@@ -120,6 +132,7 @@ DESCRIPTION: dict[str, Any] = {
         "schemas": {
             "answer": _ANSWER,
             "verdict": _VERDICT,
+            "health": _STATUS,
             "call": {"type": "object", "properties": {"type": {"enum": list(CallType)}, **_FIELDS}},
         },
         "securitySchemes": {

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -25,7 +26,7 @@ from starlette.routing import Route
 from audience_sync import intake, logs
 from audience_sync.app import App
 from audience_sync.calls.model import Call, CallType
-from audience_sync.calls.validation import MAX_CALL_BYTES, moment_in
+from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, moment_in
 from audience_sync.clock import Clock
 from audience_sync.errors import CallError, DatabaseError
 from audience_sync.intake.files import decoded
@@ -37,9 +38,13 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
+MAX_MERGED_BYTES = 16 * 1024 * 1024  # what a batch says for all its calls, for each of them
+MOST_READ_BYTES = 4 * MAX_BATCH_BYTES  # of a body that is too large: most senders send all before they look
+MOST_WAITING = 1_000  # batches: the writer is stuck, and their senders may have gone
 BODY_SECONDS = 30.0  # for a whole body to come
 RETRY_SECONDS = 5  # after the database could not be used
 HEALTH_SECONDS = 5.0
+_FROM_PAGES = {"origin", "sec-fetch-site"}  # headers that browsers send for a page
 _MERGED = ("context", "integrations")  # of a batch, into each of its calls
 
 
@@ -84,7 +89,7 @@ class Tracking:
         routes = [
             Route(f"/v1/{each}", self._answering(self._single(each)), methods=["POST"]) for each in CallType
         ]
-        return Starlette(
+        application = Starlette(
             routes=[
                 *routes,
                 Route("/v1/batch", self._answering(self._batch), methods=["POST"]),
@@ -92,6 +97,8 @@ class Tracking:
                 Route("/openapi.json", self._description, methods=["GET"]),
             ]
         )
+        application.router.redirect_slashes = False  # to where the Host header says, and calls with it
+        return application
 
     def _answering(
         self, act: Callable[[Request], Awaitable[Response]]
@@ -115,8 +122,7 @@ class Tracking:
     def _single(self, call_type: CallType) -> Callable[[Request], Awaitable[Response]]:
         async def single(request: Request) -> Response:
             document = await self._document(request, MAX_CALL_BYTES)
-            raw = {name: value for name, value in document.items() if name != "writeKey"}
-            verdicts = await self._take_in([{**raw, "type": call_type.value}], raw)
+            verdicts = await self._take_in([{**document, "type": call_type.value}], {})
             if verdicts[0]["status"] == "refused":
                 return JSONResponse(
                     {"success": False, "error": verdicts[0]["reason"], "calls": verdicts}, status_code=400
@@ -132,6 +138,7 @@ class Tracking:
             raise RefusalError(400, "batch must be a list of calls")
         if len(batch) > MAX_BATCH_CALLS:
             raise RefusalError(413, f"a batch holds at most {MAX_BATCH_CALLS:,} calls: divide it")
+        _check_shared(document, len(batch))
         return JSONResponse({"success": True, "calls": await self._take_in(batch, document)})
 
     # Who may come in, and with what.
@@ -141,12 +148,12 @@ class Tracking:
         if self.app.settings.tracking.write_keys:
             if "Authorization" in request.headers and not self._is_known(_basic_user(request)):
                 raise RefusalError(401, "the write key is not known", {"WWW-Authenticate": "Basic"})
-        elif "Origin" in request.headers or not is_loopback(request.url.hostname or ""):
+        elif not (_FROM_PAGES.isdisjoint(request.headers.keys()) and is_loopback(_host(request))):
             raise RefusalError(403, "without [tracking] write_keys only programs on this machine may send")
 
     def _is_known(self, key: object) -> bool:
         """All keys are compared, each in constant time."""
-        given = key.encode() if isinstance(key, str) else b""
+        given = key.encode(errors="replace") if isinstance(key, str) else b""
         keys = self.app.settings.tracking.write_keys
         return sum(hmac.compare_digest(given, known.encode()) for known in keys) > 0
 
@@ -171,6 +178,8 @@ class Tracking:
 
     async def _take_in(self, raws: Sequence[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A verdict for each call, in their order; `shared` is what the request says for all of them."""
+        if self.writer.waiting_count >= MOST_WAITING:
+            raise RefusalError(503, "the database is behind: try again", {"Retry-After": str(RETRY_SECONDS)})
         wait = self.pace.take(len(raws))
         if wait:
             raise RefusalError(
@@ -218,6 +227,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _host(request: Request) -> str:
+    """As the sender wrote it: starlette puts our own address in place of what it cannot read."""
+    try:
+        return urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+    except ValueError:
+        return ""
+
+
 def _basic_user(request: Request) -> str | None:
     scheme, _, rest = request.headers["Authorization"].partition(" ")
     if scheme.lower() != "basic":
@@ -234,10 +251,15 @@ async def _body(request: Request, most_bytes: int) -> bytes:
     if encoding not in {"identity", "gzip", ""}:
         raise RefusalError(400, "Content-Encoding may be gzip, or none")
     packed = bytearray()
+    size = 0
     async for chunk in request.stream():
-        packed += chunk
-        if len(packed) > most_bytes:
-            raise _too_large(most_bytes)
+        size += len(chunk)
+        if size > MOST_READ_BYTES:
+            break
+        if size <= most_bytes:
+            packed += chunk
+    if size > most_bytes:
+        raise _too_large(most_bytes)
     if encoding != "gzip":
         return bytes(packed)
     unpacking = zlib.decompressobj(wbits=31)
@@ -247,8 +269,8 @@ async def _body(request: Request, most_bytes: int) -> bytes:
         raise RefusalError(400, "the body is not gzip") from error
     if len(body) > most_bytes:
         raise _too_large(most_bytes)
-    if not unpacking.eof:
-        raise RefusalError(400, "the body is not gzip: it ends early")
+    if not unpacking.eof or unpacking.unused_data:
+        raise RefusalError(400, "the body is not gzip: it ends early, or more follows")
     return body
 
 
@@ -256,6 +278,16 @@ def _too_large(most_bytes: int) -> RefusalError:
     return RefusalError(
         413, f"the body is larger than {most_bytes // 1024} KB", {"Connection": "close"}
     )  # what comes yet is not read
+
+
+def _check_shared(document: Mapping[str, Any], count: int) -> None:
+    shared = {name: document.get(name) for name in _MERGED}
+    try:
+        check_json(shared)
+    except CallError as error:
+        raise RefusalError(400, f"what is merged into each call: {error}") from error
+    if len(json.dumps(shared)) * count > MAX_MERGED_BYTES:
+        raise RefusalError(413, "what is merged into each call makes the batch too large: divide it")
 
 
 def _sent_at(shared: Mapping[str, Any]) -> dt.datetime | None:
@@ -270,9 +302,10 @@ def _parse(
 ) -> Call | CallError:
     try:
         if isinstance(raw, dict):
+            raw.pop("writeKey", None)  # it is nobody's to read
             for name in _MERGED:
                 mine, everybodys = raw.get(name), shared.get(name)
-                if isinstance(everybodys, dict) and everybodys is not mine and isinstance(mine, dict | None):
+                if isinstance(everybodys, dict) and isinstance(mine, dict | None):
                     raw[name] = {**everybodys, **(mine or {})}
             sent_at = moment_in(raw, "sentAt") or sent_at
         return intake.parse(raw, received_at=received_at, sent_at=sent_at)
@@ -295,8 +328,8 @@ def _verdict(receipt: intake.Receipt) -> dict[str, Any]:
 
 def _refusal(raw: Any, reason: str) -> dict[str, Any]:
     message_id = raw.get("messageId") if isinstance(raw, dict) else None
-    known = message_id if isinstance(message_id, str) and len(json.dumps(message_id)) < 1000 else None
-    return {"messageId": known, "status": "refused", "reason": reason}
+    is_plain = isinstance(message_id, str) and message_id.isprintable() and len(message_id) <= 1000
+    return {"messageId": message_id if is_plain else None, "status": "refused", "reason": reason}
 
 
 def _refused(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

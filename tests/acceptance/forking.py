@@ -22,7 +22,8 @@ from pathlib import Path
 
 IMPORTED = (  # what the commands import when they run
     "audience_sync.app", "audience_sync.cli.session", "audience_sync.intake", "audience_sync.store.looks",
-    "audience_sync.userpilot.client", "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres",
+    "audience_sync.intake.files", "audience_sync.userpilot.client", "audience_sync.web.server",
+    "audience_sync.web.tracking", "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres",
     "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "rich.table", "rich.progress",
 )  # fmt: skip
 
@@ -123,7 +124,7 @@ class Started:
 
 
 def serve(number):
-    from audience_sync.cli import act, handing, levers, look, main, running, setup  # noqa: F401, PLC0415
+    from audience_sync.cli import act, doors, handing, levers, look, main, running, setup  # noqa: F401, PLC0415
 
     for name in IMPORTED:
         importlib.import_module(name)

@@ -188,12 +188,6 @@ def test_moments_that_cannot_be(good):
     assert (code, "ISO 8601" in said) == (2, True), said
 
 
-@pytest.mark.parametrize("arguments", [("serve", "--port", "1"), ("import", "calls.ndjson")])
-def test_what_comes_later_says_so(good, arguments):
-    code, said = good()(*arguments)
-    assert (code, "not yet" in said) == (2, True), said
-
-
 def test_sigterm_while_delivery_is_paced(good, sandbox):
     command = good(identify_per_minute=2)
     process = command.popen("sync")

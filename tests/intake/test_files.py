@@ -1,0 +1,255 @@
+"""`import`: which lines of a file become calls, and that each of them does so once."""
+
+import gzip
+import json
+import subprocess
+import time
+
+import pytest
+
+from audience_sync.store import engines
+
+SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
+
+
+def identify(user, **members):
+    return json.dumps({"type": "identify", "userId": user, **members}).encode()
+
+
+ANN, BOB, CLEO = identify("ann"), identify("bob"), identify("cleo")
+
+
+@pytest.fixture
+def command(start):
+    return start({})
+
+
+@pytest.fixture
+def take_in(command, tmp_path):
+    """Imports a file of these bytes; the exit code, and what was said."""
+
+    def take_in(content, *options):
+        path = tmp_path / "calls"
+        path.write_bytes(content)
+        return command("import", str(path), *options)
+
+    return take_in
+
+
+@pytest.fixture
+def users(engine):
+    """The users of the calls that are in, in their order."""
+
+    def read():
+        with engines.read(engine) as connection:
+            found = engines.sql(connection, "SELECT user_id FROM {our}calls ORDER BY call_id")
+            return list(found.scalars())
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ANN + b"\n" + BOB + b"\n",
+        ANN + b"\n" + BOB,
+        ANN + b"\r\n" + BOB + b"\r\n",
+        b"\n \n" + ANN + b"\n\t\n\r\n" + BOB + b"\n\n",
+        b"\xef\xbb\xbf" + ANN + b"\n" + BOB,
+        gzip.compress(ANN + b"\n" + BOB),
+        gzip.compress(ANN + b"\n") + gzip.compress(BOB),
+    ],
+    ids=["lines", "no end", "CRLF", "blank lines", "BOM", "gzip", "two members"],
+)
+def test_each_line_is_a_call(take_in, users, content):
+    code, said = take_in(content)
+    assert (code, said.splitlines()[0]) == (0, "2 lines: 2 accepted.")
+    assert sorted(users()) == ["ann", "bob"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_from_standard_input(command, users, packed):
+    content = gzip.compress(ANN) if packed else ANN
+    with command.popen("import", "-", stdin=subprocess.PIPE, preexec_fn=lambda: None) as process:
+        process.stdin.buffer.write(content)
+        assert process.communicate(timeout=100)[1] == ""
+    assert (process.returncode, users()) == (0, ["ann"])
+
+
+@SQLITE
+@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")])
+def test_an_empty_file_has_no_calls(take_in, users, content):
+    code, said = take_in(content)
+    assert (code, said.splitlines()[0], users()) == (0, "0 lines: 0 accepted.", [])
+
+
+@SQLITE
+@pytest.mark.parametrize("path", ["missing", "."])
+def test_a_file_that_is_none_is_told(command, path):
+    code, said = command("import", path)
+    assert code == 2
+    assert said.startswith(f"audience-sync: {path} cannot be read: ")
+
+
+def test_of_gzip_that_ends_early_what_came_before_is_in(take_in, users):
+    lines = [identify(f"u{number}", traits={"n": number}) for number in range(20_000)]
+    content = gzip.compress(b"\n".join(lines))
+    code, said = take_in(content[: len(content) // 2])
+    assert code == 2
+    assert said.startswith("audience-sync: The file cannot be read after line ")
+    assert said.endswith("What stands before that is handed in.\n")
+    count = int(said.split("after line ")[1].split(":")[0])
+    assert 5_000 < count < 15_000
+    assert sorted(users()) == sorted(f"u{number}" for number in range(count))
+    assert take_in(content)[1].splitlines()[0] == (
+        f"20,000 lines: {20_000 - count:,} accepted, {count:,} known already."
+    )
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    "end", [b"\x1f\x8bnonsense", b"nonsense", bytes(8)], ids=["a bad member", "no member", "a wrong sum"]
+)
+def test_gzip_that_is_damaged_at_its_end_is_told(take_in, users, end):
+    content = gzip.compress(ANN + b"\n")
+    code, said = take_in((content[:-8] if end == bytes(8) else content) + end)
+    assert code == 2
+    assert said.startswith("audience-sync: The file cannot be read after line 1: ")
+    assert users() == ["ann"]
+
+
+BAD = [
+    ANN,
+    b"{",
+    b"",
+    b"[]",
+    b'{"type": "track", "userId": "ann"}',
+    b"\xff\xfe",
+    b'{"type": "identify"}',
+    identify("long", traits={"a": "x" * 32_768}),
+    b'"' + b"x" * 200_000 + b'"',
+    b'{"type": "identify", "userId": "\\ud800"}',
+    b"[" * 60_000,
+    BOB,
+]
+REASONS = {
+    2: "not JSON",
+    4: "a call is an object",
+    5: "event is required in a track call: a string that is not empty",
+    6: "not JSON",
+    7: "userId or anonymousId is required",
+    8: "the call is larger than 32 KB",
+    9: "the call is larger than 32 KB",
+    10: "text with a lone surrogate is not Unicode",
+    11: "not JSON",
+}
+
+
+@SQLITE
+def test_lines_that_are_no_calls_are_told_and_left_out(take_in, users, tmp_path):
+    code, said = take_in(b"\n".join(BAD), "--set-aside", str(tmp_path / "bad"))
+    assert code == 0
+    assert said.splitlines()[0] == "11 lines: 2 accepted, 9 set aside."
+    assert [line for line in said.splitlines() if line.startswith("Line ")] == [
+        f"Line {number}: {reason}." for number, reason in REASONS.items()
+    ]
+    assert users() == ["ann", "bob"]
+    aside = [json.loads(line) for line in (tmp_path / "bad").read_text("utf-8").splitlines()]
+    assert [(each["line"], each["reason"]) for each in aside] == list(REASONS.items())
+    assert aside[2]["text"] == '{"type": "track", "userId": "ann"}'
+    assert len(aside[6]["text"]) == 65_536
+
+
+@SQLITE
+def test_of_many_bad_lines_the_first_are_told(take_in):
+    code, said = take_in(b"{\n" * 30)
+    assert code == 1  # none of them is a call
+    assert said.count("not JSON") == 20
+    assert "And 10 more lines that are no calls: --set-aside PATH writes all of them." in said
+
+
+@SQLITE
+def test_a_place_for_bad_lines_that_cannot_be_written_is_told_before_anything_is_in(take_in, users, tmp_path):
+    code, said = take_in(ANN, "--set-aside", str(tmp_path / "missing" / "bad"))
+    assert code == 2
+    assert said == f"audience-sync: {tmp_path}/missing/bad cannot be written: No such file or directory.\n"
+    assert users() == []
+
+
+@SQLITE
+def test_bad_lines_do_not_take_the_place_of_the_file(take_in, users, tmp_path):
+    code, said = take_in(ANN + b"\n{", "--set-aside", f"{tmp_path}/./calls")
+    assert code == 2
+    assert said == f"audience-sync: {tmp_path}/calls is the file itself: write the bad lines to another.\n"
+    assert ((tmp_path / "calls").read_bytes(), users()) == (ANN + b"\n{", [])
+
+
+def test_importing_again_adds_nothing_and_equal_lines_are_one_call(take_in, users):
+    content = b"\n".join([ANN, BOB, b"  " + ANN + b" ", ANN])
+    assert take_in(content)[1].splitlines()[0] == "4 lines: 2 accepted, 2 known already."
+    assert take_in(content)[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
+    assert take_in(gzip.compress(content))[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
+    assert sorted(users()) == ["ann", "bob"]
+
+
+def test_message_ids_of_their_own_tell_lines_apart(take_in, users):
+    content = b"\n".join([identify("ann", messageId=each) for each in ("m1", "m2", "m1")])
+    assert take_in(content)[1].splitlines()[0] == "3 lines: 2 accepted, 1 known already."
+    assert users() == ["ann", "ann"]
+
+
+@SQLITE
+def test_calls_that_nobody_takes_are_counted_apart(take_in):
+    code, said = take_in(ANN + b'\n{"type": "page", "userId": "ann"}')
+    assert (code, said.splitlines()[0]) == (
+        0,
+        "2 lines: 1 accepted, 1 ignored (`audience-sync calls --status ignored` says why).",
+    )
+
+
+def test_it_delivers_where_it_is_asked_to(take_in, sandbox, users):
+    assert take_in(identify("ann", traits={"plan": "pro"}), "--deliver")[0] == 0
+    assert (users(), sandbox.state.users["ann"]["properties"]) == (["ann"], {"plan": "pro"})
+
+
+@SQLITE
+def test_a_delivery_that_is_refused_is_exit_code_1_and_the_calls_are_in(start, users, tmp_path):
+    (tmp_path / "calls").write_bytes(ANN)
+    code, _ = start({}, key="wrong")("import", str(tmp_path / "calls"), "--deliver")
+    assert (code, users()) == (1, ["ann"])
+
+
+@SQLITE
+def test_as_json_it_prints_one_document(command, tmp_path):
+    content = [ANN, ANN, BOB, b"{", b'{"type": "page", "userId": "ann"}']
+    (tmp_path / "calls").write_bytes(b"\n".join(content))
+    assert command.document("import", str(tmp_path / "calls")) == {
+        "line_count": 5,
+        "accepted_count": 2,
+        "ignored_count": 1,
+        "repeated_count": 1,
+        "set_aside_count": 1,
+        "pending_count": 2,
+    }
+
+
+def test_killed_in_the_middle_and_imported_again_each_line_is_one_call(command, users, tmp_path, engine):
+    lines = [identify(f"u{number}", traits={"n": number}) + b"\n" for number in range(10_000)]
+    (tmp_path / "calls").write_bytes(b"".join(lines))
+    with command.popen("import", "-", stdin=subprocess.PIPE, preexec_fn=lambda: None) as process:
+        process.stdin.buffer.write(b"".join(lines[:5_500]))
+        process.stdin.flush()
+        while not users():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    before = len(users())
+    assert before in {1_000, 2_000, 3_000, 4_000, 5_000}
+    code, said = command("import", str(tmp_path / "calls"))
+    assert code == 0
+    assert said.splitlines()[0] == f"10,000 lines: {10_000 - before:,} accepted, {before:,} known already."
+    everybody = sorted(f"u{number}" for number in range(10_000))
+    assert sorted(users()) == everybody
+    with engines.read(engine) as connection:
+        queued = engines.sql(connection, "SELECT subject_id FROM {our}deliveries").scalars()
+        assert sorted(queued) == everybody

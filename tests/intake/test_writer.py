@@ -1,0 +1,79 @@
+"""The writer: calls of many callers in one transaction, of which one may break it."""
+
+import pytest
+
+from audience_sync import intake
+from audience_sync.calls.model import Call, CallType
+from audience_sync.errors import DatabaseError
+from audience_sync.intake.writer import Writer
+from audience_sync.store import engines
+
+
+@pytest.fixture
+def app(make_app):
+    return make_app()
+
+
+def call(app, message_id):
+    raw = {"type": "identify", "userId": f"user of {message_id}", "messageId": message_id}
+    return prepared(app, intake.parse(raw, received_at=app.clock.now()))
+
+
+def prepared(app, parsed):
+    return intake.prepare(app.settings, [parsed])[0]
+
+
+def broken(app):
+    """A call that no database takes: an event without its name."""
+    parsed = Call(CallType.TRACK, "broken", "bob", None, None, None, app.clock.now(), {"type": "track"})
+    return prepared(app, parsed)
+
+
+def queued(app):
+    """The message ids of the deliveries, in their order."""
+    with engines.read(app.engine) as connection:
+        statement = (
+            "SELECT message_id FROM {our}deliveries JOIN {our}calls USING (call_id) ORDER BY delivery_id"
+        )
+        return list(engines.sql(connection, statement).scalars())
+
+
+def test_what_is_handed_in_is_committed_at_the_end_and_its_order_is_kept(app):
+    batches = [["m9", "m3"], ["m1"], ["m7", "m2", "m8"]]
+    with Writer(app) as writer:
+        futures = [writer.accept([call(app, each) for each in batch]) for batch in batches]
+    assert not writer.is_alive
+    assert [[each.message_id for each in future.result(0)] for future in futures] == batches
+    assert queued(app) == ["m9", "m3", "m1", "m7", "m2", "m8"]
+
+
+def test_what_gathers_is_one_transaction_and_a_repeat_in_it_is_told_as_one(app):
+    writer = Writer(app)
+    first, second = [writer.accept([call(app, "m1"), call(app, each)]) for each in ("m2", "m3")]
+    assert writer.waiting_count == 2
+    with writer:
+        pass
+    assert [each.is_repeat for each in first.result(0)] == [False, False]
+    assert [each.is_repeat for each in second.result(0)] == [True, False]
+    with engines.read(app.engine) as connection:
+        assert len(engines.sql(connection, "SELECT DISTINCT received_at FROM {our}calls").all()) == 1
+
+
+def test_a_batch_that_breaks_the_transaction_takes_no_others_with_it(app):
+    writer = Writer(app)  # all of it waits before the first is committed
+    before = writer.accept([call(app, "m1")])
+    bad = writer.accept([call(app, "m2"), broken(app)])
+    after = writer.accept([call(app, "m3")])
+    with writer:
+        with pytest.raises(DatabaseError, match="Nothing was half done"):
+            bad.result(20)
+        assert [each.message_id for each in before.result(20) + after.result(20)] == ["m1", "m3"]
+        assert writer.accept([call(app, "m4")]).result(20)[0].message_id == "m4"
+    assert queued(app) == ["m1", "m3", "m4"]
+
+
+def test_who_no_longer_waits_changes_nothing(app):
+    with Writer(app) as writer:
+        assert not writer.accept([call(app, "m1")]).cancel()
+        writer.accept([call(app, "m2")])
+    assert queued(app) == ["m1", "m2"]
