@@ -5,6 +5,7 @@ lines are one call. A file of more than one piece is made into calls by a proces
 what is ready: two cores share the work.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -12,7 +13,6 @@ import json
 import multiprocessing
 import signal
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -30,7 +30,6 @@ from audience_sync.settings import Settings
 from audience_sync.store.calls import Prepared
 
 PIECE = 5_000  # lines in a transaction
-MOST_AHEAD = 2  # pieces that are made ready while one is kept
 LONGEST_LINE = 2 * MAX_CALL_BYTES  # with white space, or escapes that shorten
 _GZIP = b"\x1f\x8b"
 _SPAWN = multiprocessing.get_context("spawn")
@@ -126,14 +125,15 @@ class Preparer:
         for first in pieces:
             yield prepare(self._settings, first)
             break
-        under_way: deque[list[Line]] = deque()
+        under_way: list[Line] = []
         for piece in pieces:
-            self._hand_over(piece)
-            under_way.append(piece)
-            if len(under_way) > MOST_AHEAD:
-                yield self._ready(under_way.popleft())
-        while under_way:
-            yield self._ready(under_way.popleft())
+            ready = self._ready(under_way) if under_way else None
+            self._hand_over(piece)  # only now: while both ends write, neither would read
+            if ready is not None:
+                yield ready
+            under_way = piece
+        if under_way:
+            yield self._ready(under_way)
 
     def _hand_over(self, piece: list[Line]) -> None:
         if self._pipe is None:
@@ -141,7 +141,8 @@ class Preparer:
             process = _SPAWN.Process(target=_work, args=(other, self._settings.path), daemon=True)
             process.start()
             other.close()
-        self._pipe.send(piece)
+        with contextlib.suppress(OSError):  # it died: what is made of the piece will not come
+            self._pipe.send(piece)
 
     def _ready(self, piece: list[Line]) -> Piece:
         """What the process made of the piece; where it died, it is made here."""
