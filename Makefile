@@ -37,3 +37,4 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sync.py
 	$(BIN)/python benchmarks/delivery.py
 	$(BIN)/python benchmarks/script.py
+	$(BIN)/python benchmarks/intake.py
