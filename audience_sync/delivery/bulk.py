@@ -39,6 +39,7 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
+LONG_ROWS = 2_000  # of a job that is not waited for until it is full, where none runs
 START_SECONDS = 0.1  # of gathering, while no job runs: then what is gathered goes
 AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered, at the least
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back
@@ -336,14 +337,11 @@ class Bulk:
         step.after_commit.append(lambda: self.jobs.append(job))
 
     def _is_enough(self, job: Job) -> bool:
-        """While no job runs a small one starts soon, and the next is filled meanwhile."""
-        is_late = self.clock.monotonic() - job.begun_at >= START_SECONDS
-        return (
-            bool(job.candidates)
-            and is_late
-            and job.row_count >= share.SMALLEST_JOB
-            and self.under_way is None
-        )
+        """While no job runs a part of a long one starts soon, and the next is filled meanwhile."""
+        if self.under_way is not None or not job.candidates or job.row_count < share.SMALLEST_JOB:
+            return False
+        is_long = job.row_count + len(job.candidates) >= LONG_ROWS
+        return is_long and self.clock.monotonic() - job.begun_at >= START_SECONDS
 
     def _look_whether_ready(self, job: Job) -> None:
         if not job.candidates:
