@@ -86,7 +86,7 @@ def call(number):
 class Forgetful:
     """In the writer's place: answers at once, and keeps nothing."""
 
-    is_alive = True
+    is_alive, waiting_count = True, 0
 
     def accept(self, calls):
         done = Future()
