@@ -1,4 +1,4 @@
-# What people do here. Python 3.11+ and make are all that is needed.
+# What people do here. Python 3.11+ and make are all that is needed; one test wants node and npm, and is skipped without.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

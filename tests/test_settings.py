@@ -152,8 +152,35 @@ RATE = "[destination]: track_per_minute: expected a whole number from 1 to 10000
 SCHEMA = "[database]: schema: expected lower-case letters, digits and underscores, no digit first, at most 63"
 KEY = "[destination]: api_key: expected printable ASCII without spaces or line ends, and not nothing"
 SPAN = '[defaults]: timeout: expected a span, such as "30 seconds", "10 minutes" or "2 hours"'
+WRITE_KEYS = (
+    "[tracking]: write_keys: expected a list of keys in printable ASCII without spaces and colons, such as "
+    '["${WRITE_KEY}"]'
+)
+MAPPING = """[[mappings]]
+name = "Mine"
+action = "trackEvent"
+trigger = "type = 'track'"
+{}
+"""
+ACTION = "[[mappings]] Mine: action: expected identifyUser or identifyCompany or trackEvent"
+DIRECTIVE = "[[mappings]] Mine: fields.name: unknown directive @pat: did you mean @path?"
+TOO_MANY = "the file: mappings: there are 48, and a destination holds 50, the presets counted: leave 1 out"
 NO_ENDPOINT = "[destination]: endpoint: expected https://HOST/, without credentials, query or fragment"
 REFUSED = [
+    # the door and the mappings
+    ("[tracking]\nwrite_keys = 's3cret'", WRITE_KEYS),
+    ("[tracking]\nwrite_keys = ['s3cret:']", WRITE_KEYS),
+    ("[tracking]\nwrite_keys = ['']", WRITE_KEYS),
+    ("[tracking]\nwrite_keys = [8675309]", WRITE_KEYS),
+    ("[tracking]\nwrite_keys = ['${NONE}']", "[tracking]: write_keys: set the environment variable NONE, which is missing"),
+    (MAPPING.format("field = 1"), "[[mappings]] Mine: unknown name field: did you mean fields?"),
+    (MAPPING.format("fields = 8675309"), "[[mappings]] Mine: fields: expected a table of an action's fields"),
+    (MAPPING.format("fields = {nam = 1}"), "[[mappings]] Mine: fields: trackEvent has no field 'nam': did you mean name?"),
+    (MAPPING.format("fields = {name = {'@pat' = 'x'}}"), DIRECTIVE),
+    (MAPPING.format("").replace("type = 'track'", "type ="), "[[mappings]] Mine: trigger: line 1, column "),
+    (MAPPING.format("").replace("trackEvent", "s3cret"), ACTION),
+    (MAPPING.format("") * 2, "the file: mappings: 2 of them are called Mine: give each a name of its own"),
+    ("".join(MAPPING.format("").replace("Mine", f"M{n}") for n in range(48)), TOO_MANY),
     # unknown names, with the nearest
     ("[databse]", "the file: unknown name databse: did you mean database?"),
     ("[destination]\napi_kee = 's3cret'", "[destination]: unknown name api_kee: did you mean api_key?"),

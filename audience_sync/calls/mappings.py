@@ -85,7 +85,11 @@ def compile_mapping(name: str, action: str, trigger: str, fields: dict[str, Any]
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ConfigError(f"fields: {action} has no field {each[:60]!a}: {hint}")
     template = directives.compile({**known, **fields}, "fields")
-    return Mapping(name, action, fql.compile(fql.parse(trigger)), template, makes_values=True)
+    try:
+        matches = fql.compile(fql.parse(trigger))
+    except ConfigError as error:
+        raise ConfigError(f"trigger: {error}") from None
+    return Mapping(name, action, matches, template, makes_values=True)
 
 
 def _preset(name: str, action: str, call_type: CallType) -> Mapping:

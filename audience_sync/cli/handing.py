@@ -49,7 +49,7 @@ def group(
     trait: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A company's trait.")] = None,
     no_deliver: NoDeliver = False,
 ) -> None:
-    """Tell a company's traits, and note here that the user is in it; deliver what is due."""
+    """Tell a company's traits, and that the user is in it; deliver what is due."""
     raw = {"type": "group", "userId": user_id, "groupId": group_id, "traits": pairs(trait)}
     _call(context, raw, no_deliver=no_deliver)
 
@@ -67,6 +67,8 @@ def _call(context: typer.Context, raw: dict[str, Any], *, no_deliver: bool) -> N
             say.line(f"Call {receipt.call_id} was kept and ignored: {receipt.ignored}.")
         else:
             say.line(f"Call {receipt.call_id} was accepted for delivery.")
+            if receipt.reason:
+                say.line(f"A part of it is not sent: {receipt.reason}.")
         if receipt.left_out:
             say.line(
                 f"Left out: {', '.join(receipt.left_out)}. A definition's key is told by its runs, and some "

@@ -6,7 +6,7 @@
         app.deliver()
 
 Delivery is `app.deliver()`, a `sync`, or any other process that works the queue. The other doors are `files` and,
-beside the package, `web`; all of them hand their calls to `accept_all`.
+beside the package, `web`; all of them `prepare` calls and `keep` them.
 """
 
 import datetime as dt
@@ -72,17 +72,12 @@ def accept(app: App, raw: Mapping[str, Any]) -> Receipt:
         CallError: it is not valid; nothing was kept.
 
     """
-    return accept_all(app, [parse(raw, received_at=app.clock.now())])[0]
+    return keep(app, prepare(app.settings, [parse(raw, received_at=app.clock.now())]))[0]
 
 
 def parse(raw: Mapping[str, Any], *, received_at: dt.datetime, sent_at: dt.datetime | None = None) -> Call:
     """Check a call as `validation.parse` does; one without a message id gets a new one."""
     return validation.parse(raw, received_at=received_at, sent_at=sent_at, new_id=_new_id)
-
-
-def accept_all(app: App, found: Sequence[Call]) -> list[Receipt]:
-    """Keep calls and queue what they ask for, in one transaction; a receipt for each, in their order."""
-    return keep(app, prepare(app.settings, found))
 
 
 def prepare(settings: Settings, found: Iterable[Call]) -> list[Prepared]:
@@ -93,7 +88,7 @@ def prepare(settings: Settings, found: Iterable[Call]) -> list[Prepared]:
 
 
 def keep(app: App, prepared: Sequence[Prepared]) -> list[Receipt]:
-    """The database's part, in one transaction."""
+    """Keep calls and queue what they ask for, in one transaction; a receipt for each, in their order."""
     destination = app.settings.destination
     with engines.write(app.engine) as connection:
         kept = calls.add(

@@ -29,7 +29,10 @@ from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
 from audience_sync.store.calls import Prepared
 
-PIECE = 5_000  # lines in a transaction
+PIECE = 5_000  # lines in a transaction, at most
+PIECE_BYTES = (
+    8_000_000  # of them: long lines make shorter pieces, whatever is held of one is a few times as much
+)
 LONGEST_LINE = 2 * MAX_CALL_BYTES  # with white space, or escapes that shorten
 _GZIP = b"\x1f\x8b"
 _SPAWN = multiprocessing.get_context("spawn")
@@ -186,12 +189,14 @@ def _raw(line: bytes) -> Any:
 def _pieces(lines: Iterator[Line], trouble: list[ConfigError]) -> Iterator[list[Line]]:
     """The lines, so many together; where they end early, `trouble` says why."""
     piece: list[Line] = []
+    size = 0
     try:
         for line in lines:
             piece.append(line)
-            if len(piece) == PIECE:
+            size += len(line[1])
+            if len(piece) == PIECE or size >= PIECE_BYTES:
                 yield piece
-                piece = []
+                piece, size = [], 0
     except ConfigError as error:
         trouble.append(error)
     if piece:
@@ -222,8 +227,6 @@ def decoded(text: bytes) -> Any:
     except (msgspec.DecodeError, RecursionError):
         pass
     try:
-        return json.loads(
-            text
-        )  # it takes what msgspec does not (lone surrogates, NaN), and validation says what it is
+        return json.loads(text)  # it takes lone surrogates and NaN, too, and validation names them
     except (ValueError, RecursionError):
         raise CallError("not JSON") from None

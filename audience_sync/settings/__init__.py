@@ -188,10 +188,7 @@ def _tracking(place: Place, table: Any) -> Tracking:
     written = table.get("write_keys", [])
     if isinstance(written, list):
         table = {**table, "write_keys": [place.expand("write_keys", key) for key in written]}
-    tracking = place.convert(table, Tracking, "tracking")
-    if not all(re.fullmatch(r"[!-9;-~]+", key) for key in tracking.write_keys):  # a colon ends it in Basic
-        place.fail("write_keys: expected printable ASCII without spaces and colons")
-    return tracking
+    return place.convert(table, Tracking, "tracking")
 
 
 def _mapping(place: Place, table: Any) -> mappings.Mapping:

@@ -44,7 +44,7 @@ class Place:
         try:
             return msgspec.convert({name: self.expand(name, value) for name, value in table.items()}, shape)
         except msgspec.ValidationError as error:  # its message may repeat the value: take the name alone
-            found = re.search(r"field `(\w+)`|`\$\.(\w+)`", str(error))
+            found = re.search(r"field `(\w+)`|`\$\.(\w+)", str(error))
             name = next(filter(None, found.groups()), "") if found else ""
             types = {field.name: field.type for field in msgspec.structs.fields(shape)}
             missing = "" if name in table else "missing: "

@@ -47,6 +47,14 @@ Schema = Annotated[
 ]
 Text = Annotated[str, msgspec.Meta(pattern=r"\S", description="a string that is not empty")]
 
+WriteKeys = Annotated[
+    tuple[Annotated[str, msgspec.Meta(pattern=r"^[!-9;-~]+\Z")], ...],  # a colon would end one in Basic
+    msgspec.Meta(
+        description='a list of keys in printable ASCII without spaces and colons, such as ["${WRITE_KEY}"]'
+    ),
+]
+Fields = Annotated[dict[str, Any], msgspec.Meta(description="a table of an action's fields")]
+
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __repr__(self) -> str:  # the fields hold secrets, and a repr ends in logs and tracebacks
@@ -116,13 +124,13 @@ class MappingTable(Table, frozen=True):
     name: Text
     action: Literal["identifyUser", "identifyCompany", "trackEvent"]
     trigger: Text
-    fields: dict[str, Any] = {}
+    fields: Fields = {}
 
 
 class Tracking(Table, frozen=True):
     """The HTTP door. No write keys: it stays on this machine."""
 
-    write_keys: tuple[Text, ...] = ()
+    write_keys: WriteKeys = ()
     calls_per_second: PerMinute = 1000
 
 

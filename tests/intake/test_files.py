@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from audience_sync.intake import files
 from audience_sync.store import engines
 
 SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
@@ -253,3 +254,9 @@ def test_killed_in_the_middle_and_imported_again_each_line_is_one_call(command, 
     with engines.read(engine) as connection:
         queued = engines.sql(connection, "SELECT subject_id FROM {our}deliveries").scalars()
         assert sorted(queued) == everybody
+
+
+def test_long_lines_make_short_pieces():
+    lines = ((number, bytes(1_000_000)) for number in range(1, 21))
+    pieces = [[number for number, _ in piece] for piece in files._pieces(lines, [])]
+    assert pieces == [[*range(1, 9)], [*range(9, 17)], [*range(17, 21)]]
