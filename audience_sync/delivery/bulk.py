@@ -21,7 +21,7 @@ import math
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,17 +39,19 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-LONG_ROWS = 2_000  # of a job that is not waited for until it is full, where none runs
+FIRST_ROWS = (
+    2_000  # the most that is looked for while no job runs; so long a job is not waited for until it is full
+)
 START_SECONDS = 0.1  # of gathering, while no job runs: then what is gathered goes
 AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered, at the least
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back
 BACKLOG_SECONDS = 1.0  # between two looks at how long the queue is
 LOOK_SECONDS = 15.0  # between two looks at jobs that are not ours
 SHORTEST_WAIT_SECONDS = 0.01  # a wait of less than a clock's tick would never end
-SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 30.0
+SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 30.0
 PATIENCE_SECONDS = 1800.0  # with a job of which nothing moves; longer where it is large
 MOST_MISSES = 3  # times that Userpilot does not know a job
-MEASURED_ROWS = 100  # of a job that tells how fast jobs are
+MEASURED_ROWS = 1_000  # of a job that tells how fast jobs are: what surrounds a shorter one is too much of it
 SLOWEST = 4  # times slower than the settings say
 REFUSALS_BEFORE_PAUSE = 5
 _NO_ENDPOINT = {404, 405, 501}
@@ -326,7 +328,12 @@ class Bulk:
     ) -> None:
         began_at = self.clock.monotonic()
         room = max(0, self.live.room(began_at) - live_count)
-        candidates = self._gatherer.candidates(connection, now, self.pace, room, self._most_rows)
+        pace = self.pace
+        if self.under_way is None:  # the first goes soon, the next is filled meanwhile
+            pace = replace(pace, rows_per_job=min(pace.rows_per_job, FIRST_ROWS))
+        candidates = self._gatherer.candidates(
+            connection, now, pace, room, self._most_rows, self.seconds_left()
+        )
         if not candidates:
             monotonic = self.clock.monotonic()
             self._backlog_at = monotonic + max(BACKLOG_SECONDS, 10 * (monotonic - began_at))
@@ -340,7 +347,7 @@ class Bulk:
         """While no job runs a part of a long one starts soon, and the next is filled meanwhile."""
         if self.under_way is not None or not job.candidates or job.row_count < share.SMALLEST_JOB:
             return False
-        is_long = job.row_count + len(job.candidates) >= LONG_ROWS
+        is_long = job.row_count + len(job.candidates) >= FIRST_ROWS
         return is_long and self.clock.monotonic() - job.begun_at >= START_SECONDS
 
     def _look_whether_ready(self, job: Job) -> None:

@@ -27,13 +27,20 @@ class Gatherer:
     _unfit: set[str] = field(default_factory=set)
 
     def candidates(
-        self, connection: sa.Connection, now: dt.datetime, pace: share.Pace, room: int, most: int
+        self,
+        connection: sa.Connection,
+        now: dt.datetime,
+        pace: share.Pace,
+        room: int,
+        most: int,
+        start_seconds: float,
     ) -> list[str]:
         """At most so many users for the next job. The oldest are left to the live lane, which takes them meanwhile.
 
-        `room` is what the live lane may burst now.
+        `room` is what the live lane may burst now, `start_seconds` how long the job before still runs.
         """
-        limit = min(MOST_SEEN, pace.rows_per_job + share.live_users(pace.rows_per_job, room, pace) + 1)
+        beside = share.live_users(pace.rows_per_job, room, pace, start_seconds)
+        limit = min(MOST_SEEN, pace.rows_per_job + beside + 1)
         waiting: dict[str, bool] = {}
         bursting = 0
         for delivery_class in queue.CLASSES:
@@ -44,11 +51,11 @@ class Gatherer:
             if delivery_class != "push":
                 bursting = len(waiting)
         at_once = min(bursting, room)
-        rows = share.job_rows(len(waiting), at_once, pace)
+        rows = share.job_rows(len(waiting), at_once, pace, start_seconds)
         if not rows:
             return []
         fit = [user for user, was_tried in waiting.items() if not was_tried and user not in self._unfit]
-        left_to_live = share.live_users(rows, at_once, pace) - (len(waiting) - len(fit))
+        left_to_live = share.live_users(rows, at_once, pace, start_seconds) - (len(waiting) - len(fit))
         return fit[max(0, left_to_live) :][: min(rows, most)]
 
     def gather(self, connection: sa.Connection, job: Job, now: dt.datetime) -> Callable[[], None]:

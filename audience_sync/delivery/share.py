@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 SMALLEST_JOB = 100  # rows: fewer are not worth the wait for a job's end
+LAST_ROWS = (
+    2_000  # of a backlog's last job: it corrects the division, and what it carried is soon written down
+)
 AT_ONCE_PER_SECOND = 80.0  # eight requests at a time, each answered within 0.1 s
 
 
@@ -19,21 +22,25 @@ class Pace:
     rows_per_job: int = 0
 
 
-def job_rows(waiting: int, at_once: int, pace: Pace) -> int:
+def job_rows(waiting: int, at_once: int, pace: Pace, start_seconds: float = 0.0) -> int:
     """How many of the users that wait go into the next job, so that both lanes end together; 0: none is worth it.
 
-    What the live lane takes at once never goes by bulk: `at_once` is how many it may burst now.
+    What the live lane takes at once never goes by bulk: `at_once` is how many it may burst now. `start_seconds`:
+    until the job before has ended.
     """
     if waiting <= at_once or not pace.rows_per_job:
         return 0
-    fair = waiting * pace.rows_per_second / (pace.rows_per_second + pace.live_per_second)
+    then = waiting - start_seconds * pace.live_per_second
+    fair = then * pace.rows_per_second / (pace.rows_per_second + pace.live_per_second)
     rows = int(min(fair, waiting - at_once, pace.rows_per_job))
+    if 2 * LAST_ROWS < rows < pace.rows_per_job:
+        rows -= LAST_ROWS
     return rows if rows >= min(SMALLEST_JOB, pace.rows_per_job) else 0
 
 
-def live_users(rows: int, at_once: int, pace: Pace) -> int:
-    """How many users the live lane takes while a job of so many rows is worked off."""
-    return max(at_once, int(rows * pace.live_per_second / pace.rows_per_second))
+def live_users(rows: int, at_once: int, pace: Pace, start_seconds: float = 0.0) -> int:
+    """How many users the live lane takes until a job of so many rows, begun after so long, is worked off."""
+    return max(at_once, int((start_seconds + rows / pace.rows_per_second) * pace.live_per_second))
 
 
 @dataclass(frozen=True, slots=True)

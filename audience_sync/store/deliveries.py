@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from audience_sync.store.engines import is_sqlite, sql
 from audience_sync.store.tables import PENDING, SENDING, UNSETTLED, bulk_jobs, deliveries, requests, runs
@@ -280,7 +281,7 @@ _PENDING_TRACKS = _COLUMNS.where(
 )
 _LOCK = (
     sa.select(_ID)
-    .where(_ID.in_(sa.bindparam("ids", expanding=True)), _IS_PENDING)
+    .where(sa.any_(sa.bindparam("ids", type_=postgresql.ARRAY(sa.BigInteger))) == _ID, _IS_PENDING)
     .with_for_update(skip_locked=True)
 )
 

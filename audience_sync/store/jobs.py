@@ -18,7 +18,7 @@ from audience_sync.store import deliveries as queue
 from audience_sync.store.engines import is_sqlite, sql
 from audience_sync.store.tables import SENDING, bulk_jobs, deliveries, requests
 
-PIECE = 500  # deliveries that a transaction settles at most
+PIECE = 2_000  # deliveries that a transaction settles at most
 _TRIED = "(d.attempt_count > 0 OR d.alone)"
 
 
@@ -127,12 +127,7 @@ def settle(
     grace: dt.timedelta,
 ) -> Counter[str]:
     """Settle a piece of a job that ended; how many deliveries became what, none where all are settled."""
-    piece = (
-        sa.select(deliveries.c.delivery_id)
-        .where(_is_carried_by(request_id))
-        .order_by(deliveries.c.delivery_id)
-        .limit(PIECE)
-    )
+    piece = sa.select(deliveries.c.delivery_id).where(_is_carried_by(request_id)).limit(PIECE)
     statement = (
         deliveries.update()
         .where(deliveries.c.delivery_id.in_(piece))

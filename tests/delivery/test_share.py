@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from audience_sync.delivery.share import Pace, forecast, job_rows, live_users
+from audience_sync.delivery.share import LAST_ROWS, Pace, forecast, job_rows, live_users
 
 USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, rows_per_job=10_000)
 
@@ -20,7 +20,8 @@ USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, row
         (1_000, 600, 400),
         (1_000, 0, 750),
         (4_000, 600, 3_000),
-        (13_332, 0, 9_999),
+        (13_332, 0, 7_999),  # and 2,000 in the last one
+        (5_333, 0, 3_999),
         (100_000, 600, 10_000),
     ],
 )
@@ -45,10 +46,11 @@ def test_both_lanes_end_together(waiting, at_once, rows_per_second, rows_per_job
     assert 0 <= rows <= min(waiting, rows_per_job)
     if (
         rows and rows < rows_per_job
-    ):  # nothing is left when the job ends, and the live lane was not idle before
+    ):  # nothing is left when the last job ends, and the live lane was not idle before
         rest = waiting - rows
         a_row_more = 2 + pace.live_per_second / rows_per_second  # a job has whole rows
-        assert rest - live_users(rows, at_once, pace) <= a_row_more
+        last = LAST_ROWS * (1 + pace.live_per_second / rows_per_second) if rows > LAST_ROWS else 0
+        assert rest - live_users(rows, at_once, pace) <= a_row_more + last
         assert rest >= at_once
         assert rest + 1 >= rows / rows_per_second * pace.live_per_second
 
@@ -65,3 +67,16 @@ def test_a_forecast_of_changes_counts_the_burst():
     assert forecast(0, 600, USERPILOT).seconds < 10
     assert forecast(0, 1_000, USERPILOT).seconds == pytest.approx(400 / 30)
     assert forecast(0, 601, Pace(600, 10.0)).seconds < 10
+
+
+@given(waiting=st.integers(1_000, 50_000), start_seconds=st.floats(0, 100))
+def test_a_job_that_starts_later_leaves_to_the_live_lane_what_it_takes_meanwhile(waiting, start_seconds):
+    rows = job_rows(waiting, 0, USERPILOT, start_seconds)
+    live = live_users(rows, 0, USERPILOT, start_seconds)
+    left = waiting - rows - live
+    if not rows:
+        assert left <= 0 or waiting - start_seconds * USERPILOT.live_per_second < 150
+    elif rows < USERPILOT.rows_per_job:
+        assert any(left == pytest.approx(last, abs=4) for last in (0, LAST_ROWS * 4 / 3))
+    else:
+        assert left >= -4
