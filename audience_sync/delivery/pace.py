@@ -105,6 +105,11 @@ class Lane:
         self.reason = "Userpilot answered 429: too many requests"
         return True
 
+    def wait(self, until: float, reason: str) -> None:
+        """Start nothing until then."""
+        if until > self.paused_until:
+            self.paused_until, self.reason = until, reason
+
     def failed(self, now: float, reason: str) -> bool:
         """Count a failure; True where the lane pauses because nothing gets through."""
         self.failure_streak += 1

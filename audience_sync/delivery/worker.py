@@ -48,6 +48,7 @@ class Sender(jobs.JobSender, Protocol):
 _SLEPT = Answer(
     Outcome.FAILED, None, None, "Not sent: this process stood still, and another may be in its place", None
 )
+_MAY_COME = "an event of which nobody knows whether it came may come yet"
 Brought = tuple[store.Claimed | jobs.Errand, Answer]
 
 
@@ -165,9 +166,9 @@ class Worker:
     def _take_over(self, connection: sa.Connection) -> None:
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._in_flight, self._look_at, self._began_at, self._settled_count = {}, {}, monotonic, 0
-        self._recover(connection, ())
         window = self.settings.window_seconds
         self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in store.LANES}
+        self._recover(connection, ())
         for name, ended_at in store.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
             self._lanes[name].ended.append(monotonic - max(0.0, (now - ended_at).total_seconds()))
         self._slow_downs = destinations.slow_downs(connection)
@@ -175,8 +176,8 @@ class Worker:
             paused_until = dt.datetime.fromisoformat(slow["paused_until"])
             if paused_until > now - SLOW_DOWN_LASTS and name in self._lanes:
                 lane = self._lanes[name]
-                lane.factor, lane.reason = slow["factor"], slow["reason"]
-                lane.paused_until = monotonic + (paused_until - now).total_seconds()
+                lane.factor = slow["factor"]
+                lane.wait(monotonic + (paused_until - now).total_seconds(), slow["reason"])
         self._bulk = bulk.Bulk(self.settings.jobs, self.clock, self._lanes["identify"])
         self._bulk.resume(connection, now)
         self._bulk.restore_pause(self._slow_downs.get("bulk"), now)
@@ -195,8 +196,17 @@ class Worker:
             tracks_at_most_once=self.settings.tracks_at_most_once,
             but=known,
         )
-        if lost:
-            log.warning("%d deliveries were under way when their process ended: they are sent again", lost)
+        if lost["pending"]:
+            told = "%d deliveries were under way when their process ended: they are sent again"
+            log.warning(told, lost["pending"])
+        if lost["dead"]:
+            log.warning("%d events were under way when their process ended: not repeated", lost["dead"])
+            self._let_tracks_come()
+
+    def _let_tracks_come(self) -> None:
+        """An event that is not repeated may come within the grace: the events after it wait for that."""
+        lane = self._lanes["track"]
+        lane.wait(self.clock.monotonic() + self.settings.grace.total_seconds(), _MAY_COME)
 
     def _work(self, lease: leases.Lease) -> bool:
         """One tenure; True where more became due after it ended."""
@@ -390,6 +400,8 @@ class Worker:
         self.report.request_count += 1
         self.report.accepted_count += final.count(store.Status.ACCEPTED)
         self.report.dead_count += final.count(store.Status.DEAD)
+        if claimed.action == "track" and answer.outcome is Outcome.UNKNOWN and settings.tracks_at_most_once:
+            self._let_tracks_come()
         self._count_settled(claimed.action, len(final))
         if claimed.action == "track" or len(final) < len(
             settlements

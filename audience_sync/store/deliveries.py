@@ -1,6 +1,7 @@
 """The queue: who is next, what was sent, and what became of it. Every function runs in its caller's transaction."""
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -110,10 +111,11 @@ def recover(
     *,
     tracks_at_most_once: bool,
     but: Collection[int] = (),
-) -> int:
+) -> Counter[str]:
     """Take back what a process that is gone was sending: nobody knows whether it was applied.
 
-    `but` are requests that are known to be under way; what is in bulk jobs stays there.
+    `but` are requests that are known to be under way; what is in bulk jobs stays there. How many deliveries are
+    pending and dead by it.
     """
     lost = "The process ended before the answer came"
     in_jobs = sa.select(bulk_jobs.c.request_id).where(bulk_jobs.c.settled_at.is_(None))
@@ -128,21 +130,19 @@ def recover(
         )
         .values(ended_at=now, error=lost)
     )
-    count = 0
+    became: Counter[str] = Counter()
     if tracks_at_most_once:
-        count += connection.execute(
+        became["dead"] = connection.execute(
             deliveries.update()
             .where(mine, deliveries.c.action == "track")
             .values(status="dead", settled_at=now, error=f"Not repeated (track_policy at_most_once): {lost}")
         ).rowcount
-    return (
-        count
-        + connection.execute(
-            deliveries.update()
-            .where(mine)
-            .values(status="pending", next_attempt_at=now + grace, quiet_until=now + grace, error=lost)
-        ).rowcount
-    )
+    became["pending"] = connection.execute(
+        deliveries.update()
+        .where(mine)
+        .values(status="pending", next_attempt_at=now + grace, quiet_until=now + grace, error=lost)
+    ).rowcount
+    return became
 
 
 def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[tuple[str, dt.datetime]]:

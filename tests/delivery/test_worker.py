@@ -10,7 +10,7 @@ from audience_sync.delivery.worker import MAX_IN_FLIGHT
 from audience_sync.sandbox import Limits
 from audience_sync.store import destinations, engines
 from audience_sync.userpilot.answers import Answer, Outcome
-from tests.delivery.conftest import HeldSenders
+from tests.delivery.conftest import START, HeldSenders
 
 
 class Picky:
@@ -374,6 +374,28 @@ def test_at_most_once_a_track_is_not_repeated_when_its_outcome_is_unknown(queue,
     assert row.status == "dead"
     assert row.error.startswith("Not repeated (track_policy at_most_once)")
     assert len(sandbox.state.events) == 1
+
+
+@pytest.mark.parametrize("kind", ["unsure", "killed"])
+def test_at_most_once_the_events_after_one_that_may_come_yet_wait_for_it(
+    hand_queue, clock, worker_of, sandbox, kind
+):
+    first = hand_queue.track("u1", "Paid")
+    if kind == "killed":
+        hand_queue.crash(first)
+    else:
+        sandbox.faults.add({"path": "/v1/track", "drop": "before", "times": 1})
+    hand_queue.track("u1", "Left")
+    hand_queue.add("u2", {"plan": "free"})
+
+    worker_of(clock=clock, grace=dt.timedelta(seconds=3), tracks_at_most_once=True, poll_seconds=1).deliver()
+
+    began = {row.request_id: (row.started_at - START).total_seconds() for row in hand_queue.requests()}
+    came = {row.body.get("event_name"): began[row.request_id] for row in hand_queue.rows()}
+    assert hand_queue.statuses() == ["dead", "accepted", "accepted"]
+    assert came["Left"] >= 3
+    assert came[None] < 1
+    assert [event["event_name"] for event in sandbox.state.events] == ["Left"]
 
 
 def test_after_an_unknown_outcome_the_users_next_value_waits(queue, worker_of, sandbox):
