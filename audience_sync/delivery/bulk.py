@@ -503,7 +503,8 @@ class Bulk:
             return
         mine = next((told for told in listed if told.filename == job.filename), None)
         if mine is not None and mine.job_id:
-            self._runs(job, mine.job_id, mine)
+            self._runs(job, mine.job_id, Told())  # the list does not tell how many rows are done
+            job.poll_at = self.clock.monotonic()
         elif not any(told.is_running for told in listed):
             job.end("lost", job.error or "The process ended before the answer came")
 

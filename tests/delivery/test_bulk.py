@@ -13,6 +13,7 @@ from audience_sync.store import destinations, engines
 from audience_sync.store import jobs as store
 from audience_sync.store.tables import bulk_jobs, deliveries
 from audience_sync.userpilot import payloads
+from audience_sync.userpilot.answers import Answer, Outcome
 from tests.delivery.conftest import HeldSenders, settings_of
 from tests.delivery.userpilot import LocalUserpilot
 
@@ -286,6 +287,44 @@ def test_an_upload_whose_answer_never_came(hand_queue, userpilot, work, drop, is
     if drop == "after" and not is_bare:  # found by its file's name, and followed
         assert_all_told_once(hand_queue, userpilot, 400)
         assert jobs(hand_queue.engine)[0].status == "completed"
+
+
+def test_a_job_that_is_found_by_its_files_name_is_asked_how_many_rows_it_completed(
+    hand_queue, userpilot, work
+):
+    userpilot.state.job_faults.append(
+        JobFault(outcome="short", after_rows=10)
+    )  # over before it is looked for
+    userpilot.faults.add({"path": "/v1/users/bulk_identify", "drop": "after", "times": 1})
+    hand_queue.fill(400, kind="push")
+    work().deliver()
+    assert len(userpilot.told("vip")) == 400
+    first = jobs(hand_queue.engine)[0]
+    assert (first.status, first.error) == ("failed", "Userpilot's bulk job completed 10 of 299 rows")
+
+
+def test_an_upload_that_comes_after_its_time_out_is_looked_for_when_it_has_come(
+    hand_queue, clock, userpilot, work
+):
+    upload, late = userpilot.upload, []
+
+    def late_upload(*request):
+        if late:
+            return upload(*request)
+        late.append((clock.seconds + 2.5, request))
+        return Answer(Outcome.UNKNOWN, None, None, "no answer in time", None)
+
+    def sleep(seconds):
+        clock.seconds += seconds
+        if len(late) == 1 and clock.seconds >= late[0][0]:
+            late.append(upload(*late[0][1]))
+
+    userpilot.upload = late_upload
+    clock.sleep = sleep
+    hand_queue.fill(400, kind="push")
+    work(poll_seconds=0.2).deliver()
+    assert_all_told_once(hand_queue, userpilot, 400)
+    assert [job.status for job in jobs(hand_queue.engine)] == ["completed"]
 
 
 def test_a_process_that_comes_after_follows_the_job(hand_queue, clock, userpilot, work):

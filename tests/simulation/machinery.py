@@ -219,10 +219,11 @@ class Network:
         self.poisoned = set()  # users
         self.injected = set()  # numbers of requests that a fault answered
         self.strays = set()  # numbers of requests that came when nobody waited for them
+        self.late_uploads = 0  # so many of the next
         self.unsure_count = 0  # answers that left open whether the request was applied
         self.uploads = {}  # number: the upload's filename
         self.settled_at = 0.0  # when the last stray has come
-        self.when_late = lambda _users: None
+        self.when_late = lambda _path, _users: None
         self._timeline, self._chance, self._note = timeline, chance, note
         self._is_straying = False
 
@@ -260,6 +261,8 @@ class Network:
     def _ask(self, ask, path, *, is_poison, users):
         rough = self._chance.random() < self.roughness
         kind = self._chance.choice(self.weather) if rough and self.weather else None
+        if self.late_uploads and len(users) > 1:
+            self.late_uploads, kind = self.late_uploads - 1, "late"
         if kind in {"late", "drop before", "drop after", "502", "502 applied", "html", "html applied"}:
             self.unsure_count += 1
         if kind == "late":
@@ -269,7 +272,7 @@ class Network:
             )
             self._note(f"late: {path}")
             if users and self._chance.random() < 0.5:
-                self.when_late(users)
+                self.when_late(path, users)
             return Answer(Outcome.UNKNOWN, None, None, "no answer in time", None)
         if kind == "closed":
             return Answer(Outcome.FAILED, None, None, "cannot connect", None)

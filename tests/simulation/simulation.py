@@ -93,7 +93,7 @@ class Simulation:
         self.settings = Settings(
             self.limits,
             build,
-            tracks_at_most_once=chance.random() < 0.2,
+            tracks_at_most_once=chance.random() < 0.4,
             poll_seconds=chance.choice([5.0, 20.0, 60.0]),
             jobs=bulk.Settings(
                 row=lambda user_id, body: payloads.bulk_row(build("identify", user_id, body)[1]),
@@ -166,12 +166,18 @@ class Simulation:
             self.call,
         ]
         of_kind = {
-            "network": [self.turn_rough] * 2,
+            "network": [self.turn_rough] * 3,
             "outages": [self.break_down],
             "keys": [self.refuse_the_key],
             "poison": [self.poison, self.call_poison],
             "clock": [self.jump],
-            "jobs": [self.break_job, self.break_job, self.start_other_job, self.forget_jobs],
+            "jobs": [
+                self.break_job,
+                self.break_job,
+                self.start_other_job,
+                self.forget_jobs,
+                self.delay_uploads,
+            ],
             "database": [self.fail_database] * 2,
             "deaths": [self.kill] * 3,
             "naps": [self.nap, self.nap, self.deliver_beside],
@@ -183,7 +189,7 @@ class Simulation:
         """Faults are over, time passes, and everything is synced and delivered."""
         self.note("calm")
         self.kinds, self._nap_at = set(), None
-        self.network.weather, self.network.poisoned = [], set()
+        self.network.weather, self.network.poisoned, self.network.late_uploads = [], set(), 0
         self.network.userpilot.state.job_faults.clear()
         self.timeline.sleep(5)
         for _ in range(2):
@@ -218,7 +224,7 @@ class Simulation:
         except Killed:
             self.network.stray_until_settled()
             if process.worker is not None:
-                self.follow_up(self.users[:: self.chance.choice([1, 3])])
+                self.follow_up("", self.users[:: self.chance.choice([1, 3])])
         except DatabaseError:
             if not process.had_trouble:
                 raise
@@ -333,16 +339,18 @@ class Simulation:
         users = tuple(self.chance.sample(self.users, 3)) if self.chance.random() < 0.15 else None
         self.sync(full=users is None and self.chance.random() < 0.15, users=users)
 
-    def follow_up(self, users):
-        """Soon after it became unsure what these users were told, they move."""
+    def follow_up(self, path, users):
+        """Soon after it became unsure what these users were told, they move, or more calls of them come."""
         if self.kinds:
-            self.timeline.after(self.chance.uniform(0, 1), partial(self.move_and_sync, users))
+            is_track = path.endswith("track")
+            act = partial(self.call, users=users) if is_track else partial(self.move_and_sync, users)
+            self.timeline.after(self.chance.uniform(0, 1), act)
 
-    def call(self, poison=""):
+    def call(self, poison="", users=()):
         """Some calls of an application, the times of some in the past."""
         raws = []
         for _ in range(self.chance.choice([1, 3, 20])):
-            number, user = next(self._numbers), self.chance.choice(self.users)
+            number, user = next(self._numbers), self.chance.choice(users or self.users)
             at = (self.timeline.now() - dt.timedelta(seconds=self.chance.choice([0, 0, 20]))).isoformat()
             raw = {"userId": user, "messageId": f"m{number}", "timestamp": at}
             if self.chance.random() < 0.4:
@@ -382,7 +390,8 @@ class Simulation:
         self.note(f"poisoned: {sorted(self.network.poisoned)}")
 
     def turn_rough(self):
-        self._weather(self.chance.sample(ROUGH, 4), self.chance.choice([0.1, 0.5]), [0, 5, 60, 300])
+        weather = self.chance.sample(ROUGH, 4) + self.chance.choice([[], ["late"] * 4])
+        self._weather(weather, self.chance.choice([0.1, 0.5]), [20, 60, 300])
 
     def break_down(self):
         self._weather([self.chance.choice(["drop before", "503", "closed"])], 1.0, [5, 60, 600])
@@ -393,6 +402,7 @@ class Simulation:
     def _weather(self, weather, roughness, seconds):
         self.network.weather, self.network.roughness = weather, roughness
         self.note(f"weather: {weather} {roughness}")
+        self.timeline.after(self.chance.uniform(0, 5), self.chance.choice([self.call, self.move_and_sync]))
         self.timeline.after(self.chance.choice(seconds), self._clear_up)
 
     def _clear_up(self):
@@ -417,6 +427,9 @@ class Simulation:
         rows = self.chance.randint(0, 20)
         shown = self.chance.choice([None, "validating"])
         state.job_faults.append(JobFault(outcome, after_rows=rows, state=shown))
+
+    def delay_uploads(self):
+        self.network.late_uploads = self.chance.choice([1, 3])
 
     def start_other_job(self):
         try:
