@@ -179,7 +179,12 @@ class App:
         from audience_sync.userpilot.client import Client  # noqa: PLC0415  (httpx: only where something is sent)
 
         destination = self.settings.destination
-        return Client(destination.endpoint, destination.require_api_key(), ca_file=destination.ca_file)
+        return Client(
+            destination.endpoint,
+            destination.require_api_key(),
+            ca_file=destination.ca_file,
+            only_public=destination.is_public,
+        )
 
     def deliver(
         self,

@@ -300,6 +300,18 @@ def test_another_endpoint_needs_permission(load, refused, endpoint):
     assert load(text + "allow_custom_endpoint = true").destination.endpoint == endpoint
 
 
+@pytest.mark.parametrize(("endpoint", "custom", "is_public"), [
+    ("https://analytex-eu.userpilot.io/", False, True),
+    ("https://userpilot.io/", False, True),
+    ("https://analytex.userpilot.io/", True, False),
+    ("http://127.0.0.1:8030/", False, False),
+    ("https://userpilot.io.example.com/", True, False),
+])  # fmt: skip
+def test_userpilot_itself_is_at_a_public_address(load, endpoint, custom, is_public):
+    text = f'[destination]\nendpoint = "{endpoint}"\nallow_custom_endpoint = {str(custom).lower()}\n'
+    assert load(text).destination.is_public is is_public
+
+
 @pytest.mark.parametrize(("endpoint", "normalised"), [
     ("https://analytex.userpilot.io//", "https://analytex.userpilot.io/"),
     ("https://userpilot.io/", "https://userpilot.io/"),

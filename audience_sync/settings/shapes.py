@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -106,6 +107,12 @@ class Destination(DestinationTable, frozen=True):
         if self.api_key is None:
             raise MissingVariable(self.missing)
         return self.api_key
+
+    @property
+    def is_public(self) -> bool:
+        """Whether it must be found at an address of the Internet: Userpilot itself is."""
+        host = urlsplit(self.endpoint).hostname or ""
+        return not self.allow_custom_endpoint and f".{host}".endswith(".userpilot.io")
 
     @property
     def rows_per_job(self) -> int:

@@ -33,8 +33,8 @@ class Client:
 
     `ca_file` names certificate authorities beside the system's. `deadline_seconds` bounds a request from its
     start to the last byte of its answer, however slowly that drips, and `upload_seconds` does so for uploads;
-    `connect_seconds` is for each address of the host, and for the TLS handshake. ConfigError if the endpoint,
-    the key or the file cannot be used.
+    `connect_seconds` is for each address of the host, and for the TLS handshake. `only_public`: nothing is sent
+    to an address of a private network. ConfigError if the endpoint, the key or the file cannot be used.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Client:
         api_key: str,
         *,
         ca_file: str = "",
+        only_public: bool = False,
         deadline_seconds: float = 30.0,
         upload_seconds: float = 300.0,
         connect_seconds: float = 10.0,
@@ -50,6 +51,7 @@ class Client:
         self._base = _base(endpoint)
         self._api_key = _checked_key(api_key)
         self._ssl_context = _ssl_context(ca_file)
+        self._only_public = only_public
         self._usual = _Bounds(deadline_seconds, connect_seconds, MAX_BODY_BYTES)
         self._of_list = _Bounds(deadline_seconds, connect_seconds, MAX_LIST_BYTES)
         self._of_upload = _Bounds(upload_seconds, connect_seconds, MAX_BODY_BYTES)
@@ -191,7 +193,7 @@ class Client:
             trust_env=False,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # keep none, send none
         )
-        return _Line(http, Wire())
+        return _Line(http, Wire(only_public=self._only_public))
 
     def _put_back(self, line: "_Line") -> None:
         with self._lock:
@@ -253,7 +255,7 @@ def _trouble_words(trouble: Exception) -> str:
             return "no connection in time"
         case httpx.TimeoutException():
             return "no answer in time"
-        case httpx.ConnectError():
+        case httpx.ConnectError() | OSError():
             return f"cannot connect: {trouble}"
         case _:
             return f"the connection broke: {trouble}"

@@ -3,6 +3,7 @@ never end. The socket is learned from the library's trace events and shut down f
 """
 
 import contextlib
+import ipaddress
 import math
 import socket
 import threading
@@ -15,9 +16,11 @@ class Wire:
 
     What is cut is a duplicate of the socket's descriptor: shutting down an SSLSocket from another thread
     would turn it into a plain one under its user, and the original may be closed, its number given anew.
+    `only_public`: a name that leads to an address of some private network is not spoken to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, only_public: bool = False) -> None:
+        self._only_public = only_public
         self.sent = False  # whether any of the request may have left
         self.cut = False
         self._lock = threading.Lock()
@@ -30,7 +33,10 @@ class Wire:
     def trace(self, event: str, info: dict[str, Any]) -> None:
         match event:
             case "connection.connect_tcp.complete":
-                self._adopt(info["return_value"].get_extra_info("socket"))
+                connected = info["return_value"].get_extra_info("socket")
+                if self._only_public:
+                    _check_is_public(connected)
+                self._adopt(connected)
             case "connection.start_tls.complete":
                 self._socket = info["return_value"].get_extra_info("socket")
             case "http11.send_request_headers.started" if not self.cut:
@@ -68,6 +74,15 @@ class Wire:
         if self._twin is not None:
             self._twin.close()
         self._twin = self._socket = None
+
+
+def _check_is_public(connected: socket.socket) -> None:
+    address = ipaddress.ip_address(connected.getpeername()[0].partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if not address.is_global:
+        connected.close()
+        raise OSError(f"its name leads to {address}, an address of a private network")
 
 
 class Watchdog:

@@ -481,3 +481,14 @@ def test_a_connection_that_comes_after_the_deadline_carries_nothing(black_hole, 
         answer = ask(client)
     assert (answer.outcome, answer.error) == (Outcome.FAILED, "no complete answer within 0.3 s")
     assert server.requests == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::ffff:127.0.0.1"])
+def test_a_name_that_leads_to_a_private_network_is_not_spoken_to(address, serve, resolving, ask):
+    server = serve(answering(ACCEPTED))
+    resolving((address, int(server.url.rsplit(":", 1)[1].strip("/"))))
+    with Client("http://analytex.userpilot.io/", KEY, only_public=True) as client, taking(0, 3):
+        answer = ask(client)
+    assert (answer.outcome, answer.status_code) == (Outcome.FAILED, None)
+    assert answer.error == "cannot connect: its name leads to 127.0.0.1, an address of a private network"
+    assert server.requests == []
