@@ -141,7 +141,8 @@ def _bad_lines(path: Path | None, source: str) -> Iterator[Callable[["BadLine"],
 
 
 def _tell(summary: "Summary") -> None:
-    said = [f"{summary.line_count:,} lines: {summary.accepted_count:,} accepted"]
+    lines = "1 line" if summary.line_count == 1 else f"{summary.line_count:,} lines"
+    said = [f"{lines}: {summary.accepted_count:,} accepted"]
     for count, what in (
         (summary.ignored_count, "ignored (`audience-sync calls --status ignored` says why)"),
         (summary.repeated_count, "known already"),

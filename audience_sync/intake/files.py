@@ -5,7 +5,6 @@ lines are one call. A file of more than one piece is made into calls by a proces
 what is ready: two cores share the work.
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -13,7 +12,9 @@ import json
 import multiprocessing
 import signal
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +30,7 @@ from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
 from audience_sync.store.calls import Prepared
 
-PIECE = 5_000  # lines in a transaction, at most
+PIECE = 10_000  # lines in a transaction, at most
 PIECE_BYTES = (
     8_000_000  # of them: long lines make shorter pieces, whatever is held of one is a few times as much
 )
@@ -111,16 +112,21 @@ def take_in(
 
 
 class Preparer:
-    """Makes pieces ready in their order: the first here, the others in a process that ends with this one."""
+    """Makes pieces ready in their order: the first here, the others in a process that ends with this one.
+
+    A thread speaks with it, so that it has the next piece while this one is kept.
+    """
 
     def __init__(self, configured: Settings) -> None:
         self._settings = configured
         self._pipe: Connection[Any, Any] | None = None
+        self._speaker = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._speaker.shutdown(cancel_futures=True)
         if self._pipe is not None:
             self._pipe.close()  # which ends the process
 
@@ -128,32 +134,26 @@ class Preparer:
         for first in pieces:
             yield prepare(self._settings, first)
             break
-        under_way: list[Line] = []
+        ahead: deque[Future[Piece]] = deque()
         for piece in pieces:
-            ready = self._ready(under_way) if under_way else None
-            self._hand_over(piece)  # only now: while both ends write, neither would read
-            if ready is not None:
-                yield ready
-            under_way = piece
-        if under_way:
-            yield self._ready(under_way)
+            ahead.append(self._speaker.submit(self._elsewhere, piece))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        for each in ahead:
+            yield each.result()
 
-    def _hand_over(self, piece: list[Line]) -> None:
+    def _elsewhere(self, piece: list[Line]) -> Piece:
+        """What the process made of the piece; where it died, it is made here."""
         if self._pipe is None:
             self._pipe, other = _SPAWN.Pipe()
             process = _SPAWN.Process(target=_work, args=(other, self._settings.path), daemon=True)
             process.start()
             other.close()
-        with contextlib.suppress(OSError):  # it died: what is made of the piece will not come
-            self._pipe.send(piece)
-
-    def _ready(self, piece: list[Line]) -> Piece:
-        """What the process made of the piece; where it died, it is made here."""
         try:
-            found: Piece = cast("Connection[Any, Any]", self._pipe).recv()
+            self._pipe.send(piece)
+            return cast("Piece", self._pipe.recv())
         except (EOFError, OSError):
             return prepare(self._settings, piece)
-        return found
 
 
 def _work(pipe: "Connection[Any, Any]", path: Path) -> None:
