@@ -5,11 +5,13 @@
 Batches of 100 calls over HTTP, each durable when it is answered, to a server on one core; beside them the same server
 with nothing stored, and bare INSERTs of the same rows: by the driver's executemany, 100 calls a commit, in one process.
 While the batches come another client hands in one call after the other, and how long those take is told, too.
+CPU is that of the door or the import with its helper, and of PostgreSQL's processes (as Linux counts it).
 Then a file is imported. One call in two is a track, one in ten a group, the others identify, of 20,000 users.
 """
 
 import argparse
 import base64
+import contextlib
 import gc
 import http.client
 import json
@@ -111,7 +113,7 @@ def server_on_one_core(configuration, *, stores=True):
     process = SPAWN.Process(target=serve, args=(other, configuration), kwargs={"stores": stores}, daemon=True)
     process.start()
     other.close()
-    yield pipe.recv()
+    yield pipe.recv(), process.pid
     process.kill()
     process.join()
 
@@ -176,6 +178,24 @@ class Shared:
 # The same rows, by the driver alone.
 
 
+def megabytes_on_disk(app):
+    if app.engine.dialect.name == "sqlite":
+        return Path(app.engine.url.database).stat().st_size / 1e6
+    with app.engine.connect() as connection:
+        return connection.exec_driver_sql("SELECT pg_database_size(current_database())").scalar() / 1e6
+
+
+def cpu_seconds(*pids):
+    """Of these processes and all of PostgreSQL's, those that have ended included."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, *fields = stat.read_text().partition("(")[2].rpartition(")")
+            if name == "postgres" or int(stat.parent.name) in pids:
+                ticks += sum(map(int, fields[1].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def stored_rows(configuration):
     with open_app(configuration) as app, app.engine.connect() as connection:
         return {table: connection.execute(sa.select(table)).all() for table in FILLED}
@@ -238,11 +258,13 @@ def measure(name, calls, lines):
             with open_app(configuration):
                 return configuration
 
-        with server_on_one_core(fresh("forgetful"), stores=False) as port:
+        with server_on_one_core(fresh("forgetful"), stores=False) as (port, _):
             nothing, _ = by_http(port, Shared(batches[::-1]))
         mine = fresh("mine")
-        with server_on_one_core(mine) as port:
+        with server_on_one_core(mine) as (port, pid):
+            before = cpu_seconds(pid)
             stored, singles = by_http(port, Shared(batches[::-1]))
+            door = (cpu_seconds(pid) - before) / (calls + len(singles)) * 1e6
         rows = stored_rows(mine)
         assert len(rows[tables.calls]) == calls + len(singles)
         bare = bare_inserts(fresh("bare"), rows, calls) * calls / len(rows[tables.calls])
@@ -252,16 +274,24 @@ def measure(name, calls, lines):
             for number in range(lines):
                 written.write(json.dumps(call(number)) + "\n")
         with open_app(imported) as app, file.open("rb") as opened:
+            empty, before = megabytes_on_disk(app), cpu_seconds(os.getpid())
             started = time.perf_counter()
             summary = files.take_in(app, files.unpacked(opened), print)
             import_seconds = time.perf_counter() - started
             assert summary.accepted_count == lines
+            for process in multiprocessing.active_children():
+                process.join()
+            importing = (cpu_seconds(os.getpid()) - before) / lines * 1e6
+            on_disk = (megabytes_on_disk(app) - empty) / lines * 1e6
     return {
         "HTTP, stored": calls / stored,
         "HTTP, nothing stored": calls / nothing,
         "bare INSERTs": calls / bare,
         "import of a file": lines / import_seconds,
         "singles": sorted(singles),
+        "a million calls by HTTP": f"{door:.0f} s of CPU",
+        "a million lines imported": f"{importing:.0f} s of CPU",
+        "a million lines on disk": f"{on_disk:,.0f} MB",
     }
 
 
@@ -285,6 +315,8 @@ def main():
             for name in names
         ]
         table.add_row(f"a single call meanwhile, {title}", *cells)
+    for cost in ("a million calls by HTTP", "a million lines imported", "a million lines on disk"):
+        table.add_row(cost, *(found[name][cost] for name in names))
     Console(width=80).print(table)
     for name in names:
         lines = found[name]

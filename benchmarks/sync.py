@@ -92,6 +92,7 @@ def measure(name, folder, members):
     ours, bare, small = urls(name, folder)
     fill(ours, members)
     fill(bare, members)
+    empty = megabytes_on_disk(ours)
     for what, url, statements in (
         ("first", bare, INSERTS),
         ("unchanged", ours, (*SNAPSHOT[name], *DIFF[name])),
@@ -103,6 +104,8 @@ def measure(name, folder, members):
         seconds, megabytes = run_ours(write(folder / "ours.toml", ours), "--no-deliver")
         yield row(what, seconds, bare_seconds, megabytes)
         if what == "first":
+            size = (megabytes_on_disk(ours) - empty) / members * 1e6
+            print(f"{name}: a million members and their deliveries are {size:,.0f} MB on disk")
             accept(ours)
     yield from_source(write(folder / "far.toml", bare, source=ours), members)
     fill(small, SMALL)
@@ -206,6 +209,16 @@ def settle(engine):
             connection.exec_driver_sql("VACUUM ANALYZE")
             connection.exec_driver_sql("CHECKPOINT")
     engine.dispose()
+
+
+def megabytes_on_disk(url):
+    if url.startswith("sqlite"):
+        return Path(url.removeprefix("sqlite:///")).stat().st_size / 1e6
+    engine = engines.open_own(url, "audience_sync")
+    with engine.connect() as connection:
+        size = connection.exec_driver_sql("SELECT pg_database_size(current_database())").scalar()
+    engine.dispose()
+    return size / 1e6
 
 
 def run_bare(url, statements):

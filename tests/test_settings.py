@@ -172,7 +172,6 @@ REFUSED = [
     ("[tracking]\nwrite_keys = ['s3cret:']", WRITE_KEYS),
     ("[tracking]\nwrite_keys = ['']", WRITE_KEYS),
     ("[tracking]\nwrite_keys = [8675309]", WRITE_KEYS),
-    ("[tracking]\nwrite_keys = ['${NONE}']", "[tracking]: write_keys: set the environment variable NONE, which is missing"),
     (MAPPING.format("field = 1"), "[[mappings]] Mine: unknown name field: did you mean fields?"),
     (MAPPING.format("fields = 8675309"), "[[mappings]] Mine: fields: expected a table of an action's fields"),
     (MAPPING.format("fields = {nam = 1}"), "[[mappings]] Mine: fields: trackEvent has no field 'nam': did you mean name?"),
@@ -415,6 +414,18 @@ def test_a_missing_api_key_is_an_error_only_for_what_sends(load, tmp_path, text,
     with pytest.raises(MissingVariable) as error:
         destination.require_api_key()
     assert str(error.value) == f"{tmp_path}/audience_sync.toml: [destination]: api_key: {why}"
+
+
+def test_a_missing_write_key_is_an_error_only_for_the_door(load, tmp_path):
+    text = '[tracking]\nwrite_keys = ["known", "${WRITE_KEY}"]\ncalls_per_second = 7\n'
+    tracking = load(text, {}).tracking
+    assert (tracking.write_keys, tracking.calls_per_second) == ((), 7)
+    why = "[tracking]: write_keys: set the environment variable WRITE_KEY, which is missing"
+    with pytest.raises(MissingVariable) as error:
+        tracking.require_write_keys()
+    assert str(error.value) == f"{tmp_path}/audience_sync.toml: {why}"
+    assert load(text, {"WRITE_KEY": "k"}).tracking.require_write_keys() == ("known", "k")
+    assert load("").tracking.require_write_keys() == ()
 
 
 def test_the_api_key_comes_from_the_environment_unless_set(load, refused):

@@ -131,9 +131,9 @@ def _check_object(document: Mapping[str, Any], name: str) -> None:
 
 def _timestamp(document: Mapping[str, Any], received_at: datetime, sent_at: datetime | None) -> datetime:
     said = moment_in(document, "timestamp")
-    if sent_at is None:
-        return said or received_at
     original = moment_in(document, "originalTimestamp") or said
+    if sent_at is None:
+        return said or original or received_at
     try:
         return received_at - (sent_at - original) if original else received_at
     except OverflowError as error:

@@ -29,6 +29,7 @@ FIRST_DAY = dt.datetime(2011, 6, 1, tzinfo=dt.UTC)
 DAYS = 30
 PACE = 1_000_000  # a minute: the sandbox's limits are lifted, so that a month takes seconds
 
+FILES = ("audience_sync.db", "audience_sync.db-journal", "shop.db", "audience_sync.toml")
 CONFIGURATION = """\
 # Written by `audience-sync demo`: real orders, and a local Userpilot instead of the real one.
 [database]
@@ -93,13 +94,24 @@ def run(folder: Path) -> None:
 
 def _make_folder(folder: Path) -> None:
     try:
-        if (folder / "audience_sync.toml").exists() and (folder / "shop.db").exists():
-            shutil.rmtree(folder)  # an earlier demo
-        folder.mkdir(parents=True)
+        if _holds_a_demo(folder):
+            for name in FILES:  # the mark goes last: broken off, it is a demo's still
+                (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=folder.is_dir() and not any(folder.iterdir()))
     except FileExistsError:
-        raise ConfigError(f"{folder} is there already and holds no demo: name another folder.") from None
+        raise ConfigError(
+            f"{folder} is there already and holds more than a demo, or none: name another folder."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror}. Name another folder.") from None
+
+
+def _holds_a_demo(folder: Path) -> bool:
+    """Whether there is what an earlier demo wrote, and nothing else."""
+    configuration = folder / "audience_sync.toml"
+    if not configuration.is_file() or {each.name for each in folder.iterdir()} - set(FILES):
+        return False
+    return configuration.read_text("utf-8", "replace").startswith(CONFIGURATION.partition(":")[0])
 
 
 def _load_orders(path: Path) -> tuple[int, int]:

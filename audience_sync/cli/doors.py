@@ -40,7 +40,7 @@ def serve(
 
     with open_app(context.obj) as opened:
         logs.configure(opened.settings.logging.format, opened.settings.logging.level)
-        if not tracking.is_loopback(host) and not opened.settings.tracking.write_keys:
+        if not tracking.is_loopback(host) and not opened.settings.tracking.require_write_keys():
             raise ConfigError(
                 f"{host} is open to other machines: set [tracking] write_keys first, or listen on 127.0.0.1."
             )

@@ -224,7 +224,7 @@ def decoded(text: bytes) -> Any:
     """A JSON document; CallError for what is none."""
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
         return json.loads(text)  # it takes lone surrogates and NaN, too, and validation names them

@@ -32,6 +32,7 @@ from audience_sync.settings.shapes import (
     Source,
     Table,
     Tracking,
+    TrackingTable,
     seconds,
 )
 
@@ -184,11 +185,15 @@ def _destination(place: Place, table: Any, folder: Path) -> Destination:
 
 
 def _tracking(place: Place, table: Any) -> Tracking:
-    place.check_names(table, Tracking.__struct_fields__, "tracking")
-    written = table.get("write_keys", [])
+    place.check_names(table, TrackingTable.__struct_fields__, "tracking")
+    written, missing = table.get("write_keys", []), ""
     if isinstance(written, list):
-        table = {**table, "write_keys": [place.expand("write_keys", key) for key in written]}
-    return place.convert(table, Tracking, "tracking")
+        try:
+            written = [place.expand("write_keys", key) for key in written]
+        except MissingVariable as error:
+            written, missing = [], str(error)
+    found = place.convert({**table, "write_keys": written}, TrackingTable, "tracking")
+    return Tracking(**msgspec.structs.asdict(found), missing=missing)
 
 
 def _mapping(place: Place, table: Any) -> mappings.Mapping:

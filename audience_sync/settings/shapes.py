@@ -134,11 +134,20 @@ class MappingTable(Table, frozen=True):
     fields: Fields = {}
 
 
-class Tracking(Table, frozen=True):
+class TrackingTable(Table, frozen=True):
     """The HTTP door. No write keys: it stays on this machine."""
 
     write_keys: WriteKeys = ()
     calls_per_second: PerMinute = 1000
+
+
+class Tracking(TrackingTable, frozen=True):
+    missing: str = ""  # what is said when the keys are needed, where one of them is not known
+
+    def require_write_keys(self) -> tuple[str, ...]:
+        if self.missing:
+            raise MissingVariable(self.missing)
+        return self.write_keys
 
 
 class Defaults(Table, frozen=True):

@@ -81,8 +81,10 @@ class Tracking:
     app: App
     writer: Writer
     pace: Pace = field(init=False)
+    _keys: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._keys = self.app.settings.tracking.require_write_keys()
         self.pace = Pace(self.app.settings.tracking.calls_per_second, self.app.clock)
 
     def asgi(self) -> Starlette:
@@ -145,7 +147,7 @@ class Tracking:
 
     def _check_sender(self, request: Request) -> None:
         """Without write keys anybody on this machine may; a page in a browser, from wherever it came, may not."""
-        if self.app.settings.tracking.write_keys:
+        if self._keys:
             if "Authorization" in request.headers and not self._is_known(_basic_user(request)):
                 raise RefusalError(401, "the write key is not known", {"WWW-Authenticate": "Basic"})
         elif not (_FROM_PAGES.isdisjoint(request.headers.keys()) and is_loopback(_host(request))):
@@ -154,8 +156,7 @@ class Tracking:
     def _is_known(self, key: object) -> bool:
         """All keys are compared, each in constant time."""
         given = key.encode(errors="replace") if isinstance(key, str) else b""
-        keys = self.app.settings.tracking.write_keys
-        return sum(hmac.compare_digest(given, known.encode()) for known in keys) > 0
+        return sum(hmac.compare_digest(given, known.encode()) for known in self._keys) > 0
 
     async def _document(self, request: Request, most_bytes: int) -> dict[str, Any]:
         try:
@@ -169,7 +170,7 @@ class Tracking:
             raise RefusalError(400, "the body is not JSON") from error
         if not isinstance(document, dict):
             raise RefusalError(400, "the body must be an object")
-        keyless = not self.app.settings.tracking.write_keys or "Authorization" in request.headers
+        keyless = not self._keys or "Authorization" in request.headers
         if not keyless and not self._is_known(document.get("writeKey")):
             raise RefusalError(401, "the write key is missing or not known", {"WWW-Authenticate": "Basic"})
         return document
@@ -191,6 +192,9 @@ class Tracking:
         valid = [each for each in found if isinstance(each, Call)]
         kept = await self._keep(valid) if valid else []
         receipts = iter(kept)
+        refused = [str(each) for each in found if not isinstance(each, Call)]
+        if refused:  # Segment's libraries do not read the verdicts
+            logs.event(log, logging.WARNING, "calls refused", count=len(refused), first_reason=refused[0])
         return [
             _verdict(next(receipts)) if isinstance(each, Call) else _refusal(raw, str(each))
             for raw, each in zip(raws, found, strict=True)

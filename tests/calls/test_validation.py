@@ -207,6 +207,9 @@ def test_the_senders_clock_is_corrected():
     original = {"timestamp": "2001-01-01T00:00:00Z", "originalTimestamp": "2024-05-01T11:00:00Z"}
     assert corrected(RECEIVED_AT, **original) == RECEIVED_AT - timedelta(hours=1)
     assert corrected(ahead) == RECEIVED_AT
+    assert corrected(None) == RECEIVED_AT
+    assert corrected(None, originalTimestamp="2024-05-01T11:00:00Z") == RECEIVED_AT - timedelta(hours=1)
+    assert corrected(None, **original) == datetime(2001, 1, 1, tzinfo=UTC)
     with pytest.raises(CallError, match="timestamp is out of range"):
         corrected(RECEIVED_AT - timedelta(days=1), timestamp="9999-12-31T00:00:00Z")
 

@@ -131,6 +131,7 @@ BAD = [
     b'"' + b"x" * 200_000 + b'"',
     b'{"type": "identify", "userId": "\\ud800"}',
     b"[" * 60_000,
+    b'{"type": "identify", "userId": "ann", "traits": {"city": "K\xf6ln"}}',  # Latin-1
     BOB,
 ]
 REASONS = {
@@ -143,6 +144,7 @@ REASONS = {
     9: "the call is larger than 32 KB",
     10: "text with a lone surrogate is not Unicode",
     11: "not JSON",
+    12: "not JSON",
 }
 
 
@@ -150,7 +152,7 @@ REASONS = {
 def test_lines_that_are_no_calls_are_told_and_left_out(take_in, users, tmp_path):
     code, said = take_in(b"\n".join(BAD), "--set-aside", str(tmp_path / "bad"))
     assert code == 0
-    assert said.splitlines()[0] == "11 lines: 2 accepted, 9 set aside."
+    assert said.splitlines()[0] == "12 lines: 2 accepted, 10 set aside."
     assert [line for line in said.splitlines() if line.startswith("Line ")] == [
         f"Line {number}: {reason}." for number, reason in REASONS.items()
     ]

@@ -239,6 +239,7 @@ def test_without_write_keys_programs_on_this_machine_come_in_and_nothing_that_a_
         (b"", "the body is not JSON"),
         (b"{", "the body is not JSON"),
         (b"\xff", "the body is not JSON"),
+        (b'{"userId": "u1", "event": "K\xf6ln"}', "the body is not JSON"),
         (b"[" * 20_000, "the body is not JSON"),
         (b"[]", "the body must be an object"),
         (b"null", "the body must be an object"),

@@ -1,0 +1,42 @@
+"""Where the demo's files go: it takes the place of an earlier demo, and of nothing else."""
+
+import pytest
+
+from audience_sync.cli import demonstration
+from audience_sync.errors import ConfigError
+
+CONFIGURATION = demonstration.CONFIGURATION.format(url="http://127.0.0.1:1/", pace=1)
+
+
+def folder_with(tmp_path, **files):
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("_dot_", ".")).write_text(text)
+    return folder
+
+
+def test_an_earlier_demo_makes_room(tmp_path):
+    folder = folder_with(
+        tmp_path, shop_dot_db="orders", audience_sync_dot_db="history", audience_sync_dot_toml=CONFIGURATION
+    )
+    demonstration._make_folder(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_is_new_or_empty_will_do(tmp_path):
+    demonstration._make_folder(tmp_path / "some" / "where")
+    demonstration._make_folder(tmp_path / "some" / "where")
+
+
+@pytest.mark.parametrize("files", [
+    {"shop_dot_db": "mine", "audience_sync_dot_toml": "[database]"},
+    {"shop_dot_db": "mine"},
+    {"notes": "mine", "shop_dot_db": "orders", "audience_sync_dot_toml": CONFIGURATION},
+])  # fmt: skip
+def test_what_is_somebody_elses_stays(tmp_path, files):
+    folder = folder_with(tmp_path, **files)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match="is there already and holds more than a demo, or none"):
+        demonstration._make_folder(folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
