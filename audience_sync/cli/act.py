@@ -251,7 +251,7 @@ def tell_delivery(report: "Report | None", pending: int) -> None:
         return
     say.line(
         f"Delivered: {report.accepted_count:,} accepted, {report.dead_count:,} dead, {pending:,} pending "
-        f"({report.request_count:,} requests)."
+        f"({report.request_count:,} request{'s' * (report.request_count != 1)})."
     )
     if report.dead_count:
         say.line("`audience-sync deliveries --status dead` says why they were refused.")
@@ -266,7 +266,9 @@ def tell_delivery(report: "Report | None", pending: int) -> None:
     elif report.stopped:
         say.aside(f"audience-sync: {report.stopped}")
     elif pending:
-        say.line("What is pending is tried again by the next `audience-sync deliver` or `sync`.")
+        say.line(
+            "What is pending is tried again by the next `audience-sync deliver` or `sync`; `status` says what it waits for."
+        )
 
 
 def finish(report: "Report | None", *, failed: bool = False, busy: bool = False, held: bool = False) -> None:

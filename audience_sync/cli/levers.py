@@ -1,5 +1,6 @@
 """What a person does about runs, keys, users and deliveries: it is queued, and `deliver` or the daemon sends it."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,7 +68,7 @@ def forget(
             f"Userpilot carries the deletion out at 02:00 UTC. Here everything of the user is erased ({ended} "
             "memberships), and later computations and calls set the user aside."
         )
-        say.line("To undo the last part: `audience-sync forget USER_ID --allow-return`.")
+        say.line(f"To undo the last part: `audience-sync forget {shlex.quote(user_id)} --allow-return`.")
 
 
 def _tell_run(opened: "App", run_id: Id) -> None:

@@ -45,7 +45,9 @@ def _show_status(found: dict[str, Any]) -> None:
         f"Stopped since {say.moment(stopped['since'])}: {stopped['reason']}" if stopped else "Not stopped."
     )
     say.line(_daemon_words(found["daemon"]))
-    say.line(f"Process {holder['pid']} on {holder['host']} delivers." if holder else "Nobody delivers now.")
+    say.line(
+        f"Process {holder['pid']} on {holder['host']} delivers." if holder else "Nothing is being sent now."
+    )
     oldest = f", the oldest since {say.moment(found['oldest_at'])} UTC" if found["oldest_at"] else ""
     say.line(
         f"Queue: {found['pending_count']:,} pending{oldest}; {found['late_count']:,} wait for another attempt."

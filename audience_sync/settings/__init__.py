@@ -69,7 +69,7 @@ def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
         if os.path.lexists(cwd / place):
             return cwd / place
     raise ConfigError(
-        f"no configuration: neither {' nor '.join(PLACES)} is in {cwd}. "
+        f"no configuration: neither {' nor '.join(PLACES)} is in {cwd.resolve()}. "
         f"Run `audience-sync init` to write one, or name one with --config or {VARIABLE}"
     )
 
