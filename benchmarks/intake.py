@@ -276,7 +276,7 @@ def measure(name, calls, lines):
         with open_app(imported) as app, file.open("rb") as opened:
             empty, before = megabytes_on_disk(app), cpu_seconds(os.getpid())
             started = time.perf_counter()
-            summary = files.take_in(app, files.unpacked(opened), print)
+            summary = files.take_in(app, files.unpacked(opened), print, beside=True)
             import_seconds = time.perf_counter() - started
             assert summary.accepted_count == lines
             for process in multiprocessing.active_children():

@@ -142,7 +142,7 @@ def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection
 
 def _is_for_us(integrations: dict[str, Any]) -> bool:
     """Our own name counts more than All; an object of options means yes, as Segment's."""
-    own = [integrations[name] for name in NAMES if name in integrations]
+    own = [integrations[name] for name in NAMES if integrations.get(name) is not None]
     return own[0] is not False if own else integrations.get("All") is not False
 
 

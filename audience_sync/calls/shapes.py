@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+MOST_IN_NAMES = 1_000_000  # characters
+
 
 def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
     """The metadata in primitives; nothing is dropped. `nested` is flatten or json.
@@ -12,11 +14,15 @@ def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
     of a definition never holds a dot, so no flattened name can pass for one. Empty objects and lists become
     "{}" and "[]". Where two names meet, the one written with less nesting keeps it, and the others get "~2",
     "~3" behind theirs: `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`, in whatever order.
-    json: an object or a list becomes compact JSON in a string.
+    json: an object or a list becomes compact JSON in a string; so it does where its flattened names would be much
+    longer than a call may be, as those of a long list under a long name.
     """
+    if nested == "flatten":
+        leaves = {path: value for name, value in metadata.items() for path, value in _leaves((name,), value)}
+        if sum(len(part) + 1 for path in leaves for part in path) > MOST_IN_NAMES:
+            nested = "json"
     if nested == "json":
         return {name: _text(value) if _is_nested(value) else value for name, value in metadata.items()}
-    leaves = {path: value for name, value in metadata.items() for path, value in _leaves((name,), value)}
     names = _names(leaves)
     return {names[path]: value for path, value in leaves.items()}
 

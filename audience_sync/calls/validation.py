@@ -44,6 +44,7 @@ def parse(
     if not isinstance(raw, Mapping):
         raise CallError("a call is an object")
     document = dict(raw)
+    document.pop("writeKey", None)  # it is nobody's to read
     if isinstance(document.get("timestamp"), datetime):
         document["timestamp"] = document["timestamp"].isoformat()
     check_json(document)
@@ -130,12 +131,13 @@ def _check_object(document: Mapping[str, Any], name: str) -> None:
 
 
 def _timestamp(document: Mapping[str, Any], received_at: datetime, sent_at: datetime | None) -> datetime:
+    """A moment to come counts as when the call came: a clock that is ahead would silence all that follows."""
     said = moment_in(document, "timestamp")
     original = moment_in(document, "originalTimestamp") or said
     if sent_at is None:
-        return said or original or received_at
+        return min(said or original or received_at, received_at)
     try:
-        return received_at - (sent_at - original) if original else received_at
+        return min(received_at - (sent_at - original), received_at) if original else received_at
     except OverflowError as error:
         raise CallError("timestamp is out of range") from error
 

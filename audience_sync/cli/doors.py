@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def import_(
         source, size = stack.enter_context(_source(file))
         on_bad = stack.enter_context(_bad_lines(set_aside, file))
         with say.bytes_read(source, size) as on_progress:
-            summary = files.take_in(opened, files.unpacked(source), on_bad, on_progress)
+            summary = files.take_in(opened, files.unpacked(source), on_bad, on_progress, beside=True)
         if not as_json:
             _tell(summary)
         report = deliver_now(opened) if deliver else None
@@ -114,16 +115,20 @@ def _source(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
         yield opened, size or None
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # lines hold what users told
+
+
 @contextlib.contextmanager
 def _bad_lines(path: Path | None, source: str) -> Iterator[Callable[["BadLine"], None]]:
     count = 0
     try:
         if path and path.exists() and source != "-" and path.samefile(source):
             raise ConfigError(f"{path} is the file itself: write the bad lines to another.")
-        file = path.open("w", encoding="utf-8") if path else contextlib.nullcontext()
+        file = path and open(path, "w", encoding="utf-8", opener=_private)  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
-    with file as aside:
+    with file or contextlib.nullcontext() as aside:
 
         def tell(line: "BadLine") -> None:
             nonlocal count

@@ -1,6 +1,7 @@
 """The commands that hand in one call and deliver what is due: identify, track, group."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -88,7 +89,15 @@ def pairs(given: Sequence[str] | None) -> dict[str, Any]:
         if not separator or not name:
             raise ConfigError(f"{each!r} is not NAME=VALUE: write, for example, plan=pro or age=12.")
         try:
-            found[name] = json.loads(text)
+            found[name] = json.loads(text, parse_float=_finite, parse_constant=_finite)
         except (ValueError, RecursionError):
             found[name] = text
     return found
+
+
+def _finite(text: str) -> float:
+    """ValueError for what JSON has no number for."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number

@@ -5,6 +5,7 @@ lines are one call. A file of more than one piece is made into calls by a proces
 what is ready: two cores share the work.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -34,7 +35,7 @@ PIECE = 10_000  # lines in a transaction, at most
 PIECE_BYTES = (
     8_000_000  # of them: long lines make shorter pieces, whatever is held of one is a few times as much
 )
-LONGEST_LINE = 2 * MAX_CALL_BYTES  # with white space, or escapes that shorten
+LONGEST_LINE = 6 * MAX_CALL_BYTES  # with escapes: six bytes may stand for one
 _GZIP = b"\x1f\x8b"
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -89,8 +90,13 @@ def take_in(
     file: BinaryIO,
     on_bad: Callable[[BadLine], None],
     on_progress: Callable[[Summary], None] = lambda _: None,
+    *,
+    beside: bool = False,
 ) -> Summary:
     """Hand in a call for each line; what is no valid call is told to `on_bad`, and left out.
+
+    `beside`: with a process of its own for half of the work, which imports the main module once more: only for a
+    program whose main module may be imported.
 
     Raises:
         ConfigError: the file cannot be read to its end; what was read before is in.
@@ -100,8 +106,11 @@ def take_in(
     summary = Summary()
     trouble: list[ConfigError] = []
     pieces = _pieces(_lines(file), trouble)
-    with Preparer(app.settings) as preparer:
-        for piece in preparer.prepared(pieces):
+    with contextlib.ExitStack() as stack:
+        ready: Iterator[Piece] = (prepare(app.settings, piece) for piece in pieces)
+        if beside:
+            ready = stack.enter_context(Preparer(app.settings)).prepared(pieces)
+        for piece in ready:
             for each in piece.bad:
                 on_bad(each)
             summary.add(piece, intake.keep(app, piece.calls) if piece.calls else [])

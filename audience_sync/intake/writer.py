@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+import sqlalchemy as sa
+
 from audience_sync import intake
 from audience_sync.app import App
+from audience_sync.errors import DatabaseError
 from audience_sync.store.calls import Prepared
 
 MOST_CALLS = 2_500  # in a transaction, if more than one batch is waiting
@@ -31,6 +34,7 @@ class Writer:
     def __init__(self, app: App) -> None:
         self._app = app
         self._waiting: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._count, self._lock = 0, threading.Lock()
         self._thread = threading.Thread(target=self._work, name="calls", daemon=True)
 
     def __enter__(self) -> Self:
@@ -49,13 +53,15 @@ class Writer:
 
     @property
     def waiting_count(self) -> int:
-        """How many batches are not yet being committed."""
-        return self._waiting.qsize()
+        """How many calls are not yet being committed."""
+        return self._count
 
     def accept(self, calls: Sequence[Prepared]) -> "Future[list[intake.Receipt]]":
         """The receipts, once the calls are committed; or what kept them from that, and then none of them is."""
         batch = _Batch(calls)
         batch.future.set_running_or_notify_cancel()  # who no longer waits for it cannot undo it
+        with self._lock:
+            self._count += len(calls)
         self._waiting.put(batch)
         return batch.future
 
@@ -63,9 +69,14 @@ class Writer:
         is_ending = False
         while not is_ending:
             batches, is_ending = self._next()
-            if len(batches) == 1 or not self._commit(batches):
-                for batch in batches:  # one of them may be the trouble: the others need not suffer
-                    self._commit([batch], is_last_try=True)
+            trouble = self._commit(batches) if batches else None
+            if trouble is None:
+                continue
+            may_part = len(batches) > 1 and not _is_everybodys(trouble)
+            for batch in batches:  # one of them may be the trouble: the others need not suffer
+                own = self._commit([batch]) if may_part else trouble
+                if own is not None:
+                    batch.future.set_exception(own)
 
     def _next(self) -> tuple[list[_Batch], bool]:
         """What is waiting, at least one; and whether that was the last."""
@@ -80,18 +91,23 @@ class Writer:
                 return batches, True
             batches.append(batch)
             count += len(batch.calls)
+            with self._lock:
+                self._count -= len(batch.calls)
         return batches, False
 
-    def _commit(self, batches: Sequence[_Batch], *, is_last_try: bool = False) -> bool:
+    def _commit(self, batches: Sequence[_Batch]) -> Exception | None:
+        """What kept them from being committed."""
         try:
             receipts = intake.keep(self._app, [call for batch in batches for call in batch.calls])
         except Exception as error:  # noqa: BLE001  (whatever it is, who waits must hear of it)
-            if is_last_try:
-                for batch in batches:
-                    batch.future.set_exception(error)
-            return False
+            return error
         start = 0
         for batch in batches:
             batch.future.set_result(receipts[start : start + len(batch.calls)])
             start += len(batch.calls)
-        return True
+        return None
+
+
+def _is_everybodys(error: Exception) -> bool:
+    """A database that cannot be used is not asked again for each batch, a busy time for each."""
+    return isinstance(error, DatabaseError) and isinstance(error.__cause__, sa.exc.OperationalError)

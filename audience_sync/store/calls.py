@@ -1,14 +1,14 @@
 """What applications handed in, and what it told about users, companies and events."""
 
 import datetime as dt
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from audience_sync.calls.mappings import Decision
-from audience_sync.calls.model import Call, CallType
+from audience_sync.calls.model import Action, Call, CallType
 from audience_sync.store import forgetting, rows
 from audience_sync.store.engines import is_sqlite, sql
 from audience_sync.store.tables import calls, companies, deliveries, events, profiles
@@ -90,12 +90,13 @@ def add(
 
     Of a user who was erased nothing is kept but that there was a call.
     """
-    users = {each.subject_id for each in prepared if each.subject_id is not None}
+    forgetting.keep_out_erasures(connection)
+    users = {user for each in prepared for user in _users(each)}
     erased = forgetting.forgotten_among(connection, users, received_at)
     first: dict[str, Prepared] = {}
     for each in prepared:
         if each.message_id not in first:
-            first[each.message_id] = _erased(each) if each.subject_id in erased else each
+            first[each.message_id] = _without(each, erased) if erased else each
     ids = _insert(connection, first, received_at)
     new = [(ids[message_id], each) for message_id, each in first.items() if message_id in ids]
     _learn(connection, [each for each in new if each[1].subject_id is not None], received_at)
@@ -116,6 +117,27 @@ def add(
         else:
             kept.append(Kept(known[each.message_id], is_repeat=True))
     return kept
+
+
+def _users(prepared: Prepared) -> Iterator[str]:
+    """Whom a call is about; its mappings may tell another user something."""
+    if prepared.user_id is not None:
+        yield prepared.user_id
+    if prepared.anonymous_id is not None:
+        yield prepared.anonymous_id
+    yield from (subject for action, subject, _ in prepared.outgoing if action != Action.COMPANY)
+
+
+def _without(prepared: Prepared, erased: Collection[str]) -> Prepared:
+    """The call without the users who were erased."""
+    if prepared.subject_id in erased:
+        return _erased(prepared)
+    if prepared.anonymous_id in erased:
+        prepared = prepared._replace(anonymous_id=None)
+    outgoing = tuple(each for each in prepared.outgoing if each[0] == Action.COMPANY or each[1] not in erased)
+    if len(outgoing) == len(prepared.outgoing):
+        return prepared
+    return prepared._replace(outgoing=outgoing, reason=prepared.reason or FORGOTTEN)
 
 
 def _erased(prepared: Prepared) -> Prepared:
@@ -141,8 +163,8 @@ def _insert(
     connection: sa.Connection, prepared: Mapping[str, Prepared], received_at: dt.datetime
 ) -> dict[str, int]:
     """The ids of those that are new, by message id."""
+    ids = dict(zip(prepared, _free_ids(connection, len(prepared)), strict=True))
     ordered = sorted(prepared)  # in one order: other processes may wait for the same message ids
-    ids = dict(zip(ordered, _free_ids(connection, len(ordered)), strict=True))
     now = rows.moment(received_at)
     written = []
     for message_id in ordered:

@@ -290,9 +290,9 @@ def overtaken(
     connection: sa.Connection,
     values: Sequence[Delivery | sa.Row[Any]],
     statuses: Collection[str] = tuple(Status),
-) -> dict[int, set[str]]:
+) -> dict[int, frozenset[str]]:
     """The traits of these deliveries of which their subjects have newer values in one of the statuses."""
-    found: dict[int, set[str]] = {}
+    found: dict[int, frozenset[str]] = {}
     states = [each for each in values if each.action != "track"]
     if not states:
         return found
@@ -315,11 +315,22 @@ def overtaken(
             ),
         )
     )
+    newer_of: dict[tuple[str, str], list[Any]] = {}
     for row in rows:
-        for each in by_subject.get((row.action, row.subject_id), ()):
-            if (row.value_at, row.delivery_id) > (each.value_at, each.delivery_id):
-                found.setdefault(each.delivery_id, set()).update(row.body)
+        newer_of.setdefault((row.action, row.subject_id), []).append(row)
+    for subject, told in newer_of.items():
+        told.sort(key=_age)
+        names: frozenset[str] = frozenset()
+        for each in sorted(by_subject.get(subject, ()), key=_age, reverse=True):
+            while told and _age(told[-1]) > _age(each):
+                names = names.union(told.pop().body)
+            if names:
+                found[each.delivery_id] = names
     return found
+
+
+def _age(value: Any) -> tuple[dt.datetime, int]:
+    return value.value_at, value.delivery_id
 
 
 def claim(
@@ -366,11 +377,12 @@ _CLAIM = (
 
 
 def cancel_overtaken(connection: sa.Connection, ids: Sequence[int], now: dt.datetime) -> None:
-    connection.execute(
-        deliveries.update()
-        .where(deliveries.c.delivery_id.in_(ids), deliveries.c.status == "pending")
-        .values(status="cancelled", settled_at=now, error=OVERTAKEN)
-    )
+    for some in chunks(ids):
+        connection.execute(
+            deliveries.update()
+            .where(deliveries.c.delivery_id.in_(some), deliveries.c.status == "pending")
+            .values(status="cancelled", settled_at=now, error=OVERTAKEN)
+        )
 
 
 def settle(connection: sa.Connection, ended: Sequence[Ended]) -> None:

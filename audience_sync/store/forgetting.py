@@ -7,14 +7,17 @@ from collections.abc import Collection
 import sqlalchemy as sa
 
 from audience_sync.store import forms
-from audience_sync.store.engines import sql
+from audience_sync.store.engines import is_sqlite, sql
 from audience_sync.store.tables import definitions, deliveries, forgotten, requests, runs
 
+_LOCK = 4_710_226_014  # any number that is ours: PostgreSQL's advisory lock between calls and erasures
 DELETIONS_HOUR = 2  # UTC: when Userpilot carries deletions out (its documentation of DELETE /v1/users)
 
 
 def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
     """Erase a user; how many memberships that ended. Each counts as an exit of its definition's next run."""
+    if not is_sqlite(connection):
+        sql(connection, "SELECT pg_advisory_xact_lock(:lock)", lock=_LOCK)
     locked = (
         sa.select(definitions.c.definition_id)
         .order_by(definitions.c.definition_id)
@@ -38,7 +41,8 @@ def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
     _drop_deliveries(connection, user_id)
     for table in ("profiles", "events", "calls"):
         sql(connection, f"DELETE FROM {{our}}{table} WHERE user_id = :user_id", user_id=user_id)
-    sql(connection, "DELETE FROM {our}calls WHERE anonymous_id = :user_id", user_id=user_id)
+    sql(connection, "DELETE FROM {our}calls WHERE anonymous_id = :id AND user_id IS NULL", id=user_id)
+    sql(connection, "UPDATE {our}calls SET anonymous_id = NULL WHERE anonymous_id = :id", id=user_id)
     connection.execute(forgotten.delete().where(forgotten.c.user_hash == forms.user_hash(user_id)))
     connection.execute(forgotten.insert().values(user_hash=forms.user_hash(user_id), forgotten_at=now))
     return memberships
@@ -75,6 +79,12 @@ def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
     returns_at = next_deletions(row.forgotten_at)
     connection.execute(forgotten.update().where(mine).values(returns_at=returns_at))
     return returns_at
+
+
+def keep_out_erasures(connection: sa.Connection) -> None:
+    """Until this transaction ends nobody is erased: who was not by then is erased with what it keeps."""
+    if not is_sqlite(connection):
+        sql(connection, "SELECT pg_advisory_xact_lock_shared(:lock)", lock=_LOCK)
 
 
 def forgotten_among(connection: sa.Connection, user_ids: Collection[str], now: dt.datetime) -> set[str]:

@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
-MAX_MERGED_BYTES = 16 * 1024 * 1024  # what a batch says for all its calls, for each of them
+MAX_MERGED_BYTES = 4 * 1024 * 1024  # what a batch says for all its calls, for each of them
 MOST_READ_BYTES = 4 * MAX_BATCH_BYTES  # of a body that is too large: most senders send all before they look
-MOST_WAITING = 1_000  # batches: the writer is stuck, and their senders may have gone
+MOST_WAITING = 20_000  # calls: the writer is stuck, and their senders may have gone
 BODY_SECONDS = 30.0  # for a whole body to come
 RETRY_SECONDS = 5  # after the database could not be used
 HEALTH_SECONDS = 5.0
@@ -306,7 +306,6 @@ def _parse(
 ) -> Call | CallError:
     try:
         if isinstance(raw, dict):
-            raw.pop("writeKey", None)  # it is nobody's to read
             for name in _MERGED:
                 mine, everybodys = raw.get(name), shared.get(name)
                 if isinstance(everybodys, dict) and isinstance(mine, dict | None):

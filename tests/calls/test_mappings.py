@@ -112,6 +112,7 @@ def test_a_trait_cannot_pass_for_the_company():
         ({"All": False, "Userpilot": {"option": 1}}, True),
         ({"All": True, "Userpilot Cloud (Actions)": False}, False),
         ({"Mixpanel": False}, True),
+        ({"All": False, "Userpilot": None}, False),
     ],
 )
 def test_integrations_say_whether_userpilot_hears_of_a_call(integrations, is_sent):

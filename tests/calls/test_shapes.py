@@ -55,3 +55,9 @@ def test_the_order_of_the_properties_does_not_matter(metadata, rng: random.Rando
     items = list(metadata.items())
     rng.shuffle(items)
     assert primitives(dict(items), "flatten") == primitives(metadata, "flatten")
+
+
+def test_what_would_become_far_longer_by_its_names_is_json():
+    metadata = {"k" * 15_000: [1] * 7_500, "plain": True}
+    found = primitives(metadata, "flatten")
+    assert found == {"k" * 15_000: f"[{','.join('1' * 7_500)}]", "plain": True}

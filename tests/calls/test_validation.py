@@ -214,5 +214,14 @@ def test_the_senders_clock_is_corrected():
         corrected(RECEIVED_AT - timedelta(days=1), timestamp="9999-12-31T00:00:00Z")
 
 
+def test_a_moment_to_come_counts_as_when_the_call_came():
+    assert corrected(None, timestamp="9999-01-01T00:00:00Z") == RECEIVED_AT
+    assert corrected(RECEIVED_AT, timestamp="9999-01-01T00:00:00Z") == RECEIVED_AT
+
+
+def test_nobody_reads_a_write_key():
+    assert "writeKey" not in parsed(writeKey="s3cret").document
+
+
 def test_ids_become_text_in_what_triggers_read():
     assert parsed(userId=7.0).document["userId"] == "7"

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from audience_sync.delivery.worker import MAX_IN_FLIGHT
 from audience_sync.sandbox import Limits
 from audience_sync.store import destinations, engines
+from audience_sync.store.tables import deliveries
 from audience_sync.userpilot.answers import Answer, Outcome
 from tests.delivery.conftest import START, HeldSenders
 
@@ -362,6 +363,23 @@ def test_a_delivery_is_given_up_after_eight_attempts_and_four_hours(hand_queue, 
     assert row.error.startswith("Given up after ")
     assert row.attempt_count >= 8
     assert row.settled_at - row.first_attempt_at >= dt.timedelta(hours=4)
+
+
+def test_very_many_overtaken_values_of_one_company_are_no_trouble(hand_queue, clock, worker_of, sandbox):
+    now, count = clock.now(), 70_000  # more than PostgreSQL takes as parameters
+    hand_queue.add("acme", {"plan": "pro"}, action="company", at=now, status="accepted", request_id=1,
+                   settled_at=now)  # fmt: skip
+    old = [
+        {"action": "company", "subject_id": "acme", "body": {"plan": "old"}, "class": "call", "call_id": number,
+         "value_at": now - dt.timedelta(days=1), "status": "pending", "created_at": now, "next_attempt_at": now}
+        for number in range(1_000, 1_000 + count)
+    ]  # fmt: skip
+    with engines.write(hand_queue.engine) as connection:
+        connection.execute(deliveries.insert(), old)
+    hand_queue.track("u1", "Paid")
+    worker_of(clock=clock).deliver()
+    assert hand_queue.counts() == {"accepted": 2, "cancelled": count}
+    assert [event["event_name"] for event in sandbox.state.events] == ["Paid"]
 
 
 def test_at_most_once_a_track_is_not_repeated_when_its_outcome_is_unknown(queue, worker_of, sandbox):

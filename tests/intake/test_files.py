@@ -160,7 +160,7 @@ def test_lines_that_are_no_calls_are_told_and_left_out(take_in, users, tmp_path)
     aside = [json.loads(line) for line in (tmp_path / "bad").read_text("utf-8").splitlines()]
     assert [(each["line"], each["reason"]) for each in aside] == list(REASONS.items())
     assert aside[2]["text"] == '{"type": "track", "userId": "ann"}'
-    assert len(aside[6]["text"]) == 65_536
+    assert len(aside[6]["text"]) == 196_608
 
 
 @SQLITE

@@ -50,7 +50,7 @@ def test_what_is_handed_in_is_committed_at_the_end_and_its_order_is_kept(app):
 def test_what_gathers_is_one_transaction_and_a_repeat_in_it_is_told_as_one(app):
     writer = Writer(app)
     first, second = [writer.accept([call(app, "m1"), call(app, each)]) for each in ("m2", "m3")]
-    assert writer.waiting_count == 2
+    assert writer.waiting_count == 4
     with writer:
         pass
     assert [each.is_repeat for each in first.result(0)] == [False, False]

@@ -29,7 +29,9 @@ TOLD = st.fixed_dictionaries(
 
 
 def keep(engine, raws):
-    parsed = [validation.parse(raw, received_at=NOON, new_id=lambda: "none") for raw in raws]
+    parsed = [
+        validation.parse(raw, received_at=NOON + dt.timedelta(days=9), new_id=lambda: "none") for raw in raws
+    ]
     prepared = [
         calls.prepare(call, mappings.decide(call, mappings.PRESETS, reserved_keys=())) for call in parsed
     ]
