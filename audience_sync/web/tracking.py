@@ -204,7 +204,7 @@ class Tracking:
         return await asyncio.wrap_future(self.writer.accept(intake.prepare(self.app.settings, calls)))
 
     async def _health(self, _request: Request) -> Response:
-        """200 if calls can be kept now."""
+        """200 while the database answers and the writer lives; what it could not keep was answered with 503."""
         try:
             heartbeat = await asyncio.wait_for(asyncio.to_thread(self._look), HEALTH_SECONDS)
         except (DatabaseError, TimeoutError):
