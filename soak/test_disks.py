@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from tests.acceptance.conftest import clean
-from tests.acceptance.faults import IN_FLIGHT, SQLITE, OwnServer, told
+from tests.acceptance.faults import IN_FLIGHT, SQLITE, OwnServer, told, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
@@ -129,3 +130,43 @@ def test_no_failing_write_loses_anything(start, tmp_path, sandbox, failing):
     else:
         pytest.fail("there was no end of writes")
     assert refused > 10
+
+
+@needs_root
+@needs_strace
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_server_whose_log_cannot_be_written_loses_nothing(start, url, sandbox, tmp_path):
+    """Of each of its processes a sync of the WAL fails, a later one each time: the server goes down and recovers."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        data = Path(folder, "data")
+        data.mkdir()
+        server = OwnServer(str(data))
+        trace, failed = tmp_path / "trace", 0
+        try:
+            for number in range(2, 16):
+                sandbox.state.reset()
+                there = server.found.url(server.found.create())
+                command = on(start({"In": NUMBERS.format(FEW)}), url, there)
+                assert command("db", "upgrade")[0] == 0
+                pid = (data / "postmaster.pid").read_text().split()[0]
+                traced = ["strace", "-f", "-qq", "-o", trace, "-p", pid, "-e", "trace=fdatasync"]
+                with subprocess.Popen(
+                    [*traced, "-e", f"inject=fdatasync:error=EIO:when={number}"], stderr=subprocess.PIPE
+                ) as tracer:
+                    time.sleep(0.5)  # until it holds all of the server's processes
+                    code, said = command("sync")
+                    tracer.terminate()
+                assert "Traceback" not in said
+                assert code in {0, 1, 2}, (number, said)
+                failed += "INJECTED" in trace.read_text()
+                until(lambda command=command: command("status")[0] == 0)  # it recovers
+                deliveries = command.document("deliveries", "--status", "accepted")
+                assert {each["subject_id"] for each in deliveries} <= told(sandbox), number
+                code, said = command("sync")
+                assert code == 0, (number, said)
+                assert len(told(sandbox)) == FEW, number
+                assert len(sandbox.state.requests) <= FEW + 4 * IN_FLIGHT, number
+        finally:
+            server.control("stop")
+        assert failed > 5
