@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any, Final, Never, TypeAlias
 
 from audience_sync.calls.operations import json_text
+from audience_sync.calls.shapes import json_or_text
 from audience_sync.errors import CallError, ConfigError
 
 MAX_LEVELS = 20  # of objects and lists, those of directives too
@@ -234,18 +235,7 @@ def _encode(value: Any) -> str:
 
 
 def _decode(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return value
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(digits)
-    return number
+    return json_or_text(value) if isinstance(value, str) else value
 
 
 # Checks of the configuration

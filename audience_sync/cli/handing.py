@@ -1,12 +1,11 @@
 """The commands that hand in one call and deliver what is due: identify, track, group."""
 
-import json
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
+from audience_sync.calls.shapes import json_or_text
 from audience_sync.cli import say
 from audience_sync.cli.act import NoDeliver, deliver_now, finish, stoppable, tell_delivery
 from audience_sync.cli.main import app
@@ -88,16 +87,5 @@ def pairs(given: Sequence[str] | None) -> dict[str, Any]:
         name, separator, text = each.partition("=")
         if not separator or not name:
             raise ConfigError(f"{each!r} is not NAME=VALUE: write, for example, plan=pro or age=12.")
-        try:
-            found[name] = json.loads(text, parse_float=_finite, parse_constant=_finite)
-        except (ValueError, RecursionError):
-            found[name] = text
+        found[name] = json_or_text(text)
     return found
-
-
-def _finite(text: str) -> float:
-    """ValueError for what JSON has no number for."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number

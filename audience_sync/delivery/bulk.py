@@ -39,9 +39,7 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-FIRST_ROWS = (
-    2_000  # the most that is looked for while no job runs; so long a job is not waited for until it is full
-)
+FIRST_ROWS = 2_000  # the most that is looked for while no job runs: a job of so many goes before it is full
 START_SECONDS = 0.1  # of gathering, while no job runs: then what is gathered goes
 AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered, at the least
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 SMALLEST_JOB = 100  # rows: fewer are not worth the wait for a job's end
-LAST_ROWS = (
-    2_000  # of a backlog's last job: it corrects the division, and what it carried is soon written down
-)
+LAST_ROWS = 2_000  # of a backlog's last job: it corrects the division, and is soon written down
 AT_ONCE_PER_SECOND = 80.0  # eight requests at a time, each answered within 0.1 s
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 import sqlalchemy as sa
 
 from audience_sync.store import deliveries as queue
+from audience_sync.store.engines import chunks
 from audience_sync.store.tables import DEAD, deliveries, runs
 
 
@@ -19,7 +20,7 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
         dead = sa.select(deliveries.c.delivery_id).where(DEAD).order_by(deliveries.c.delivery_id)
         ids = connection.execute(dead).scalars().all()
     count, reasons = 0, []
-    for chunk in queue.chunks(ids):
+    for chunk in chunks(ids):
         found = connection.execute(sa.select(deliveries).where(deliveries.c.delivery_id.in_(chunk))).all()
         rows = {row.delivery_id: row for row in found}
         newer = queue.overtaken(connection, [row for row in found if row.status == "dead"])
@@ -67,5 +68,5 @@ def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -
                 quiet_until=None,
             )
         ).rowcount
-        for chunk in queue.chunks(ids)
+        for chunk in chunks(ids)
     )

@@ -2,7 +2,7 @@
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.store.engines import is_sqlite, sql
+from audience_sync.store.engines import chunks, is_sqlite, sql
 from audience_sync.store.tables import PENDING, SENDING, UNSETTLED, bulk_jobs, deliveries, requests, runs
 
 LANES = ("track", "company", "identify")
@@ -18,7 +18,6 @@ CLASSES = ("call", "change", "push")  # in the order of their right of way
 LONGEST_REQUEST = dt.timedelta(minutes=15)
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)
 OVERTAKEN = "overtaken by a newer value"
-CHUNK = 500  # ids in a statement
 
 # A subject waits while something of it is under way, and after an unknown outcome; older values wait for a newer
 # one that must go alone. The first of those that are due stands for the subject, however many it has.
@@ -530,9 +529,3 @@ def are_waiting(
             if connection.execute(statement.limit(1)).first() is not None:
                 return True
     return False
-
-
-def chunks(ids: Collection[int]) -> Iterator[Sequence[int]]:
-    """The ids without repeats, as many as a statement takes well."""
-    unique = list(dict.fromkeys(ids))
-    return (unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK))

@@ -10,12 +10,12 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import sqlalchemy as sa
@@ -23,6 +23,8 @@ import sqlalchemy as sa
 from audience_sync.errors import DatabaseError
 from audience_sync.store.tables import UtcDateTime
 
+CHUNK = 500  # ids in a statement
+Id = TypeVar("Id", int, str)
 # Outlasts the longest transaction of ours: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
 # Where the other side is gone without a word, both sides learn of it within about a minute: the server too, or a
@@ -265,3 +267,9 @@ def open_sqlite_source(url: sa.URL) -> sa.Engine:
         return connection
 
     return engine
+
+
+def chunks(ids: Collection[Id]) -> Iterator[Sequence[Id]]:
+    """The ids without repeats, as many as a statement takes well."""
+    unique = list(dict.fromkeys(ids))
+    return (unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK))

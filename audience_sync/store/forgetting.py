@@ -7,7 +7,7 @@ from collections.abc import Collection
 import sqlalchemy as sa
 
 from audience_sync.store import forms
-from audience_sync.store.engines import is_sqlite, sql
+from audience_sync.store.engines import chunks, is_sqlite, sql
 from audience_sync.store.tables import definitions, deliveries, forgotten, requests, runs
 
 _LOCK = 4_710_226_014  # any number that is ours: PostgreSQL's advisory lock between calls and erasures
@@ -92,13 +92,16 @@ def forgotten_among(connection: sa.Connection, user_ids: Collection[str], now: d
     if not connection.execute(sa.select(sa.exists(sa.select(forgotten.c.user_hash)))).scalar_one():
         return set()
     hashes = {forms.user_hash(each): each for each in user_ids}
-    rows = connection.execute(
-        sa.select(forgotten.c.user_hash).where(
-            forgotten.c.user_hash.in_(list(hashes)),
-            sa.or_(forgotten.c.returns_at.is_(None), forgotten.c.returns_at > now),
+    found: set[str] = set()
+    for some in chunks(hashes):
+        rows = connection.execute(
+            sa.select(forgotten.c.user_hash).where(
+                forgotten.c.user_hash.in_(some),
+                sa.or_(forgotten.c.returns_at.is_(None), forgotten.c.returns_at > now),
+            )
         )
-    )
-    return {hashes[found] for found in rows.scalars()}
+        found.update(hashes[each] for each in rows.scalars())
+    return found
 
 
 def next_deletions(after: dt.datetime) -> dt.datetime:

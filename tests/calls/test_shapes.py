@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audience_sync.calls.shapes import primitives
+from audience_sync.calls.shapes import json_or_text, primitives
 
 
 def test_primitives_stay_as_they_are():
@@ -61,3 +61,22 @@ def test_what_would_become_far_longer_by_its_names_is_json():
     metadata = {"k" * 15_000: [1] * 7_500, "plain": True}
     found = primitives(metadata, "flatten")
     assert found == {"k" * 15_000: f"[{','.join('1' * 7_500)}]", "plain": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12),
+        ('"12"', "12"),
+        ("null", None),
+        ('{"a": [true]}', {"a": [True]}),
+        ("pro", "pro"),
+        ("", ""),
+        ("NaN", "NaN"),
+        ("-Infinity", "-Infinity"),
+        ("1e400", "1e400"),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_text_that_is_json_is_what_it_holds(text, value):
+    assert json_or_text(text) == value

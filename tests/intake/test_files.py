@@ -1,6 +1,7 @@
 """`import`: which lines of a file become calls, and that each of them does so once."""
 
 import gzip
+import io
 import json
 import subprocess
 import time
@@ -161,6 +162,7 @@ def test_lines_that_are_no_calls_are_told_and_left_out(take_in, users, tmp_path)
     assert [(each["line"], each["reason"]) for each in aside] == list(REASONS.items())
     assert aside[2]["text"] == '{"type": "track", "userId": "ann"}'
     assert len(aside[6]["text"]) == 196_608
+    assert (tmp_path / "bad").stat().st_mode & 0o777 == 0o600
 
 
 @SQLITE
@@ -265,3 +267,19 @@ def test_long_lines_make_short_pieces():
     lines = ((number, bytes(1_000_000)) for number in range(1, 21))
     pieces = [[number for number, _ in piece] for piece in files._pieces(lines, [])]
     assert pieces == [[*range(1, 9)], [*range(9, 17)], [*range(17, 21)]]
+
+
+@SQLITE
+def test_a_call_is_as_large_as_what_it_holds_however_it_is_written(take_in, users):
+    line = json.dumps({"type": "identify", "userId": "ann", "traits": {"a": "Ж" * 15_000}}).encode()
+    assert len(line) > 90_000
+    assert take_in(line)[1].splitlines()[0] == "1 line: 1 accepted."
+    assert users() == ["ann"]
+
+
+def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monkeypatch):
+    monkeypatch.setattr(files._SPAWN, "Process", None)
+    monkeypatch.setattr(files, "PIECE", 2)
+    lines = b"\n".join(identify(f"u{number}") for number in range(5))
+    summary = files.take_in(make_app(), io.BytesIO(lines), pytest.fail)
+    assert (summary.accepted_count, sorted(users())) == (5, [f"u{number}" for number in range(5)])

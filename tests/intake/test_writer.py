@@ -1,6 +1,7 @@
 """The writer: calls of many callers in one transaction, of which one may break it."""
 
 import pytest
+import sqlalchemy as sa
 
 from audience_sync import intake
 from audience_sync.calls.model import Call, CallType
@@ -77,3 +78,20 @@ def test_who_no_longer_waits_changes_nothing(app):
         assert not writer.accept([call(app, "m1")]).cancel()
         writer.accept([call(app, "m2")])
     assert queued(app) == ["m1", "m2"]
+
+
+def test_a_database_that_cannot_be_used_is_not_asked_again_for_each_batch(app, monkeypatch):
+    asked = []
+
+    def keep(_app, calls):
+        asked.append(len(calls))
+        raise DatabaseError("locked") from sa.exc.OperationalError("BEGIN", {}, Exception("locked"))
+
+    writer = Writer(app)
+    waiting = [writer.accept([call(app, f"m{number}")]) for number in range(5)]
+    monkeypatch.setattr(intake, "keep", keep)
+    with writer:
+        for each in waiting:
+            with pytest.raises(DatabaseError, match="locked"):
+                each.result(20)
+    assert asked == [5]

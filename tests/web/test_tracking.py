@@ -147,6 +147,14 @@ def test_a_senders_clock_is_corrected_by_when_it_says_it_sent(door):
 
 
 @SQLITE
+def test_refused_calls_are_logged_because_the_libraries_do_not_read_the_verdicts(door, caplog):
+    door.batch(IDENTIFY, {"type": "track", "userId": "s3cret"}, {"type": "identify"})
+    (record,) = [each for each in caplog.records if each.getMessage() == "calls refused"]
+    reason = "event is required in a track call: a string that is not empty"
+    assert record.facts == {"count": 2, "first_reason": reason}
+
+
+@SQLITE
 @pytest.mark.parametrize("key", [KEY, OTHER_KEY])
 def test_any_of_the_write_keys_opens(door, key):
     assert door("POST", "/v1/identify", json=IDENTIFY, auth=(key, "")).status_code == 200
