@@ -29,7 +29,8 @@ FIRST_DAY = dt.datetime(2011, 6, 1, tzinfo=dt.UTC)
 DAYS = 30
 PACE = 1_000_000  # a minute: the sandbox's limits are lifted, so that a month takes seconds
 
-FILES = ("audience_sync.db", "audience_sync.db-journal", "shop.db", "audience_sync.toml")
+DATABASES, BESIDE = ("audience_sync.db", "shop.db"), ("", "-journal", "-wal", "-shm")
+FILES = (*(f"{name}{end}" for name in DATABASES for end in BESIDE), "audience_sync.toml")
 CONFIGURATION = """\
 # Written by `audience-sync demo`: real orders, and a local Userpilot instead of the real one.
 [database]

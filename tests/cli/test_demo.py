@@ -20,6 +20,7 @@ def test_an_earlier_demo_makes_room(tmp_path):
     folder = folder_with(
         tmp_path, shop_dot_db="orders", audience_sync_dot_db="history", audience_sync_dot_toml=CONFIGURATION
     )
+    (folder / "audience_sync.db-wal").touch()  # it was killed
     demonstration._make_folder(folder)
     assert list(folder.iterdir()) == []
 
