@@ -79,7 +79,7 @@ def test_from_standard_input(command, users, packed):
 
 
 @SQLITE
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")], ids=["nothing", "blank", "gzip"])
 def test_an_empty_file_has_no_calls(take_in, users, content):
     code, said = take_in(content)
     assert (code, said.splitlines()[0], users()) == (0, "0 lines: 0 accepted.", [])
