@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -179,32 +179,40 @@ def _check_values(document: dict[str, Any]) -> None:
         if level > MAX_LEVELS:
             raise CallError(f"objects and lists are nested over {MAX_LEVELS} levels")
         inner: list[Any] = []
+        texts: list[str] = []
         for each in layer:
             budget -= 1 + len(each)
             if budget < 0:
                 raise CallError("the call is larger than 32 KB")
-            inner += _checked_members(each)
+            _sort_out(each, inner, texts)
+        budget -= _checked_length(texts)
         level, layer = level + 1, inner
 
 
-def _checked_members(value: dict[Any, Any] | list[Any]) -> list[Any]:
-    """The objects and lists among them; all the others are checked."""
+def _sort_out(value: dict[Any, Any] | list[Any], inner: list[Any], texts: list[str]) -> None:
+    """Add its objects and lists to `inner`, and its strings, names included, to `texts`; all else is checked."""
     members: Iterable[Any] = value
     if isinstance(value, dict):
-        for name in value:
-            if not isinstance(name, str):
-                raise CallError("the names in an object must be strings")
-            _check_text(name)
+        texts += value
         members = value.values()
-    inner = []
     for member in members:
         if isinstance(member, str):
-            _check_text(member)
+            texts.append(member)
         elif isinstance(member, dict | list):
             inner.append(member)
         elif member is not None and member is not True and member is not False:
             _check_number(member)
-    return inner
+
+
+def _checked_length(texts: Sequence[str]) -> int:
+    try:
+        length = sum(map(len, texts))
+        if length > MAX_CALL_BYTES:
+            raise CallError("the call is larger than 32 KB")
+        _check_text("".join(texts))
+    except TypeError:  # which none of the values can cause
+        raise CallError("the names in an object must be strings") from None
+    return length
 
 
 def _check_text(value: str) -> None:
