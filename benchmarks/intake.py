@@ -99,7 +99,7 @@ class Forgetful:
 def serve(pipe, configuration, *, stores):
     from audience_sync.web import server, tracking
 
-    gc.set_threshold(50_000)  # as the command line does
+    gc.set_threshold(200_000)  # as the command line does
     os.sched_setaffinity(0, {0})
     with open_app(configuration) as app, server.listen("127.0.0.1", 0) as listening, Writer(app) as writer:
         api = tracking.Tracking(app, writer if stores else Forgetful()).asgi()
@@ -245,7 +245,7 @@ def bare_inserts(configuration, rows, count):
 
 
 def measure(name, calls, lines):
-    gc.set_threshold(50_000)
+    gc.set_threshold(200_000)
     documents = [call(number) for number in range(calls)]
     batches = [json.dumps({"batch": documents[at : at + BATCH]}).encode() for at in range(0, calls, BATCH)]
     with databases(name) as database, tempfile.TemporaryDirectory() as folder:

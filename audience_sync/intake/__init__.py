@@ -11,7 +11,8 @@ beside the package, `web`; all of them `prepare` calls and `keep` them.
 
 import datetime as dt
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +90,27 @@ def prepare(settings: Settings, found: Iterable[Call]) -> list[Prepared]:
 
 def keep(app: App, prepared: Sequence[Prepared]) -> list[Receipt]:
     """Keep calls and queue what they ask for, in one transaction; a receipt for each, in their order."""
+    with keeping(app) as keep:
+        kept = keep(prepared)
+    return [_receipt(*each) for each in zip(prepared, kept, strict=True)]
+
+
+@contextmanager
+def keeping(app: App, *, user_by_user: bool = False) -> Iterator[Callable[[Sequence[Prepared]], list[calls.Kept]]]:
+    """A transaction in which calls may be kept several times; none of them is before it ends.
+
+    `user_by_user`: of different users, those that are kept together are delivered in any order.
+    """
     destination = app.settings.destination
+    fingerprint = destination.fingerprint if destination.api_key else None
     with engines.write(app.engine) as connection:
-        kept = calls.add(
+        yield lambda prepared: calls.add(
             connection,
             prepared,
             received_at=app.clock.now(),
-            fingerprint=destination.fingerprint if destination.api_key else None,
+            fingerprint=fingerprint,
+            user_by_user=user_by_user,
         )
-    return [_receipt(*each) for each in zip(prepared, kept, strict=True)]
 
 
 def _receipt(call: Prepared, kept: calls.Kept) -> Receipt:

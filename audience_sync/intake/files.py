@@ -11,7 +11,10 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import signal
+import stat
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +32,16 @@ from audience_sync.calls.validation import MAX_CALL_BYTES
 from audience_sync.clock import SystemClock
 from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
-from audience_sync.store.calls import Prepared
+from audience_sync.store import engines
+from audience_sync.store.calls import Kept, Prepared
 
 PIECE = 10_000  # lines in a transaction, at most
 PIECE_BYTES = (
     8_000_000  # of them: long lines make shorter pieces, whatever is held of one is a few times as much
 )
+# On SQLite a transaction takes several pieces: its journal writes each page that is touched twice, and the pages of the
+# indexes by user are touched by every piece. Others wait for it; after it they have the time in which those ask again.
+LOCK_SECONDS, GAP_SECONDS = 2, 0.1
 LONGEST_LINE = 6 * MAX_CALL_BYTES  # with escapes: six bytes may stand for one
 _GZIP = b"\x1f\x8b"
 _SPAWN = multiprocessing.get_context("spawn")
@@ -66,15 +73,13 @@ class Summary:
     def line_count(self) -> int:
         return self.accepted_count + self.ignored_count + self.repeated_count + self.bad_count
 
-    def add(self, piece: Piece, receipts: list[intake.Receipt]) -> None:
-        self.bad_count += len(piece.bad)
-        for receipt in receipts:
-            if receipt.is_repeat:
-                self.repeated_count += 1
-            elif receipt.ignored:
-                self.ignored_count += 1
-            else:
-                self.accepted_count += 1
+    def add(self, bad: Sequence[BadLine], kept: Sequence[Kept]) -> None:
+        repeated_count = sum(each.is_repeat for each in kept)
+        ignored_count = sum(each.ignored is not None for each in kept)
+        self.bad_count += len(bad)
+        self.repeated_count += repeated_count
+        self.ignored_count += ignored_count
+        self.accepted_count += len(kept) - repeated_count - ignored_count
 
 
 def unpacked(file: BinaryIO) -> BinaryIO:
@@ -106,15 +111,22 @@ def take_in(
     summary = Summary()
     trouble: list[ConfigError] = []
     pieces = _pieces(_lines(file), trouble)
+    longest = LOCK_SECONDS if engines.is_sqlite(app.engine) and _never_waits(file) else 0
     with contextlib.ExitStack() as stack:
         ready: Iterator[Piece] = (prepare(app.settings, piece) for piece in pieces)
         if beside:
             ready = stack.enter_context(Preparer(app.settings)).prepared(pieces)
-        for piece in ready:
-            for each in piece.bad:
-                on_bad(each)
-            summary.add(piece, intake.keep(app, piece.calls) if piece.calls else [])
+        for first in ready:
+            ends_at = time.monotonic() + longest
+            with intake.keeping(app, user_by_user=True) as keep:
+                piece: Piece | None = first
+                while piece is not None:
+                    for each in piece.bad:
+                        on_bad(each)
+                    summary.add(piece.bad, keep(piece.calls))
+                    piece = next(ready, None) if time.monotonic() < ends_at else None
             on_progress(summary)
+            time.sleep(GAP_SECONDS if longest else 0)
     if trouble:
         raise trouble[0]
     return summary
@@ -159,8 +171,8 @@ class Preparer:
             process.start()
             other.close()
         try:
-            self._pipe.send(piece)
-            return cast("Piece", self._pipe.recv())
+            self._pipe.send_bytes(msgspec.msgpack.encode(piece))
+            return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=Piece)
         except (EOFError, OSError):
             return prepare(self._settings, piece)
 
@@ -170,7 +182,8 @@ def _work(pipe: "Connection[Any, Any]", path: Path) -> None:
     configured = settings.load(path)
     while True:
         try:
-            pipe.send(prepare(configured, pipe.recv()))
+            lines = msgspec.msgpack.decode(pipe.recv_bytes(), type=list[Line])
+            pipe.send_bytes(msgspec.msgpack.encode(prepare(configured, lines)))
         except (EOFError, OSError):
             return
 
@@ -227,6 +240,14 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         raise ConfigError(
             f"The file cannot be read after line {number}: {error}. What stands before that is handed in."
         ) from error
+
+
+def _never_waits(file: BinaryIO) -> bool:
+    """Whether its lines are there: a pipe may be silent for an hour, in which no transaction may be open."""
+    try:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except OSError:
+        return False
 
 
 def decoded(text: bytes) -> Any:

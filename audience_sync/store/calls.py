@@ -2,7 +2,7 @@
 
 import datetime as dt
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -10,10 +10,11 @@ import sqlalchemy as sa
 from audience_sync.calls.mappings import Decision
 from audience_sync.calls.model import Action, Call, CallType
 from audience_sync.store import forgetting, rows
-from audience_sync.store.engines import is_sqlite, sql
+from audience_sync.store.engines import is_sqlite, sql, value_of
 from audience_sync.store.tables import calls, companies, deliveries, events, profiles
 
 FORGOTTEN = "the user was forgotten"
+_TELLING = {CallType.IDENTIFY, CallType.GROUP}
 _COLUMNS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}  # of the body none
 
 
@@ -33,7 +34,7 @@ class Prepared(NamedTuple):
     outgoing: tuple[tuple[str, str, str], ...]  # action, subject, body
     properties: str
     context: str
-    traits: dict[str, Any]
+    traits: str  # of an identify or group call that has some
     names_left_out: tuple[str, ...]
 
     @property
@@ -45,8 +46,7 @@ class Prepared(NamedTuple):
         return None if self.outgoing else self.reason
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """What became of a call: `ignored` is why it is not delivered, `reason` why a part of it is not."""
 
     call_id: int
@@ -74,7 +74,7 @@ def prepare(call: Call, decision: Decision) -> Prepared:
         ),
         properties=rows.document(call.properties) if is_track else "",
         context=rows.document(call.context) if is_track else "",
-        traits=call.traits if call.type in {CallType.IDENTIFY, CallType.GROUP} else {},
+        traits=rows.document(call.traits) if call.type in _TELLING and call.traits else "",
         names_left_out=tuple(decision.left_out),
     )
 
@@ -85,18 +85,22 @@ def add(
     *,
     received_at: dt.datetime,
     fingerprint: str | None,
+    user_by_user: bool = False,
 ) -> list[Kept]:
     """Keep calls, what they tell, and their deliveries; a message id that is known already changes nothing.
 
+    `user_by_user`: the deliveries, which are all of one age, need their order within each user alone; a database
+    takes ten thousand sooner that way, as each page of an index by user is touched once.
     Of a user who was erased nothing is kept but that there was a call.
     """
     forgetting.keep_out_erasures(connection)
-    users = {user for each in prepared for user in _users(each)}
+    users = (user for each in prepared for user in _users(each))
     erased = forgetting.forgotten_among(connection, users, received_at)
     first: dict[str, Prepared] = {}
     for each in prepared:
-        if each.message_id not in first:
-            first[each.message_id] = _without(each, erased) if erased else each
+        first.setdefault(each.message_id, each)
+    if erased:
+        first = {message_id: _without(each, erased) for message_id, each in first.items()}
     ids = _insert(connection, first, received_at)
     new = [(ids[message_id], each) for message_id, each in first.items() if message_id in ids]
     _learn(connection, [each for each in new if each[1].subject_id is not None], received_at)
@@ -106,6 +110,8 @@ def add(
         for call_id, each in new
         for outgoing in each.outgoing
     ]
+    if user_by_user:
+        queued.sort(key=_subject)
     rows.insert(connection, deliveries, _DELIVERY, queued)
     known = _known(connection, [each.message_id for each in prepared if each.message_id not in ids])
     kept = []
@@ -144,7 +150,7 @@ def _erased(prepared: Prepared) -> Prepared:
     """That there was such a call, and nothing about whom or what."""
     return prepared._replace(
         user_id=None, anonymous_id=None, group_id=None, event=None, body="{}", reason=FORGOTTEN, left_out=None,
-        outgoing=(), properties="", context="", traits={}, names_left_out=(),
+        outgoing=(), properties="", context="", traits="", names_left_out=(),
     )  # fmt: skip
 
 
@@ -156,6 +162,7 @@ _DELIVERY = (
     "action", "subject_id", "body", "class", "call_id", "value_at", "fingerprint", "status", "created_at",
     "next_attempt_at",
 )  # fmt: skip
+_subject = itemgetter(_DELIVERY.index("subject_id"))
 _EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "received_at")
 
 
@@ -200,7 +207,7 @@ def _known(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str, i
     return {message_id: int(call_id) for message_id, call_id in found}
 
 
-_Told = tuple[str, dict[str, Any]]  # when, and which traits
+_Told = tuple[str, str]  # when, and which traits
 
 
 def _learn(connection: sa.Connection, new: Sequence[tuple[int, Prepared]], received_at: dt.datetime) -> None:
@@ -211,7 +218,7 @@ def _learn(connection: sa.Connection, new: Sequence[tuple[int, Prepared]], recei
     now = rows.moment(received_at)
     for call_id, call in new:
         subject = call.subject_id or ""
-        traits = call.traits if call.type == CallType.IDENTIFY else {}
+        traits = call.traits if call.type == CallType.IDENTIFY else ""
         users.setdefault(subject, []).append((call.timestamp, traits))
         if call.type == CallType.GROUP and call.group_id is not None:
             groups.setdefault(call.group_id, []).append((call.timestamp, call.traits))
@@ -267,7 +274,7 @@ def _at(told: _Told) -> str:
 def _merged(subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]) -> rows.Row:
     for at, given in sorted(told, key=_at):
         stamp = f"{at.replace(' ', 'T')}+00:00"
-        for name, value in given.items():
+        for name, value in value_of(given).items() if given else ():
             if times.get(name, "") <= stamp:
                 times[name] = stamp
                 traits[name] = value

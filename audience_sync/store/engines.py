@@ -101,14 +101,15 @@ def document(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """The value of JSON text that `document` wrote."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return json.loads(text)
 
 
-_JSON: dict[str, Any] = {"json_serializer": document, "json_deserializer": _value}
+_JSON: dict[str, Any] = {"json_serializer": document, "json_deserializer": value_of}
 
 
 def _open_sqlite(url: sa.URL, **options: Any) -> sa.Engine:

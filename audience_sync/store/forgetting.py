@@ -2,7 +2,7 @@
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import sqlalchemy as sa
 
@@ -87,8 +87,8 @@ def keep_out_erasures(connection: sa.Connection) -> None:
         sql(connection, "SELECT pg_advisory_xact_lock_shared(:lock)", lock=_LOCK)
 
 
-def forgotten_among(connection: sa.Connection, user_ids: Collection[str], now: dt.datetime) -> set[str]:
-    """Those of the users of whom nothing may be kept or sent."""
+def forgotten_among(connection: sa.Connection, user_ids: Iterable[str], now: dt.datetime) -> set[str]:
+    """Those of the users of whom nothing may be kept or sent; the ids are looked at only if there are any."""
     if not connection.execute(sa.select(sa.exists(sa.select(forgotten.c.user_hash)))).scalar_one():
         return set()
     hashes = {forms.user_hash(each): each for each in user_ids}

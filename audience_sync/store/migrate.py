@@ -15,8 +15,8 @@ from audience_sync.errors import DatabaseError
 from audience_sync.store import engines
 from audience_sync.store.tables import metadata
 
-HEAD = "0004"
-KNOWN = ("0001", "0002", "0003", "0004")
+HEAD = "0005"
+KNOWN = ("0001", "0002", "0003", "0004", "0005")
 VERSION_TABLE = "audience_sync_version"
 _LOCK = 4_710_226_013  # any number that is ours: PostgreSQL's advisory lock for migrations
 

@@ -163,6 +163,7 @@ DEAD = sa.text("status = 'dead'")
 SENDING = sa.text("status = 'sending'")
 HELD = sa.text("status = 'held'")
 UNSETTLED = sa.text("status IN ('pending', 'sending')")
+COMPUTED = sa.text("run_id IS NOT NULL")
 CALLED = sa.text("call_id IS NOT NULL")
 
 deliveries = sa.Table(
@@ -222,7 +223,7 @@ deliveries = sa.Table(
     sa.Index("ix_deliveries_dead", "definition_id", sqlite_where=DEAD, postgresql_where=DEAD),
     sa.Index("ix_deliveries_call_id", "call_id", sqlite_where=CALLED, postgresql_where=CALLED),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),
-    sa.Index("ix_deliveries_run_id", "run_id", "status"),
+    sa.Index("ix_deliveries_run_id", "run_id", "status", sqlite_where=COMPUTED, postgresql_where=COMPUTED),
     sqlite_autoincrement=True,
 )
 

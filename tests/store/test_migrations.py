@@ -238,7 +238,7 @@ def test_a_newer_database_is_not_touched(engine):
 def test_a_database_that_is_behind_says_what_to_do(empty):
     migrate.upgrade(empty, "0001")
     with pytest.raises(
-        DatabaseError, match="at version 0001 and this program needs 0004: back it up, then run"
+        DatabaseError, match="at version 0001 and this program needs 0005: back it up, then run"
     ):
         migrate.ensure(empty)
 
