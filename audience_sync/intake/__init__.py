@@ -96,7 +96,9 @@ def keep(app: App, prepared: Sequence[Prepared]) -> list[Receipt]:
 
 
 @contextmanager
-def keeping(app: App, *, user_by_user: bool = False) -> Iterator[Callable[[Sequence[Prepared]], list[calls.Kept]]]:
+def keeping(
+    app: App, *, user_by_user: bool = False
+) -> Iterator[Callable[[Sequence[Prepared]], list[calls.Kept]]]:
     """A transaction in which calls may be kept several times; none of them is before it ends.
 
     `user_by_user`: of different users, those that are kept together are delivered in any order.
