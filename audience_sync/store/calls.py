@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from audience_sync.calls.mappings import Decision
 from audience_sync.calls.model import Action, Call, CallType
 from audience_sync.store import forgetting, rows
-from audience_sync.store.engines import is_sqlite, sql, value_of
+from audience_sync.store.engines import is_among, is_sqlite, sql, value_of
 from audience_sync.store.tables import calls, companies, deliveries, events, profiles
 
 FORGOTTEN = "the user was forgotten"
@@ -189,20 +189,23 @@ def _free_ids(connection: sa.Connection, count: int) -> Iterable[int]:
     if is_sqlite(connection):  # nobody else writes now
         last = sql(connection, "SELECT max(seq) FROM sqlite_sequence WHERE name = 'calls'").scalar() or 0
         return range(last + 1, last + 1 + count)
-    ids = sql(
+    ids: Sequence[int] | None = sql(
         connection,
-        "SELECT nextval(pg_get_serial_sequence(:calls, 'call_id')) FROM generate_series(1, :count)",
+        "SELECT array_agg(nextval((SELECT CAST(pg_get_serial_sequence(:calls, 'call_id') AS regclass)))) "
+        "FROM generate_series(1, :count)",
         calls=f"{connection.get_execution_options()['our']}calls",
         count=count,
-    )
-    return sorted(ids.scalars())
+    ).scalar_one()
+    return sorted(ids or ())
 
 
 def _known(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str, int]:
     if not message_ids:
         return {}
     found = connection.execute(
-        sa.select(calls.c.message_id, calls.c.call_id).where(calls.c.message_id.in_(message_ids))
+        sa.select(calls.c.message_id, calls.c.call_id).where(
+            is_among(connection, calls.c.message_id, message_ids)
+        )
     )
     return {message_id: int(call_id) for message_id, call_id in found}
 
@@ -256,7 +259,7 @@ def _merge(
     if not with_traits:
         return
     known = connection.execute(
-        sa.select(key, table.c.traits, table.c.trait_times).where(key.in_(list(with_traits)))
+        sa.select(key, table.c.traits, table.c.trait_times).where(is_among(connection, key, with_traits))
     )
     merged = [_merged(subject, traits, times, with_traits[subject]) for subject, traits, times in known]
     rows.update(connection, table, (key.name, "traits", "trait_times"), merged)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from audience_sync.errors import DatabaseError
 from audience_sync.store.tables import UtcDateTime
@@ -153,6 +154,15 @@ def is_sqlite(bind: sa.Engine | sa.Connection) -> bool:
     return bind.dialect.name == "sqlite"
 
 
+def is_among(
+    connection: sa.Connection, column: sa.Column[str], values: Iterable[str]
+) -> sa.ColumnElement[bool]:
+    """IN; of PostgreSQL with one parameter, as each of thousands would cost more than its row."""
+    if is_sqlite(connection):
+        return column.in_(list(values))
+    return column == sa.any_(sa.literal(list(values), postgresql.ARRAY(sa.Text)))
+
+
 @contextmanager
 def read(engine: sa.Engine) -> Iterator[sa.Connection]:
     """A transaction that sees one state of the database and changes nothing."""
@@ -213,6 +223,21 @@ def advice(error: sa.exc.DBAPIError) -> str:
     ):
         return "Is the server running, and are the address and password in [database] url right?"
     return "Nothing was half done: run the command again when it is mended."
+
+
+@contextmanager
+def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
+    """PostgreSQL's COPY FROM STDIN: what to `write` text to. Its errors are SQLAlchemy's, as other statements' are."""
+    raw: Any = connection.connection.dbapi_connection
+    kind = connection.dialect.loaded_dbapi.Error
+    try:
+        with raw.cursor() as cursor, cursor.copy(statement) as copy:
+            yield copy
+    except kind as error:
+        is_gone = connection.dialect.is_disconnect(error, raw, None)
+        raise sa.exc.DBAPIError.instance(
+            statement, None, error, kind, hide_parameters=True, connection_invalidated=is_gone
+        ) from error
 
 
 def now(connection: sa.Connection) -> dt.datetime:

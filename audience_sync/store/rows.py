@@ -1,13 +1,14 @@
 """Many rows of one table at once, by the fastest way of each database.
 
 SQLite takes some hundred in a statement: it prepares the lists in CHECK constraints anew for each, which costs more
-than a row. PostgreSQL takes them as one JSON document. Values are text, numbers or None; `moment` and `document` make
-text of what is neither.
+than a row. PostgreSQL takes them as one JSON document, and many by COPY. Values are text, numbers or None; `moment` and
+`document` make text of what is neither.
 """
 
 import datetime as dt
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +16,10 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.store.engines import document, is_sqlite
+from audience_sync.store.engines import copy_in, document, is_sqlite
 from audience_sync.store.tables import UtcDateTime
 
+MANY = 1_000  # rows for which COPY is worth its round trips
 TOGETHER = 500  # rows in a statement of SQLite, which takes 32,766 values
 Row = tuple[Any, ...]
 __all__ = ("Row", "document", "insert", "moment", "update")
@@ -36,20 +38,31 @@ def insert(
     suffix: str = "",
 ) -> int:
     """Insert the rows in their order; how many were. `suffix` is an ON CONFLICT clause, in which `t` is the table."""
-    our = _our(connection)
-    if not is_sqlite(connection):
-        return _run(connection, _insert(table, columns, suffix, our, 0), columns, rows)
-    count = 0
-    whole = len(rows) - len(rows) % TOGETHER
-    for some, together in ((rows[:whole], TOGETHER), (rows[whole:], len(rows) - whole)):
-        flat = [
-            tuple(itertools.chain.from_iterable(some[at : at + together]))
-            for at in range(0, len(some), together or 1)
-        ]
-        if flat:
-            statement = _insert(table, columns, suffix, our, together)
-            count += connection.exec_driver_sql(statement, flat).rowcount
-    return count
+    if not rows:
+        return 0
+    into, names = f"{_our(connection)}{table.name}", _names(columns)
+    if is_sqlite(connection):
+        places = f"({', '.join('?' * len(columns))})"
+        whole = len(rows) - len(rows) % TOGETHER
+        count = 0
+        for some, together in ((rows[:whole], TOGETHER), (rows[whole:], len(rows) - whole)):
+            flat = [
+                tuple(itertools.chain.from_iterable(some[at : at + together]))
+                for at in range(0, len(some), together or 1)
+            ]
+            if flat:
+                statement = (
+                    f"INSERT INTO {into} AS t ({names}) VALUES {', '.join([places] * together)} {suffix}"
+                )
+                count += connection.exec_driver_sql(statement, flat).rowcount
+        return count
+    if len(rows) >= MANY and not suffix:
+        _copy(connection, into, columns, rows)
+        return len(rows)
+    with _new(connection, into, table, columns, rows) as (source, values, parameters):
+        told = ", ".join(values.values())
+        statement = f"INSERT INTO {into} AS t ({names}) SELECT {told} FROM {source} {suffix}"
+        return connection.exec_driver_sql(statement, parameters).rowcount
 
 
 def update(
@@ -63,42 +76,51 @@ def update(
 
     `where` says which of those; in it `t` is the table, and `{name}` what is told of a column.
     """
-    statement = _update(table, columns, where, _our(connection), is_sqlite(connection))
-    return _run(connection, statement, columns, rows)
+    if not rows:
+        return 0
+    what = f"{_our(connection)}{table.name}"
+    if is_sqlite(connection):
+        places = {name: f"?{number}" for number, name in enumerate(columns, 1)}
+        statement = f"UPDATE {what} AS t SET {_assigned(columns, places, where)}"
+        return connection.exec_driver_sql(statement, list(rows)).rowcount
+    with _new(connection, what, table, columns, rows) as (source, values, parameters):
+        statement = f"UPDATE {what} AS t SET {_assigned(columns, values, where, f'FROM {source}')}"
+        return connection.exec_driver_sql(statement, parameters).rowcount
 
 
-@lru_cache(maxsize=64)
-def _insert(table: sa.Table, columns: tuple[str, ...], suffix: str, our: str, together: int) -> str:
-    """`together`: how many rows SQLite's statement takes; 0 is PostgreSQL's."""
-    names = ", ".join(f'"{each}"' for each in columns)
-    if together:
-        row = f"({', '.join('?' * len(columns))})"
-        values = f"VALUES {', '.join([row] * together)}"
-    else:
-        values = f"SELECT {', '.join(_told(table, columns, sqlite=False).values())} FROM {_NEW}"
-    return f"INSERT INTO {our}{table.name} AS t ({names}) {values} {suffix}".replace(
-        "{names}", _texts(columns)
-    )
-
-
-@lru_cache(maxsize=64)
-def _update(table: sa.Table, columns: tuple[str, ...], where: str, our: str, sqlite: bool) -> str:
-    told = _told(table, columns, sqlite=sqlite)
+def _assigned(columns: tuple[str, ...], told: Mapping[str, str], where: str, source: str = "") -> str:
     key, *others = columns
     assigned = ", ".join(f'"{each}" = {told[each]}' for each in others)
-    source = "" if sqlite else f"FROM {_NEW.replace('{names}', _texts(columns))}"
-    which = f'"{key}" = {told[key]} AND {where.format(**told)}'
-    return f"UPDATE {our}{table.name} AS t SET {assigned} {source} WHERE t.{which}"
+    return f'{assigned} {source} WHERE t."{key}" = {told[key]} AND {where.format(**told)}'
+
+
+@contextmanager
+def _new(
+    connection: sa.Connection, like: str, table: sa.Table, columns: tuple[str, ...], rows: Sequence[Row]
+) -> Iterator[tuple[str, dict[str, str], tuple[str, ...]]]:
+    """The rows in a statement of PostgreSQL: its source, each column's value in it, and the parameters."""
+    if len(rows) < MANY:
+        told = msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows])
+        texts = ", ".join(f'"{each}" text' for each in columns)
+        yield (
+            f"json_to_recordset(CAST(%s AS json)) AS new ({texts})",
+            _casts(table, columns),
+            (told.decode(),),
+        )
+        return
+    connection.exec_driver_sql(
+        f"CREATE TEMPORARY TABLE audience_sync_new AS SELECT {_names(columns)} FROM {like} WITH NO DATA"
+    )
+    _copy(connection, "pg_temp.audience_sync_new", columns, rows)
+    yield "pg_temp.audience_sync_new AS new", {each: f'new."{each}"' for each in columns}, ()
+    connection.exec_driver_sql("DROP TABLE pg_temp.audience_sync_new")
 
 
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
-_NEW = "json_to_recordset(CAST(%s AS json)) AS new ({names})"
 
 
-def _told(table: sa.Table, columns: tuple[str, ...], *, sqlite: bool) -> dict[str, str]:
-    """Of each column the expression for its new value."""
-    if sqlite:
-        return {name: f"?{number}" for number, name in enumerate(columns, 1)}
+@lru_cache(maxsize=64)
+def _casts(table: sa.Table, columns: tuple[str, ...]) -> dict[str, str]:
     return {name: _cast(table.c[name].type, f'new."{name}"') for name in columns}
 
 
@@ -110,19 +132,30 @@ def _cast(kind: sa.types.TypeEngine[Any], value: str) -> str:
     return f"CAST({value} AS {kind.compile(_POSTGRESQL)})"
 
 
-def _texts(columns: tuple[str, ...]) -> str:
-    return ", ".join(f'"{each}" text' for each in columns)
+def _copy(connection: sa.Connection, table: str, columns: tuple[str, ...], rows: Sequence[Row]) -> None:
+    connection.exec_driver_sql("SET LOCAL timezone = 'UTC'")  # for moments, whatever the URL's options are
+    with copy_in(connection, f"COPY {table} ({_names(columns)}) FROM STDIN") as copy:
+        copy.write("".join(["\t".join([_copied(value) for value in row]) + "\n" for row in rows]))
+
+
+def _copied(value: Any) -> str:
+    """In COPY's text form."""
+    if value is None:
+        return r"\N"
+    text = str(value)
+    for special, escaped in _SPECIAL:
+        if special in text:
+            text = text.replace(special, escaped)
+    return text
+
+
+_SPECIAL = (("\\", r"\\"), ("\n", r"\n"), ("\t", r"\t"), ("\r", r"\r"))
+
+
+def _names(columns: tuple[str, ...]) -> str:
+    return ", ".join(f'"{each}"' for each in columns)
 
 
 def _our(connection: sa.Connection) -> str:
     our: str = connection.get_execution_options()["our"]
     return our
-
-
-def _run(connection: sa.Connection, statement: str, columns: tuple[str, ...], rows: Sequence[Row]) -> int:
-    if not rows:
-        return 0
-    if is_sqlite(connection):
-        return connection.exec_driver_sql(statement, list(rows)).rowcount
-    told = msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows])
-    return connection.exec_driver_sql(statement, (told.decode(),)).rowcount

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from audience_sync.definitions.model import Kind
 from audience_sync.store import forms
-from audience_sync.store.engines import is_sqlite, sql
+from audience_sync.store.engines import copy_in, is_sqlite, sql
 
 SNAPSHOT = "snapshot"
 ELIGIBLE = "eligible"  # those who may enter: user_id, row_count
@@ -58,14 +58,14 @@ def load(
     collated = "text" if is_sqlite(connection) else 'text COLLATE "C"'
     columns = ", ".join(f"{name} {collated}" for name in names)
     sql(connection, f"CREATE TEMPORARY TABLE audience_sync_rows ({columns})")
-    raw: Any = connection.connection.dbapi_connection
     if is_sqlite(connection):
+        raw: Any = connection.connection.dbapi_connection
         forms.teach(raw)
         places = ", ".join("?" * len(names))
         for batch in batches:
             raw.executemany(f"INSERT INTO temp.audience_sync_rows VALUES ({places})", batch)
     else:
-        with raw.cursor() as cursor, cursor.copy("COPY pg_temp.audience_sync_rows FROM STDIN") as copy:
+        with copy_in(connection, "COPY pg_temp.audience_sync_rows FROM STDIN") as copy:
             for batch in batches:
                 text = "\0\0".join(["\0".join(row) for row in batch]).translate(_COPY)
                 copy.write(text.replace("\0\0", "\n").replace("\0", "\t") + "\n" if text else "")
