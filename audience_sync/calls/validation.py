@@ -196,11 +196,12 @@ def _sort_out(value: dict[Any, Any] | list[Any], inner: list[Any], texts: list[s
         texts += value
         members = value.values()
     for member in members:
-        if isinstance(member, str):
+        kind = type(member)
+        if kind is str or isinstance(member, str):
             texts.append(member)
-        elif isinstance(member, dict | list):
+        elif kind is dict or kind is list or isinstance(member, dict | list):
             inner.append(member)
-        elif member is not None and member is not True and member is not False:
+        elif member is not None and kind is not bool:
             _check_number(member)
 
 

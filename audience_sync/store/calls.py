@@ -14,7 +14,6 @@ from audience_sync.store.engines import is_among, is_sqlite, sql, value_of
 from audience_sync.store.tables import calls, companies, deliveries, events, profiles
 
 FORGOTTEN = "the user was forgotten"
-_TELLING = {CallType.IDENTIFY, CallType.GROUP}
 _COLUMNS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}  # of the body none
 
 
@@ -58,6 +57,7 @@ class Kept(NamedTuple):
 def prepare(call: Call, decision: Decision) -> Prepared:
     body = {name: value for name, value in call.document.items() if value and name not in _COLUMNS}
     is_track = call.type is CallType.TRACK
+    is_telling = call.type is CallType.IDENTIFY or call.type is CallType.GROUP
     return Prepared(
         message_id=call.message_id,
         type=call.type.value,
@@ -74,7 +74,7 @@ def prepare(call: Call, decision: Decision) -> Prepared:
         ),
         properties=rows.document(call.properties) if is_track else "",
         context=rows.document(call.context) if is_track else "",
-        traits=rows.document(call.traits) if call.type in _TELLING and call.traits else "",
+        traits=rows.document(call.traits) if is_telling and call.traits else "",
         names_left_out=tuple(decision.left_out),
     )
 
