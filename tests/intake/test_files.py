@@ -3,13 +3,16 @@
 import gzip
 import io
 import json
+import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from audience_sync.intake import files
 from audience_sync.store import engines
+from tests.acceptance.faults import until
 
 SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
 
@@ -283,3 +286,36 @@ def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monk
     lines = b"\n".join(identify(f"u{number}") for number in range(5))
     summary = files.take_in(make_app(), io.BytesIO(lines), pytest.fail)
     assert (summary.accepted_count, sorted(users())) == (5, [f"u{number}" for number in range(5)])
+
+
+@SQLITE
+@pytest.mark.parametrize(("seconds", "told"), [(60, [6]), (0, [2, 4, 6])], ids=["together", "apart"])
+def test_between_transactions_others_may_write(make_app, users, engine, tmp_path, monkeypatch, seconds, told):
+    monkeypatch.setattr(files, "PIECE", 2)
+    monkeypatch.setattr(files, "LOCK_SECONDS", seconds)
+    (tmp_path / "calls").write_bytes(b"\n".join(identify(f"u{number}") for number in range(6)))
+    seen = []
+
+    def on_progress(summary):
+        seen.append(summary.accepted_count)
+        assert len(users()) == summary.accepted_count
+        with engines.write(engine) as connection:
+            engines.sql(connection, "DELETE FROM {our}companies")
+
+    with (tmp_path / "calls").open("rb") as file:
+        files.take_in(make_app(), files.unpacked(file), pytest.fail, on_progress)
+    assert seen == told
+
+
+@SQLITE
+def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 2)
+    out, into = os.pipe()
+    os.write(into, b"\n".join([ANN, BOB, CLEO, b""]))
+    with ThreadPoolExecutor() as pool, os.fdopen(out, "rb") as file:
+        importing = pool.submit(files.take_in, make_app(), files.unpacked(file), pytest.fail)
+        until(lambda: users() == ["ann", "bob"])
+        with engines.write(engine) as connection:
+            engines.sql(connection, "DELETE FROM {our}companies")
+        os.close(into)
+        assert importing.result(60).accepted_count == 3

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audience_sync.calls import mappings, validation
-from audience_sync.store import calls, engines
+from audience_sync.store import calls, engines, rows
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 _numbers = itertools.count()
@@ -95,7 +95,7 @@ class Model:
 
 def kept(engine, table, key, prefix):
     with engines.read(engine) as connection:
-        rows = connection.execute(
+        found = connection.execute(
             table.select().where(table.c[key].startswith(prefix, autoescape=True))
         ).all()
     return {
@@ -105,13 +105,15 @@ def kept(engine, table, key, prefix):
             (row.first_seen_at - NOON) // dt.timedelta(hours=1),
             (row.last_seen_at - NOON) // dt.timedelta(hours=1),
         )
-        for row in rows
+        for row in found
     }
 
 
+@pytest.mark.parametrize("many", [1, rows.MANY], ids=["many", "few"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(batches=st.lists(st.lists(TOLD, min_size=1, max_size=8), min_size=1, max_size=4))
-def test_profiles_and_companies_are_what_calls_told_one_after_the_other(engine, batches):
+def test_profiles_and_companies_are_what_calls_told_one_after_the_other(engine, many, monkeypatch, batches):
+    monkeypatch.setattr(rows, "MANY", many)
     prefix = f"{next(_numbers)}-"
     model = Model()
     for batch in batches:
