@@ -268,6 +268,7 @@ def measure(name, calls, lines):
         rows = stored_rows(mine)
         assert len(rows[tables.calls]) == calls + len(singles)
         bare = bare_inserts(fresh("bare"), rows, calls) * calls / len(rows[tables.calls])
+        del documents, batches, rows  # the collector would look at all of them while it measures the import
         imported = fresh("imported")
         file = Path(folder, "calls.ndjson")
         with file.open("w") as written:
