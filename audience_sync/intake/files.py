@@ -35,10 +35,8 @@ from audience_sync.settings import Settings
 from audience_sync.store import engines
 from audience_sync.store.calls import Kept, Prepared
 
-PIECE = 10_000  # lines in a transaction, at most
-PIECE_BYTES = (
-    8_000_000  # of them: long lines make shorter pieces, whatever is held of one is a few times as much
-)
+PIECE = 10_000  # lines that are made ready, and kept, together
+PIECE_BYTES = 8_000_000  # of them, at most: what is held of a line is a few times as much
 # On SQLite a transaction takes several pieces: its journal writes each page that is touched twice, and the pages of the
 # indexes by user are touched by every piece. Others wait for it; after it they have the time in which those ask again.
 LOCK_SECONDS, GAP_SECONDS = 2, 0.1
@@ -117,6 +115,8 @@ def take_in(
         if beside:
             ready = stack.enter_context(Preparer(app.settings)).prepared(pieces)
         for first in ready:
+            if longest and summary.line_count:
+                time.sleep(GAP_SECONDS)
             ends_at = time.monotonic() + longest
             with intake.keeping(app, user_by_user=True) as keep:
                 piece: Piece | None = first
@@ -126,7 +126,6 @@ def take_in(
                     summary.add(piece.bad, keep(piece.calls))
                     piece = next(ready, None) if time.monotonic() < ends_at else None
             on_progress(summary)
-            time.sleep(GAP_SECONDS if longest else 0)
     if trouble:
         raise trouble[0]
     return summary
