@@ -59,7 +59,7 @@ def insert(
     if len(rows) >= MANY and not suffix:
         _copy(connection, into, columns, rows)
         return len(rows)
-    with _new(connection, into, table, columns, rows) as (source, values, parameters):
+    with _new(connection, table, columns, rows) as (source, values, parameters):
         told = ", ".join(values.values())
         statement = f"INSERT INTO {into} AS t ({names}) SELECT {told} FROM {source} {suffix}"
         return connection.exec_driver_sql(statement, parameters).rowcount
@@ -83,7 +83,7 @@ def update(
         places = {name: f"?{number}" for number, name in enumerate(columns, 1)}
         statement = f"UPDATE {what} AS t SET {_assigned(columns, places, where)}"
         return connection.exec_driver_sql(statement, list(rows)).rowcount
-    with _new(connection, what, table, columns, rows) as (source, values, parameters):
+    with _new(connection, table, columns, rows) as (source, values, parameters):
         statement = f"UPDATE {what} AS t SET {_assigned(columns, values, where, f'FROM {source}')}"
         return connection.exec_driver_sql(statement, parameters).rowcount
 
@@ -96,26 +96,27 @@ def _assigned(columns: tuple[str, ...], told: Mapping[str, str], where: str, sou
 
 @contextmanager
 def _new(
-    connection: sa.Connection, like: str, table: sa.Table, columns: tuple[str, ...], rows: Sequence[Row]
+    connection: sa.Connection, table: sa.Table, columns: tuple[str, ...], rows: Sequence[Row]
 ) -> Iterator[tuple[str, dict[str, str], tuple[str, ...]]]:
     """The rows in a statement of PostgreSQL: its source, each column's value in it, and the parameters."""
+    values = _casts(table, columns)
     if len(rows) < MANY:
         told = msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows])
         texts = ", ".join(f'"{each}" text' for each in columns)
-        yield (
-            f"json_to_recordset(CAST(%s AS json)) AS new ({texts})",
-            _casts(table, columns),
-            (told.decode(),),
-        )
+        yield f"json_to_recordset(CAST(%s AS json)) AS new ({texts})", values, (told.decode(),)
         return
-    connection.exec_driver_sql(
-        f"CREATE TEMPORARY TABLE audience_sync_new AS SELECT {_names(columns)} FROM {like} WITH NO DATA"
-    )
-    _copy(connection, "pg_temp.audience_sync_new", columns, rows)
-    yield "pg_temp.audience_sync_new AS new", {each: f'new."{each}"' for each in columns}, ()
-    connection.exec_driver_sql("DROP TABLE pg_temp.audience_sync_new")
+    connection.exec_driver_sql(_PLACE)
+    _copy(connection, "pg_temp.audience_sync_new", tuple(_PLACES[: len(columns)]), rows)
+    yield f"pg_temp.audience_sync_new AS new ({_names(columns)})", values, ()
+    connection.exec_driver_sql("DELETE FROM pg_temp.audience_sync_new")
 
 
+# One for all and kept: what is created and dropped each time leaves dead rows in PostgreSQL's catalogues.
+_PLACES = [f"value_{number}" for number in range(1, 17)]
+_PLACE = (
+    f"CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_new ({', '.join(f'{each} text' for each in _PLACES)}) "
+    "ON COMMIT DELETE ROWS"
+)
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 
