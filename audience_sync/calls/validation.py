@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -175,18 +175,23 @@ def _check_values(document: dict[str, Any]) -> None:
     Each takes a byte at least: that ends structures that hold themselves many times over before they become text.
     """
     level, budget, layer = 1, MAX_CALL_BYTES, [document]
+    texts: list[str] = []
     while layer:
         if level > MAX_LEVELS:
             raise CallError(f"objects and lists are nested over {MAX_LEVELS} levels")
         inner: list[Any] = []
-        texts: list[str] = []
         for each in layer:
             budget -= 1 + len(each)
             if budget < 0:
                 raise CallError("the call is larger than 32 KB")
             _sort_out(each, inner, texts)
-        budget -= _checked_length(texts)
         level, layer = level + 1, inner
+    try:
+        if sum(map(len, texts)) > MAX_CALL_BYTES:
+            raise CallError("the call is larger than 32 KB")
+        _check_text("".join(texts))
+    except TypeError:  # which none of the values can cause
+        raise CallError("the names in an object must be strings") from None
 
 
 def _sort_out(value: dict[Any, Any] | list[Any], inner: list[Any], texts: list[str]) -> None:
@@ -203,17 +208,6 @@ def _sort_out(value: dict[Any, Any] | list[Any], inner: list[Any], texts: list[s
             inner.append(member)
         elif member is not None and kind is not bool:
             _check_number(member)
-
-
-def _checked_length(texts: Sequence[str]) -> int:
-    try:
-        length = sum(map(len, texts))
-        if length > MAX_CALL_BYTES:
-            raise CallError("the call is larger than 32 KB")
-        _check_text("".join(texts))
-    except TypeError:  # which none of the values can cause
-        raise CallError("the names in an object must be strings") from None
-    return length
 
 
 def _check_text(value: str) -> None:
