@@ -173,11 +173,12 @@ def _insert(
     ids = dict(zip(prepared, _free_ids(connection, len(prepared)), strict=True))
     ordered = sorted(prepared)  # in one order: other processes may wait for the same message ids
     now = rows.moment(received_at)
+    of_call = _CALL.index("left_out")  # so many of its members are columns
     written = []
     for message_id in ordered:
         each = prepared[message_id]
         status = "accepted" if each.outgoing else "ignored"
-        written.append((ids[message_id], *each[: _CALL.index("left_out")], status, now))
+        written.append((ids[message_id], *each[:of_call], status, now))
     if rows.insert(connection, calls, _CALL, written, "ON CONFLICT (message_id) DO NOTHING") == len(written):
         return ids
     found = _known(connection, ordered)
@@ -214,17 +215,15 @@ _Told = tuple[str, str]  # when, and which traits
 
 
 def _learn(connection: sa.Connection, new: Sequence[tuple[int, Prepared]], received_at: dt.datetime) -> None:
-    users: dict[str, list[_Told]] = {}
-    groups: dict[str, list[_Told]] = {}
+    users, groups = _News(), _News()
     member_of: dict[str, Prepared] = {}
     tracked: list[rows.Row] = []
     now = rows.moment(received_at)
     for call_id, call in new:
         subject = call.subject_id or ""
-        traits = call.traits if call.type == CallType.IDENTIFY else ""
-        users.setdefault(subject, []).append((call.timestamp, traits))
+        users.add(subject, call.timestamp, call.traits if call.type == CallType.IDENTIFY else "")
         if call.type == CallType.GROUP and call.group_id is not None:
-            groups.setdefault(call.group_id, []).append((call.timestamp, call.traits))
+            groups.add(call.group_id, call.timestamp, call.traits)
             if subject not in member_of or member_of[subject].timestamp <= call.timestamp:
                 member_of[subject] = call
         elif call.type == CallType.TRACK:
@@ -241,27 +240,34 @@ def _learn(connection: sa.Connection, new: Sequence[tuple[int, Prepared]], recei
     rows.insert(connection, events, _EVENT, tracked)
 
 
-def _merge(
-    connection: sa.Connection, table: sa.Table, key: sa.Column[str], told: Mapping[str, Sequence[_Told]]
-) -> None:
+class _News:
+    """What calls told of users, or of companies: when each was seen, and traits."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[str]] = {}
+        self.traits: dict[str, list[_Told]] = {}
+
+    def add(self, subject: str, at: str, traits: str) -> None:
+        self.seen.setdefault(subject, []).append(at)
+        if traits:
+            self.traits.setdefault(subject, []).append((at, traits))
+
+
+def _merge(connection: sa.Connection, table: sa.Table, key: sa.Column[str], news: _News) -> None:
     """Merge traits, the newest timestamp winning each; a null removes (its time is kept)."""
     rows.insert(  # which also locks what was there
         connection,
         table,
         (key.name, "traits", "trait_times", "first_seen_at", "last_seen_at"),
-        [
-            (subject, "{}", "{}", min(each, key=_at)[0], max(each, key=_at)[0])
-            for subject, each in sorted(told.items())
-        ],
+        [(subject, "{}", "{}", min(each), max(each)) for subject, each in sorted(news.seen.items())],
         f"ON CONFLICT ({key.name}) DO UPDATE SET {_SEEN}",
     )
-    with_traits = {subject: each for subject, each in told.items() if any(traits for _, traits in each)}
-    if not with_traits:
+    if not news.traits:
         return
     known = connection.execute(
-        sa.select(key, table.c.traits, table.c.trait_times).where(is_among(connection, key, with_traits))
+        sa.select(key, table.c.traits, table.c.trait_times).where(is_among(connection, key, news.traits))
     )
-    merged = [_merged(subject, traits, times, with_traits[subject]) for subject, traits, times in known]
+    merged = [_merged(subject, traits, times, news.traits[subject]) for subject, traits, times in known]
     rows.update(connection, table, (key.name, "traits", "trait_times"), merged)
 
 
@@ -277,7 +283,7 @@ def _at(told: _Told) -> str:
 def _merged(subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]) -> rows.Row:
     for at, given in sorted(told, key=_at):
         stamp = f"{at.replace(' ', 'T')}+00:00"
-        for name, value in value_of(given).items() if given else ():
+        for name, value in value_of(given).items():
             if times.get(name, "") <= stamp:
                 times[name] = stamp
                 traits[name] = value
