@@ -319,3 +319,22 @@ def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkey
             engines.sql(connection, "DELETE FROM {our}companies")
         os.close(into)
         assert importing.result(60).accepted_count == 3
+
+
+def test_what_a_file_tells_of_a_user_is_queued_in_its_order(take_in, engine):
+    names = [f"{number:03}" for number in range(300, 0, -1)]
+    users = [("bob", "ann", "cleo")[number % 3] for number in range(300)]
+    lines = [
+        json.dumps({"type": "track", "userId": user, "event": name}).encode()
+        for user, name in zip(users, names, strict=True)
+    ]
+    assert take_in(b"\n".join(lines))[0] == 0
+    with engines.read(engine) as connection:
+        found = engines.sql(
+            connection,
+            "SELECT d.subject_id, c.event FROM {our}deliveries d JOIN {our}calls c ON c.call_id = d.call_id "
+            "ORDER BY d.delivery_id",
+        ).all()
+    for user in ("ann", "bob", "cleo"):
+        told = [name for each, name in zip(users, names, strict=True) if each == user]
+        assert [name for each, name in found if each == user] == told
