@@ -276,7 +276,8 @@ def _limits(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
             try:
                 yield
             finally:
-                raw.set_progress_handler(None, 0)
+                with contextlib.suppress(sqlite3.ProgrammingError):  # a signal in the middle of it closed it
+                    raw.set_progress_handler(None, 0)
         case "postgresql":
             milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")

@@ -22,7 +22,7 @@ _FIELDS: dict[str, Any] = {
     },
     "context": _OBJECT,
     "integrations": {**_OBJECT, "description": "Userpilot or All: false keeps it from Userpilot."},
-    "writeKey": {"type": ["string", "null"], "description": "Where the Authorization header has none."},
+    "writeKey": {"description": "A string; read only where there is no Authorization header."},
 }
 _OWN: dict[CallType, dict[str, Any]] = {
     CallType.IDENTIFY: {"traits": _OBJECT},

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from audience_sync.errors import DatabaseError
 from audience_sync.store import engines
 
 DAILY = 'schedule = "0 0 * * *"'
@@ -79,14 +80,17 @@ def stop(command, process, sent=signal.SIGTERM):
 
 
 def fall_asleep(daemon, engine):
-    """Between two transactions: on SQLite one would keep everybody out."""
+    """Between two transactions: one would keep others out, on SQLite all, on PostgreSQL those who want its rows."""
 
     def is_free():
         daemon.send_signal(signal.SIGSTOP)
-        with contextlib.suppress(sqlite3.OperationalError):
+        with contextlib.suppress(sqlite3.OperationalError, DatabaseError):
             if engines.is_sqlite(engine):
                 with contextlib.closing(sqlite3.connect(engine.url.database, timeout=0.1)) as database:
                     database.execute("BEGIN IMMEDIATE")
+            else:
+                with engines.write(engine) as connection:
+                    engines.sql(connection, "SELECT 1 FROM {our}leases FOR UPDATE NOWAIT")
             return True
         daemon.send_signal(signal.SIGCONT)
         return False
