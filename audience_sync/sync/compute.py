@@ -262,7 +262,13 @@ def _authorize(connection: sa.Connection, statement: _Statement) -> None:
             f"{statement.definition.key}: a definition may only read, and this one does more ({refused[0]})."
         ) from error
     finally:
-        raw.set_authorizer(None)
+        with _if_open():
+            raw.set_authorizer(None)
+
+
+def _if_open() -> contextlib.AbstractContextManager[None]:
+    """For what is set back on SQLite's connection: a signal in the middle of a statement closes it."""
+    return contextlib.suppress(sqlite3.ProgrammingError)
 
 
 @contextmanager
@@ -276,7 +282,7 @@ def _limits(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
             try:
                 yield
             finally:
-                with contextlib.suppress(sqlite3.ProgrammingError):  # a signal in the middle of it closed it
+                with _if_open():
                     raw.set_progress_handler(None, 0)
         case "postgresql":
             milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
