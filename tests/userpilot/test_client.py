@@ -70,10 +70,10 @@ def test_each_of_many_requests_has_its_own_deadline(serve):
     server = serve(script)
     kinds = ["slow", "fast", "slow", "fast", "slow", "fast", "slow", "fast"]
     started = time.monotonic()
-    with Client(server.url, KEY, deadline_seconds=0.5) as client, ThreadPoolExecutor(8) as threads:
+    with Client(server.url, KEY, deadline_seconds=2) as client, ThreadPoolExecutor(8) as threads:
         outcomes = [a.outcome for a in threads.map(lambda kind: client.send("v1/track", {"k": kind}), kinds)]
     assert outcomes == [Outcome.UNKNOWN, Outcome.ACCEPTED] * 4
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 6  # one after another, the slow ones alone would take 8
 
 
 def test_a_client_goes_on_after_an_answer_was_cut_off(serve):
