@@ -25,6 +25,7 @@ from audience_sync.errors import DatabaseError
 from audience_sync.store.tables import UtcDateTime
 
 CHUNK = 500  # ids in a statement
+CANCEL_SECONDS = 5.0
 Id = TypeVar("Id", int, str)
 # Outlasts the longest transaction of ours: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
@@ -80,7 +81,7 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
     arguments = {name: value for name, value in _POSTGRESQL_ARGUMENTS.items() if name not in url.query}
     options_of_url = " ".join(url.normalized_query.get("options", ()))
     try:
-        return sa.create_engine(
+        engine = sa.create_engine(
             url,
             **options,
             hide_parameters=True,
@@ -92,6 +93,19 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
         raise DatabaseError(
             "PostgreSQL needs the driver psycopg: pip install 'audience-sync[postgres]'."
         ) from error
+
+    @sa.event.listens_for(engine, "invalidate")
+    def leave(raw: Any, _record: Any, _error: BaseException | None) -> None:
+        cancel(raw)  # a signal ended the wait for its statement: closing alone would let the statement run on
+
+    return engine
+
+
+def cancel(raw: Any) -> None:
+    """Ask PostgreSQL to end the statement that a connection waits for; nothing where there is none, or no answer."""
+    with contextlib.suppress(Exception):
+        if raw.info.transaction_status.name == "ACTIVE":
+            raw.cancel_safe(timeout=CANCEL_SECONDS)
 
 
 def document(value: Any) -> str:

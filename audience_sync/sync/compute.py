@@ -26,7 +26,7 @@ from audience_sync.sync import values
 
 SQL = "SQL"
 FETCH_ROWS = 20_000
-CANCEL_SECONDS = 5.0
+GONE_SECONDS = 5
 PROGRESS_STEPS = 20_000  # virtual machine steps between two looks at the clock: some milliseconds
 _QUERY_ACTIONS = {
     sqlite3.SQLITE_SELECT,
@@ -287,21 +287,24 @@ def _limits(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
         case "postgresql":
             milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
+            _end_with_us(connection)
             try:
-                with stop.interrupting(partial(_cancel, raw)):
+                with stop.interrupting(partial(engines.cancel, raw)):
                     yield
             except Interrupted:
-                _cancel(raw)
                 connection.invalidate()
                 raise
         case _:
             yield
 
 
-def _cancel(raw: Any) -> None:
-    """Ask PostgreSQL to end the connection's statement; where it does not listen, it will find nobody there."""
-    with contextlib.suppress(Exception):
-        raw.cancel_safe(timeout=CANCEL_SECONDS)
+def _end_with_us(connection: sa.Connection) -> None:
+    """Let PostgreSQL end the statements of a process that is gone, not finish them; before 14 it cannot."""
+    with contextlib.suppress(sa.exc.DBAPIError), connection.begin_nested():  # nor can it on Windows
+        connection.exec_driver_sql(
+            f"SELECT pg_catalog.set_config(name, '{GONE_SECONDS}s', true) FROM pg_catalog.pg_settings "
+            "WHERE name = 'client_connection_check_interval'"
+        )
 
 
 def _too_long(definition: Definition) -> str:

@@ -55,6 +55,31 @@ def test_a_restart_of_the_server_loses_nothing(here, own_server, sandbox):
 
 
 @POSTGRESQL
+@pytest.mark.usefixtures("people")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_statement_does_not_outlive_its_process(start, engine, number):
+    command = start({"Endless": ENDLESS}, extra="[defaults]\ntimeout = '2 hours'")
+    process = command.popen("sync")
+    until(lambda: endless_statements(engine) == 1)
+    process.send_signal(number)
+    code, _ = command.ended(process)
+    assert code == (-number if number == signal.SIGKILL else 1)
+    until(lambda: endless_statements(engine) == 0)
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) AS user_id FROM n"
+
+
+def endless_statements(engine):
+    with engines.read(engine) as connection:
+        return engines.sql(
+            connection,
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active' "
+            "AND starts_with(query, 'CREATE TEMPORARY TABLE') AND strpos(query, 'n(i)') > 0",
+        ).scalar_one()
+
+
+@POSTGRESQL
 def test_both_sides_of_a_connection_watch_it(here):
     engine = engines.open_own(here.url, "audience_sync")
     with engine.connect() as connection:

@@ -1,6 +1,7 @@
 """Definitions over a table `people` of our own database, synced at moments that a test sets."""
 
 import datetime as dt
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -50,6 +51,16 @@ class World:
     def query(self, statement, **parameters):
         with engines.read(self.engine) as connection:
             return [tuple(row) for row in engines.sql(connection, statement, **parameters)]
+
+    def wait_for_statements(self):
+        """Until PostgreSQL runs none in this database; an ended one has to end within seconds."""
+        if engines.is_sqlite(self.engine):
+            return
+        others = "datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()"
+        deadline = time.monotonic() + 30
+        while self.query(f"SELECT query FROM pg_stat_activity WHERE {others}"):
+            assert time.monotonic() < deadline, "a statement runs on"
+            time.sleep(0.1)
 
     def people(self, *rows):
         """Replace the people: user ids, or pairs of a user id and a value."""

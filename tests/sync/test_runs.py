@@ -298,6 +298,7 @@ def test_a_signal_during_the_computation_ends_it_at_once(world, error):
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert world.query("SELECT status, error FROM {our}runs") == [("failed", "It was interrupted.")]
+    world.wait_for_statements()
     assert world.sync(world.audience()).status == "succeeded"
 
 
