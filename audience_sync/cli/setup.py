@@ -11,7 +11,7 @@ import typer
 from audience_sync.cli import say
 from audience_sync.cli.main import app
 from audience_sync.definitions.model import Definition
-from audience_sync.errors import AudienceSyncError, ConfigError
+from audience_sync.errors import AudienceSyncError, ConfigError, DatabaseError
 
 db = typer.Typer(help="Migrations of our own tables.", no_args_is_help=True)
 app.add_typer(db, name="db")
@@ -99,6 +99,15 @@ def _check_database(opened: "App") -> str:
         if engines.is_sqlite(connection):
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
             return f"SQLite, journal mode {mode}, version {migrate.HEAD}"
+        may = (
+            "SELECT has_database_privilege(current_database(), 'TEMPORARY'), current_database(), current_user"
+        )
+        may_stage, database, role = connection.exec_driver_sql(may).one()
+        if not may_stage:
+            raise DatabaseError(
+                "its role may not create temporary tables, which syncs and large imports are computed in: "
+                f"GRANT TEMPORARY ON DATABASE {database} TO {role}"
+            )
         return f"PostgreSQL, schema {opened.settings.database.schema}, version {migrate.HEAD}"
 
 

@@ -5,11 +5,12 @@ lines are one call. A file of more than one piece is made into calls by a proces
 what is ready: two cores share the work.
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -38,8 +39,9 @@ from audience_sync.store.calls import Kept, Prepared
 PIECE = 10_000  # lines that are made ready, and kept, together
 PIECE_BYTES = 8_000_000  # of them, at most: what is held of a line is a few times as much
 # On SQLite a transaction takes several pieces: its journal writes each page that is touched twice, and the pages of the
-# indexes by user are touched by every piece. Others wait for it; after it they have the time in which those ask again.
-LOCK_SECONDS, GAP_SECONDS = 2, 0.1
+# indexes by user are touched by every piece. Others wait for it; after it they have the time in which those ask again,
+# and it is used to read as many pieces as a transaction may take: while it is open, nothing is waited for.
+LOCK_SECONDS, GAP_SECONDS, READ_AHEAD = 2, 0.15, 6
 LONGEST_LINE = 6 * MAX_CALL_BYTES  # with escapes: six bytes may stand for one
 _GZIP = b"\x1f\x8b"
 _SPAWN = multiprocessing.get_context("spawn")
@@ -109,22 +111,25 @@ def take_in(
     summary = Summary()
     trouble: list[ConfigError] = []
     pieces = _pieces(_lines(file), trouble)
-    longest = LOCK_SECONDS if engines.is_sqlite(app.engine) and _never_waits(file) else 0
-    with contextlib.ExitStack() as stack:
-        ready: Iterator[Piece] = (prepare(app.settings, piece) for piece in pieces)
-        if beside:
-            ready = stack.enter_context(Preparer(app.settings)).prepared(pieces)
-        for first in ready:
-            if longest and summary.line_count:
-                time.sleep(GAP_SECONDS)
+    waits = not _never_waits(file)
+    longest, depth = 0, 2
+    if engines.is_sqlite(app.engine) and not waits:
+        longest, depth = LOCK_SECONDS, READ_AHEAD
+    begins_at = 0.0
+    with Preparer(app.settings, beside=beside) as preparer:
+        while preparer.read(pieces, 1 if waits and not summary.line_count else depth):
+            bad: list[BadLine] = []
+            piece = preparer.take()
+            time.sleep(max(0, begins_at - time.monotonic()))
             ends_at = time.monotonic() + longest
             with intake.keeping(app, user_by_user=True) as keep:
-                piece: Piece | None = first
                 while piece is not None:
-                    for each in piece.bad:
-                        on_bad(each)
+                    bad += piece.bad
                     summary.add(piece.bad, keep(piece.calls))
-                    piece = next(ready, None) if time.monotonic() < ends_at else None
+                    piece = preparer.take(ends_at)
+            begins_at = time.monotonic() + (GAP_SECONDS if longest else 0)
+            for each in bad:  # whoever takes them may take his time: nothing is locked now
+                on_bad(each)
             on_progress(summary)
     if trouble:
         raise trouble[0]
@@ -132,15 +137,19 @@ def take_in(
 
 
 class Preparer:
-    """Makes pieces ready in their order: the first here, the others in a process that ends with this one.
+    """Makes pieces ready in their order, ahead of who takes them.
 
-    A thread speaks with it, so that it has the next piece while this one is kept.
+    `beside`: all but the first in a process that ends with this one. A thread speaks with it, so that it has the next
+    piece while this one is kept.
     """
 
-    def __init__(self, configured: Settings) -> None:
+    def __init__(self, configured: Settings, *, beside: bool) -> None:
         self._settings = configured
+        self._beside = beside
+        self._count = 0
         self._pipe: Connection[Any, Any] | None = None
-        self._speaker = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._speaker = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=_leave_interrupts)
+        self._ahead: deque[Future[Piece]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -150,17 +159,27 @@ class Preparer:
         if self._pipe is not None:
             self._pipe.close()  # which ends the process
 
-    def prepared(self, pieces: Iterator[list[Line]]) -> Iterator[Piece]:
-        for first in pieces:
-            yield prepare(self._settings, first)
-            break
-        ahead: deque[Future[Piece]] = deque()
-        for piece in pieces:
-            ahead.append(self._speaker.submit(self._elsewhere, piece))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        for each in ahead:
-            yield each.result()
+    def read(self, pieces: Iterator[list[Line]], depth: int) -> bool:
+        """Read until so many pieces are under way; False where none is left."""
+        for piece in itertools.islice(pieces, max(0, depth - len(self._ahead))):
+            where = self._elsewhere if self._beside and self._count else self._here
+            self._ahead.append(self._speaker.submit(where, piece))
+            self._count += 1
+        return bool(self._ahead)
+
+    def take(self, until: float = math.inf) -> Piece | None:
+        """The next piece, if one was read and is ready before that moment (of the monotonic clock)."""
+        if not self._ahead or (seconds := until - time.monotonic()) <= 0:
+            return None
+        try:
+            piece = self._ahead[0].result(None if seconds == math.inf else seconds)
+        except TimeoutError:
+            return None
+        self._ahead.popleft()
+        return piece
+
+    def _here(self, piece: list[Line]) -> Piece:
+        return prepare(self._settings, piece)
 
     def _elsewhere(self, piece: list[Line]) -> Piece:
         """What the process made of the piece; where it died, it is made here."""
@@ -173,11 +192,15 @@ class Preparer:
             self._pipe.send_bytes(msgspec.msgpack.encode(piece))
             return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=Piece)
         except (EOFError, OSError):
-            return prepare(self._settings, piece)
+            return self._here(piece)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the main thread; a process that is started by this one inherits that, and is silent about it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _work(pipe: "Connection[Any, Any]", path: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     configured = settings.load(path)
     while True:
         try:

@@ -246,12 +246,23 @@ def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
     kind = connection.dialect.loaded_dbapi.Error
     try:
         with raw.cursor() as cursor, cursor.copy(statement) as copy:
-            yield copy
+            try:
+                yield copy
+            except Exception:
+                raise
+            except BaseException:  # a signal: or the COPY would be waited for before it is called off
+                cancel(raw)
+                raise
     except kind as error:
         is_gone = connection.dialect.is_disconnect(error, raw, None)
         raise sa.exc.DBAPIError.instance(
             statement, None, error, kind, hide_parameters=True, connection_invalidated=is_gone
         ) from error
+    except Exception:
+        raise
+    except BaseException:  # a signal: the COPY may be under way yet, and no other statement could follow
+        connection.invalidate()
+        raise
 
 
 def now(connection: sa.Connection) -> dt.datetime:

@@ -80,6 +80,29 @@ def endless_statements(engine):
 
 
 @POSTGRESQL
+def test_a_role_without_temporary_tables_is_told_before_it_needs_them(start, url, postgres):
+    command = start({})
+    database = sa.make_url(url).database
+    role = f"role_of_{database}"
+    for statement in (
+        f"CREATE ROLE {role} LOGIN",
+        f"REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC",
+        f"GRANT CREATE ON DATABASE {database} TO {role}",
+    ):
+        postgres.run(statement)
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        for what in ("USAGE ON SCHEMA", "ALL ON ALL TABLES IN SCHEMA", "ALL ON ALL SEQUENCES IN SCHEMA"):
+            connection.exec_driver_sql(f"GRANT {what} audience_sync TO {role}")
+    engine.dispose()
+    command.path.write_text(command.path.read_text().replace("postgres:@", f"{role}@", 1))
+    code, said = command("check")
+    assert (code, "WRONG database: its role may not create temporary tables" in said) == (2, True), said
+    postgres.run(re.search("GRANT .*", said)[0])
+    assert "ok    database" in command("check")[1]
+
+
+@POSTGRESQL
 def test_both_sides_of_a_connection_watch_it(here):
     engine = engines.open_own(here.url, "audience_sync")
     with engine.connect() as connection:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -338,3 +339,71 @@ def test_what_a_file_tells_of_a_user_is_queued_in_its_order(take_in, engine):
     for user in ("ann", "bob", "cleo"):
         told = [name for each, name in zip(users, names, strict=True) if each == user]
         assert [name for each, name in found if each == user] == told
+
+
+def test_a_company_is_queued_before_its_users(take_in, engine):
+    groups = [
+        {
+            "type": "group",
+            "userId": f"u{number:03}",
+            "groupId": f"c{number // 2}",
+            "traits": {"number": number},
+        }
+        for number in range(300, 0, -1)
+    ]
+    others = [
+        {"type": "identify", "userId": f"u{number:03}", "traits": {"a": 1}} for number in range(350, 0, -1)
+    ]
+    lines = [json.dumps(each).encode() for pair in zip(groups, others, strict=False) for each in pair]
+    assert take_in(b"\n".join(lines))[0] == 0
+    with engines.read(engine) as connection:
+        found = engines.sql(
+            connection,
+            "SELECT d.action, d.subject_id, c.group_id, c.user_id FROM {our}deliveries d "
+            "JOIN {our}calls c ON c.call_id = d.call_id WHERE c.type = 'group' ORDER BY d.delivery_id",
+        ).all()
+    told = [(each["groupId"], each["userId"]) for each in groups]
+    assert found == [
+        row
+        for group, user in told
+        for row in (("company", group, group, user), ("identify", user, group, user))
+    ]
+
+
+@SQLITE
+def test_who_takes_bad_lines_slowly_locks_nobody_out(make_app, engine, tmp_path):
+    (tmp_path / "calls").write_bytes(b"\n".join([ANN, b"bad", BOB, b"worse"]))
+    seen = []
+
+    def on_bad(line):
+        seen.append(line.number)
+        with engines.write(engine) as connection:
+            engines.sql(connection, "DELETE FROM {our}companies")
+
+    with (tmp_path / "calls").open("rb") as file:
+        files.take_in(make_app(), files.unpacked(file), on_bad)
+    assert seen == [2, 4]
+
+
+@SQLITE
+def test_nothing_is_waited_for_while_others_are_locked_out(make_app, users, engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 2)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
+    prepare = files.prepare
+    go_on = threading.Event()
+
+    def slow_prepare(configured, lines):
+        if lines[0][0] > 2:
+            assert go_on.wait(60)
+        return prepare(configured, lines)
+
+    monkeypatch.setattr(files, "prepare", slow_prepare)
+    (tmp_path / "calls").write_bytes(b"\n".join([ANN, BOB, CLEO, identify("dora")]))
+    with ThreadPoolExecutor() as pool, (tmp_path / "calls").open("rb") as file:
+        importing = pool.submit(files.take_in, make_app(), files.unpacked(file), pytest.fail)
+        until(lambda: users() == ["ann", "bob"])
+        with engines.write(engine) as connection:
+            engines.sql(connection, "DELETE FROM {our}companies")
+        go_on.set()
+        assert importing.result(60).accepted_count == 4
+    assert users() == ["ann", "bob", "cleo", "dora"]

@@ -1,13 +1,17 @@
 """Many rows in a statement, or by COPY, are the same rows as one after the other."""
 
 import datetime as dt
+import os
+import signal
+import threading
+import time
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from audience_sync.errors import DatabaseError
+from audience_sync.errors import DatabaseError, Interrupted
 from audience_sync.store import engines, rows
 from audience_sync.store.tables import events, profiles
 
@@ -128,5 +132,40 @@ def test_a_connection_that_ends_in_the_middle_is_told_in_plain_words(engine, pos
 
     with pytest.raises(DatabaseError, match=r"cannot be used: .*Is the server running"):
         die_half_way()
+    with engines.write(engine) as connection:
+        assert written(connection, ["x"]) == [("x", "x", "x")]
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("sent", ["a\n", "a" * 50_000_000], ids=["at-its-end", "in-its-middle"])
+def test_a_signal_ends_a_copy_as_it_ends_all_else(engine, sent, caplog):
+    def stop(*_):
+        raise Interrupted("stopped")
+
+    def copy_slowly():
+        with engines.write(engine) as connection:
+            for statement in (
+                "CREATE TEMPORARY TABLE slow (a text)",
+                (
+                    "CREATE FUNCTION pg_temp.wait() RETURNS trigger LANGUAGE plpgsql AS "
+                    "$$ BEGIN PERFORM pg_sleep(60); RETURN NEW; END $$"
+                ),
+                "CREATE TRIGGER wait BEFORE INSERT ON slow FOR EACH ROW EXECUTE FUNCTION pg_temp.wait()",
+            ):
+                connection.exec_driver_sql(statement)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            with engines.copy_in(connection, "COPY slow FROM STDIN") as copy:
+                copy.write("a\n")
+                copy.write(sent)
+
+    previous = signal.signal(signal.SIGUSR1, stop)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Interrupted):
+            copy_slowly()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert time.monotonic() - began < 30
+    assert caplog.text == ""
     with engines.write(engine) as connection:
         assert written(connection, ["x"]) == [("x", "x", "x")]
