@@ -111,8 +111,9 @@ def add(
         for outgoing in each.outgoing
     ]
     if user_by_user:
-        linked = {user for _, each in new if _tells_company(each) for user in _users(each)}
-        queued.sort(key=lambda row: "" if row[0] == Action.COMPANY or row[1] in linked else row[1])
+        group_calls = {row[_OF_CALL] for row in queued if row[0] == Action.COMPANY}
+        linked = {row[_SUBJECT] for row in queued if row[_OF_CALL] in group_calls}
+        queued.sort(key=lambda row: "" if row[_SUBJECT] in linked else row[_SUBJECT])
     rows.insert(connection, deliveries, _DELIVERY, queued)
     known = _known(connection, [each.message_id for each in prepared if each.message_id not in ids])
     kept = []
@@ -133,10 +134,6 @@ def _users(prepared: Prepared) -> Iterator[str]:
     if prepared.anonymous_id is not None:
         yield prepared.anonymous_id
     yield from (subject for action, subject, _ in prepared.outgoing if action != Action.COMPANY)
-
-
-def _tells_company(prepared: Prepared) -> bool:
-    return any(action == Action.COMPANY for action, _, _ in prepared.outgoing)
 
 
 def _without(prepared: Prepared, erased: Collection[str]) -> Prepared:
@@ -167,6 +164,7 @@ _DELIVERY = (
     "action", "subject_id", "body", "class", "call_id", "value_at", "fingerprint", "status", "created_at",
     "next_attempt_at",
 )  # fmt: skip
+_SUBJECT, _OF_CALL = _DELIVERY.index("subject_id"), _DELIVERY.index("call_id")
 _EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "received_at")
 
 
