@@ -41,7 +41,7 @@ PIECE_BYTES = 8_000_000  # of them, at most: what is held of a line is a few tim
 # On SQLite a transaction takes several pieces: its journal writes each page that is touched twice, and the pages of the
 # indexes by user are touched by every piece. Others wait for it; after it they have the time in which those ask again,
 # and it is used to read as many pieces as a transaction may take: while it is open, nothing is waited for.
-LOCK_SECONDS, GAP_SECONDS, READ_AHEAD = 2, 0.12, 6
+LOCK_SECONDS, GAP_SECONDS, READ_AHEAD = 2, 0.12, 8
 LONGEST_LINE = 6 * MAX_CALL_BYTES  # with escapes: six bytes may stand for one
 _GZIP = b"\x1f\x8b"
 _SPAWN = multiprocessing.get_context("spawn")

@@ -111,9 +111,9 @@ def add(
         for outgoing in each.outgoing
     ]
     if user_by_user:
-        group_calls = {row[_OF_CALL] for row in queued if row[0] == Action.COMPANY}
-        linked = {row[_SUBJECT] for row in queued if row[_OF_CALL] in group_calls}
-        queued.sort(key=lambda row: "" if row[_SUBJECT] in linked else row[_SUBJECT])
+        group_calls = {row[4] for row in queued if row[0] == Action.COMPANY}
+        linked = {row[1] for row in queued if row[4] in group_calls}
+        queued.sort(key=lambda row: "" if row[1] in linked else row[1])
     rows.insert(connection, deliveries, _DELIVERY, queued)
     known = _known(connection, [each.message_id for each in prepared if each.message_id not in ids])
     kept = []
@@ -164,7 +164,6 @@ _DELIVERY = (
     "action", "subject_id", "body", "class", "call_id", "value_at", "fingerprint", "status", "created_at",
     "next_attempt_at",
 )  # fmt: skip
-_SUBJECT, _OF_CALL = _DELIVERY.index("subject_id"), _DELIVERY.index("call_id")
 _EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "received_at")
 
 
