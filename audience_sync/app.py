@@ -204,13 +204,15 @@ class App:
         with engines.write(self.engine) as connection:
             held = destinations.sort(connection, self.settings.destination.fingerprint, self.clock.now())
             stopped = destinations.stopped(connection)
-            pending = deliveries.pending_count(connection)
-        if not pending:
+            is_empty = not deliveries.is_anything_pending(connection)
+        if is_empty:
             return worker.Report(held_count=held)
         with self.client() as client:
             if stopped:
                 answer = client.validate()
                 if answer.outcome is Outcome.UNAUTHORISED:
+                    with engines.read(self.engine) as connection:
+                        pending = deliveries.pending_count(connection)
                     return worker.Report(pending_count=pending, stopped=stopped[1], held_count=held)
                 with engines.write(self.engine) as connection:
                     destinations.go(connection)

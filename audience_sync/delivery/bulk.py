@@ -243,7 +243,7 @@ class Bulk:
                 self._write(connection, job, now)
                 step.written.append(job)
         over = next((job for job in self.jobs if job.is_over), None)
-        if over is not None:
+        if over is not None and (is_ending or over.status != "completed" or not self._is_about_to_upload()):
             step.became = store.settle(
                 connection, over.request_id, over.status, over.error, now, self.settings.grace
             )
@@ -260,6 +260,12 @@ class Bulk:
         if self._errand is None:
             step.errand = self._next_errand(connection, gathering, now, step)
         return step
+
+    def _is_about_to_upload(self) -> bool:
+        """Whether the next job is ready to go: what the last one carried can be settled while that one runs."""
+        if self._errand is not None or self.under_way is not None or self._is_paused():
+            return False
+        return any(job.status == "gathering" and job.ready_at < math.inf for job in self.jobs)
 
     def _gather(self, connection: sa.Connection, job: Job, now: dt.datetime, step: Step) -> None:
         if self._is_enough(job):

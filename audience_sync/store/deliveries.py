@@ -166,8 +166,9 @@ def prefer_indexes(connection: sa.Connection) -> None:
 
 
 def count_anew(connection: sa.Connection) -> None:
-    """Let PostgreSQL learn that the queue has grown, so that it goes by the right index."""
+    """Let PostgreSQL learn that the queue has grown, so that it goes by the right index: roughly, as lanes wait."""
     if not is_sqlite(connection):
+        connection.execute(sa.select(sa.func.set_config("default_statistics_target", "10", True)))
         sql(connection, "ANALYZE {our}deliveries")
 
 
@@ -501,6 +502,12 @@ def pending_counts(connection: sa.Connection) -> dict[str, int]:
 
 def pending_count(connection: sa.Connection) -> int:
     return sum(pending_counts(connection).values())
+
+
+def is_anything_pending(connection: sa.Connection) -> bool:
+    """Whether `pending_count` is more than 0: soon told, however long the queue is."""
+    one = sa.select(deliveries.c.delivery_id).where(UNSETTLED).limit(1)
+    return connection.execute(one).first() is not None
 
 
 def is_due(connection: sa.Connection, now: dt.datetime) -> bool:
