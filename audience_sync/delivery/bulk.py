@@ -242,8 +242,8 @@ class Bulk:
             if job.is_changed:
                 self._write(connection, job, now)
                 step.written.append(job)
-        over = next((job for job in self.jobs if job.is_over), None)
-        if over is not None and (is_ending or over.status != "completed" or not self._is_about_to_upload()):
+        over = self._to_settle(is_ending=is_ending)
+        if over is not None:
             step.became = store.settle(
                 connection, over.request_id, over.status, over.error, now, self.settings.grace
             )
@@ -261,11 +261,14 @@ class Bulk:
             step.errand = self._next_errand(connection, gathering, now, step)
         return step
 
-    def _is_about_to_upload(self) -> bool:
-        """Whether the next job is ready to go: what the last one carried can be settled while that one runs."""
-        if self._errand is not None or self.under_way is not None or self._is_paused():
-            return False
-        return any(job.status == "gathering" and job.ready_at < math.inf for job in self.jobs)
+    def _to_settle(self, *, is_ending: bool) -> Job | None:
+        """First what gives its users back; what a completed job carried can wait until the next one is sent."""
+        over = min((job for job in self.jobs if job.is_over), key=lambda job: job.is_completed, default=None)
+        if over is None or not over.is_completed or is_ending:
+            return over
+        is_asked = self._errand is not None or self.under_way is not None or self._is_paused()
+        is_ready = any(job.status == "gathering" and job.ready_at < math.inf for job in self.jobs)
+        return None if is_ready and not is_asked else over
 
     def _gather(self, connection: sa.Connection, job: Job, now: dt.datetime, step: Step) -> None:
         if self._is_enough(job):

@@ -52,6 +52,10 @@ class Job:
     def is_over(self) -> bool:
         return self.status in {"completed", "failed", "dropped", "lost"}
 
+    @property
+    def is_completed(self) -> bool:
+        return self.status == "completed"
+
     def end(self, status: str, error: str | None = None) -> None:
         self.status, self.error, self.is_changed = status, error, True
         self.candidates, self.lines = [], []
