@@ -115,6 +115,7 @@ def sync(
                 leases.renew(other, run.lease)
             what, computed = _commit(connection, definition, run, unloaded, clock)
         except BaseException as error:
+            connection.invalidate()  # after a commit that failed its transaction may be open yet, and hold the run's row
             is_recorded = _fail(engine, run, error, clock)
             ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
             if not is_recorded or not ends_only_this_run:

@@ -326,6 +326,27 @@ def test_a_database_that_fails_in_the_commit_fails_the_run_with_its_reason(world
     assert world.deliveries(run.run_id) == []
 
 
+def test_a_commit_that_fails_and_stays_open_keeps_no_lock(world):
+    world.people("ann")
+    dialect, our = world.engine.dialect, world.engine.get_execution_options()["our"]
+    commit = dialect.do_commit
+
+    def refuse_changes(raw):
+        cursor = raw.cursor()
+        cursor.execute(f"SELECT count(*) FROM {our}deliveries")
+        if cursor.fetchone()[0]:
+            raise dialect.loaded_dbapi.OperationalError("the disk is full")
+        cursor.close()
+        commit(raw)
+
+    dialect.do_commit = refuse_changes
+    run = world.sync(world.audience())
+    dialect.do_commit = commit
+    assert (run.status, "the disk is full" in run.error) == ("failed", True)
+    assert world.query("SELECT status FROM {our}runs") == [("failed",)]
+    assert world.sync(world.audience()).status == "succeeded"
+
+
 def test_a_database_that_is_gone_is_said_plainly(tmp_path):
     engine = engines.open_own(f"sqlite:///{tmp_path}/own.db", "audience_sync")
     (tmp_path / "own.db").write_text("this is no database, and it is long enough to be read as one" * 20)
