@@ -110,7 +110,7 @@ def add(
         for call_id, each in new
         for outgoing in each.outgoing
     ]
-    if user_by_user:
+    if user_by_user:  # of a row: 0 its action, 1 its subject, 4 its call
         group_calls = {row[4] for row in queued if row[0] == Action.COMPANY}
         linked = {row[1] for row in queued if row[4] in group_calls}
         queued.sort(key=lambda row: "" if row[1] in linked else row[1])

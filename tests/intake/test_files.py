@@ -322,7 +322,22 @@ def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkey
         assert importing.result(60).accepted_count == 3
 
 
-def test_what_a_file_tells_of_a_user_is_queued_in_its_order(take_in, engine):
+@pytest.fixture
+def queued(engine):
+    """Reads columns of the deliveries `d` that calls `c` of a type made, in their order."""
+
+    def read(columns, call_type):
+        query = (
+            f"SELECT {columns} FROM {{our}}deliveries d JOIN {{our}}calls c ON c.call_id = d.call_id "
+            "WHERE c.type = :type ORDER BY d.delivery_id"
+        )
+        with engines.read(engine) as connection:
+            return engines.sql(connection, query, type=call_type).all()
+
+    return read
+
+
+def test_what_a_file_tells_of_a_user_is_queued_in_its_order(take_in, queued):
     names = [f"{number:03}" for number in range(300, 0, -1)]
     users = [("bob", "ann", "cleo")[number % 3] for number in range(300)]
     lines = [
@@ -330,18 +345,13 @@ def test_what_a_file_tells_of_a_user_is_queued_in_its_order(take_in, engine):
         for user, name in zip(users, names, strict=True)
     ]
     assert take_in(b"\n".join(lines))[0] == 0
-    with engines.read(engine) as connection:
-        found = engines.sql(
-            connection,
-            "SELECT d.subject_id, c.event FROM {our}deliveries d JOIN {our}calls c ON c.call_id = d.call_id "
-            "ORDER BY d.delivery_id",
-        ).all()
+    found = queued("d.subject_id, c.event", "track")
     for user in ("ann", "bob", "cleo"):
         told = [name for each, name in zip(users, names, strict=True) if each == user]
         assert [name for each, name in found if each == user] == told
 
 
-def test_a_company_is_queued_before_its_users(take_in, engine):
+def test_a_company_is_queued_before_its_users(take_in, queued):
     groups = [
         {
             "type": "group",
@@ -356,12 +366,7 @@ def test_a_company_is_queued_before_its_users(take_in, engine):
     ]
     lines = [json.dumps(each).encode() for pair in zip(groups, others, strict=False) for each in pair]
     assert take_in(b"\n".join(lines))[0] == 0
-    with engines.read(engine) as connection:
-        found = engines.sql(
-            connection,
-            "SELECT d.action, d.subject_id, c.group_id, c.user_id FROM {our}deliveries d "
-            "JOIN {our}calls c ON c.call_id = d.call_id WHERE c.type = 'group' ORDER BY d.delivery_id",
-        ).all()
+    found = queued("d.action, d.subject_id, c.group_id, c.user_id", "group")
     told = [(each["groupId"], each["userId"]) for each in groups]
     assert found == [
         row
