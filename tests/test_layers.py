@@ -14,10 +14,10 @@ MAY_IMPORT = {
     "stopping": set(),
     "logs": ROOT,
     "definitions": PURE,
-    "calls": PURE,
+    "calls": PURE | {"userpilot"},
     "settings": ROOT | {"definitions", "calls"},
-    "store": ROOT | {"definitions", "calls"},
-    "userpilot": ROOT | {"calls"},
+    "store": ROOT | {"definitions", "calls", "userpilot"},
+    "userpilot": PURE,
     "sync": ROOT | {"logs", "definitions", "store"},
     "intake": ROOT
     | {"settings", "definitions", "calls", "store", "app"},  # its doors take the application, as `app`

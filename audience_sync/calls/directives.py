@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Never, TypeAlias
 
-from audience_sync.calls.operations import json_text
-from audience_sync.calls.shapes import json_or_text
+from audience_sync.calls.operations import json_or_text, json_text
 from audience_sync.errors import CallError, ConfigError
 
 MAX_LEVELS = 20  # of objects and lists, those of directives too

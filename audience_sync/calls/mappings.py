@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from audience_sync.calls import directives
-from audience_sync.calls.model import Action, Call, CallType
+from audience_sync.calls.model import Call, CallType
 from audience_sync.calls.validation import MAX_GROUP_ID_LENGTH, MAX_ID_LENGTH, check_json, id_in, parse_moment
 from audience_sync.errors import CallError, ConfigError
+from audience_sync.userpilot.payloads import COMPANY, Action
 
 MOST_MAPPINGS = 50  # a destination of Segment's holds no more; the presets count
 AUTOMATIC_PROPERTIES = frozenset({"first_seen_at", "last_seen_at"})  # Userpilot keeps these itself
-COMPANY = "@company"  # in a user's body: the company that the user is in
 NAMES = ("Userpilot", "Userpilot Cloud (Actions)")  # of this destination in a call's integrations
 
 _USER = {

@@ -15,12 +15,6 @@ class CallType(StrEnum):
     ALIAS = "alias"
 
 
-class Action(StrEnum):
-    IDENTIFY = "identify"
-    TRACK = "track"
-    COMPANY = "company"
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call that passed validation; `timestamp` is aware, in UTC.

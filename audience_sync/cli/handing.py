@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from audience_sync.calls.shapes import json_or_text
+from audience_sync.calls.operations import json_or_text
 from audience_sync.cli import say
 from audience_sync.cli.act import NoDeliver, deliver_now, finish, stoppable, tell_delivery
 from audience_sync.cli.main import app

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from audience_sync.calls.mappings import Decision
-from audience_sync.calls.model import Action, Call, CallType
+from audience_sync.calls.model import Call, CallType
 from audience_sync.store import forgetting, rows
 from audience_sync.store.engines import is_among, is_sqlite, sql, value_of
 from audience_sync.store.tables import calls, companies, deliveries, events, profiles
+from audience_sync.userpilot.payloads import Action
 
 FORGOTTEN = "the user was forgotten"
 _COLUMNS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}  # of the body none

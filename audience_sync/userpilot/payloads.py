@@ -1,15 +1,21 @@
 """The requests of Userpilot's API as data; where they go is the client's business."""
 
 import json
+from enum import StrEnum
 from typing import Any, assert_never
 
-from audience_sync.calls.mappings import COMPANY
-from audience_sync.calls.model import Action
-from audience_sync.calls.shapes import primitives
+from audience_sync.userpilot.properties import primitives
 
+COMPANY = "@company"  # in a user's body: the id of the user's company
 MAX_PROPERTIES = 500
 MAX_NAME_LENGTH = 255
 MAX_VALUE_LENGTH = 65_535
+
+
+class Action(StrEnum):
+    IDENTIFY = "identify"
+    TRACK = "track"
+    COMPANY = "company"
 
 
 def build(

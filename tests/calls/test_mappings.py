@@ -2,10 +2,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from audience_sync.calls.mappings import COMPANY, PRESETS, Outgoing, compile_mapping, decide
-from audience_sync.calls.model import Action
+from audience_sync.calls.mappings import PRESETS, Outgoing, compile_mapping, decide
 from audience_sync.calls.validation import parse
 from audience_sync.errors import ConfigError
+from audience_sync.userpilot.payloads import COMPANY, Action
 
 RECEIVED_AT = datetime(2024, 5, 1, 12, 0, tzinfo=UTC)
 

@@ -1,7 +1,6 @@
 """Userpilot takes strings, numbers, booleans and null only: what becomes of objects and lists, and of text that is JSON."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,17 +59,3 @@ def _is_nested(value: object) -> bool:
 
 def _text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def json_or_text(text: str) -> Any:
-    """What a text holds where it is JSON, else the text itself; a number that is none to JSON is text."""
-    try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(digits)
-    return number

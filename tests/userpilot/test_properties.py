@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audience_sync.calls.shapes import json_or_text, primitives
+from audience_sync.calls.operations import json_or_text
+from audience_sync.userpilot.properties import primitives
 
 
 def test_primitives_stay_as_they_are():
