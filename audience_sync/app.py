@@ -14,17 +14,17 @@ import sqlalchemy as sa
 
 from audience_sync import logs
 from audience_sync import settings as settings_module
+from audience_sync.audiences import decisions, plan, records, runs
+from audience_sync.audiences.definition import Definition
 from audience_sync.clock import Clock, SystemClock
-from audience_sync.definitions.model import Definition
-from audience_sync.delivery import bulk, share, worker
-from audience_sync.delivery.pace import WINDOW_SECONDS
+from audience_sync.db import engines, migrate
 from audience_sync.errors import ConfigError, NotForgotten, SourceError
+from audience_sync.queue import bulk, deliveries, destination, split, worker
+from audience_sync.queue.pace import WINDOW_SECONDS
+from audience_sync.retention import erasure, pruning
 from audience_sync.settings import Settings
-from audience_sync.settings.shapes import seconds as span_seconds
+from audience_sync.settings.schema import seconds as span_seconds
 from audience_sync.stopping import Stop
-from audience_sync.store import deliveries, destinations, engines, forgetting, migrate, retention
-from audience_sync.store import runs as store_runs
-from audience_sync.sync import levers, plans, runs
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
 
@@ -72,7 +72,7 @@ class App:
     def learn_keys(self) -> None:
         """Give each definition the key that its name had at its first use, and learn which keys rest."""
         with engines.read(self.engine) as connection:
-            rows = store_runs.all_definitions(connection)
+            rows = records.all_definitions(connection)
         stored: dict[tuple[str, str], list[str]] = {}
         for row in rows:
             stored.setdefault((row.kind, row.name), []).append(row.key)
@@ -113,28 +113,28 @@ class App:
 
     def plan(
         self, definitions: Sequence[Definition], moments: dict[str, dt.datetime]
-    ) -> tuple[list[plans.Plan], share.Forecast]:
+    ) -> tuple[list[plan.Plan], split.Forecast]:
         """What a sync of the definitions would change, and how it would be delivered."""
         pairs = [(definition, self.source(definition)) for definition in definitions]
-        found, touched = plans.plan(self.engine, pairs, moments, self.clock.now(), self.fingerprint)
+        found, touched = plan.plan(self.engine, pairs, moments, self.clock.now(), self.fingerprint)
         users, pushes = touched
         destination = self.settings.destination
-        pace = share.Pace(
+        pace = split.Pace(
             live_limit=destination.identify_per_minute,
             live_per_second=destination.identify_per_minute / WINDOW_SECONDS,
             rows_per_second=destination.bulk_rows_per_minute / 60,
             rows_per_job=destination.rows_per_job,
         )
-        return found, share.forecast(pushes, users - pushes, pace)
+        return found, split.forecast(pushes, users - pushes, pace)
 
     def approve(self, run_id: int) -> None:
-        levers.approve(self.engine, run_id, self.clock, self.fingerprint)
+        decisions.approve(self.engine, run_id, self.clock, self.fingerprint)
 
     def reject(self, run_id: int) -> None:
-        levers.reject(self.engine, run_id, self.clock)
+        decisions.reject(self.engine, run_id, self.clock)
 
     def retire(self, key: str) -> int:
-        return levers.retire(self.engine, key, self.clock, self.fingerprint)
+        return decisions.retire(self.engine, key, self.clock, self.fingerprint)
 
     def forget(self, user_id: str) -> int:
         """Have Userpilot delete a user, then erase what is here; how many memberships that ended.
@@ -155,19 +155,19 @@ class App:
                 f"Userpilot did not take the deletion ({answer.error}), so nothing was changed: run it again."
             )
         with engines.write(self.engine) as connection:
-            return forgetting.forget(connection, user_id, self.clock.now())
+            return erasure.forget(connection, user_id, self.clock.now())
 
     def allow_return(self, user_id: str) -> dt.datetime | None:
         with engines.write(self.engine) as connection:
-            return forgetting.allow_return(connection, user_id)
+            return erasure.allow_return(connection, user_id)
 
     def accept_destination(self) -> list[str]:
         """Take the configured destination for the one that everything was made for; the keys that this moved."""
         self.settings.destination.require_api_key()
         fingerprint = self.settings.destination.fingerprint
         with engines.write(self.engine) as connection:
-            keys = destinations.of_others(connection, fingerprint)
-            destinations.accept(connection, fingerprint)
+            keys = destination.of_others(connection, fingerprint)
+            destination.accept(connection, fingerprint)
         return keys
 
     @property
@@ -202,8 +202,8 @@ class App:
         """
         self.settings.destination.require_api_key()
         with engines.write(self.engine) as connection:
-            held = destinations.sort(connection, self.settings.destination.fingerprint, self.clock.now())
-            stopped = destinations.stopped(connection)
+            held = destination.sort(connection, self.settings.destination.fingerprint, self.clock.now())
+            stopped = destination.stopped(connection)
             is_empty = not deliveries.is_anything_pending(connection)
         if is_empty:
             return worker.Report(held_count=held)
@@ -215,7 +215,7 @@ class App:
                         pending = deliveries.pending_count(connection)
                     return worker.Report(pending_count=pending, stopped=stopped[1], held_count=held)
                 with engines.write(self.engine) as connection:
-                    destinations.go(connection)
+                    destination.go(connection)
             self.is_delivering = True
             try:
                 started = self.clock.monotonic()
@@ -274,13 +274,13 @@ class App:
     def prune(self, seconds: float = 5.0) -> dict[str, int]:
         """Remove what is older than the configuration keeps it; how many rows of each table went."""
         database = self.settings.database
-        keep = retention.Keep(
+        keep = pruning.Keep(
             calls=span_seconds(database.keep_calls),
             deliveries=span_seconds(database.keep_deliveries),
             requests=span_seconds(database.keep_requests),
             past_members=span_seconds(database.keep_past_members),
         )
-        return retention.prune(self.engine, keep, self.clock.now(), seconds=seconds)
+        return pruning.prune(self.engine, keep, self.clock.now(), seconds=seconds)
 
     def reloaded(self) -> "App":
         """The configuration as it is now, on the same database.

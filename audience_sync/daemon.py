@@ -17,10 +17,11 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from audience_sync import logs
 from audience_sync.app import App
+from audience_sync.audiences import runs, slot_records
+from audience_sync.audiences.slots import Slot, take_due
+from audience_sync.db import engines
 from audience_sync.errors import AudienceSyncError, Busy, DatabaseError, Interrupted
-from audience_sync.store import deliveries, destinations, engines, slots
-from audience_sync.sync import runs
-from audience_sync.sync.slots import Slot, take_due
+from audience_sync.queue import deliveries, destination
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Daemon:
         app, clock = self.app, self.app.clock
         try:
             with engines.write(app.engine) as connection:
-                destinations.beat(connection, clock.now())
+                destination.beat(connection, clock.now())
             room = MOST_AT_ONCE - self._young_count()
             if room > 0 and not app.stop.is_set():
                 for slot in take_due(
@@ -147,7 +148,7 @@ class Daemon:
     def _give_back(app: App, slot: Slot) -> None:
         try:
             with engines.write(app.engine) as connection:
-                slots.give_back(connection, slot.definition_id, slot.slot_at, slot.taken_at)
+                slot_records.give_back(connection, slot.definition_id, slot.slot_at, slot.taken_at)
         except DatabaseError as error:  # then it is cut off, and taken over in a minute
             _tell(error)
 

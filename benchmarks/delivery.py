@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from audience_sync.app import open_app
+from audience_sync.db import engines
 from audience_sync.sandbox import Limits, Sandbox
-from audience_sync.store import engines
 
 SPAWN = multiprocessing.get_context("spawn")
 LIVE, BULK = 600, 1800  # a minute, documented

@@ -31,9 +31,9 @@ from rich.table import Table
 
 from audience_sync import intake
 from audience_sync.app import open_app
+from audience_sync.db import tables
 from audience_sync.intake import files
 from audience_sync.intake.writer import Writer
-from audience_sync.store import tables
 
 SPAWN = multiprocessing.get_context("spawn")
 BATCH, CLIENTS, USERS = 100, 16, 20_000
@@ -97,7 +97,8 @@ class Forgetful:
 
 
 def serve(pipe, configuration, *, stores):
-    from audience_sync.web import server, tracking
+    from audience_sync.intake import http as tracking
+    from audience_sync.intake import server
 
     gc.set_threshold(200_000)  # as the command line does
     os.sched_setaffinity(0, {0})

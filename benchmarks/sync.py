@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from rich.console import Console
 from rich.table import Table
 
-from audience_sync.store import engines, migrate
+from audience_sync.db import engines, migrate
 
 CONFIGURATION = """
 [database]

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from audience_sync.store.tables import metadata
+from audience_sync.db.tables import metadata
 
 connection = context.config.attributes["connection"]
 context.configure(

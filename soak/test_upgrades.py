@@ -11,10 +11,6 @@ import pytest
 
 from tests.acceptance.conftest import clean
 from tests.acceptance.faults import EVERYONE, USERS, told, wanted
-from tests.store.test_migrations import (  # noqa: F401
-    empty,
-    test_an_upgrade_that_is_killed_at_any_statement_has_done_nothing,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from audience_sync.db import engines, migrate
 from audience_sync.sandbox import Limits, Sandbox
-from audience_sync.store import engines, migrate
 from audience_sync.userpilot.answers import Answer, Outcome
 
 SCHEMA = "audience_sync"

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
+from audience_sync import history as looks
 from audience_sync import settings
 from audience_sync.app import App
+from audience_sync.audiences import records, runs, schedule, slot_records
+from audience_sync.audiences.definition import Definition, Kind
+from audience_sync.audiences.slots import outlook, take_due
 from audience_sync.daemon import Daemon
-from audience_sync.definitions import schedule
-from audience_sync.definitions.model import Definition, Kind
+from audience_sync.db import engines
 from audience_sync.errors import ConfigError
-from audience_sync.store import destinations, engines, looks, slots
-from audience_sync.store import runs as store
-from audience_sync.sync import runs
-from audience_sync.sync.slots import outlook, take_due
+from audience_sync.queue import destination
 
 BERLIN = "Europe/Berlin"
 HOUR = dt.timedelta(hours=1)
@@ -202,11 +202,11 @@ def test_a_run_that_was_cut_off_is_caught_up(life):
     life.clock.moment = utc("2026-03-15 02:00")
     (slot,) = take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
     with engines.write(life.daemon.app.engine) as connection:  # its process is killed here
-        run_id = store.start(
+        run_id = records.start(
             connection, slot.definition_id, mode="first", trigger="schedule", as_of=slot.slot_at,
             now=slot.slot_at, baseline_run_id=None,
         )  # fmt: skip
-        slots.note_run(connection, slot.definition_id, slot.slot_at, run_id)
+        slot_records.note_run(connection, slot.definition_id, slot.slot_at, run_id)
     life.live_until("2026-03-15 03:00")
     assert [each["status"] for each in life.history()] == ["abandoned", "succeeded"]
     assert life.slots() == ["2026-03-15 01:30"]
@@ -267,7 +267,7 @@ def test_a_definition_that_another_process_syncs_is_due_again(life, monkeypatch)
 def test_the_sign_of_life_is_in_the_database(life):
     life.daemon.tick()
     with engines.read(life.daemon.app.engine) as connection:
-        assert destinations.last_beat(connection) == life.clock.now()
+        assert destination.last_beat(connection) == life.clock.now()
 
 
 def test_a_tick_outlives_a_lock(life, backend, caplog):
@@ -276,7 +276,7 @@ def test_a_tick_outlives_a_lock(life, backend, caplog):
     life.daemon.app.engine = engines.open_own(life.url + waits, "audience_sync")
     life.live_until("2026-03-15 01:00")
     with engines.write(life.daemon.app.engine) as other:
-        destinations.beat(other, utc("2026-03-15 00:30"))
+        destination.beat(other, utc("2026-03-15 00:30"))
         life.live_until("2026-03-15 03:00")
     assert "Another program holds its lock" in str([record.facts for record in caplog.records])
     assert life.slots() == []

@@ -7,25 +7,27 @@ import pytest
 
 ROOT = {"errors", "clock", "crash", "stopping", "__version__"}
 PURE = {"errors"}
+BASE = ROOT | {"logs", "db"}
 MAY_IMPORT = {
     "errors": set(),
     "clock": set(),
     "crash": set(),
     "stopping": set(),
     "logs": ROOT,
-    "definitions": PURE,
-    "calls": PURE | {"userpilot"},
-    "settings": ROOT | {"definitions", "calls"},
-    "store": ROOT | {"definitions", "calls", "userpilot"},
     "userpilot": PURE,
-    "sync": ROOT | {"logs", "definitions", "store"},
-    "intake": ROOT
-    | {"settings", "definitions", "calls", "store", "app"},  # its doors take the application, as `app`
-    "delivery": ROOT | {"logs", "store", "userpilot"},
+    "db": ROOT,
+    "queue": BASE | {"userpilot"},
+    "retention": BASE | {"queue"},
+    "audiences": BASE | {"queue", "retention"},
+    "calls": BASE | {"queue", "retention", "userpilot"},
+    "history": BASE | {"queue"},
+    "settings": ROOT | {"audiences", "calls"},
+    "app": BASE | {"userpilot", "queue", "retention", "audiences", "calls", "settings"},
     "sandbox": set(),
-    "app": ROOT | {"settings", "logs", "definitions", "calls", "store", "sync", "delivery", "userpilot"},
+    "intake": BASE | {"queue", "calls", "settings", "app"},
+    "daemon": BASE | {"queue", "audiences", "app"},
 }
-ONLY_CLI_IMPORTS = {"cli", "daemon", "web", "sandbox"}
+ONLY_CLI_IMPORTS = {"cli", "daemon", "intake", "history", "sandbox"}
 ONLY_STANDARD_LIBRARY = {"errors", "clock", "crash"}
 
 
@@ -78,10 +80,28 @@ def test_errors_clock_and_crash_know_only_the_standard_library(parts):
         assert {name.split(".")[0] for name in parts[part]} <= sys.stdlib_module_names
 
 
-def test_what_decides_touches_neither_database_nor_network(parts):
-    for part in ("definitions", "calls"):
-        touched = {name.split(".")[0] for name in parts[part]}
-        assert not touched & {"sqlalchemy", "psycopg", "sqlite3", "httpx", "socket", "urllib", "http"}
+PURE_MODULES = (
+    "audiences/definition.py",
+    "audiences/keys.py",
+    "audiences/schedule.py",
+    "audiences/statement.py",
+    "calls/directives.py",
+    "calls/fql.py",
+    "calls/mappings.py",
+    "calls/model.py",
+    "calls/operations.py",
+    "calls/validation.py",
+    "queue/outcomes.py",
+    "queue/split.py",
+    "queue/pace.py",
+)
+
+
+def test_pure_modules_touch_neither_database_nor_network(repository):
+    for name in PURE_MODULES:
+        path = repository / "audience_sync" / name
+        touched = {imported.split(".")[0] for imported in imports(path, "audience_sync")}
+        assert not touched & {"sqlalchemy", "psycopg", "sqlite3", "httpx", "socket", "urllib", "http"}, name
 
 
 def test_only_userpilot_speaks_http(parts):

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync import settings
-from audience_sync.store import engines
+from audience_sync.db import engines
 from tests.acceptance.killing import KINDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from audience_sync import settings
-from audience_sync.definitions import schedule
-from audience_sync.definitions.model import Guard
+from audience_sync.audiences import schedule
+from audience_sync.audiences.definition import Guard
 from audience_sync.errors import ConfigError, MissingVariable
 
 STARTER = Path(__file__).parent.parent / "config" / "audience_sync.toml"

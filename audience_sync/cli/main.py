@@ -45,19 +45,19 @@ def main() -> None:
     # Most of what a command makes are its imports, which stay, and what an import reads, which makes no cycles:
     # looking them over would take a tenth of its time.
     gc.set_threshold(200_000)
-    from audience_sync.cli import act, doors, handing, levers, look, running, say, setup  # noqa: F401  (they register their commands)
+    from audience_sync.cli import calls, daemon, inspect, intake, operate, output, setup, sync  # noqa: F401  (they register their commands)
 
     try:
-        with say.streams():
+        with output.streams():
             app()
     except (AudienceSyncError, Interrupted) as error:
-        say.aside(f"audience-sync: {error}")
+        output.aside(f"audience-sync: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        say.aside("audience-sync: stopped")
+        output.aside("audience-sync: stopped")
         sys.exit(130)
     except OSError as error:
-        say.aside(f"audience-sync: {error.strerror or error}")
+        output.aside(f"audience-sync: {error.strerror or error}")
         sys.exit(1)
     finally:
-        say.hush()
+        output.hush()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from audience_sync.cli import say
+from audience_sync.audiences.definition import Definition
+from audience_sync.cli import output
 from audience_sync.cli.main import app
-from audience_sync.definitions.model import Definition
 from audience_sync.errors import AudienceSyncError, ConfigError, DatabaseError
 
 db = typer.Typer(help="Migrations of our own tables.", no_args_is_help=True)
@@ -37,7 +37,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
         raise ConfigError(f"{target} is there already: it was left as it is.") from None
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}.") from None
-    say.line(f"Wrote {target}. Edit it, set USERPILOT_API_KEY, then run `audience-sync check`.")
+    output.line(f"Wrote {target}. Edit it, set USERPILOT_API_KEY, then run `audience-sync check`.")
 
 
 @app.command()
@@ -56,7 +56,7 @@ def check(
     from audience_sync.settings import load
 
     settings = load(context.obj)
-    say.line(f"ok    configuration {settings.path}")
+    output.line(f"ok    configuration {settings.path}")
     with open_app(context.obj, migrated=False) as opened:
         good = has_database = _try("database", partial(_check_database, opened))
         for name in settings.sources:
@@ -64,10 +64,10 @@ def check(
         has_key = _try("API key", partial(_check_key, opened))
         good = has_key and good
         if accept_destination and not (has_database and has_key):
-            say.line("WRONG destination: not accepted: mend the database and the API key first")
+            output.line("WRONG destination: not accepted: mend the database and the API key first")
         elif accept_destination:
             moved = opened.accept_destination()
-            say.line(f"ok    destination: accepted for {', '.join(moved) or 'all that there is'}")
+            output.line(f"ok    destination: accepted for {', '.join(moved) or 'all that there is'}")
         if has_database:
             good = _try("destination", partial(_check_destination, opened)) and good
         for definition in opened.settings.definitions if has_database else ():
@@ -84,14 +84,14 @@ def _try(what: str, action: Callable[[], str]) -> bool:
     try:
         found = action()
     except AudienceSyncError as error:
-        say.line(f"WRONG {what}: {error}")
+        output.line(f"WRONG {what}: {error}")
         return False
-    say.line(f"ok    {what}: {found}")
+    output.line(f"ok    {what}: {found}")
     return True
 
 
 def _check_database(opened: "App") -> str:
-    from audience_sync.store import engines, migrate
+    from audience_sync.db import engines, migrate
 
     migrate.ensure(opened.engine)
     opened.learn_keys()
@@ -114,8 +114,8 @@ def _check_database(opened: "App") -> str:
 def _check_source(opened: "App", name: str) -> str:
     import sqlalchemy as sa
 
+    from audience_sync.db import engines
     from audience_sync.errors import SourceError
-    from audience_sync.store import engines
 
     source = opened.open_source(name)
     try:
@@ -158,25 +158,27 @@ def _check_key(opened: "App") -> str:
 
 
 def _check_destination(opened: "App") -> str:
-    from audience_sync.store import destinations, engines
-    from audience_sync.sync.runs import OTHER_DESTINATION
+    from audience_sync.audiences.runs import OTHER_DESTINATION
+    from audience_sync.db import engines
+    from audience_sync.queue import destination
 
     fingerprint = opened.fingerprint
     if fingerprint is None:
         return "not known without the key"
     with engines.read(opened.engine) as connection:
-        others = destinations.of_others(connection, fingerprint)
+        others = destination.of_others(connection, fingerprint)
     if others:
         raise ConfigError(f"{OTHER_DESTINATION.format(key=others[0])} ({', '.join(others)}).")
     return "the one that all was made for"
 
 
 def _check_retired(opened: "App") -> str:
-    from audience_sync.store import engines, runs
+    from audience_sync.audiences import records
+    from audience_sync.db import engines
 
     configured = {definition.key for definition in opened.settings.definitions}
     with engines.read(opened.engine) as connection:
-        used = {row.key for row in runs.all_definitions(connection) if row.retired_at is None}
+        used = {row.key for row in records.all_definitions(connection) if row.retired_at is None}
     if gone := sorted(used - configured):
         return (
             f"not in the configuration any more: {', '.join(gone)}. Userpilot keeps their last values until "
@@ -186,12 +188,11 @@ def _check_retired(opened: "App") -> str:
 
 
 def _check_definition(opened: "App", definition: Definition) -> str:
-    from audience_sync.definitions import sql
-    from audience_sync.sync import runs
+    from audience_sync.audiences import runs, statement
 
     opened.definitions([definition.key])  # a retired key is an error
     source = opened.source(definition)
-    warnings = sql.check(definition.sql, (source or opened.engine).dialect.name)
+    warnings = statement.check(definition.sql, (source or opened.engine).dialect.name)
     moments = runs.resolve_as_of(opened.engine, [definition], None, opened.clock.now())
     plans, _ = opened.plan([definition], moments)
     return "; ".join([f"{plans[0].member_count:,} members", *warnings])
@@ -207,10 +208,10 @@ def sandbox(
 
     try:
         server = Sandbox(port=port, api_key=api_key)
-        say.line(
+        output.line(
             f'A local Userpilot listens. In [destination]: endpoint = "{server.url}", api_key = "{api_key}"'
         )
-        say.line(
+        output.line(
             f"Its state: {server.url}_sandbox/state. Its requests: {server.url}_sandbox/requests. Ctrl-C ends it."
         )
         with contextlib.suppress(KeyboardInterrupt):
@@ -228,39 +229,39 @@ def demo(
     ),
 ) -> None:
     """Sync a year of real orders to a local sandbox; needs nothing."""
-    from audience_sync.cli import demonstration
+    from audience_sync.cli import demo
 
-    demonstration.run(folder)
+    demo.run(folder)
 
 
 @db.command()
 def upgrade(context: typer.Context) -> None:
     """Bring the database to this program's version."""
     from audience_sync.cli.session import open_app
-    from audience_sync.store import migrate
+    from audience_sync.db import migrate
 
     with open_app(context.obj, migrated=False) as opened:
         migrate.upgrade(opened.engine)
-        say.line(f"The database is at version {migrate.HEAD}.")
+        output.line(f"The database is at version {migrate.HEAD}.")
 
 
 @db.command()
 def current(context: typer.Context) -> None:
     """Print the database's version."""
     from audience_sync.cli.session import open_app
-    from audience_sync.store import migrate
+    from audience_sync.db import migrate
 
     with open_app(context.obj, migrated=False) as opened:
         revision = migrate.current(opened.engine)
         newest = "the newest" if revision == migrate.HEAD else f"this program needs {migrate.HEAD}"
-        say.line(f"{revision} ({newest})" if revision else "none of our tables yet")
+        output.line(f"{revision} ({newest})" if revision else "none of our tables yet")
 
 
 @db.command()
 def downgrade(context: typer.Context, revision: str) -> None:
     """Go back to an older version, or to `base`: that drops all our tables and what they hold, for good."""
     from audience_sync.cli.session import open_app
-    from audience_sync.store import migrate
+    from audience_sync.db import migrate
 
     if revision != "base" and revision not in migrate.KNOWN:
         raise ConfigError(f"There is no version {revision}: there are base, {', '.join(migrate.KNOWN)}.")
@@ -268,11 +269,11 @@ def downgrade(context: typer.Context, revision: str) -> None:
         if migrate.current(opened.engine) == migrate.HEAD:
             _need_nobody_at_work(opened)
         migrate.downgrade(opened.engine, revision)
-        say.line(f"The database is at version {revision}.")
+        output.line(f"The database is at version {revision}.")
 
 
 def _need_nobody_at_work(opened: "App") -> None:
-    from audience_sync.store import engines, leases
+    from audience_sync.db import engines, leases
 
     with engines.read(opened.engine) as connection:
         holders = leases.holders(connection)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from audience_sync.app import App
-from audience_sync.calls import mappings, validation
+from audience_sync.calls import mappings, records, validation
 from audience_sync.calls.model import Call
+from audience_sync.calls.records import Prepared
+from audience_sync.db import engines
 from audience_sync.errors import CallError
 from audience_sync.settings import Settings
-from audience_sync.store import calls, engines
-from audience_sync.store.calls import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def prepare(settings: Settings, found: Iterable[Call]) -> list[Prepared]:
     """Decide what each call asks for, and write it down as text: all but the database's part."""
     keys = {definition.key for definition in settings.definitions}
     every = (*(mappings.PRESETS if settings.destination.presets else ()), *settings.mappings)
-    return [calls.prepare(call, mappings.decide(call, every, reserved_keys=keys)) for call in found]
+    return [records.prepare(call, mappings.decide(call, every, reserved_keys=keys)) for call in found]
 
 
 def keep(app: App, prepared: Sequence[Prepared]) -> list[Receipt]:
@@ -98,7 +98,7 @@ def keep(app: App, prepared: Sequence[Prepared]) -> list[Receipt]:
 @contextmanager
 def keeping(
     app: App, *, user_by_user: bool = False
-) -> Iterator[Callable[[Sequence[Prepared]], list[calls.Kept]]]:
+) -> Iterator[Callable[[Sequence[Prepared]], list[records.Kept]]]:
     """A transaction in which calls may be kept several times; none of them is before it ends.
 
     `user_by_user`: of different users, those that are kept together are delivered in any order.
@@ -106,7 +106,7 @@ def keeping(
     destination = app.settings.destination
     fingerprint = destination.fingerprint if destination.api_key else None
     with engines.write(app.engine) as connection:
-        yield lambda prepared: calls.add(
+        yield lambda prepared: records.add(
             connection,
             prepared,
             received_at=app.clock.now(),
@@ -115,7 +115,7 @@ def keeping(
         )
 
 
-def _receipt(call: Prepared, kept: calls.Kept) -> Receipt:
+def _receipt(call: Prepared, kept: records.Kept) -> Receipt:
     if kept.is_repeat:
         return Receipt(kept.call_id, call.message_id, is_repeat=True)
     return Receipt(kept.call_id, call.message_id, kept.ignored, call.names_left_out, reason=kept.reason)

@@ -29,12 +29,12 @@ import msgspec
 
 from audience_sync import intake, settings
 from audience_sync.app import App
+from audience_sync.calls.records import Kept, Prepared
 from audience_sync.calls.validation import MAX_CALL_BYTES
 from audience_sync.clock import SystemClock
+from audience_sync.db import engines
 from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
-from audience_sync.store import engines
-from audience_sync.store.calls import Kept, Prepared
 
 PIECE = 10_000  # lines that are made ready, and kept, together
 PIECE_BYTES = 8_000_000  # of them, at most: what is held of a line is a few times as much

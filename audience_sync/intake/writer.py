@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from audience_sync import intake
 from audience_sync.app import App
+from audience_sync.calls.records import Prepared
 from audience_sync.errors import DatabaseError
-from audience_sync.store.calls import Prepared
 
 MOST_CALLS = 2_500  # in a transaction, if more than one batch is waiting
 

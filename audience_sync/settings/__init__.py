@@ -15,13 +15,12 @@ from typing import Any
 
 import msgspec
 
+from audience_sync.audiences import keys, schedule
+from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings
-from audience_sync.definitions import keys, schedule
-from audience_sync.definitions.model import Definition, Guard, Kind
 from audience_sync.errors import ConfigError, MissingVariable
 from audience_sync.settings import addresses
-from audience_sync.settings.place import Place, absolute, nearest, read, shown
-from audience_sync.settings.shapes import (
+from audience_sync.settings.schema import (
     Database,
     Defaults,
     DefinitionTable,
@@ -35,6 +34,7 @@ from audience_sync.settings.shapes import (
     TrackingTable,
     seconds,
 )
+from audience_sync.settings.sections import Place, absolute, nearest, read, shown
 
 VARIABLE = "AUDIENCE_SYNC_CONFIG"
 _LISTS = ("audiences", "traits", "mappings")  # also in included files

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from audience_sync.settings.place import Place, absolute
+from audience_sync.settings.sections import Place, absolute
 
 
 def url(place: Place, url: str, folder: Path) -> str:

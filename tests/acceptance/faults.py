@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.store import engines
+from audience_sync.db import engines
 from tests.conftest import PostgresServer
 
 USERS = 120

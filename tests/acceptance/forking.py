@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 
 IMPORTED = (  # what the commands import when they run
-    "audience_sync.app", "audience_sync.cli.session", "audience_sync.intake", "audience_sync.store.looks",
-    "audience_sync.intake.files", "audience_sync.userpilot.client", "audience_sync.web.server",
-    "audience_sync.web.tracking", "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres",
+    "audience_sync.app", "audience_sync.cli.session", "audience_sync.intake", "audience_sync.history",
+    "audience_sync.intake.files", "audience_sync.userpilot.client", "audience_sync.intake.server",
+    "audience_sync.intake.http", "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres",
     "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "rich.table", "rich.progress",
 )  # fmt: skip
 
@@ -124,7 +124,7 @@ class Started:
 
 
 def serve(number):
-    from audience_sync.cli import act, doors, handing, levers, look, main, running, setup  # noqa: F401, PLC0415
+    from audience_sync.cli import calls, daemon, inspect, intake, main, operate, setup, sync  # noqa: F401, PLC0415
 
     for name in IMPORTED:
         importlib.import_module(name)
@@ -173,8 +173,8 @@ def take(orders, main):
 def become(order, ends, main):
     """Be the program from here on, as if it had just been started; with $TEST_WINDOW_SECONDS its minute is shorter."""
     from audience_sync import crash  # noqa: PLC0415
-    from audience_sync.delivery import worker  # noqa: PLC0415
-    from audience_sync.store import leases  # noqa: PLC0415
+    from audience_sync.db import leases  # noqa: PLC0415
+    from audience_sync.queue import worker  # noqa: PLC0415
 
     code = 1
     try:

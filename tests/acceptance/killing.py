@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from audience_sync.db import engines
 from audience_sync.sandbox import Limits, Sandbox
-from audience_sync.store import engines
 
 SEED = os.environ.get("KILLS_SEED") or str(time.time_ns())
 KILLS_OF_A_SCENE = 100

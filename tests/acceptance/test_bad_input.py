@@ -96,7 +96,7 @@ def test_a_database_of_a_newer_version(good, engine, backend):
 def test_a_database_that_is_behind(good):
     command = good()
     later = (  # the program as it will be when there is another migration
-        "from audience_sync.store import migrate; migrate.HEAD = '9999'; migrate.KNOWN += ('9999',);"
+        "from audience_sync.db import migrate; migrate.HEAD = '9999'; migrate.KNOWN += ('9999',);"
         "from audience_sync.cli import main; main()"
     )
     called = [sys.executable, "-c", later, "--config", str(command.path), "sync"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from audience_sync.db import engines
 from audience_sync.errors import DatabaseError
-from audience_sync.store import engines
 
 DAILY = 'schedule = "0 0 * * *"'
 PEOPLE = "SELECT user_id FROM people WHERE is_in = 1"

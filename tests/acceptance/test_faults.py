@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.store import engines, migrate
+from audience_sync.db import engines, migrate
 from tests.acceptance.faults import (
     EVERYONE,
     IN_FLIGHT,

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import pytest
 
-from audience_sync.cli.demonstration import CONFIGURATION
+from audience_sync.cli.demo import CONFIGURATION
 
 DAYS = [dt.date(2011, 6, day) for day in range(1, 31)]
 RECENT, HIGH, AT_RISK = KEYS = ("order_completed_last_30days", "high_value_customers", "at_risk")

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.cli.demonstration import CONFIGURATION
+from audience_sync.cli.demo import CONFIGURATION
 from audience_sync.sandbox import Limits, Sandbox
 
 GOOD = "SELECT user_id FROM people"

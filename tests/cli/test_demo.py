@@ -2,10 +2,10 @@
 
 import pytest
 
-from audience_sync.cli import demonstration
+from audience_sync.cli import demo
 from audience_sync.errors import ConfigError
 
-CONFIGURATION = demonstration.CONFIGURATION.format(url="http://127.0.0.1:1/", pace=1)
+CONFIGURATION = demo.CONFIGURATION.format(url="http://127.0.0.1:1/", pace=1)
 
 
 def folder_with(tmp_path, **files):
@@ -21,13 +21,13 @@ def test_an_earlier_demo_makes_room(tmp_path):
         tmp_path, shop_dot_db="orders", audience_sync_dot_db="history", audience_sync_dot_toml=CONFIGURATION
     )
     (folder / "audience_sync.db-wal").touch()  # it was killed
-    demonstration._make_folder(folder)
+    demo._make_folder(folder)
     assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_is_new_or_empty_will_do(tmp_path):
-    demonstration._make_folder(tmp_path / "some" / "where")
-    demonstration._make_folder(tmp_path / "some" / "where")
+    demo._make_folder(tmp_path / "some" / "where")
+    demo._make_folder(tmp_path / "some" / "where")
 
 
 @pytest.mark.parametrize("files", [
@@ -39,5 +39,5 @@ def test_what_is_somebody_elses_stays(tmp_path, files):
     folder = folder_with(tmp_path, **files)
     before = {path.name: path.read_text() for path in folder.iterdir()}
     with pytest.raises(ConfigError, match="is there already and holds more than a demo, or none"):
-        demonstration._make_folder(folder)
+        demo._make_folder(folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == before

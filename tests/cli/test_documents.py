@@ -7,7 +7,7 @@ import sys
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.store import engines
+from audience_sync.db import engines
 
 RUN = {
     "run_id", "key", "mode", "trigger", "status", "as_of", "started_at", "finished_at", "member_count",

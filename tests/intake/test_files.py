@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from audience_sync.db import engines
 from audience_sync.intake import files
-from audience_sync.store import engines
 from tests.acceptance.faults import until
 
 SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it

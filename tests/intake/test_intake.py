@@ -4,10 +4,11 @@ import datetime as dt
 
 import pytest
 
-from audience_sync import intake, settings
+from audience_sync import history, intake, settings
 from audience_sync.app import App
+from audience_sync.db import engines
 from audience_sync.errors import CallError
-from audience_sync.store import engines, forgetting, looks
+from audience_sync.retention import erasure
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 
@@ -28,13 +29,13 @@ def app(url, tmp_path):
 def queued(app):
     with engines.read(app.engine) as connection:
         return [
-            (each["action"], each["subject_id"], each["body"]) for each in looks.delivery_rows(connection)
+            (each["action"], each["subject_id"], each["body"]) for each in history.delivery_rows(connection)
         ]
 
 
 def profile(app, user_id):
     with engines.read(app.engine) as connection:
-        return looks.user(connection, user_id)["profile"]
+        return history.user(connection, user_id)["profile"]
 
 
 def test_calls_are_queued_and_learned_from(app):
@@ -74,7 +75,7 @@ def test_a_trait_with_a_definitions_key_is_left_out_and_recorded(app):
     intake.identify(app, "ann", {"vips": True, "plan": "pro"})
     assert queued(app) == [("identify", "ann", {"plan": "pro"})]
     with engines.read(app.engine) as connection:
-        assert looks.call_rows(connection, None)[0]["left_out"] == {"vips": True}
+        assert history.call_rows(connection, None)[0]["left_out"] == {"vips": True}
 
 
 def test_a_call_that_is_not_valid_keeps_nothing(app):
@@ -92,19 +93,19 @@ def test_of_a_user_who_was_erased_only_the_call_is_kept(app):
     intake.track(app, "ann", "Order Completed")
     intake.group(app, "ann", "acme", {"size": 40})
     with engines.write(app.engine) as connection:
-        forgetting.forget(connection, "ann", app.clock.now())
+        erasure.forget(connection, "ann", app.clock.now())
     assert queued(app) == [("company", "acme", {"size": 40})]
     assert profile(app, "ann") is None
     receipt = intake.identify(app, "ann", {"email": "ann@example.com"}, message_id="m2")
     assert receipt.ignored == "the user was forgotten"
     with engines.read(app.engine) as connection:
-        (kept,) = looks.call_rows(connection, None)
+        (kept,) = history.call_rows(connection, None)
         assert (kept["user_id"], kept["body"], kept["status"]) == (None, {}, "ignored")
         for table in ("calls", "events", "profiles", "deliveries", "forgotten"):
             rows = engines.sql(connection, f"SELECT * FROM {{our}}{table}").all()
             assert "ann" not in str(rows)
     with engines.write(app.engine) as connection:
-        forgetting.allow_return(connection, "ann")
+        erasure.allow_return(connection, "ann")
     assert intake.identify(app, "ann").ignored == "the user was forgotten"  # until the next 02:00
 
 
@@ -117,4 +118,4 @@ def test_of_a_user_who_was_erased_only_the_call_is_kept(app):
     ],
 )
 def test_deletions_are_carried_out_at_two_o_clock(asked, done):
-    assert forgetting.next_deletions(asked) == done
+    assert erasure.next_deletions(asked) == done

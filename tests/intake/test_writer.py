@@ -5,9 +5,9 @@ import sqlalchemy as sa
 
 from audience_sync import intake
 from audience_sync.calls.model import Call, CallType
+from audience_sync.db import engines
 from audience_sync.errors import DatabaseError
 from audience_sync.intake.writer import Writer
-from audience_sync.store import engines
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from audience_sync.store import engines
-from tests.web.conftest import KEY, served
+from audience_sync.db import engines
+from tests.intake.conftest import KEY, served
 
 CLIENTS = Path(__file__).parent / "clients"
 COUNT = 60  # of each of six types

@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 
 import sqlalchemy as sa
 
-from audience_sync.definitions.model import Kind
-from audience_sync.delivery.worker import MAX_IN_FLIGHT
-from audience_sync.store import engines, tables
+from audience_sync.audiences.definition import Kind
+from audience_sync.db import engines, tables
+from audience_sync.queue.worker import MAX_IN_FLIGHT
 
 LANE_PATHS = {"/v1/identify": "identify", "/v1/track": "track"}
 

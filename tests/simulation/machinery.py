@@ -9,10 +9,10 @@ from functools import partial
 
 import sqlalchemy as sa
 
-from audience_sync.store import engines
+from audience_sync.db import engines
 from audience_sync.userpilot.answers import Answer, Outcome
 from tests.conftest import SCHEMA
-from tests.delivery.userpilot import LocalUserpilot
+from tests.queue.userpilot import LocalUserpilot
 
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 LATEST = 2.5  # seconds after which no request comes any more: within the grace

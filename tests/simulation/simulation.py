@@ -15,14 +15,14 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync import crash
-from audience_sync.calls import mappings, validation
-from audience_sync.definitions.model import Definition, Guard, Kind
-from audience_sync.delivery import bulk, gather, share
-from audience_sync.delivery.worker import Settings, Worker
+from audience_sync.audiences import runs
+from audience_sync.audiences.definition import Definition, Guard, Kind
+from audience_sync.calls import mappings, records, validation
+from audience_sync.db import engines, leases
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
+from audience_sync.queue import bulk, deliveries, destination, gather, jobs, split
+from audience_sync.queue.worker import Settings, Worker
 from audience_sync.sandbox.state import JobFault, RefusalError
-from audience_sync.store import calls, deliveries, destinations, engines, jobs, leases
-from audience_sync.sync import runs
 from audience_sync.userpilot import payloads
 from tests.conftest import SCHEMA
 from tests.simulation.machinery import (
@@ -122,7 +122,7 @@ class Simulation:
             patch.setattr(leases, "_is_gone", self._is_gone)
             patch.setattr(engines, "BUSY_SECONDS", 0)  # a lease lasts as long on both databases
             patch.setattr(crash, "at", self._at)
-            patch.setattr(share, "SMALLEST_JOB", 10)
+            patch.setattr(split, "SMALLEST_JOB", 10)
             patch.setattr(gather, "PIECE", 20)
             patch.setattr(bulk, "MEASURED_ROWS", 15)
             patch.setattr(jobs, "PIECE", 15)
@@ -270,8 +270,8 @@ class Simulation:
         with self.process("worker") as process:
             process.trouble = self._armed(DEATHS_OF_WORKERS, 300)
             with engines.write(self.engine) as connection:
-                if destinations.stopped(connection):
-                    destinations.go(connection)
+                if destination.stopped(connection):
+                    destination.go(connection)
             chance = random.Random(self.chance.random())
             process.worker = Worker(
                 self.engine,
@@ -372,9 +372,9 @@ class Simulation:
                 call = validation.parse(raw, received_at=moment, new_id=str)
                 decision = mappings.decide(call, mappings.PRESETS, reserved_keys=set(DEFINITIONS))
                 with engines.write(self.engine) as connection:
-                    calls.add(
+                    records.add(
                         connection,
-                        [calls.prepare(call, decision)],
+                        [records.prepare(call, decision)],
                         received_at=moment,
                         fingerprint=None,
                     )

@@ -1,0 +1,1 @@
+"""From a definition to committed changes. Start in `runs.py`."""

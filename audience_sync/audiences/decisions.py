@@ -1,0 +1,152 @@
+"""What a person does to a definition beside syncing it: approve or reject a held run, retire a key."""
+
+import datetime as dt
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences import commit as changes
+from audience_sync.audiences import records, runs, snapshot
+from audience_sync.audiences.definition import Kind
+from audience_sync.clock import Clock
+from audience_sync.db import engines, leases
+from audience_sync.errors import ConfigError, NotApproved
+from audience_sync.queue import destination
+
+LEASE_SECONDS = 600.0
+
+
+def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | None) -> None:
+    """Commit exactly the changes that a run holds; they are queued.
+
+    Raises:
+        ConfigError: there is no such run, or it is not held.
+        NotApproved: the members, or the destination, are others by now.
+        Busy: another process is syncing the definition.
+
+    """
+    with runs.temporary(engine) as connection, engines.begin_write(connection):
+        found = _held(connection, run_id)
+        with _lease(connection, found.key):
+            row, last = records.lock(connection, found.definition_id), records.baseline(connection, found.key)
+            run = _held(connection, run_id)  # as it is now that nobody else can change it
+            if last.run_id != run.baseline_run_id:
+                raise NotApproved(
+                    f"The members of {run.key} have changed since run {run_id} was computed: run "
+                    f"`audience-sync sync {run.key} --hold` again, and approve that."
+                )
+            if run.held_by == "fingerprint" and fingerprint is None:
+                raise NotApproved(
+                    "It was held for its destination, and the API key is not set: set it first."
+                )
+            is_for_other = destination.is_other(connection, row.fingerprint, fingerprint)
+            if run.mode != "full" and is_for_other:
+                raise NotApproved(f"Not now: {runs.OTHER_DESTINATION.format(key=run.key)}.")
+            kind = Kind(run.kind)
+            counts = snapshot.take_held(connection, run_id, run.definition_id, run.key, kind)
+            forgotten = row.forgotten_count if run.mode != "canary" else 0
+            computed = records.Computed(*runs.sized(last, counts, forgotten), run.set_aside or {})
+            commit = _commit(run, run_id, clock.now(), fingerprint)
+            if is_for_other:
+                changes.drop_of_other_destinations(connection, commit)
+            records.succeed(connection, run_id, computed, commit.now)
+            changes.approve(connection, commit, counts)
+            runs.settle_definition(connection, row, fingerprint, forgotten)
+
+
+def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
+    """Drop the changes that a run holds; the next run computes anew.
+
+    Raises:
+        ConfigError: there is no such run, or it is not held.
+
+    """
+    with engines.write(engine) as connection:
+        records.lock(connection, _held(connection, run_id).definition_id)
+        _held(connection, run_id)  # as it is now that nobody else can change it
+        changes.drop_held(connection, run_id, clock.now(), "rejected by hand")
+        records.reject(connection, run_id, "It was rejected by hand.")
+
+
+def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -> int:
+    """Queue false, of a trait null, for all who hold it, and let the key rest; the id of that run.
+
+    Raises:
+        ConfigError: the key was never used, or is retired.
+        Busy: another process is syncing it.
+
+    """
+    with runs.temporary(engine) as connection, engines.begin_write(connection):
+        found = records.find(connection, key)
+        if found is None:
+            raise ConfigError(f"The key {key} was never used: `audience-sync list` shows those that were.")
+        with _lease(connection, key):
+            row, last = records.lock(connection, found.definition_id), records.baseline(connection, key)
+            if row.retired_at is not None:
+                raise ConfigError(f"The key {key} was retired on {row.retired_at:%Y-%m-%d} already.")
+            now = clock.now()
+            as_of = max(now, last.as_of or now)
+            run_id = records.start(
+                connection,
+                row.definition_id,
+                mode="retire",
+                trigger="manual",
+                as_of=as_of,
+                now=now,
+                baseline_run_id=last.run_id,
+            )
+            runs.replace_held(
+                connection, row.definition_id, f"{runs.REPLACED} {run_id}, which retired the key.", now
+            )
+            counts = snapshot.all_exit(connection, row.definition_id)
+            computed = records.Computed(*runs.sized(last, counts, row.forgotten_count), {})
+            commit = changes.Commit(
+                run_id=run_id,
+                definition_id=row.definition_id,
+                key=key,
+                kind=Kind(row.kind),
+                as_of=as_of,
+                now=now,
+                fingerprint=row.fingerprint or fingerprint,
+                delivery_class="push",
+            )
+            changes.commit(connection, commit, counts)
+            records.succeed(connection, run_id, computed, now)
+            records.count_forgotten(connection, row.definition_id, 0)
+            records.retire(connection, row.definition_id, now)
+    return run_id
+
+
+def _held(connection: sa.Connection, run_id: int) -> sa.Row[Any]:
+    run = records.get(connection, run_id)
+    if run is None:
+        raise ConfigError(f"There is no run {run_id}: `audience-sync history` lists them.")
+    if run.status == "rejected" and run.error.startswith(runs.REPLACED):
+        raise NotApproved(
+            f"{run.error} The members may have changed since: run `audience-sync sync {run.key} --hold` again, "
+            "and approve that."
+        )
+    if run.status != "held":
+        raise ConfigError(f"Run {run_id} is {run.status}, not held.")
+    return run
+
+
+@contextmanager
+def _lease(connection: sa.Connection, key: str) -> Iterator[None]:
+    lease = runs.take_lease(connection, key, LEASE_SECONDS)
+    yield
+    leases.release(connection, lease)
+
+
+def _commit(run: sa.Row[Any], run_id: int, now: dt.datetime, fingerprint: str | None) -> changes.Commit:
+    return changes.Commit(
+        run_id=run_id,
+        definition_id=run.definition_id,
+        key=run.key,
+        kind=Kind(run.kind),
+        as_of=run.as_of,
+        now=now,
+        fingerprint=fingerprint,
+    )

@@ -1,0 +1,170 @@
+"""How a user id and a trait's value are written as text: one form on SQLite, on PostgreSQL, and in Python.
+
+A value's form is JSON text, and equal texts are equal values: a whole number that 64 bits hold is written as an
+integer, any other at 15 significant digits. '!' stands for what is not a primitive, and sorts before every form.
+"""
+
+import json
+import math
+import sqlite3
+from dataclasses import dataclass
+from decimal import Decimal
+
+from audience_sync.retention.erasure import user_hash
+
+MAX_ID_LENGTH = 255
+NOT_PRIMITIVE = "!"
+_LIMIT = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a definition's result; the type as PostgreSQL's pg_type has it, empty on SQLite."""
+
+    name: str
+    type_name: str = ""
+    category: str = ""
+
+
+def number(raw: float | Decimal) -> str:
+    if isinstance(raw, float) and 1e-4 <= abs(raw) < 1e14:  # most of them, soon done
+        return f"{raw:.15g}"
+    if not math.isfinite(raw):
+        return NOT_PRIMITIVE
+    if -_LIMIT <= raw < _LIMIT and raw == int(raw):
+        return str(int(raw))
+    real = float(raw)
+    if not math.isfinite(real):
+        return NOT_PRIMITIVE
+    text = f"{real:.15g}"
+    return "0" if text == "-0" else text
+
+
+def string(raw: str | bytes) -> str:
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        text.encode()
+    except UnicodeError:
+        return NOT_PRIMITIVE
+    return NOT_PRIMITIVE if "\0" in text else json.dumps(text, ensure_ascii=False)
+
+
+def unfit(raw: str | bytes) -> str | None:
+    """Why a text cannot be a user id."""
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        text.encode()
+    except UnicodeError:
+        return "not_unicode"
+    if "\0" in text:
+        return "nul_character"
+    if not text.strip(" \t\r\n"):
+        return "empty"
+    return "too_long" if len(text) > MAX_ID_LENGTH else None
+
+
+def teach(raw: sqlite3.Connection) -> None:
+    """Give SQLite the functions that its expressions below call for the few values that need them.
+
+    Its own printf errs in the fifteenth digit, and its texts may hold anything.
+    """
+    for function in (number, string, unfit, user_hash):
+        raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
+
+
+# ASCII without a NUL; other text may not even be UTF-8.
+_PLAIN = "(instr({0}, char(0)) = 0 AND {0} NOT GLOB '*[^' || char(1) || '-' || char(127) || ']*')"
+_SQLITE_REAL = (
+    f"CASE WHEN {{0}} >= -{_LIMIT}.0 AND {{0}} < {_LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
+    "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_number({0}) END"
+)
+# Blobs stand for what is no text, because a primary key takes no null: x'' for null, x'00' for binary.
+SQLITE_ID = f"""
+CASE typeof(user_id)
+  WHEN 'text' THEN user_id
+  WHEN 'integer' THEN CAST(user_id AS TEXT)
+  WHEN 'real' THEN CASE WHEN user_id IN (9e999, -9e999) THEN x'' ELSE {_SQLITE_REAL.format("user_id")} END
+  WHEN 'blob' THEN x'00'
+  ELSE x'' END"""
+SQLITE_VALUE = f"""
+CASE typeof(value)
+  WHEN 'integer' THEN CAST(value AS TEXT)
+  WHEN 'real' THEN {_SQLITE_REAL.format("value")}
+  WHEN 'text' THEN CASE WHEN {_PLAIN.format("value")} THEN json_quote(value)
+                        ELSE audience_sync_string(CAST(value AS BLOB)) END
+  WHEN 'blob' THEN '!' END"""
+
+SQLITE_HASH = "audience_sync_user_hash(user_id)"
+POSTGRESQL_HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
+
+# Of an id's form: whether it has to be looked at, which costs little, and why it cannot be sent.
+SQLITE_DOUBTFUL = f"(user_id >= x'' OR user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"
+SQLITE_UNFIT = """
+CASE WHEN user_id = x'' THEN 'null' WHEN user_id = x'00' THEN 'binary'
+     ELSE audience_sync_unfit(CAST(user_id AS BLOB)) END"""
+POSTGRESQL_DOUBTFUL = f"(user_id IS NULL OR user_id < '!' OR octet_length(user_id) > {MAX_ID_LENGTH})"
+POSTGRESQL_UNFIT = f"""
+CASE WHEN user_id IS NULL THEN 'null'
+     WHEN btrim(user_id, E' \\t\\n\\r') = '' THEN 'empty'
+     WHEN length(user_id) > {MAX_ID_LENGTH} THEN 'too_long' END"""
+
+
+def postgresql_id(column: Column) -> str:
+    """The expression of an id's form. PostgreSQL types a column, so its type chooses."""
+    match column.category, column.type_name:
+        case "N", "numeric":
+            form = (
+                "CASE WHEN user_id IN ('NaN', 'Infinity', '-Infinity') THEN NULL WHEN user_id = trunc(user_id) "
+                f"THEN CAST(trunc(user_id) AS text) ELSE {_postgresql_number('user_id')} END"
+            )
+        case "N", "float4" | "float8":
+            form = f"nullif({_postgresql_number(_float('user_id', column))}, '{NOT_PRIMITIVE}')"
+        case _:
+            form = "CAST(user_id AS text)"
+    return f'({form}) COLLATE "C"'
+
+
+def postgresql_value(column: Column) -> str:
+    match column.category, column.type_name:
+        case ("B", _) | ("N", "int2" | "int4" | "int8"):
+            form = "CAST(value AS text)"
+        case "N", "numeric" | "float4" | "float8":
+            form = _postgresql_number(_float("value", column))
+        case "U", "json" | "jsonb":
+            as_number = _postgresql_number("CAST(CAST(value AS jsonb) AS numeric)")
+            form = (
+                "CASE jsonb_typeof(CAST(value AS jsonb)) WHEN 'object' THEN '!' WHEN 'array' THEN '!' "
+                f"WHEN 'null' THEN NULL WHEN 'number' THEN {as_number} ELSE CAST(CAST(value AS jsonb) AS text) END"
+            )
+        case ("S" | "E" | "X", _) | ("U", "uuid"):
+            form = "CAST(to_json(CAST(value AS text)) AS text)"
+        case "D", _:
+            form = "CAST(to_json(value) AS text)"
+        case _:
+            form = "CASE WHEN value IS NOT NULL THEN '!' END"
+    return f'({form}) COLLATE "C"'
+
+
+def _float(name: str, column: Column) -> str:
+    # By way of its text: 0.1 of four bytes is 0.1, not 0.100000001490116.
+    return f"CAST(CAST({name} AS text) AS float8)" if column.type_name == "float4" else name
+
+
+def _postgresql_number(value: str) -> str:
+    # NaN is greater than every number. A cast to float8 refuses what a float8 cannot hold.
+    return (
+        f"CASE WHEN {value} >= -{_LIMIT} AND {value} < {_LIMIT} AND {value} = trunc({value}) "
+        f"THEN CAST(CAST({value} AS bigint) AS text) "
+        f"WHEN {value} IS NOT NULL AND abs({value}) > 1.7976931348623157e308 THEN '!' "
+        f"WHEN abs({value}) < 2.5e-324 THEN '0' ELSE CAST(CAST({value} AS float8) AS text) END"
+    )
+
+
+def float_digits(columns: list[Column]) -> int:
+    """PostgreSQL's extra_float_digits: 0 is 15 digits; 1 is as few as tell a value from the others of its type."""
+    return int(any(column.type_name == "float4" for column in columns))
+
+
+def id_is_possible(column: Column) -> bool:
+    """Whether a column of this PostgreSQL type can hold user ids."""
+    return column.category in {"", "S", "N", "E", "X"} or column.type_name in {"uuid", "citext"}

@@ -1,0 +1,1 @@
+"""The database: engines, dialects, tables, leases, bulk loading of rows, and migrations."""

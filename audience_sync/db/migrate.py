@@ -1,0 +1,125 @@
+"""The database's version: what it is, and how it gets to the newest one.
+
+Alembic is imported only where it works: its import costs more than a whole unchanged sync may.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+import audience_sync
+from audience_sync.db import engines
+from audience_sync.db.tables import metadata
+from audience_sync.errors import DatabaseError
+
+HEAD = "0005"
+KNOWN = ("0001", "0002", "0003", "0004", "0005")
+VERSION_TABLE = "audience_sync_version"
+_LOCK = 4_710_226_013  # any number that is ours: PostgreSQL's advisory lock for migrations
+
+
+def current(engine: sa.Engine) -> str | None:
+    """The revision that the database is at; None where it has none of our tables.
+
+    Raises:
+        DatabaseError: it cannot be reached, or a table of ours stands there without a version.
+
+    """
+    schema = engine.get_execution_options().get("schema")
+    with engines.plain_errors(engine), engine.connect() as connection:
+        names = set(sa.inspect(connection).get_table_names(schema=schema))
+        if VERSION_TABLE in names:
+            query = f"SELECT version_num FROM {{our}}{VERSION_TABLE}"
+            revision: str | None = engines.sql(connection, query).scalar_one_or_none()
+            if revision is not None:
+                return revision
+        foreign = sorted(names & set(metadata.tables))
+        if foreign:
+            raise DatabaseError(
+                f"The database has a table {foreign[0]} that audience-sync did not make. Keep your own tables "
+                "in a file or schema of their own, name it under [sources], and give [database] another url."
+            )
+        return None
+
+
+def ensure(engine: sa.Engine) -> None:
+    """Make sure that the database is at the newest version; a new one is set up.
+
+    Raises:
+        DatabaseError: it is behind, or newer than this program.
+
+    """
+    revision = current(engine)
+    if revision is None:
+        upgrade(engine)
+    elif revision not in KNOWN:
+        raise DatabaseError(
+            f"The database is at version {revision}, which audience-sync {audience_sync.__version__} does "
+            "not know: it is newer. Upgrade audience-sync."
+        )
+    elif revision != HEAD:
+        raise DatabaseError(
+            f"The database is at version {revision} and this program needs {HEAD}: back it up, then run "
+            "`audience-sync db upgrade`."
+        )
+
+
+def upgrade(engine: sa.Engine, revision: str = "head") -> None:
+    current(engine)  # a foreign table stops us before anything is made
+    _run(engine, "upgrade", revision)
+
+
+def downgrade(engine: sa.Engine, revision: str) -> None:
+    _run(engine, "downgrade", revision)
+
+
+def script_folder() -> Path:
+    """Inside the wheel the migrations lie in the package; in a checkout beside it."""
+    package = Path(audience_sync.__file__).parent
+    shipped = package / "_migrations"
+    return shipped if shipped.is_dir() else package.parent / "migrations"
+
+
+def _run(engine: sa.Engine, direction: str, revision: str) -> None:
+    import alembic.command  # noqa: PLC0415
+    import alembic.config  # noqa: PLC0415
+
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(script_folder()).replace("%", "%%"))
+    with engines.plain_errors(engine), engine.connect() as connection:
+        connection.execution_options(schema_translate_map=None)  # names resolve by the search path here
+        with _without_foreign_keys(connection), engines.begin_write(connection):
+            if not engines.is_sqlite(engine):
+                _enter_schema(connection, engine.get_execution_options()["schema"])
+            config.attributes["connection"] = connection
+            run: Any = getattr(alembic.command, direction)
+            run(config, revision)
+
+
+@contextmanager
+def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
+    """Batch mode rebuilds tables: with enforcement on, SQLite would delete the rows of their children.
+
+    The pragma does nothing inside a transaction, so it goes past SQLAlchemy, which would begin one.
+    """
+    if not engines.is_sqlite(connection):
+        yield
+        return
+    raw: Any = connection.connection.dbapi_connection
+    raw.execute("PRAGMA foreign_keys = OFF")
+    try:
+        yield
+        broken = raw.execute("PRAGMA foreign_key_check").fetchone()
+    finally:
+        raw.execute("PRAGMA foreign_keys = ON")
+    if broken is not None:
+        raise DatabaseError(f"After the migration, rows of {broken[0]} point nowhere: restore the backup.")
+
+
+def _enter_schema(connection: sa.Connection, schema: str) -> None:
+    connection.execute(sa.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    connection.exec_driver_sql(f'CREATE SCHEMA IF NOT EXISTS "{schema}"')
+    connection.exec_driver_sql(f'SET LOCAL search_path TO "{schema}"')

@@ -1,1 +1,0 @@
-"""From the queue to Userpilot: `worker.deliver` claims, merges, paces, sends and settles."""

@@ -1,0 +1,1 @@
+"""Pruning and erasure: the only modules that delete rows of other packages."""

@@ -1,1 +1,0 @@
-"""START HERE: from a definition to deliveries, in `runs.sync`."""

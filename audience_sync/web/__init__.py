@@ -1,1 +1,0 @@
-"""What `serve` serves: the tracking API that Segment's server libraries speak."""

@@ -1,0 +1,249 @@
+"""What a definition may be, where it runs, and what is said when it cannot."""
+
+import datetime as dt
+import sqlite3
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync.app import source_engine
+from audience_sync.audiences import compute, snapshot
+from audience_sync.db import engines
+from audience_sync.errors import DefinitionError, SourceError
+
+AS_OF = dt.datetime(2026, 3, 1, 13, 30, tzinfo=dt.UTC)
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) AS user_id FROM n"
+
+
+@pytest.fixture
+def computed(engine):
+    """Compute a definition: its user ids and their values, and what was set aside."""
+
+    def run(definition, source=None):
+        with engine.connect() as connection:
+            counts = compute.compute(connection, definition, AS_OF, source)
+            counts += compute.Counter(snapshot.compare(connection, None, definition.kind)[1])
+            rows = engines.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes").all()
+        return dict(map(tuple, rows)), counts
+
+    return run
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shop(request, tmp_path):
+    """A source with orders of ann (two) and bob."""
+    if request.param == "sqlite":
+        path = tmp_path / "shop.db"
+        sqlite3.connect(path).close()
+        url = f"sqlite:///{path}"
+    else:
+        server = request.getfixturevalue("postgres")
+        url = server.url(server.create())
+    maker = sa.create_engine(url)
+    with maker.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE orders (user_id text, total double precision, ordered_on date)"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO orders VALUES ('ann', 1.5, '2026-02-28'), ('ann', 1.5, '2026-03-02'), ('bob', 2, NULL)"
+        )
+    maker.dispose()
+    source = source_engine("shop", url)
+    yield source
+    source.dispose()
+
+
+def test_a_definition_reads_the_companys_tables_and_ours(world, computed):
+    world.people("ann")
+    ours = world.engine.get_execution_options()["our"].replace('"', "")
+    world.execute(
+        "INSERT INTO {our}events (call_id, user_id, name, properties, context, timestamp, received_at) "
+        "VALUES (1, 'bob', 'Signed Up', '{}', '{}', :now, :now)",
+        now=AS_OF,
+    )
+    sql = f"SELECT user_id FROM people UNION ALL SELECT user_id FROM {ours}events WHERE name = 'Signed Up'"
+    assert computed(world.audience(sql)) == ({"ann": None, "bob": None}, {})
+
+
+def test_the_moment_of_the_run_is_bound(world, computed):
+    if engines.is_sqlite(world.engine):
+        sql = "SELECT :as_of AS user_id UNION ALL SELECT date(:as_of, '-30 days')"
+        expected = {"2026-03-01 13:30:00", "2026-01-30"}
+    else:
+        sql = "SELECT :as_of::date::text AS user_id UNION ALL SELECT (:as_of - interval '30 days')::text"
+        expected = {"2026-03-01", "2026-01-30 13:30:00+00"}
+    assert set(computed(world.audience(sql))[0]) == expected
+
+
+def test_percents_colons_and_question_marks_are_left_alone(world, computed):
+    world.people("a%b", "a?b", "a:b", "ab")
+    sql = "SELECT user_id FROM people WHERE user_id LIKE 'a%b' AND user_id <> '?:x' AND user_id <> '100%s' -- %:as"
+    assert set(computed(world.audience(sql))[0]) == {"a%b", "a?b", "a:b", "ab"}
+
+
+def test_ids_compare_byte_by_byte(world, computed):
+    collation = "NOCASE" if engines.is_sqlite(world.engine) else '"default"'
+    world.people("ann", "Ann", "ann ", "a\u0301", "\u00e1")
+    sql = f"SELECT user_id COLLATE {collation} AS user_id FROM people"
+    assert len(computed(world.audience(sql))[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELECT user_id AS id FROM people", "must give one column called user_id; it gives id"),
+        ("SELECT p.user_id, q.user_id FROM people p, people q", "it gives user_id, user_id"),
+        ("SELECT user_id FROM people WHERE", "its SQL does not work"),
+        ("SELECT user_id FROM missing", "its SQL does not work: .*missing"),
+        ("SELECT user_id FROM people WHERE user_id = :name", "there is no parameter :name"),
+        ("DELETE FROM people", "vips: "),
+        ("", "vips: the SQL is empty"),
+    ],
+)
+def test_a_definition_that_is_wrong_is_told_so(world, computed, sql, message):
+    with pytest.raises(DefinitionError, match=message):
+        computed(world.audience(sql))
+
+
+def test_a_trait_needs_a_value(world, computed):
+    with pytest.raises(DefinitionError, match="spend: its SQL must give one column called value"):
+        computed(world.trait("SELECT user_id FROM people"))
+
+
+def test_a_definition_that_gives_nothing_is_an_empty_snapshot(world, computed):
+    assert computed(world.audience("SELECT NULL AS user_id WHERE 1 = 0")) == ({}, {})
+    assert computed(world.audience("SELECT NULL AS user_id")) == ({}, {"null": 1})
+    assert computed(world.trait("SELECT 'ann' AS user_id, NULL AS value")) == ({}, {})
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_column_that_cannot_hold_ids_is_refused(world, computed):
+    with pytest.raises(
+        DefinitionError, match="user_id of its SQL is of type bool: give text, a number or a uuid"
+    ):
+        computed(world.audience("SELECT true AS user_id"))
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_the_authorizer_refuses_what_is_more_than_reading(world, computed, monkeypatch):
+    monkeypatch.setattr(compute.definition_sql, "check", lambda *_: [])  # as if it had not seen it
+    for sql in ("SELECT load_extension('x') AS user_id", "ATTACH 'other.db' AS other", "DELETE FROM people"):
+        with pytest.raises(DefinitionError, match="may only read, and this one does more"):
+            computed(world.audience(sql))
+    world.people("ann")
+    assert computed(world.audience())[0] == {"ann": None}  # the authorizer is gone again
+
+
+def test_a_definition_that_takes_too_long_is_stopped(world, computed):
+    with pytest.raises(DefinitionError, match=r"vips: its SQL ran longer than 0.1 seconds. Make it faster"):
+        computed(world.audience(ENDLESS, timeout_seconds=0.1))
+    world.people("ann")
+    assert computed(world.audience(timeout_seconds=5)) == ({"ann": None}, {})
+
+
+def test_a_source_is_read_and_loaded(world, computed, shop, monkeypatch):
+    monkeypatch.setattr(compute, "FETCH_ROWS", 2)
+    sql = "SELECT User_ID, total AS VALUE FROM orders"
+    assert computed(world.audience(sql, source="shop"), shop) == (
+        {"ann": None, "bob": None},
+        {"duplicate": 1},
+    )
+    assert computed(world.trait(sql, source="shop"), shop) == ({"ann": "1.5", "bob": "2"}, {})
+    sql = "SELECT user_id FROM orders WHERE ordered_on <= :as_of AND user_id LIKE '%'"
+    assert computed(world.audience(sql, source="shop"), shop) == ({"ann": None}, {})
+
+
+def test_text_from_a_source_arrives_as_it_was(world, computed, shop):
+    odd = [
+        "tab\there",
+        "new\nline",
+        "return\r",
+        "back\\slash",
+        "\\N",
+        "\\.",
+        '"quoted"',
+        "\u00e9\u4e16\U0001f600",
+        "a, b",
+    ]
+    maker = sa.create_engine(shop.url)
+    table = sa.table("orders", sa.column("user_id"))
+    with maker.begin() as connection:
+        connection.execute(table.delete())
+        connection.execute(table.insert(), [{"user_id": each} for each in odd])
+    maker.dispose()
+    assert set(computed(world.audience("SELECT user_id FROM orders", source="shop"), shop)[0]) == set(odd)
+    values = computed(world.trait("SELECT user_id, user_id AS value FROM orders", source="shop"), shop)[0]
+    assert values["tab\there"] == r'"tab\there"'
+    assert values["\\N"] == r'"\\N"'
+    assert values["\u00e9\u4e16\U0001f600"] == '"\u00e9\u4e16\U0001f600"'
+
+
+def test_a_source_that_takes_too_long_is_stopped(world, computed, shop):
+    with pytest.raises(DefinitionError, match=r"ran longer than 0.2 seconds"):
+        computed(world.audience(ENDLESS, source="shop", timeout_seconds=0.2), shop)
+    drip = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i AS user_id FROM n"
+    with pytest.raises(DefinitionError, match=r"ran longer than 0.2 seconds"):
+        computed(world.audience(drip, source="shop", timeout_seconds=0.2), shop)
+
+
+def test_a_source_is_only_read(world, computed, shop, monkeypatch):
+    monkeypatch.setattr(compute.definition_sql, "check", lambda *_: [])
+    sql = "DELETE FROM orders RETURNING user_id"
+    if shop.dialect.name == "postgresql":
+        with shop.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE FUNCTION empty_it() RETURNS text LANGUAGE sql AS 'DELETE FROM orders RETURNING user_id'"
+            )
+        sql = "SELECT empty_it() AS user_id"
+    with pytest.raises(DefinitionError, match="read"):
+        computed(world.audience(sql, source="shop"), shop)
+
+
+def test_an_error_of_a_source_is_the_definitions(world, computed, shop):
+    with pytest.raises(DefinitionError, match=r"vips: its SQL does not work: .*missing"):
+        computed(world.audience("SELECT user_id FROM missing", source="shop"), shop)
+    with pytest.raises(DefinitionError, match="must give one column called user_id; it gives total"):
+        computed(world.audience("SELECT total FROM orders", source="shop"), shop)
+    assert computed(world.audience("SELECT user_id FROM orders", source="shop"), shop)[0].keys() == {
+        "ann",
+        "bob",
+    }
+
+
+@pytest.mark.parametrize(
+    "address", ["sqlite:///nowhere/shop.db", "postgresql+psycopg://nobody@127.0.0.1:1/shop"]
+)
+def test_a_source_that_is_down_fails_its_runs_and_no_others(world, address):
+    world.people("ann")
+    source = source_engine("shop", address)
+    run = world.sync(world.audience("SELECT user_id FROM orders", source="shop"), source=source)
+    source.dispose()
+    assert run.status == "failed"
+    assert run.error.startswith("vips: the source shop cannot be read: ")
+    assert run.error.endswith("Is it running, and is its url in [sources.shop] right?")
+    assert world.sync(world.audience(key="others")).status == "succeeded"
+
+
+def test_a_source_that_dies_while_it_is_read_is_said_so(world, computed, postgres, monkeypatch):
+    monkeypatch.setattr(compute, "FETCH_ROWS", 10)
+    source = source_engine("shop", postgres.url(postgres.create()))
+    taken = compute.source_values.rows
+
+    def kill(*arguments):
+        name = source.url.database
+        postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        return taken(*arguments)
+
+    monkeypatch.setattr(compute.source_values, "rows", kill)
+    sql = "SELECT i AS user_id FROM generate_series(1, 100000) i"
+    with pytest.raises(SourceError, match="vips: the source shop cannot be read"):
+        computed(world.audience(sql, source="shop"), source)
+    source.dispose()
+
+
+def test_an_sqlite_source_that_is_no_database_is_said_so(world, computed, tmp_path):
+    (tmp_path / "shop.db").write_text("not a database at all, but long enough to look at" * 20)
+    source = source_engine("shop", f"sqlite:///{tmp_path}/shop.db")
+    with pytest.raises(SourceError, match="file is not a database"):
+        computed(world.audience("SELECT user_id FROM orders", source="shop"), source)
+    source.dispose()

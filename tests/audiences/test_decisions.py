@@ -1,0 +1,478 @@
+"""What holds a run, what a person does about it, and who is left out of one."""
+
+import datetime as dt
+
+import pytest
+
+from audience_sync import history
+from audience_sync.audiences import decisions, plan, records, runs
+from audience_sync.audiences.definition import Guard
+from audience_sync.db import engines
+from audience_sync.errors import ConfigError, NotApproved, SourceError
+from audience_sync.queue import destination
+from audience_sync.retention import erasure
+
+WARY = Guard(above=4, max_exit_ratio=0.5, max_enter_ratio=1.0)
+FIVE = ["ann", "bob", "cid", "dan", "eve"]
+
+
+@pytest.fixture
+def known(world):
+    """Five members, told and accepted."""
+    world.people(*FIVE)
+    world.sync(world.audience())
+    world.settle("accepted")
+    return world
+
+
+def held(world):
+    return world.query("SELECT run_id, held_by, error FROM {our}runs WHERE status = 'held'")
+
+
+def counts(run):
+    return (run.member_count, run.entered_count, run.exited_count, run.changed_count)
+
+
+@pytest.mark.parametrize(
+    ("people", "why"),
+    [
+        (["ann", "bob"], "3 of 5 members would leave, and max_exit_ratio is 0.5"),
+        ([], "the snapshot is empty, and max_exit_ratio is 0.5"),
+        (
+            [*FIVE, *(f"new{n}" for n in range(6))],
+            "6 users would enter beside 5 members, and max_enter_ratio is 1",
+        ),
+        ([*FIVE, *(f"new{n}" for n in range(5))], None),
+        (["ann", "bob", "cid"], None),
+    ],
+)
+def test_the_guard_holds_what_is_too_unlike_the_last_snapshot(known, people, why):
+    known.people(*people)
+    run = known.sync(known.audience(guard=WARY))
+    if why is None:
+        assert run.status == "succeeded"
+        assert set(known.members()) == set(people)
+        return
+    assert (run.status, run.error) == ("held", f"The guard holds it: {why}.")
+    assert held(known) == [(run.run_id, "guard", run.error)]
+    assert set(known.members()) == set(FIVE)
+    assert {status for _, _, status in known.deliveries(run.run_id)} == {"held"}
+
+
+def test_the_guard_looks_at_no_small_definition_and_no_first_run(world):
+    guard = Guard(above=3, max_exit_ratio=0.0, max_enter_ratio=0.0)
+    world.people(*FIVE[:2])
+    assert world.sync(world.audience(guard=Guard(above=0, max_enter_ratio=0.0))).status == "succeeded"
+    world.people("cid")
+    assert world.sync(world.audience(guard=guard)).status == "succeeded"
+
+
+def test_the_guard_covers_traits(world):
+    world.people(*((user, 1.0) for user in FIVE))
+    world.sync(world.trait())
+    world.people(("ann", 2.0))
+    run = world.sync(world.trait(guard=WARY))
+    assert (run.status, counts(run)) == ("held", (1, 0, 4, 1))
+    assert world.members("spend") == dict.fromkeys(FIVE, "1")
+
+
+def test_approve_commits_exactly_what_was_held(known):
+    known.people("ann", "zoe")
+    run = known.sync(known.audience(guard=WARY))
+    known.people(*FIVE, "later")
+    decisions.approve(known.engine, run.run_id, known.clock, None)
+    assert set(known.members()) == {"ann", "zoe"}
+    assert [(user, body, status) for user, body, status in known.deliveries(run.run_id)] == [
+        *((user, '{"vips": false}', "pending") for user in FIVE[1:]),
+        ("zoe", '{"vips": true}', "pending"),
+    ]
+    assert counts(known.run(run.run_id)) == (2, 1, 4, 0)
+    past = known.query("SELECT user_id, exited_run_id FROM {our}past_members ORDER BY user_id")
+    assert past == [(user, run.run_id) for user in FIVE[1:]]
+    with pytest.raises(ConfigError, match=f"Run {run.run_id} is succeeded, not held"):
+        decisions.approve(known.engine, run.run_id, known.clock, None)
+
+
+def test_a_held_trait_is_committed_with_its_values(world):
+    sql = (
+        "SELECT user_id, CASE value WHEN 1 THEN 'it''s \"so\"' WHEN 2 THEN 'null' WHEN 3 THEN '2.50' END AS value "
+        "FROM people"
+    )
+    world.people(("ann", 3), ("bob", 3), ("cid", 3))
+    world.sync(world.trait(sql))
+    world.people(("ann", 1), ("bob", 2), ("dan", 1))
+    run = world.sync(world.trait(sql), hold=True)
+    assert (run.status, counts(run)) == ("held", (3, 1, 1, 2))
+    assert set(world.members("spend").values()) == {'"2.50"'}
+    decisions.approve(world.engine, run.run_id, world.clock, None)
+    assert world.members("spend") == {"ann": '"it\'s \\"so\\""', "bob": '"null"', "dan": '"it\'s \\"so\\""'}
+    assert counts(world.run(run.run_id)) == (3, 1, 1, 2)
+    assert world.sync(world.trait(sql)).changed_count == 0
+
+
+def test_a_full_run_that_was_held_tells_everyone(known):
+    known.people(*FIVE[:4])
+    known.sync(known.audience())
+    known.settle("accepted")
+    known.people("ann", "zoe")
+    run = known.sync(known.audience(), full=True, hold=True)
+    told = known.deliveries(run.run_id)
+    assert {status for _, _, status in told} == {"held"}
+    decisions.approve(known.engine, run.run_id, known.clock, None)
+    assert [(user, body) for user, body, _ in told] == [
+        ("ann", '{"vips": true}'),
+        *((user, '{"vips": false}') for user in FIVE[1:]),
+        ("zoe", '{"vips": true}'),
+    ]
+    assert set(known.members()) == {"ann", "zoe"}
+    assert counts(known.run(run.run_id)) == (2, 1, 3, 0)
+
+
+def test_reject_drops_the_changes(known):
+    known.people()
+    run = known.sync(known.audience(guard=WARY))
+    decisions.reject(known.engine, run.run_id, known.clock)
+    assert known.run(run.run_id).status == "rejected"
+    assert {status for _, _, status in known.deliveries(run.run_id)} == {"cancelled"}
+    assert set(known.members()) == set(FIVE)
+    known.people(*FIVE, "zoe")
+    assert counts(known.sync(known.audience(guard=WARY))) == (6, 1, 0, 0)
+    with pytest.raises(ConfigError, match="There is no run 99"):
+        decisions.reject(known.engine, 99, known.clock)
+
+
+def test_a_later_run_replaces_the_held_one(known):
+    known.people()
+    first = known.sync(known.audience(guard=WARY))
+    second = known.sync(known.audience(guard=WARY))
+    assert known.run(first.run_id).error == f"Replaced by run {second.run_id}."
+    assert [run_id for run_id, _, _ in held(known)] == [second.run_id]
+    known.people(*FIVE)
+    assert known.sync(known.audience(guard=WARY)).status == "succeeded"
+    assert held(known) == []
+    assert [known.run(run_id).status for run_id in (first.run_id, second.run_id)] == ["rejected"] * 2
+
+
+def test_a_run_is_not_approved_when_the_members_have_moved(known, monkeypatch):
+    known.people()
+    run = known.sync(known.audience(), hold=True)
+    monkeypatch.setattr(runs, "replace_held", lambda *_: None)  # as if it had been held while the other ran
+    known.people(*FIVE, "zoe")
+    known.sync(known.audience())
+    with pytest.raises(
+        NotApproved, match="have changed since run 2 was computed: run `audience-sync sync vips --hold`"
+    ):
+        decisions.approve(known.engine, run.run_id, known.clock, None)
+    assert set(known.members()) == {*FIVE, "zoe"}
+
+
+def test_an_entry_that_nobody_heard_of_is_cancelled_with_its_approved_exit(world):
+    world.people("ann", "bob")
+    world.sync(world.audience())
+    world.settle("accepted", "subject_id = 'bob'")
+    world.people()
+    run = world.sync(world.audience(), hold=True)
+    decisions.approve(world.engine, run.run_id, world.clock, None)
+    assert world.query("SELECT subject_id, run_id, status FROM {our}deliveries ORDER BY delivery_id") == [
+        ("ann", 1, "cancelled"), ("bob", 1, "accepted"), ("ann", 2, "cancelled"), ("bob", 2, "pending"),
+    ]  # fmt: skip
+
+
+def test_an_exit_that_waits_counts_as_heard_though_what_was_told_is_not_kept_any_more(world):
+    world.people("ann")
+    world.sync(world.audience())
+    world.execute("DELETE FROM {our}deliveries")  # told, accepted, and pruned
+    world.people()
+    world.sync(world.audience())
+    world.people("ann")
+    world.sync(world.audience())
+    world.people()
+    world.sync(world.audience())
+    assert [status for _, _, status in world.deliveries(2) + world.deliveries(3) + world.deliveries(4)] == [
+        "pending"
+    ] * 3
+
+
+def test_what_was_refused_is_tried_again_though_a_later_run_was_rejected(known):
+    known.execute("UPDATE {our}deliveries SET status = 'dead', error = 'no' WHERE subject_id = 'ann'")
+    known.people()
+    run = known.sync(known.audience(guard=WARY))
+    decisions.reject(known.engine, run.run_id, known.clock)
+    known.people(*FIVE)
+    known.sync(known.audience(guard=WARY))
+    assert ("ann", '{"vips": true}', "pending") in known.deliveries(1)
+
+
+def test_a_canary_changes_its_users_alone(world):
+    world.people(*FIVE)
+    run = world.sync(world.audience(), users=("bob", "eve", "nobody"))
+    assert (run.mode, run.status, counts(run)) == ("canary", "succeeded", (2, 2, 0, 0))
+    assert world.members().keys() == {"bob", "eve"}
+    (planned,), touched = plan.plan(
+        world.engine, [(world.audience(), None)], {"vips": world.clock.now()}, world.clock.now(), None
+    )
+    assert (planned.member_count, planned.counts, touched) == (5, {"entered": 3}, (5, 3))
+    first = world.sync(world.audience(guard=Guard(above=1, max_enter_ratio=0.1)))
+    assert (first.mode, first.status, counts(first)) == ("first", "succeeded", (5, 3, 0, 0))
+    assert [user for user, _, _ in world.deliveries(first.run_id)] == ["ann", "cid", "dan"]
+    classes = world.query("SELECT DISTINCT run_id, class FROM {our}deliveries ORDER BY run_id")
+    assert classes == [(run.run_id, "change"), (first.run_id, "push")]
+
+
+def test_a_full_canary_sends_its_users_values_again(known):
+    known.people(*FIVE[1:])
+    known.sync(known.audience())
+    known.people("cid")
+    run = known.sync(known.audience(), users=("ann", "bob", "cid", "zoe"), full=True)
+    assert (run.mode, counts(run)) == ("canary", (3, 0, 1, 0))
+    assert [(user, body) for user, body, _ in known.deliveries(run.run_id)] == [
+        ("ann", '{"vips": false}'), ("bob", '{"vips": false}'), ("cid", '{"vips": true}'),
+    ]  # fmt: skip
+    assert set(known.members()) == {"cid", "dan", "eve"}
+
+
+def test_another_destination_holds_until_a_full_run(world):
+    world.people(*FIVE[:2])
+    world.sync(world.audience(), fingerprint="one")
+    world.people(*FIVE[:3])
+    run = world.sync(world.audience(), fingerprint="two")
+    assert run.status == "held"
+    assert "`audience-sync sync vips --full`" in run.error
+    assert "`audience-sync check --accept-destination`" in run.error
+    with pytest.raises(NotApproved, match="another destination"):
+        decisions.approve(world.engine, run.run_id, world.clock, "two")
+    with pytest.raises(ConfigError, match="No canary now: the members of vips were told to another"):
+        world.sync(world.audience(), fingerprint="two", users=("ann",))
+    full = world.sync(world.audience(), fingerprint="two", full=True)
+    assert (full.status, counts(full)) == ("succeeded", (3, 1, 0, 0))
+    waiting = world.query("SELECT run_id, fingerprint, status FROM {our}deliveries ORDER BY delivery_id")
+    assert waiting == [
+        (1, "one", "cancelled"), (1, "one", "cancelled"), (2, "two", "cancelled"),
+        (3, "two", "pending"), (3, "two", "pending"), (3, "two", "pending"),
+    ]  # fmt: skip
+    assert world.sync(world.audience(), fingerprint="two").status == "succeeded"
+
+
+def test_what_is_pending_for_another_destination_is_held_and_comes_back_with_it(world):
+    world.people("ann")
+    world.sync(world.audience(), fingerprint="one")
+    world.sync(world.audience(key="others"), fingerprint="two")
+    for fingerprint, expected in (
+        ("two", {"vips": "held", "others": "pending"}),
+        ("one", {"vips": "pending", "others": "held"}),
+    ):
+        with engines.write(world.engine) as connection:
+            assert destination.sort(connection, fingerprint, world.clock.now()) == 1
+        assert statuses(world) == expected
+    with engines.write(world.engine) as connection:
+        assert destination.of_others(connection, "one") == ["others"]
+        destination.accept(connection, "one")
+        assert destination.of_others(connection, "one") == []
+        assert destination.sort(connection, "one", world.clock.now()) == 0
+    assert statuses(world) == {"vips": "pending", "others": "pending"}
+
+
+def statuses(world):
+    return dict(
+        world.query(
+            "SELECT k.key, d.status FROM {our}deliveries d JOIN {our}definitions k "
+            "ON k.definition_id = d.definition_id"
+        )
+    )
+
+
+def test_a_destination_that_was_not_known_is_the_first_that_is(world):
+    world.people("ann")
+    world.sync(world.audience())
+    with engines.write(world.engine) as connection:
+        assert destination.sort(connection, "one", world.clock.now()) == 0
+        assert destination.of_others(connection, "one") == []
+        assert destination.of_others(connection, "two") == ["vips"]
+    assert world.query("SELECT fingerprint FROM {our}deliveries") == [("one",)]
+
+
+def test_a_held_run_stays_held_whatever_the_destination(known):
+    known.people()
+    run = known.sync(known.audience(guard=WARY), fingerprint="one")
+    with engines.write(known.engine) as connection:
+        destination.sort(connection, "one", known.clock.now())
+    assert {status for _, _, status in known.deliveries(run.run_id)} == {"held"}
+
+
+def test_retire_tells_all_who_hold_it_and_lets_the_key_rest(known):
+    known.people(*FIVE[1:])
+    known.sync(known.audience())
+    known.people(*FIVE[2:])
+    known.sync(known.audience(), hold=True)
+    run = known.run(decisions.retire(known.engine, "vips", known.clock, None))
+    assert (run.mode, run.status, counts(run)) == ("retire", "succeeded", (0, 0, 4, 0))
+    assert [(user, body, status) for user, body, status in known.deliveries(run.run_id)] == [
+        (user, '{"vips": false}', "pending") for user in FIVE[1:]
+    ]
+    assert known.members() == {}
+    assert held(known) == []
+    with pytest.raises(ConfigError, match="The key vips was retired and rests"):
+        known.sync(known.audience())
+    with pytest.raises(ConfigError, match="was retired on 2026-01-01 already"):
+        decisions.retire(known.engine, "vips", known.clock, None)
+    with pytest.raises(ConfigError, match="The key others was never used"):
+        decisions.retire(known.engine, "others", known.clock, None)
+
+
+def test_a_retired_trait_becomes_null(world):
+    world.people(("ann", 1.0))
+    world.sync(world.trait())
+    world.settle("accepted")
+    run_id = decisions.retire(world.engine, "spend", world.clock, None)
+    assert world.deliveries(run_id) == [("ann", '{"spend": null}', "pending")]
+
+
+def test_only_the_eligible_enter_and_a_member_who_is_not_any_more_stays(known):
+    known.people(*FIVE[1:], "new", "zoe")
+    eligible = "SELECT user_id FROM people WHERE user_id NOT IN ('new', 'eve') UNION SELECT 'dan'"
+    run = known.sync(known.audience(eligible_sql=eligible))
+    assert (counts(run), run.set_aside) == ((6, 1, 0, 0), {"not_eligible": 1})  # ann is not known any more
+    assert set(known.members()) == {*FIVE, "zoe"}
+    known.people("bob")
+    run = known.sync(known.audience(eligible_sql="SELECT user_id FROM people"))
+    assert (counts(run), run.set_aside) == ((6, 0, 0, 0), {})
+
+
+@pytest.mark.parametrize(
+    ("ready", "status"),
+    [("SELECT 1", "succeeded"), ("SELECT count(*) FROM people", "succeeded"), ("SELECT 0", "failed"),
+     ("SELECT NULL", "failed"), ("SELECT 1 WHERE 1 = 0", "failed"), ("SELECT 'yes'", "failed")],
+)  # fmt: skip
+def test_a_run_computes_only_when_its_source_is_ready(world, ready, status):
+    world.people("ann")
+    run = world.sync(world.audience(ready_sql=ready))
+    assert run.status == status
+    if status == "failed":
+        assert run.error.startswith("vips: not ready: ")
+        assert world.members() == {}
+
+
+def test_a_plan_says_what_would_be_held(known):
+    known.people()
+    now = known.clock.now()
+    definition = known.audience(guard=WARY)
+    (planned,), touched = plan.plan(known.engine, [(definition, None)], {"vips": now}, now, None)
+    assert (planned.held, touched) == (
+        runs.Held("guard", "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."),
+        (0, 0),
+    )  # fmt: skip
+
+
+def test_a_baseline_after_a_canary_is_still_first(world):
+    world.people("ann")
+    world.sync(world.audience(), users=("ann",))
+    with engines.read(world.engine) as connection:
+        found = records.baseline(connection, "vips")
+    assert (found.run_id, found.member_count, found.is_first) == (1, 1, True)
+
+
+def test_who_was_erased_is_an_exit_of_the_next_run_and_comes_back_only_when_allowed(known):
+    known.people(*FIVE[1:])
+    known.sync(known.audience())  # ann has left
+    with engines.write(known.engine) as connection:
+        assert erasure.forget(connection, "bob", known.clock.now()) == 1
+        assert erasure.forget(connection, "ann", known.clock.now()) == 0
+    known.people(*FIVE)
+    run = known.sync(known.audience())
+    assert (counts(run), run.set_aside) == ((3, 0, 1, 0), {"forgotten": 2})
+    assert set(known.members()) == {"cid", "dan", "eve"}
+    assert known.deliveries(run.run_id) == []
+    assert counts(known.sync(known.audience())) == (3, 0, 0, 0)
+    rows = known.query(
+        "SELECT run_id, accepted_count, cancelled_count FROM {our}runs WHERE run_id < 3 ORDER BY run_id"
+    )
+    assert rows == [(1, 2, 0), (2, 0, 1)]  # told of ann and bob; ann's exit was still to be sent
+    with engines.write(known.engine) as connection:
+        assert erasure.allow_return(connection, "bob") == dt.datetime(2026, 1, 1, 2, tzinfo=dt.UTC)
+        assert erasure.allow_return(connection, "zoe") is None
+    assert known.sync(known.audience()).set_aside == {"forgotten": 2}
+    known.clock.sleep(2 * 3600)
+    run = known.sync(known.audience())
+    assert (counts(run), run.set_aside) == ((4, 1, 0, 0), {"forgotten": 1})
+
+
+def test_a_held_run_shows_what_it_would_do(world):
+    world.people(("ann", 1.0), ("bob", 2.0), ("cid", 3.0))
+    world.sync(world.trait())
+    world.people(("ann", 1.0), ("bob", 4.0), ("dan", 3.0))
+    run = world.sync(world.trait(), hold=True, full=True)
+    with engines.read(world.engine) as connection:
+        shown = history.run_in_full(connection, run.run_id)
+    assert (shown["held_by"], shown["error"]) == ("hold", "It waits, as it was asked to.")
+    samples = [shown[f"{name}_sample"] for name in ("entered", "exited", "changed")]
+    assert samples == [["dan"], ["cid"], ["bob"]]
+
+
+def test_a_full_run_that_was_held_for_one_key_is_told_to_the_next(world):
+    world.people("ann", "bob")
+    world.sync(world.audience(), fingerprint="one")
+    world.settle("accepted")
+    run = world.sync(world.audience(), fingerprint="one", full=True, hold=True)
+    decisions.approve(world.engine, run.run_id, world.clock, "two")
+    told = world.query(
+        "SELECT subject_id, fingerprint, status FROM {our}deliveries WHERE run_id = 2 ORDER BY 1"
+    )
+    assert told == [("ann", "two", "pending"), ("bob", "two", "pending")]
+
+
+def test_a_scheduled_full_run_is_held_for_another_destination_like_any_other(known):
+    known.sync(known.audience(), fingerprint="one")
+    run = known.sync(known.audience(), fingerprint="two", full=True, trigger="schedule")
+    assert (run.status, run.held_by) == ("held", "fingerprint")
+    with pytest.raises(NotApproved, match="the API key is not set"):
+        decisions.approve(known.engine, run.run_id, known.clock, None)
+
+
+def test_an_exit_is_told_though_the_accepted_entry_is_not_kept_any_more(known):
+    known.execute("DELETE FROM {our}deliveries")  # pruned
+    known.sync(known.audience(), full=True)  # not sent yet
+    known.people(*FIVE[1:])
+    run = known.sync(known.audience())
+    assert known.deliveries(run.run_id) == [("ann", '{"vips": false}', "pending")]
+    assert known.deliveries(2)[0] == ("ann", '{"vips": true}', "pending")
+
+
+def test_a_value_that_changed_before_anything_was_told_is_cancelled_with_its_exit(world):
+    for value in (1.0, 2.0):
+        world.people(("ann", value))
+        world.sync(world.trait())
+    world.people()
+    world.sync(world.trait())
+    assert world.query("SELECT DISTINCT status FROM {our}deliveries") == [("cancelled",)]
+
+
+def test_what_is_being_sent_goes_with_its_definition_to_another_destination(world):
+    world.people("ann")
+    world.sync(world.audience(), fingerprint="one")
+    world.execute("UPDATE {our}deliveries SET status = 'sending', request_id = 1")
+    with engines.write(world.engine) as connection:
+        destination.accept(connection, "two")
+    assert world.query("SELECT fingerprint FROM {our}deliveries") == [("two",)]
+
+
+def test_an_accepted_destination_is_not_undone_by_a_run_under_way(known, monkeypatch):
+    known.sync(known.audience(), fingerprint="one")
+    compute = runs.compute
+
+    def meanwhile(*given):
+        with engines.write(known.engine) as connection:
+            destination.accept(connection, "two")
+        return compute(*given)
+
+    monkeypatch.setattr(runs, "compute", meanwhile)
+    assert known.sync(known.audience(), fingerprint="one").status == "held"
+    assert known.query("SELECT fingerprint FROM {our}definitions") == [("two",)]
+
+
+def test_a_source_that_cannot_be_opened_is_its_runs_failure(world):
+    def closed():
+        raise SourceError("no such driver")
+
+    order = runs.Order()
+    run_id = runs.sync(world.engine, world.audience(), world.clock.now(), world.clock, order, source=closed)
+    assert (world.run(run_id).status, world.run(run_id).error) == ("failed", "no such driver")

@@ -1,0 +1,264 @@
+"""The migrated database is the one that the code describes, down to what `alembic check` does not see."""
+
+import datetime as dt
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync.db import engines, migrate
+from audience_sync.db.tables import metadata
+from audience_sync.errors import DatabaseError
+
+VIEWS = {"snapshots", "membership_history", "user_deliveries"}
+
+
+@pytest.fixture
+def empty(empty_url):
+    engine = engines.open_own(empty_url, "audience_sync")
+    yield engine
+    engine.dispose()
+
+
+def catalog(engine):
+    """Everything that the database knows of our tables: as its own words, not as SQLAlchemy's."""
+    with engines.read(engine) as connection:
+        if engines.is_sqlite(engine):
+            return _sqlite_catalog(connection)
+        return _postgresql_catalog(connection)
+
+
+def _sqlite_catalog(connection):
+    found = {}
+    for name, sql in engines.sql(
+        connection, "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'index') AND sql IS NOT NULL"
+    ):
+        if name.startswith(("sqlite_", migrate.VERSION_TABLE)):
+            continue
+        # A table's columns and constraints one by one: their order is no matter.
+        head, _, rest = " ".join(sql.split()).partition("(")
+        body, _, options = rest.rpartition(")")
+        found[name] = (
+            head.replace('"', ""),
+            sorted(part.strip() for part in body.split(", ")),
+            options.strip(),
+        )
+    return found
+
+
+def _postgresql_catalog(connection):
+    columns = """
+      SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+             pg_get_expr(d.adbin, d.adrelid), l.collname
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+      JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+      LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+      LEFT JOIN pg_collation l ON l.oid = a.attcollation
+      WHERE n.nspname = 'audience_sync' AND c.relkind = 'r'"""
+    constraints = """
+      SELECT c.conname, pg_get_constraintdef(c.oid) FROM pg_constraint c
+      JOIN pg_namespace n ON n.oid = c.connamespace WHERE n.nspname = 'audience_sync'"""
+    indexes = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'audience_sync'"
+    found = set()
+    for query in (columns, constraints, indexes):
+        found |= {tuple(row) for row in engines.sql(connection, query) if migrate.VERSION_TABLE not in row[0]}
+    return found
+
+
+def test_the_migrated_catalog_is_the_one_of_the_tables(empty):
+    migrate.upgrade(empty)
+    migrated = catalog(empty)
+    migrate.downgrade(empty, "base")
+    with engines.write(empty) as connection:
+        metadata.create_all(connection)
+    described = catalog(empty)
+    assert migrated == described
+    assert "without rowid" in str(migrated).lower() or not engines.is_sqlite(empty)
+    assert len(migrated) > len(metadata.tables)
+
+
+def test_down_and_up_again_leaves_the_same(empty):
+    migrate.upgrade(empty)
+    before = catalog(empty)
+    migrate.downgrade(empty, "base")
+    assert catalog(empty) in ({}, set())
+    assert migrate.current(empty) is None
+    migrate.upgrade(empty)
+    assert migrate.current(empty) == migrate.HEAD
+    assert catalog(empty) == before
+
+
+def test_a_step_down_and_up_keeps_what_is_there(empty):
+    migrate.upgrade(empty, "0001")
+    before = catalog(empty)
+    moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    with engines.write(empty) as connection:
+        engines.sql(
+            connection,
+            "INSERT INTO {our}definitions (key, name, kind, created_at) VALUES ('vips', 'VIPs', 'audience', :at)",
+            at=moment,
+        )
+        engines.sql(
+            connection,
+            'INSERT INTO {our}runs (definition_id, mode, "trigger", status, as_of, started_at, finished_at, '
+            "member_count, entered_count, exited_count, changed_count) "
+            "VALUES (1, 'first', 'manual', 'succeeded', :at, :at, :at, 3, 3, 0, 0)",
+            at=moment,
+        )
+    for _ in range(2):
+        migrate.upgrade(empty)
+        with engines.read(empty) as connection:
+            rows = engines.sql(connection, "SELECT key, size, accepted FROM {our}snapshots").all()
+        assert [tuple(row) for row in rows] == [("vips", 3, 0)]
+        migrate.downgrade(empty, "0001")
+        assert catalog(empty) == before
+
+
+def test_an_upgrade_of_the_newest_version_changes_nothing(engine):
+    before = catalog(engine)
+    migrate.upgrade(engine)
+    assert catalog(engine) == before
+
+
+def test_the_views_are_there_and_can_be_asked(engine):
+    with engines.read(engine) as connection:
+        names = set(
+            sa.inspect(connection).get_view_names(schema=engine.get_execution_options().get("schema"))
+        )
+        assert names == VIEWS
+        for view in VIEWS:
+            assert engines.sql(connection, f"SELECT * FROM {{our}}{view}").all() == []
+
+
+def test_a_delivery_is_seen_with_its_answer(engine):
+    moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    with engines.write(engine) as connection:
+        connection.execute(
+            metadata.tables["requests"]
+            .insert()
+            .values(
+                lane="identify",
+                epoch=1,
+                started_at=moment,
+                status_code=202,
+                x_request_id="x",
+                delivery_count=1,
+            )
+        )
+        connection.execute(
+            metadata.tables["deliveries"]
+            .insert()
+            .values(
+                {
+                    "action": "identify",
+                    "subject_id": "ann",
+                    "body": {"vips": True},
+                    "class": "push",
+                    "run_id": 1,
+                    "definition_id": 1,
+                    "value_at": moment,
+                    "status": "accepted",
+                    "created_at": moment,
+                    "next_attempt_at": moment,
+                    "settled_at": moment,
+                    "request_id": 1,
+                }
+            )
+        )
+    with engines.read(engine) as connection:
+        row = engines.sql(
+            connection, "SELECT user_id, status, status_code, x_request_id FROM {our}user_deliveries"
+        ).one()
+    assert tuple(row) == ("ann", "accepted", 202, "x")
+
+
+@pytest.mark.parametrize(
+    ("table", "values"),
+    [
+        ("deliveries", {"status": "accepted", "settled_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}),
+        ("deliveries", {"status": "dead", "settled_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}),
+        ("deliveries", {"status": "pending", "settled_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}),
+        ("deliveries", {"status": "cancelled"}),
+        ("deliveries", {"status": "sending"}),
+        ("deliveries", {"status": "unheard of"}),
+        ("deliveries", {"call_id": 1}),
+    ],
+)
+def test_a_state_is_tied_to_its_facts(engine, table, values):
+    moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    row = {
+        "action": "identify",
+        "subject_id": "ann",
+        "body": {},
+        "class": "push",
+        "run_id": 1,
+        "definition_id": 1,
+        "value_at": moment,
+        "status": "pending",
+        "created_at": moment,
+        "next_attempt_at": moment,
+    }
+    insert = metadata.tables[table].insert()
+    with engine.connect() as connection:
+        with connection.begin():
+            connection.execute(insert.values(row))
+        with pytest.raises(sa.exc.IntegrityError), connection.begin():
+            connection.execute(insert.values(row | values))
+
+
+def test_a_table_of_the_companys_with_one_of_our_names_stops_the_upgrade(empty):
+    with engines.write(empty) as connection:
+        if not engines.is_sqlite(empty):
+            connection.exec_driver_sql("CREATE SCHEMA audience_sync")
+        engines.sql(connection, "CREATE TABLE {our}events (id integer)")
+    with pytest.raises(DatabaseError, match="has a table events that audience-sync did not make"):
+        migrate.ensure(empty)
+    with engines.read(empty) as connection:
+        schema = empty.get_execution_options().get("schema")
+        assert sa.inspect(connection).get_table_names(schema=schema) == ["events"]
+
+
+def test_a_new_database_is_set_up(empty):
+    migrate.ensure(empty)
+    assert migrate.current(empty) == migrate.HEAD
+
+
+def test_a_newer_database_is_not_touched(engine):
+    with engines.write(engine) as connection:
+        engines.sql(connection, f"UPDATE {{our}}{migrate.VERSION_TABLE} SET version_num = '9999'")
+    with pytest.raises(
+        DatabaseError, match=r"at version 9999, .* does not know: it is newer. Upgrade audience-sync"
+    ):
+        migrate.ensure(engine)
+
+
+def test_a_database_that_is_behind_says_what_to_do(empty):
+    migrate.upgrade(empty, "0001")
+    with pytest.raises(
+        DatabaseError, match="at version 0001 and this program needs 0005: back it up, then run"
+    ):
+        migrate.ensure(empty)
+
+
+def test_the_newest_migration_is_the_one_that_the_program_knows():
+    names = sorted(path.name for path in (migrate.script_folder() / "versions").glob("[0-9]*.py"))
+    assert tuple(name[:4] for name in names) == migrate.KNOWN
+    assert migrate.KNOWN[-1] == migrate.HEAD
+
+
+@pytest.mark.parametrize("start", ["base", "0001"])
+def test_an_upgrade_that_is_killed_at_any_statement_has_done_nothing(empty_url, empty, backend, start):
+    urls = empty_url if backend == "postgresql" else empty_url.replace("own.db", "{}.db")
+    script = str(Path(__file__).parent / "upgrading.py")
+    step = os.environ.get("KILLED_STATEMENTS_STEP", "17")  # soak/ kills at each
+    called = [sys.executable, script, urls, start, step]
+    found = subprocess.run(called, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 20
+    migrate.upgrade(empty)
+    upgraded = engines.open_own(urls.format(found.stdout.strip()), "audience_sync")
+    assert catalog(upgraded) == catalog(empty)
+    upgraded.dispose()

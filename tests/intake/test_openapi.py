@@ -1,0 +1,44 @@
+"""Whatever is sent to the API, it answers as its description says."""
+
+import pytest
+import schemathesis
+from hypothesis import given, settings
+from schemathesis import checks
+from schemathesis.generation import GenerationMode
+
+from audience_sync.calls.model import CallType
+from tests.intake.conftest import AS_SHOP, KEY
+
+PATHS = [("GET", "/healthz"), ("POST", "/v1/batch"), *(("POST", f"/v1/{each}") for each in CallType)]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [
+        ("GET", "/healthz", GenerationMode.POSITIVE),
+        *((*each, mode) for each in PATHS[1:] for mode in GenerationMode),
+    ],
+)
+def test_answers_are_as_described(make_door, method, path, mode):
+    api = make_door(tracked=f'write_keys = ["{KEY}"]\ncalls_per_second = 1_000_000').api
+    operation = schemathesis.openapi.from_asgi("/openapi.json", api)[path][method]
+
+    lenient = [
+        checks.positive_data_acceptance
+    ]  # that one of two ids is required, and much else, is said in words
+    if path == "/v1/batch":
+        lenient.append(checks.negative_data_rejection)  # its calls are refused one by one
+
+    @settings(max_examples=50)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case):
+        case.call_and_validate(headers=AS_SHOP, excluded_checks=lenient)
+
+    check()
+
+
+def test_everything_that_is_served_is_described(make_door):
+    described = schemathesis.openapi.from_asgi("/openapi.json", make_door().api).raw_schema["paths"]
+    assert sorted((method.upper(), path) for path, each in described.items() for method in each) == sorted(
+        PATHS
+    )

@@ -1,0 +1,322 @@
+"""`serve`: how it starts and ends, what it bears, and several of them on one database."""
+
+import json
+import random
+import re
+import select
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from audience_sync.db import engines
+from audience_sync.intake import http, server
+from tests.conftest import SCHEMA
+from tests.intake.conftest import AS_SHOP, KEY, served
+
+SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
+TRACKING = f'[tracking]\nwrite_keys = ["{KEY}"]\ncalls_per_second = 1_000_000'
+IDENTIFY = b'{"type": "identify", "userId": "ann", "messageId": "m1"}'
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+def head(path, length, *more):
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        f"Content-Length: {length}",
+        *(f"{name}: {value}" for name, value in AS_SHOP.items()),
+        *more,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def connect(address):
+    return socket.create_connection(address, timeout=20)
+
+
+def answer(connection):
+    """The status and the body of the next answer."""
+    reader = connection.makefile("rb")
+    status = int(reader.readline().split()[1])
+    headers = dict(line.decode().strip().lower().split(": ", 1) for line in iter(reader.readline, b"\r\n"))
+    return status, reader.read(int(headers["content-length"]))
+
+
+def begun(address):
+    """A connection on which a call has begun to come, which the API waits for."""
+    connection = connect(address)
+    connection.sendall(head("/v1/identify", len(IDENTIFY), "Expect: 100-continue"))
+    assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+    connection.sendall(IDENTIFY[:10])
+    return connection
+
+
+def is_cut(connection, drip=b""):
+    """Whether the server ends the connection within seconds, while bytes drip in."""
+    connection.settimeout(0.02)
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            connection.send(drip)
+            if connection.recv(65536) == b"":
+                return True
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return True
+    return False
+
+
+def stops_taking(connection, sent):
+    """Whether the server ends the connection before it took all of it, and does not just leave it lying."""
+    try:
+        connection.sendall(sent)
+    except ConnectionError:
+        return True
+    return False
+
+
+def refuses_connections(address):
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            connect(address).close()
+        except ConnectionError:
+            return True
+    return False
+
+
+def message_ids(url):
+    engine = engines.open_own(url, SCHEMA)
+    with engines.read(engine) as connection:
+        found = engines.sql(connection, "SELECT message_id FROM {our}calls").scalars().all()
+    engine.dispose()
+    return found
+
+
+# How it starts and ends.
+
+
+@SQLITE
+def test_without_write_keys_it_stays_on_this_machine(start):
+    code, said = start({})("serve", "--host", "0.0.0.0", "--port", "0")
+    assert code == 2
+    assert said == (
+        "audience-sync: 0.0.0.0 is open to other machines: set [tracking] write_keys first, or listen on "
+        "127.0.0.1.\n"
+    )
+
+
+@SQLITE
+def test_a_port_that_is_taken_is_told(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said = start({})("serve", "--port", str(port))
+    assert code == 2
+    assert said == (
+        f"audience-sync: 127.0.0.1, port {port}, cannot be used: Address already in use. Choose others with "
+        "--host and --port.\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_answers_what_is_in_flight(start, url, number):
+    with served(start({}, TRACKING)) as (process, port):
+        address = ("127.0.0.1", port)
+        with connect(address) as idle, begun(address) as connection:
+            idle.sendall(HEALTH)
+            assert answer(idle)[0] == 200
+            process.send_signal(number)
+            assert refuses_connections(address)
+            assert is_cut(idle)
+            connection.sendall(IDENTIFY[10:])
+            status, body = answer(connection)
+            assert (status, json.loads(body)["calls"][0]["status"]) == (200, "accepted")
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
+    assert message_ids(url) == ["m1"]
+
+
+@SQLITE
+def test_asked_twice_it_ends_at_once(start, url):
+    with served(start({}, TRACKING)) as (process, port), begun(("127.0.0.1", port)):
+        process.send_signal(signal.SIGTERM)
+        assert refuses_connections(("127.0.0.1", port))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+        assert process.stderr.read() == (
+            "audience-sync: Stopped at once. What was answered is kept; the rest will be sent again.\n"
+        )
+    assert message_ids(url) == []
+
+
+# What it bears.
+
+
+@SQLITE
+def test_a_head_that_drips_is_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    with serving() as address:
+        with connect(address) as silent, connect(address) as dripping:
+            assert is_cut(dripping, b"G")
+            assert is_cut(silent)
+        with connect(address) as second:
+            second.sendall(HEALTH)
+            assert answer(second)[0] == 200
+            assert is_cut(second, b"G")
+
+
+@SQLITE
+def test_between_requests_a_connection_may_rest(serving, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    with serving() as address, connect(address) as connection:
+        for _ in range(2):
+            connection.sendall(HEALTH)
+            assert answer(connection)[0] == 200
+            assert select.select([connection], [], [], 0.5) == ([], [], [])
+
+
+@SQLITE
+def test_a_connection_that_rests_too_long_is_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+    with serving() as address, connect(address) as connection:
+        connection.sendall(HEALTH)
+        assert answer(connection)[0] == 200
+        assert is_cut(connection)
+
+
+@SQLITE
+def test_a_body_that_drips_is_answered_408(serving, monkeypatch):
+    monkeypatch.setattr(http, "BODY_SECONDS", 0.2)
+    with serving() as address, begun(address) as connection:
+        assert answer(connection) == (408, b'{"success":false,"error":"the body took too long"}')
+        assert is_cut(connection)
+
+
+@SQLITE
+@pytest.mark.parametrize("path", ["/v1/import", "/healthz"])
+def test_a_body_that_nobody_reads_may_not_drip_for_ever(serving, monkeypatch, path):
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    with serving() as address, connect(address) as connection:
+        connection.sendall(head(path, 1_000_000))
+        assert answer(connection)[0] in {404, 405}
+        assert is_cut(connection, b"x")
+
+
+@SQLITE
+def test_after_a_body_that_nobody_read_silence_is_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    with serving() as address, connect(address) as connection:
+        connection.sendall(head("/v1/import", 1))
+        assert answer(connection)[0] == 404
+        connection.sendall(b"x")
+        assert is_cut(connection)
+
+
+@SQLITE
+def test_who_takes_no_answers_is_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.2)
+    asked = HEALTH.replace(b"/healthz", b"/openapi.json") * 100_000
+    with serving() as address, connect(address) as connection:
+        assert stops_taking(connection, asked)
+
+
+@SQLITE
+def test_more_connections_than_the_most_are_answered_503_and_many_more_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(server, "MOST_REFUSED", 1)
+    with serving() as address, begun(address) as first, begun(address):
+        with connect(address) as third:
+            third.sendall(HEALTH)
+            assert answer(third) == (503, b"Service Unavailable")
+            assert is_cut(third)
+        with connect(address) as third, connect(address) as fourth, connect(address) as fifth:
+            assert is_cut(fifth)
+            fourth.sendall(HEALTH)
+            assert answer(fourth)[0] == 503
+            assert is_cut(fourth)
+        first.sendall(IDENTIFY[10:])
+        assert answer(first)[0] == 200
+
+
+@SQLITE
+def test_a_body_that_is_too_large_takes_no_memory(start):
+    with served(start({}, TRACKING)) as (process, port), connect(("127.0.0.1", port)) as connection:
+        connection.sendall(HEALTH)
+        answer(connection)
+        before = most_memory(process)
+        connection.sendall(head("/v1/batch", 60_000_000))
+        assert stops_taking(connection, bytes(60_000_000))
+        with connect(("127.0.0.1", port)) as slightly:
+            slightly.sendall(head("/v1/batch", 1_000_000) + bytes(1_000_000))
+            assert answer(slightly) == (413, b'{"success":false,"error":"the body is larger than 500 KB"}')
+        assert most_memory(process) - before < 10_000_000
+
+
+def most_memory(process):
+    """The most bytes that it ever had in memory."""
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+# Several on one database.
+
+
+def test_two_that_are_given_the_same_calls_at_once_keep_each_once(start, url):
+    command = start({}, TRACKING)
+    chance = random.Random(7)
+    calls = [
+        {"type": "track", "userId": f"u{number % 20}", "event": "Clicked", "messageId": f"m{number}"}
+        if number % 3
+        else {"type": "group", "userId": f"u{number % 20}", "groupId": f"c{number % 5}", "messageId": f"m{number}",
+              "traits": {"n": number}}
+        for number in range(400)
+    ]  # fmt: skip
+    batches = [chance.sample(calls, 60) for _ in range(60)]
+    batches.append(calls)
+    with served(command) as (_, one), served(command) as (_, other), httpx.Client() as client:
+        together = threading.Barrier(8)
+
+        def send(share):
+            together.wait()
+            told = []
+            for number in share:
+                port = one if number % 2 else other
+                answered = client.post(
+                    f"http://127.0.0.1:{port}/v1/batch",
+                    json={"batch": batches[number // 2]},
+                    headers=AS_SHOP,
+                    timeout=60,
+                )
+                assert answered.status_code == 200, answered.text
+                told += answered.json()["calls"]
+            return told
+
+        with ThreadPoolExecutor(8) as pool:
+            shares = [range(first, 2 * len(batches), 8) for first in range(8)]
+            told = [verdict for each in pool.map(send, shares) for verdict in each]
+    once = dict.fromkeys((f"m{number}" for number in range(400)), 1)
+    assert Counter(each["messageId"] for each in told if each["status"] == "accepted") == once
+    assert {each["status"] for each in told} == {"accepted", "repeated"}
+    assert Counter(message_ids(url)) == once
+    engine = engines.open_own(url, SCHEMA)
+    with engines.read(engine) as connection:
+        for statement in (
+            "SELECT c.message_id FROM {our}events e JOIN {our}calls c USING (call_id)",
+            "SELECT c.message_id FROM {our}deliveries d JOIN {our}calls c USING (call_id) WHERE d.action = 'company'",
+        ):
+            kept = Counter(engines.sql(connection, statement).scalars())
+            assert set(kept.values()) == {1}
+        counts = [
+            engines.sql(connection, f"SELECT count(*) FROM {{our}}{table}").scalar()
+            for table in ("events", "deliveries", "profiles", "companies")
+        ]
+    engine.dispose()
+    assert counts == [266, 266 + 2 * 134, 20, 5]

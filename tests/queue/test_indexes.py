@@ -1,0 +1,104 @@
+"""No statement of the queue or of its pruning reads a whole table, whatever the statistics say."""
+
+import datetime as dt
+import re
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync.db import engines, tables
+from audience_sync.retention import pruning
+from audience_sync.retention.pruning import Keep
+
+SETTLED, PENDING = 6_000, 600
+DAY = 86_400.0
+LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
+LATELY = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+LARGE = "deliveries|requests|calls|past_members|d|b"
+WHOLE = {
+    "sqlite": re.compile(rf"SCAN ({LARGE})(_\d)?$"),
+    "postgresql": re.compile(rf"Seq Scan on ({LARGE})\b"),
+}
+
+
+def delivery(number, action, status):
+    at = LONG_AGO if status == "accepted" else LATELY
+    return {
+        "action": action,
+        "subject_id": f"u{number}",
+        "body": {"vip": True} if action == "identify" else {"event_name": "Signed Up"},
+        "class": "call" if action == "track" else "change",
+        "run_id": None if action == "track" else 1,
+        "definition_id": None if action == "track" else 1,
+        "call_id": number if action == "track" else None,
+        "value_at": at,
+        "status": status,
+        "created_at": at,
+        "next_attempt_at": at,
+        "settled_at": at if status == "accepted" else None,
+        "request_id": number if status == "accepted" else None,
+    }
+
+
+@pytest.fixture(params=["unknown", "known"])
+def filled(engine, request):
+    """A queue with a long history and much to do, of which PostgreSQL's statistics know or do not know."""
+    rows = [delivery(number, "identify", "accepted") for number in range(1, SETTLED + 1)]
+    rows += [
+        delivery(number, action, "pending") for action in ("identify", "track") for number in range(PENDING)
+    ]
+    past = {"lane": "identify", "epoch": 1, "started_at": LONG_AGO, "ended_at": LONG_AGO, "delivery_count": 1}
+    with engines.write(engine) as connection:
+        connection.execute(tables.requests.insert(), [past] * SETTLED)
+        connection.execute(tables.deliveries.insert(), rows)
+        if request.param == "known" and not engines.is_sqlite(engine):
+            engines.sql(connection, "ANALYZE")
+    return engine
+
+
+@pytest.fixture
+def plans(filled):
+    """Each statement that is run, with its plan."""
+    found = []
+
+    def explain(connection, _cursor, statement, parameters, *_):
+        if statement.lstrip().upper().startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
+            how = "EXPLAIN QUERY PLAN" if engines.is_sqlite(filled) else "EXPLAIN"
+            cursor = connection.connection.dbapi_connection.cursor()
+            cursor.execute(
+                f"{how} {statement}", parameters[0] if isinstance(parameters, list) else parameters
+            )
+            found.append((statement, [str(row[-1]) for row in cursor.fetchall()]))
+
+    sa.event.listen(filled, "before_cursor_execute", explain)
+    yield found
+    sa.event.remove(filled, "before_cursor_execute", explain)
+
+
+def assert_by_index(plans, backend, *, but=()):
+    for statement, plan in plans:
+        whole = [line for line in plan if WHOLE[backend].search(line)]
+        assert not whole or any(each in statement for each in but), (statement, plan)
+
+
+def test_delivering_goes_by_indexes(plans, backend, worker_of):
+    worker = worker_of(on_progress=lambda report: report.accepted_count > 60 and worker.stop.set())
+    worker.deliver()
+    run = " ".join(statement for statement, _ in plans)
+    assert all(words in run for words in ("NOT EXISTS", "UPDATE", "requests SET ended_at", "min("))
+    # PostgreSQL may: once a tenure, to recover; and into a hash in memory, to see whose tracks wait for an identify.
+    once = ["ended_at IS NULL", "b.action = 'track'"] if backend == "postgresql" else []
+    assert_by_index(plans, backend, but=once)
+
+
+def test_pruning_goes_by_indexes_in_small_pieces(plans, filled, backend, monkeypatch):
+    monkeypatch.setattr(pruning, "CHUNK", 500)
+    monkeypatch.setattr(pruning, "STRETCH", 2_000)
+    removed = pruning.prune(filled, Keep(DAY, DAY, DAY, DAY), LATELY, seconds=60)
+    assert (removed["deliveries"], removed["requests"]) == (SETTLED, SETTLED)
+    deletions = [statement for statement, _ in plans if statement.startswith("DELETE")]
+    assert len(deletions) >= 2 * SETTLED / 500
+    assert all("LIMIT" in statement for statement in deletions)
+    # SQLite walks a table in the order of its key until the limit without saying so.
+    assert_by_index(plans, backend, but=["LIMIT"] if backend == "sqlite" else [])
+    assert not any("TEMP B-TREE" in line for _, plan in plans for line in plan)

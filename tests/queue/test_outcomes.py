@@ -1,0 +1,147 @@
+import datetime as dt
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from audience_sync.queue import outcomes as merge
+from audience_sync.queue.deliveries import Delivery
+from audience_sync.userpilot.answers import Answer, Outcome
+
+NOW = dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC)
+TRAITS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), max_size=3)
+
+
+def delivery(
+    number, body, *, seconds=0, attempts=1, first=NOW, alone=False, due=NOW, action="identify", is_call=True
+):
+    at = NOW + dt.timedelta(seconds=seconds)
+    return Delivery(number, action, "u1", body, at, is_call, alone, attempts, first, due)
+
+
+def answer(outcome, error="words"):
+    return Answer(outcome, None, None, error, None)
+
+
+def settle(deliveries, outcome, **retries):
+    policy = merge.Retries(random.Random(1), **retries)
+    return merge.settle(deliveries, answer(outcome), NOW, policy)
+
+
+def outcomes(deliveries, outcome, **retries):
+    return [(each.delivery_id, each.status.value) for each in settle(deliveries, outcome, **retries)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), TRAITS), min_size=1, max_size=8))
+def test_the_merged_body_is_what_userpilot_would_hold_after_each_in_its_order(items):
+    pending = [delivery(number, body, seconds=seconds) for number, (seconds, body) in enumerate(items)]
+    expected = {}
+    for seconds in range(6):
+        for at, body in items:
+            if at == seconds:
+                expected.update(body)
+
+    assert merge.body_of(merge.choose(pending, NOW)) == expected
+
+
+@given(st.lists(TRAITS, min_size=1, max_size=8))
+def test_an_accepted_request_settles_each_delivery_as_carried_or_overtaken(bodies):
+    chosen = merge.choose([delivery(number, body) for number, body in enumerate(bodies)], NOW)
+    settled = dict(outcomes(chosen, Outcome.ACCEPTED))
+
+    for number, body in enumerate(bodies):
+        later = set().union(*bodies[number + 1 :])
+        overwritten = bool(body) and set(body) <= later
+        assert settled[number] == ("cancelled" if overwritten else "accepted")
+
+
+def test_the_newest_is_the_timestamp_then_the_arrival():
+    pending = [delivery(1, {"a": 1}, seconds=9), delivery(2, {"a": 2}), delivery(3, {"a": 3})]
+
+    assert [each.delivery_id for each in merge.choose(pending, NOW)] == [2, 3, 1]
+
+
+def test_a_refused_request_of_several_is_sent_again_one_by_one():
+    settled = settle([delivery(1, {"a": 1}), delivery(2, {"b": 2})], Outcome.REFUSED)
+
+    assert [(each.status.value, each.alone, each.next_attempt_at) for each in settled] == [
+        ("pending", True, NOW),
+        ("pending", True, NOW),
+    ]
+
+
+def test_a_refused_request_of_one_dies_with_the_words_of_the_api():
+    (settled,) = settle([delivery(1, {"a": 1})], Outcome.REFUSED)
+
+    assert (settled.status.value, settled.error) == ("dead", "words")
+
+
+def test_alone_the_newest_goes_first_and_older_ones_wait_for_it():
+    later = NOW + dt.timedelta(minutes=5)
+    older, newest = delivery(1, {"a": 1}, alone=True), delivery(2, {"b": 2}, alone=True)
+    waiting = delivery(2, {"b": 2}, alone=True, due=later)
+    fresh = delivery(3, {"a": 3})
+
+    assert merge.choose([older, newest, fresh], NOW) == [newest]
+    assert merge.choose([older, waiting], NOW) == []
+    assert merge.choose([older, waiting, fresh], NOW) == [fresh]
+    assert merge.choose([older, fresh], NOW) == [older]
+
+
+def test_overtaken_traits_are_left_out_and_a_delivery_without_others_with_them():
+    trimmed = merge.trim(
+        [delivery(1, {"a": 1, "b": 1}), delivery(2, {"a": 2}), delivery(3, {})], {1: {"a"}, 2: {"a", "z"}}
+    )
+
+    assert [(each.delivery_id, each.body) for each in trimmed.left] == [(1, {"b": 1}), (3, {})]
+    assert trimmed.overtaken == [2]
+
+
+@pytest.mark.parametrize("outcome", [Outcome.THROTTLED, Outcome.UNAUTHORISED])
+def test_a_429_and_a_refused_key_are_no_attempts(outcome):
+    due = NOW - dt.timedelta(seconds=5)
+    (settled,) = settle(
+        [delivery(1, {"a": 1}, attempts=20, first=NOW - dt.timedelta(days=2), due=due)], outcome
+    )
+
+    assert (settled.status.value, settled.was_attempt, settled.next_attempt_at) == ("pending", False, due)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "hours", "status"),
+    [(8, 4, "dead"), (7, 4, "pending"), (8, 3.99, "pending"), (200, 1, "pending"), (2, 100, "pending")],
+)
+def test_giving_up_takes_both_eight_attempts_and_four_hours(attempts, hours, status):
+    first = NOW - dt.timedelta(hours=hours)
+    (settled,) = settle([delivery(1, {}, attempts=attempts, first=first)], Outcome.FAILED)
+
+    assert settled.status.value == status
+
+
+@given(st.integers(1, 60), st.randoms(use_true_random=False))
+def test_the_backoff_is_full_jitter_from_one_second_to_15_minutes(attempts, chance):
+    assert 0 <= merge.backoff_seconds(attempts, chance) <= min(2 ** (attempts - 1), 900)
+
+
+def test_the_backoff_uses_its_whole_range():
+    drawn = [merge.backoff_seconds(30, random.Random(seed)) for seed in range(300)]
+
+    assert min(drawn) < 30
+    assert max(drawn) > 870
+
+
+def test_after_an_unknown_outcome_the_user_waits():
+    (settled,) = settle([delivery(1, {"a": 1})], Outcome.UNKNOWN, grace=dt.timedelta(seconds=3))
+
+    assert settled.quiet_until == NOW + dt.timedelta(seconds=3)
+    assert settled.next_attempt_at >= settled.quiet_until
+
+
+def test_at_most_once_a_track_with_an_unknown_outcome_dies_and_a_failed_one_does_not():
+    track = delivery(1, {"event_name": "x"}, action="track")
+
+    assert outcomes([track], Outcome.UNKNOWN, tracks_at_most_once=True) == [(1, "dead")]
+    assert outcomes([track], Outcome.FAILED, tracks_at_most_once=True) == [(1, "pending")]
+    assert outcomes([track], Outcome.UNKNOWN) == [(1, "pending")]
+    assert outcomes([delivery(1, {"a": 1})], Outcome.UNKNOWN, tracks_at_most_once=True) == [(1, "pending")]

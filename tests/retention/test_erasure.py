@@ -1,0 +1,87 @@
+"""Who was erased stays erased, whatever comes meanwhile, and by whichever way."""
+
+import datetime as dt
+import threading
+
+import pytest
+
+from audience_sync.calls import mappings, records, validation
+from audience_sync.db import engines
+from audience_sync.retention import erasure
+
+NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
+TELL_OWNER = mappings.compile_mapping(
+    "Owners", "identifyUser", 'event = "Shared"',
+    {"userId": {"@path": "$.properties.owner"}, "traits": {"seen": True}},
+)  # fmt: skip
+SHARED = {
+    "type": "track",
+    "event": "Shared",
+    "userId": "ann",
+    "messageId": "m1",
+    "properties": {"owner": "bob"},
+}
+
+
+def prepared(*raws):
+    every = (*mappings.PRESETS, TELL_OWNER)
+    parsed = [validation.parse(raw, received_at=NOON, new_id=lambda: "none") for raw in raws]
+    return [records.prepare(call, mappings.decide(call, every, reserved_keys=())) for call in parsed]
+
+
+def keep(engine, *raws):
+    with engines.write(engine) as connection:
+        return records.add(connection, prepared(*raws), received_at=NOON, fingerprint=None)
+
+
+def forget(engine, user_id):
+    with engines.write(engine) as connection:
+        erasure.forget(connection, user_id, NOON)
+
+
+@pytest.fixture
+def rows(engine):
+    def read(columns, table):
+        with engines.read(engine) as connection:
+            return engines.sql(connection, f"SELECT {columns} FROM {{our}}{table} ORDER BY 1").all()
+
+    return read
+
+
+def test_a_mapping_tells_nobody_who_was_erased(engine, rows):
+    forget(engine, "bob")
+    (kept,) = keep(engine, SHARED)
+    assert kept.reason == "the user was forgotten"
+    assert rows("subject_id, action", "deliveries") == [("ann", "track")]
+
+
+def test_an_erased_anonymous_id_is_not_kept_beside_another_user(engine, rows):
+    forget(engine, "a1")
+    keep(engine, SHARED | {"anonymousId": "a1"})
+    assert rows("user_id, anonymous_id", "calls") == [("ann", None)]
+
+
+def test_erasing_an_anonymous_id_leaves_the_users_calls_known(engine, rows):
+    call = SHARED | {"anonymousId": "a1"}
+    keep(engine, call, {"type": "identify", "anonymousId": "a1", "messageId": "m2"})
+    forget(engine, "a1")
+    assert rows("message_id, anonymous_id", "calls") == [("m1", None)]
+    assert keep(engine, call)[0].is_repeat
+    assert len(rows("call_id", "events")) == 1
+
+
+def test_who_is_erased_while_calls_come_in_is_erased_with_them(engine, rows):
+    erasing = threading.Thread(target=forget, args=(engine, "ann"))
+    with engines.write(engine) as connection:
+        records.add(connection, prepared(SHARED), received_at=NOON, fingerprint=None)
+        erasing.start()
+        erasing.join(0.5)
+        assert erasing.is_alive(), "it waits for what is being kept"
+    erasing.join(30)
+    assert rows("user_id", "profiles") == rows("message_id", "calls") == []
+    assert rows("subject_id", "deliveries") == [("bob",)]
+
+
+def test_ids_follow_the_order_of_arrival(engine, rows):
+    keep(engine, *(SHARED | {"messageId": each} for each in "zma"))
+    assert [message_id for _, message_id in rows("call_id, message_id", "calls")] == ["z", "m", "a"]
