@@ -100,7 +100,7 @@ class App:
         slot_at: dt.datetime | None = None,
     ) -> int:
         """Run a definition, as `runs.sync` says; its id."""
-        order = runs.Order(
+        order = runs.RunOptions(
             full=full,
             hold=hold,
             users=tuple(users) or None,
@@ -166,7 +166,7 @@ class App:
         self.settings.destination.require_api_key()
         fingerprint = self.settings.destination.fingerprint
         with engines.write(self.engine) as connection:
-            keys = destination.of_others(connection, fingerprint)
+            keys = destination.foreign_keys(connection, fingerprint)
             destination.accept(connection, fingerprint)
         return keys
 
@@ -202,7 +202,9 @@ class App:
         """
         self.settings.destination.require_api_key()
         with engines.write(self.engine) as connection:
-            held = destination.sort(connection, self.settings.destination.fingerprint, self.clock.now())
+            held = destination.hold_foreign(
+                connection, self.settings.destination.fingerprint, self.clock.now()
+            )
             stopped = destination.stopped(connection)
             is_empty = not deliveries.is_anything_pending(connection)
         if is_empty:
@@ -215,7 +217,7 @@ class App:
                         pending = deliveries.pending_count(connection)
                     return worker.Report(pending_count=pending, stopped=stopped[1], held_count=held)
                 with engines.write(self.engine) as connection:
-                    destination.go(connection)
+                    destination.resume(connection)
             self.is_delivering = True
             try:
                 started = self.clock.monotonic()
@@ -274,7 +276,7 @@ class App:
     def prune(self, seconds: float = 5.0) -> dict[str, int]:
         """Remove what is older than the configuration keeps it; how many rows of each table went."""
         database = self.settings.database
-        keep = pruning.Keep(
+        keep = pruning.Retention(
             calls=span_seconds(database.keep_calls),
             deliveries=span_seconds(database.keep_deliveries),
             requests=span_seconds(database.keep_requests),

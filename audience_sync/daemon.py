@@ -26,7 +26,7 @@ from audience_sync.queue import deliveries, destination
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 5.0
-LOOK_SECONDS = 1.0  # between two looks at the queue, at the clock and at what was asked of us
+QUEUE_POLL_SECONDS = 1.0  # between two looks at the queue, at the clock and at what was asked of us
 MOST_AT_ONCE = 4  # definitions; one that takes long gives its place to the next
 LONG_SECONDS = 10.0
 STOPPED_SECONDS = 300.0  # between two questions whether a refused key is good again
@@ -74,7 +74,7 @@ class Daemon:
         offset = self._clock_offset()
         try:
             while not self.end_asked:
-                self.app.clock.sleep(LOOK_SECONDS)
+                self.app.clock.sleep(QUEUE_POLL_SECONDS)
                 if self.reload_asked:
                     self.reload()
                 if abs(self._clock_offset() - offset) > CLOCK_SECONDS:
@@ -105,7 +105,7 @@ class Daemon:
         app, clock = self.app, self.app.clock
         try:
             with engines.write(app.engine) as connection:
-                destination.beat(connection, clock.now())
+                destination.record_heartbeat(connection, clock.now())
             room = MOST_AT_ONCE - self._young_count()
             if room > 0 and not app.stop.is_set():
                 for slot in take_due(
@@ -153,7 +153,7 @@ class Daemon:
             _tell(error)
 
     def _deliver_on(self) -> None:
-        while not self.app.stop.wait(LOOK_SECONDS):
+        while not self.app.stop.wait(QUEUE_POLL_SECONDS):
             try:
                 self.deliver()
             except AudienceSyncError as error:

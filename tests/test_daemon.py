@@ -267,7 +267,7 @@ def test_a_definition_that_another_process_syncs_is_due_again(life, monkeypatch)
 def test_the_sign_of_life_is_in_the_database(life):
     life.daemon.tick()
     with engines.read(life.daemon.app.engine) as connection:
-        assert destination.last_beat(connection) == life.clock.now()
+        assert destination.last_heartbeat(connection) == life.clock.now()
 
 
 def test_a_tick_outlives_a_lock(life, backend, caplog):
@@ -276,7 +276,7 @@ def test_a_tick_outlives_a_lock(life, backend, caplog):
     life.daemon.app.engine = engines.open_own(life.url + waits, "audience_sync")
     life.live_until("2026-03-15 01:00")
     with engines.write(life.daemon.app.engine) as other:
-        destination.beat(other, utc("2026-03-15 00:30"))
+        destination.record_heartbeat(other, utc("2026-03-15 00:30"))
         life.live_until("2026-03-15 03:00")
     assert "Another program holds its lock" in str([record.facts for record in caplog.records])
     assert life.slots() == []

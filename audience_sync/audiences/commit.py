@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from audience_sync.audiences.definition import Kind
 from audience_sync.db.engines import is_sqlite, sql
 
-UNHEARD = "left before anything was sent"
+NEVER_SENT = "left before anything was sent"
 UNSETTLED = "d.status IN ('pending', 'sending')"  # as ix_deliveries_unsettled has it, for SQLite to see it
 
 
@@ -71,7 +71,7 @@ def approve(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> N
             f"WHERE {mine} AND subject_id IN (SELECT user_id FROM {{temp}}audience_sync_unheard)",
             run_id=run.run_id,
             now=run.now,
-            error=UNHEARD,
+            error=NEVER_SENT,
         )
     sql(
         connection,
@@ -193,7 +193,7 @@ def _cancel_unheard(connection: sa.Connection, run: Commit) -> bool:
         "UPDATE {our}deliveries SET status = 'cancelled', settled_at = :now, error = :error "
         "WHERE delivery_id IN (SELECT delivery_id FROM {temp}audience_sync_unheard)",
         now=run.now,
-        error=UNHEARD,
+        error=NEVER_SENT,
     )
     return True
 
@@ -232,7 +232,7 @@ def _deliver_everyone(connection: sa.Connection, run: Commit, status: str) -> No
 def _deliver(connection: sa.Connection, run: Commit, rows: str, status: str) -> None:
     cancelled = status == "cancelled"
     body = _json(connection, run.body(left="change = 'exited'", value="value"))
-    parameters: dict[str, Any] = {"error": UNHEARD} if cancelled else {}
+    parameters: dict[str, Any] = {"error": NEVER_SENT} if cancelled else {}
     if ":users" in rows:
         parameters["users"] = ["", *(run.users or ())]  # nobody is called ""; an empty list has no type
     sql(

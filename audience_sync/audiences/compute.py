@@ -157,7 +157,7 @@ def _take(connection: sa.Connection, statement: _Statement, table: str) -> None:
             f"{by_name['user_id'].type_name}: give text, a number or a uuid."
         )
     needed = [by_name[name] for name in statement.needs]
-    snapshot.take(connection, statement.bound.text, needed, _as_of(connection, statement), table)
+    snapshot.compute_into(connection, statement.bound.text, needed, _as_of(connection, statement), table)
 
 
 def _batches(statement: _Statement, counts: Counter[str]) -> Generator[list[source_values.Row]]:

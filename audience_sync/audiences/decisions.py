@@ -27,7 +27,7 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | Non
         Busy: another process is syncing the definition.
 
     """
-    with runs.temporary(engine) as connection, engines.begin_write(connection):
+    with runs.connection_with_temp_tables(engine) as connection, engines.begin_write(connection):
         found = _held(connection, run_id)
         with _lease(connection, found.key):
             row, last = records.lock(connection, found.definition_id), records.baseline(connection, found.key)
@@ -41,13 +41,13 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | Non
                 raise NotApproved(
                     "It was held for its destination, and the API key is not set: set it first."
                 )
-            is_for_other = destination.is_other(connection, row.fingerprint, fingerprint)
+            is_for_other = destination.is_foreign(connection, row.fingerprint, fingerprint)
             if run.mode != "full" and is_for_other:
                 raise NotApproved(f"Not now: {runs.OTHER_DESTINATION.format(key=run.key)}.")
             kind = Kind(run.kind)
-            counts = snapshot.take_held(connection, run_id, run.definition_id, run.key, kind)
+            counts = snapshot.load_held_changes(connection, run_id, run.definition_id, run.key, kind)
             forgotten = row.forgotten_count if run.mode != "canary" else 0
-            computed = records.Computed(*runs.sized(last, counts, forgotten), run.set_aside or {})
+            computed = records.Computed(*runs.with_erasures(last, counts, forgotten), run.set_aside or {})
             commit = _commit(run, run_id, clock.now(), fingerprint)
             if is_for_other:
                 changes.drop_of_other_destinations(connection, commit)
@@ -78,7 +78,7 @@ def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -
         Busy: another process is syncing it.
 
     """
-    with runs.temporary(engine) as connection, engines.begin_write(connection):
+    with runs.connection_with_temp_tables(engine) as connection, engines.begin_write(connection):
         found = records.find(connection, key)
         if found is None:
             raise ConfigError(f"The key {key} was never used: `audience-sync list` shows those that were.")
@@ -101,7 +101,7 @@ def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -
                 connection, row.definition_id, f"{runs.REPLACED} {run_id}, which retired the key.", now
             )
             counts = snapshot.all_exit(connection, row.definition_id)
-            computed = records.Computed(*runs.sized(last, counts, row.forgotten_count), {})
+            computed = records.Computed(*runs.with_erasures(last, counts, row.forgotten_count), {})
             commit = changes.Commit(
                 run_id=run_id,
                 definition_id=row.definition_id,

@@ -38,17 +38,17 @@ def plan(
     these are of pushes alone: each is one Identify, or a row of a bulk job.
     """
     plans = []
-    with runs.temporary(engine) as connection:
+    with runs.connection_with_temp_tables(engine) as connection:
         for definition, source in definitions:
             compute(connection, definition, as_of_by_key[definition.key], source)
             with connection.begin():
                 made = _plan(connection, definition, now, fingerprint)
                 if not made.held:
                     last = records.baseline(connection, definition.key)
-                    snapshot.touch(connection, is_push=last.is_first)
+                    snapshot.add_affected(connection, is_push=last.is_first)
                 plans.append(made)
         with connection.begin():
-            touched = snapshot.touched_counts(connection)
+            touched = snapshot.count_affected(connection)
     return plans, touched
 
 
@@ -57,14 +57,14 @@ def _plan(
 ) -> Plan:
     row, last = records.find(connection, definition.key), records.baseline(connection, definition.key)
     counts, _ = runs.compare(connection, row.definition_id if row else None, definition, now)
-    member_count, told = runs.sized(last, counts, row.forgotten_count if row else 0)
+    member_count, told = runs.with_erasures(last, counts, row.forgotten_count if row else 0)
     held = runs.why_held(
         connection,
         definition,
         last,
         counts,
-        runs.Order(fingerprint=fingerprint),
-        is_for_other=row is not None and destination.is_other(connection, row.fingerprint, fingerprint),
+        runs.RunOptions(fingerprint=fingerprint),
+        is_for_other=row is not None and destination.is_foreign(connection, row.fingerprint, fingerprint),
     )
     samples = {change: snapshot.sample(connection, change) for change in SAMPLED}
     return Plan(definition.key, member_count, told, held, samples)

@@ -38,7 +38,7 @@ OTHER_DESTINATION = (
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RunOptions:
     """What is asked of a run.
 
     `full`: tell everyone, not the changes alone; `hold`: wait for `approve`; `users`: a canary, about these
@@ -91,7 +91,7 @@ def sync(
     definition: Definition,
     as_of: dt.datetime,
     clock: Clock,
-    order: Order = Order(),
+    order: RunOptions = RunOptions(),
     *,
     source: Callable[[], sa.Engine | None] = lambda: None,
     stop: Stop | None = None,
@@ -105,7 +105,7 @@ def sync(
         Interrupted: a signal, or `stop`, ended it.
 
     """
-    with temporary(engine) as connection:
+    with connection_with_temp_tables(engine) as connection:
         run = _start(connection, definition, as_of, clock, order)
         started = clock.monotonic()
         try:
@@ -142,7 +142,7 @@ def _log(seconds: float, what: str, run: "Run", key: str, **facts: str | int) ->
 
 
 @contextmanager
-def temporary(engine: sa.Engine) -> Iterator[sa.Connection]:
+def connection_with_temp_tables(engine: sa.Engine) -> Iterator[sa.Connection]:
     """A connection that is closed in the end, and its temporary tables with it."""
     with engines.plain_errors(engine), engine.connect() as connection:
         try:
@@ -160,7 +160,7 @@ class Run:
     definition_id: int
     as_of: dt.datetime
     last: records.Baseline
-    order: Order
+    order: RunOptions
 
 
 def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Lease:
@@ -177,7 +177,7 @@ def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Le
 
 
 def _start(
-    connection: sa.Connection, definition: Definition, as_of: dt.datetime, clock: Clock, order: Order
+    connection: sa.Connection, definition: Definition, as_of: dt.datetime, clock: Clock, order: RunOptions
 ) -> Run:
     with engines.begin_write(connection):
         lease = take_lease(connection, definition.key, definition.timeout_seconds + LEASE_SLACK_SECONDS)
@@ -187,7 +187,7 @@ def _start(
         row = records.lock(connection, definition_id)
         if row.retired_at is not None:
             raise ConfigError(retired(definition.key))
-        if order.users is not None and destination.is_other(connection, row.fingerprint, order.fingerprint):
+        if order.users is not None and destination.is_foreign(connection, row.fingerprint, order.fingerprint):
             raise ConfigError(f"No canary now: {OTHER_DESTINATION.format(key=definition.key)}.")
         run_id = records.start(
             connection,
@@ -207,7 +207,7 @@ def retired(key: str) -> str:
     return f"The key {key} was retired and rests: give the definition another one with `key = `."
 
 
-def _mode(order: Order, last: records.Baseline) -> str:
+def _mode(order: RunOptions, last: records.Baseline) -> str:
     if order.users is not None:
         return "canary"
     if order.full:
@@ -229,7 +229,8 @@ def _commit(
         forgotten = row.forgotten_count if run.order.users is None else 0
         set_aside = unloaded + Counter(unfit)
         computed = records.Computed(
-            *sized(run.last, counts, forgotten), {reason: set_aside[reason] for reason in sorted(set_aside)}
+            *with_erasures(run.last, counts, forgotten),
+            {reason: set_aside[reason] for reason in sorted(set_aside)},
         )
         commit = changes.Commit(
             run_id=run.run_id,
@@ -244,7 +245,7 @@ def _commit(
             users=run.order.users,
         )
         replace_held(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
-        is_for_other = destination.is_other(connection, row.fingerprint, run.order.fingerprint)
+        is_for_other = destination.is_foreign(connection, row.fingerprint, run.order.fingerprint)
         held = why_held(connection, definition, run.last, counts, run.order, is_for_other=is_for_other)
         if held:
             changes.hold(connection, commit, counts)
@@ -280,7 +281,9 @@ def compare(
     return counts, {reason: count for reason, count in aside.items() if count}
 
 
-def sized(last: records.Baseline, counts: dict[str, int], forgotten: int) -> tuple[int, dict[str, int]]:
+def with_erasures(
+    last: records.Baseline, counts: dict[str, int], forgotten: int
+) -> tuple[int, dict[str, int]]:
     """The size of the snapshot and its changes; members who were erased since the last run count as exits."""
     told = counts | ({"exited": counts.get("exited", 0) + forgotten} if forgotten else {})
     return last.member_count + told.get("entered", 0) - told.get("exited", 0), told
@@ -291,7 +294,7 @@ def why_held(
     definition: Definition,
     last: records.Baseline,
     counts: dict[str, int],
-    order: Order,
+    order: RunOptions,
     *,
     is_for_other: bool,
 ) -> Held | None:

@@ -23,7 +23,7 @@ WORK_MEMORY = "128MB"  # a hash of one or two million ids
 _COPY = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
-def take(
+def compute_into(
     connection: sa.Connection,
     select: str,
     columns: Sequence[values.Column],
@@ -37,7 +37,7 @@ def take(
     """
     if is_sqlite(connection):
         raw: Any = connection.connection.dbapi_connection
-        values.teach(raw)
+        values.register_functions(raw)
         expressions = [values.SQLITE_ID, values.SQLITE_VALUE][: len(columns)]
     else:
         digits = values.float_digits(list(columns))
@@ -60,7 +60,7 @@ def load(
     sql(connection, f"CREATE TEMPORARY TABLE audience_sync_rows ({columns})")
     if is_sqlite(connection):
         raw: Any = connection.connection.dbapi_connection
-        values.teach(raw)
+        values.register_functions(raw)
         places = ", ".join("?" * len(names))
         for batch in batches:
             raw.executemany(f"INSERT INTO temp.audience_sync_rows VALUES ({places})", batch)
@@ -174,7 +174,7 @@ def leave_out_forgotten(connection: sa.Connection, now: dt.datetime) -> int:
     hashed = values.POSTGRESQL_HASH
     if is_sqlite(connection):
         raw: Any = connection.connection.dbapi_connection
-        values.teach(raw)
+        values.register_functions(raw)
         hashed = values.SQLITE_HASH
     hashes = f"SELECT user_hash FROM {{our}}forgotten {where}"
     return _leave_out(connection, f"change = 'entered' AND {hashed} IN ({hashes})", now=now)
@@ -201,7 +201,7 @@ def all_exit(connection: sa.Connection, definition_id: int) -> dict[str, int]:
     return count_changes(connection)
 
 
-def take_held(
+def load_held_changes(
     connection: sa.Connection, run_id: int, definition_id: int, key: str, kind: Kind
 ) -> dict[str, int]:
     """Into the changes: what a held run's deliveries would change of the members."""
@@ -249,9 +249,9 @@ def _set_ids_aside(connection: sa.Connection, table: str, repeats: int = 0) -> d
 
     `repeats` are the rows of the snapshot that are not the first of their id.
     """
-    doubtful, unfit = values.POSTGRESQL_DOUBTFUL, values.POSTGRESQL_UNFIT
+    doubtful, unfit = values.POSTGRESQL_NEEDS_CHECK, values.POSTGRESQL_INVALID_REASON
     if is_sqlite(connection):
-        doubtful, unfit = values.SQLITE_DOUBTFUL, values.SQLITE_UNFIT
+        doubtful, unfit = values.SQLITE_NEEDS_CHECK, values.SQLITE_INVALID_REASON
     counts: dict[str, int] = {}
     looked_at = f"FROM {{temp}}audience_sync_{table} WHERE {doubtful}"
     if table == "changes":
@@ -345,7 +345,7 @@ def sample(connection: sa.Connection, change: str, limit: int = 5) -> list[str]:
     return list(sql(connection, query, change=change, limit=limit).scalars())
 
 
-def touch(connection: sa.Connection, *, is_push: bool) -> None:
+def add_affected(connection: sa.Connection, *, is_push: bool) -> None:
     """Keep the users of these changes beside those of the ones before, on this connection."""
     _make_touched(connection)
     sql(
@@ -355,7 +355,7 @@ def touch(connection: sa.Connection, *, is_push: bool) -> None:
     )
 
 
-def touched_counts(connection: sa.Connection) -> tuple[int, int]:
+def count_affected(connection: sa.Connection) -> tuple[int, int]:
     """Of how many users the changes and the pending identifies are, together; how many of them are of pushes alone."""
     _make_touched(connection)
     query = (

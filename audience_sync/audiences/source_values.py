@@ -54,7 +54,7 @@ def _id(raw: Any) -> tuple[str, str | None]:
                 return "", "null"
         case _:
             text = str(raw)
-    return text, values.unfit(text)
+    return text, values.invalid_reason(text)
 
 
 def value(raw: Any) -> str | None:

@@ -49,7 +49,7 @@ def string(raw: str | bytes) -> str:
     return NOT_PRIMITIVE if "\0" in text else json.dumps(text, ensure_ascii=False)
 
 
-def unfit(raw: str | bytes) -> str | None:
+def invalid_reason(raw: str | bytes) -> str | None:
     """Why a text cannot be a user id."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
@@ -63,12 +63,12 @@ def unfit(raw: str | bytes) -> str | None:
     return "too_long" if len(text) > MAX_ID_LENGTH else None
 
 
-def teach(raw: sqlite3.Connection) -> None:
+def register_functions(raw: sqlite3.Connection) -> None:
     """Give SQLite the functions that its expressions below call for the few values that need them.
 
     Its own printf errs in the fifteenth digit, and its texts may hold anything.
     """
-    for function in (number, string, unfit, user_hash):
+    for function in (number, string, invalid_reason, user_hash):
         raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
 
 
@@ -98,12 +98,12 @@ SQLITE_HASH = "audience_sync_user_hash(user_id)"
 POSTGRESQL_HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
 
 # Of an id's form: whether it has to be looked at, which costs little, and why it cannot be sent.
-SQLITE_DOUBTFUL = f"(user_id >= x'' OR user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"
-SQLITE_UNFIT = """
+SQLITE_NEEDS_CHECK = f"(user_id >= x'' OR user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"  # noqa: E501
+SQLITE_INVALID_REASON = """
 CASE WHEN user_id = x'' THEN 'null' WHEN user_id = x'00' THEN 'binary'
-     ELSE audience_sync_unfit(CAST(user_id AS BLOB)) END"""
-POSTGRESQL_DOUBTFUL = f"(user_id IS NULL OR user_id < '!' OR octet_length(user_id) > {MAX_ID_LENGTH})"
-POSTGRESQL_UNFIT = f"""
+     ELSE audience_sync_invalid_reason(CAST(user_id AS BLOB)) END"""
+POSTGRESQL_NEEDS_CHECK = f"(user_id IS NULL OR user_id < '!' OR octet_length(user_id) > {MAX_ID_LENGTH})"
+POSTGRESQL_INVALID_REASON = f"""
 CASE WHEN user_id IS NULL THEN 'null'
      WHEN btrim(user_id, E' \\t\\n\\r') = '' THEN 'empty'
      WHEN length(user_id) > {MAX_ID_LENGTH} THEN 'too_long' END"""

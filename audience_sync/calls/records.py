@@ -18,7 +18,7 @@ FORGOTTEN = "the user was forgotten"
 _COLUMNS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}  # of the body none
 
 
-class Prepared(NamedTuple):
+class PreparedCall(NamedTuple):
     """A call and what was decided of it, as text that only needs to be written; cheap to hand to another process."""
 
     message_id: str
@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
         return None if self.outgoing else self.reason
 
 
-class Kept(NamedTuple):
+class SavedCall(NamedTuple):
     """What became of a call: `ignored` is why it is not delivered, `reason` why a part of it is not."""
 
     call_id: int
@@ -55,11 +55,11 @@ class Kept(NamedTuple):
     is_repeat: bool = False
 
 
-def prepare(call: Call, decision: Decision) -> Prepared:
+def prepare(call: Call, decision: Decision) -> PreparedCall:
     body = {name: value for name, value in call.document.items() if value and name not in _COLUMNS}
     is_track = call.type is CallType.TRACK
     is_telling = call.type is CallType.IDENTIFY or call.type is CallType.GROUP
-    return Prepared(
+    return PreparedCall(
         message_id=call.message_id,
         type=call.type.value,
         user_id=call.user_id,
@@ -82,12 +82,12 @@ def prepare(call: Call, decision: Decision) -> Prepared:
 
 def add(
     connection: sa.Connection,
-    prepared: Sequence[Prepared],
+    prepared: Sequence[PreparedCall],
     *,
     received_at: dt.datetime,
     fingerprint: str | None,
     user_by_user: bool = False,
-) -> list[Kept]:
+) -> list[SavedCall]:
     """Keep calls, what they tell, and their deliveries; a message id that is known already changes nothing.
 
     `user_by_user`: the deliveries, which are all of one age, need their order within each user alone, but where a
@@ -98,7 +98,7 @@ def add(
     erasure.keep_out_erasures(connection)
     users = (user for each in prepared for user in _users(each))
     erased = erasure.forgotten_among(connection, users, received_at)
-    first: dict[str, Prepared] = {}
+    first: dict[str, PreparedCall] = {}
     for each in prepared:
         first.setdefault(each.message_id, each)
     if erased:
@@ -123,13 +123,13 @@ def add(
         if each.message_id in ids:
             known[each.message_id] = call_id = ids.pop(each.message_id)
             mine = first[each.message_id]
-            kept.append(Kept(call_id, mine.ignored, mine.reason))
+            kept.append(SavedCall(call_id, mine.ignored, mine.reason))
         else:
-            kept.append(Kept(known[each.message_id], is_repeat=True))
+            kept.append(SavedCall(known[each.message_id], is_repeat=True))
     return kept
 
 
-def _users(prepared: Prepared) -> Iterator[str]:
+def _users(prepared: PreparedCall) -> Iterator[str]:
     """Whom a call is about; its mappings may tell another user something."""
     if prepared.user_id is not None:
         yield prepared.user_id
@@ -138,7 +138,7 @@ def _users(prepared: Prepared) -> Iterator[str]:
     yield from (subject for action, subject, _ in prepared.outgoing if action != Action.COMPANY)
 
 
-def _without(prepared: Prepared, erased: Collection[str]) -> Prepared:
+def _without(prepared: PreparedCall, erased: Collection[str]) -> PreparedCall:
     """The call without the users who were erased."""
     if prepared.subject_id in erased:
         return _erased(prepared)
@@ -150,7 +150,7 @@ def _without(prepared: Prepared, erased: Collection[str]) -> Prepared:
     return prepared._replace(outgoing=outgoing, reason=prepared.reason or FORGOTTEN)
 
 
-def _erased(prepared: Prepared) -> Prepared:
+def _erased(prepared: PreparedCall) -> PreparedCall:
     """That there was such a call, and nothing about whom or what."""
     return prepared._replace(
         user_id=None, anonymous_id=None, group_id=None, event=None, body="{}", reason=FORGOTTEN, left_out=None,
@@ -170,7 +170,7 @@ _EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "r
 
 
 def _insert(
-    connection: sa.Connection, prepared: Mapping[str, Prepared], received_at: dt.datetime
+    connection: sa.Connection, prepared: Mapping[str, PreparedCall], received_at: dt.datetime
 ) -> dict[str, int]:
     """The ids of those that are new, by message id."""
     ids = dict(zip(prepared, _free_ids(connection, len(prepared)), strict=True))
@@ -217,9 +217,11 @@ def _known(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str, i
 _Told = tuple[str, str]  # when, and which traits
 
 
-def _learn(connection: sa.Connection, new: Sequence[tuple[int, Prepared]], received_at: dt.datetime) -> None:
+def _learn(
+    connection: sa.Connection, new: Sequence[tuple[int, PreparedCall]], received_at: dt.datetime
+) -> None:
     users, groups = _News(), _News()
-    member_of: dict[str, Prepared] = {}
+    member_of: dict[str, PreparedCall] = {}
     tracked: list[rows.Row] = []
     now = rows.moment(received_at)
     for call_id, call in new:

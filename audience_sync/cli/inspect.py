@@ -89,7 +89,7 @@ def _coming(opened: "App", connection: "sa.Connection") -> dict[str, Any]:
     from audience_sync.audiences import slots
     from audience_sync.queue import destination
 
-    now, beat = opened.clock.now(), destination.last_beat(connection)
+    now, beat = opened.clock.now(), destination.last_heartbeat(connection)
     outlooks = {each.key: slots.outlook(connection, each, now) for each in opened.settings.definitions}
     coming = sorted((each.next_at, key) for key, each in outlooks.items() if each.next_at and not each.waits)
     is_alive = beat is not None and now - beat < dt.timedelta(seconds=ALIVE_SECONDS)

@@ -137,7 +137,7 @@ def _bad_lines(path: Path | None, source: str) -> Iterator[Callable[["BadLine"],
             nonlocal count
             count += 1
             if count <= MOST_SHOWN:
-                output.aside(f"Line {line.number}: {line.reason}.")
+                output.warn(f"Line {line.number}: {line.reason}.")
             if aside is not None:
                 text = line.text.decode("utf-8", "replace").rstrip("\n")
                 print(json.dumps({"line": line.number, "reason": line.reason, "text": text}), file=aside)
@@ -145,7 +145,7 @@ def _bad_lines(path: Path | None, source: str) -> Iterator[Callable[["BadLine"],
         yield tell
     if count > MOST_SHOWN:
         hint = "" if path else ": --set-aside PATH writes all of them"
-        output.aside(f"And {count - MOST_SHOWN:,} more lines that are no calls{hint}.")
+        output.warn(f"And {count - MOST_SHOWN:,} more lines that are no calls{hint}.")
 
 
 def _tell(summary: "Summary") -> None:

@@ -51,13 +51,13 @@ def main() -> None:
         with output.streams():
             app()
     except (AudienceSyncError, Interrupted) as error:
-        output.aside(f"audience-sync: {error}")
+        output.warn(f"audience-sync: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        output.aside("audience-sync: stopped")
+        output.warn("audience-sync: stopped")
         sys.exit(130)
     except OSError as error:
-        output.aside(f"audience-sync: {error.strerror or error}")
+        output.warn(f"audience-sync: {error.strerror or error}")
         sys.exit(1)
     finally:
-        output.hush()
+        output.drop_output()

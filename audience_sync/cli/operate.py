@@ -101,7 +101,7 @@ def retry(
         with engines.write(opened.engine) as connection:
             count, reasons = dead.retry(connection, None if all_dead else ids, opened.clock.now())
         for reason in reasons:
-            output.aside(reason)
+            output.warn(reason)
         if count:
             output.line(f"Queued again: {count:,}. `audience-sync deliver` or the daemon sends them.")
         else:
@@ -128,7 +128,5 @@ def discard(
                 "Where they came from an audience, `audience-sync sync KEY --full` tells Userpilot the truth again."
             )
     if count < len(set(ids)):
-        output.aside(
-            "The others do not exist, are settled, or belong to a held run (`audience-sync reject`)."
-        )
+        output.warn("The others do not exist, are settled, or belong to a held run (`audience-sync reject`).")
         raise typer.Exit(1)

@@ -38,7 +38,7 @@ def line(text: str = "") -> None:
         print(text)  # noqa: T201
 
 
-def aside(text: str) -> None:
+def warn(text: str) -> None:
     """A line for the person, not for the pipe."""
     with contextlib.suppress(OSError):  # a full disk, or a terminal that is gone
         print(text, file=sys.stderr)  # noqa: T201
@@ -66,7 +66,7 @@ def streams() -> Iterator[None]:
             sys.stdout.flush()
 
 
-def hush() -> None:
+def drop_output() -> None:
     """Drop what could not be said, which would be tried again when the interpreter ends, and change its exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -166,7 +166,7 @@ def _check_destination(opened: "App") -> str:
     if fingerprint is None:
         return "not known without the key"
     with engines.read(opened.engine) as connection:
-        others = destination.of_others(connection, fingerprint)
+        others = destination.foreign_keys(connection, fingerprint)
     if others:
         raise ConfigError(f"{OTHER_DESTINATION.format(key=others[0])} ({', '.join(others)}).")
     return "the one that all was made for"

@@ -44,7 +44,7 @@ def stoppable(opened: "App") -> Iterator[None]:
             end_at_once("Stopped at once. Nothing is lost: run the command again to go on.")
         if opened.is_delivering:
             opened.stop.set()
-            output.aside("Stopping: finishing what is in flight.")
+            output.warn("Stopping: finishing what is in flight.")
         else:
             raise Interrupted("Stopped. Nothing is lost: run the command again to go on.")
 
@@ -61,7 +61,7 @@ def stoppable(opened: "App") -> Iterator[None]:
 
 def end_at_once(text: str) -> NoReturn:
     """What is in flight would be waited for, half a minute perhaps; the next process sees to it as after a crash."""
-    output.aside(f"audience-sync: {text}")
+    output.warn(f"audience-sync: {text}")
     os._exit(Interrupted.exit_code)
 
 
@@ -170,7 +170,7 @@ def sync(
                 run_ids.append(opened.sync(definition, moment_of, full=full, hold=hold, users=user or ()))
             except Busy as error:
                 busy.append(str(error))
-                output.aside(f"audience-sync: {error}")
+                output.warn(f"audience-sync: {error}")
         report = None if no_deliver else deliver_now(opened, run_ids)
         with engines.read(opened.engine) as connection:
             found = history.run_rows(connection, ids=run_ids)[::-1]
@@ -266,7 +266,7 @@ def tell_delivery(report: "Report | None", pending: int) -> None:
     if report.is_left:
         output.line("Another process is delivering: the rest is left to it.")
     elif report.stopped:
-        output.aside(f"audience-sync: {report.stopped}")
+        output.warn(f"audience-sync: {report.stopped}")
     elif pending:
         output.line(
             "What is pending is tried again by the next `audience-sync deliver` or `sync`; `status` says what it waits for."

@@ -19,7 +19,7 @@ from typing import Any
 from audience_sync.app import App
 from audience_sync.calls import mappings, records, validation
 from audience_sync.calls.model import Call
-from audience_sync.calls.records import Prepared
+from audience_sync.calls.records import PreparedCall
 from audience_sync.db import engines
 from audience_sync.errors import CallError
 from audience_sync.settings import Settings
@@ -73,7 +73,7 @@ def accept(app: App, raw: Mapping[str, Any]) -> Receipt:
         CallError: it is not valid; nothing was kept.
 
     """
-    return keep(app, prepare(app.settings, [parse(raw, received_at=app.clock.now())]))[0]
+    return save(app, prepare(app.settings, [parse(raw, received_at=app.clock.now())]))[0]
 
 
 def parse(raw: Mapping[str, Any], *, received_at: dt.datetime, sent_at: dt.datetime | None = None) -> Call:
@@ -81,24 +81,24 @@ def parse(raw: Mapping[str, Any], *, received_at: dt.datetime, sent_at: dt.datet
     return validation.parse(raw, received_at=received_at, sent_at=sent_at, new_id=_new_id)
 
 
-def prepare(settings: Settings, found: Iterable[Call]) -> list[Prepared]:
+def prepare(settings: Settings, found: Iterable[Call]) -> list[PreparedCall]:
     """Decide what each call asks for, and write it down as text: all but the database's part."""
     keys = {definition.key for definition in settings.definitions}
     every = (*(mappings.PRESETS if settings.destination.presets else ()), *settings.mappings)
     return [records.prepare(call, mappings.decide(call, every, reserved_keys=keys)) for call in found]
 
 
-def keep(app: App, prepared: Sequence[Prepared]) -> list[Receipt]:
+def save(app: App, prepared: Sequence[PreparedCall]) -> list[Receipt]:
     """Keep calls and queue what they ask for, in one transaction; a receipt for each, in their order."""
-    with keeping(app) as keep:
+    with saving(app) as keep:
         kept = keep(prepared)
     return [_receipt(*each) for each in zip(prepared, kept, strict=True)]
 
 
 @contextmanager
-def keeping(
+def saving(
     app: App, *, user_by_user: bool = False
-) -> Iterator[Callable[[Sequence[Prepared]], list[records.Kept]]]:
+) -> Iterator[Callable[[Sequence[PreparedCall]], list[records.SavedCall]]]:
     """A transaction in which calls may be kept several times; none of them is before it ends.
 
     `user_by_user`: of different users, those that are kept together are delivered in any order.
@@ -115,7 +115,7 @@ def keeping(
         )
 
 
-def _receipt(call: Prepared, kept: records.Kept) -> Receipt:
+def _receipt(call: PreparedCall, kept: records.SavedCall) -> Receipt:
     if kept.is_repeat:
         return Receipt(kept.call_id, call.message_id, is_repeat=True)
     return Receipt(kept.call_id, call.message_id, kept.ignored, call.names_left_out, reason=kept.reason)

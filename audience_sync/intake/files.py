@@ -29,14 +29,14 @@ import msgspec
 
 from audience_sync import intake, settings
 from audience_sync.app import App
-from audience_sync.calls.records import Kept, Prepared
+from audience_sync.calls.records import PreparedCall, SavedCall
 from audience_sync.calls.validation import MAX_CALL_BYTES
 from audience_sync.clock import SystemClock
 from audience_sync.db import engines
 from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
 
-PIECE = 10_000  # lines that are made ready, and kept, together
+LINES_PER_PIECE = 10_000  # lines that are made ready, and kept, together
 PIECE_BYTES = 8_000_000  # of them, at most: what is held of a line is a few times as much
 # On SQLite a transaction takes several pieces: its journal writes each page that is touched twice, and the pages of the
 # indexes by user are touched by every piece. Others wait for it; after it they have the time in which those ask again,
@@ -58,7 +58,7 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    calls: list[Prepared] = field(default_factory=list)
+    calls: list[PreparedCall] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
 
 
@@ -73,7 +73,7 @@ class Summary:
     def line_count(self) -> int:
         return self.accepted_count + self.ignored_count + self.repeated_count + self.bad_count
 
-    def add(self, bad: Sequence[BadLine], kept: Sequence[Kept]) -> None:
+    def add(self, bad: Sequence[BadLine], kept: Sequence[SavedCall]) -> None:
         repeated_count = sum(each.is_repeat for each in kept)
         ignored_count = sum(each.ignored is not None for each in kept)
         self.bad_count += len(bad)
@@ -122,7 +122,7 @@ def take_in(
             piece = preparer.take()
             time.sleep(max(0, begins_at - time.monotonic()))
             ends_at = time.monotonic() + longest
-            with intake.keeping(app, user_by_user=True) as keep:
+            with intake.saving(app, user_by_user=True) as keep:
                 while piece is not None:
                     bad += piece.bad
                     summary.add(piece.bad, keep(piece.calls))
@@ -238,7 +238,7 @@ def _pieces(lines: Iterator[Line], trouble: list[ConfigError]) -> Iterator[list[
         for line in lines:
             piece.append(line)
             size += len(line[1])
-            if len(piece) == PIECE or size >= PIECE_BYTES:
+            if len(piece) == LINES_PER_PIECE or size >= PIECE_BYTES:
                 yield piece
                 piece, size = [], 0
     except ConfigError as error:

@@ -218,7 +218,7 @@ class Tracking:
 
     def _look(self) -> str | None:
         with engines.read(self.app.engine) as connection:
-            at = destination.last_beat(connection)
+            at = destination.last_heartbeat(connection)
         return None if at is None else at.isoformat()
 
     async def _description(self, _request: Request) -> Response:

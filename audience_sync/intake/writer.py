@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from audience_sync import intake
 from audience_sync.app import App
-from audience_sync.calls.records import Prepared
+from audience_sync.calls.records import PreparedCall
 from audience_sync.errors import DatabaseError
 
 MOST_CALLS = 2_500  # in a transaction, if more than one batch is waiting
@@ -24,7 +24,7 @@ MOST_CALLS = 2_500  # in a transaction, if more than one batch is waiting
 
 @dataclass(slots=True)
 class _Batch:
-    calls: Sequence[Prepared]
+    calls: Sequence[PreparedCall]
     future: "Future[list[intake.Receipt]]" = field(default_factory=Future)
 
 
@@ -56,7 +56,7 @@ class Writer:
         """How many calls are not yet being committed."""
         return self._count
 
-    def accept(self, calls: Sequence[Prepared]) -> "Future[list[intake.Receipt]]":
+    def accept(self, calls: Sequence[PreparedCall]) -> "Future[list[intake.Receipt]]":
         """The receipts, once the calls are committed; or what kept them from that, and then none of them is."""
         batch = _Batch(calls)
         batch.future.set_running_or_notify_cancel()  # who no longer waits for it cannot undo it
@@ -98,7 +98,7 @@ class Writer:
     def _commit(self, batches: Sequence[_Batch]) -> Exception | None:
         """What kept them from being committed."""
         try:
-            receipts = intake.keep(self._app, [call for batch in batches for call in batch.calls])
+            receipts = intake.save(self._app, [call for batch in batches for call in batch.calls])
         except Exception as error:  # noqa: BLE001  (whatever it is, who waits must hear of it)
             return error
         start = 0

@@ -30,9 +30,9 @@ import sqlalchemy as sa
 from audience_sync import crash, logs
 from audience_sync.clock import Clock
 from audience_sync.queue import jobs, outcomes, split
-from audience_sync.queue.destination import ELSEWHERE
+from audience_sync.queue.destination import OTHER_DESTINATION
 from audience_sync.queue.gather import Gatherer
-from audience_sync.queue.job_state import Errand, Job, Told, told_of, told_of_all
+from audience_sync.queue.job_state import Job, JobRequest, JobStatus, parse_job, parse_jobs
 from audience_sync.queue.pace import LONGEST_PAUSE_SECONDS, Lane
 from audience_sync.userpilot.answers import Answer, Outcome
 
@@ -43,13 +43,13 @@ START_SECONDS = 0.1  # of gathering, while no job runs: then what is gathered go
 AHEAD_SECONDS = 2.0  # before the end of a job the next one is gathered, at the least
 READY_SECONDS = 10.0  # a job that cannot start within it gives its users back
 BACKLOG_SECONDS = 1.0  # between two looks at how long the queue is
-LOOK_SECONDS = 15.0  # between two looks at jobs that are not ours
+FOREIGN_JOB_POLL_SECONDS = 15.0  # between two looks at jobs that are not ours
 SHORTEST_WAIT_SECONDS = 0.01  # a wait of less than a clock's tick would never end
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 30.0
-PATIENCE_SECONDS = 1800.0  # with a job of which nothing moves; longer where it is large
+STALLED_JOB_SECONDS = 1800.0  # with a job of which nothing moves; longer where it is large
 MOST_MISSES = 3  # times that Userpilot does not know a job
 MEASURED_ROWS = 1_000  # of a job that tells how fast jobs are: what surrounds a shorter one is too much of it
-SLOWEST = 4  # times slower than the settings say
+MIN_SPEED_FACTOR = 4  # times slower than the settings say
 REFUSALS_BEFORE_PAUSE = 5
 _NO_ENDPOINT = {404, 405, 501}
 
@@ -72,7 +72,7 @@ class Settings:
 class Step:
     """What a transaction did: `errand` is to be sent, and `became` counts once it is committed."""
 
-    errand: Errand | None = None
+    errand: JobRequest | None = None
     became: Counter[str] = field(default_factory=Counter)
     written: list[Job] = field(default_factory=list)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Bulk:
     paused_until: float = -math.inf
     reason: str = ""
     rows_per_second: float = 0.0
-    _errand: Errand | None = None
+    _errand: JobRequest | None = None
     _pauses: int = 0
     _refusals: int = 0  # since the last job that was taken
     _takings: int = 0  # since the last that was refused
@@ -217,7 +217,7 @@ class Bulk:
             if job.status == "gathering":
                 job.end("dropped")
             elif job.is_under_way and row.fingerprint not in (None, self.settings.fingerprint):
-                job.end("lost", f"A bulk job was {ELSEWHERE}")
+                job.end("lost", f"A bulk job was {OTHER_DESTINATION}")
 
     def step(
         self,
@@ -363,15 +363,15 @@ class Bulk:
 
     def _next_errand(
         self, connection: sa.Connection, gathering: Job | None, now: dt.datetime, step: Step
-    ) -> Errand | None:
+    ) -> JobRequest | None:
         monotonic, running = self.clock.monotonic(), self.under_way
         is_ready = gathering is not None and gathering.ready_at < math.inf
         if running is not None:
             if gathering is not None and monotonic - gathering.ready_at > READY_SECONDS:
                 gathering.end("dropped")
-                self._backlog_at = monotonic + LOOK_SECONDS
+                self._backlog_at = monotonic + FOREIGN_JOB_POLL_SECONDS
             if monotonic >= running.poll_at:
-                return Errand("poll" if running.job_id else "list", running)
+                return JobRequest("poll" if running.job_id else "list", running)
         elif gathering is not None and is_ready and (gathering.row_count == 0 or self._is_paused()):
             gathering.end("dropped")
             self._backlog_at = monotonic + BACKLOG_SECONDS  # of those that wait nobody is free
@@ -379,9 +379,9 @@ class Bulk:
             jobs.submit(connection, gathering.request_id, now)
             content = b"".join(gathering.lines)
             step.after_commit.append(lambda: self._submitted(gathering))
-            return Errand("upload", gathering, content)
+            return JobRequest("upload", gathering, content)
         elif self._others_run and monotonic >= self._look_at:
-            return Errand("list", None)
+            return JobRequest("list", None)
         return None
 
     def _submitted(self, job: Job) -> None:
@@ -391,7 +391,7 @@ class Bulk:
 
     # Userpilot's side.
 
-    def take_in(self, errand: Errand, answer: Answer) -> None:
+    def take_in(self, errand: JobRequest, answer: Answer) -> None:
         """Learn from an answer; the next step writes it down."""
         self._errand = None
         job = errand.job
@@ -408,7 +408,7 @@ class Bulk:
     def _uploaded(self, job: Job, answer: Answer) -> None:
         monotonic = self.clock.monotonic()
         error = answer.error or "no answer"
-        told = told_of(answer.document)
+        told = parse_job(answer.document)
         match answer.outcome:
             case Outcome.ACCEPTED if told.job_id:
                 self._taken()
@@ -450,10 +450,10 @@ class Bulk:
     def _polled(self, job: Job, answer: Answer) -> None:
         monotonic = self.clock.monotonic()
         if answer.outcome is Outcome.ACCEPTED and isinstance(answer.document, dict):
-            self._runs(job, job.job_id or "", told_of(answer.document))
+            self._runs(job, job.job_id or "", parse_job(answer.document))
         elif answer.status_code == 404:
             job.miss_count += 1
-            job.poll_at = monotonic + LOOK_SECONDS
+            job.poll_at = monotonic + FOREIGN_JOB_POLL_SECONDS
             if job.miss_count >= MOST_MISSES:
                 job.end("lost", "Userpilot does not know the bulk job any more")
                 self._wait_for_others("a bulk job of which nothing is known may still run")
@@ -461,7 +461,7 @@ class Bulk:
             wait = answer.retry_after_seconds or 2 * max(self._interval(job), 1.0)
             job.poll_at = monotonic + min(wait, LONGEST_PAUSE_SECONDS)
 
-    def _runs(self, job: Job, job_id: str, told: Told) -> None:
+    def _runs(self, job: Job, job_id: str, told: JobStatus) -> None:
         """Take in what Userpilot says of the job; what it leaves out is not needed."""
         completed = job.completed_count if told.completed_rows is None else told.completed_rows
         if (told.state, completed, job_id) != (job.state, job.completed_count, job.job_id):
@@ -485,7 +485,7 @@ class Bulk:
                 seconds=round(self.clock.monotonic() - job.submitted_at, 1),
             )
 
-    def _completed(self, job: Job, told: Told) -> None:
+    def _completed(self, job: Job, told: JobStatus) -> None:
         counts = [count for count in (told.total_rows, told.completed_rows) if count is not None]
         least = min(counts, default=job.row_count)
         if least < job.row_count:
@@ -499,24 +499,24 @@ class Bulk:
 
     def _measured(self, rows_per_second: float) -> None:
         """Jobs may be slower than the settings say; one that nobody looked at for a day was not."""
-        self.rows_per_second = max(rows_per_second, self.settings.rows_per_minute / 60 / SLOWEST)
+        self.rows_per_second = max(rows_per_second, self.settings.rows_per_minute / 60 / MIN_SPEED_FACTOR)
 
     def _seek(self, job: Job, answer: Answer) -> None:
         """Find the job of an upload whose answer never came."""
-        job.poll_at = self.clock.monotonic() + LOOK_SECONDS
-        listed = told_of_all(answer)
+        job.poll_at = self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS
+        listed = parse_jobs(answer)
         if listed is None:
             return
         mine = next((told for told in listed if told.filename == job.filename), None)
         if mine is not None and mine.job_id:
-            self._runs(job, mine.job_id, Told())  # the list does not tell how many rows are done
+            self._runs(job, mine.job_id, JobStatus())  # the list does not tell how many rows are done
             job.poll_at = self.clock.monotonic()
         elif not any(told.is_running for told in listed):
             job.end("lost", job.error or "The process ended before the answer came")
 
     def _look_at_others(self, answer: Answer) -> None:
-        self._look_at = self.clock.monotonic() + LOOK_SECONDS
-        listed = told_of_all(answer)
+        self._look_at = self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS
+        listed = parse_jobs(answer)
         if listed is None:
             self._others_run = False  # the next upload will tell
             self._pause(answer.error or "the list of jobs cannot be read", answer.retry_after_seconds)
@@ -525,7 +525,7 @@ class Bulk:
 
     def _wait_for_others(self, reason: str) -> None:
         self._others_run, self.reason = True, reason
-        self._look_at = self.clock.monotonic() + LOOK_SECONDS
+        self._look_at = self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS
         logs.event(log, logging.WARNING, "bulk lane waits for another job")
 
     def _pause(self, reason: str, seconds: float | None) -> None:
@@ -538,7 +538,7 @@ class Bulk:
         job = self.under_way
         if job is None or self._errand is not None:
             return
-        patience = max(PATIENCE_SECONDS, 4 * job.row_count / self.rows_per_second)
+        patience = max(STALLED_JOB_SECONDS, 4 * job.row_count / self.rows_per_second)
         if self.clock.monotonic() - job.moved_at > patience:
             job.end("lost", f"The bulk job did not end: nothing was new for {round(patience / 60)} minutes")
             self._wait_for_others("a bulk job that was given up may still run")

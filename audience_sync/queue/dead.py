@@ -28,7 +28,7 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
             sa.select(tables.deliveries).where(tables.deliveries.c.delivery_id.in_(chunk))
         ).all()
         rows = {row.delivery_id: row for row in found}
-        newer = deliveries.overtaken(connection, [row for row in found if row.status == "dead"])
+        newer = deliveries.superseded_traits(connection, [row for row in found if row.status == "dead"])
         retried = []
         for delivery_id in chunk:
             row = rows.get(delivery_id)
@@ -37,7 +37,7 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
             elif row.status != "dead":
                 reasons.append(f"Delivery {delivery_id} is {row.status}, not dead.")
             elif row.body and newer.get(delivery_id, set()).issuperset(row.body):
-                reasons.append(f"Delivery {delivery_id} is {deliveries.OVERTAKEN}.")
+                reasons.append(f"Delivery {delivery_id} is {deliveries.SUPERSEDED}.")
             else:
                 retried.append(delivery_id)
         count += connection.execute(

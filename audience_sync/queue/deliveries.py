@@ -18,7 +18,7 @@ LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order of their right of way
 LONGEST_REQUEST = dt.timedelta(minutes=15)
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)
-OVERTAKEN = "overtaken by a newer value"
+SUPERSEDED = "overtaken by a newer value"
 
 # A subject waits while something of it is under way, and after an unknown outcome; older values wait for a newer
 # one that must go alone. The first of those that are due stands for the subject, however many it has.
@@ -77,7 +77,7 @@ class Settlement:
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class ClaimedRequest:
     """One request to be: its row in requests, and its deliveries, oldest value first."""
 
     request_id: int
@@ -88,7 +88,7 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EndedRequest:
     """A request that was answered, or never will be, and what becomes of its deliveries."""
 
     request_id: int
@@ -163,14 +163,14 @@ def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[t
     return [(row.lane, row.ended_at) for row in rows]
 
 
-def prefer_indexes(connection: sa.Connection) -> None:
+def prefer_index_scans(connection: sa.Connection) -> None:
     """In this transaction let PostgreSQL walk the queue in order, though its statistics are of an empty one."""
     if not is_sqlite(connection):
         off = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin")
         connection.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in off)))
 
 
-def count_anew(connection: sa.Connection) -> None:
+def refresh_statistics(connection: sa.Connection) -> None:
     """Let PostgreSQL learn that the queue has grown, so that it goes by the right index: roughly, as lanes wait."""
     if not is_sqlite(connection):
         connection.execute(sa.select(sa.func.set_config("default_statistics_target", "10", True)))
@@ -292,7 +292,7 @@ _LOCK = (
 )
 
 
-def overtaken(
+def superseded_traits(
     connection: sa.Connection,
     values: Sequence[Delivery | sa.Row[Any]],
     statuses: Collection[str] = tuple(Status),
@@ -353,14 +353,14 @@ def claim(
     now: dt.datetime,
     *,
     is_push: bool,
-) -> list[Claimed]:
+) -> list[ClaimedRequest]:
     """Write a request for each list before it is sent, and mark its deliveries."""
     inserted = connection.execute(
         _START,
         [{"lane": lane, "epoch": epoch, "started_at": now, "delivery_count": len(each)} for each in chosen],
     )
     claims = [
-        Claimed(request_id, lane, each[0].subject_id, is_push, each)
+        ClaimedRequest(request_id, lane, each[0].subject_id, is_push, each)
         for request_id, each in zip(inserted.scalars(), chosen, strict=True)
     ]
     connection.execute(
@@ -388,16 +388,16 @@ _CLAIM = (
 )
 
 
-def cancel_overtaken(connection: sa.Connection, ids: Sequence[int], now: dt.datetime) -> None:
+def cancel_superseded(connection: sa.Connection, ids: Sequence[int], now: dt.datetime) -> None:
     for some in chunks(ids):
         connection.execute(
             tables.deliveries.update()
             .where(tables.deliveries.c.delivery_id.in_(some), tables.deliveries.c.status == "pending")
-            .values(status="cancelled", settled_at=now, error=OVERTAKEN)
+            .values(status="cancelled", settled_at=now, error=SUPERSEDED)
         )
 
 
-def settle(connection: sa.Connection, ended: Sequence[Ended]) -> None:
+def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
     connection.execute(
         _END,
         [

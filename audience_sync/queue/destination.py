@@ -13,16 +13,16 @@ import sqlalchemy as sa
 from audience_sync.db.engines import sql
 from audience_sync.db.tables import definitions, destination
 
-ELSEWHERE = "made for another destination than the one that is configured now"
+OTHER_DESTINATION = "made for another destination than the one that is configured now"
 _NOT_OF_HELD_RUN = "(run_id IS NULL OR run_id NOT IN (SELECT run_id FROM {our}runs WHERE status = 'held'))"
 
 
-def is_other(connection: sa.Connection, known: str | None, wanted: str | None) -> bool:
+def is_foreign(connection: sa.Connection, known: str | None, wanted: str | None) -> bool:
     """Whether what is for a destination must not go to the one that is wanted."""
-    return bool(known and wanted and known != wanted) and is_heard(connection, known or "")
+    return bool(known and wanted and known != wanted) and has_accepted(connection, known or "")
 
 
-def is_heard(connection: sa.Connection, fingerprint: str) -> bool:
+def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
     """False where the key was refused before anything was accepted: then any other may take its place."""
     if stopped(connection) is None:
         return True
@@ -54,7 +54,7 @@ def adopt(connection: sa.Connection, definition_ids: list[int], fingerprint: str
     )
 
 
-def sort(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
+def hold_foreign(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
     """Hold what is pending for other destinations, release what was held and is for this one; how many are held.
 
     What a definition has pending is for the destination that its members were told to, so the queue is only
@@ -65,7 +65,7 @@ def sort(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
             sa.or_(definitions.c.fingerprint.is_(None), definitions.c.fingerprint != fingerprint)
         )
     ).all()
-    heard = {known: is_heard(connection, known) for _, known in rows if known}
+    heard = {known: has_accepted(connection, known) for _, known in rows if known}
     adopt(connection, [each for each, known in rows if not heard.get(known)], fingerprint)
     if others := [each for each, known in rows if heard.get(known)]:
         _hold(connection, "definition_id IN :ids", fingerprint, ids=others)
@@ -90,7 +90,7 @@ def _sort_calls(connection: sa.Connection, fingerprint: str, heard: dict[str, bo
         fingerprint=fingerprint,
     ).scalars()
     for other in known.all():
-        if other and (heard[other] if other in heard else is_heard(connection, other)):
+        if other and (heard[other] if other in heard else has_accepted(connection, other)):
             _hold(connection, f"{of_calls} AND fingerprint = :other", fingerprint, other=other)
         else:
             same = "fingerprint IS NULL" if other is None else "fingerprint = :other"
@@ -107,7 +107,7 @@ def _hold(connection: sa.Connection, where: str, fingerprint: str, **given: Any)
         connection,
         "UPDATE {our}deliveries SET status = 'held', error = :error "
         f"WHERE status = 'pending' AND fingerprint <> :fingerprint AND {where}",
-        error=ELSEWHERE,
+        error=OTHER_DESTINATION,
         fingerprint=fingerprint,
         **given,
     )
@@ -134,13 +134,13 @@ def accept(connection: sa.Connection, fingerprint: str) -> None:
     )
 
 
-def of_others(connection: sa.Connection, fingerprint: str) -> list[str]:
+def foreign_keys(connection: sa.Connection, fingerprint: str) -> list[str]:
     """The keys whose members were told to another destination."""
     query = sa.select(definitions.c.key, definitions.c.fingerprint).where(
         definitions.c.fingerprint != fingerprint, definitions.c.retired_at.is_(None)
     )
     rows = connection.execute(query.order_by(definitions.c.key)).all()
-    return [key for key, known in rows if is_heard(connection, known)]
+    return [key for key, known in rows if has_accepted(connection, known)]
 
 
 def stopped(connection: sa.Connection) -> tuple[dt.datetime, str] | None:
@@ -152,7 +152,7 @@ def stop(connection: sa.Connection, now: dt.datetime, reason: str) -> None:
     _set_destination(connection, stopped_at=now, stopped_reason=reason)
 
 
-def go(connection: sa.Connection) -> None:
+def resume(connection: sa.Connection) -> None:
     _set_destination(connection, stopped_at=None, stopped_reason=None)
 
 
@@ -164,12 +164,12 @@ def set_slow_downs(connection: sa.Connection, lanes: dict[str, Any]) -> None:
     _set_destination(connection, slow_downs=json.loads(json.dumps(lanes)))
 
 
-def beat(connection: sa.Connection, now: dt.datetime) -> None:
+def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
     """The daemon's sign of life."""
     _set_destination(connection, heartbeat_at=now)
 
 
-def last_beat(connection: sa.Connection) -> dt.datetime | None:
+def last_heartbeat(connection: sa.Connection) -> dt.datetime | None:
     return connection.execute(sa.select(destination.c.heartbeat_at)).scalar_one_or_none()
 
 

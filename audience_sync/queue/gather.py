@@ -13,7 +13,7 @@ from audience_sync.queue.job_state import Job
 
 MOST_BYTES = 20_000_000  # of an upload; Userpilot takes 50 MB
 MOST_SEEN = 50_000  # of the users that wait
-PIECE = 200  # users that a transaction takes into a job, so that the live lane hardly waits
+USERS_PER_TRANSACTION = 200  # users that a transaction takes into a job, so that the live lane hardly waits
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Gatherer:
 
         `room` is what the live lane may burst now, `start_seconds` how long the job before still runs.
         """
-        beside = split.live_users(pace.rows_per_job, room, pace, start_seconds)
+        beside = split.live_share(pace.rows_per_job, room, pace, start_seconds)
         limit = min(MOST_SEEN, pace.rows_per_job + beside + 1)
         waiting: dict[str, bool] = {}
         bursting = 0
@@ -53,12 +53,12 @@ class Gatherer:
         if not rows:
             return []
         fit = [user for user, was_tried in waiting.items() if not was_tried and user not in self._unfit]
-        left_to_live = split.live_users(rows, at_once, pace, start_seconds) - (len(waiting) - len(fit))
+        left_to_live = split.live_share(rows, at_once, pace, start_seconds) - (len(waiting) - len(fit))
         return fit[max(0, left_to_live) :][: min(rows, most)]
 
     def gather(self, connection: sa.Connection, job: Job, now: dt.datetime) -> Callable[[], None]:
         """Take a piece of its candidates into a job; what is to be called once that is committed."""
-        piece = jobs.free(connection, job.candidates[:PIECE], now)
+        piece = jobs.free(connection, job.candidates[:USERS_PER_TRANSACTION], now)
         found = claims.choose(connection, "identify", piece, now, self.fingerprint) if piece else []
         lines: list[bytes] = []
         ids: list[int] = []
@@ -83,7 +83,7 @@ class Gatherer:
         def commit() -> None:
             job.lines += lines
             job.row_count, job.size = job.row_count + len(lines), size
-            del job.candidates[: len(job.candidates) if is_full else PIECE]
+            del job.candidates[: len(job.candidates) if is_full else USERS_PER_TRANSACTION]
             crash.at("gathered")
 
         return commit

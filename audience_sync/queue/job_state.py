@@ -62,7 +62,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class JobRequest:
     """Something to ask Userpilot. `job` is None where it is about jobs that are not ours."""
 
     what: str  # upload, poll or list
@@ -83,7 +83,7 @@ class Errand:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class JobStatus:
     """What Userpilot says of a job, as far as it can be used and every database takes it."""
 
     job_id: str | None = None
@@ -97,10 +97,10 @@ class Told:
         return self.state not in {"completed", "failed"}
 
 
-def told_of(document: Any) -> Told:
+def parse_job(document: Any) -> JobStatus:
     """The job in an answer; all but its id and state may be missing."""
     if not isinstance(document, dict):
-        return Told()
+        return JobStatus()
     texts = {
         name: value
         for name in ("job_id", "filename", "status")
@@ -111,11 +111,11 @@ def told_of(document: Any) -> Told:
         for name in ("total_rows", "completed_rows")
         if type(value := document.get(name)) is int and 0 <= value < MOST_ROWS
     }
-    return Told(texts.get("job_id"), texts.get("filename"), texts.get("status", "unknown"), **counts)
+    return JobStatus(texts.get("job_id"), texts.get("filename"), texts.get("status", "unknown"), **counts)
 
 
-def told_of_all(answer: Answer) -> list[Told] | None:
+def parse_jobs(answer: Answer) -> list[JobStatus] | None:
     """The jobs in a list; None where the answer is none."""
     if answer.outcome is not Outcome.ACCEPTED or not isinstance(answer.document, list):
         return None
-    return [told_of(each) for each in answer.document]
+    return [parse_job(each) for each in answer.document]

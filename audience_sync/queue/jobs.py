@@ -19,7 +19,7 @@ from audience_sync.db.engines import is_sqlite, sql
 from audience_sync.db.tables import SENDING
 from audience_sync.queue import deliveries
 
-PIECE = 2_000  # deliveries that a transaction settles at most
+SETTLED_PER_TRANSACTION = 2_000  # deliveries that a transaction settles at most
 _TRIED = "(d.attempt_count > 0 OR d.alone)"
 
 
@@ -82,7 +82,7 @@ def gather(
         f"first_attempt_at = :now, quiet_until = NULL, error = CASE WHEN delivery_id IN {late} THEN :error END "
         f"WHERE status = 'pending' AND delivery_id IN {taken}",
         request_id=request_id,
-        error=deliveries.OVERTAKEN,
+        error=deliveries.SUPERSEDED,
         now=now,
         **told,
     )
@@ -130,7 +130,11 @@ def settle(
     grace: dt.timedelta,
 ) -> Counter[str]:
     """Settle a piece of a job that ended; how many deliveries became what, none where all are settled."""
-    piece = sa.select(tables.deliveries.c.delivery_id).where(_is_carried_by(request_id)).limit(PIECE)
+    piece = (
+        sa.select(tables.deliveries.c.delivery_id)
+        .where(_is_carried_by(request_id))
+        .limit(SETTLED_PER_TRANSACTION)
+    )
     statement = (
         tables.deliveries.update()
         .where(tables.deliveries.c.delivery_id.in_(piece))
@@ -141,12 +145,12 @@ def settle(
 
 
 def _became(status: str, error: str | None, now: dt.datetime, grace: dt.timedelta) -> dict[str, Any]:
-    overtaken = tables.deliveries.c.error == deliveries.OVERTAKEN
+    overtaken = tables.deliveries.c.error == deliveries.SUPERSEDED
     match status:
         case "completed":
             return {
                 "status": sa.case((overtaken, "cancelled"), else_="accepted"),
-                "error": sa.case((overtaken, deliveries.OVERTAKEN)),
+                "error": sa.case((overtaken, deliveries.SUPERSEDED)),
                 "settled_at": now,
             }
         case "dropped":  # no attempt: it may go by bulk again

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from audience_sync.queue.deliveries import OVERTAKEN, Delivery, Settlement, Status
+from audience_sync.queue.deliveries import SUPERSEDED, Delivery, Settlement, Status
 from audience_sync.userpilot.answers import Answer, Outcome
 
 GIVE_UP_ATTEMPTS = 8
@@ -15,7 +15,7 @@ LONGEST_BACKOFF_SECONDS = 900.0
 GRACE = dt.timedelta(seconds=3)  # after an unknown outcome: time for a late request to be applied
 
 
-def choose(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]:
+def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]:
     """Of a subject's pending deliveries, those that go into its next request, oldest value first.
 
     After a merged request was refused its deliveries go one by one, so that only the refused one dies. The
@@ -36,7 +36,7 @@ class Trimmed:
     overtaken: list[int]
 
 
-def trim(ordered: Sequence[Delivery], newer: Mapping[int, Collection[str]]) -> Trimmed:
+def without_superseded(ordered: Sequence[Delivery], newer: Mapping[int, Collection[str]]) -> Trimmed:
     """Leave out the traits of which Userpilot has accepted newer values; `newer` names them by delivery."""
     left, overtaken = [], []
     for delivery in ordered:
@@ -82,7 +82,7 @@ def settle(
             return [
                 Settlement(delivery.delivery_id, Status.ACCEPTED)
                 if delivery.delivery_id in told
-                else Settlement(delivery.delivery_id, Status.CANCELLED, OVERTAKEN)
+                else Settlement(delivery.delivery_id, Status.CANCELLED, SUPERSEDED)
                 for delivery in ordered
             ]
         case Outcome.THROTTLED | Outcome.UNAUTHORISED:

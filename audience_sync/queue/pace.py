@@ -15,7 +15,7 @@ THROTTLED_SECONDS = (
 )  # Userpilot's advice, where it sends no Retry-After, is up to 8
 LONGEST_PAUSE_SECONDS = 900.0
 FAILURES_BEFORE_PAUSE = 5
-SLOWEST = 0.05  # of the limit
+MIN_SPEED_FACTOR = 0.05  # of the limit
 PUSH_SECONDS = 1.0  # what a lane that stood still may catch up on pushes
 _ROUNDING = 1e-6
 
@@ -100,7 +100,7 @@ class Lane:
         step = THROTTLED_SECONDS[min(self.throttle_streak, len(THROTTLED_SECONDS) - 1)]
         pause = step if retry_after_seconds is None else retry_after_seconds
         self.throttle_streak += 1
-        self.factor = max(SLOWEST, self.factor / 2)
+        self.factor = max(MIN_SPEED_FACTOR, self.factor / 2)
         self.paused_until = now + min(pause, LONGEST_PAUSE_SECONDS)
         self.reason = "Userpilot answered 429: too many requests"
         return True

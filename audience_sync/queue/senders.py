@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
-LOOK_SECONDS = 0.2  # the longest wait, so that a signal is seen
+SIGNAL_POLL_SECONDS = 0.2  # the longest wait, so that a signal is seen
 TOGETHER_SECONDS = 0.003  # between two answers that are taken in at once: a transaction costs more than that
 Brought = TypeVar("Brought")
 
@@ -35,7 +35,7 @@ class Senders(Generic[Brought]):
         brought = list(self._rest())
         if not brought and seconds > 0:
             with contextlib.suppress(queue.Empty):
-                brought.append(self._brought.get(timeout=min(seconds, LOOK_SECONDS)))
+                brought.append(self._brought.get(timeout=min(seconds, SIGNAL_POLL_SECONDS)))
                 while len(brought) < self._out:
                     brought.append(self._brought.get(timeout=TOGETHER_SECONDS))
         self._out -= len(brought)

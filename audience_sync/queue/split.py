@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 SMALLEST_JOB = 100  # rows: fewer are not worth the wait for a job's end
 LAST_ROWS = 2_000  # of a backlog's last job: it corrects the division, and is soon written down
-AT_ONCE_PER_SECOND = 80.0  # eight requests at a time, each answered within 0.1 s
+BURST_PER_SECOND = 80.0  # eight requests at a time, each answered within 0.1 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def job_rows(waiting: int, at_once: int, pace: Pace, start_seconds: float = 0.0)
     return rows if rows >= min(SMALLEST_JOB, pace.rows_per_job) else 0
 
 
-def live_users(rows: int, at_once: int, pace: Pace, start_seconds: float = 0.0) -> int:
+def live_share(rows: int, at_once: int, pace: Pace, start_seconds: float = 0.0) -> int:
     """How many users the live lane takes until a job of so many rows, begun after so long, is worked off."""
     return max(at_once, int((start_seconds + rows / pace.rows_per_second) * pace.live_per_second))
 
@@ -57,9 +57,9 @@ def forecast(pushes: int, changes: int, pace: Pace) -> Forecast:
     requests = rows_sent = jobs = 0
     seconds = 0.0
     while rows := job_rows(waiting, at_once, pace):
-        live = min(live_users(rows, at_once, pace), waiting - rows)
+        live = min(live_share(rows, at_once, pace), waiting - rows)
         requests, rows_sent, jobs = requests + live + 1, rows_sent + rows, jobs + 1
         seconds += rows / pace.rows_per_second
         waiting, at_once = waiting - rows - live, 0
-    seconds += min(waiting, at_once) / AT_ONCE_PER_SECOND + max(0, waiting - at_once) / pace.live_per_second
+    seconds += min(waiting, at_once) / BURST_PER_SECOND + max(0, waiting - at_once) / pace.live_per_second
     return Forecast(requests + waiting, rows_sent, jobs, seconds)

@@ -33,7 +33,7 @@ MAX_IN_FLIGHT = 8
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 MEASURED_SECONDS = 20.0  # of work, after which its pace tells how long the rest takes
-PATIENCE_SECONDS = 60.0  # what becomes due within it is waited for
+IDLE_EXIT_SECONDS = 60.0  # what becomes due within it is waited for
 POLL_SECONDS = 0.2  # how soon something new in the queue is noticed
 MANY = 10_000
 RECONNECT_SECONDS = (0.5, 2.0, 8.0)
@@ -44,11 +44,11 @@ class Sender(job_state.JobSender, Protocol):
     def send(self, path: str, payload: dict[str, Any], /) -> Answer: ...
 
 
-_SLEPT = Answer(
+_NOT_SENT = Answer(
     Outcome.FAILED, None, None, "Not sent: this process stood still, and another may be in its place", None
 )
 _MAY_COME = "an event of which nobody knows whether it came may come yet"
-Brought = tuple[deliveries.Claimed | job_state.Errand, Answer]
+Reply = tuple[deliveries.ClaimedRequest | job_state.JobRequest, Answer]
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Settings:
 class _Cycle:
     """What a cycle's transaction decided."""
 
-    claims: list[deliveries.Claimed]
+    claims: list[deliveries.ClaimedRequest]
     bulk: bulk.Step
     send_by: float  # monotonic seconds
     wait_seconds: float
@@ -111,14 +111,14 @@ class Worker:
     on_progress: Callable[[Report], None] = lambda _: None
     is_gathering: Callable[[], bool] = lambda: False  # more changes of the same users are about to come
     report: Report = field(default_factory=Report)
-    open_senders: Callable[[], Senders[Brought]] = lambda: Senders(MAX_IN_FLIGHT + 1)
+    open_senders: Callable[[], Senders[Reply]] = lambda: Senders(MAX_IN_FLIGHT + 1)
     _lanes: dict[str, Lane] = field(default_factory=dict)
     _bulk: bulk.Bulk = field(init=False)
     _pending: dict[str, int] = field(default_factory=dict)
     _look_at: dict[tuple[str, str], float] = field(default_factory=dict)
     _slow_downs: dict[str, Any] = field(default_factory=dict)
     _paused: set[str] = field(default_factory=set)
-    _in_flight: dict[int, deliveries.Claimed] = field(default_factory=dict)
+    _in_flight: dict[int, deliveries.ClaimedRequest] = field(default_factory=dict)
     _turn: int = 0
     _began_at: float = 0.0
     _settled_count: int = 0
@@ -182,11 +182,11 @@ class Worker:
         self._bulk.restore_pause(self._slow_downs.get("bulk"), now)
         self._pending = deliveries.pending_counts(connection)
         if sum(self._pending.values()) > MANY:
-            deliveries.count_anew(connection)
+            deliveries.refresh_statistics(connection)
         stopped = destination.stopped(connection)
         self.report.stopped = stopped and stopped[1]
 
-    def _recover(self, connection: sa.Connection, answered: Sequence[deliveries.Ended]) -> None:
+    def _recover(self, connection: sa.Connection, answered: Sequence[deliveries.EndedRequest]) -> None:
         known = [*self._in_flight, *(each.request_id for each in answered)]
         lost = deliveries.recover(
             connection,
@@ -209,7 +209,7 @@ class Worker:
 
     def _work(self, lease: leases.Lease) -> bool:
         """One tenure; True where more became due after it ended."""
-        ended: list[deliveries.Ended] = []
+        ended: list[deliveries.EndedRequest] = []
         try:
             with self.open_senders() as senders:
                 while True:
@@ -244,7 +244,7 @@ class Worker:
     def _is_ending(self) -> bool:
         return self.stop.is_set() or self.report.stopped is not None
 
-    def _cycle(self, lease: leases.Lease, ended: list[deliveries.Ended]) -> _Cycle:
+    def _cycle(self, lease: leases.Lease, ended: list[deliveries.EndedRequest]) -> _Cycle:
         """Run a cycle's transaction; where the server went away, once more when it is back."""
         pauses = list(RECONNECT_SECONDS)
         while True:
@@ -280,7 +280,11 @@ class Worker:
         self._settled_count += count
 
     def _step(
-        self, connection: sa.Connection, lease: leases.Lease, ended: list[deliveries.Ended], send_by: float
+        self,
+        connection: sa.Connection,
+        lease: leases.Lease,
+        ended: list[deliveries.EndedRequest],
+        send_by: float,
     ) -> _Cycle:
         if ended:
             deliveries.settle(connection, ended)
@@ -304,12 +308,12 @@ class Worker:
             leases.release(connection, lease)
         return _Cycle(found, job_step, send_by, wait, is_over)
 
-    def _claim(self, connection: sa.Connection, epoch: int) -> list[deliveries.Claimed]:
+    def _claim(self, connection: sa.Connection, epoch: int) -> list[deliveries.ClaimedRequest]:
         """What may start now: calls before changes before pushes, the lanes in turn, each within its limit."""
-        found: list[deliveries.Claimed] = []
+        found: list[deliveries.ClaimedRequest] = []
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._turn += 1
-        deliveries.prefer_indexes(connection)
+        deliveries.prefer_index_scans(connection)
         classes: Sequence[str] = deliveries.CLASSES
         if self.is_gathering():
             classes = ("call",)
@@ -340,11 +344,11 @@ class Worker:
         """How long to leave a queue alone that gave less than there was room for: longer where looking takes long."""
         return max(self.settings.poll_seconds, 5 * (self.clock.monotonic() - since))
 
-    def _send(self, claimed: deliveries.Claimed, send_by: float) -> Brought:
+    def _send(self, claimed: deliveries.ClaimedRequest, send_by: float) -> Reply:
         """Not when the lease may be another's: then the same users may have been told newer values."""
-        return claimed, _SLEPT if self.clock.monotonic() > send_by else self._answer(claimed)
+        return claimed, _NOT_SENT if self.clock.monotonic() > send_by else self._answer(claimed)
 
-    def _answer(self, claimed: deliveries.Claimed) -> Answer:
+    def _answer(self, claimed: deliveries.ClaimedRequest) -> Answer:
         try:
             body = outcomes.body_of(claimed.deliveries)
             path, payload = self.settings.build(claimed.action, claimed.subject_id, body)
@@ -358,15 +362,15 @@ class Worker:
         crash.at("after_send")
         return answer
 
-    def _ask(self, errand: job_state.Errand, send_by: float) -> Brought:
+    def _ask(self, errand: job_state.JobRequest, send_by: float) -> Reply:
         if self.clock.monotonic() > send_by:
-            return errand, _SLEPT
+            return errand, _NOT_SENT
         try:
             return errand, errand.run(self.sender)
         except Exception as error:  # noqa: BLE001  (as above)
             return errand, Answer(Outcome.UNKNOWN, None, None, f"{type(error).__name__} while sending", None)
 
-    def _collect(self, senders: Senders[Brought], wait_seconds: float) -> list[Brought]:
+    def _collect(self, senders: Senders[Reply], wait_seconds: float) -> list[Reply]:
         """What was answered; while nothing is, wait."""
         deadline = self.clock.monotonic() + min(RENEW_SECONDS, wait_seconds)
         while True:
@@ -378,10 +382,10 @@ class Worker:
             if not is_asking:
                 self.clock.sleep(min(left, self.settings.poll_seconds))
 
-    def _take_in(self, brought: list[Brought]) -> list[deliveries.Ended]:
+    def _take_in(self, brought: list[Reply]) -> list[deliveries.EndedRequest]:
         ended = []
         for asked, answer in brought:
-            if isinstance(asked, job_state.Errand):
+            if isinstance(asked, job_state.JobRequest):
                 self._bulk.take_in(asked, answer)
                 self._heed_refused_key(answer)
                 self.report.request_count += asked.what == "upload"
@@ -389,7 +393,7 @@ class Worker:
                 ended.append(self._end(asked, answer))
         return ended
 
-    def _end(self, claimed: deliveries.Claimed, answer: Answer) -> deliveries.Ended:
+    def _end(self, claimed: deliveries.ClaimedRequest, answer: Answer) -> deliveries.EndedRequest:
         """Take an answer in: all but the database learns of it here, so that the database may be asked again."""
         now = self.clock.now()
         del self._in_flight[claimed.request_id]
@@ -410,7 +414,7 @@ class Worker:
         ):  # the subject's next may be due at once
             for delivery_class in deliveries.CLASSES:
                 self._look_at.pop((claimed.action, delivery_class), None)
-        return deliveries.Ended(
+        return deliveries.EndedRequest(
             claimed.request_id, now, answer.status_code, answer.x_request_id, answer.error, settlements
         )
 
@@ -511,7 +515,7 @@ class Worker:
             waits.append(max(self._wait(name, each, monotonic), (due_at - now).total_seconds()))
         shortest = min(waits, default=math.inf)
         # A window's wait is at most a minute and a request's time; a pause beyond that ends the work.
-        if shortest > PATIENCE_SECONDS + 1:
+        if shortest > IDLE_EXIT_SECONDS + 1:
             return math.inf
         return max(0.01, min(shortest, self.settings.poll_seconds))
 

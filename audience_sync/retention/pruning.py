@@ -24,7 +24,7 @@ from audience_sync.db.tables import (
     runs,
     schedule_slots,
 )
-from audience_sync.queue.deliveries import prefer_indexes
+from audience_sync.queue.deliveries import prefer_index_scans
 
 CHUNK = 1_000  # rows that a transaction removes at most
 STRETCH = 20_000  # rows that it looks at: what stays is passed over faster than what goes is removed
@@ -32,7 +32,7 @@ LONGEST_SECONDS = 100 * 365 * 86_400  # longer is forever: SQLite compares years
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class Retention:
     """How long rows are kept, in seconds; `math.inf` is forever.
 
     Calls count from when they were received, deliveries from when they were settled, requests (with bulk
@@ -84,7 +84,7 @@ _PARTS = (
 
 def prune(
     engine: sa.Engine,
-    keep: Keep,
+    keep: Retention,
     now: dt.datetime,
     *,
     seconds: float = 5.0,
@@ -135,7 +135,7 @@ def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
     rest: sa.ColumnElement[bool] = sa.true()
     while True:
         with engines.write(engine) as connection:
-            prefer_indexes(connection)
+            prefer_index_scans(connection)
             last = connection.execute(ends.where(rest).offset(STRETCH - 1).limit(1)).one_or_none()
             stretch = rest if last is None else rest & (key <= last[:-1])
             piece = sa.select(*columns).where(stretch, part.may_go).order_by(*columns).limit(CHUNK)

@@ -79,7 +79,7 @@ class World:
         """Sync a definition; its run."""
         now = self.clock.now()
         as_of = runs.resolve_as_of(self.engine, [definition], None, now)[definition.key]
-        order = runs.Order(**order)
+        order = runs.RunOptions(**order)
         return self.run(runs.sync(self.engine, definition, as_of, self.clock, order, source=lambda: source))
 
     def run(self, run_id):

@@ -262,13 +262,13 @@ def test_what_is_pending_for_another_destination_is_held_and_comes_back_with_it(
         ("one", {"vips": "pending", "others": "held"}),
     ):
         with engines.write(world.engine) as connection:
-            assert destination.sort(connection, fingerprint, world.clock.now()) == 1
+            assert destination.hold_foreign(connection, fingerprint, world.clock.now()) == 1
         assert statuses(world) == expected
     with engines.write(world.engine) as connection:
-        assert destination.of_others(connection, "one") == ["others"]
+        assert destination.foreign_keys(connection, "one") == ["others"]
         destination.accept(connection, "one")
-        assert destination.of_others(connection, "one") == []
-        assert destination.sort(connection, "one", world.clock.now()) == 0
+        assert destination.foreign_keys(connection, "one") == []
+        assert destination.hold_foreign(connection, "one", world.clock.now()) == 0
     assert statuses(world) == {"vips": "pending", "others": "pending"}
 
 
@@ -285,9 +285,9 @@ def test_a_destination_that_was_not_known_is_the_first_that_is(world):
     world.people("ann")
     world.sync(world.audience())
     with engines.write(world.engine) as connection:
-        assert destination.sort(connection, "one", world.clock.now()) == 0
-        assert destination.of_others(connection, "one") == []
-        assert destination.of_others(connection, "two") == ["vips"]
+        assert destination.hold_foreign(connection, "one", world.clock.now()) == 0
+        assert destination.foreign_keys(connection, "one") == []
+        assert destination.foreign_keys(connection, "two") == ["vips"]
     assert world.query("SELECT fingerprint FROM {our}deliveries") == [("one",)]
 
 
@@ -295,7 +295,7 @@ def test_a_held_run_stays_held_whatever_the_destination(known):
     known.people()
     run = known.sync(known.audience(guard=WARY), fingerprint="one")
     with engines.write(known.engine) as connection:
-        destination.sort(connection, "one", known.clock.now())
+        destination.hold_foreign(connection, "one", known.clock.now())
     assert {status for _, _, status in known.deliveries(run.run_id)} == {"held"}
 
 
@@ -473,6 +473,6 @@ def test_a_source_that_cannot_be_opened_is_its_runs_failure(world):
     def closed():
         raise SourceError("no such driver")
 
-    order = runs.Order()
+    order = runs.RunOptions()
     run_id = runs.sync(world.engine, world.audience(), world.clock.now(), world.clock, order, source=closed)
     assert (world.run(run_id).status, world.run(run_id).error) == ("failed", "no such driver")

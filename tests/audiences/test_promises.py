@@ -181,7 +181,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def mend_the_key(self):
         with engines.write(self.world.engine) as connection:
-            destination.go(connection)
+            destination.resume(connection)
 
     def teardown(self):
         self.userpilot.faults.clear()

@@ -281,7 +281,7 @@ def test_a_value_has_one_written_form(raw, text):
     ],
 )
 def test_why_a_text_cannot_be_an_id(raw, reason):
-    assert forms.unfit(raw) == reason
+    assert forms.invalid_reason(raw) == reason
 
 
 def test_numbers_are_judged_as_sqlite_itself_does_not(databases):

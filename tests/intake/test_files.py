@@ -243,11 +243,11 @@ def test_as_json_it_prints_one_document(command, tmp_path):
 
 
 def test_killed_in_the_middle_and_imported_again_each_line_is_one_call(command, users, tmp_path, engine):
-    count = 2 * files.PIECE
+    count = 2 * files.LINES_PER_PIECE
     lines = [identify(f"u{number}", traits={"n": number}) + b"\n" for number in range(count)]
     (tmp_path / "calls").write_bytes(b"".join(lines))
     with command.popen("import", "-", stdin=subprocess.PIPE, preexec_fn=lambda: None) as process:
-        process.stdin.buffer.write(b"".join(lines[: files.PIECE + 500]))
+        process.stdin.buffer.write(b"".join(lines[: files.LINES_PER_PIECE + 500]))
         process.stdin.flush()
         deadline = time.monotonic() + 60
         while not users():
@@ -256,7 +256,7 @@ def test_killed_in_the_middle_and_imported_again_each_line_is_one_call(command, 
             time.sleep(0.005)
         process.kill()
     before = len(users())
-    assert before == files.PIECE
+    assert before == files.LINES_PER_PIECE
     code, said = command("import", str(tmp_path / "calls"))
     assert code == 0
     assert said.splitlines()[0] == f"{count:,} lines: {count - before:,} accepted, {before:,} known already."
@@ -283,7 +283,7 @@ def test_a_call_is_as_large_as_what_it_holds_however_it_is_written(take_in, user
 
 def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monkeypatch):
     monkeypatch.setattr(files._SPAWN, "Process", None)
-    monkeypatch.setattr(files, "PIECE", 2)
+    monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     lines = b"\n".join(identify(f"u{number}") for number in range(5))
     summary = files.take_in(make_app(), io.BytesIO(lines), pytest.fail)
     assert (summary.accepted_count, sorted(users())) == (5, [f"u{number}" for number in range(5)])
@@ -292,7 +292,7 @@ def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monk
 @SQLITE
 @pytest.mark.parametrize(("seconds", "told"), [(60, [6]), (0, [2, 4, 6])], ids=["together", "apart"])
 def test_between_transactions_others_may_write(make_app, users, engine, tmp_path, monkeypatch, seconds, told):
-    monkeypatch.setattr(files, "PIECE", 2)
+    monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     monkeypatch.setattr(files, "LOCK_SECONDS", seconds)
     (tmp_path / "calls").write_bytes(b"\n".join(identify(f"u{number}") for number in range(6)))
     seen = []
@@ -310,7 +310,7 @@ def test_between_transactions_others_may_write(make_app, users, engine, tmp_path
 
 @SQLITE
 def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 2)
+    monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     out, into = os.pipe()
     os.write(into, b"\n".join([ANN, BOB, CLEO, b""]))
     with ThreadPoolExecutor() as pool, os.fdopen(out, "rb") as file:
@@ -392,7 +392,7 @@ def test_who_takes_bad_lines_slowly_locks_nobody_out(make_app, engine, tmp_path)
 
 @SQLITE
 def test_nothing_is_waited_for_while_others_are_locked_out(make_app, users, engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 2)
+    monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
     prepare = files.prepare
     go_on = threading.Event()

@@ -89,7 +89,7 @@ def test_a_database_that_cannot_be_used_is_not_asked_again_for_each_batch(app, m
 
     writer = Writer(app)
     waiting = [writer.accept([call(app, f"m{number}")]) for number in range(5)]
-    monkeypatch.setattr(intake, "keep", keep)
+    monkeypatch.setattr(intake, "save", keep)
     with writer:
         for each in waiting:
             with pytest.raises(DatabaseError, match="locked"):

@@ -194,7 +194,7 @@ def test_a_job_that_never_ends_is_given_up(hand_queue, clock, userpilot, work):
     assert len(userpilot.told("vip")) == 400
     (job,) = jobs(hand_queue.engine)
     assert (job.status, job.state) == ("lost", "mystery")
-    assert bulk.PATIENCE_SECONDS < clock.seconds < 2 * bulk.PATIENCE_SECONDS + 600
+    assert bulk.STALLED_JOB_SECONDS < clock.seconds < 2 * bulk.STALLED_JOB_SECONDS + 600
 
 
 def test_an_unknown_state_counts_as_running(hand_queue, userpilot, work):
@@ -346,7 +346,7 @@ def test_a_refused_key_leaves_the_job_to_who_comes_after(hand_queue, userpilot, 
     assert report.stopped
     assert hand_queue.counts()["sending"] == 299
     with engines.write(hand_queue.engine) as connection:
-        destination.go(connection)
+        destination.resume(connection)
     work().deliver()
     assert_all_told_once(hand_queue, userpilot, 400)
 

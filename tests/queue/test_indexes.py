@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.db import engines, tables
 from audience_sync.retention import pruning
-from audience_sync.retention.pruning import Keep
+from audience_sync.retention.pruning import Retention
 
 SETTLED, PENDING = 6_000, 600
 DAY = 86_400.0
@@ -94,7 +94,7 @@ def test_delivering_goes_by_indexes(plans, backend, worker_of):
 def test_pruning_goes_by_indexes_in_small_pieces(plans, filled, backend, monkeypatch):
     monkeypatch.setattr(pruning, "CHUNK", 500)
     monkeypatch.setattr(pruning, "STRETCH", 2_000)
-    removed = pruning.prune(filled, Keep(DAY, DAY, DAY, DAY), LATELY, seconds=60)
+    removed = pruning.prune(filled, Retention(DAY, DAY, DAY, DAY), LATELY, seconds=60)
     assert (removed["deliveries"], removed["requests"]) == (SETTLED, SETTLED)
     deletions = [statement for statement, _ in plans if statement.startswith("DELETE")]
     assert len(deletions) >= 2 * SETTLED / 500

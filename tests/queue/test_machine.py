@@ -96,7 +96,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def allow(self):
         with engines.write(self.queue.engine) as connection:
-            destinations.go(connection)
+            destinations.resume(connection)
 
     @rule(after=st.integers(1, 3))
     def crash(self, after):
@@ -142,7 +142,7 @@ class Machine(RuleBasedStateMachine):
         for row in rows:
             assert row.status in ("accepted", "dead", "cancelled")
             assert row.status == "accepted" or row.error
-            if row.error == store.OVERTAKEN:
+            if row.error == store.SUPERSEDED:
                 for trait in row.body:
                     assert any(
                         trait in other.body

@@ -42,12 +42,12 @@ def test_the_merged_body_is_what_userpilot_would_hold_after_each_in_its_order(it
             if at == seconds:
                 expected.update(body)
 
-    assert merge.body_of(merge.choose(pending, NOW)) == expected
+    assert merge.body_of(merge.select_next(pending, NOW)) == expected
 
 
 @given(st.lists(TRAITS, min_size=1, max_size=8))
 def test_an_accepted_request_settles_each_delivery_as_carried_or_overtaken(bodies):
-    chosen = merge.choose([delivery(number, body) for number, body in enumerate(bodies)], NOW)
+    chosen = merge.select_next([delivery(number, body) for number, body in enumerate(bodies)], NOW)
     settled = dict(outcomes(chosen, Outcome.ACCEPTED))
 
     for number, body in enumerate(bodies):
@@ -59,7 +59,7 @@ def test_an_accepted_request_settles_each_delivery_as_carried_or_overtaken(bodie
 def test_the_newest_is_the_timestamp_then_the_arrival():
     pending = [delivery(1, {"a": 1}, seconds=9), delivery(2, {"a": 2}), delivery(3, {"a": 3})]
 
-    assert [each.delivery_id for each in merge.choose(pending, NOW)] == [2, 3, 1]
+    assert [each.delivery_id for each in merge.select_next(pending, NOW)] == [2, 3, 1]
 
 
 def test_a_refused_request_of_several_is_sent_again_one_by_one():
@@ -83,14 +83,14 @@ def test_alone_the_newest_goes_first_and_older_ones_wait_for_it():
     waiting = delivery(2, {"b": 2}, alone=True, due=later)
     fresh = delivery(3, {"a": 3})
 
-    assert merge.choose([older, newest, fresh], NOW) == [newest]
-    assert merge.choose([older, waiting], NOW) == []
-    assert merge.choose([older, waiting, fresh], NOW) == [fresh]
-    assert merge.choose([older, fresh], NOW) == [older]
+    assert merge.select_next([older, newest, fresh], NOW) == [newest]
+    assert merge.select_next([older, waiting], NOW) == []
+    assert merge.select_next([older, waiting, fresh], NOW) == [fresh]
+    assert merge.select_next([older, fresh], NOW) == [older]
 
 
 def test_overtaken_traits_are_left_out_and_a_delivery_without_others_with_them():
-    trimmed = merge.trim(
+    trimmed = merge.without_superseded(
         [delivery(1, {"a": 1, "b": 1}), delivery(2, {"a": 2}), delivery(3, {})], {1: {"a"}, 2: {"a", "z"}}
     )
 

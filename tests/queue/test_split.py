@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from audience_sync.queue.split import LAST_ROWS, Pace, forecast, job_rows, live_users
+from audience_sync.queue.split import LAST_ROWS, Pace, forecast, job_rows, live_share
 
 USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, rows_per_job=10_000)
 
@@ -56,7 +56,7 @@ def ends_with_the_live_lane(waiting, rows, at_once, pace):
     rest = waiting - rows
     a_row_more = 2 + pace.live_per_second / pace.rows_per_second  # a job has whole rows
     is_busy = rest >= at_once and rest + 1 >= rows / pace.rows_per_second * pace.live_per_second
-    return is_busy and rest - live_users(rows, at_once, pace) <= a_row_more
+    return is_busy and rest - live_share(rows, at_once, pace) <= a_row_more
 
 
 def test_a_forecast_is_of_the_combined_limit():
@@ -76,7 +76,7 @@ def test_a_forecast_of_changes_counts_the_burst():
 @given(waiting=st.integers(1_000, 50_000), start_seconds=st.floats(0, 100))
 def test_a_job_that_starts_later_leaves_to_the_live_lane_what_it_takes_meanwhile(waiting, start_seconds):
     rows = job_rows(waiting, 0, USERPILOT, start_seconds)
-    live = live_users(rows, 0, USERPILOT, start_seconds)
+    live = live_share(rows, 0, USERPILOT, start_seconds)
     left = waiting - rows - live
     if not rows:
         assert left <= 0 or waiting - start_seconds * USERPILOT.live_per_second < 150

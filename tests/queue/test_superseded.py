@@ -49,5 +49,5 @@ def test_each_value_is_compared_with_all_newer_ones(engine, seed):
         rows = connection.execute(sa.select(deliveries)).all()
         values = [each for each in rows if each.status == "pending"]
         chance.shuffle(values)
-        found = {key: set(names) for key, names in queue.overtaken(connection, values, NEWER).items()}
+        found = {key: set(names) for key, names in queue.superseded_traits(connection, values, NEWER).items()}
     assert found == model(values, rows)

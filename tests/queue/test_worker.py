@@ -241,7 +241,7 @@ def test_a_refused_key_stops_at_once_and_loses_nothing(queue, worker_of, sandbox
     sandbox.faults.clear()
     assert worker_of().deliver().stopped == report.stopped, "it stays stopped until somebody says go"
     with engines.write(queue.engine) as connection:
-        destination.go(connection)
+        destination.resume(connection)
     worker_of().deliver()
     assert queue.counts() == {"accepted": 60}
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from audience_sync import history
 from audience_sync.db import engines, tables
 from audience_sync.retention import pruning
-from audience_sync.retention.pruning import Keep
+from audience_sync.retention.pruning import Retention
 
 NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC)
 DAY = 86_400
-KEEP = Keep(calls=90 * DAY, deliveries=400 * DAY, requests=90 * DAY, past_members=math.inf)
+KEEP = Retention(calls=90 * DAY, deliveries=400 * DAY, requests=90 * DAY, past_members=math.inf)
 STATUSES = ("held", "pending", "sending", "accepted", "dead", "cancelled")
 NOTHING = dict.fromkeys(("deliveries", "calls", "requests", "bulk_jobs", "past_members", "schedule_slots"), 0)
 
@@ -172,7 +172,7 @@ def test_what_is_still_to_be_told_never_goes(store):
     store.definition()
     store.run()
     store.deliver(*[store.delivery(status, 5000) for status in STATUSES])
-    assert store.prune(Keep(0, 0, 0, 0)) == {"deliveries": 2}
+    assert store.prune(Retention(0, 0, 0, 0)) == {"deliveries": 2}
     assert store.rows("SELECT status FROM {our}deliveries ORDER BY delivery_id") == [
         ("held",), ("pending",), ("sending",), ("dead",),
     ]  # fmt: skip
@@ -270,7 +270,7 @@ def test_past_members_stay_unless_asked(store):
     store.definition()
     past_members(store, 500, 20, 900, 10)
     assert store.prune() == {}
-    assert store.prune(Keep(math.inf, math.inf, math.inf, past_members=20 * DAY)) == {"past_members": 2}
+    assert store.prune(Retention(math.inf, math.inf, math.inf, past_members=20 * DAY)) == {"past_members": 2}
     assert store.rows("SELECT user_id FROM {our}past_members ORDER BY user_id") == [("user 2",), ("user 4",)]
 
 
@@ -296,8 +296,8 @@ def test_forever_and_spans_beyond_the_calendar_keep_everything(store, days):
         tables.schedule_slots,
         *({"definition_id": 1, "slot_at": ago(day), "taken_at": ago(day)} for day in (500, 499)),
     )
-    assert store.prune(Keep(*[days * DAY] * 4)) == {}
-    assert store.prune(Keep(*[DAY] * 4)) == {
+    assert store.prune(Retention(*[days * DAY] * 4)) == {}
+    assert store.prune(Retention(*[DAY] * 4)) == {
         "deliveries": 1, "calls": 1, "requests": 1, "past_members": 1, "schedule_slots": 1,
     }  # fmt: skip
 
@@ -335,7 +335,7 @@ def test_what_stays_is_passed_over_in_stretches(store, transactions, monkeypatch
     store.run()
     store.deliver(*[store.delivery("dead")] * 10, *[store.delivery("accepted")] * 5)
     before = transactions()
-    assert store.prune(Keep(math.inf, 400 * DAY, math.inf, math.inf)) == {"deliveries": 5}
+    assert store.prune(Retention(math.inf, 400 * DAY, math.inf, math.inf)) == {"deliveries": 5}
     assert transactions() == before + 4
     assert store.ids(tables.deliveries) == list(range(1, 11))
 
@@ -352,7 +352,7 @@ def test_past_members_go_from_among_those_that_stay(store, monkeypatch):
         tables.past_members,
         *(dict(zip(names, (*key, run), strict=True)) for key, run in zip(keys, exits, strict=False)),
     )
-    keep = Keep(math.inf, math.inf, math.inf, 400 * DAY)
+    keep = Retention(math.inf, math.inf, math.inf, 400 * DAY)
     assert store.prune(keep) == {"past_members": 7}
     kept = store.rows("SELECT definition_id, user_id, entered_run_id FROM {our}past_members")
     assert sorted(kept) == [
@@ -366,7 +366,7 @@ def test_the_walk_ends_where_rows_are_new(store, transactions, monkeypatch):
     store.run()
     store.deliver(*[store.delivery("accepted")] * 3, *[store.delivery("accepted", 1)] * 50)
     before = transactions()
-    assert store.prune(Keep(math.inf, 400 * DAY, math.inf, math.inf)) == {"deliveries": 3}
+    assert store.prune(Retention(math.inf, 400 * DAY, math.inf, math.inf)) == {"deliveries": 3}
     assert transactions() == before + 2
 
 
@@ -407,7 +407,7 @@ ages = st.integers(0, 5)
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    keep=st.builds(Keep, spans, spans, spans, spans),
+    keep=st.builds(Retention, spans, spans, spans, spans),
     # Of each: days since it was created, days until it was settled, status, and whether a call's.
     queue=st.lists(st.tuples(ages, ages, st.sampled_from(STATUSES), st.booleans()), max_size=8),
     chunk=st.integers(1, 3),

@@ -123,9 +123,9 @@ class Simulation:
             patch.setattr(engines, "BUSY_SECONDS", 0)  # a lease lasts as long on both databases
             patch.setattr(crash, "at", self._at)
             patch.setattr(split, "SMALLEST_JOB", 10)
-            patch.setattr(gather, "PIECE", 20)
+            patch.setattr(gather, "USERS_PER_TRANSACTION", 20)
             patch.setattr(bulk, "MEASURED_ROWS", 15)
-            patch.setattr(jobs, "PIECE", 15)
+            patch.setattr(jobs, "SETTLED_PER_TRANSACTION", 15)
             self._patch = patch
             self._settle_in()
             self._storm()
@@ -260,7 +260,7 @@ class Simulation:
             process.trouble = self._armed(DEATHS_OF_SYNCS, 60)
             for definition in self.definitions:
                 moments = runs.resolve_as_of(self.engine, [definition], None, self.timeline.now())
-                order = runs.Order(full=full, users=users)
+                order = runs.RunOptions(full=full, users=users)
                 try:
                     runs.sync(self.engine, definition, moments[definition.key], self.timeline, order)
                 except (Busy, LeaseLost) as error:
@@ -271,7 +271,7 @@ class Simulation:
             process.trouble = self._armed(DEATHS_OF_WORKERS, 300)
             with engines.write(self.engine) as connection:
                 if destination.stopped(connection):
-                    destination.go(connection)
+                    destination.resume(connection)
             chance = random.Random(self.chance.random())
             process.worker = Worker(
                 self.engine,
