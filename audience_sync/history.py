@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.db import engines, leases, tables
+from audience_sync.db import dialects, leases, tables
 from audience_sync.queue import deliveries, destination
 
 SAMPLE = 5
@@ -203,7 +203,7 @@ def member_rows(
 
 def user(connection: sa.Connection, user_id: str) -> dict[str, Any]:
     """All that is known of a user: memberships with their times, deliveries, and the profile that calls told."""
-    history = engines.sql(
+    history = dialects.sql(
         connection,
         'SELECT key, value, "from", "to" FROM {our}membership_history WHERE user_id = :user_id ORDER BY "from", key',
         user_id=user_id,

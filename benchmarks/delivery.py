@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audience_sync.app import open_app
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.sandbox import Limits, Sandbox
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -179,9 +179,9 @@ def sync_and_deliver(configuration, setting):
         if setting.members:
             half = setting.users // 2
             with engines.write(app.engine) as connection:
-                engines.sql(connection, ACCEPT)
+                dialects.sql(connection, ACCEPT)
                 change = "UPDATE people SET active = 1 - active WHERE number >= :first"
-                engines.sql(connection, change, first=setting.members - half)
+                dialects.sql(connection, change, first=setting.members - half)
             sync(app)
         started = time.perf_counter()
         report = app.deliver()
@@ -200,12 +200,12 @@ def fill(engine, setting):
     active = setting.members or setting.users
     last = active + (setting.users // 2 if setting.members else 0) - 1
     numbers = f"generate_series(CAST(0 AS bigint), {last}) AS g(n)"
-    if engines.is_sqlite(engine):
+    if dialects.is_sqlite(engine):
         numbers = f"(WITH RECURSIVE g(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM g WHERE n < {last}) SELECT n FROM g)"
     columns = "user_id text PRIMARY KEY, number integer, kind integer, active integer"
     with engines.write(engine) as connection:
-        engines.sql(connection, f"CREATE TABLE people ({columns})")
-        engines.sql(connection, PEOPLE.format(kinds=setting.kinds, active=active) + numbers)
+        dialects.sql(connection, f"CREATE TABLE people ({columns})")
+        dialects.sql(connection, PEOPLE.format(kinds=setting.kinds, active=active) + numbers)
 
 
 @contextmanager

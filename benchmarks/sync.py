@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from rich.console import Console
 from rich.table import Table
 
-from audience_sync.db import engines, migrate
+from audience_sync.db import dialects, engines, migrate
 
 CONFIGURATION = """
 [database]
@@ -164,7 +164,7 @@ def fill(url, members):
     engine = engines.open_own(url, "audience_sync")
     migrate.upgrade(engine)
     with engines.write(engine) as connection:
-        if engines.is_sqlite(connection):
+        if dialects.is_sqlite(connection):
             numbers = f"WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {2 * members - 1}) "
             user, source = "printf('user-%08d', (i * 7919) % 100000007)", "FROM n"
         else:
@@ -178,7 +178,7 @@ def fill(url, members):
         )
         statement = f"INSERT INTO people {numbers}SELECT {user}, i, i % 2 {source}"
         connection.exec_driver_sql(
-            statement.replace("%", "%%") if not engines.is_sqlite(connection) else statement
+            statement.replace("%", "%%") if not dialects.is_sqlite(connection) else statement
         )
     settle(engine)
 
@@ -194,7 +194,7 @@ def accept(url):
     """As if the first sync had been delivered since."""
     engine = engines.open_own(url, "audience_sync")
     with engines.write(engine) as connection:
-        engines.sql(
+        dialects.sql(
             connection,
             "UPDATE {our}deliveries SET status = 'accepted', attempt_count = 1, request_id = delivery_id, "
             "first_attempt_at = next_attempt_at, settled_at = next_attempt_at",
@@ -204,7 +204,7 @@ def accept(url):
 
 def settle(engine):
     """Let the database do now what it would do in the background while we measure."""
-    if not engines.is_sqlite(engine):
+    if not dialects.is_sqlite(engine):
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("VACUUM ANALYZE")
             connection.exec_driver_sql("CHECKPOINT")
@@ -229,13 +229,13 @@ def run_bare(url, statements):
             "now": "now()",
             "body": "'{\"active\": true}'",
         }
-        if engines.is_sqlite(connection):
+        if dialects.is_sqlite(connection):
             words["now"] = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
         started = time.perf_counter()
         with engines.begin_write(connection):
             for statement in statements:
                 connection.exec_driver_sql(statement.format(**words)).close()
-                if "snapshot" in statement.split("(")[0] and not engines.is_sqlite(connection):
+                if "snapshot" in statement.split("(")[0] and not dialects.is_sqlite(connection):
                     connection.exec_driver_sql("ANALYZE snapshot")
         seconds = time.perf_counter() - started
         connection.exec_driver_sql("DROP TABLE IF EXISTS snapshot")

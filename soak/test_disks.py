@@ -54,7 +54,7 @@ def test_a_disk_that_is_full_loses_nothing_and_goes_on_when_there_is_room(start,
         many = on(start({"In": NUMBERS.format(MANY)}), url, there)
         code, said = many("sync")
         assert code in {1, 2}, said
-        assert "make room on the disk" in said
+        assert "free some space on the disk" in said
         assert len(told(sandbox)) == FEW
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert many("sync", "--no-deliver")[0] == 0

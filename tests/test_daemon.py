@@ -14,7 +14,7 @@ from audience_sync.audiences import records, runs, schedule, slot_records
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.audiences.slots import outlook, take_due
 from audience_sync.daemon import Daemon
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.errors import ConfigError
 from audience_sync.queue import destination
 
@@ -104,7 +104,7 @@ class Life:
 
     def slots(self):
         with engines.read(self.daemon.app.engine) as connection:
-            rows = engines.sql(connection, "SELECT slot_at FROM {our}schedule_slots ORDER BY slot_at")
+            rows = dialects.sql(connection, "SELECT slot_at FROM {our}schedule_slots ORDER BY slot_at")
             return [str(slot_at)[:16] for (slot_at,) in rows]
 
     def close(self):

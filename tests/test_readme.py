@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync import settings
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from tests.acceptance.killing import KINDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ def blocks(language):
 @pytest.mark.parametrize("query", blocks("sql"))
 def test_its_queries_run(engine, query):
     with engines.read(engine) as connection:
-        if not engines.is_sqlite(connection):
+        if not dialects.is_sqlite(connection):
             connection.exec_driver_sql("SET LOCAL search_path TO audience_sync")
         assert connection.execute(sa.text(query)).all() == []
 

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences.definition import Kind
-from audience_sync.db.engines import is_sqlite, sql
+from audience_sync.db.dialects import is_sqlite, sql
 
 NEVER_SENT = "left before anything was sent"
 UNSETTLED = "d.status IN ('pending', 'sending')"  # as ix_deliveries_unsettled has it, for SQLite to see it

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import snapshot, source_values, values
 from audience_sync.audiences import statement as definition_sql
 from audience_sync.audiences.definition import Definition, Kind
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.db.tables import UtcDateTime
 from audience_sync.errors import DefinitionError, Interrupted, SourceError
 from audience_sync.stopping import Stop
@@ -217,7 +217,7 @@ def _columns(connection: sa.Connection, statement: _Statement) -> list[values.Co
     description: Any = result.cursor.description if result.cursor else ()
     names = [(column[0], column[1]) for column in description]
     result.close()
-    if engines.is_sqlite(connection):
+    if dialects.is_sqlite(connection):
         # Of a subquery's columns, the second called user_id is user_id:1.
         return [values.Column(name.partition(":")[0].lower()) for name, _ in names]
     types = connection.execute(
@@ -239,7 +239,7 @@ def _need_columns(statement: _Statement, names: Sequence[str]) -> None:
 
 def _authorize(connection: sa.Connection, statement: _Statement) -> None:
     """On SQLite: prepare a query alone, under an authorizer that knows nothing but reading."""
-    if not engines.is_sqlite(connection):
+    if not dialects.is_sqlite(connection):
         return
     raw: Any = connection.connection.dbapi_connection
     refused: list[str] = []
@@ -289,7 +289,7 @@ def _limits(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
             _end_with_us(connection)
             try:
-                with stop.interrupting(partial(engines.cancel, raw)):
+                with stop.interrupting(partial(dialects.cancel, raw)):
                     yield
             except Interrupted:
                 connection.invalidate()

@@ -5,7 +5,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.db.engines import sql
+from audience_sync.db.dialects import sql
 from audience_sync.db.tables import runs, schedule_slots
 
 CUT_OFF_AFTER = dt.timedelta(minutes=1)  # a slot without a run by then lost its process

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import values
 from audience_sync.audiences.definition import Kind
-from audience_sync.db.engines import copy_in, is_sqlite, sql
+from audience_sync.db.dialects import copy_in, is_sqlite, sql
 
 SNAPSHOT = "snapshot"
 ELIGIBLE = "eligible"  # those who may enter: user_id, row_count

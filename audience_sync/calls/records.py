@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from audience_sync.calls.mappings import Decision
 from audience_sync.calls.model import Call, CallType
 from audience_sync.db import rows
-from audience_sync.db.engines import is_among, is_sqlite, sql, value_of
+from audience_sync.db.dialects import is_among, is_sqlite, sql
+from audience_sync.db.engines import from_json, to_json
 from audience_sync.db.tables import calls, companies, deliveries, events, profiles
 from audience_sync.retention import erasure
 from audience_sync.userpilot.payloads import Action
@@ -66,16 +67,16 @@ def prepare(call: Call, decision: Decision) -> PreparedCall:
         anonymous_id=call.anonymous_id,
         group_id=call.group_id,
         event=call.event,
-        body=rows.document(body),
+        body=to_json(body),
         timestamp=rows.moment(call.timestamp),
         reason=decision.reason,
-        left_out=rows.document(decision.left_out) if decision.left_out else None,
+        left_out=to_json(decision.left_out) if decision.left_out else None,
         outgoing=tuple(
-            (each.action.value, each.subject_id, rows.document(each.body)) for each in decision.outgoing
+            (each.action.value, each.subject_id, to_json(each.body)) for each in decision.outgoing
         ),
-        properties=rows.document(call.properties) if is_track else "",
-        context=rows.document(call.context) if is_track else "",
-        traits=rows.document(call.traits) if is_telling and call.traits else "",
+        properties=to_json(call.properties) if is_track else "",
+        context=to_json(call.context) if is_track else "",
+        traits=to_json(call.traits) if is_telling and call.traits else "",
         names_left_out=tuple(decision.left_out),
     )
 
@@ -288,10 +289,10 @@ def _at(told: _Told) -> str:
 def _merged(subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]) -> rows.Row:
     for at, given in sorted(told, key=_at):
         stamp = f"{at.replace(' ', 'T')}+00:00"
-        for name, value in value_of(given).items():
+        for name, value in from_json(given).items():
             if times.get(name, "") <= stamp:
                 times[name] = stamp
                 traits[name] = value
                 if value is None:
                     del traits[name]
-    return subject, rows.document(traits), rows.document(times)
+    return subject, to_json(traits), to_json(times)

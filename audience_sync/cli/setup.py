@@ -91,12 +91,12 @@ def _try(what: str, action: Callable[[], str]) -> bool:
 
 
 def _check_database(opened: "App") -> str:
-    from audience_sync.db import engines, migrate
+    from audience_sync.db import dialects, engines, migrate
 
     migrate.ensure(opened.engine)
     opened.learn_keys()
     with engines.read(opened.engine) as connection:
-        if engines.is_sqlite(connection):
+        if dialects.is_sqlite(connection):
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
             return f"SQLite, journal mode {mode}, version {migrate.HEAD}"
         may = (

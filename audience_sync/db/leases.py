@@ -1,7 +1,7 @@
-"""Who may do what only one process may do: work the queue, or sync a definition.
+"""Leases: only one process at a time may work the queue, or sync a definition.
 
-A lease is a row with an epoch that grows at each change of hands. A worker renews it inside each of its
-transactions, so one that slept through its lease finds another epoch there and can write nothing.
+A lease is a row whose epoch grows each time the lease changes hands. A worker renews it inside each of its
+transactions: one that slept until its lease expired sees another epoch there, and its transaction writes nothing.
 """
 
 import datetime as dt
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from audience_sync.db import engines
+from audience_sync.db.dialects import now, sql
 from audience_sync.db.tables import leases
 from audience_sync.errors import LeaseLost
 
@@ -40,20 +40,20 @@ class Holder:
 
 
 def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Holder:
-    """Take a lease that is free, has expired, or whose process on this host is gone; else say who has it."""
+    """Take a lease that is free, has expired, or belongs to a dead process on this host; else return its holder."""
     row = _locked(connection, name)
     if row is None:
-        # Two processes may both see none: the second waits here for the first, and then sees its row.
-        engines.sql(
+        # Of two processes that both see no row, the second waits here for the first, and then sees its row.
+        sql(
             connection,
             "INSERT INTO {our}leases (name, epoch) VALUES (:name, 0) ON CONFLICT (name) DO NOTHING",
             name=name,
         )
         row = _locked(connection, name)
-    assert row is not None  # noqa: S101  (nobody deletes leases)
-    now = engines.now(connection)
-    if row.owner is not None and row.expires_at > now and not _is_gone(row):
-        return Holder(row.host, row.pid)
+    assert row is not None  # noqa: S101  (no lease is ever deleted)
+    moment = now(connection)
+    if (live := _live_holder(row, moment)) is not None:
+        return live
     lease = Lease(name, f"{_PROCESS}-{uuid.uuid4().hex}", row.epoch + 1, seconds)
     connection.execute(
         leases.update()
@@ -63,7 +63,7 @@ def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Hol
             host=HOST,
             pid=os.getpid(),
             epoch=lease.epoch,
-            expires_at=now + dt.timedelta(seconds=seconds),
+            expires_at=moment + dt.timedelta(seconds=seconds),
         )
     )
     return lease
@@ -76,19 +76,18 @@ def _locked(connection: sa.Connection, name: str) -> sa.Row[tuple[object, ...]] 
 def holder(connection: sa.Connection, name: str) -> Holder | None:
     """The live holder of a lease, if there is one."""
     row = connection.execute(sa.select(leases).where(leases.c.name == name)).one_or_none()
-    if row is None or row.owner is None or row.expires_at <= engines.now(connection) or _is_gone(row):
-        return None
-    return Holder(row.host, row.pid)
+    return None if row is None else _live_holder(row, now(connection))
 
 
 def holders(connection: sa.Connection) -> list[Holder]:
-    """Who is at work."""
-    names = connection.execute(sa.select(leases.c.name).order_by(leases.c.name)).scalars().all()
-    return [found for name in names if (found := holder(connection, name))]
+    """The live holders of all leases, in the order of the leases' names."""
+    moment = now(connection)
+    rows = connection.execute(sa.select(leases).order_by(leases.c.name))
+    return [live for row in rows if (live := _live_holder(row, moment)) is not None]
 
 
 def renew(connection: sa.Connection, lease: Lease) -> None:
-    """Hold the lease from now on, and until this transaction ends let nobody take it.
+    """Extend the lease from now on, and lock it until this transaction ends.
 
     Raises:
         LeaseLost: it has another epoch; nothing of this transaction may be committed.
@@ -97,7 +96,7 @@ def renew(connection: sa.Connection, lease: Lease) -> None:
     result = connection.execute(
         leases.update()
         .where(leases.c.name == lease.name, leases.c.epoch == lease.epoch, leases.c.owner == lease.owner)
-        .values(expires_at=engines.now(connection) + dt.timedelta(seconds=lease.seconds))
+        .values(expires_at=now(connection) + dt.timedelta(seconds=lease.seconds))
     )
     if result.rowcount != 1:
         raise LeaseLost(f"Another process took over ({lease.name}); this one stops and has written nothing.")
@@ -111,11 +110,27 @@ def release(connection: sa.Connection, lease: Lease) -> None:
     )
 
 
+def _live_holder(row: sa.Row[tuple[object, ...]], moment: dt.datetime) -> Holder | None:
+    if row.owner is None or row.expires_at <= moment or _is_gone(row):
+        return None
+    return Holder(row.host, row.pid)
+
+
 def _is_gone(row: sa.Row[tuple[object, ...]]) -> bool:
     if row.host != HOST:
         return False
     if (
         row.pid == os.getpid()
-    ):  # a thread of ours, or a process that had this pid before us (a container's pid 1)
+    ):  # another thread of ours, or a process that had this pid before us (as in a container)
         return not str(row.owner).startswith(_PROCESS)
-    return not engines.process_is_alive(row.pid)
+    return not _process_is_alive(row.pid)
+
+
+def _process_is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

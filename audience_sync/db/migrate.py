@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 import audience_sync
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.db.tables import metadata
 from audience_sync.errors import DatabaseError
 
@@ -33,7 +33,7 @@ def current(engine: sa.Engine) -> str | None:
         names = set(sa.inspect(connection).get_table_names(schema=schema))
         if VERSION_TABLE in names:
             query = f"SELECT version_num FROM {{our}}{VERSION_TABLE}"
-            revision: str | None = engines.sql(connection, query).scalar_one_or_none()
+            revision: str | None = dialects.sql(connection, query).scalar_one_or_none()
             if revision is not None:
                 return revision
         foreign = sorted(names & set(metadata.tables))
@@ -92,7 +92,7 @@ def _run(engine: sa.Engine, direction: str, revision: str) -> None:
     with engines.plain_errors(engine), engine.connect() as connection:
         connection.execution_options(schema_translate_map=None)  # names resolve by the search path here
         with _without_foreign_keys(connection), engines.begin_write(connection):
-            if not engines.is_sqlite(engine):
+            if not dialects.is_sqlite(engine):
                 _enter_schema(connection, engine.get_execution_options()["schema"])
             config.attributes["connection"] = connection
             run: Any = getattr(alembic.command, direction)
@@ -105,7 +105,7 @@ def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
 
     The pragma does nothing inside a transaction, so it goes past SQLAlchemy, which would begin one.
     """
-    if not engines.is_sqlite(connection):
+    if not dialects.is_sqlite(connection):
         yield
         return
     raw: Any = connection.connection.dbapi_connection

@@ -1,8 +1,8 @@
-"""Many rows of one table at once, by the fastest way of each database.
+"""Insert and update many rows of one table, in the fastest way of each database.
 
-SQLite takes some hundred in a statement: it prepares the lists in CHECK constraints anew for each, which costs more
-than a row. PostgreSQL takes them as one JSON document, and many by COPY. Values are text, numbers or None; `moment` and
-`document` make text of what is neither.
+SQLite takes some hundred rows in a statement: it prepares the lists in CHECK constraints anew for each statement,
+which costs more than a row. PostgreSQL takes rows as one JSON document, and many of them by COPY. Values are text,
+numbers or None; `moment` and `engines.to_json` turn other values into text.
 """
 
 import datetime as dt
@@ -16,16 +16,17 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.db.engines import copy_in, document, is_sqlite
+from audience_sync.db.dialects import copy_rows, is_sqlite
 from audience_sync.db.tables import UtcDateTime
 
-MANY = 1_000  # rows for which COPY is worth its round trips
-TOGETHER = 500  # rows in a statement of SQLite, which takes 32,766 values
+COPY_FROM = 1_000  # from so many rows on, COPY is worth its round trips
+ROWS_PER_STATEMENT = 500  # of SQLite, which takes 32,766 values
 Row = tuple[Any, ...]
-__all__ = ("Row", "document", "insert", "moment", "update")
+_POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
+_ONE_DOCUMENT = msgspec.json.Encoder()
 
 
-@lru_cache(maxsize=10_000)  # a call's moment goes into several tables
+@lru_cache(maxsize=10_000)  # a call's moment is written to several tables
 def moment(value: dt.datetime) -> str:
     return UtcDateTime.text(value)
 
@@ -37,32 +38,36 @@ def insert(
     rows: Sequence[Row],
     suffix: str = "",
 ) -> int:
-    """Insert the rows in their order; how many were. `suffix` is an ON CONFLICT clause, in which `t` is the table."""
+    """Insert the rows in their order; return how many were inserted.
+
+    `suffix` is an ON CONFLICT clause, in which `t` is the table.
+    """
     if not rows:
         return 0
-    into, names = f"{_our(connection)}{table.name}", _names(columns)
+    into = f"INSERT INTO {_our(connection)}{table.name} AS t ({_quoted(columns)})"
     if is_sqlite(connection):
-        places = f"({', '.join('?' * len(columns))})"
-        whole = len(rows) - len(rows) % TOGETHER
-        count = 0
-        for some, together in ((rows[:whole], TOGETHER), (rows[whole:], len(rows) - whole)):
-            flat = [
-                tuple(itertools.chain.from_iterable(some[at : at + together]))
-                for at in range(0, len(some), together or 1)
-            ]
-            if flat:
-                statement = (
-                    f"INSERT INTO {into} AS t ({names}) VALUES {', '.join([places] * together)} {suffix}"
-                )
-                count += connection.exec_driver_sql(statement, flat).rowcount
-        return count
-    if len(rows) >= MANY and not suffix:
-        _copy(connection, into, columns, rows)
+        return _insert_into_sqlite(connection, into, len(columns), rows, suffix)
+    if len(rows) >= COPY_FROM and not suffix:
+        _copy(connection, f"{_our(connection)}{table.name}", columns, rows)
         return len(rows)
-    with _new(connection, table, columns, rows) as (source, values, parameters):
-        told = ", ".join(values.values())
-        statement = f"INSERT INTO {into} AS t ({names}) SELECT {told} FROM {source} {suffix}"
+    with _as_source(connection, table, columns, rows) as (source, values, parameters):
+        statement = f"{into} SELECT {', '.join(values.values())} FROM {source} {suffix}"
         return connection.exec_driver_sql(statement, parameters).rowcount
+
+
+def _insert_into_sqlite(
+    connection: sa.Connection, into: str, width: int, rows: Sequence[Row], suffix: str
+) -> int:
+    placeholders = f"({', '.join('?' * width)})"
+    whole = len(rows) - len(rows) % ROWS_PER_STATEMENT
+    count = 0
+    for part, size in ((rows[:whole], ROWS_PER_STATEMENT), (rows[whole:], len(rows) - whole)):
+        if part:
+            statement = f"{into} VALUES {', '.join([placeholders] * size)} {suffix}"
+            starts = range(0, len(part), size)
+            flat = [tuple(itertools.chain.from_iterable(part[start : start + size])) for start in starts]
+            count += connection.exec_driver_sql(statement, flat).rowcount
+    return count
 
 
 def update(
@@ -72,52 +77,51 @@ def update(
     rows: Sequence[Row],
     where: str = "true",
 ) -> int:
-    """Set the columns, but the first, of the rows that the first one tells; how many were.
+    """Find each row by the first column, set the other columns; return how many rows were changed.
 
-    `where` says which of those; in it `t` is the table, and `{name}` what is told of a column.
+    `where` restricts them further; in it `t` is the table, and `{name}` the new value of a column.
     """
     if not rows:
         return 0
-    what = f"{_our(connection)}{table.name}"
+    what = f"UPDATE {_our(connection)}{table.name} AS t SET"
     if is_sqlite(connection):
-        places = {name: f"?{number}" for number, name in enumerate(columns, 1)}
-        statement = f"UPDATE {what} AS t SET {_assigned(columns, places, where)}"
+        placeholders = {name: f"?{number}" for number, name in enumerate(columns, 1)}
+        statement = f"{what} {_assignments(columns, placeholders, where)}"
         return connection.exec_driver_sql(statement, list(rows)).rowcount
-    with _new(connection, table, columns, rows) as (source, values, parameters):
-        statement = f"UPDATE {what} AS t SET {_assigned(columns, values, where, f'FROM {source}')}"
+    with _as_source(connection, table, columns, rows) as (source, values, parameters):
+        statement = f"{what} {_assignments(columns, values, where, f'FROM {source}')}"
         return connection.exec_driver_sql(statement, parameters).rowcount
 
 
-def _assigned(columns: tuple[str, ...], told: Mapping[str, str], where: str, source: str = "") -> str:
+def _assignments(columns: tuple[str, ...], values: Mapping[str, str], where: str, source: str = "") -> str:
     key, *others = columns
-    assigned = ", ".join(f'"{each}" = {told[each]}' for each in others)
-    return f'{assigned} {source} WHERE t."{key}" = {told[key]} AND {where.format(**told)}'
+    assigned = ", ".join(f'"{name}" = {values[name]}' for name in others)
+    return f'{assigned} {source} WHERE t."{key}" = {values[key]} AND {where.format(**values)}'
 
 
 @contextmanager
-def _new(
+def _as_source(
     connection: sa.Connection, table: sa.Table, columns: tuple[str, ...], rows: Sequence[Row]
 ) -> Iterator[tuple[str, dict[str, str], tuple[str, ...]]]:
-    """The rows in a statement of PostgreSQL: its source, each column's value in it, and the parameters."""
+    """Make the rows a source of a PostgreSQL statement: its FROM item, each column's value, the parameters."""
     values = _casts(table, columns)
-    if len(rows) < MANY:
-        told = msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows])
-        texts = ", ".join(f'"{each}" text' for each in columns)
-        yield f"json_to_recordset(CAST(%s AS json)) AS new ({texts})", values, (told.decode(),)
+    if len(rows) < COPY_FROM:
+        document = _ONE_DOCUMENT.encode([dict(zip(columns, row, strict=True)) for row in rows]).decode()
+        types = ", ".join(f'"{name}" text' for name in columns)
+        yield f"json_to_recordset(CAST(%s AS json)) AS new ({types})", values, (document,)
         return
-    connection.exec_driver_sql(_PLACE)
-    _copy(connection, "pg_temp.audience_sync_new", tuple(_PLACES[: len(columns)]), rows)
-    yield f"pg_temp.audience_sync_new AS new ({_names(columns)})", values, ()
+    connection.exec_driver_sql(_CREATE_NEW)
+    _copy(connection, "pg_temp.audience_sync_new", tuple(_NEW_COLUMNS[: len(columns)]), rows)
+    yield f"pg_temp.audience_sync_new AS new ({_quoted(columns)})", values, ()
     connection.exec_driver_sql("DELETE FROM pg_temp.audience_sync_new")
 
 
-# One for all and kept: what is created and dropped each time leaves dead rows in PostgreSQL's catalogues.
-_PLACES = [f"value_{number}" for number in range(1, 17)]
-_PLACE = (
-    f"CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_new ({', '.join(f'{each} text' for each in _PLACES)}) "
+# One table for all uses, and never dropped: creating it each time would leave dead rows in PostgreSQL's catalogs.
+_NEW_COLUMNS = [f"value_{number}" for number in range(1, 17)]
+_CREATE_NEW = (
+    f"CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_new ({', '.join(f'{name} text' for name in _NEW_COLUMNS)}) "
     "ON COMMIT DELETE ROWS"
 )
-_POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=64)
@@ -135,28 +139,13 @@ def _cast(kind: sa.types.TypeEngine[Any], value: str) -> str:
 
 def _copy(connection: sa.Connection, table: str, columns: tuple[str, ...], rows: Sequence[Row]) -> None:
     connection.exec_driver_sql("SET LOCAL timezone = 'UTC'")  # for moments, whatever the URL's options are
-    with copy_in(connection, f"COPY {table} ({_names(columns)}) FROM STDIN") as copy:
-        for start in range(0, len(rows), MANY):  # PostgreSQL stores the first, while the next become text
-            some = rows[start : start + MANY]
-            copy.write("".join(["\t".join([_copied(value) for value in row]) + "\n" for row in some]))
+    # PostgreSQL stores one batch while we format the next.
+    batches = (rows[start : start + COPY_FROM] for start in range(0, len(rows), COPY_FROM))
+    copy_rows(connection, table, batches, f"({_quoted(columns)})")
 
 
-def _copied(value: Any) -> str:
-    """In COPY's text form."""
-    if value is None:
-        return r"\N"
-    text = str(value)
-    for special, escaped in _SPECIAL:
-        if special in text:
-            text = text.replace(special, escaped)
-    return text
-
-
-_SPECIAL = (("\\", r"\\"), ("\n", r"\n"), ("\t", r"\t"), ("\r", r"\r"))
-
-
-def _names(columns: tuple[str, ...]) -> str:
-    return ", ".join(f'"{each}"' for each in columns)
+def _quoted(columns: tuple[str, ...]) -> str:
+    return ", ".join(f'"{name}"' for name in columns)
 
 
 def _our(connection: sa.Connection) -> str:

@@ -32,7 +32,7 @@ from audience_sync.app import App
 from audience_sync.calls.records import PreparedCall, SavedCall
 from audience_sync.calls.validation import MAX_CALL_BYTES
 from audience_sync.clock import SystemClock
-from audience_sync.db import engines
+from audience_sync.db import dialects
 from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
 
@@ -113,7 +113,7 @@ def take_in(
     pieces = _pieces(_lines(file), trouble)
     waits = not _never_waits(file)
     longest, depth = 0, 2
-    if engines.is_sqlite(app.engine) and not waits:
+    if dialects.is_sqlite(app.engine) and not waits:
         longest, depth = LOCK_SECONDS, READ_AHEAD
     begins_at = 0.0
     with Preparer(app.settings, beside=beside) as preparer:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 import sqlalchemy as sa
 
 from audience_sync.db import tables
-from audience_sync.db.engines import chunks
+from audience_sync.db.dialects import chunks
 from audience_sync.db.tables import DEAD
 from audience_sync.queue import deliveries
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from audience_sync.db import tables
-from audience_sync.db.engines import chunks, is_sqlite, sql
+from audience_sync.db.dialects import chunks, is_sqlite, sql
 from audience_sync.db.tables import PENDING, SENDING, UNSETTLED
 
 LANES = ("track", "company", "identify")

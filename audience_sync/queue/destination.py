@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.db.engines import sql
+from audience_sync.db.dialects import sql
 from audience_sync.db.tables import definitions, destination
 
 OTHER_DESTINATION = "made for another destination than the one that is configured now"

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.db import tables
-from audience_sync.db.engines import is_sqlite, sql
+from audience_sync.db.dialects import is_sqlite, sql
 from audience_sync.db.tables import SENDING
 from audience_sync.queue import deliveries
 

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from audience_sync import crash, logs
 from audience_sync.clock import Clock
-from audience_sync.db import engines, leases
+from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import DatabaseError, LeaseLost
 from audience_sync.queue import bulk, claims, deliveries, destination, job_state, outcomes, split
 from audience_sync.queue.pace import WINDOW_SECONDS, Lane
@@ -147,7 +147,7 @@ class Worker:
             if leases.holder(connection, leases.QUEUE):
                 return None
         # On SQLite another process's transaction may keep us from renewing it.
-        seconds = LEASE_SECONDS + (engines.BUSY_SECONDS if engines.is_sqlite(self.engine) else 0)
+        seconds = LEASE_SECONDS + (engines.BUSY_SECONDS if dialects.is_sqlite(self.engine) else 0)
         with engines.write(self.engine) as connection:
             lease = leases.acquire(connection, leases.QUEUE, seconds)
             if isinstance(lease, leases.Holder):
@@ -260,7 +260,7 @@ class Worker:
             except DatabaseError as error:
                 cause = error.__cause__
                 if (
-                    engines.is_sqlite(self.engine)
+                    dialects.is_sqlite(self.engine)
                     or not isinstance(cause, sa.exc.OperationalError)
                     or not pauses
                 ):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import sqlalchemy as sa
 
-from audience_sync.db.engines import chunks, is_sqlite, sql
+from audience_sync.db.dialects import chunks, is_sqlite, sql
 from audience_sync.db.tables import definitions, deliveries, forgotten, requests, runs
 
 _LOCK = 4_710_226_014  # any number that is ours: PostgreSQL's advisory lock between calls and erasures

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.db import engines
+from audience_sync.db import dialects
 from tests.conftest import PostgresServer
 
 USERS = 120
@@ -163,9 +163,9 @@ SOON = {
 def locked(engine):
     """Another program changes our tables, and takes its time."""
     with engine.connect() as connection:
-        if not engines.is_sqlite(engine):
+        if not dialects.is_sqlite(engine):
             connection.begin()
-            engines.sql(connection, "LOCK TABLE {our}leases, {our}deliveries, {our}destination")
+            dialects.sql(connection, "LOCK TABLE {our}leases, {our}deliveries, {our}destination")
             yield
             connection.rollback()
             return

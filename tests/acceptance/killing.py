@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.sandbox import Limits, Sandbox
 
 SEED = os.environ.get("KILLS_SEED") or str(time.time_ns())
@@ -305,8 +305,8 @@ class Scene:
     def _make_due(self):
         """Of every definition the newest slot is due."""
         with engines.write(self._engine) as connection:
-            engines.sql(connection, "DELETE FROM {our}schedule_slots")
-            engines.sql(connection, "UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")
+            dialects.sql(connection, "DELETE FROM {our}schedule_slots")
+            dialects.sql(connection, "UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")
 
     def _recover_daemon(self, killed_at):
         """Another daemon, until it shows a sign of life and all is told; then it is asked to end."""
@@ -332,7 +332,7 @@ class Scene:
 
     def _ask(self, statement):
         with engines.read(self._engine) as connection:
-            return engines.sql(connection, statement).scalar()
+            return dialects.sql(connection, statement).scalar()
 
     def _state(self):
         with self._sandbox.state.lock:
@@ -359,18 +359,18 @@ class Scene:
         with engines.read(self._engine) as connection:
 
             def statuses(table):
-                rows = engines.sql(connection, f"SELECT DISTINCT status FROM {{our}}{table}")
+                rows = dialects.sql(connection, f"SELECT DISTINCT status FROM {{our}}{table}")
                 return set(rows.scalars())
 
             if unfit := statuses("deliveries") - {"accepted", "cancelled"}:
                 yield f"deliveries are {unfit}"
             if unfit := statuses("runs") - {"succeeded", "abandoned"}:
                 yield f"runs are {unfit}"
-            if engines.sql(connection, "SELECT 1 FROM {our}bulk_jobs WHERE settled_at IS NULL").first():
+            if dialects.sql(connection, "SELECT 1 FROM {our}bulk_jobs WHERE settled_at IS NULL").first():
                 yield "a bulk job is not settled"
         if refused := sum(counts[429] for counts in self._sandbox.state.counts().values()):
             yield f"{refused} requests were beyond the limit"
-        if engines.is_sqlite(self._engine):
+        if dialects.is_sqlite(self._engine):
             with closing(sqlite3.connect(self._engine.url.database)) as file:
                 found = file.execute("PRAGMA integrity_check").fetchall()
             if found != [("ok",)]:

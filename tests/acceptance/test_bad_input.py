@@ -121,7 +121,7 @@ def test_a_disk_without_room_loses_nothing(start, tmp_path, sandbox):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     code, said = command("sync", preexec_fn=fill_disk)
-    assert (code, "see whether the disk has room" in said) == (1, True), said
+    assert (code, "check the disk's free space" in said) == (1, True), said
     assert len(sandbox.state.snapshot()["users"]) == 10
     assert command("sync")[0] == 0
     assert len(sandbox.state.snapshot()["users"]) == 1_500

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.errors import DatabaseError
 
 DAILY = 'schedule = "0 0 * * *"'
@@ -31,7 +31,7 @@ def people(company):
 def own(engine):
     def execute(statement):
         with engines.write(engine) as connection:
-            return engines.sql(connection, statement)
+            return dialects.sql(connection, statement)
 
     return execute
 
@@ -85,12 +85,12 @@ def fall_asleep(daemon, engine):
     def is_free():
         daemon.send_signal(signal.SIGSTOP)
         with contextlib.suppress(sqlite3.OperationalError, DatabaseError):
-            if engines.is_sqlite(engine):
+            if dialects.is_sqlite(engine):
                 with contextlib.closing(sqlite3.connect(engine.url.database, timeout=0.1)) as database:
                     database.execute("BEGIN IMMEDIATE")
             else:
                 with engines.write(engine) as connection:
-                    engines.sql(connection, "SELECT 1 FROM {our}leases FOR UPDATE NOWAIT")
+                    dialects.sql(connection, "SELECT 1 FROM {our}leases FOR UPDATE NOWAIT")
             return True
         daemon.send_signal(signal.SIGCONT)
         return False

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.db import engines, migrate
+from audience_sync.db import dialects, engines, migrate
 from tests.acceptance.faults import (
     EVERYONE,
     IN_FLIGHT,
@@ -72,7 +72,7 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 def endless_statements(engine):
     with engines.read(engine) as connection:
-        return engines.sql(
+        return dialects.sql(
             connection,
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active' "
             "AND starts_with(query, 'CREATE TEMPORARY TABLE') AND strpos(query, 'n(i)') > 0",
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_at_any_write_of_a_delivery_loses_nothing(start, san
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
         code, said = command("deliver", preexec_fn=fill_disk)
-        assert (code, "see whether the disk has room" in said) == (2, True), said
+        assert (code, "check the disk's free space" in said) == (2, True), said
         assert len(sandbox.state.requests) <= IN_FLIGHT * (number + 1)
     assert command("deliver")[0] == 0
     assert told(sandbox) == wanted(range(USERS))
@@ -209,7 +209,7 @@ def open_files(pid):
 @contextlib.contextmanager
 def holding_upgrades(engine):
     """Nobody may begin; what is given tells whether these processes have all come to that."""
-    if engines.is_sqlite(engine):
+    if dialects.is_sqlite(engine):
         with contextlib.closing(sqlite3.connect(engine.url.database, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
 

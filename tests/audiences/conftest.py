@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import runs
 from audience_sync.audiences.definition import Definition, Kind
-from audience_sync.db import engines, tables
+from audience_sync.db import dialects, engines, tables
 
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
@@ -46,15 +46,15 @@ class World:
 
     def execute(self, statement, **parameters):
         with engines.write(self.engine) as connection:
-            return engines.sql(connection, statement, **parameters)
+            return dialects.sql(connection, statement, **parameters)
 
     def query(self, statement, **parameters):
         with engines.read(self.engine) as connection:
-            return [tuple(row) for row in engines.sql(connection, statement, **parameters)]
+            return [tuple(row) for row in dialects.sql(connection, statement, **parameters)]
 
     def wait_for_statements(self):
         """Until PostgreSQL runs none in this database; an ended one has to end within seconds."""
-        if engines.is_sqlite(self.engine):
+        if dialects.is_sqlite(self.engine):
             return
         others = "datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()"
         deadline = time.monotonic() + 30
@@ -73,7 +73,7 @@ class World:
 
     @property
     def schema(self):
-        return None if engines.is_sqlite(self.engine) else "public"
+        return None if dialects.is_sqlite(self.engine) else "public"
 
     def sync(self, definition, source=None, **order):
         """Sync a definition; its run."""
@@ -119,6 +119,6 @@ class World:
 @pytest.fixture
 def world(engine):
     with engines.write(engine) as connection:
-        schema = "" if engines.is_sqlite(engine) else "public."
-        engines.sql(connection, f"CREATE TABLE {schema}people (user_id text, value double precision)")
+        schema = "" if dialects.is_sqlite(engine) else "public."
+        dialects.sql(connection, f"CREATE TABLE {schema}people (user_id text, value double precision)")
     return World(engine)

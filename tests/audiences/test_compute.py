@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.app import source_engine
 from audience_sync.audiences import compute, snapshot
-from audience_sync.db import engines
+from audience_sync.db import dialects
 from audience_sync.errors import DefinitionError, SourceError
 
 AS_OF = dt.datetime(2026, 3, 1, 13, 30, tzinfo=dt.UTC)
@@ -23,7 +23,7 @@ def computed(engine):
         with engine.connect() as connection:
             counts = compute.compute(connection, definition, AS_OF, source)
             counts += compute.Counter(snapshot.compare(connection, None, definition.kind)[1])
-            rows = engines.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes").all()
+            rows = dialects.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes").all()
         return dict(map(tuple, rows)), counts
 
     return run
@@ -66,7 +66,7 @@ def test_a_definition_reads_the_companys_tables_and_ours(world, computed):
 
 
 def test_the_moment_of_the_run_is_bound(world, computed):
-    if engines.is_sqlite(world.engine):
+    if dialects.is_sqlite(world.engine):
         sql = "SELECT :as_of AS user_id UNION ALL SELECT date(:as_of, '-30 days')"
         expected = {"2026-03-01 13:30:00", "2026-01-30"}
     else:
@@ -82,7 +82,7 @@ def test_percents_colons_and_question_marks_are_left_alone(world, computed):
 
 
 def test_ids_compare_byte_by_byte(world, computed):
-    collation = "NOCASE" if engines.is_sqlite(world.engine) else '"default"'
+    collation = "NOCASE" if dialects.is_sqlite(world.engine) else '"default"'
     world.people("ann", "Ann", "ann ", "a\u0301", "\u00e1")
     sql = f"SELECT user_id COLLATE {collation} AS user_id FROM people"
     assert len(computed(world.audience(sql))[0]) == 5

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import runs
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import SystemClock
-from audience_sync.db import engines, leases
+from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, ConfigError, DatabaseError, DefinitionError, Interrupted
 
 TRUE, FALSE = '{"vips": true}', '{"vips": false}'
@@ -258,7 +258,7 @@ def test_a_run_that_its_process_left_behind_is_abandoned(world):
 import datetime as dt, sys
 from audience_sync.clock import SystemClock
 from audience_sync.audiences.definition import Definition, Kind
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.audiences import runs
 engine = engines.open_own({str(world.engine.url.render_as_string(hide_password=False))!r}, "audience_sync")
 vips = Definition("vips", "vips", Kind.AUDIENCE, "SELECT user_id FROM people")
@@ -384,7 +384,7 @@ def test_an_exit_is_sent_where_a_worker_claims_the_entry_meanwhile(world):
     world.sync(world.audience())
     world.people()
     with world.engine.connect() as worker, worker.begin():
-        engines.sql(
+        dialects.sql(
             worker,
             "UPDATE {our}deliveries SET status = 'sending', attempt_count = 1, request_id = 1",
         )

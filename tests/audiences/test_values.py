@@ -19,7 +19,7 @@ from audience_sync.app import source_engine
 from audience_sync.audiences import compute, snapshot, source_values
 from audience_sync.audiences import values as forms
 from audience_sync.audiences.definition import Definition, Kind
-from audience_sync.db import engines, migrate
+from audience_sync.db import dialects, engines, migrate
 
 AS_OF = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
 
@@ -76,7 +76,7 @@ class Databases:
             with self.own[own].connect() as connection:
                 counts = compute.compute(connection, definition, AS_OF, source and self.sources[source])
                 counts += compute.Counter(snapshot.compare(connection, None, kind)[1])
-                rows = engines.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes")
+                rows = dialects.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes")
                 found.append((dict(map(tuple, rows)), counts))
         assert found[0] == found[1] == found[2]
         return found[0]
@@ -221,7 +221,7 @@ def test_text_that_is_not_unicode_is_set_aside(databases):
     with databases.own["sqlite"].connect() as connection:
         compute.compute(connection, definition, AS_OF, None)
         _, counts = snapshot.compare(connection, None, definition.kind)
-        rows = engines.sql(
+        rows = dialects.sql(
             connection, "SELECT user_id, value FROM temp.audience_sync_changes ORDER BY 1"
         ).all()
     assert counts == {"not_unicode": 1, "not_primitive": 1}

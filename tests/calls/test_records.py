@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audience_sync.calls import mappings, records, validation
-from audience_sync.db import engines, rows
+from audience_sync.db import dialects, engines, rows
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 _numbers = itertools.count()
@@ -109,11 +109,11 @@ def kept(engine, table, key, prefix):
     }
 
 
-@pytest.mark.parametrize("many", [1, rows.MANY], ids=["many", "few"])
+@pytest.mark.parametrize("many", [1, rows.COPY_FROM], ids=["many", "few"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(batches=st.lists(st.lists(TOLD, min_size=1, max_size=8), min_size=1, max_size=4))
 def test_profiles_and_companies_are_what_calls_told_one_after_the_other(engine, many, monkeypatch, batches):
-    monkeypatch.setattr(rows, "MANY", many)
+    monkeypatch.setattr(rows, "COPY_FROM", many)
     prefix = f"{next(_numbers)}-"
     model = Model()
     for batch in batches:
@@ -133,7 +133,7 @@ def test_a_repeat_whose_id_lies_between_those_of_new_calls_stays_a_repeat(engine
 
     def say(statement):
         with engines.write(engine) as connection:
-            engines.sql(connection, statement)
+            dialects.sql(connection, statement)
 
     sequence = "{our}calls_call_id_seq"
     say(f"SELECT setval('{sequence}', 2)")
@@ -144,4 +144,4 @@ def test_a_repeat_whose_id_lies_between_those_of_new_calls_stays_a_repeat(engine
     again = identify("m0", "m1", "m2", "m3")
     assert [each.is_repeat for each in again] == [False, True, True, False]
     with engines.read(engine) as connection:
-        assert engines.sql(connection, "SELECT count(*) FROM {our}deliveries").scalar() == 4
+        assert dialects.sql(connection, "SELECT count(*) FROM {our}deliveries").scalar() == 4

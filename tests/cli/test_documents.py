@@ -7,7 +7,7 @@ import sys
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 
 RUN = {
     "run_id", "key", "mode", "trigger", "status", "as_of", "started_at", "finished_at", "member_count",
@@ -169,7 +169,7 @@ def test_a_key_stays_as_it_was_stored_at_first_use(program, url):
     program("sync")
     engine = engines.open_own(url, "audience_sync")
     with engines.write(engine) as connection:  # as an earlier release derived it
-        engines.sql(connection, "UPDATE {our}definitions SET key = 'spent_in_all' WHERE key = 'spent'")
+        dialects.sql(connection, "UPDATE {our}definitions SET key = 'spent_in_all' WHERE key = 'spent'")
     engine.dispose()
     synced = program.document("sync")
     assert [(run["key"], run["mode"]) for run in synced["runs"]] == [

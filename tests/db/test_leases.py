@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from audience_sync.db import engines, leases
+from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import LeaseLost
 
 LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
@@ -26,7 +26,7 @@ def take(engine):
 def change(engine):
     def change(assignment, **parameters):
         with engines.write(engine) as connection:
-            engines.sql(connection, f"UPDATE {{our}}leases SET {assignment}", **parameters)
+            dialects.sql(connection, f"UPDATE {{our}}leases SET {assignment}", **parameters)
 
     return change
 

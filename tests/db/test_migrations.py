@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.db import engines, migrate
+from audience_sync.db import dialects, engines, migrate
 from audience_sync.db.tables import metadata
 from audience_sync.errors import DatabaseError
 
@@ -26,14 +26,14 @@ def empty(empty_url):
 def catalog(engine):
     """Everything that the database knows of our tables: as its own words, not as SQLAlchemy's."""
     with engines.read(engine) as connection:
-        if engines.is_sqlite(engine):
+        if dialects.is_sqlite(engine):
             return _sqlite_catalog(connection)
         return _postgresql_catalog(connection)
 
 
 def _sqlite_catalog(connection):
     found = {}
-    for name, sql in engines.sql(
+    for name, sql in dialects.sql(
         connection, "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'index') AND sql IS NOT NULL"
     ):
         if name.startswith(("sqlite_", migrate.VERSION_TABLE)):
@@ -64,7 +64,9 @@ def _postgresql_catalog(connection):
     indexes = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'audience_sync'"
     found = set()
     for query in (columns, constraints, indexes):
-        found |= {tuple(row) for row in engines.sql(connection, query) if migrate.VERSION_TABLE not in row[0]}
+        found |= {
+            tuple(row) for row in dialects.sql(connection, query) if migrate.VERSION_TABLE not in row[0]
+        }
     return found
 
 
@@ -76,7 +78,7 @@ def test_the_migrated_catalog_is_the_one_of_the_tables(empty):
         metadata.create_all(connection)
     described = catalog(empty)
     assert migrated == described
-    assert "without rowid" in str(migrated).lower() or not engines.is_sqlite(empty)
+    assert "without rowid" in str(migrated).lower() or not dialects.is_sqlite(empty)
     assert len(migrated) > len(metadata.tables)
 
 
@@ -96,12 +98,12 @@ def test_a_step_down_and_up_keeps_what_is_there(empty):
     before = catalog(empty)
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     with engines.write(empty) as connection:
-        engines.sql(
+        dialects.sql(
             connection,
             "INSERT INTO {our}definitions (key, name, kind, created_at) VALUES ('vips', 'VIPs', 'audience', :at)",
             at=moment,
         )
-        engines.sql(
+        dialects.sql(
             connection,
             'INSERT INTO {our}runs (definition_id, mode, "trigger", status, as_of, started_at, finished_at, '
             "member_count, entered_count, exited_count, changed_count) "
@@ -111,7 +113,7 @@ def test_a_step_down_and_up_keeps_what_is_there(empty):
     for _ in range(2):
         migrate.upgrade(empty)
         with engines.read(empty) as connection:
-            rows = engines.sql(connection, "SELECT key, size, accepted FROM {our}snapshots").all()
+            rows = dialects.sql(connection, "SELECT key, size, accepted FROM {our}snapshots").all()
         assert [tuple(row) for row in rows] == [("vips", 3, 0)]
         migrate.downgrade(empty, "0001")
         assert catalog(empty) == before
@@ -130,7 +132,7 @@ def test_the_views_are_there_and_can_be_asked(engine):
         )
         assert names == VIEWS
         for view in VIEWS:
-            assert engines.sql(connection, f"SELECT * FROM {{our}}{view}").all() == []
+            assert dialects.sql(connection, f"SELECT * FROM {{our}}{view}").all() == []
 
 
 def test_a_delivery_is_seen_with_its_answer(engine):
@@ -169,7 +171,7 @@ def test_a_delivery_is_seen_with_its_answer(engine):
             )
         )
     with engines.read(engine) as connection:
-        row = engines.sql(
+        row = dialects.sql(
             connection, "SELECT user_id, status, status_code, x_request_id FROM {our}user_deliveries"
         ).one()
     assert tuple(row) == ("ann", "accepted", 202, "x")
@@ -211,9 +213,9 @@ def test_a_state_is_tied_to_its_facts(engine, table, values):
 
 def test_a_table_of_the_companys_with_one_of_our_names_stops_the_upgrade(empty):
     with engines.write(empty) as connection:
-        if not engines.is_sqlite(empty):
+        if not dialects.is_sqlite(empty):
             connection.exec_driver_sql("CREATE SCHEMA audience_sync")
-        engines.sql(connection, "CREATE TABLE {our}events (id integer)")
+        dialects.sql(connection, "CREATE TABLE {our}events (id integer)")
     with pytest.raises(DatabaseError, match="has a table events that audience-sync did not make"):
         migrate.ensure(empty)
     with engines.read(empty) as connection:
@@ -228,7 +230,7 @@ def test_a_new_database_is_set_up(empty):
 
 def test_a_newer_database_is_not_touched(engine):
     with engines.write(engine) as connection:
-        engines.sql(connection, f"UPDATE {{our}}{migrate.VERSION_TABLE} SET version_num = '9999'")
+        dialects.sql(connection, f"UPDATE {{our}}{migrate.VERSION_TABLE} SET version_num = '9999'")
     with pytest.raises(
         DatabaseError, match=r"at version 9999, .* does not know: it is newer. Upgrade audience-sync"
     ):

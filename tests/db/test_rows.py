@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from audience_sync.db import engines, rows
+from audience_sync.db import dialects, engines, rows
 from audience_sync.db.tables import events, profiles
 from audience_sync.errors import DatabaseError, Interrupted
 
@@ -44,7 +44,7 @@ TEXT = st.lists(st.sampled_from(NASTY) | st.text(st.characters(exclude_character
 def written(connection, texts):
     """Inserts an event for each text; what is then found in their order."""
     told = [
-        (number, text, text, rows.document({"a": text}), "{}", NOON, NOON)
+        (number, text, text, engines.to_json({"a": text}), "{}", NOON, NOON)
         for number, text in enumerate(texts)
     ]
     assert rows.insert(connection, events, COLUMNS, told) == len(texts)
@@ -60,8 +60,8 @@ def written(connection, texts):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXT, max_size=8))
 def test_any_text_comes_back_as_it_was(engine, many, monkeypatch, texts):
-    monkeypatch.setattr(rows, "MANY", many)
-    monkeypatch.setattr(rows, "TOGETHER", 3)
+    monkeypatch.setattr(rows, "COPY_FROM", many)
+    monkeypatch.setattr(rows, "ROWS_PER_STATEMENT", 3)
     with engines.write(engine) as connection:
         assert written(connection, texts) == [(text, text, text) for text in texts]
         connection.execute(events.delete())
@@ -123,7 +123,7 @@ def test_a_connection_that_ends_in_the_middle_is_told_in_plain_words(engine, pos
     def die_half_way():
         with engines.write(engine) as connection:
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
-            with engines.copy_in(
+            with dialects.copy_in(
                 connection, f"COPY {engine.get_execution_options()['our']}calls FROM STDIN"
             ) as copy:
                 postgres.run(f"SELECT pg_terminate_backend({pid})")
@@ -154,7 +154,7 @@ def test_a_signal_ends_a_copy_as_it_ends_all_else(engine, sent, caplog):
             ):
                 connection.exec_driver_sql(statement)
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-            with engines.copy_in(connection, "COPY slow FROM STDIN") as copy:
+            with dialects.copy_in(connection, "COPY slow FROM STDIN") as copy:
                 copy.write("a\n")
                 copy.write(sent)
 

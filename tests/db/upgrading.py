@@ -11,7 +11,7 @@ import sys
 
 import sqlalchemy as sa
 
-from audience_sync.db import engines, migrate
+from audience_sync.db import dialects, engines, migrate
 
 ROW = (
     "INSERT INTO {our}definitions (key, name, kind, created_at) "
@@ -57,7 +57,7 @@ def prepare(url, start):
     if start != "base":
         migrate.upgrade(engine, start)
         with engines.write(engine) as connection:
-            engines.sql(connection, ROW)
+            dialects.sql(connection, ROW)
     engine.dispose()
 
 
@@ -66,7 +66,7 @@ def assert_as_before(url, start):
     assert migrate.current(engine) == (None if start == "base" else start)
     if start != "base":
         with engines.read(engine) as connection:
-            assert engines.sql(connection, "SELECT key FROM {our}definitions").scalars().all() == ["vips"]
+            assert dialects.sql(connection, "SELECT key FROM {our}definitions").scalars().all() == ["vips"]
     engine.dispose()
 
 

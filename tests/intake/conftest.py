@@ -13,7 +13,7 @@ import pytest
 
 from audience_sync import settings
 from audience_sync.app import App
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.intake import http, server
 from audience_sync.intake.writer import Writer
 from tests.acceptance.conftest import forker, start  # noqa: F401  (fixtures)
@@ -53,7 +53,7 @@ class Door:
 
     def rows(self, table, columns="*"):
         with engines.read(self.app.engine) as connection:
-            return engines.sql(connection, f"SELECT {columns} FROM {{our}}{table} ORDER BY 1").all()
+            return dialects.sql(connection, f"SELECT {columns} FROM {{our}}{table} ORDER BY 1").all()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.intake import files
 from tests.acceptance.faults import until
 
@@ -48,7 +48,7 @@ def users(engine):
 
     def read():
         with engines.read(engine) as connection:
-            found = engines.sql(connection, "SELECT user_id FROM {our}calls ORDER BY call_id")
+            found = dialects.sql(connection, "SELECT user_id FROM {our}calls ORDER BY call_id")
             return list(found.scalars())
 
     return read
@@ -263,7 +263,7 @@ def test_killed_in_the_middle_and_imported_again_each_line_is_one_call(command, 
     everybody = sorted(f"u{number}" for number in range(count))
     assert sorted(users()) == everybody
     with engines.read(engine) as connection:
-        queued = engines.sql(connection, "SELECT subject_id FROM {our}deliveries").scalars()
+        queued = dialects.sql(connection, "SELECT subject_id FROM {our}deliveries").scalars()
         assert sorted(queued) == everybody
 
 
@@ -301,7 +301,7 @@ def test_between_transactions_others_may_write(make_app, users, engine, tmp_path
         seen.append(summary.accepted_count)
         assert len(users()) == summary.accepted_count
         with engines.write(engine) as connection:
-            engines.sql(connection, "DELETE FROM {our}companies")
+            dialects.sql(connection, "DELETE FROM {our}companies")
 
     with (tmp_path / "calls").open("rb") as file:
         files.take_in(make_app(), files.unpacked(file), pytest.fail, on_progress)
@@ -317,7 +317,7 @@ def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkey
         importing = pool.submit(files.take_in, make_app(), files.unpacked(file), pytest.fail)
         until(lambda: users() == ["ann", "bob"])
         with engines.write(engine) as connection:
-            engines.sql(connection, "DELETE FROM {our}companies")
+            dialects.sql(connection, "DELETE FROM {our}companies")
         os.close(into)
         assert importing.result(60).accepted_count == 3
 
@@ -332,7 +332,7 @@ def queued(engine):
             "WHERE c.type = :type ORDER BY d.delivery_id"
         )
         with engines.read(engine) as connection:
-            return engines.sql(connection, query, type=call_type).all()
+            return dialects.sql(connection, query, type=call_type).all()
 
     return read
 
@@ -383,7 +383,7 @@ def test_who_takes_bad_lines_slowly_locks_nobody_out(make_app, engine, tmp_path)
     def on_bad(line):
         seen.append(line.number)
         with engines.write(engine) as connection:
-            engines.sql(connection, "DELETE FROM {our}companies")
+            dialects.sql(connection, "DELETE FROM {our}companies")
 
     with (tmp_path / "calls").open("rb") as file:
         files.take_in(make_app(), files.unpacked(file), on_bad)
@@ -408,7 +408,7 @@ def test_nothing_is_waited_for_while_others_are_locked_out(make_app, users, engi
         importing = pool.submit(files.take_in, make_app(), files.unpacked(file), pytest.fail)
         until(lambda: users() == ["ann", "bob"])
         with engines.write(engine) as connection:
-            engines.sql(connection, "DELETE FROM {our}companies")
+            dialects.sql(connection, "DELETE FROM {our}companies")
         go_on.set()
         assert importing.result(60).accepted_count == 4
     assert users() == ["ann", "bob", "cleo", "dora"]

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.intake import http
 from tests.intake.conftest import AS_SHOP, KEY, OTHER_KEY
 from tests.queue.conftest import START
@@ -382,7 +382,7 @@ def test_beyond_its_pace_a_sender_is_told_when_to_come_again(make_door):
 
 def test_while_the_database_cannot_be_used_nothing_is_half_kept(door, caplog):
     with engines.write(door.app.engine) as connection:
-        engines.sql(connection, "ALTER TABLE {our}events RENAME TO away")
+        dialects.sql(connection, "ALTER TABLE {our}events RENAME TO away")
     track = {"type": "track", "userId": "bob", "messageId": "m2", "event": "Ordered"}
     answer = door.post("batch", {"batch": [IDENTIFY, track]})
     assert refusal(answer) == (503, refused("the database cannot be used: try again"))
@@ -390,7 +390,7 @@ def test_while_the_database_cannot_be_used_nothing_is_half_kept(door, caplog):
     assert "calls could not be kept" in caplog.text
     assert door.rows("calls") == door.rows("profiles") == door.rows("deliveries") == []
     with engines.write(door.app.engine) as connection:
-        engines.sql(connection, "ALTER TABLE {our}away RENAME TO events")
+        dialects.sql(connection, "ALTER TABLE {our}away RENAME TO events")
     assert door.batch(IDENTIFY, track) == accepted("m1", "m2")
 
 
@@ -403,7 +403,7 @@ def test_no_more_is_read_than_the_database_keeps_up_with(door, monkeypatch):
 def test_health_is_whether_calls_can_be_kept(door):
     assert refusal(door("GET", "/healthz")) == (200, {"status": "ok", "daemon_heartbeat_at": None})
     with engines.write(door.app.engine) as connection:
-        engines.sql(connection, "ALTER TABLE {our}destination RENAME TO away")
+        dialects.sql(connection, "ALTER TABLE {our}destination RENAME TO away")
     failing = {"status": "failing", "reason": "the database cannot be used"}
     assert refusal(door("GET", "/healthz")) == (503, failing)
 

@@ -6,7 +6,7 @@ import pytest
 
 from audience_sync import history, intake, settings
 from audience_sync.app import App
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.errors import CallError
 from audience_sync.retention import erasure
 
@@ -102,7 +102,7 @@ def test_of_a_user_who_was_erased_only_the_call_is_kept(app):
         (kept,) = history.call_rows(connection, None)
         assert (kept["user_id"], kept["body"], kept["status"]) == (None, {}, "ignored")
         for table in ("calls", "events", "profiles", "deliveries", "forgotten"):
-            rows = engines.sql(connection, f"SELECT * FROM {{our}}{table}").all()
+            rows = dialects.sql(connection, f"SELECT * FROM {{our}}{table}").all()
             assert "ann" not in str(rows)
     with engines.write(app.engine) as connection:
         erasure.allow_return(connection, "ann")

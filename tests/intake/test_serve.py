@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.intake import http, server
 from tests.conftest import SCHEMA
 from tests.intake.conftest import AS_SHOP, KEY, served
@@ -96,7 +96,7 @@ def refuses_connections(address):
 def message_ids(url):
     engine = engines.open_own(url, SCHEMA)
     with engines.read(engine) as connection:
-        found = engines.sql(connection, "SELECT message_id FROM {our}calls").scalars().all()
+        found = dialects.sql(connection, "SELECT message_id FROM {our}calls").scalars().all()
     engine.dispose()
     return found
 
@@ -312,10 +312,10 @@ def test_two_that_are_given_the_same_calls_at_once_keep_each_once(start, url):
             "SELECT c.message_id FROM {our}events e JOIN {our}calls c USING (call_id)",
             "SELECT c.message_id FROM {our}deliveries d JOIN {our}calls c USING (call_id) WHERE d.action = 'company'",
         ):
-            kept = Counter(engines.sql(connection, statement).scalars())
+            kept = Counter(dialects.sql(connection, statement).scalars())
             assert set(kept.values()) == {1}
         counts = [
-            engines.sql(connection, f"SELECT count(*) FROM {{our}}{table}").scalar()
+            dialects.sql(connection, f"SELECT count(*) FROM {{our}}{table}").scalar()
             for table in ("events", "deliveries", "profiles", "companies")
         ]
     engine.dispose()

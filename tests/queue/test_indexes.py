@@ -6,7 +6,7 @@ import re
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.db import engines, tables
+from audience_sync.db import dialects, engines, tables
 from audience_sync.retention import pruning
 from audience_sync.retention.pruning import Retention
 
@@ -51,8 +51,8 @@ def filled(engine, request):
     with engines.write(engine) as connection:
         connection.execute(tables.requests.insert(), [past] * SETTLED)
         connection.execute(tables.deliveries.insert(), rows)
-        if request.param == "known" and not engines.is_sqlite(engine):
-            engines.sql(connection, "ANALYZE")
+        if request.param == "known" and not dialects.is_sqlite(engine):
+            dialects.sql(connection, "ANALYZE")
     return engine
 
 
@@ -63,7 +63,7 @@ def plans(filled):
 
     def explain(connection, _cursor, statement, parameters, *_):
         if statement.lstrip().upper().startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
-            how = "EXPLAIN QUERY PLAN" if engines.is_sqlite(filled) else "EXPLAIN"
+            how = "EXPLAIN QUERY PLAN" if dialects.is_sqlite(filled) else "EXPLAIN"
             cursor = connection.connection.dbapi_connection.cursor()
             cursor.execute(
                 f"{how} {statement}", parameters[0] if isinstance(parameters, list) else parameters

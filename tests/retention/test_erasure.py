@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from audience_sync.calls import mappings, records, validation
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.retention import erasure
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
@@ -43,7 +43,7 @@ def forget(engine, user_id):
 def rows(engine):
     def read(columns, table):
         with engines.read(engine) as connection:
-            return engines.sql(connection, f"SELECT {columns} FROM {{our}}{table} ORDER BY 1").all()
+            return dialects.sql(connection, f"SELECT {columns} FROM {{our}}{table} ORDER BY 1").all()
 
     return read
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audience_sync import history
-from audience_sync.db import engines, tables
+from audience_sync.db import dialects, engines, tables
 from audience_sync.retention import pruning
 from audience_sync.retention.pruning import Retention
 
@@ -90,7 +90,7 @@ class Store:
 
     def rows(self, statement):
         with engines.read(self.engine) as connection:
-            return [tuple(row) for row in engines.sql(connection, statement)]
+            return [tuple(row) for row in dialects.sql(connection, statement)]
 
     def runs(self):
         with engines.read(self.engine) as connection:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from tests.intake.conftest import KEY, served
 
 CLIENTS = Path(__file__).parent / "clients"
@@ -47,7 +47,7 @@ def kept(engine):
 
     def read():
         with engines.read(engine) as connection:
-            return [tuple(row) for row in engines.sql(connection, "SELECT message_id, type FROM {our}calls")]
+            return [tuple(row) for row in dialects.sql(connection, "SELECT message_id, type FROM {our}calls")]
 
     return read
 

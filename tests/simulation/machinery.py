@@ -9,7 +9,7 @@ from functools import partial
 
 import sqlalchemy as sa
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.userpilot.answers import Answer, Outcome
 from tests.conftest import SCHEMA
 from tests.queue.userpilot import LocalUserpilot
@@ -96,7 +96,7 @@ def open_database(url, reach):
     def before(_connection, _cursor, _statement, _parameters, _context, _many):
         reach("statement")
 
-    if engines.is_sqlite(engine):
+    if dialects.is_sqlite(engine):
 
         @sa.event.listens_for(engine, "connect")
         def connect(connection, _record):

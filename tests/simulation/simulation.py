@@ -18,7 +18,7 @@ from audience_sync import crash
 from audience_sync.audiences import runs
 from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings, records, validation
-from audience_sync.db import engines, leases
+from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
 from audience_sync.queue import bulk, deliveries, destination, gather, jobs, split
 from audience_sync.queue.worker import Settings, Worker
@@ -136,11 +136,11 @@ class Simulation:
         self.people = sa.table(
             "people",
             *map(sa.column, ("user_id", "is_in", "moved")),
-            schema=None if engines.is_sqlite(self.engine) else "public",
+            schema=None if dialects.is_sqlite(self.engine) else "public",
         )
         with engines.write(self.company) as connection:
-            schema = "" if engines.is_sqlite(self.engine) else "public."
-            engines.sql(
+            schema = "" if dialects.is_sqlite(self.engine) else "public."
+            dialects.sql(
                 connection, f"CREATE TABLE {schema}people (user_id text, is_in integer, moved integer)"
             )
         self._write_people(self.users)

@@ -1,0 +1,163 @@
+"""The differences between SQLite and PostgreSQL, each in one place: statements, temporary tables, COPY, the clock.
+
+In a statement `{our}` stands before our tables' names and `{temp}` before those of temporary tables.
+"""
+
+import contextlib
+import datetime as dt
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from audience_sync.db.tables import UtcDateTime
+
+CHUNK = 500  # ids in a statement
+CANCEL_SECONDS = 5.0
+Id = TypeVar("Id", int, str)
+
+
+def is_sqlite(bind: sa.Engine | sa.Connection) -> bool:
+    return bind.dialect.name == "sqlite"
+
+
+def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[*tuple[Any, ...]]:
+    """Run a statement on our tables and temporary ones. A parameter that is a list is for `IN :name`."""
+    our = connection.get_execution_options()["our"]
+    moments = tuple(name for name, value in parameters.items() if isinstance(value, dt.datetime))
+    lists = tuple(name for name, value in parameters.items() if isinstance(value, list))
+    return connection.execute(_clause(statement, our, is_sqlite(connection), moments, lists), parameters)
+
+
+@lru_cache(maxsize=512)
+def _clause(
+    statement: str, our: str, sqlite: bool, moments: tuple[str, ...], lists: tuple[str, ...]
+) -> sa.TextClause:
+    temp = "temp." if sqlite else "pg_temp."
+    clause = sa.text(statement.replace("{our}", our).replace("{temp}", temp))
+    return clause.bindparams(
+        *(sa.bindparam(name, type_=UtcDateTime) for name in moments),
+        *(sa.bindparam(name, expanding=True) for name in lists),
+    )
+
+
+def is_among(
+    connection: sa.Connection, column: sa.Column[str], values: Iterable[str]
+) -> sa.ColumnElement[bool]:
+    """IN. PostgreSQL gets one array, because thousands of parameters cost more than the rows they select."""
+    if is_sqlite(connection):
+        return column.in_(list(values))
+    return column == sa.any_(sa.literal(list(values), postgresql.ARRAY(sa.Text)))
+
+
+def chunks(ids: Collection[Id]) -> Iterator[Sequence[Id]]:
+    """The ids without duplicates, in parts that fit into one statement."""
+    unique = list(dict.fromkeys(ids))
+    return (unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK))
+
+
+def now(connection: sa.Connection) -> dt.datetime:
+    """The database's clock; on SQLite that is this machine's."""
+    if is_sqlite(connection):
+        return dt.datetime.now(dt.UTC)
+    moment: dt.datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    return moment.astimezone(dt.UTC)
+
+
+def create_temp_table(
+    connection: sa.Connection,
+    name: str,
+    columns: str,
+    *,
+    unique_ids: bool = False,
+    if_missing: bool = False,
+) -> None:
+    """Create {temp}audience_sync_NAME, in place of one that is there (`if_missing`: keep that one).
+
+    In `columns`, `{id}` is the type of a user id: text that compares byte by byte. With `unique_ids` SQLite keeps
+    the rows in the order of the one id column and refuses duplicates; PostgreSQL, which joins by hash, gets no index.
+    """
+    is_keyed = unique_ids and is_sqlite(connection)
+    id_type = "text" if is_sqlite(connection) else 'text COLLATE "C"'
+    if not if_missing:
+        drop_temp_table(connection, name)
+    sql(
+        connection,
+        f"CREATE TEMPORARY TABLE {'IF NOT EXISTS ' if if_missing else ''}audience_sync_{name} "
+        f"({columns.replace('{id}', 'text PRIMARY KEY' if is_keyed else id_type)})"
+        f"{' WITHOUT ROWID' if is_keyed else ''}",
+    )
+
+
+def drop_temp_table(connection: sa.Connection, name: str) -> None:
+    sql(connection, f"DROP TABLE IF EXISTS {{temp}}audience_sync_{name}")
+
+
+def copy_rows(
+    connection: sa.Connection,
+    table: str,
+    batches: Iterable[Sequence[Sequence[Any]]],
+    columns: str = "",
+) -> None:
+    """Write rows by PostgreSQL's COPY; one batch is in memory as text.
+
+    `table` is the whole name, `columns` a list in parentheses. Values are text without NUL, numbers or None.
+    """
+    with copy_in(connection, f"COPY {table} {columns} FROM STDIN") as copy:
+        for batch in batches:
+            copy.write(_copy_text(batch))
+
+
+# What separates values, ends a row and stands for NULL, while the values themselves are escaped.
+_VALUE_END, _ROW_END, _NULL = "\0t", "\0n", "\0z"
+_COPY_ESCAPES = (
+    ("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r"),
+    (_VALUE_END, "\t"), (_ROW_END, "\n"), (_NULL, r"\N"),
+)  # fmt: skip
+
+
+def _copy_text(rows: Sequence[Sequence[Any]]) -> str:
+    try:
+        lines = [_VALUE_END.join(row) for row in rows]
+    except TypeError:  # not all values are text
+        lines = [_VALUE_END.join([_NULL if value is None else str(value) for value in row]) for row in rows]
+    text = _ROW_END.join([*lines, ""])
+    for plain, escaped in _COPY_ESCAPES:
+        text = text.replace(plain, escaped)
+    return text
+
+
+@contextmanager
+def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
+    """Run PostgreSQL's COPY FROM STDIN; gives the object to `write` text to. Errors are SQLAlchemy's, as elsewhere."""
+    raw: Any = connection.connection.dbapi_connection
+    kind = connection.dialect.loaded_dbapi.Error
+    try:
+        with raw.cursor() as cursor, cursor.copy(statement) as copy:
+            try:
+                yield copy
+            except Exception:
+                raise
+            except BaseException:  # a signal; without this psycopg would wait for the COPY before it ends it
+                cancel(raw)
+                raise
+    except kind as error:
+        is_gone = connection.dialect.is_disconnect(error, raw, None)
+        raise sa.exc.DBAPIError.instance(
+            statement, None, error, kind, hide_parameters=True, connection_invalidated=is_gone
+        ) from error
+    except Exception:
+        raise
+    except BaseException:  # a signal; the COPY may still be running, and no other statement could follow
+        connection.invalidate()
+        raise
+
+
+def cancel(raw: Any) -> None:
+    """Ask PostgreSQL to end the statement that a connection waits for; do nothing if there is none or no answer."""
+    with contextlib.suppress(Exception):
+        if raw.info.transaction_status.name == "ACTIVE":
+            raw.cancel_safe(timeout=CANCEL_SECONDS)
