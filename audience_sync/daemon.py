@@ -17,8 +17,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from audience_sync import logs
 from audience_sync.app import App
-from audience_sync.audiences import runs, slot_records
-from audience_sync.audiences.slots import Slot, take_due
+from audience_sync.audiences import runs, slots
 from audience_sync.db import engines
 from audience_sync.errors import AudienceSyncError, Busy, DatabaseError, Interrupted
 from audience_sync.queue import deliveries, destination
@@ -108,7 +107,7 @@ class Daemon:
                 destination.record_heartbeat(connection, clock.now())
             room = MOST_AT_ONCE - self._young_count()
             if room > 0 and not app.stop.is_set():
-                for slot in take_due(
+                for slot in slots.take_due(
                     app.engine, app.definitions(), clock.now(), limit=room, but=tuple(self._running)
                 ):
                     self._running[slot.definition.key] = clock.monotonic()
@@ -124,7 +123,7 @@ class Daemon:
         since = self.app.clock.monotonic() - LONG_SECONDS
         return sum(started > since for started in list(self._running.values()))
 
-    def _sync(self, app: App, slot: Slot) -> None:
+    def _sync(self, app: App, slot: slots.Slot) -> None:
         key, is_done = slot.definition.key, False
         try:
             now = app.clock.now()
@@ -145,10 +144,10 @@ class Daemon:
             self._running.pop(key, None)
 
     @staticmethod
-    def _give_back(app: App, slot: Slot) -> None:
+    def _give_back(app: App, slot: slots.Slot) -> None:
         try:
             with engines.write(app.engine) as connection:
-                slot_records.give_back(connection, slot.definition_id, slot.slot_at, slot.taken_at)
+                slots.give_back_slot(connection, slot.definition_id, slot.slot_at, slot.taken_at)
         except DatabaseError as error:  # then it is cut off, and taken over in a minute
             _tell(error)
 

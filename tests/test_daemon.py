@@ -10,9 +10,8 @@ import sqlalchemy as sa
 from audience_sync import history as looks
 from audience_sync import settings
 from audience_sync.app import App
-from audience_sync.audiences import records, runs, schedule, slot_records
+from audience_sync.audiences import records, runs, schedule, slots
 from audience_sync.audiences.definition import Definition, Kind
-from audience_sync.audiences.slots import outlook, take_due
 from audience_sync.daemon import Daemon
 from audience_sync.db import dialects, engines
 from audience_sync.errors import ConfigError
@@ -189,7 +188,7 @@ def test_what_a_person_asked_to_wait_makes_the_slots_wait(life):
     life.live_until("2026-03-17 12:00")
     assert [each["status"] for each in life.history()] == ["succeeded", "held"]
     with engines.read(life.daemon.app.engine) as connection:
-        seen = outlook(connection, definition, life.clock.now())
+        seen = slots.outlook(connection, definition, life.clock.now())
     assert (seen.waits, seen.next_at) == (True, utc("2026-03-18 01:30"))
     life.daemon.app.approve(held)
     life.live_until("2026-03-17 13:00")  # the newest slot that waited is caught up
@@ -200,13 +199,13 @@ def test_a_run_that_was_cut_off_is_caught_up(life):
     life.live_until("2026-03-15 01:00")
     (definition,) = life.daemon.app.definitions()
     life.clock.moment = utc("2026-03-15 02:00")
-    (slot,) = take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
+    (slot,) = slots.take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
     with engines.write(life.daemon.app.engine) as connection:  # its process is killed here
-        run_id = records.start(
+        run_id = records.start_run(
             connection, slot.definition_id, mode="first", trigger="schedule", as_of=slot.slot_at,
             now=slot.slot_at, baseline_run_id=None,
         )  # fmt: skip
-        slot_records.note_run(connection, slot.definition_id, slot.slot_at, run_id)
+        slots.record_slot_run(connection, slot.definition_id, slot.slot_at, run_id)
     life.live_until("2026-03-15 03:00")
     assert [each["status"] for each in life.history()] == ["abandoned", "succeeded"]
     assert life.slots() == ["2026-03-15 01:30"]
@@ -216,7 +215,7 @@ def test_a_full_slot_that_was_cut_off_is_caught_up_in_full(life):
     life.live_until("2026-03-30 12:00")
     (definition,) = life.daemon.app.definitions()
     life.clock.moment = utc("2026-04-02 12:00")  # down over the full slot of 1 April
-    (slot,) = take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
+    (slot,) = slots.take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
     assert (slot.slot_at, slot.full) == (utc("2026-04-02 00:30"), True)
     life.live_until("2026-04-02 13:00")  # its process is gone
     assert life.history()[-1]["mode"] == "full"
@@ -295,19 +294,19 @@ def test_the_end_of_32_bit_time_is_an_hour_like_any_other(life):
 
 @pytest.mark.parametrize("count", [40])
 def test_two_daemons_never_take_one_slot_twice(engine, count):
-    every = schedule.parse("every 1 minute", "UTC")
+    every = schedule.parse_schedule("every 1 minute", "UTC")
     definitions = [
         Definition(f"d{number}", f"d{number}", Kind.AUDIENCE, "SELECT 1", schedule=every)
         for number in range(3)
     ]
     start = utc("2026-03-15 00:00")
-    take_due(engine, definitions, start, limit=9)  # first seen
+    slots.take_due(engine, definitions, start, limit=9)  # first seen
     taken, barrier = [], threading.Barrier(2)
 
     def work():
         for minute in range(1, count + 1):
             barrier.wait(30)
-            due = take_due(engine, definitions, start + dt.timedelta(minutes=minute), limit=9)
+            due = slots.take_due(engine, definitions, start + dt.timedelta(minutes=minute), limit=9)
             taken.extend((slot.definition.key, slot.slot_at) for slot in due)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -319,14 +318,16 @@ def test_two_daemons_never_take_one_slot_twice(engine, count):
 
 
 def test_what_is_due_is_taken_at_most_so_many_at_once_and_not_what_runs(engine):
-    every = schedule.parse("every 1 minute", "UTC")
+    every = schedule.parse_schedule("every 1 minute", "UTC")
     definitions = [Definition(key, key, Kind.AUDIENCE, "SELECT 1", schedule=every) for key in "abcd"]
     start = utc("2026-03-15 00:00")
-    take_due(engine, definitions, start, limit=9)
+    slots.take_due(engine, definitions, start, limit=9)
     later = start + dt.timedelta(minutes=5)
-    assert [each.definition.key for each in take_due(engine, definitions, later, limit=2, but=("a",))] == [
+    assert [
+        each.definition.key for each in slots.take_due(engine, definitions, later, limit=2, but=("a",))
+    ] == [
         "b",
         "c",
     ]
-    assert [each.definition.key for each in take_due(engine, definitions, later, limit=9)] == ["a", "d"]
-    assert take_due(engine, definitions, later, limit=9) == []
+    assert [each.definition.key for each in slots.take_due(engine, definitions, later, limit=9)] == ["a", "d"]
+    assert slots.take_due(engine, definitions, later, limit=9) == []

@@ -128,10 +128,10 @@ eligible_sql = ""
 ready_sql = "SELECT true"
 """
     a, b = load(text).definitions
-    assert (a.schedule, a.full_schedule) == (schedule.parse("30 6 * * 1-5", "Europe/Berlin"), None)
+    assert (a.schedule, a.full_schedule) == (schedule.parse_schedule("30 6 * * 1-5", "Europe/Berlin"), None)
     assert (a.guard, a.eligible_sql, a.ready_sql) == (Guard(10, 0.25, 1.0), "SELECT user_id FROM known", None)
-    assert b.schedule == schedule.parse("every 5 minutes", "UTC")
-    assert b.full_schedule == schedule.parse("0 0 * * 0", "UTC")
+    assert b.schedule == schedule.parse_schedule("every 5 minutes", "UTC")
+    assert b.full_schedule == schedule.parse_schedule("0 0 * * 0", "UTC")
     assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0), None, "SELECT true")
 
 
@@ -258,8 +258,8 @@ REFUSED = [
        "the file: VIPs and vips! have one key, vips: give one of them another with `key = `")
       for kind in ("audiences", "traits")),
     (AUDIENCE + TRAIT + "key = 'vips'", "the file: VIPs and A have one key, vips: "),
-    ("[[audiences]]\nname = '注文'\nsql = 's'", "[[audiences]] 注文: no key can be made of the name"),
-    *((TRAIT + f"key = '{key}'", "[[traits]] A: a key holds lower-case letters") for key in ("", "V I P")),
+    ("[[audiences]]\nname = '注文'\nsql = 's'", "[[audiences]] 注文: no key can be derived from the name"),
+    *((TRAIT + f"key = '{key}'", "[[traits]] A: a key consists of lower-case letters") for key in ("", "V I P")),
     *((AUDIENCE + f"key = '{key}'", f"[[audiences]] VIPs: {key} is a property of Userpilot's own")
       for key in ("name", "email", "created_at", "signed_up_at", "first_seen_at", "last_seen_at")),
     *((f"[[traits]]\nname = '{name}'\nsql = 's'", f"[[traits]] {name}: {key} is a property of Userpilot's own")

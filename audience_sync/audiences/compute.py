@@ -16,8 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.audiences import snapshot, source_values, values
-from audience_sync.audiences import statement as definition_sql
+from audience_sync.audiences import snapshot, statement, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines
 from audience_sync.db.tables import UtcDateTime
@@ -42,7 +41,7 @@ _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOP
 
 
 @dataclass(frozen=True, slots=True)
-class _Statement:
+class _Query:
     """One of a definition's queries, checked and bound: where it runs, for which moment, and until when."""
 
     definition: Definition
@@ -75,107 +74,105 @@ def compute(
     """
     deadline = time.monotonic() + definition.timeout_seconds
 
-    def statement(called: str, text: str, *needs: str) -> _Statement:
+    def query(called: str, text: str, *needs: str) -> _Query:
         dialect = (source or connection).dialect.name
         try:
-            definition_sql.check(text, dialect)
-            bound = sa.text(definition_sql.bind(text, dialect))
+            statement.check(text, dialect)
+            bound = sa.text(statement.bind(text, dialect))
         except DefinitionError as error:
             where = "" if called == SQL else f"{called}: "
             raise DefinitionError(f"{definition.key}: {where}{error}.") from error
-        uses_as_of = definition_sql.uses_as_of(text, dialect)
-        return _Statement(
-            definition, called, bound, uses_as_of, needs, as_of, source, deadline, stop or Stop()
-        )
+        uses_as_of = statement.uses_as_of(text, dialect)
+        return _Query(definition, called, bound, uses_as_of, needs, as_of, source, deadline, stop or Stop())
 
     connection.execution_options(write=False)
     if definition.ready_sql:
-        _need_ready(connection, statement("ready_sql", definition.ready_sql))
+        _need_ready(connection, query("ready_sql", definition.ready_sql))
     needs = ("user_id", "value") if definition.kind is Kind.TRAIT else ("user_id",)
-    unloaded = _fill(connection, statement(SQL, definition.sql, *needs), snapshot.SNAPSHOT)
+    unloaded = _fill(connection, query(SQL, definition.sql, *needs), snapshot.SNAPSHOT)
     if definition.eligible_sql:
-        _fill(connection, statement("eligible_sql", definition.eligible_sql, "user_id"), snapshot.ELIGIBLE)
+        _fill(connection, query("eligible_sql", definition.eligible_sql, "user_id"), snapshot.ELIGIBLE)
     return unloaded
 
 
-def _need_ready(connection: sa.Connection, statement: _Statement) -> None:
-    if statement.source is None:
-        with _own(connection, statement):
-            _authorize(connection, statement)
-            row = _execute(connection, statement.bound, statement).first()
+def _need_ready(connection: sa.Connection, query: _Query) -> None:
+    if query.source is None:
+        with _own(connection, query):
+            _authorize(connection, query)
+            row = _execute(connection, query.bound, query).first()
     else:
-        with _reading(statement) as reading:
-            row = _execute(reading, statement.bound, statement).first()
+        with _reading(query) as reading:
+            row = _execute(reading, query.bound, query).first()
     value = row[0] if row else None
     if not isinstance(value, bool | int) or not value:
         raise DefinitionError(
-            f"{statement.definition.key}: not ready: its ready_sql did not give true. The next run asks again."
+            f"{query.definition.key}: not ready: its ready_sql did not give true. The next run asks again."
         )
 
 
-def _fill(connection: sa.Connection, statement: _Statement, table: str) -> Counter[str]:
+def _fill(connection: sa.Connection, query: _Query, table: str) -> Counter[str]:
     """Put a query's rows into a temporary table."""
-    if statement.source is None:
-        with _own(connection, statement):
-            _take(connection, statement, table)
+    if query.source is None:
+        with _own(connection, query):
+            _take(connection, query, table)
         return Counter()
     counts: Counter[str] = Counter()
-    with closing(_batches(statement, counts)) as batches:
+    with closing(_batches(query, counts)) as batches:
         next(batches)  # the source is asked before our own transaction begins
         with connection.begin():
-            snapshot.load(connection, batches, statement.needs, table)
+            snapshot.load_rows(connection, batches, query.needs, table)
     return counts
 
 
 @contextmanager
-def _own(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
-    with connection.begin(), _words(statement), _limits(connection, statement):
+def _own(connection: sa.Connection, query: _Query) -> Iterator[None]:
+    with connection.begin(), _words(query), _limits(connection, query):
         yield
 
 
 @contextmanager
-def _reading(statement: _Statement) -> Iterator[sa.Connection]:
+def _reading(query: _Query) -> Iterator[sa.Connection]:
     """A read-only transaction on the source, in which all queries see one state of it."""
-    source = statement.source
+    source = query.source
     assert source is not None  # noqa: S101  (whoever asks knows)
-    with _words(statement), source.connect() as reading:
+    with _words(query), source.connect() as reading:
         if source.dialect.name == "postgresql":
             reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        with reading.begin(), _limits(reading, statement):
-            _authorize(reading, statement)
+        with reading.begin(), _limits(reading, query):
+            _authorize(reading, query)
             yield reading
 
 
-def _take(connection: sa.Connection, statement: _Statement, table: str) -> None:
-    _authorize(connection, statement)
-    columns = _columns(connection, statement)
-    _need_columns(statement, [column.name for column in columns])
+def _take(connection: sa.Connection, query: _Query, table: str) -> None:
+    _authorize(connection, query)
+    columns = _columns(connection, query)
+    _need_columns(query, [column.name for column in columns])
     by_name = {column.name: column for column in columns}
     if not values.id_is_possible(by_name["user_id"]):
         raise DefinitionError(
-            f"{statement.definition.key}: the column user_id of its {statement.called} is of type "
+            f"{query.definition.key}: the column user_id of its {query.called} is of type "
             f"{by_name['user_id'].type_name}: give text, a number or a uuid."
         )
-    needed = [by_name[name] for name in statement.needs]
-    snapshot.compute_into(connection, statement.bound.text, needed, _as_of(connection, statement), table)
+    needed = [by_name[name] for name in query.needs]
+    snapshot.compute_into(connection, query.bound.text, needed, _as_of(connection, query), table)
 
 
-def _batches(statement: _Statement, counts: Counter[str]) -> Generator[list[source_values.Row]]:
+def _batches(query: _Query, counts: Counter[str]) -> Generator[list[values.Row]]:
     """An empty batch once the query has begun, then its rows; only one batch is in memory."""
-    with _reading(statement) as reading:
+    with _reading(query) as reading:
         if reading.dialect.name == "postgresql":  # all rows are read, so plan for all
             reading.exec_driver_sql("SET LOCAL cursor_tuple_fraction = 1")
         reading.execution_options(stream_results=True)
-        with closing(_execute(reading, statement.bound, statement)) as result:
+        with closing(_execute(reading, query.bound, query)) as result:
             names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
-            _need_columns(statement, names)
-            places = [names.index(name) for name in statement.needs]
+            _need_columns(query, names)
+            places = [names.index(name) for name in query.needs]
             yield []
             batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy took it to see the columns
             while batch:
-                if time.monotonic() > statement.deadline:
-                    raise DefinitionError(_too_long(statement.definition))
-                yield source_values.rows(batch, places, counts)
+                if time.monotonic() > query.deadline:
+                    raise DefinitionError(_too_long(query.definition))
+                yield values.canonical_rows(batch, places, counts)
                 batch = _fetch(reading, result.cursor)
 
 
@@ -191,18 +188,18 @@ def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
 
 
 def _execute(
-    connection: sa.Connection, clause: sa.TextClause, statement: _Statement
+    connection: sa.Connection, clause: sa.TextClause, query: _Query
 ) -> sa.CursorResult[*tuple[Any, ...]]:
-    if statement.stop.is_set():
+    if query.stop.is_set():
         raise Interrupted("The process was asked to stop.")
-    parameter = _as_of(connection, statement)
+    parameter = _as_of(connection, query)
     return connection.execute(clause if parameter is None else clause.bindparams(parameter))
 
 
-def _as_of(connection: sa.Connection, statement: _Statement) -> sa.BindParameter[Any] | None:
-    if not statement.uses_as_of:
+def _as_of(connection: sa.Connection, query: _Query) -> sa.BindParameter[Any] | None:
+    if not query.uses_as_of:
         return None
-    utc = statement.as_of.astimezone(dt.UTC)
+    utc = query.as_of.astimezone(dt.UTC)
     match connection.dialect.name:
         case "sqlite":
             return sa.bindparam("as_of", f"{utc:%Y-%m-%d %H:%M:%S}", type_=sa.Text())
@@ -211,9 +208,9 @@ def _as_of(connection: sa.Connection, statement: _Statement) -> sa.BindParameter
     return sa.bindparam("as_of", utc.replace(tzinfo=None), type_=sa.DateTime())
 
 
-def _columns(connection: sa.Connection, statement: _Statement) -> list[values.Column]:
-    clause = sa.text(f"SELECT * FROM ({statement.bound.text}) AS definition LIMIT 0")
-    result = _execute(connection, clause, statement)
+def _columns(connection: sa.Connection, query: _Query) -> list[values.Column]:
+    clause = sa.text(f"SELECT * FROM ({query.bound.text}) AS definition LIMIT 0")
+    result = _execute(connection, clause, query)
     description: Any = result.cursor.description if result.cursor else ()
     names = [(column[0], column[1]) for column in description]
     result.close()
@@ -228,16 +225,16 @@ def _columns(connection: sa.Connection, statement: _Statement) -> list[values.Co
     return [values.Column(name, *known[oid]) for name, oid in names]
 
 
-def _need_columns(statement: _Statement, names: Sequence[str]) -> None:
-    for name in statement.needs:
+def _need_columns(query: _Query, names: Sequence[str]) -> None:
+    for name in query.needs:
         if names.count(name) != 1:
             raise DefinitionError(
-                f"{statement.definition.key}: its {statement.called} must give one column called {name}; "
+                f"{query.definition.key}: its {query.called} must give one column called {name}; "
                 f"it gives {', '.join(names)}. Write SELECT … AS {name}."
             )
 
 
-def _authorize(connection: sa.Connection, statement: _Statement) -> None:
+def _authorize(connection: sa.Connection, query: _Query) -> None:
     """On SQLite: prepare a query alone, under an authorizer that knows nothing but reading."""
     if not dialects.is_sqlite(connection):
         return
@@ -254,12 +251,12 @@ def _authorize(connection: sa.Connection, statement: _Statement) -> None:
 
     raw.set_authorizer(authorizer)
     try:
-        _execute(connection, sa.text(f"EXPLAIN {statement.bound.text}"), statement).close()
+        _execute(connection, sa.text(f"EXPLAIN {query.bound.text}"), query).close()
     except sa.exc.DBAPIError as error:
         if not refused:
             raise
         raise DefinitionError(
-            f"{statement.definition.key}: a definition may only read, and this one does more ({refused[0]})."
+            f"{query.definition.key}: a definition may only read, and this one does more ({refused[0]})."
         ) from error
     finally:
         with _if_open():
@@ -272,10 +269,10 @@ def _if_open() -> contextlib.AbstractContextManager[None]:
 
 
 @contextmanager
-def _limits(connection: sa.Connection, statement: _Statement) -> Iterator[None]:
+def _limits(connection: sa.Connection, query: _Query) -> Iterator[None]:
     """Let statements run until their time is over, and no longer, and not after a signal."""
     raw: Any = connection.connection.dbapi_connection
-    deadline, stop = statement.deadline, statement.stop
+    deadline, stop = query.deadline, query.stop
     match connection.dialect.name:
         case "sqlite":
             raw.set_progress_handler(lambda: stop.is_set() or time.monotonic() > deadline, PROGRESS_STEPS)
@@ -315,25 +312,23 @@ def _too_long(definition: Definition) -> str:
 
 
 @contextmanager
-def _words(statement: _Statement) -> Iterator[None]:
+def _words(query: _Query) -> Iterator[None]:
     """Say a driver's error as the definition's, or the source's; our own database's stays as it is."""
-    definition = statement.definition
+    definition = query.definition
     try:
         yield
     except sa.exc.DBAPIError as error:
         told = engines.reason(error)
-        if statement.stop.is_set():
+        if query.stop.is_set():
             raise Interrupted("The process was asked to stop.") from error
-        if "statement timeout" in told or (told == "interrupted" and time.monotonic() > statement.deadline):
+        if "statement timeout" in told or (told == "interrupted" and time.monotonic() > query.deadline):
             raise DefinitionError(_too_long(definition)) from error
         if told in {"interrupted", "user-defined function raised exception"}:
             # SQLite swallows what a signal raises while it calls back.
             raise Interrupted("A signal stopped the statement.") from error
         if not _is_servers(error):
-            raise DefinitionError(
-                f"{definition.key}: its {statement.called} does not work: {told}."
-            ) from error
-        if statement.source is None:
+            raise DefinitionError(f"{definition.key}: its {query.called} does not work: {told}.") from error
+        if query.source is None:
             raise
         raise SourceError(
             f"{definition.key}: the source {definition.source} cannot be read: {told}. Is it running, and "

@@ -30,7 +30,10 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | Non
     with runs.connection_with_temp_tables(engine) as connection, engines.begin_write(connection):
         found = _held(connection, run_id)
         with _lease(connection, found.key):
-            row, last = records.lock(connection, found.definition_id), records.baseline(connection, found.key)
+            row, last = (
+                records.lock_definition(connection, found.definition_id),
+                records.load_baseline(connection, found.key),
+            )
             run = _held(connection, run_id)  # as it is now that nobody else can change it
             if last.run_id != run.baseline_run_id:
                 raise NotApproved(
@@ -51,7 +54,7 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | Non
             commit = _commit(run, run_id, clock.now(), fingerprint)
             if is_for_other:
                 changes.drop_of_other_destinations(connection, commit)
-            records.succeed(connection, run_id, computed, commit.now)
+            records.mark_succeeded(connection, run_id, computed, commit.now)
             changes.approve(connection, commit, counts)
             runs.settle_definition(connection, row, fingerprint, forgotten)
 
@@ -64,10 +67,10 @@ def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
 
     """
     with engines.write(engine) as connection:
-        records.lock(connection, _held(connection, run_id).definition_id)
+        records.lock_definition(connection, _held(connection, run_id).definition_id)
         _held(connection, run_id)  # as it is now that nobody else can change it
         changes.drop_held(connection, run_id, clock.now(), "rejected by hand")
-        records.reject(connection, run_id, "It was rejected by hand.")
+        records.mark_rejected(connection, run_id, "It was rejected by hand.")
 
 
 def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -> int:
@@ -79,16 +82,19 @@ def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -
 
     """
     with runs.connection_with_temp_tables(engine) as connection, engines.begin_write(connection):
-        found = records.find(connection, key)
+        found = records.find_definition(connection, key)
         if found is None:
             raise ConfigError(f"The key {key} was never used: `audience-sync list` shows those that were.")
         with _lease(connection, key):
-            row, last = records.lock(connection, found.definition_id), records.baseline(connection, key)
+            row, last = (
+                records.lock_definition(connection, found.definition_id),
+                records.load_baseline(connection, key),
+            )
             if row.retired_at is not None:
                 raise ConfigError(f"The key {key} was retired on {row.retired_at:%Y-%m-%d} already.")
             now = clock.now()
             as_of = max(now, last.as_of or now)
-            run_id = records.start(
+            run_id = records.start_run(
                 connection,
                 row.definition_id,
                 mode="retire",
@@ -113,14 +119,14 @@ def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -
                 delivery_class="push",
             )
             changes.commit(connection, commit, counts)
-            records.succeed(connection, run_id, computed, now)
-            records.count_forgotten(connection, row.definition_id, 0)
-            records.retire(connection, row.definition_id, now)
+            records.mark_succeeded(connection, run_id, computed, now)
+            records.set_forgotten_count(connection, row.definition_id, 0)
+            records.mark_retired(connection, row.definition_id, now)
     return run_id
 
 
 def _held(connection: sa.Connection, run_id: int) -> sa.Row[Any]:
-    run = records.get(connection, run_id)
+    run = records.get_run(connection, run_id)
     if run is None:
         raise ConfigError(f"There is no run {run_id}: `audience-sync history` lists them.")
     if run.status == "rejected" and run.error.startswith(runs.REPLACED):

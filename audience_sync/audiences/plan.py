@@ -44,7 +44,7 @@ def plan(
             with connection.begin():
                 made = _plan(connection, definition, now, fingerprint)
                 if not made.held:
-                    last = records.baseline(connection, definition.key)
+                    last = records.load_baseline(connection, definition.key)
                     snapshot.add_affected(connection, is_push=last.is_first)
                 plans.append(made)
         with connection.begin():
@@ -55,7 +55,10 @@ def plan(
 def _plan(
     connection: sa.Connection, definition: Definition, now: dt.datetime, fingerprint: str | None
 ) -> Plan:
-    row, last = records.find(connection, definition.key), records.baseline(connection, definition.key)
+    row, last = (
+        records.find_definition(connection, definition.key),
+        records.load_baseline(connection, definition.key),
+    )
     counts, _ = runs.compare(connection, row.definition_id if row else None, definition, now)
     member_count, told = runs.with_erasures(last, counts, row.forgotten_count if row else 0)
     held = runs.why_held(

@@ -33,9 +33,9 @@ class Computed:
     set_aside: dict[str, int]
 
 
-def register(connection: sa.Connection, definition: Definition, now: dt.datetime) -> int:
+def register_definition(connection: sa.Connection, definition: Definition, now: dt.datetime) -> int:
     """The id of the definition's row, made at its first use."""
-    found = find(connection, definition.key)
+    found = find_definition(connection, definition.key)
     if found is not None:
         if found.name != definition.name:
             _change(connection, found.definition_id, name=definition.name)
@@ -48,11 +48,11 @@ def register(connection: sa.Connection, definition: Definition, now: dt.datetime
     return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # a table with a key gives one
 
 
-def find(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
+def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
     return connection.execute(sa.select(definitions).where(definitions.c.key == key)).one_or_none()
 
 
-def lock(connection: sa.Connection, definition_id: int) -> sa.Row[Any]:
+def lock_definition(connection: sa.Connection, definition_id: int) -> sa.Row[Any]:
     """The definition's row, which nobody else changes before this transaction ends."""
     return connection.execute(
         sa.select(definitions).where(definitions.c.definition_id == definition_id).with_for_update()
@@ -64,12 +64,12 @@ def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
     return connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)).all()
 
 
-def retire(connection: sa.Connection, definition_id: int, now: dt.datetime) -> None:
+def mark_retired(connection: sa.Connection, definition_id: int, now: dt.datetime) -> None:
     """From now on the key rests."""
     _change(connection, definition_id, retired_at=now)
 
 
-def count_forgotten(connection: sa.Connection, definition_id: int, count: int) -> None:
+def set_forgotten_count(connection: sa.Connection, definition_id: int, count: int) -> None:
     """Keep how many members were erased: exits of the next run."""
     _change(connection, definition_id, forgotten_count=count)
 
@@ -80,7 +80,7 @@ def _change(connection: sa.Connection, definition_id: int, **values: Any) -> Non
     )
 
 
-def baseline(connection: sa.Connection, key: str) -> Baseline:
+def load_baseline(connection: sa.Connection, key: str) -> Baseline:
     committed = (
         sa.select(runs.c.run_id, runs.c.as_of, runs.c.member_count)
         .join(definitions, definitions.c.definition_id == runs.c.definition_id)
@@ -95,14 +95,14 @@ def baseline(connection: sa.Connection, key: str) -> Baseline:
     return Baseline(row.run_id, row.as_of, row.member_count, is_first)
 
 
-def held(connection: sa.Connection, definition_id: int) -> sa.Row[Any] | None:
+def find_held_run(connection: sa.Connection, definition_id: int) -> sa.Row[Any] | None:
     """The definition's run that waits for a person."""
     return connection.execute(
         sa.select(runs).where(runs.c.definition_id == definition_id, runs.c.status == "held")
     ).one_or_none()
 
 
-def get(connection: sa.Connection, run_id: int) -> sa.Row[Any] | None:
+def get_run(connection: sa.Connection, run_id: int) -> sa.Row[Any] | None:
     """A run with its definition's key, name, kind and fingerprint."""
     return connection.execute(
         sa.select(runs, definitions.c.key, definitions.c.name, definitions.c.kind, definitions.c.fingerprint)
@@ -111,7 +111,7 @@ def get(connection: sa.Connection, run_id: int) -> sa.Row[Any] | None:
     ).one_or_none()
 
 
-def start(
+def start_run(
     connection: sa.Connection,
     definition_id: int,
     *,
@@ -141,12 +141,12 @@ def start(
     return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # a table with a key gives one
 
 
-def succeed(connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime) -> None:
+def mark_succeeded(connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime) -> None:
     """Close a run; that it is still ours, its lease says."""
     _finish(connection, run_id, computed, now, status="succeeded", error=None)
 
 
-def hold(
+def mark_held(
     connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime, *, held_by: str, reason: str
 ) -> None:
     """Let a run wait for a person."""
@@ -171,7 +171,7 @@ def _finish(
     )
 
 
-def reject(connection: sa.Connection, run_id: int, reason: str) -> None:
+def mark_rejected(connection: sa.Connection, run_id: int, reason: str) -> None:
     connection.execute(
         runs.update()
         .where(runs.c.run_id == run_id, runs.c.status == "held")
@@ -179,7 +179,7 @@ def reject(connection: sa.Connection, run_id: int, reason: str) -> None:
     )
 
 
-def fail(connection: sa.Connection, run_id: int, *, now: dt.datetime, error: str) -> None:
+def mark_failed(connection: sa.Connection, run_id: int, *, now: dt.datetime, error: str) -> None:
     connection.execute(
         runs.update()
         .where(runs.c.run_id == run_id, runs.c.status == "running")

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from audience_sync import crash, logs
 from audience_sync.audiences import commit as changes
-from audience_sync.audiences import guard, records, slot_records, snapshot
+from audience_sync.audiences import records, slots, snapshot
 from audience_sync.audiences.compute import compute
 from audience_sync.audiences.definition import Definition
 from audience_sync.clock import Clock, isoformat
@@ -76,7 +76,7 @@ def resolve_as_of(
     moments = {}
     with engines.read(engine) as connection:
         for definition in definitions:
-            last = records.baseline(connection, definition.key).as_of
+            last = records.load_baseline(connection, definition.key).as_of
             if as_of is not None and last is not None and as_of < last:
                 raise ConfigError(
                     f"--as-of {isoformat(as_of)} is before the last committed run of {definition.key} "
@@ -181,15 +181,15 @@ def _start(
 ) -> Run:
     with engines.begin_write(connection):
         lease = take_lease(connection, definition.key, definition.timeout_seconds + LEASE_SLACK_SECONDS)
-        last = records.baseline(connection, definition.key)
+        last = records.load_baseline(connection, definition.key)
         as_of = max(as_of, last.as_of or as_of)  # while we waited, another process may have committed
-        definition_id = records.register(connection, definition, clock.now())
-        row = records.lock(connection, definition_id)
+        definition_id = records.register_definition(connection, definition, clock.now())
+        row = records.lock_definition(connection, definition_id)
         if row.retired_at is not None:
             raise ConfigError(retired(definition.key))
         if order.users is not None and destination.is_foreign(connection, row.fingerprint, order.fingerprint):
             raise ConfigError(f"No canary now: {OTHER_DESTINATION.format(key=definition.key)}.")
-        run_id = records.start(
+        run_id = records.start_run(
             connection,
             definition_id,
             mode=_mode(order, last),
@@ -199,7 +199,7 @@ def _start(
             baseline_run_id=last.run_id,
         )
         if order.slot_at is not None:
-            slot_records.note_run(connection, definition_id, order.slot_at, run_id)
+            slots.record_slot_run(connection, definition_id, order.slot_at, run_id)
     return Run(lease, run_id, definition_id, as_of, last, order)
 
 
@@ -223,7 +223,7 @@ def _commit(
     Returns what became of it, in words, and what was found.
     """
     with engines.begin_write(connection):
-        row = records.lock(connection, run.definition_id)
+        row = records.lock_definition(connection, run.definition_id)
         now = clock.now()
         counts, unfit = compare(connection, run.definition_id, definition, now, run.order.users)
         forgotten = row.forgotten_count if run.order.users is None else 0
@@ -249,12 +249,12 @@ def _commit(
         held = why_held(connection, definition, run.last, counts, run.order, is_for_other=is_for_other)
         if held:
             changes.hold(connection, commit, counts)
-            records.hold(connection, run.run_id, computed, now, held_by=held.by, reason=held.reason)
+            records.mark_held(connection, run.run_id, computed, now, held_by=held.by, reason=held.reason)
         else:
             if is_for_other:
                 changes.drop_of_other_destinations(connection, commit)
             changes.commit(connection, commit, counts)
-            records.succeed(connection, run.run_id, computed, now)
+            records.mark_succeeded(connection, run.run_id, computed, now)
             settle_definition(connection, row, run.order.fingerprint, forgotten)
         crash.at("changes_written")
         leases.renew(connection, run.lease)
@@ -304,7 +304,12 @@ def why_held(
     unlike = None
     if not last.is_first and order.users is None:
         is_empty = snapshot.is_empty(connection)
-        unlike = guard.reason_to_hold(definition.guard, last.member_count, counts, is_empty=is_empty)
+        unlike = definition.guard.reason_to_hold(
+            last.member_count,
+            entered_count=counts.get("entered", 0),
+            exited_count=counts.get("exited", 0),
+            is_empty=is_empty,
+        )
     if order.hold:
         return Held("hold", f"It waits, as it was asked to{f'; {unlike}' if unlike else ''}.")
     return Held("guard", f"The guard holds it: {unlike}.") if unlike else None
@@ -312,10 +317,10 @@ def why_held(
 
 def replace_held(connection: sa.Connection, definition_id: int, reason: str, now: dt.datetime) -> None:
     """A definition has one held run at most, and a newer run knows better."""
-    before = records.held(connection, definition_id)
+    before = records.find_held_run(connection, definition_id)
     if before is not None:
         changes.drop_held(connection, before.run_id, now, reason)
-        records.reject(connection, before.run_id, reason)
+        records.mark_rejected(connection, before.run_id, reason)
 
 
 def settle_definition(
@@ -325,7 +330,7 @@ def settle_definition(
     if fingerprint and row.fingerprint != fingerprint:
         destination.adopt(connection, [row.definition_id], fingerprint)
     if forgotten:
-        records.count_forgotten(connection, row.definition_id, 0)
+        records.set_forgotten_count(connection, row.definition_id, 0)
 
 
 def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
@@ -338,7 +343,7 @@ def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bo
         told = "It was interrupted."
     try:
         with engines.write(engine) as connection:
-            records.fail(connection, run.run_id, now=clock.now(), error=told)
+            records.mark_failed(connection, run.run_id, now=clock.now(), error=told)
             leases.release(connection, run.lease)
     except DatabaseError as second:
         log.warning("run %d could not be closed as failed: %s", run.run_id, second)

@@ -110,7 +110,7 @@ class Every:
 Schedule: TypeAlias = Cron | Every
 
 
-def parse(text: str, timezone: str) -> Schedule:
+def parse_schedule(text: str, timezone: str) -> Schedule:
     """The schedule that the text means in the zone of that IANA name; a ConfigError for what has no meaning."""
     zone = _zone(timezone)
     words = text.split()

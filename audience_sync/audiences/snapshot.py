@@ -47,7 +47,7 @@ def compute_into(
     _group(connection, table, f"({select}) AS definition", expressions, as_of)
 
 
-def load(
+def load_rows(
     connection: sa.Connection,
     batches: Iterable[Sequence[tuple[str, ...]]],
     names: Sequence[str],

@@ -4,17 +4,25 @@ A value's form is JSON text, and equal texts are equal values: a whole number th
 integer, any other at 15 significant digits. '!' stands for what is not a primitive, and sorts before every form.
 """
 
+import datetime as dt
 import json
 import math
+import re
 import sqlite3
+import uuid
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from audience_sync.retention.erasure import user_hash
 
 MAX_ID_LENGTH = 255
 NOT_PRIMITIVE = "!"
 _LIMIT = 2**63
+_ZEROS = re.compile(r"(?<=\.\d\d\d\d\d)0|(?<=\.\d\d\d\d)00|(?<=\.\d\d\d)000|(?<=\.\d\d)0000|(?<=\.\d)00000")
+Row = tuple[str] | tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,7 @@ class Column:
     category: str = ""
 
 
-def number(raw: float | Decimal) -> str:
+def canonical_number(raw: float | Decimal) -> str:
     if isinstance(raw, float) and 1e-4 <= abs(raw) < 1e14:  # most of them, soon done
         return f"{raw:.15g}"
     if not math.isfinite(raw):
@@ -40,7 +48,7 @@ def number(raw: float | Decimal) -> str:
     return "0" if text == "-0" else text
 
 
-def string(raw: str | bytes) -> str:
+def canonical_string(raw: str | bytes) -> str:
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
         text.encode()
@@ -68,7 +76,7 @@ def register_functions(raw: sqlite3.Connection) -> None:
 
     Its own printf errs in the fifteenth digit, and its texts may hold anything.
     """
-    for function in (number, string, invalid_reason, user_hash):
+    for function in (canonical_number, canonical_string, invalid_reason, user_hash):
         raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
 
 
@@ -76,7 +84,7 @@ def register_functions(raw: sqlite3.Connection) -> None:
 _PLAIN = "(instr({0}, char(0)) = 0 AND {0} NOT GLOB '*[^' || char(1) || '-' || char(127) || ']*')"
 _SQLITE_REAL = (
     f"CASE WHEN {{0}} >= -{_LIMIT}.0 AND {{0}} < {_LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
-    "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_number({0}) END"
+    "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_canonical_number({0}) END"
 )
 # Blobs stand for what is no text, because a primary key takes no null: x'' for null, x'00' for binary.
 SQLITE_ID = f"""
@@ -91,7 +99,7 @@ CASE typeof(value)
   WHEN 'integer' THEN CAST(value AS TEXT)
   WHEN 'real' THEN {_SQLITE_REAL.format("value")}
   WHEN 'text' THEN CASE WHEN {_PLAIN.format("value")} THEN json_quote(value)
-                        ELSE audience_sync_string(CAST(value AS BLOB)) END
+                        ELSE audience_sync_canonical_string(CAST(value AS BLOB)) END
   WHEN 'blob' THEN '!' END"""
 
 SQLITE_HASH = "audience_sync_user_hash(user_id)"
@@ -168,3 +176,62 @@ def float_digits(columns: list[Column]) -> int:
 def id_is_possible(column: Column) -> bool:
     """Whether a column of this PostgreSQL type can hold user ids."""
     return column.category in {"", "S", "N", "E", "X"} or column.type_name in {"uuid", "citext"}
+
+
+def canonical_rows(batch: Sequence[Sequence[Any]], places: Sequence[int], counts: Counter[str]) -> list[Row]:
+    """(user id,) or (user id, JSON text of the value) of each row that has one; unfit ids are counted by reason."""
+    id_place, value_place = places[0], places[-1]
+    is_trait = len(places) > 1
+    taken: list[Row] = []
+    for row in batch:
+        user_id = row[id_place]
+        if type(user_id) is int:
+            user_id = str(user_id)
+        elif (
+            type(user_id) is not str
+            or not 0 < len(user_id) <= MAX_ID_LENGTH
+            or not user_id.isprintable()
+            or user_id.isspace()
+        ):
+            user_id, reason = _canonical_id(user_id)
+            if reason:
+                counts[reason] += 1
+                continue
+        if not is_trait:
+            taken.append((user_id,))
+        elif (text := canonical_value(row[value_place])) is not None:
+            taken.append((user_id, text))
+    return taken
+
+
+def _canonical_id(raw: Any) -> tuple[str, str | None]:
+    match raw:
+        case None:
+            return "", "null"
+        case bool() | bytes() | bytearray() | memoryview():
+            return "", "binary"
+        case Decimal() if raw.is_finite() and raw == raw.to_integral_value():
+            text = str(int(raw))
+        case float() | Decimal():
+            text = canonical_number(raw)
+            if text == NOT_PRIMITIVE:
+                return "", "null"
+        case _:
+            text = str(raw)
+    return text, invalid_reason(text)
+
+
+def canonical_value(raw: Any) -> str | None:
+    """A trait's value as JSON text; None for null, '!' for what is not a primitive."""
+    match raw:
+        case None:
+            return None
+        case bool():
+            return "true" if raw else "false"
+        case int() | float() | Decimal():
+            return canonical_number(raw)
+        case str() | uuid.UUID():
+            return canonical_string(str(raw))
+        case dt.date() | dt.time():  # as PostgreSQL writes them: no zeros at the end of a fraction
+            return f'"{_ZEROS.sub("", raw.isoformat())}"'
+    return NOT_PRIMITIVE

@@ -395,7 +395,7 @@ def known_id(connection: Any, opened: "App", key: str) -> int | None:
     """The id of a definition that was used, None for one that is only configured; others are a mistake."""
     from audience_sync.audiences import records
 
-    row = records.find(connection, key)
+    row = records.find_definition(connection, key)
     if row is not None:
         return int(row.definition_id)
     opened.definitions([key])

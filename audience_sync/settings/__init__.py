@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from audience_sync.audiences import keys, schedule
-from audience_sync.audiences.definition import Definition, Guard, Kind
+from audience_sync.audiences import schedule
+from audience_sync.audiences.definition import Definition, Guard, Kind, check_key, key_from_name
 from audience_sync.calls import mappings
 from audience_sync.errors import ConfigError, MissingVariable
 from audience_sync.settings import addresses
@@ -227,7 +227,7 @@ def _definition(
     if found.source is not None and found.source not in sources:
         place.fail(f"source: there is no such [sources.NAME]{nearest(found.source, sources)}")
     try:
-        key = keys.from_name(name) if found.key is None else keys.check(found.key)
+        key = key_from_name(name) if found.key is None else check_key(found.key)
     except ConfigError as error:
         place.fail(str(error))
     if key in _USERPILOT_OWN[kind]:
@@ -256,7 +256,7 @@ def _definition(
 def _schedule(place: Place, name: str, text: str, timezone: str) -> schedule.Schedule | None:
     """None where the text is empty: never by itself."""
     try:
-        return schedule.parse(text, timezone) if text.strip() else None
+        return schedule.parse_schedule(text, timezone) if text.strip() else None
     except ConfigError as error:
         place.fail(f"{name}: {error}")
 

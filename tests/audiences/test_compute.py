@@ -126,7 +126,7 @@ def test_a_column_that_cannot_hold_ids_is_refused(world, computed):
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_the_authorizer_refuses_what_is_more_than_reading(world, computed, monkeypatch):
-    monkeypatch.setattr(compute.definition_sql, "check", lambda *_: [])  # as if it had not seen it
+    monkeypatch.setattr(compute.statement, "check", lambda *_: [])  # as if it had not seen it
     for sql in ("SELECT load_extension('x') AS user_id", "ATTACH 'other.db' AS other", "DELETE FROM people"):
         with pytest.raises(DefinitionError, match="may only read, and this one does more"):
             computed(world.audience(sql))
@@ -187,7 +187,7 @@ def test_a_source_that_takes_too_long_is_stopped(world, computed, shop):
 
 
 def test_a_source_is_only_read(world, computed, shop, monkeypatch):
-    monkeypatch.setattr(compute.definition_sql, "check", lambda *_: [])
+    monkeypatch.setattr(compute.statement, "check", lambda *_: [])
     sql = "DELETE FROM orders RETURNING user_id"
     if shop.dialect.name == "postgresql":
         with shop.begin() as connection:
@@ -227,14 +227,14 @@ def test_a_source_that_is_down_fails_its_runs_and_no_others(world, address):
 def test_a_source_that_dies_while_it_is_read_is_said_so(world, computed, postgres, monkeypatch):
     monkeypatch.setattr(compute, "FETCH_ROWS", 10)
     source = source_engine("shop", postgres.url(postgres.create()))
-    taken = compute.source_values.rows
+    taken = compute.values.canonical_rows
 
     def kill(*arguments):
         name = source.url.database
         postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
         return taken(*arguments)
 
-    monkeypatch.setattr(compute.source_values, "rows", kill)
+    monkeypatch.setattr(compute.values, "canonical_rows", kill)
     sql = "SELECT i AS user_id FROM generate_series(1, 100000) i"
     with pytest.raises(SourceError, match="vips: the source shop cannot be read"):
         computed(world.audience(sql, source="shop"), source)

@@ -367,7 +367,7 @@ def test_a_baseline_after_a_canary_is_still_first(world):
     world.people("ann")
     world.sync(world.audience(), users=("ann",))
     with engines.read(world.engine) as connection:
-        found = records.baseline(connection, "vips")
+        found = records.load_baseline(connection, "vips")
     assert (found.run_id, found.member_count, found.is_first) == (1, 1, True)
 
 

@@ -31,7 +31,7 @@ def walk(plan, after):
 def following(text, zone, after, count):
     return [
         f"{slot:%Y-%m-%d %H:%M}"
-        for slot in itertools.islice(walk(schedule.parse(text, zone), at(after)), count)
+        for slot in itertools.islice(walk(schedule.parse_schedule(text, zone), at(after)), count)
     ]
 
 
@@ -142,7 +142,7 @@ def test_a_schedule_comes_when_crontab_says(text, slots):
 )
 def test_what_crontab_does_not_know_is_refused_with_a_remedy(text, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
-        schedule.parse(text, "UTC")
+        schedule.parse_schedule(text, "UTC")
     assert re.fullmatch(r"[a-z].*: write .*[^.]|.*: a (step|range) .*[^.]", str(refused.value))
 
 
@@ -161,7 +161,7 @@ def test_what_crontab_does_not_know_is_refused_with_a_remedy(text, message):
 @pytest.mark.parametrize("text", ["0 6 * * *", "every 30 minutes"])
 def test_an_unknown_time_zone_is_refused_with_the_nearest(text, zone, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        schedule.parse(text, zone)
+        schedule.parse_schedule(text, zone)
 
 
 def test_a_leap_day_on_a_sunday_is_found_across_a_century_without_one():
@@ -198,7 +198,7 @@ def test_a_local_time_comes_once_whatever_the_clock_does(text, zone, after, slot
 
 
 def test_in_the_hour_that_comes_again_the_latest_slot_is_behind():
-    plan = schedule.parse("0,30 2 * * *", "Europe/Berlin")
+    plan = schedule.parse_schedule("0,30 2 * * *", "Europe/Berlin")
     again = at("2026-10-25 01:10")  # 02:10, the second time
     assert plan.latest(at("2026-10-24 12:00"), again) == at("2026-10-25 00:30")
     assert plan.latest(at("2026-10-25 00:30"), again) is None
@@ -206,21 +206,21 @@ def test_in_the_hour_that_comes_again_the_latest_slot_is_behind():
 
 
 def test_a_midnight_that_is_past_although_the_clock_shows_the_day_before_is_due():
-    plan = schedule.parse("@daily", "America/St_Johns")  # 7 November 2010, 00:01: back to 23:01
+    plan = schedule.parse_schedule("@daily", "America/St_Johns")  # 7 November 2010, 00:01: back to 23:01
     assert plan.latest(at("2010-11-06 12:00"), at("2010-11-07 02:45")) == at("2010-11-07 02:30")
     assert plan.next(at("2010-11-07 02:45")) == at("2010-11-08 03:30")
 
 
 def test_a_slot_is_due_at_its_moment_and_not_after_itself():
     for text in ("0 6 * * *", "every 6 hours"):
-        plan = schedule.parse(text, "UTC")
+        plan = schedule.parse_schedule(text, "UTC")
         assert plan.latest(at("2026-01-01 05:59"), at("2026-01-01 06:00")) == at("2026-01-01 06:00")
         assert plan.latest(at("2026-01-01 06:00"), at("2026-01-01 11:59")) is None
         assert plan.latest(at("2000-01-01 06:00"), at("2026-01-01 06:00:00.000001")) == at("2026-01-01 06:00")
 
 
 def test_local_mean_time_with_its_seconds_is_no_trouble():
-    plan = schedule.parse(
+    plan = schedule.parse_schedule(
         "0 12 * * *", "Africa/Monrovia"
     )  # until 1972 it was 44 minutes and 30 seconds behind
     assert plan.next(at("1970-06-01")) == at("1970-06-01 12:44:30")
@@ -261,7 +261,7 @@ def test_in_every_zone_of_the_world_each_day_of_ten_years_has_its_slot(text, min
         for first, last, offset in spans(name):  # in each, the clock reaches all that it shows before the end
             while local and local[0] - offset < last:
                 due.add(max(first, local.popleft() - offset))
-        slots = walk(schedule.parse(text, name), start - MINUTE)
+        slots = walk(schedule.parse_schedule(text, name), start - MINUTE)
         walked = itertools.takewhile(lambda slot: slot < end, slots)
         assert list(walked) == sorted(slot for slot in due if start <= slot < end), name
 
@@ -321,7 +321,7 @@ def test_slots_come_when_the_clock_on_the_wall_first_reaches_them(
         on_day = (by_date or by_weekday) if either else (by_date and by_weekday)
         return on_day and local.month in month[1] and local.hour in hour[1] and local.minute in minute[1]
 
-    plan = schedule.parse(f"{minute[0]} {hour[0]} {day[0]} {month[0]} {weekday[0]}", name)
+    plan = schedule.parse_schedule(f"{minute[0]} {hour[0]} {day[0]} {month[0]} {weekday[0]}", name)
     after = data.draw(moments(name))
     until = after + data.draw(st.integers(1, 3 * 1440)) * MINUTE
     due = due_by_the_clock(zoneinfo.ZoneInfo(name), is_slot, after, until)
@@ -334,7 +334,7 @@ def test_slots_come_when_the_clock_on_the_wall_first_reaches_them(
 )
 def test_spans_are_counted_from_1970(unit, count, moment):
     assume(2 < moment.year < 9998)
-    plan, span = schedule.parse(f"every {count} {unit}", "UTC"), timedelta(**{unit: count})
+    plan, span = schedule.parse_schedule(f"every {count} {unit}", "UTC"), timedelta(**{unit: count})
     slot = plan.next(moment)
     assert (slot - at("1970-01-01")) % span == timedelta()
     assert slot - span <= moment < slot
@@ -348,7 +348,7 @@ def test_spans_are_counted_from_1970(unit, count, moment):
 )
 def test_a_text_is_a_schedule_that_comes_or_a_configuration_error(text):
     try:
-        plan = schedule.parse(text, "Europe/Berlin")
+        plan = schedule.parse_schedule(text, "Europe/Berlin")
     except ConfigError:
         return
     assert plan.next(at("2026-01-01")) > at("2026-01-01")
@@ -358,6 +358,6 @@ def test_a_text_is_a_schedule_that_comes_or_a_configuration_error(text):
 @given(st.text())
 def test_a_text_is_a_time_zone_or_a_configuration_error(zone):
     try:
-        schedule.parse("@daily", zone)
+        schedule.parse_schedule("@daily", zone)
     except ConfigError:
         assert zone not in ZONES

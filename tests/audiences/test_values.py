@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audience_sync.app import source_engine
-from audience_sync.audiences import compute, snapshot, source_values
-from audience_sync.audiences import values as forms
+from audience_sync.audiences import compute, snapshot, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines, migrate
 
@@ -265,7 +264,7 @@ def test_text_that_is_not_unicode_is_set_aside(databases):
     ],
 )
 def test_a_value_has_one_written_form(raw, text):
-    assert source_values.value(raw) == text
+    assert values.canonical_value(raw) == text
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,7 @@ def test_a_value_has_one_written_form(raw, text):
     ],
 )
 def test_why_a_text_cannot_be_an_id(raw, reason):
-    assert forms.invalid_reason(raw) == reason
+    assert values.invalid_reason(raw) == reason
 
 
 def test_numbers_are_judged_as_sqlite_itself_does_not(databases):
@@ -303,7 +302,7 @@ def test_the_rules_hold_for_what_other_drivers_give():
         (float("nan"), "f"),
         (b"g", "g"),
     ]
-    assert source_values.rows(batch, [0], counts) == [("1",), (str(2**70),), ("1",), ("1.5",)]
+    assert values.canonical_rows(batch, [0], counts) == [("1",), (str(2**70),), ("1",), ("1.5",)]
     assert counts == {"binary": 2, "null": 1}
 
 
