@@ -18,7 +18,7 @@ test: $(VENV)/installed
 
 test-httpx2: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check httpx2
-	TEST_IN_PLACE_OF_HTTPX=httpx2 $(BIN)/pytest --numprocesses 3 --dist worksteal tests/userpilot tests/delivery
+	TEST_IN_PLACE_OF_HTTPX=httpx2 $(BIN)/pytest --numprocesses 3 --dist worksteal tests/userpilot tests/queue
 
 # Half an hour or so; some of it needs Linux, root or strace, and says so where they are missing.
 soak: $(VENV)/installed

@@ -22,7 +22,8 @@ from audience_sync.userpilot.answers import Answer, Outcome
 SCHEMA = "audience_sync"
 
 if in_place_of_httpx := os.environ.get("TEST_IN_PLACE_OF_HTTPX"):  # a library of the same API
-    assert "httpx" not in sys.modules
+    assert not {"httpx", "httpcore"} & set(sys.modules)
+    sys.modules["httpcore"] = importlib.import_module(in_place_of_httpx.replace("httpx", "httpcore"))
     sys.modules["httpx"] = importlib.import_module(in_place_of_httpx)
 
 os.environ.pop(

@@ -1,79 +1,118 @@
-"""Deadlines for whole requests: an HTTP library's timeouts are for each read, and an answer that drips would
-never end. The socket is learned from the library's trace events and shut down from another thread.
+"""The transport of the HTTP client: one deadline for a whole request, and no connection to a private network.
+
+An HTTP library's timeouts apply to each read and write, so an answer sent a byte at a time would never end.
+Here every connect, TLS handshake, read and write gets the time that is left of its request's deadline. httpcore
+hands a request's timeouts to the connection's stream as they are, so the request's Exchange travels in their place.
 """
 
-import contextlib
 import ipaddress
-import math
+import select
 import socket
-import threading
+import ssl
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import httpcore
+import httpx
 
-class Wire:
-    """The connection of one request at a time, which another thread can cut.
+KEEPALIVE_SECONDS = 5.0  # of an idle connection; a gateway may drop an older one without a word
 
-    What is cut is a duplicate of the socket's descriptor: shutting down an SSLSocket from another thread
-    would turn it into a plain one under its user, and the original may be closed, its number given anew.
-    `only_public`: a name that leads to an address of some private network is not spoken to.
+
+class Exchange:
+    """A request and its answer, which must be complete `seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.sent = False  # whether any of the request may have left
+        self._ends_at = time.monotonic() + seconds
+        self._has_looked = False
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._ends_at
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the deadline; TimeoutError if it has passed."""
+        seconds = self._ends_at - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+    def seconds_to_read(self) -> float:
+        """Return the seconds left, and once 0 after the deadline: an answer may have arrived during a long write."""
+        if self.is_over and not self._has_looked:
+            self._has_looked = True
+            return 0.0
+        return self.seconds_left()
+
+
+class Transport(httpx.BaseTransport):
+    """A pool of connections, as many as there are requests at a time, for requests with the extension `exchange`.
+
+    `connect_seconds` bounds the attempt at each address of a host, and the TLS handshake. `only_public` refuses
+    addresses of private networks. Raises OSError, ValueError (a host that IDNA cannot write) and
+    httpcore.ProtocolError.
     """
 
-    def __init__(self, *, only_public: bool = False) -> None:
-        self._only_public = only_public
-        self.sent = False  # whether any of the request may have left
-        self.cut = False
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._twin: socket.socket | None = None
+    def __init__(self, ssl_context: ssl.SSLContext, *, connect_seconds: float, only_public: bool) -> None:
+        network = _Network(connect_seconds, only_public=only_public)
+        self._pool = httpcore.ConnectionPool(
+            ssl_context, max_connections=None, keepalive_expiry=KEEPALIVE_SECONDS, network_backend=network
+        )
 
-    def begin(self) -> None:
-        self.sent = self.cut = False
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        match event:
-            case "connection.connect_tcp.complete":
-                connected = info["return_value"].get_extra_info("socket")
-                if self._only_public:
-                    _check_is_public(connected)
-                self._adopt(connected)
-            case "connection.start_tls.complete":
-                self._socket = info["return_value"].get_extra_info("socket")
-            case "http11.send_request_headers.started" if not self.cut:
-                self.sent = True
-
-    def _adopt(self, connected: socket.socket) -> None:
-        with self._lock:
-            self._drop_twin()
-            self._socket = connected
-            self._twin = connected.dup()
-            if self.cut:
-                self._shut_down()
-
-    def cut_off(self) -> None:
-        with self._lock:
-            self.cut = True
-            self._shut_down()
-
-    def end(self) -> None:
-        """Let go of the connection if the library closed it; TLS takes the first socket's descriptor away."""
-        with self._lock:
-            if self._socket is not None and self._socket.fileno() == -1:
-                self._drop_twin()
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        exchange = request.extensions["exchange"]
+        response = self._pool.handle_request(
+            httpcore.Request(
+                request.method,
+                httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+                headers=request.headers.raw,
+                content=request.stream,
+                extensions={"timeout": {"connect": exchange, "read": exchange, "write": exchange}},
+            )
+        )
+        body = _Body(response.stream)
+        return httpx.Response(response.status, headers=response.headers, stream=body)
 
     def close(self) -> None:
-        with self._lock:
-            self._drop_twin()
+        self._pool.close()
 
-    def _shut_down(self) -> None:
-        if self._twin is not None:
-            with contextlib.suppress(OSError):  # the other side was faster
-                self._twin.shutdown(socket.SHUT_RDWR)
 
-    def _drop_twin(self) -> None:
-        if self._twin is not None:
-            self._twin.close()
-        self._twin = self._socket = None
+class _Body(httpx.SyncByteStream):
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._stream
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Network(httpcore.NetworkBackend):
+    def __init__(self, connect_seconds: float, *, only_public: bool) -> None:
+        self._connect_seconds = connect_seconds
+        self._only_public = only_public
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: Any = None,
+        local_address: str | None = None,  # noqa: ARG002
+        socket_options: Iterable[Any] | None = None,  # noqa: ARG002
+    ) -> httpcore.NetworkStream:
+        seconds = min(self._connect_seconds, timeout.seconds_left())
+        connected = socket.create_connection((host, port), seconds)
+        try:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._only_public:
+                _check_is_public(connected)
+        except OSError:
+            connected.close()
+            raise
+        return _Stream(connected, self._connect_seconds)
 
 
 def _check_is_public(connected: socket.socket) -> None:
@@ -81,54 +120,54 @@ def _check_is_public(connected: socket.socket) -> None:
     if isinstance(address, ipaddress.IPv6Address):
         address = address.ipv4_mapped or address
     if not address.is_global:
-        connected.close()
-        raise OSError(f"its name leads to {address}, an address of a private network")
+        raise OSError(f"the host resolves to {address}, an address of a private network")
 
 
-class Watchdog:
-    """One thread that cuts off the requests whose deadline has passed."""
+class _Stream(httpcore.NetworkStream):
+    """A connection; each `timeout` is an Exchange."""
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._deadlines: dict[Wire, float] = {}
-        self._thread: threading.Thread | None = None
-        self._wakes_at = math.inf
-        self._stopped = False
+    def __init__(self, connected: socket.socket, connect_seconds: float) -> None:
+        self._socket = connected
+        self._connect_seconds = connect_seconds
 
-    def arm(self, wire: Wire, deadline: float) -> None:
-        """Wakes the thread only for a deadline before its next look, which most requests never have."""
-        wire.begin()
-        with self._changed:
-            self._deadlines[wire] = deadline
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="userpilot-deadlines", daemon=True)
-                self._thread.start()
-            elif deadline < self._wakes_at:
-                self._changed.notify()
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: Any = None
+    ) -> httpcore.NetworkStream:
+        try:
+            self._socket.settimeout(min(self._connect_seconds, timeout.seconds_left()))
+            encrypted = ssl_context.wrap_socket(self._socket, server_hostname=server_hostname)
+        except BaseException:
+            self._socket.close()
+            raise
+        return _Stream(encrypted, self._connect_seconds)
 
-    def disarm(self, wire: Wire) -> None:
-        """After this, the wire is not cut any more."""
-        with self._changed:
-            self._deadlines.pop(wire, None)
-            if self._stopped:
-                self._changed.notify()
-        wire.end()
+    def write(self, buffer: bytes, timeout: Any = None) -> None:
+        rest = memoryview(buffer)
+        try:
+            while rest:
+                self._socket.settimeout(timeout.seconds_left())
+                timeout.sent = True
+                rest = rest[self._socket.send(rest) :]
+        except OSError as error:
+            if not timeout.sent:
+                raise
+            # After this error httpcore reads on: a server may refuse an upload before it has read all of it.
+            raise httpcore.WriteError(error) from error
 
-    def stop(self) -> None:
-        """End the thread, once no request is under way."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
+    def read(self, max_bytes: int, timeout: Any = None) -> bytes:
+        self._socket.settimeout(timeout.seconds_to_read())
+        return self._socket.recv(max_bytes)
 
-    def _watch(self) -> None:
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                for wire in [wire for wire, deadline in self._deadlines.items() if deadline <= now]:
-                    del self._deadlines[wire]
-                    wire.cut_off()
-                if self._stopped and not self._deadlines:
-                    self._thread = None
-                    return
-                self._wakes_at = min(self._deadlines.values(), default=math.inf)
-                self._changed.wait(self._wakes_at - now if self._deadlines else None)
+    def close(self) -> None:
+        self._socket.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return whether an idle connection is readable: closed by the server, or sent what nobody asked for."""
+        if info != "is_readable":
+            return None
+        descriptor = self._socket.fileno()
+        if descriptor < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))

@@ -188,18 +188,24 @@ def test_a_closed_client_says_so(serve):
         client.validate()
 
 
-def test_closing_during_a_request_lets_it_end_at_its_deadline(serve):
-    arrived = threading.Event()
+def test_closing_during_a_request_lets_it_end_at_its_deadline_and_ends_all_connections(serve):
+    arrived, gone = threading.Event(), threading.Semaphore(0)
 
     def script(server, peer):
-        server.read_request(peer)
-        arrived.set()
-        server.stopped.wait(5)
+        while request := server.read_request(peer):
+            if b"/validate " in request:
+                arrived.set()
+            else:
+                peer.sendall(ACCEPTED)
+        gone.release()
 
-    client = Client(serve(script).url, KEY, deadline_seconds=0.4)
+    server = serve(script)
+    client = Client(server.url, KEY, deadline_seconds=0.4)
     with ThreadPoolExecutor(1) as threads:
         pending = threads.submit(client.validate)
         assert arrived.wait(2)
+        assert client.send("v1/track", {}).outcome is Outcome.ACCEPTED
         client.close()
         assert pending.result(2).outcome is Outcome.UNKNOWN
-    assert not [thread for thread in threading.enumerate() if thread.name == "userpilot-deadlines"]
+    assert all(gone.acquire(timeout=2) for _ in range(server.connection_count))
+    assert server.connection_count == 2

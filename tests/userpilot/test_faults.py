@@ -184,6 +184,17 @@ def test_an_upload_that_nobody_reads_is_unknown_at_the_deadline(serve):
     assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.3 s")
 
 
+def test_an_upload_that_is_read_slowly_is_unknown_at_the_deadline(serve):
+    def script(server, peer):
+        while not server.stopped.wait(0.02):
+            peer.recv(30_000)
+
+    server = serve(script)
+    with client_of(server, 0.4) as client, taking(0.3, 3):
+        answer = client.upload("v1/users/bulk_identify", "users.ndjson", b"x" * 20 * MB)
+    assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.4 s")
+
+
 @pytest.mark.parametrize("stays", [True, False], ids=["stays", "leaves"])
 def test_an_upload_that_is_refused_before_it_was_read_is_refused(serve, stays):
     def script(server, peer):
@@ -490,5 +501,5 @@ def test_a_name_that_leads_to_a_private_network_is_not_spoken_to(address, serve,
     with Client("http://analytex.userpilot.io/", KEY, only_public=True) as client, taking(0, 3):
         answer = ask(client)
     assert (answer.outcome, answer.status_code) == (Outcome.FAILED, None)
-    assert answer.error == "cannot connect: its name leads to 127.0.0.1, an address of a private network"
+    assert answer.error == "cannot connect: the host resolves to 127.0.0.1, an address of a private network"
     assert server.requests == []
