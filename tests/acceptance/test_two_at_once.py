@@ -1,15 +1,19 @@
 """Two commands at the same time, on both databases: one run a definition, one pace, no change lost or sent twice."""
 
+import datetime as dt
 import itertools
 import random
 import signal
 import time
 
 import pytest
+import sqlalchemy as sa
 
+from audience_sync.db import engines
+from audience_sync.db.tables import requests
 from audience_sync.sandbox import Limits
 
-# Always true, after some tenths of a second: two processes that start together meet here.
+# Always true, after some tenths of a second: two processes that start together usually meet here.
 SLOWLY = "(SELECT count(*) FROM seats a, seats b, seats c WHERE a.number < 100 AND a.number + b.number + c.number = 1) = 3"
 TAKEN = "SELECT user_id FROM seats WHERE taken = 1"
 AUDIENCES = {
@@ -80,7 +84,9 @@ def test_two_syncs_share_the_work(start, company, seats, sandbox):
     command = start(AUDIENCES)
     chance, codes, moved = random.Random(7), [], 0
     assert command("sync")[0] == 0
-    for _ in range(6):
+    rounds = 0
+    while rounds < 6 or (75 not in codes and rounds < 40):  # until one met the other
+        rounds += 1
         chosen = chance.sample(range(SEATS), 60)
         moved += len(chosen)
         move(company, seats, chosen)
@@ -137,18 +143,23 @@ def test_two_keep_to_one_limit(start, company, seats, sandbox):
     later = command.popen("deliver")  # in the same minute
     wait_until(lambda: command.document("status")["deliverer"])
     stop(command, later)
-    assert [entry.status for entry in sandbox.state.requests] == [202] * limit
+    times = [entry.monotonic for entry in sandbox.state.requests]
+    assert {entry.status for entry in sandbox.state.requests} == {202}
+    for first in times:  # on a slow machine more than a minute may have passed
+        assert sum(first <= each < first + 60 for each in times) <= limit, times
 
 
-def test_two_spread_one_push(start, company, seats, sandbox):
+def test_two_spread_one_push(start, company, seats, sandbox, engine):
     move(company, seats, range(24))
     command = start({"Taken": TAKEN}, identify_per_minute=120)
     together(command, "sync", "sync", "deliver")
     assert command("deliver")[0] == 0
-    times = [entry.monotonic for entry in sandbox.state.requests]
+    assert len(sandbox.state.requests) == 24
+    with engines.read(engine) as connection:
+        times = list(connection.execute(sa.select(requests.c.started_at)).scalars())
     assert len(times) == 24
-    for first in times:  # two a second; three more for a slow machine
-        assert sum(first <= each < first + 5 for each in times) <= 13, times
+    for first in times:  # two a second; two to catch up, and one with which a process begins
+        assert sum(first <= each < first + dt.timedelta(seconds=5) for each in times) <= 13, times
 
 
 def wait_until(condition):
