@@ -23,7 +23,7 @@ from audience_sync.queue import bulk, deliveries, destination, split, worker
 from audience_sync.queue.pace import WINDOW_SECONDS
 from audience_sync.retention import erasure, pruning
 from audience_sync.settings import Settings
-from audience_sync.settings.schema import seconds as span_seconds
+from audience_sync.settings.schema import span_seconds
 from audience_sync.stopping import Stop
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
@@ -332,7 +332,7 @@ def source_engine(name: str, url: str) -> sa.Engine:
 
     """
     try:
-        parsed = sa.make_url(url)
+        parsed = engines.parse_url(url)
         if parsed.get_backend_name() == "sqlite":
             return engines.open_sqlite_source(parsed)
         if parsed.get_backend_name() == "postgresql":

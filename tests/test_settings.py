@@ -9,13 +9,16 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from audience_sync import settings
+from audience_sync.app import source_engine
 from audience_sync.audiences import schedule
 from audience_sync.audiences.definition import Guard
+from audience_sync.db import engines
 from audience_sync.errors import ConfigError, MissingVariable
 
 STARTER = Path(__file__).parent.parent / "config" / "audience_sync.toml"
@@ -56,7 +59,7 @@ ACCEPTED = [  # every name of the contract that works: its place, its default, a
     ("database.keep_deliveries", "400 days", "'1 day'", "1 day"),
     ("database.keep_requests", "90 days", "'forever'", "forever"),
     ("database.keep_past_members", "forever", "'800 days'", "800 days"),
-    ("destination.api_key", None, "'k'", "k"),
+    ("destination.api_key.value", None, "'k'", "k"),
     ("destination.endpoint", "https://analytex.userpilot.io/",
      "'https://analytex-eu.userpilot.io'", "https://analytex-eu.userpilot.io/"),
     ("destination.allow_custom_endpoint", False, "true", True),
@@ -84,7 +87,8 @@ DEFINITION = [
 @pytest.mark.parametrize(("name", "default", "value", "found"), ACCEPTED, ids=[each[0] for each in ACCEPTED])
 def test_every_name_has_its_default_and_is_read(load, tmp_path, name, default, value, found):
     expected = [each.format(tmp_path) if isinstance(each, str) else each for each in (default, found)]
-    assert [attrgetter(name)(load(text)) for text in ("", f"{name} = {value}")] == expected
+    written = f"{name.removesuffix('.value')} = {value}"
+    assert [attrgetter(name)(load(text)) for text in ("", written)] == expected
 
 
 @pytest.mark.parametrize(("name", "default", "value", "found"), DEFINITION)
@@ -150,7 +154,7 @@ def test_a_name_of_a_later_release_says_so(refused, text, name):
 TABLE = "expected a table of names and values"
 RATE = "[destination]: track_per_minute: expected a whole number from 1 to 1000000"
 SCHEMA = "[database]: schema: expected lower-case letters, digits and underscores, no digit first, at most 63"
-KEY = "[destination]: api_key: expected printable ASCII without spaces or line ends, and not nothing"
+KEY = "[destination]: api_key: expected printable ASCII without spaces or line ends, and not empty"
 SPAN = '[defaults]: timeout: expected a span, such as "30 seconds", "10 minutes" or "2 hours"'
 WRITE_KEYS = (
     "[tracking]: write_keys: expected a list of keys in printable ASCII without spaces and colons, such as "
@@ -247,12 +251,10 @@ REFUSED = [
     ('[database]\nurl = "a\\u0000s3cret"', "[database]: url: holds a NUL character"),
     *((f"[database]\nurl = '{each}'", "[database]: url: expected a database URL")
       for each in ("s3cret", "", "a\\u0000s3cret")),
-    ("[database]\nurl = 'mysql://u:s3cret@h/d'", "[database]: url: expected sqlite:///FILE or postgresql+psycopg://"),
+    ("[database]\nurl = 'mysql://u:s3cret@h/d'", "[database]: url: expected sqlite:///FILE or postgresql://"),
     ("[database]\nurl = 'sqlite://s3cret.db'", "[database]: url: an SQLite file takes three slashes"),
     *((f"[database]\nurl = 'sqlite:{each}'", "[database]: url: a database in memory forgets what was sent")
       for each in ("//", "///", "///:memory:", "///file:x?mode=memory&uri=true")),
-    *((f"[{place}]\nurl = '{scheme}://u:s3cret@h/d'", f"[{place}]: url: write postgresql+psycopg://")
-      for place in ("database", "sources.shop") for scheme in ("postgresql", "postgres")),
     # keys that collide, are empty, malformed, or Userpilot's own
     *((AUDIENCE + f"[[{kind}]]\nname = 'vips!'\nsql = 'SELECT 1'",
        "the file: VIPs and vips! have one key, vips: give one of them another with `key = `")
@@ -384,6 +386,99 @@ def test_included_files_follow_the_main_one_in_order(load, tmp_path):
     assert [each.name for each in found.definitions] == ["A1", "A2", "A3", "T1", "T2"]
 
 
+SPECIAL = "p@ss:w/or?d#1%41[2]&=+ ü'\"s3cret"
+PARTS = "url = '{}://${{USER}}:${{PASSWORD}}@${{HOST}}:5432/${{NAME}}?application_name=${{OPTION}}'"
+
+
+@pytest.mark.parametrize("place", ["database", "sources.shop"])
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_a_url_of_postgresql_takes_variables_as_they_are(load, place, scheme):
+    environ = dict.fromkeys(("USER", "PASSWORD", "HOST", "NAME", "OPTION"), SPECIAL) | {
+        "HOST": "db.example.com"
+    }
+    found = load(f"[{place}]\n{PARTS.format(scheme)}", environ)
+    url = engines.parse_url((found.sources["shop"] if "shop" in place else found.database).url)
+    assert (url.drivername, url.host, url.port) == ("postgresql+psycopg", "db.example.com", 5432)
+    assert (url.username, url.password, url.database) == (SPECIAL, SPECIAL, SPECIAL)
+    assert url.query == {"application_name": SPECIAL}
+
+
+@pytest.mark.parametrize(("written", "host", "port"), [
+    ("postgres://u@[${HOST}]:5433/d", "::1", 5433), ("postgres://u@${HOST}/d", "/run/postgresql", None),
+])  # fmt: skip
+def test_a_host_from_a_variable_may_be_an_address_or_a_socket(load, written, host, port):
+    url = engines.parse_url(load(f"database.url = '{written}'", {"HOST": host}).database.url)
+    assert (url.host, url.port, url.database) == (host, port, "d")
+
+
+@pytest.mark.parametrize("place", ["database", "sources.shop"])
+@pytest.mark.parametrize(
+    ("written", "extra"), [("${URL}", ""), ("${URL}&connect_timeout=${SECONDS}", "&connect_timeout=5")]
+)
+def test_a_variable_at_the_beginning_of_a_url_is_a_url(load, place, written, extra):
+    environ = {"URL": "postgres://us%40er:pass%3Aword@h:1/d%20b?application_name=a%26b", "SECONDS": "5"}
+    found = load(f"[{place}]\nurl = '{written}'", environ)
+    url = (found.sources["shop"] if "shop" in place else found.database).url
+    assert url == "postgresql+psycopg://us%40er:pass%3Aword@h:1/d%20b?application_name=a%26b" + extra
+    parsed = engines.parse_url(url)
+    assert (parsed.username, parsed.password, parsed.database) == ("us@er", "pass:word", "d b")
+    assert parsed.query["application_name"] == "a&b"
+
+
+def test_the_path_of_an_sqlite_file_takes_variables_as_they_are(load, tmp_path):
+    folder = tmp_path / "50%41 #[ü]&=+:@'?"
+    folder.mkdir()
+    text = "database.url = 'sqlite:///${FOLDER}/own.db?timeout=${TIMEOUT}'"
+    found = load(text, {"FOLDER": str(folder), "TIMEOUT": "7"})
+    engine = engines.open_own(found.database.url, "x")
+    with engine.connect():
+        assert (folder / "own.db").is_file()
+    engine.dispose()
+    assert engine.url.query == {"timeout": "7"}
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_postgresql_is_reached_under_special_names(load, postgres, scheme):
+    name = f"{scheme} {SPECIAL}"[:63]
+    quoted = postgres_identifier(name)
+    postgres.run(f"CREATE ROLE {quoted} LOGIN SUPERUSER")
+    postgres.run(f"CREATE DATABASE {quoted}")
+    socket = sa.make_url(postgres.base).query["host"]
+    text = f"url = '{scheme}://${{NAME}}:${{NAME}}@/${{NAME}}?host=${{SOCKET}}&application_name=${{NAME}}'"
+    found = load(f"[database]\n{text}\n[sources.shop]\n{text}", {"NAME": name, "SOCKET": socket})
+    source = source_engine("shop", found.sources["shop"].url)
+    for engine in (engines.open_own(found.database.url, "x"), source):
+        with engine.connect() as connection:
+            query = "SELECT current_user, current_database(), current_setting('application_name')"
+            user, database, application = connection.exec_driver_sql(query).one()
+        engine.dispose()
+        assert (user, database) == (name, name)
+        assert application.startswith(f"{scheme} p@ss:w/or?d#1%41[2]&=+ ")
+
+
+def postgres_identifier(name):
+    return '"' + name.replace('"', '""').replace("%", "%%") + '"'
+
+
+def test_a_file_beside_the_configuration_is_opened_whatever_the_folder_is_called(load, tmp_path):
+    name = "50%41 #?"
+    engine = engines.open_own(load("", name=f"{name}/audience_sync.toml").database.url, "x")
+    with engine.connect():
+        assert (tmp_path / name / "audience_sync.db").is_file()
+    engine.dispose()
+
+
+def test_the_parts_of_a_url_are_never_shown(refused):
+    for url in ("postgres://${USER}:${PASSWORD}@${HOST}/d", "postgres://u:s3cret@s3cret@h/d", "${PASSWORD}"):
+        message = refused(
+            f"database.url = '{url}'", {"USER": "s3cret", "PASSWORD": "s3cret@", "HOST": "s3cret:1"}
+        )
+        assert message.startswith("[database]: url: ")
+    assert refused("database.url = 'postgres://u@${HOST}/d'", {"HOST": "s3cret:1"}) == (
+        "[database]: url: a variable holds both host and port: use two, ${HOST}:${PORT}"
+    )
+
+
 @pytest.mark.parametrize(("text", "message"), [
     (AUDIENCE + "sqll = 's'", "[[audiences]] VIPs: unknown name sqll: did you mean sql?"),
     *((f"{name} = {{}}", f"an included file: unknown name {name}")
@@ -410,16 +505,16 @@ def test_variables_are_taken_in_every_string_once(load, tmp_path):
 ])  # fmt: skip
 def test_a_missing_api_key_is_an_error_only_for_what_sends(load, tmp_path, text, environ, why):
     destination = load(text, environ).destination
-    assert (destination.api_key, destination.fingerprint) == (None, "")
+    assert (destination.api_key.value, destination.fingerprint) == (None, "")
     with pytest.raises(MissingVariable) as error:
         destination.require_api_key()
     assert str(error.value) == f"{tmp_path}/audience_sync.toml: [destination]: api_key: {why}"
 
 
-def test_a_missing_write_key_is_an_error_only_for_the_door(load, tmp_path):
+def test_a_missing_write_key_is_an_error_only_for_what_serves(load, tmp_path):
     text = '[tracking]\nwrite_keys = ["known", "${WRITE_KEY}"]\ncalls_per_second = 7\n'
     tracking = load(text, {}).tracking
-    assert (tracking.write_keys, tracking.calls_per_second) == ((), 7)
+    assert ([key.value for key in tracking.write_keys], tracking.calls_per_second) == (["known", None], 7)
     why = "[tracking]: write_keys: set the environment variable WRITE_KEY, which is missing"
     with pytest.raises(MissingVariable) as error:
         tracking.require_write_keys()

@@ -15,6 +15,7 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import sqlalchemy as sa
@@ -68,6 +69,14 @@ def wal_is_safe(version: tuple[int, int, int]) -> bool:
     return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
 
 
+def parse_url(text: str) -> sa.URL:
+    """The URL with every part percent-decoded; SQLAlchemy 2.0 leaves host and database encoded, 2.1 the host."""
+    url = sa.make_url(text)
+    if url.database and sa.make_url("x:///%41").database != "A":
+        url = url.set(database=unquote(url.database))
+    return url.set(host=unquote(url.host)) if url.host else url
+
+
 def open_own(url: str, schema: str) -> sa.Engine:
     """Open our own database.
 
@@ -75,7 +84,7 @@ def open_own(url: str, schema: str) -> sa.Engine:
         DatabaseError: the driver is missing, or the folder of an SQLite file.
 
     """
-    parsed = sa.make_url(url)
+    parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed, **_JSON).execution_options(our="")
     engine = open_postgresql(parsed, **_JSON)

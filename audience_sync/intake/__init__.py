@@ -104,7 +104,7 @@ def saving(
     `user_by_user`: of different users, those that are kept together are delivered in any order.
     """
     destination = app.settings.destination
-    fingerprint = destination.fingerprint if destination.api_key else None
+    fingerprint = destination.fingerprint or None
     with engines.write(app.engine) as connection:
         yield lambda prepared: records.add(
             connection,

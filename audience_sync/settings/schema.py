@@ -1,21 +1,17 @@
-"""The tables of the configuration file: their names, types and defaults, and how each is described when it is wrong."""
+"""The tables of the configuration file: their names, types and defaults, and what messages say is expected."""
 
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
 from audience_sync.errors import MissingVariable
 
-# Names of the contract that a later release brings; that release deletes them here.
-LATER: dict[str, tuple[str, ...]] = {
-    "definition": ("query",),
-}
-
-# A description is what a message says was expected.
+# Messages say "expected" and then the description.
 Span = Annotated[
     str,
     msgspec.Meta(
@@ -23,7 +19,7 @@ Span = Annotated[
         description='a span, such as "30 seconds", "10 minutes" or "2 hours"',
     ),
 ]
-Keep = Annotated[
+KeepSpan = Annotated[
     str,
     msgspec.Meta(
         pattern=r"^([1-9][0-9]{0,5} (hour|day)s?|forever)\Z",
@@ -35,11 +31,9 @@ Count = Annotated[int, msgspec.Meta(ge=0, description="a whole number from 0 on"
 PerMinute = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
 RowsPerJob = Annotated[
     int,
-    msgspec.Meta(
-        ge=1, le=10_000, description="a whole number from 1 to 10000, the most that Userpilot takes"
-    ),
+    msgspec.Meta(ge=1, le=10_000, description="a whole number from 1 to 10000, which is Userpilot's maximum"),
 ]
-Schema = Annotated[
+SchemaName = Annotated[
     str,
     msgspec.Meta(
         pattern=r"^[a-z_][a-z0-9_]{0,62}\Z",
@@ -47,17 +41,41 @@ Schema = Annotated[
     ),
 ]
 Text = Annotated[str, msgspec.Meta(pattern=r"\S", description="a string that is not empty")]
+Fields = Annotated[dict[str, Any], msgspec.Meta(description="a table of an action's fields")]
 
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """A key that not every command needs: if its environment variable is missing, only `require` fails."""
+
+    value: str | None
+    problem: str = ""  # the message for a missing one
+    pattern: ClassVar[str] = r"[!-~]+"  # what a header can carry
+
+    def require(self) -> str:
+        if self.value is None:
+            raise MissingVariable(self.problem)
+        return self.value
+
+
+class WriteKey(Secret):
+    pattern = r"[!-9;-~]+"  # no colon: Basic authentication splits there
+
+
+ApiKey = Annotated[
+    Secret, msgspec.Meta(description="printable ASCII without spaces or line ends, and not empty")
+]
 WriteKeys = Annotated[
-    tuple[Annotated[str, msgspec.Meta(pattern=r"^[!-9;-~]+\Z")], ...],  # a colon would end one in Basic
+    tuple[WriteKey, ...],
     msgspec.Meta(
         description='a list of keys in printable ASCII without spaces and colons, such as ["${WRITE_KEY}"]'
     ),
 ]
-Fields = Annotated[dict[str, Any], msgspec.Meta(description="a table of an action's fields")]
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    later: ClassVar[tuple[str, ...]] = ()  # names that a later release brings
+
     def __repr__(self) -> str:  # the fields hold secrets, and a repr ends in logs and tracebacks
         return f"{type(self).__name__}(…)"
 
@@ -65,26 +83,26 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return iter(())
 
 
-class Database(Table, frozen=True):
+class DatabaseSettings(Table, frozen=True):
     url: str = "sqlite:///audience_sync.db"
-    schema: Schema = "audience_sync"
-    keep_calls: Keep = "90 days"
-    keep_deliveries: Keep = "400 days"
-    keep_requests: Keep = "90 days"
-    keep_past_members: Keep = "forever"
+    schema: SchemaName = "audience_sync"
+    keep_calls: KeepSpan = "90 days"
+    keep_deliveries: KeepSpan = "400 days"
+    keep_requests: KeepSpan = "90 days"
+    keep_past_members: KeepSpan = "forever"
 
 
-class Source(Table, frozen=True):
+class SourceSettings(Table, frozen=True):
     url: str
 
 
-class Logging(Table, frozen=True):
+class LoggingSettings(Table, frozen=True):
     format: Literal["text", "json"] = "text"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class DestinationTable(Table, frozen=True):
-    api_key: str | None = None
+class DestinationSettings(Table, frozen=True):
+    api_key: ApiKey
     endpoint: str = "https://analytex.userpilot.io/"
     allow_custom_endpoint: bool = False
     ca_file: str = ""
@@ -99,18 +117,12 @@ class DestinationTable(Table, frozen=True):
     track_policy: Literal["at_least_once", "at_most_once"] = "at_least_once"
     presets: bool = True
 
-
-class Destination(DestinationTable, frozen=True):
-    missing: str = "the API key is not set"  # what is said when it is needed
-
     def require_api_key(self) -> str:
-        if self.api_key is None:
-            raise MissingVariable(self.missing)
-        return self.api_key
+        return self.api_key.require()
 
     @property
     def is_public(self) -> bool:
-        """Whether it must be found at an address of the Internet: Userpilot itself is."""
+        """True where the endpoint must have a public address: Userpilot's own hosts do."""
         host = urlsplit(self.endpoint).hostname or ""
         return not self.allow_custom_endpoint and f".{host}".endswith(".userpilot.io")
 
@@ -121,36 +133,30 @@ class Destination(DestinationTable, frozen=True):
 
     @property
     def fingerprint(self) -> str:
-        """Tells one destination from another without telling the key; empty while the key is not known."""
-        if self.api_key is None:
+        """A hash that identifies endpoint and key; empty while the key is missing."""
+        if self.api_key.value is None:
             return ""
-        return hashlib.sha256(f"{self.endpoint}\n{self.api_key}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.endpoint}\n{self.api_key.value}".encode()).hexdigest()[:16]
 
 
-class MappingTable(Table, frozen=True):
+class MappingSettings(Table, frozen=True):
     name: Text
     action: Literal["identifyUser", "identifyCompany", "trackEvent"]
     trigger: Text
     fields: Fields = {}
 
 
-class TrackingTable(Table, frozen=True):
-    """The HTTP door. No write keys: it stays on this machine."""
+class TrackingSettings(Table, frozen=True):
+    """The tracking API. Without write keys it listens on this machine only."""
 
     write_keys: WriteKeys = ()
     calls_per_second: PerMinute = 1000
 
-
-class Tracking(TrackingTable, frozen=True):
-    missing: str = ""  # what is said when the keys are needed, where one of them is not known
-
     def require_write_keys(self) -> tuple[str, ...]:
-        if self.missing:
-            raise MissingVariable(self.missing)
-        return self.write_keys
+        return tuple(key.require() for key in self.write_keys)
 
 
-class Defaults(Table, frozen=True):
+class DefaultSettings(Table, frozen=True):
     timeout: Span = "10 minutes"
     schedule: str = "0 */2 * * *"
     full_schedule: str = ""
@@ -162,24 +168,17 @@ class Defaults(Table, frozen=True):
     ready_sql: str = ""
 
 
-class DefinitionTable(Table, frozen=True):
+class DefinitionSettings(DefaultSettings, frozen=True, kw_only=True):
+    later: ClassVar[tuple[str, ...]] = ("query",)
+
     name: Text
     sql: Text
     key: str | None = None
     source: str | None = None
     enabled: bool = True
-    timeout: Span | None = None
-    schedule: str | None = None
-    full_schedule: str | None = None
-    timezone: str | None = None
-    guard_above: Count | None = None
-    max_exit_ratio: Ratio | None = None
-    max_enter_ratio: Ratio | None = None
-    eligible_sql: str | None = None
-    ready_sql: str | None = None
 
 
-def seconds(span: str) -> float:
+def span_seconds(span: str) -> float:
     """The length of a span; infinite for "forever"."""
     if span == "forever":
         return math.inf

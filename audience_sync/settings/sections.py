@@ -1,4 +1,4 @@
-"""Where in the configuration we are, and how a value is taken from there: every message names the file and the place."""
+"""One section of the configuration file: variables, unknown names and types; every message names file and section."""
 
 import difflib
 import os
@@ -7,68 +7,127 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Never, TypeVar, get_args
+from urllib.parse import quote
 
 import msgspec
 
 from audience_sync.errors import ConfigError, MissingVariable
-from audience_sync.settings.schema import LATER, Table
+from audience_sync.settings.schema import Secret, Table
 
 MAX_BYTES = 1_000_000
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 _T = TypeVar("_T", bound=Table)
 
 
-class Place:
-    """Where in the configuration we are: the messages name it."""
+class Section:
+    def __init__(self, path: Path, name: str, environ: Mapping[str, str]) -> None:
+        self.path, self.name, self.environ = path, name, environ
 
-    def __init__(self, path: Path, where: str, environ: Mapping[str, str]) -> None:
-        self.path, self.where, self.environ = path, where, environ
-
-    def at(self, where: str) -> "Place":
-        return Place(self.path, where, self.environ)
+    def section(self, name: str) -> "Section":
+        return Section(self.path, name, self.environ)
 
     def fail(self, message: str) -> Never:
-        raise ConfigError(f"{self.path}: {self.where}: {message}")
+        raise ConfigError(f"{self.path}: {self.name}: {message}")
 
-    def check_names(self, table: Any, known: Iterable[str], section: str) -> None:
+    def check_names(self, table: Any, known: Iterable[str], later: Iterable[str] = ()) -> None:
         if not isinstance(table, dict):
             self.fail("expected a table of names and values")
         for name in table:
-            if name in LATER.get(section, ()):
+            if name in later:
                 self.fail(f"not yet: {name} belongs to a later release; remove it")
             if name not in known:
                 self.fail(f"unknown name {shown(name)}{nearest(name, known)}")
 
-    def convert(self, table: Any, shape: type[_T], section: str) -> _T:
-        self.check_names(table, shape.__struct_fields__, section)
+    def convert(self, table: Any, shape: type[_T]) -> _T:
+        """Check the table against its shape and replace its variables."""
+        self.check_names(table, shape.__struct_fields__, shape.later)
+        types = {field.name: field.type for field in msgspec.structs.fields(shape)}
         try:
-            return msgspec.convert({name: self.expand(name, value) for name, value in table.items()}, shape)
-        except msgspec.ValidationError as error:  # its message may repeat the value: take the name alone
-            found = re.search(r"field `(\w+)`|`\$\.(\w+)", str(error))
-            name = next(filter(None, found.groups()), "") if found else ""
-            types = {field.name: field.type for field in msgspec.structs.fields(shape)}
+            values = {name: self._value(name, value, types[name]) for name, value in table.items()}
+            return msgspec.convert(values, shape)
+        except msgspec.ValidationError as error:  # its message may repeat the value: use the name only
+            match = re.search(r"field `(\w+)`|`\$\.(\w+)", str(error))
+            name = next(filter(None, match.groups()), "") if match else ""
             missing = "" if name in table else "missing: "
             self.fail(f"{name}: {missing}expected {expected(types[name])}")
 
+    def _value(self, name: str, value: Any, kind: Any) -> Any:
+        secret = _secret_type(kind)
+        if secret is None:
+            return self.expand(name, value)
+        if isinstance(value, list):
+            return [self._secret(name, item, secret, kind) for item in value]
+        return self._secret(name, value, secret, kind)
+
+    def _secret(self, name: str, written: Any, secret: type[Secret], kind: Any) -> Secret:
+        try:
+            value = self.expand(name, written)
+        except MissingVariable as error:
+            return secret(None, str(error))
+        if value == "" and written:
+            return secret(
+                None, f"{self.path}: {self.name}: {name}: its environment variable is empty: set it"
+            )
+        if not isinstance(value, str) or not re.fullmatch(secret.pattern, value):
+            self.fail(f"{name}: expected {expected(kind)}")
+        return secret(value)
+
     def expand(self, name: str, value: Any) -> Any:
-        """A string with its `${NAME}` replaced; MissingVariable for one that is not set."""
+        """Replace `${NAME}` in a string; other values are returned unchanged.
+
+        Raises:
+            MissingVariable: a variable is not set.
+
+        """
         if not isinstance(value, str):
             return value
         if "\0" in value:
             self.fail(f"{name}: holds a NUL character: remove it")
-        if not name.endswith("sql") and re.search(r"\$\{(?![A-Za-z_][A-Za-z0-9_]*\})", value):
+        if not name.endswith("sql") and "${" in _VARIABLE.sub(" ", value):
             self.fail(f"{name}: write an environment variable as ${{NAME}}: letters, digits and underscores")
+        expanded, end = "", 0
+        for match in _VARIABLE.finditer(value):
+            expanded += value[end : match.start()]
+            text = self._variable(name, match[1])
+            if name == "url" and expanded:  # a part of a URL; a variable at its beginning is a URL itself
+                is_path = expanded.startswith("sqlite")
+                text = quote(text, safe="/" if is_path else "", errors="surrogateescape")
+            expanded += text
+            end = match.end()
+        return expanded + value[end:]
 
-        def variable(match: re.Match[str]) -> str:
-            if match[1] not in self.environ:
-                where = f"{self.path}: {self.where}: {name}"
-                raise MissingVariable(f"{where}: set the environment variable {match[1]}, which is missing")
-            return self.environ[match[1]]
+    def _variable(self, name: str, variable: str) -> str:
+        if variable not in self.environ:
+            raise MissingVariable(
+                f"{self.path}: {self.name}: {name}: set the environment variable {variable}, which is missing"
+            )
+        return self.environ[variable]
 
-        return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", variable, value)
+
+def _secret_type(kind: Any) -> type[Secret] | None:
+    """The type of secret that a field holds, in a tuple or by itself."""
+    if isinstance(kind, type) and issubclass(kind, Secret):
+        return kind
+    return next(filter(None, map(_secret_type, get_args(kind))), None)
+
+
+def expected(kind: Any) -> str:
+    """The description of a field's type."""
+    for part in (kind, *get_args(kind)):
+        if isinstance(part, msgspec.Meta) and part.description:
+            return part.description
+        if part is str:
+            return "a string"
+        if part is bool:
+            return "true or false"
+        for meta in getattr(part, "__metadata__", ()):
+            return str(meta.description)
+    return " or ".join(str(part) for part in get_args(kind))
 
 
 def read(path: Path) -> dict[str, Any]:
+    """The TOML document in a file."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -92,20 +151,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def absolute(folder: Path, path: str | Path) -> Path:
-    return Path(os.path.abspath(folder / path))  # noqa: PTH100  (a link stays where the person put it)
-
-
-def expected(kind: Any) -> str:
-    for each in (kind, *get_args(kind)):
-        if isinstance(each, msgspec.Meta) and each.description:
-            return each.description
-        if each is str:
-            return "a string"
-        if each is bool:
-            return "true or false"
-        for meta in getattr(each, "__metadata__", ()):
-            return str(meta.description)
-    return " or ".join(str(each) for each in get_args(kind))
+    return Path(os.path.abspath(folder / path))  # noqa: PTH100  (does not follow links, as resolve() does)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

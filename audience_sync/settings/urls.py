@@ -1,71 +1,77 @@
-"""Database URLs and the endpoint: what is taken, and the one form of each."""
+"""Database URLs and the endpoint: what is accepted, and the one form in which the program uses each."""
 
 import ipaddress
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from audience_sync.settings.sections import Place, absolute
+from audience_sync.settings.sections import Section, absolute
 
 
-def url(place: Place, url: str, folder: Path) -> str:
-    """The URL, with an SQLite file made absolute. Not parsed further: SQLAlchemy has rules of its own."""
+def database_url(section: Section, url: str, folder: Path) -> str:
+    """The URL with the driver for PostgreSQL, and an SQLite file made absolute.
+
+    It is not parsed further: SQLAlchemy has rules of its own.
+    """
     scheme, separator, rest = url.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9_]*(\+[a-z0-9_]+)?", scheme):
-        place.fail("url: expected a database URL, such as sqlite:///FILE")
-    if scheme in {"postgresql", "postgres"}:
-        place.fail("url: write postgresql+psycopg:// (the bare form means another driver)")
+        section.fail("url: expected a database URL, such as sqlite:///FILE")
     if scheme.partition("+")[0] != "sqlite":
-        _check_network(place, rest)
-    if scheme.partition("+")[0] != "sqlite" or not rest:
+        _check_network(section, rest)
+        driver = "postgresql+psycopg" if scheme in {"postgres", "postgresql"} else scheme
+        return f"{driver}://{rest}"
+    if not rest:
         return url
     if not rest.startswith("/"):
-        place.fail("url: an SQLite file takes three slashes: sqlite:///FILE (four before an absolute path)")
+        section.fail("url: an SQLite file takes three slashes: sqlite:///FILE (four before an absolute path)")
     file, question, options = rest[1:].partition("?")
     prefix = "file:" if file.startswith("file:") else ""
     if file and ":memory:" not in file:
-        file = f"{prefix}{absolute(folder, file.removeprefix(prefix))}"
+        file = f"{prefix}{absolute(Path(quote(str(folder))), file.removeprefix(prefix))}"
     return f"{scheme}:///{file}{question}{options}"
 
 
-def _check_network(place: Place, rest: str) -> None:
-    """Refuse what would be read with parts of the password where they are shown: as host, port or option."""
+def _check_network(section: Section, rest: str) -> None:
+    """Refuse a URL in which a part of the password would be read as host, port or option: those are shown."""
     authority, _, after = rest.partition("/")
     host = authority.rpartition("@")[2]
     if authority.count("@") > 1 or not re.fullmatch(r"(\[[^\]]*\]|[^:\[]*)(:\d*)?", host):
-        place.fail(
+        section.fail(
             "url: expected SCHEME://USER:PASSWORD@HOST:PORT/DATABASE; write @ : / ? # in a password as %40 %3A "
-            "%2F %3F %23"
+            "%2F %3F %23, or take the password from a variable of its own: USER:${DB_PASSWORD}@HOST"
         )
+    if "%3a" in host.lower() and not host.startswith("["):
+        section.fail("url: a variable holds both host and port: use two, ${HOST}:${PORT}")
     if re.search(r"(^|[?&])(password|pwd|passwd)=", f"{host}{after}".partition("?")[2], re.IGNORECASE):
-        place.fail("url: write the password as USER:PASSWORD@HOST, not among the options")
+        section.fail("url: write the password as USER:PASSWORD@HOST, not among the options")
 
 
-def endpoint(place: Place, endpoint: str, *, custom: bool) -> str:
-    """The endpoint in its one form: lower-case host, no default port, one slash at the end."""
-    expected = "endpoint: expected https://HOST/, without credentials, query or fragment"
-    if not re.fullmatch(r"[!-~]+", endpoint) or any(each in endpoint for each in "@?#\\"):
-        place.fail(expected)
+def normalize_endpoint(section: Section, endpoint: str, *, custom: bool) -> str:
+    """The endpoint with a lower-case host, no default port, and one slash at the end."""
+    message = "endpoint: expected https://HOST/, without credentials, query or fragment"
+    if not re.fullmatch(r"[!-~]+", endpoint) or any(character in endpoint for character in "@?#\\"):
+        section.fail(message)
     try:
         parts = urlsplit(endpoint)
         host, port = parts.hostname or "", parts.port
     except ValueError:
         host = ""
     if not host or parts.scheme not in {"https", "http"}:
-        place.fail(expected)
+        section.fail(message)
     userpilot = parts.scheme == "https" and re.fullmatch(r"([a-z0-9-]+\.)*userpilot\.io", host)
     if not (userpilot or _is_loopback(host) or custom):
-        place.fail(
+        section.fail(
             "endpoint: expected https and a host under userpilot.io, or loopback (localhost, 127.0.0.1, "
             "[::1]); for another one set allow_custom_endpoint = true"
         )
-    shown = f"[{host}]" if ":" in host else host
-    at = "" if port in {None, {"https": 443, "http": 80}[parts.scheme]} else f":{port}"
-    return f"{parts.scheme}://{shown}{at}{parts.path.rstrip('/')}/"
+    authority = f"[{host}]" if ":" in host else host
+    if port not in {None, {"https": 443, "http": 80}[parts.scheme]}:
+        authority = f"{authority}:{port}"
+    return f"{parts.scheme}://{authority}{parts.path.rstrip('/')}/"
 
 
 def _is_loopback(host: str) -> bool:
-    """Written plainly only: 127.1 and 2130706433 mean loopback too, and hide it."""
+    """Recognise plain forms only: 127.1 and 2130706433 also mean loopback, but disguise it."""
     try:
         return host in {"localhost", "::1"} or ipaddress.IPv4Address(host).is_loopback
     except ValueError:

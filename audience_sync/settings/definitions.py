@@ -1,0 +1,117 @@
+"""Definitions and mappings, made from their tables in the configuration."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from audience_sync.audiences import schedule
+from audience_sync.audiences.definition import Definition, Guard, Kind, check_key, key_from_name
+from audience_sync.calls import mappings
+from audience_sync.errors import ConfigError
+from audience_sync.settings.schema import (
+    DefaultSettings,
+    DefinitionSettings,
+    MappingSettings,
+    SourceSettings,
+    span_seconds,
+)
+from audience_sync.settings.sections import Section, nearest, shown
+
+# Userpilot's own properties: an audience of that name would overwrite them with true and false.
+_USERPILOT_OWN = {
+    Kind.AUDIENCE: {"name", "email", "created_at", "signed_up_at", "first_seen_at", "last_seen_at"},
+    Kind.TRAIT: {"first_seen_at", "last_seen_at"},
+}
+
+
+def build_definition(
+    section: Section,
+    table: Any,
+    kind: Kind,
+    sources: Mapping[str, SourceSettings],
+    defaults: DefaultSettings,
+) -> Definition:
+    settings = section.convert(table, DefinitionSettings)
+    inherited = {name for name in DefaultSettings.__struct_fields__ if name not in table}
+    settings = msgspec.structs.replace(settings, **{name: getattr(defaults, name) for name in inherited})
+    name = settings.name.strip()
+    if not name.isprintable():
+        section.fail("name: expected one line without control characters")
+    if settings.source is not None and settings.source not in sources:
+        section.fail(f"source: there is no such [sources.NAME]{nearest(settings.source, sources)}")
+    return Definition(
+        key=_key(section, settings, name, kind),
+        name=name,
+        kind=kind,
+        sql=settings.sql,
+        source=settings.source,
+        enabled=settings.enabled,
+        timeout_seconds=span_seconds(settings.timeout),
+        is_key_derived=settings.key is None,
+        schedule=_schedule(section, "schedule", settings.schedule, settings.timezone),
+        full_schedule=_schedule(section, "full_schedule", settings.full_schedule, settings.timezone),
+        guard=Guard(settings.guard_above, settings.max_exit_ratio, settings.max_enter_ratio),
+        eligible_sql=settings.eligible_sql.strip() or None,
+        ready_sql=settings.ready_sql.strip() or None,
+    )
+
+
+def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) -> str:
+    try:
+        key = key_from_name(name) if settings.key is None else check_key(settings.key)
+    except ConfigError as error:
+        section.fail(str(error))
+    if key in _USERPILOT_OWN[kind]:
+        section.fail(f"{key} is a property of Userpilot's own: give the definition another key with `key = `")
+    return key
+
+
+def _schedule(section: Section, name: str, text: str, timezone: str) -> schedule.Schedule | None:
+    """The schedule; None for an empty text."""
+    try:
+        return schedule.parse_schedule(text, timezone) if text.strip() else None
+    except ConfigError as error:
+        section.fail(f"{name}: {error}")
+
+
+def with_stored_key(definition: Definition, stored: list[str]) -> Definition:
+    """The definition with the newest of the keys that are stored for its name, unless the file sets one."""
+    if not definition.is_key_derived or not stored or definition.key in stored:
+        return definition
+    return replace(definition, key=stored[-1])
+
+
+def check_unique(path: Path, definitions: Iterable[Definition]) -> None:
+    names: dict[str, str] = {}
+    for definition in definitions:
+        key = definition.key
+        if key in names:
+            raise ConfigError(
+                f"{path}: the file: {shown(names[key])} and {shown(definition.name)} have one key, {key}: "
+                "give one of them another with `key = `"
+            )
+        names[key] = definition.name
+
+
+def build_mapping(section: Section, table: Any) -> mappings.Mapping:
+    settings = section.convert(table, MappingSettings)
+    try:
+        return mappings.compile_mapping(settings.name, settings.action, settings.trigger, settings.fields)
+    except ConfigError as error:
+        section.fail(str(error))
+
+
+def check_mappings(file: Section, built: Collection[mappings.Mapping], *, with_presets: bool) -> None:
+    limit = mappings.MOST_MAPPINGS - (len(mappings.PRESETS) if with_presets else 0)
+    if len(built) > limit:
+        file.fail(
+            f"mappings: there are {len(built)}, and a destination holds {mappings.MOST_MAPPINGS}"
+            f"{', the presets counted' if with_presets else ''}: leave {len(built) - limit} out"
+        )
+    for name, count in Counter(mapping.name for mapping in built).items():
+        if count > 1:
+            file.fail(f"mappings: {count} of them are called {shown(name)}: give each a name of its own")
