@@ -108,7 +108,7 @@ class Daemon:
             room = MOST_AT_ONCE - self._young_count()
             if room > 0 and not app.stop.is_set():
                 for slot in slots.take_due(
-                    app.engine, app.definitions(), clock.now(), limit=room, but=tuple(self._running)
+                    app.engine, app.definitions(), clock.now(), limit=room, running=tuple(self._running)
                 ):
                     self._running[slot.definition.key] = clock.monotonic()
                     self.start(slot.definition.key, partial(self._sync, app, slot))
@@ -147,7 +147,7 @@ class Daemon:
     def _give_back(app: App, slot: slots.Slot) -> None:
         try:
             with engines.write(app.engine) as connection:
-                slots.give_back_slot(connection, slot.definition_id, slot.slot_at, slot.taken_at)
+                slots.give_back(connection, slot)
         except DatabaseError as error:  # then it is cut off, and taken over in a minute
             _tell(error)
 

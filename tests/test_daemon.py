@@ -205,7 +205,7 @@ def test_a_run_that_was_cut_off_is_caught_up(life):
             connection, slot.definition_id, mode="first", trigger="schedule", as_of=slot.slot_at,
             now=slot.slot_at, baseline_run_id=None,
         )  # fmt: skip
-        slots.record_slot_run(connection, slot.definition_id, slot.slot_at, run_id)
+        slots.record_run(connection, slot.definition_id, slot.slot_at, run_id)
     life.live_until("2026-03-15 03:00")
     assert [each["status"] for each in life.history()] == ["abandoned", "succeeded"]
     assert life.slots() == ["2026-03-15 01:30"]
@@ -324,7 +324,7 @@ def test_what_is_due_is_taken_at_most_so_many_at_once_and_not_what_runs(engine):
     slots.take_due(engine, definitions, start, limit=9)
     later = start + dt.timedelta(minutes=5)
     assert [
-        each.definition.key for each in slots.take_due(engine, definitions, later, limit=2, but=("a",))
+        each.definition.key for each in slots.take_due(engine, definitions, later, limit=2, running=("a",))
     ] == [
         "b",
         "c",

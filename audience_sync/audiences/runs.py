@@ -199,7 +199,7 @@ def _start(
             baseline_run_id=last.run_id,
         )
         if order.slot_at is not None:
-            slots.record_slot_run(connection, definition_id, order.slot_at, run_id)
+            slots.record_run(connection, definition_id, order.slot_at, run_id)
     return Run(lease, run_id, definition_id, as_of, last, order)
 
 

@@ -1,14 +1,15 @@
-"""Schedules: what `schedule` and `timezone` of the configuration mean, as slots, which are moments in UTC.
+"""Schedules: `schedule` and `timezone` of the configuration as slots, which are moments in UTC.
 
-A cron expression means what crontab(5) says, in the wall-clock time of its zone, and each local slot comes
-exactly once: at the first moment at which the wall clock has reached it. So a local time that occurs twice is
-taken the first time, and one that does not occur comes with the first moment after the gap; all that fall into
-one gap, and a slot that is due at its end anyway, are one slot. In the hour that comes again nothing new is
-due, not even for `*/30 * * * *`: whoever wants no such pause writes `every 30 minutes`.
+A cron expression means what crontab(5) says, in the local time of its zone. Each local time is one slot, at the first
+moment at which the zone's clock has reached it:
+- a local time that occurs twice (clocks go back) is taken the first time only. During the repeated hour nothing new is
+  due, not even for `*/30 * * * *`; `every 30 minutes` has no such pause;
+- a local time that does not occur (clocks go forward) is taken at the end of the gap. All times in one gap, and a slot
+  that is due at its end anyway, are one slot.
 
-`every N minutes` (hours, days) comes at whole multiples of the span since 1970-01-01T00:00Z, in every zone.
+`every N minutes` (hours, days) is due at whole multiples of the span since 1970-01-01T00:00Z, in every zone.
 
-Schedules are computed from their text alone, so every process finds the same slots.
+Slots are computed from the text alone, so every process computes the same ones.
 """
 
 import calendar
@@ -57,11 +58,11 @@ class Cron:
     months: frozenset[int]
     days: frozenset[int]
     weekdays: frozenset[int]  # Sunday is 0
-    either: bool  # day of month or day of week, where both are restricted
+    is_either: bool  # both kinds of day are restricted: a day needs to match only one of them
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
-        """The latest slot with after < slot <= until."""
-        # A clock that was set back, by a day at most, has already reached times that it does not show.
+        """Return the latest slot with after < slot <= until."""
+        # After clocks go back, by a day at most, later local times than the current one are already slots.
         newest = until.astimezone(self.zone).toordinal() + 1
         oldest = after.astimezone(self.zone).toordinal()
         for day in self._days(range(newest, oldest - 1, -1)):
@@ -71,26 +72,26 @@ class Cron:
         return None
 
     def next(self, after: datetime) -> datetime:
-        """The first slot after that moment; `parse` accepts no expression that has none."""
+        """Return the first slot after a moment; `parse_schedule` accepts no expression without one."""
         for day in self._days(itertools.count(after.astimezone(self.zone).toordinal())):
             if (passed := self._passed(day, after)) < len(self.times):
                 return self._slot(day, self.times[passed])
-        raise AssertionError  # the days do not end
+        raise AssertionError  # the days never end
 
     def _days(self, ordinals: Iterable[int]) -> Iterator[date]:
         for ordinal in ordinals:
             day = date.fromordinal(ordinal)
             if day.month in self.months:
                 by_date, by_weekday = day.day in self.days, ordinal % 7 in self.weekdays
-                if (by_date or by_weekday) if self.either else (by_date and by_weekday):
+                if (by_date or by_weekday) if self.is_either else (by_date and by_weekday):
                     yield day
 
     def _passed(self, day: date, moment: datetime) -> int:
-        """How many of the day's slots have come by that moment."""
-        return bisect_right(self.times, moment, key=lambda each: self._slot(day, each))
+        """Count the day's slots up to that moment."""
+        return bisect_right(self.times, moment, key=lambda local: self._slot(day, local))
 
     def _slot(self, day: date, local: time) -> datetime:
-        return _first_reached(datetime.combine(day, local, self.zone))
+        return _first_moment(datetime.combine(day, local, self.zone))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,12 @@ class Every:
     span: timedelta
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
-        """The latest slot with after < slot <= until."""
+        """Return the latest slot with after < slot <= until."""
         slot = until - (until - _EPOCH) % self.span
         return slot if slot > after else None
 
     def next(self, after: datetime) -> datetime:
-        """The first slot after that moment."""
+        """Return the first slot after a moment."""
         return after - (after - _EPOCH) % self.span + self.span
 
 
@@ -111,28 +112,33 @@ Schedule: TypeAlias = Cron | Every
 
 
 def parse_schedule(text: str, timezone: str) -> Schedule:
-    """The schedule that the text means in the zone of that IANA name; a ConfigError for what has no meaning."""
+    """Return the schedule that the text describes; `timezone` is an IANA name.
+
+    Raises:
+        ConfigError: one of them is not valid.
+
+    """
     zone = _zone(timezone)
-    words = text.split()
-    if not words:
+    fields = text.split()
+    if not fields:
         raise ConfigError(f"a schedule is empty: write {_EXAMPLES}")
-    if words[0].lower() == "every":
-        return _every(" ".join(words))
-    if words[0].startswith("@"):
-        words = _nickname(" ".join(words)).split()
-    if len(words) != 5:
+    if fields[0].lower() == "every":
+        return _every(" ".join(fields))
+    if fields[0].startswith("@"):
+        fields = _nickname(" ".join(fields)).split()
+    if len(fields) != 5:
         raise ConfigError(
-            f"a schedule has five fields, without seconds or a year, and this one {len(words)}: write {_EXAMPLES}"
+            f"a schedule has five fields, without seconds or a year, and this one has {len(fields)}: write {_EXAMPLES}"
         )
-    return _cron(words, zone)
+    return _cron(fields, zone)
 
 
-def _first_reached(local: datetime) -> datetime:
-    """The first moment at which the wall clock of a zone shows `local`, or later where a gap swallows it."""
+def _first_moment(local: datetime) -> datetime:
+    """Return the first moment at which the zone's clock shows `local`, or the end of the gap that contains it."""
     moment, zone = local.astimezone(UTC), local.tzinfo
-    if moment.astimezone(zone) == local:  # two datetimes of one zone compare by what their clocks show
+    if moment.astimezone(zone) == local:  # datetimes of the same zone are compared by their local time
         return moment
-    # In a gap, fold=0 counts from before it and lands behind its end; fold=1 does the reverse.
+    # In a gap, fold=0 uses the offset from before it and gives a moment after it; fold=1 does the reverse.
     before = local.replace(fold=1).astimezone(UTC)
     seconds = range((moment - before) // timedelta(seconds=1))
     end = bisect_left(seconds, True, key=lambda n: (before + timedelta(seconds=n)).astimezone(zone) >= local)
@@ -142,7 +148,7 @@ def _first_reached(local: datetime) -> datetime:
 def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):  # not found; no plain name, or no zone; a folder, on some systems
+    except (KeyError, ValueError, OSError):  # unknown; not a plain name, or not a zone file; a folder
         known = available_timezones()
     if not known:
         raise ConfigError("this machine has no time zones: install its tzdata package, or tzdata from PyPI")
@@ -153,7 +159,7 @@ def _zone(name: str) -> ZoneInfo:
 
 def _nickname(text: str) -> str:
     if text.lower() == "@reboot":
-        raise ConfigError("nothing is ever due by @reboot, which is no time of the clock: write @daily, say")
+        raise ConfigError("@reboot is not a time, so nothing would ever be due: write @daily, for example")
     if text.lower() not in _NICKNAMES:
         raise ConfigError(f"there is no schedule {text[:60]!r}: write one of {', '.join(_NICKNAMES)}")
     return _NICKNAMES[text.lower()]
@@ -165,20 +171,20 @@ def _every(text: str) -> Every:
         if span <= _LONGEST:
             return Every(span)
     raise ConfigError(
-        f"there is no span {text[:60]!r}: write a whole number of minutes, hours or days, "
+        f"there is no interval {text[:60]!r}: write a whole number of minutes, hours or days, "
         f'at least 1 minute and at most {_LONGEST.days} days, such as "every 30 minutes"'
     )
 
 
-def _cron(words: list[str], zone: ZoneInfo) -> Cron:
-    fields = (_MINUTE, _HOUR, _DAY, _MONTH, _WEEKDAY)
-    minutes, hours, days, months, weekdays = map(_values, fields, words)
-    # crontab's rule goes by the first character: */2 restricts nothing here, and 1-31 does.
-    either = not words[2].startswith("*") and not words[4].startswith("*")
-    # Every weekday comes to every date in time, to 29 February within 40 years: the date alone decides.
-    if not either and min(days) > max(calendar.monthrange(2000, month)[1] for month in months):
+def _cron(fields: list[str], zone: ZoneInfo) -> Cron:
+    kinds = (_MINUTE, _HOUR, _DAY, _MONTH, _WEEKDAY)
+    minutes, hours, days, months, weekdays = map(_values, kinds, fields)
+    # crontab decides by the first character: */2 does not count as a restriction, 1-31 does.
+    is_either = not fields[2].startswith("*") and not fields[4].startswith("*")
+    # Every date falls on every weekday at some time, 29 February within 40 years: only the date can be impossible.
+    if not is_either and min(days) > max(calendar.monthrange(2000, month)[1] for month in months):
         raise ConfigError(
-            f"never comes: month {words[3][:60]!r} has no day {words[2][:60]!r}: write one that it has"
+            f"never due: month {fields[3][:60]!r} has no day {fields[2][:60]!r}: write one that it has"
         )
     return Cron(
         zone=zone,
@@ -186,7 +192,7 @@ def _cron(words: list[str], zone: ZoneInfo) -> Cron:
         months=months,
         days=days,
         weekdays=frozenset(day % 7 for day in weekdays),
-        either=either,
+        is_either=is_either,
     )
 
 
@@ -203,7 +209,7 @@ def _range(field: _Field, part: str) -> range:
     low = _value(field, first) if first else field.low
     high = _value(field, last or first) if first else field.high
     if last and last.lower() == "sun" and low:
-        high = 7  # fri-sun: a week ends with the Sunday that a range cannot start with
+        high = 7  # fri-sun: Sunday is 0, except at the end of a range
     if high < low:
         raise _wrong(field, part, f"a range goes upwards: write {first}-{field.high},{field.low}-{last}")
     if match["step"] and first and not last:

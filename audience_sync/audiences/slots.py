@@ -1,8 +1,8 @@
-"""What is due: decided from the schedules and the slots that the database says were taken.
+"""Which slots are due, and taking them: decided from the schedules and the slots that the database has as taken.
 
-After downtime the newest missed slot is caught up, once, as a full run if a full slot was among the missed. A
-definition that was never scheduled starts with the first slot after it was first seen. While a run waits that a
-person asked to wait (`sync --hold`), its definition's slots wait too.
+After downtime only the newest missed slot runs, as a full run if any missed slot was a full one. A definition that was
+never scheduled starts with the first slot after it was first seen. While a definition has a run held by
+`sync --hold`, none of its slots is due. Taking a slot is an insert, so only one of two daemons gets it.
 """
 
 import datetime as dt
@@ -18,13 +18,13 @@ from audience_sync.db import engines, leases
 from audience_sync.db.dialects import sql
 from audience_sync.db.tables import runs, schedule_slots
 
-CUT_OFF_AFTER = dt.timedelta(minutes=1)  # a slot without a run by then lost its process
+CUT_OFF_AFTER = dt.timedelta(minutes=1)  # a taken slot that has no run by then lost its process
 LATE_AFTER = dt.timedelta(minutes=2)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A due moment of a definition."""
+    """A taken slot of a definition."""
 
     definition: Definition
     definition_id: int
@@ -35,11 +35,22 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """A definition's next slot, None without a schedule; whether it is past and not taken, or waits for a person."""
+    """A definition's next slot; None without a schedule.
+
+    `is_late`: an earlier slot is past and not taken. `waits`: no slot is due before a held run is decided.
+    """
 
     next_at: dt.datetime | None
     is_late: bool = False
     waits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    """The newest missed slot; `full`: a full one is among the missed."""
+
+    slot_at: dt.datetime
+    full: bool
 
 
 def take_due(
@@ -48,15 +59,15 @@ def take_due(
     now: dt.datetime,
     *,
     limit: int,
-    but: Collection[str] = (),
+    running: Collection[str] = (),
 ) -> list[Slot]:
-    """Take what is due of these definitions, at most `limit`; `but`: keys that run already."""
+    """Take at most `limit` due slots of these definitions; `running` are keys to pass over."""
     taken: list[Slot] = []
     with engines.write(engine) as connection:
         for definition in definitions:
             if len(taken) >= limit:
                 break
-            if definition.key in but or not (definition.schedule or definition.full_schedule):
+            if definition.key in running or not (definition.schedule or definition.full_schedule):
                 continue
             slot = _due(connection, definition, now)
             if slot and _take(connection, slot, now):
@@ -65,41 +76,52 @@ def take_due(
 
 
 def _due(connection: sa.Connection, definition: Definition, now: dt.datetime) -> Slot | None:
+    """The newest missed slot, or the last one if its run was cut off and nobody holds the lease any more."""
     definition_id = records.register_definition(connection, definition, now)
     row = records.find_definition(connection, definition.key)
     if row is None or row.retired_at is not None or _waits(connection, definition_id):
         return None
-    last = last_slot(connection, definition_id, now)
-    after = last.slot_at if last else row.created_at
-    found = _latest(definition, after, now)
-    if found is not None:
-        slot_at, full = found
-        return Slot(definition, definition_id, slot_at, now, full)
-    if last is None or not is_cut_off(last, now):
+    last = _last(connection, definition_id, now)
+    missed = _missed(definition, last.slot_at if last else row.created_at, now)
+    if missed is not None:
+        return Slot(definition, definition_id, missed.slot_at, now, missed.full)
+    if last is None or not _is_cut_off(last, now):
         return None
     if leases.holder(connection, leases.of_definition(definition.key)):
         return None
-    since = slot_before(connection, definition_id, last.slot_at) or row.created_at
-    missed = _latest(definition, since, last.slot_at)
-    return Slot(definition, definition_id, last.slot_at, now, full=missed is not None and missed[1])
+    since = _last_before(connection, definition_id, last.slot_at) or row.created_at
+    again = _missed(definition, since, last.slot_at)
+    return Slot(definition, definition_id, last.slot_at, now, full=again is not None and again.full)
 
 
 def _take(connection: sa.Connection, slot: Slot, now: dt.datetime) -> bool:
-    if take_slot(connection, slot.definition_id, slot.slot_at, now):
+    """Insert the slot, or take it over from a process that is gone; False if another process has it."""
+    inserted = sql(
+        connection,
+        "INSERT INTO {our}schedule_slots (definition_id, slot_at, taken_at) "
+        "VALUES (:definition_id, :slot_at, :now) ON CONFLICT DO NOTHING",
+        definition_id=slot.definition_id,
+        slot_at=slot.slot_at,
+        now=now,
+    )
+    if inserted.rowcount == 1:
         return True
-    last = last_slot(connection, slot.definition_id, now)
-    is_same = last is not None and last.slot_at == slot.slot_at
-    return bool(is_same and last and is_cut_off(last, now) and take_over_slot(connection, last, now))
+    last = _last(connection, slot.definition_id, now)
+    if last is None or last.slot_at != slot.slot_at or not _is_cut_off(last, now):
+        return False
+    taken_over = connection.execute(
+        schedule_slots.update()
+        .where(*_is_slot(slot.definition_id, slot.slot_at), schedule_slots.c.taken_at == last.taken_at)
+        .values(taken_at=now, run_id=None)
+    )
+    return taken_over.rowcount == 1
 
 
-def _latest(
-    definition: Definition, after: dt.datetime, until: dt.datetime
-) -> tuple[dt.datetime, bool] | None:
-    """The newest slot after a moment, and whether a full one is among them."""
-    ordinary = definition.schedule and definition.schedule.latest(after, until)
+def _missed(definition: Definition, after: dt.datetime, until: dt.datetime) -> _Missed | None:
+    incremental = definition.schedule and definition.schedule.latest(after, until)
     full = definition.full_schedule and definition.full_schedule.latest(after, until)
-    found = [each for each in (ordinary, full) if each]
-    return (max(found), full is not None) if found else None
+    moments = [moment for moment in (incremental, full) if moment]
+    return _Missed(max(moments), full is not None) if moments else None
 
 
 def _waits(connection: sa.Connection, definition_id: int) -> bool:
@@ -107,26 +129,8 @@ def _waits(connection: sa.Connection, definition_id: int) -> bool:
     return held is not None and held.held_by == "hold"
 
 
-def outlook(connection: sa.Connection, definition: Definition, now: dt.datetime) -> Outlook:
-    """What comes next for a definition, as `list` and `status` show it."""
-    schedules = [each for each in (definition.schedule, definition.full_schedule) if each]
-    row = records.find_definition(connection, definition.key)
-    if not schedules or not definition.enabled or (row is not None and row.retired_at is not None):
-        return Outlook(None)
-    next_at = min(each.next(now) for each in schedules)
-    if row is None:
-        return Outlook(next_at)
-    last = last_slot(connection, row.definition_id, now)
-    missed = _latest(definition, last.slot_at if last else row.created_at, now)
-    return Outlook(
-        next_at,
-        is_late=last is not None and missed is not None and missed[0] < now - LATE_AFTER,
-        waits=_waits(connection, row.definition_id),
-    )
-
-
-def last_slot(connection: sa.Connection, definition_id: int, now: dt.datetime) -> sa.Row[Any] | None:
-    """The newest slot that was taken, with its run's status. One beyond now was taken by a clock that was wrong."""
+def _last(connection: sa.Connection, definition_id: int, now: dt.datetime) -> sa.Row[Any] | None:
+    """The newest slot that was taken, with its run's status. Slots after `now` come from a clock that was wrong."""
     return connection.execute(
         sa.select(schedule_slots, runs.c.status)
         .join(runs, runs.c.run_id == schedule_slots.c.run_id, isouter=True)
@@ -136,55 +140,47 @@ def last_slot(connection: sa.Connection, definition_id: int, now: dt.datetime) -
     ).one_or_none()
 
 
-def take_slot(connection: sa.Connection, definition_id: int, slot_at: dt.datetime, now: dt.datetime) -> bool:
-    """Whether the slot is ours."""
-    taken = sql(
-        connection,
-        "INSERT INTO {our}schedule_slots (definition_id, slot_at, taken_at) "
-        "VALUES (:definition_id, :slot_at, :now) ON CONFLICT DO NOTHING",
-        definition_id=definition_id,
-        slot_at=slot_at,
-        now=now,
-    )
-    return taken.rowcount == 1
-
-
-def take_over_slot(connection: sa.Connection, slot: sa.Row[Any], now: dt.datetime) -> bool:
-    """Whether a slot, whose process is gone, is ours now."""
-    taken = connection.execute(
-        schedule_slots.update()
-        .where(*_is(slot.definition_id, slot.slot_at), schedule_slots.c.taken_at == slot.taken_at)
-        .values(taken_at=now, run_id=None)
-    )
-    return taken.rowcount == 1
-
-
-def give_back_slot(
-    connection: sa.Connection, definition_id: int, slot_at: dt.datetime, taken_at: dt.datetime
-) -> None:
-    """It is due again, unless somebody else took it over meanwhile."""
-    mine = schedule_slots.c.taken_at == taken_at
-    connection.execute(schedule_slots.delete().where(*_is(definition_id, slot_at), mine))
-
-
-def slot_before(connection: sa.Connection, definition_id: int, slot_at: dt.datetime) -> dt.datetime | None:
-    """The slot that was taken before one."""
+def _last_before(connection: sa.Connection, definition_id: int, slot_at: dt.datetime) -> dt.datetime | None:
     newest = sa.func.max(schedule_slots.c.slot_at, type_=schedule_slots.c.slot_at.type)
     earlier = (schedule_slots.c.definition_id == definition_id, schedule_slots.c.slot_at < slot_at)
     moment: dt.datetime | None = connection.execute(sa.select(newest).where(*earlier)).scalar()
     return moment
 
 
-def record_slot_run(connection: sa.Connection, definition_id: int, slot_at: dt.datetime, run_id: int) -> None:
-    connection.execute(schedule_slots.update().where(*_is(definition_id, slot_at)).values(run_id=run_id))
-
-
-def is_cut_off(slot: sa.Row[Any], now: dt.datetime) -> bool:
-    """Whether the slot's run did not end, or never began; whether its process lives, the lease tells."""
+def _is_cut_off(slot: sa.Row[Any], now: dt.datetime) -> bool:
+    """Tell whether the slot's run did not start or did not end; the lease says whether its process is alive."""
     if slot.run_id is None:
         return bool(slot.taken_at < now - CUT_OFF_AFTER)
     return slot.status in {"running", "abandoned"}
 
 
-def _is(definition_id: int, slot_at: dt.datetime) -> tuple[sa.ColumnElement[bool], ...]:
+def _is_slot(definition_id: int, slot_at: dt.datetime) -> tuple[sa.ColumnElement[bool], ...]:
     return (schedule_slots.c.definition_id == definition_id, schedule_slots.c.slot_at == slot_at)
+
+
+def record_run(connection: sa.Connection, definition_id: int, slot_at: dt.datetime, run_id: int) -> None:
+    connection.execute(schedule_slots.update().where(*_is_slot(definition_id, slot_at)).values(run_id=run_id))
+
+
+def give_back(connection: sa.Connection, slot: Slot) -> None:
+    """Make the slot due again, unless another process has taken it over."""
+    is_ours = schedule_slots.c.taken_at == slot.taken_at
+    connection.execute(schedule_slots.delete().where(*_is_slot(slot.definition_id, slot.slot_at), is_ours))
+
+
+def outlook(connection: sa.Connection, definition: Definition, now: dt.datetime) -> Outlook:
+    """Return what `list` and `status` show of a definition's schedule."""
+    schedules = [schedule for schedule in (definition.schedule, definition.full_schedule) if schedule]
+    row = records.find_definition(connection, definition.key)
+    if not schedules or not definition.enabled or (row is not None and row.retired_at is not None):
+        return Outlook(None)
+    next_at = min(schedule.next(now) for schedule in schedules)
+    if row is None:
+        return Outlook(next_at)
+    last = _last(connection, row.definition_id, now)
+    missed = _missed(definition, last.slot_at if last else row.created_at, now)
+    return Outlook(
+        next_at,
+        is_late=last is not None and missed is not None and missed.slot_at < now - LATE_AFTER,
+        waits=_waits(connection, row.definition_id),
+    )

@@ -13,117 +13,106 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import values
 from audience_sync.audiences.definition import Kind
-from audience_sync.db.dialects import copy_in, is_sqlite, sql
+from audience_sync.db.dialects import copy_rows, create_temp_table, drop_temp_table, is_sqlite, sql
 
 SNAPSHOT = "snapshot"
 ELIGIBLE = "eligible"  # those who may enter: user_id, row_count
 WORK_MEMORY = "128MB"  # a hash of one or two million ids
 
-# For COPY's text: what ends a row or a column. No id and no value holds a NUL: it stands for both until then.
-_COPY = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
-
-def compute_into(
-    connection: sa.Connection,
-    select: str,
-    columns: Sequence[values.Column],
-    as_of: sa.BindParameter[Any] | None,
-    table: str = SNAPSHOT,
-) -> None:
-    """Compute a query on our own database, as a subquery: no row leaves it.
-
-    `select` is its bound text, which gives `columns`: user_id and, for a trait, value (they were checked);
-    `as_of` its parameter, if it uses it; `table` the one to fill.
-    """
-    if is_sqlite(connection):
-        raw: Any = connection.connection.dbapi_connection
-        values.register_functions(raw)
-        expressions = [values.SQLITE_ID, values.SQLITE_VALUE][: len(columns)]
-    else:
-        digits = values.float_digits(list(columns))
-        sql(connection, f"SET LOCAL extra_float_digits = {digits}")
-        makers = (values.postgresql_id, values.postgresql_value)
-        expressions = [make(column) for make, column in zip(makers, columns, strict=False)]
-    _group(connection, table, f"({select}) AS definition", expressions, as_of)
-
-
-def load_rows(
-    connection: sa.Connection,
-    batches: Iterable[Sequence[tuple[str, ...]]],
-    names: Sequence[str],
-    table: str = SNAPSHOT,
-) -> None:
-    """Take over a result from a source: ids, or ids and values, in their forms; one batch is in memory."""
-    _drop(connection, "rows")
-    collated = "text" if is_sqlite(connection) else 'text COLLATE "C"'
-    columns = ", ".join(f"{name} {collated}" for name in names)
-    sql(connection, f"CREATE TEMPORARY TABLE audience_sync_rows ({columns})")
-    if is_sqlite(connection):
-        raw: Any = connection.connection.dbapi_connection
-        values.register_functions(raw)
-        places = ", ".join("?" * len(names))
-        for batch in batches:
-            raw.executemany(f"INSERT INTO temp.audience_sync_rows VALUES ({places})", batch)
-    else:
-        with copy_in(connection, "COPY pg_temp.audience_sync_rows FROM STDIN") as copy:
-            for batch in batches:
-                text = "\0\0".join(["\0".join(row) for row in batch]).translate(_COPY)
-                copy.write(text.replace("\0\0", "\n").replace("\0", "\t") + "\n" if text else "")
-    temp = "temp" if is_sqlite(connection) else "pg_temp"
-    _group(connection, table, f"{temp}.audience_sync_rows", names)
-    _drop(connection, "rows")
-
-
-def _group(
+def fill_from_query(
     connection: sa.Connection,
     table: str,
-    origin: str,
+    query: str,
+    columns: Sequence[values.Column],
+    as_of: sa.BindParameter[Any] | None,
+) -> None:
+    """Fill a temporary table from a query on our own database, as a subquery: no row travels.
+
+    `query` is bound text that returns `columns`: user_id and, for a trait, value; `as_of` is its parameter, if any.
+    """
+    if is_sqlite(connection):
+        _register_functions(connection)
+        expressions = [values.SQLITE_ID, values.SQLITE_VALUE][: len(columns)]
+    else:
+        sql(connection, f"SET LOCAL extra_float_digits = {values.extra_float_digits(columns)}")
+        makers = (values.postgresql_id, values.postgresql_value)
+        expressions = [make(column) for make, column in zip(makers, columns, strict=False)]
+    _group_into(connection, table, f"({query}) AS definition", expressions, as_of)
+
+
+def fill_from_rows(
+    connection: sa.Connection,
+    table: str,
+    columns: Sequence[str],
+    batches: Iterable[Sequence[values.Row]],
+) -> None:
+    """Fill a temporary table from a source's rows in canonical form; one batch is in memory."""
+    create_temp_table(connection, "rows", ", ".join(f"{name} {{id}}" for name in columns))
+    rows = f"{'temp' if is_sqlite(connection) else 'pg_temp'}.audience_sync_rows"
+    if is_sqlite(connection):
+        _register_functions(connection)
+        raw: Any = connection.connection.dbapi_connection
+        placeholders = ", ".join("?" * len(columns))
+        for batch in batches:
+            raw.executemany(f"INSERT INTO {rows} VALUES ({placeholders})", batch)
+    else:
+        copy_rows(connection, rows, batches)
+    _group_into(connection, table, rows, columns)
+    drop_temp_table(connection, "rows")
+
+
+def _group_into(
+    connection: sa.Connection,
+    table: str,
+    source: str,
     expressions: Sequence[str],
     as_of: sa.BindParameter[Any] | None = None,
 ) -> None:
-    _drop(connection, table)
+    """Create a table with one row for each user id of the source, in the fastest way of each database."""
     user_id, value = (*expressions, "")[:2]
     if is_sqlite(connection):
-        columns, values, merge = "", "", ""
-        if value:
-            columns, values = ", low text, high text", f", {value} AS low, {value} AS high"
-            merge = (
-                ", low = coalesce(min(low, excluded.low), low, excluded.low), "
-                "high = coalesce(max(high, excluded.high), high, excluded.high)"
-            )
-        sql(
-            connection,
-            f"CREATE TEMPORARY TABLE audience_sync_{table} "
-            f"(user_id text PRIMARY KEY, row_count integer{columns}) WITHOUT ROWID",
-        )
-        statement = (  # sorted and merged like this, it takes two thirds of GROUP BY's time
-            f"INSERT INTO temp.audience_sync_{table} SELECT {user_id} AS user_id, 1{values} FROM {origin} "
-            f"ORDER BY 1 ON CONFLICT (user_id) DO UPDATE SET row_count = row_count + 1{merge}"
-        )
+        value_columns = ", low text, high text" if value else ""
+        create_temp_table(connection, table, f"user_id {{id}}, row_count int{value_columns}", unique_ids=True)
+        statement = _sorted_upsert(table, source, user_id, value)
     else:
-        _allow_memory(connection)
-        made = f", min({value}) AS low, max({value}) AS high" if value else ""
-        statement = (  # not INSERT, which does not work in parallel
+        drop_temp_table(connection, table)
+        _raise_work_memory(connection)
+        low_high = f", min({value}) AS low, max({value}) AS high" if value else ""
+        statement = (  # CREATE TABLE AS runs in parallel; INSERT does not
             f"CREATE TEMPORARY TABLE audience_sync_{table} AS SELECT {user_id} AS user_id, "
-            f"count(*) AS row_count{made} FROM {origin} GROUP BY 1"
+            f"count(*) AS row_count{low_high} FROM {source} GROUP BY 1"
         )
     clause = sa.text(statement)
     connection.execute(clause if as_of is None else clause.bindparams(as_of))
 
 
-def _drop(connection: sa.Connection, name: str) -> None:
-    sql(connection, f"DROP TABLE IF EXISTS {{temp}}audience_sync_{name}")
+def _sorted_upsert(table: str, source: str, user_id: str, value: str) -> str:
+    """Return SQLite's statement that groups rows: sorted, with an upsert, it takes two thirds of GROUP BY's time."""
+    low_high = f", {value} AS low, {value} AS high" if value else ""
+    merge = (
+        ", low = coalesce(min(low, excluded.low), low, excluded.low), "
+        "high = coalesce(max(high, excluded.high), high, excluded.high)"
+    )
+    return (
+        f"INSERT INTO temp.audience_sync_{table} SELECT {user_id} AS user_id, 1{low_high} FROM {source} "
+        f"ORDER BY 1 ON CONFLICT (user_id) DO UPDATE SET row_count = row_count + 1{merge if value else ''}"
+    )
 
 
-def _allow_memory(connection: sa.Connection) -> None:
-    """On PostgreSQL, for this transaction: at least what a hash of the ids takes."""
-    if not is_sqlite(connection):
-        sql(
-            connection,
-            "SELECT set_config('work_mem', :memory, true) "
-            "WHERE pg_size_bytes(current_setting('work_mem')) < pg_size_bytes(:memory)",
-            memory=WORK_MEMORY,
-        )
+def _register_functions(connection: sa.Connection) -> None:
+    raw: Any = connection.connection.dbapi_connection
+    values.register_functions(raw)
+
+
+def _raise_work_memory(connection: sa.Connection) -> None:
+    """Give this transaction of PostgreSQL at least the memory that a hash of the ids takes."""
+    sql(
+        connection,
+        "SELECT set_config('work_mem', :memory, true) "
+        "WHERE pg_size_bytes(current_setting('work_mem')) < pg_size_bytes(:memory)",
+        memory=WORK_MEMORY,
+    )
 
 
 def compare(
@@ -191,7 +180,7 @@ def _leave_out(connection: sa.Connection, where: str, **parameters: Any) -> int:
 
 def all_exit(connection: sa.Connection, definition_id: int) -> dict[str, int]:
     """Into the changes: every member leaves."""
-    _make_changes(connection)
+    _create_changes(connection)
     sql(
         connection,
         "INSERT INTO {temp}audience_sync_changes SELECT user_id, 'exited', NULL, entered_run_id, value "
@@ -205,7 +194,7 @@ def load_held_changes(
     connection: sa.Connection, run_id: int, definition_id: int, key: str, kind: Kind
 ) -> dict[str, int]:
     """Into the changes: what a held run's deliveries would change of the members."""
-    _make_changes(connection)
+    _create_changes(connection)
     prefix = f'{{"{key}": '
     told = (
         "SELECT subject_id, substr(CAST(body AS text), :start, length(CAST(body AS text)) - :start) AS value"
@@ -270,13 +259,12 @@ def _set_ids_aside(connection: sa.Connection, table: str, repeats: int = 0) -> d
     return counts
 
 
-def _make_changes(connection: sa.Connection) -> None:
-    _drop(connection, "changes")
-    collated, big = ("text PRIMARY KEY", "") if is_sqlite(connection) else ('text COLLATE "C"', "big")
-    sql(
+def _create_changes(connection: sa.Connection) -> None:
+    create_temp_table(
         connection,
-        f"CREATE TEMPORARY TABLE audience_sync_changes (user_id {collated}, change text, value text, "
-        f"entered_run_id {big}int, old_value text){' WITHOUT ROWID' if is_sqlite(connection) else ''}",
+        "changes",
+        "user_id {id}, change text, value text, entered_run_id bigint, old_value text",
+        unique_ids=True,
     )
 
 
@@ -287,7 +275,7 @@ def _diff(connection: sa.Connection, definition_id: int | None, kind: Kind) -> N
         ).first()
         is not None
     )
-    _make_changes(connection)
+    _create_changes(connection)
     insert = "INSERT INTO {temp}audience_sync_changes "
     if not has_members:
         sql(connection, insert + _all_entered(kind))
@@ -347,7 +335,7 @@ def sample(connection: sa.Connection, change: str, limit: int = 5) -> list[str]:
 
 def add_affected(connection: sa.Connection, *, is_push: bool) -> None:
     """Keep the users of these changes beside those of the ones before, on this connection."""
-    _make_touched(connection)
+    _create_touched(connection)
     sql(
         connection,
         "INSERT INTO {temp}audience_sync_touched SELECT user_id, :is_push FROM {temp}audience_sync_changes",
@@ -357,7 +345,7 @@ def add_affected(connection: sa.Connection, *, is_push: bool) -> None:
 
 def count_affected(connection: sa.Connection) -> tuple[int, int]:
     """Of how many users the changes and the pending identifies are, together; how many of them are of pushes alone."""
-    _make_touched(connection)
+    _create_touched(connection)
     query = (
         "SELECT count(*), coalesce(sum(is_push), 0) FROM (SELECT user_id, min(is_push) AS is_push FROM ("
         "SELECT user_id, is_push FROM {temp}audience_sync_touched UNION ALL "
@@ -368,10 +356,7 @@ def count_affected(connection: sa.Connection) -> tuple[int, int]:
     return int(total), int(pushes)
 
 
-def _make_touched(connection: sa.Connection) -> None:
-    collated = "text" if is_sqlite(connection) else 'text COLLATE "C"'
-    sql(
-        connection,
-        "CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_touched "
-        f"(user_id {collated} NOT NULL, is_push integer NOT NULL)",
+def _create_touched(connection: sa.Connection) -> None:
+    create_temp_table(
+        connection, "touched", "user_id {id} NOT NULL, is_push integer NOT NULL", if_missing=True
     )

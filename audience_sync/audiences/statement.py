@@ -1,17 +1,24 @@
-"""Definitions written in SQL: is it one query that only reads, and how is it handed to SQLAlchemy.
+"""The SQL of a definition: check that it is one query that only reads, and bind `:as_of`.
 
-Their author is trusted; this guards against mistakes first. Read-only transactions, the database's roles and
-the authorizer of SQLite are the layers behind it. sqlglot is imported where it is used: it takes 0.2 s.
+The author of a definition is trusted, so these checks guard against mistakes. Behind them stand read-only
+transactions, the database's roles, and the authorizer of SQLite (compute.py). sqlglot is imported where it is used,
+because the import takes 0.2 s.
 """
 
 import logging
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from audience_sync.errors import DefinitionError
 
-PARAMETER = "as_of"
+if TYPE_CHECKING:
+    from sqlglot import Token
+
+PARAMETER = ":as_of"
+_NAME = re.compile(r":[\w$]+")
 
 # Functions that reach outside the query: files, other servers, sessions, locks, sequences, SQL in a string.
 _DENIED = re.compile(
@@ -29,64 +36,48 @@ _FORBIDDEN = (
     "Set", "Pragma", "Attach", "Detach", "TruncateTable", "Use", "Transaction", "Commit", "Rollback", "Kill",
     "Grant", "Revoke", "Analyze", "Cache", "LoadData",
 )  # fmt: skip
+_QUERY_STARTS = {"select", "with", "from", "table", "values"}
 _NO_QUERY = "the SQL is not a query: write one SELECT (WITH is fine)"
 _DIALECTS = {
     "postgresql": "postgres", "mssql": "tsql", "clickhousedb": "clickhouse", "mariadb": "mysql",
 }  # fmt: skip
 
-_TOKEN = re.compile(
-    r"""
-      (?P<comment>  --[^\n]* | /\* )
-    | (?P<string>   (?<![\w$])[eE]'(?:[^'\\]|''|\\.)*'? | '(?:[^']|'')*'? )
-    | (?P<dollar>   (?<![\w$])(?P<tag>\$(?:[^\W\d]\w*)?\$).*?(?:(?P=tag)|\Z) )
-    | (?P<name>     "(?:[^"]|"")*"? | `(?:[^`]|``)*`? )
-    | (?P<bracket>  \[[^\]]*\]? )
-    | (?P<cast>     ::+ | := )
-    | (?P<colon>    :[\w$]+ )
-    | (?P<word>     [\w$]+ )
-    | (?P<space>    \s+ )
-    | (?P<other>    . )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
 
+@dataclass(frozen=True, slots=True)
+class BoundText:
+    """SQL for `sqlalchemy.text`; `:as_of` is its only parameter, if it has one."""
 
-class _Token(NamedTuple):
-    kind: str
     text: str
-    start: int
-    depth: int  # of square brackets
+    uses_as_of: bool
 
 
 def check(sql: str, dialect: str) -> list[str]:
-    """What is doubtful about a definition's SQL; a DefinitionError for what is not one reading query.
+    """Return warnings about a definition's SQL.
 
-    `dialect` is the name of SQLAlchemy's dialect: `sqlite`, `postgresql`. What sqlglot cannot read is a
-    warning: the database may well know it.
+    `dialect` is the name of SQLAlchemy's dialect: `sqlite`, `postgresql`. SQL that sqlglot cannot parse is a
+    warning, because the database may well understand it.
+
+    Raises:
+        DefinitionError: the SQL is not exactly one query that only reads.
+
     """
-    _check_tokens(sql, dialect)
+    tokens = _tokenize(sql, dialect)
+    _check_structure(sql, tokens)
     bind(sql, dialect)
-    query = "".join(token.text for token in _trimmed(sql, dialect))
     import sqlglot  # noqa: PLC0415
-    from sqlglot import errors, exp  # noqa: PLC0415
+    from sqlglot import exp  # noqa: PLC0415
 
-    logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it would print the definition
-    name = dialect.partition("+")[0].lower()
-    name = _DIALECTS.get(name, name)
-    known = name in {each.value for each in sqlglot.Dialects}
+    logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it would log the definition
     try:
-        statements = sqlglot.parse(query, dialect=name if known else None)
-        found = [statement for statement in statements if statement is not None]
-    except (errors.SqlglotError, RecursionError, ValueError):
-        code = _code(sql, dialect)
-        if not re.match(r"[\s(]*(select|with|from|table|values)\b", code, re.IGNORECASE):
-            raise DefinitionError(_NO_QUERY) from None
-        _deny(re.findall(r"[\w$]+(?=\s*\()", code))
-        return ["the SQL could not be read before it runs, so only the database will judge it"]
-    if len(found) != 1:
-        raise DefinitionError(f"the SQL holds {len(found)} statements: write exactly one query")
-    root = found[0]
-    forbidden = tuple(getattr(exp, each) for each in _FORBIDDEN if hasattr(exp, each))
+        parsed = sqlglot.parse(sql[: tokens[-1].end + 1], dialect=_sqlglot_dialect(dialect))
+        statements = [statement for statement in parsed if statement is not None]
+    except (sqlglot.errors.SqlglotError, RecursionError, ValueError):
+        _check_unparsed(tokens)
+        return ["the SQL could not be parsed before it runs, so only the database checks it"]
+    if len(statements) != 1:
+        raise DefinitionError(f"the SQL holds {len(statements)} statements: write exactly one query")
+    root = statements[0]
+    forbidden = tuple(getattr(exp, name) for name in _FORBIDDEN if hasattr(exp, name))
     for node in root.walk():
         if isinstance(node, forbidden):
             raise DefinitionError(
@@ -94,120 +85,110 @@ def check(sql: str, dialect: str) -> list[str]:
             )
     if not isinstance(root, exp.Query):
         raise DefinitionError(_NO_QUERY)
-    _deny(
-        [
-            node.name if isinstance(node, exp.Anonymous) else node.sql_name()
-            for node in root.find_all(exp.Func)
-        ]
-    )
+    for function in root.find_all(exp.Func):
+        _check_function(function.name if isinstance(function, exp.Anonymous) else function.sql_name())
     return []
 
 
-def bind(sql: str, dialect: str = "") -> str:
-    r"""The SQL as text for `sqlalchemy.text`, with `:as_of` as its only parameter.
+def bind(sql: str, dialect: str) -> BoundText:
+    """Return the SQL in the form that `sqlalchemy.text` needs.
 
-    Every other colon that SQLAlchemy would take for a parameter is escaped, casts stay as they are. The
-    parameter stands in parentheses, because SQLAlchemy misreads `:as_of::date`. A last semicolon is gone, and
-    a newline ends the text, so that a comment on the last line ends there too.
+    Every other colon that SQLAlchemy would take for a parameter is escaped; casts stay as they are. The parameter
+    is put in parentheses, because SQLAlchemy misreads `:as_of::date`. Semicolons at the end are removed, and a
+    newline ends the text, so that a comment on the last line ends there too.
+
+    Raises:
+        DefinitionError: the SQL uses another parameter, or a quote in it is not closed.
+
     """
-    parts, places, length, previous = [], set(), 0, ""
-    for token in _trimmed(sql, dialect):
-        text = token.text
-        if token.kind == "colon":
-            if text == f":{PARAMETER}":
-                text = f"(:{PARAMETER})"
-                places.add(length + 1)
-            elif not token.depth and not re.search(r"[\w$\]\"`]\Z", previous):
-                raise DefinitionError(
-                    f"line {_line(sql, token.start)} of the SQL: there is no parameter {text}: "
-                    f"only :{PARAMETER}, the moment of the run; write a text with a colon in quotes"
-                )
-        parts.append(text)
-        length += len(text)
-        previous = token.text
+    tokens = _tokenize(sql, dialect)
+    text, copied, parameters = "", 0, set()
+    for start in _parameters(sql, tokens):
+        text += f"{sql[copied:start]}("
+        parameters.add(len(text))
+        text += f"{PARAMETER})"
+        copied = start + len(PARAMETER)
+    text += sql[copied : tokens[-1].end + 1 if tokens else 0]
 
-    # What SQLAlchemy's compiler takes for a parameter, and for an escaped one, gets one backslash more.
+    # Whatever else SQLAlchemy's compiler takes for a parameter, or for an escaped one, gets one more backslash.
     def escape(match: re.Match[str]) -> str:
-        return match[0] if match.start() in places else "\\" + match[0]
+        return match[0] if match.start() in parameters else f"\\{match[0]}"
 
-    return re.sub(r"\\:[\w$]*(?![:\w$])|(?<![:\w$\\]):[\w$]+(?![:\w$])", escape, "".join(parts)) + "\n"
-
-
-def uses_as_of(sql: str, dialect: str = "") -> bool:
-    return any(token.kind == "colon" and token.text == f":{PARAMETER}" for token in _tokens(sql, dialect))
+    escaped = re.sub(r"\\:[\w$]*(?![:\w$])|(?<![:\w$\\]):[\w$]+(?![:\w$])", escape, text)
+    return BoundText(f"{escaped}\n", uses_as_of=bool(parameters))
 
 
-def _tokens(sql: str, dialect: str) -> Iterator[_Token]:
-    place = depth = 0
-    while place < len(sql):
-        match = _TOKEN.match(sql, place)
-        assert match is not None and match.lastgroup is not None  # noqa: S101, PT018  (`other` takes anything)
-        kind, end = match.lastgroup, match.end()
-        if match[0] == "/*":
-            end = _comment_end(sql, place, nested=dialect != "sqlite")
-        if kind == "bracket" and dialect != "sqlite":  # an array's, elsewhere
-            kind, end = "other", place + 1
-        text = sql[place:end]
-        depth = max(0, depth + (kind == "other") * ((text == "[") - (text == "]")))
-        yield _Token(kind, text, place, depth)
-        place = end
-
-
-def _comment_end(sql: str, start: int, *, nested: bool) -> int:
+def _parameters(sql: str, tokens: "list[Token]") -> Iterator[int]:
+    """Yield where `:as_of` stands; any other name after a colon is an error, except in an array's slice."""
     depth = 0
-    for match in re.compile(r"/\*|\*/").finditer(sql, start):
-        depth = depth - 1 if match[0] == "*/" else depth + 1 if nested else 1
-        if depth == 0:
-            return match.end()
-    return len(sql)
-
-
-def _trimmed(sql: str, dialect: str) -> list[_Token]:
-    """The tokens without semicolons, space and comments at the end."""
-    tokens = list(_tokens(sql, dialect))
-    last = len(tokens)
-    while last and (tokens[last - 1].kind in {"space", "comment"} or tokens[last - 1].text == ";"):
-        last -= 1
-    return tokens[:last]
-
-
-def _check_tokens(sql: str, dialect: str) -> None:
-    """What must hold even where sqlglot cannot read: one statement, that ends where the text ends."""
-    depth = 0
-    tokens = _trimmed(sql, dialect)
-    if not any(token.kind not in {"space", "comment"} for token in tokens):
-        raise DefinitionError("the SQL is empty: write one SELECT")
     for token in tokens:
-        if token.kind != "other":
+        kind = token.token_type.name
+        depth += (kind == "L_BRACKET") - (kind == "R_BRACKET")
+        name = _NAME.match(sql, token.start) if kind == "COLON" else None
+        if name is None:
             continue
-        if token.text == ";":
-            line = _line(sql, token.start)
+        if name[0] == PARAMETER:
+            yield token.start
+        elif depth <= 0 and not re.match(r'[\w$\]"`:]', sql[token.start - 1 : token.start]):
             raise DefinitionError(
-                f"line {line} of the SQL: a second statement follows: write exactly one query"
+                f"line {_line(sql, token)} of the SQL: there is no parameter {name[0]}: "
+                f"only {PARAMETER}, the moment of the run; write a text with a colon in quotes"
             )
-        depth += (token.text == "(") - (token.text == ")")
+
+
+def _tokenize(sql: str, dialect: str) -> "list[Token]":
+    """Return the tokens, without the semicolons at the end; comments are no tokens."""
+    import sqlglot  # noqa: PLC0415
+
+    try:
+        tokens = list(sqlglot.tokenize(sql, read=_sqlglot_dialect(dialect)))
+    except sqlglot.TokenError as error:
+        raise DefinitionError("the SQL cannot be read: is a quote or a comment not closed?") from error
+    while tokens and tokens[-1].token_type.name == "SEMICOLON":
+        tokens.pop()
+    return tokens
+
+
+def _sqlglot_dialect(dialect: str) -> str | None:
+    import sqlglot  # noqa: PLC0415
+
+    name = dialect.partition("+")[0].lower()
+    name = _DIALECTS.get(name, name)
+    return name if name in {known.value for known in sqlglot.Dialects} else None
+
+
+def _check_structure(sql: str, tokens: "list[Token]") -> None:
+    """Check that the tokens are one statement whose parentheses match; sqlglot may be unable to parse it."""
+    if not tokens:
+        raise DefinitionError("the SQL is empty: write one SELECT")
+    depth = 0
+    for token in tokens:
+        kind = token.token_type.name
+        if kind == "SEMICOLON":
+            raise DefinitionError(
+                f"line {_line(sql, token)} of the SQL: a second statement follows: write exactly one query"
+            )
+        depth += (kind == "L_PAREN") - (kind == "R_PAREN")
         if depth < 0:
-            raise DefinitionError(f"line {_line(sql, token.start)} of the SQL: this ) was never opened")
+            raise DefinitionError(f"line {_line(sql, token)} of the SQL: this ) was never opened")
     if depth:
-        raise DefinitionError(f"the SQL opens {depth} more ( than it closes: is a quote or a ) missing?")
+        raise DefinitionError(f"the SQL opens {depth} more ( than it closes: is a ) missing?")
 
 
-def _code(sql: str, dialect: str) -> str:
-    """The SQL with comments and literals blanked and names without their quotes."""
-    blank = {"comment": " ", "string": "''", "dollar": "''", "space": " "}
-    return "".join(
-        blank.get(token.kind) or (token.text.strip('"`[]') if token.kind == "name" else token.text)
-        for token in _tokens(sql, dialect)
-    )
+def _check_unparsed(tokens: "list[Token]") -> None:
+    """Check what can be checked of SQL that sqlglot cannot parse: how it begins, and the functions it calls."""
+    words = [token.text.lower() for token in tokens if token.token_type.name != "L_PAREN"]
+    if words[:1] and words[0] not in _QUERY_STARTS:
+        raise DefinitionError(_NO_QUERY)
+    for token, following in pairwise(tokens):
+        if following.token_type.name == "L_PAREN":
+            _check_function(token.text)
 
 
-def _deny(functions: list[str]) -> None:
-    for function in functions:
-        if _DENIED.fullmatch(function):
-            raise DefinitionError(
-                f"the SQL calls {function.lower()}, which does more than read: leave it out"
-            )
+def _check_function(name: str) -> None:
+    if _DENIED.fullmatch(name):
+        raise DefinitionError(f"the SQL calls {name.lower()}, which does more than read: leave it out")
 
 
-def _line(sql: str, place: int) -> int:
-    return sql.count("\n", 0, place) + 1
+def _line(sql: str, token: "Token") -> int:
+    return sql.count("\n", 0, token.start) + 1

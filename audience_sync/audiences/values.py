@@ -1,7 +1,8 @@
-"""How a user id and a trait's value are written as text: one form on SQLite, on PostgreSQL, and in Python.
+"""Canonical text of user ids and trait values: the same from SQLite, PostgreSQL, and rows of a source in Python.
 
-A value's form is JSON text, and equal texts are equal values: a whole number that 64 bits hold is written as an
-integer, any other at 15 significant digits. '!' stands for what is not a primitive, and sorts before every form.
+A value's canonical text is JSON, and equal texts are equal values: a whole number that fits 64 bits is written as an
+integer, any other number with 15 significant digits. '!' stands for a value that is not a primitive, and sorts before
+all others. The expressions of SQL come first, then the same rules for rows that a driver returns.
 """
 
 import datetime as dt
@@ -21,13 +22,15 @@ from audience_sync.retention.erasure import user_hash
 MAX_ID_LENGTH = 255
 NOT_PRIMITIVE = "!"
 _LIMIT = 2**63
-_ZEROS = re.compile(r"(?<=\.\d\d\d\d\d)0|(?<=\.\d\d\d\d)00|(?<=\.\d\d\d)000|(?<=\.\d\d)0000|(?<=\.\d)00000")
+_ZEROS_AT_END = re.compile(
+    r"(?<=\.\d\d\d\d\d)0|(?<=\.\d\d\d\d)00|(?<=\.\d\d\d)000|(?<=\.\d\d)0000|(?<=\.\d)00000"
+)
 Row = tuple[str] | tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a definition's result; the type as PostgreSQL's pg_type has it, empty on SQLite."""
+    """A column of a definition's result; its type as in PostgreSQL's pg_type, empty on SQLite."""
 
     name: str
     type_name: str = ""
@@ -35,7 +38,7 @@ class Column:
 
 
 def canonical_number(raw: float | Decimal) -> str:
-    if isinstance(raw, float) and 1e-4 <= abs(raw) < 1e14:  # most of them, soon done
+    if isinstance(raw, float) and 1e-4 <= abs(raw) < 1e14:  # the common case, answered fast
         return f"{raw:.15g}"
     if not math.isfinite(raw):
         return NOT_PRIMITIVE
@@ -58,7 +61,7 @@ def canonical_string(raw: str | bytes) -> str:
 
 
 def invalid_reason(raw: str | bytes) -> str | None:
-    """Why a text cannot be a user id."""
+    """Return the reason for which a text cannot be a user id, or None."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
         text.encode()
@@ -72,21 +75,21 @@ def invalid_reason(raw: str | bytes) -> str | None:
 
 
 def register_functions(raw: sqlite3.Connection) -> None:
-    """Give SQLite the functions that its expressions below call for the few values that need them.
+    """Register the functions that SQLite's expressions call for the few values that need them.
 
-    Its own printf errs in the fifteenth digit, and its texts may hold anything.
+    SQLite's own printf is wrong in the fifteenth digit, and its text may contain any bytes.
     """
     for function in (canonical_number, canonical_string, invalid_reason, user_hash):
         raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
 
 
-# ASCII without a NUL; other text may not even be UTF-8.
+# ASCII without NUL; other text may not even be UTF-8.
 _PLAIN = "(instr({0}, char(0)) = 0 AND {0} NOT GLOB '*[^' || char(1) || '-' || char(127) || ']*')"
 _SQLITE_REAL = (
     f"CASE WHEN {{0}} >= -{_LIMIT}.0 AND {{0}} < {_LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
     "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_canonical_number({0}) END"
 )
-# Blobs stand for what is no text, because a primary key takes no null: x'' for null, x'00' for binary.
+# A primary key takes no null, so blobs stand for ids that are not text: x'' for null, x'00' for binary.
 SQLITE_ID = f"""
 CASE typeof(user_id)
   WHEN 'text' THEN user_id
@@ -105,7 +108,7 @@ CASE typeof(value)
 SQLITE_HASH = "audience_sync_user_hash(user_id)"
 POSTGRESQL_HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
 
-# Of an id's form: whether it has to be looked at, which costs little, and why it cannot be sent.
+# A cheap condition for ids that need a closer check, and the reason for which one of them cannot be sent, or null.
 SQLITE_NEEDS_CHECK = f"(user_id >= x'' OR user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"  # noqa: E501
 SQLITE_INVALID_REASON = """
 CASE WHEN user_id = x'' THEN 'null' WHEN user_id = x'00' THEN 'binary'
@@ -118,43 +121,44 @@ CASE WHEN user_id IS NULL THEN 'null'
 
 
 def postgresql_id(column: Column) -> str:
-    """The expression of an id's form. PostgreSQL types a column, so its type chooses."""
+    """Return the expression of an id's canonical text; PostgreSQL's columns have types, so the type decides."""
     match column.category, column.type_name:
         case "N", "numeric":
-            form = (
+            text = (
                 "CASE WHEN user_id IN ('NaN', 'Infinity', '-Infinity') THEN NULL WHEN user_id = trunc(user_id) "
                 f"THEN CAST(trunc(user_id) AS text) ELSE {_postgresql_number('user_id')} END"
             )
         case "N", "float4" | "float8":
-            form = f"nullif({_postgresql_number(_float('user_id', column))}, '{NOT_PRIMITIVE}')"
+            text = f"nullif({_postgresql_number(_float('user_id', column))}, '{NOT_PRIMITIVE}')"
         case _:
-            form = "CAST(user_id AS text)"
-    return f'({form}) COLLATE "C"'
+            text = "CAST(user_id AS text)"
+    return f'({text}) COLLATE "C"'
 
 
 def postgresql_value(column: Column) -> str:
+    """Return the expression of a value's canonical text."""
     match column.category, column.type_name:
         case ("B", _) | ("N", "int2" | "int4" | "int8"):
-            form = "CAST(value AS text)"
+            text = "CAST(value AS text)"
         case "N", "numeric" | "float4" | "float8":
-            form = _postgresql_number(_float("value", column))
+            text = _postgresql_number(_float("value", column))
         case "U", "json" | "jsonb":
             as_number = _postgresql_number("CAST(CAST(value AS jsonb) AS numeric)")
-            form = (
+            text = (
                 "CASE jsonb_typeof(CAST(value AS jsonb)) WHEN 'object' THEN '!' WHEN 'array' THEN '!' "
                 f"WHEN 'null' THEN NULL WHEN 'number' THEN {as_number} ELSE CAST(CAST(value AS jsonb) AS text) END"
             )
         case ("S" | "E" | "X", _) | ("U", "uuid"):
-            form = "CAST(to_json(CAST(value AS text)) AS text)"
+            text = "CAST(to_json(CAST(value AS text)) AS text)"
         case "D", _:
-            form = "CAST(to_json(value) AS text)"
+            text = "CAST(to_json(value) AS text)"
         case _:
-            form = "CASE WHEN value IS NOT NULL THEN '!' END"
-    return f'({form}) COLLATE "C"'
+            text = "CASE WHEN value IS NOT NULL THEN '!' END"
+    return f'({text}) COLLATE "C"'
 
 
 def _float(name: str, column: Column) -> str:
-    # By way of its text: 0.1 of four bytes is 0.1, not 0.100000001490116.
+    # Cast to text first: 0.1 of four bytes is 0.1, not 0.100000001490116.
     return f"CAST(CAST({name} AS text) AS float8)" if column.type_name == "float4" else name
 
 
@@ -168,23 +172,28 @@ def _postgresql_number(value: str) -> str:
     )
 
 
-def float_digits(columns: list[Column]) -> int:
-    """PostgreSQL's extra_float_digits: 0 is 15 digits; 1 is as few as tell a value from the others of its type."""
+def extra_float_digits(columns: Sequence[Column]) -> int:
+    """Return PostgreSQL's extra_float_digits: 0 is 15 digits; 1 is the shortest text that identifies a float4."""
     return int(any(column.type_name == "float4" for column in columns))
 
 
-def id_is_possible(column: Column) -> bool:
-    """Whether a column of this PostgreSQL type can hold user ids."""
+def can_be_id(column: Column) -> bool:
+    """Tell whether a column of this PostgreSQL type can hold user ids."""
     return column.category in {"", "S", "N", "E", "X"} or column.type_name in {"uuid", "citext"}
 
 
-def canonical_rows(batch: Sequence[Sequence[Any]], places: Sequence[int], counts: Counter[str]) -> list[Row]:
-    """(user id,) or (user id, JSON text of the value) of each row that has one; unfit ids are counted by reason."""
-    id_place, value_place = places[0], places[-1]
-    is_trait = len(places) > 1
-    taken: list[Row] = []
+def canonical_rows(
+    batch: Sequence[Sequence[Any]], positions: Sequence[int], set_aside: Counter[str]
+) -> list[Row]:
+    """Return (user id,) or (user id, JSON text) of each row; count the rows with an invalid id by reason.
+
+    `positions`: where a row has its id and, for a trait, its value. Rows without a value are left out.
+    """
+    id_position, value_position = positions[0], positions[-1]
+    is_trait = len(positions) > 1
+    rows: list[Row] = []
     for row in batch:
-        user_id = row[id_place]
+        user_id = row[id_position]
         if type(user_id) is int:
             user_id = str(user_id)
         elif (
@@ -195,16 +204,17 @@ def canonical_rows(batch: Sequence[Sequence[Any]], places: Sequence[int], counts
         ):
             user_id, reason = _canonical_id(user_id)
             if reason:
-                counts[reason] += 1
+                set_aside[reason] += 1
                 continue
         if not is_trait:
-            taken.append((user_id,))
-        elif (text := canonical_value(row[value_place])) is not None:
-            taken.append((user_id, text))
-    return taken
+            rows.append((user_id,))
+        elif (text := canonical_value(row[value_position])) is not None:
+            rows.append((user_id, text))
+    return rows
 
 
 def _canonical_id(raw: Any) -> tuple[str, str | None]:
+    """Return an id's text and the reason for which it is invalid, or None."""
     match raw:
         case None:
             return "", "null"
@@ -222,7 +232,7 @@ def _canonical_id(raw: Any) -> tuple[str, str | None]:
 
 
 def canonical_value(raw: Any) -> str | None:
-    """A trait's value as JSON text; None for null, '!' for what is not a primitive."""
+    """Return a trait's value as JSON text; None for null, '!' for a value that is not a primitive."""
     match raw:
         case None:
             return None
@@ -232,6 +242,6 @@ def canonical_value(raw: Any) -> str | None:
             return canonical_number(raw)
         case str() | uuid.UUID():
             return canonical_string(str(raw))
-        case dt.date() | dt.time():  # as PostgreSQL writes them: no zeros at the end of a fraction
-            return f'"{_ZEROS.sub("", raw.isoformat())}"'
+        case dt.date() | dt.time():  # as PostgreSQL writes them, without zeros at the end of a fraction
+            return f'"{_ZEROS_AT_END.sub("", raw.isoformat())}"'
     return NOT_PRIMITIVE

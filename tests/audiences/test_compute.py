@@ -91,8 +91,8 @@ def test_ids_compare_byte_by_byte(world, computed):
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("SELECT user_id AS id FROM people", "must give one column called user_id; it gives id"),
-        ("SELECT p.user_id, q.user_id FROM people p, people q", "it gives user_id, user_id"),
+        ("SELECT user_id AS id FROM people", "must return one column called user_id; it returns id"),
+        ("SELECT p.user_id, q.user_id FROM people p, people q", "it returns user_id, user_id"),
         ("SELECT user_id FROM people WHERE", "its SQL does not work"),
         ("SELECT user_id FROM missing", "its SQL does not work: .*missing"),
         ("SELECT user_id FROM people WHERE user_id = :name", "there is no parameter :name"),
@@ -106,7 +106,7 @@ def test_a_definition_that_is_wrong_is_told_so(world, computed, sql, message):
 
 
 def test_a_trait_needs_a_value(world, computed):
-    with pytest.raises(DefinitionError, match="spend: its SQL must give one column called value"):
+    with pytest.raises(DefinitionError, match="spend: its SQL must return one column called value"):
         computed(world.trait("SELECT user_id FROM people"))
 
 
@@ -119,7 +119,7 @@ def test_a_definition_that_gives_nothing_is_an_empty_snapshot(world, computed):
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 def test_a_column_that_cannot_hold_ids_is_refused(world, computed):
     with pytest.raises(
-        DefinitionError, match="user_id of its SQL is of type bool: give text, a number or a uuid"
+        DefinitionError, match="user_id of its SQL is of type bool: return text, a number or a uuid"
     ):
         computed(world.audience("SELECT true AS user_id"))
 
@@ -202,7 +202,7 @@ def test_a_source_is_only_read(world, computed, shop, monkeypatch):
 def test_an_error_of_a_source_is_the_definitions(world, computed, shop):
     with pytest.raises(DefinitionError, match=r"vips: its SQL does not work: .*missing"):
         computed(world.audience("SELECT user_id FROM missing", source="shop"), shop)
-    with pytest.raises(DefinitionError, match="must give one column called user_id; it gives total"):
+    with pytest.raises(DefinitionError, match="must return one column called user_id; it returns total"):
         computed(world.audience("SELECT total FROM orders", source="shop"), shop)
     assert computed(world.audience("SELECT user_id FROM orders", source="shop"), shop)[0].keys() == {
         "ann",

@@ -1,6 +1,9 @@
-import pytest
+"""Which SQL is accepted, and how `:as_of` is bound in it."""
 
-from audience_sync.audiences import statement as sql
+import pytest
+import sqlalchemy as sa
+
+from audience_sync.audiences import statement
 from audience_sync.errors import DefinitionError
 
 DIALECTS = ["sqlite", "postgresql"]
@@ -8,7 +11,7 @@ DIALECTS = ["sqlite", "postgresql"]
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(
-    "statement",
+    "sql",
     [
         "SELECT user_id FROM orders WHERE ordered_on > date(:as_of, '-30 days')",
         "WITH o AS (SELECT * FROM orders) SELECT user_id FROM o ; -- the end",
@@ -16,13 +19,13 @@ DIALECTS = ["sqlite", "postgresql"]
         "SELECT ';' AS user_id -- ; drop",
     ],
 )
-def test_a_query_passes(statement, dialect):
-    assert sql.check(statement, dialect) == []
+def test_a_query_passes(sql, dialect):
+    assert statement.check(sql, dialect) == []
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(
-    "statement",
+    "sql",
     [
         "SELECT 1; DROP TABLE orders",
         "WITH x AS (DELETE FROM orders RETURNING *) SELECT * FROM x",
@@ -35,6 +38,82 @@ def test_a_query_passes(statement, dialect):
         "SELECT load_extension('x')",
     ],
 )
-def test_what_does_more_than_read_is_refused(statement, dialect):
+def test_what_does_more_than_read_is_refused(sql, dialect):
     with pytest.raises(DefinitionError):
-        sql.check(statement, dialect)
+        statement.check(sql, dialect)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("", "the SQL is empty: write one SELECT"),
+        ("-- only a comment", "the SQL is empty: write one SELECT"),
+        ("SELECT 1;\n SELECT 2", "line 1 of the SQL: a second statement follows"),
+        ("SELECT 1\n)", r"line 2 of the SQL: this \) was never opened"),
+        ("SELECT (1", r"the SQL opens 1 more \( than it closes"),
+        ("SELECT 'Ann", "the SQL cannot be read: is a quote or a comment not closed"),
+        ('SELECT "user_id', "the SQL cannot be read: is a quote or a comment not closed"),
+        ("SELECT 1 /* one", "the SQL cannot be read: is a quote or a comment not closed"),
+        ("SELECT\n :name", "line 2 of the SQL: there is no parameter :name: only :as_of"),
+        ("EXPLAIN SELECT 1", "the SQL holds COMMAND, and a definition only reads"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_a_remedy(sql, message, dialect):
+    with pytest.raises(DefinitionError, match=message):
+        statement.check(sql, dialect)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_sqlglot_cannot_parse_is_a_warning_where_it_may_be_a_query(dialect):
+    assert statement.check("SELECT 1 + FROM t", dialect) == [
+        "the SQL could not be parsed before it runs, so only the database checks it"
+    ]
+    with pytest.raises(DefinitionError, match="the SQL is not a query"):
+        statement.check("1 + FROM t", dialect)
+    with pytest.raises(DefinitionError, match="the SQL calls pg_sleep, which does more than read"):
+        statement.check('SELECT 1 + FROM t WHERE "pg_sleep" (1)', dialect)
+
+
+BOUND = [
+    ("SELECT :as_of::date, x::text", "SELECT (:as_of)::date, x::text"),
+    ("SELECT :as_of", "SELECT (:as_of)"),
+    ("SELECT date(:as_of, '-30 days')", "SELECT date((:as_of), '-30 days')"),
+    ("SELECT ':as_of', '12:30', 'it''s :x', :as_of", "SELECT ':as_of', '12:30', 'it''s :x', (:as_of)"),
+    ('SELECT ":as_of", "a"":b", :as_of', 'SELECT ":as_of", "a"":b", (:as_of)'),
+    ("SELECT 1 -- :as_of\n, :as_of", "SELECT 1 -- :as_of\n, (:as_of)"),
+    ("SELECT /* :as_of ' */ :as_of /* it's */;", "SELECT /* :as_of ' */ (:as_of)"),
+    ("/*+ Hint(:as_of) */ SELECT :as_of", "/*+ Hint(:as_of) */ SELECT (:as_of)"),
+    ("SELECT body->>'a:b', body->'x'->:as_of", "SELECT body->>'a:b', body->'x'->(:as_of)"),
+    ("SELECT '\N{GRINNING FACE}:x', :as_of\r\n;;", "SELECT '\N{GRINNING FACE}:x', (:as_of)"),
+    ("SELECT user_id FROM people ; -- :as_of", "SELECT user_id FROM people"),
+]
+POSTGRESQL_BOUND = [
+    ("SELECT tags[1:2], tags[lo:hi], tags[:as_of]", "SELECT tags[1:2], tags[lo:hi], tags[(:as_of)]"),
+    ("SELECT $$ :as_of ' $$, $t$ $$ :x $t$, :as_of", "SELECT $$ :as_of ' $$, $t$ $$ :x $t$, (:as_of)"),
+    (r"SELECT E'it\'s :x', 'c:\', :as_of", r"SELECT E'it\'s :x', 'c:\', (:as_of)"),
+    ("SELECT a #>> '{b:c}' FROM t WHERE b ? 'c:d' AND d @> :as_of",
+     "SELECT a #>> '{b:c}' FROM t WHERE b ? 'c:d' AND d @> (:as_of)"),
+    ("SELECT 1 /* a /* :x */ ' */, :as_of", "SELECT 1 /* a /* :x */ ' */, (:as_of)"),
+    ("SELECT f(moment := :as_of)", "SELECT f(moment := (:as_of))"),
+]  # fmt: skip
+SQLITE_BOUND = [
+    ("SELECT [a:b], `c:d`, :as_of", "SELECT [a:b], `c:d`, (:as_of)"),
+    ("SELECT 1 /* a /* ' */, :as_of", "SELECT 1 /* a /* ' */, (:as_of)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sql", "text"),
+    [
+        *((dialect, *pair) for dialect in DIALECTS for pair in BOUND),
+        *(("postgresql", *pair) for pair in POSTGRESQL_BOUND),
+        *(("sqlite", *pair) for pair in SQLITE_BOUND),
+    ],
+)
+def test_as_of_is_bound_in_code_only(dialect, sql, text):
+    bound = statement.bind(sql, dialect)
+    compiled = sa.text(bound.text).compile()
+    assert str(compiled) == f"{text}\n"
+    assert bound.uses_as_of is ("(:as_of)" in text)
+    assert set(compiled.params) == ({"as_of"} if bound.uses_as_of else set())
