@@ -126,7 +126,7 @@ def test_a_schedule_comes_when_crontab_says(text, slots):
         ("٣ * * * *", "minute: '٣' is not understood: write"),
         ("0 0 30 2 *", "never due: month '2' has no day '30': write"),
         ("0 0 31 2,4,jun */2", "never due: month '2,4,jun' has no day '31': write"),
-        ("@reboot", "@reboot is not a time, so nothing would ever be due: write"),
+        ("@reboot", "@reboot, which is not a time: write"),
         ("@fortnightly", "no schedule '@fortnightly': write one of @hourly, @daily"),
         ("@every 5 minutes", "no schedule '@every 5 minutes': write one of @hourly"),
         (
