@@ -14,12 +14,14 @@ import sqlalchemy as sa
 
 from audience_sync import logs
 from audience_sync import settings as settings_module
-from audience_sync.audiences import decisions, plan, records, runs
+from audience_sync.audiences import decisions, foreign, plan, records, runs
 from audience_sync.audiences.definition import Definition
 from audience_sync.clock import Clock, SystemClock
 from audience_sync.db import engines, migrate
 from audience_sync.errors import ConfigError, NotForgotten, SourceError
-from audience_sync.queue import bulk, deliveries, destination, split, worker
+from audience_sync.queue import bulk, due, split, worker
+from audience_sync.queue import destination as destination_module
+from audience_sync.queue.destination import Destination
 from audience_sync.queue.pace import WINDOW_SECONDS
 from audience_sync.retention import erasure, pruning
 from audience_sync.settings import Settings
@@ -106,7 +108,7 @@ class App:
             users=tuple(users) or None,
             trigger=trigger,
             slot_at=slot_at,
-            fingerprint=self.fingerprint,
+            destination=self.destination,
         )
         source = partial(self.source, definition)
         return runs.sync(self.engine, definition, as_of, self.clock, order, source=source, stop=self.stop)
@@ -116,7 +118,7 @@ class App:
     ) -> tuple[list[plan.Plan], split.Forecast]:
         """What a sync of the definitions would change, and how it would be delivered."""
         pairs = [(definition, self.source(definition)) for definition in definitions]
-        found, touched = plan.plan(self.engine, pairs, moments, self.clock.now(), self.fingerprint)
+        found, touched = plan.plan(self.engine, pairs, moments, self.clock.now(), self.destination)
         users, pushes = touched
         destination = self.settings.destination
         pace = split.Pace(
@@ -128,13 +130,13 @@ class App:
         return found, split.forecast(pushes, users - pushes, pace)
 
     def approve(self, run_id: int) -> None:
-        decisions.approve(self.engine, run_id, self.clock, self.fingerprint)
+        decisions.approve(self.engine, run_id, self.clock, self.destination)
 
     def reject(self, run_id: int) -> None:
         decisions.reject(self.engine, run_id, self.clock)
 
     def retire(self, key: str) -> int:
-        return decisions.retire(self.engine, key, self.clock, self.fingerprint)
+        return decisions.retire(self.engine, key, self.clock, self.destination)
 
     def forget(self, user_id: str) -> int:
         """Have Userpilot delete a user, then erase what is here; how many memberships that ended.
@@ -164,16 +166,12 @@ class App:
     def accept_destination(self) -> list[str]:
         """Take the configured destination for the one that everything was made for; the keys that this moved."""
         self.settings.destination.require_api_key()
-        fingerprint = self.settings.destination.fingerprint
         with engines.write(self.engine) as connection:
-            keys = destination.foreign_keys(connection, fingerprint)
-            destination.accept(connection, fingerprint)
-        return keys
+            return foreign.accept_destination(connection, self.destination)
 
     @property
-    def fingerprint(self) -> str | None:
-        """Of the configured destination; None while its key is not known."""
-        return self.settings.destination.fingerprint or None
+    def destination(self) -> Destination:
+        return Destination(self.settings.destination.fingerprint or None)
 
     def client(self) -> "Client":
         from audience_sync.userpilot.client import Client  # noqa: PLC0415  (httpx: only where something is sent)
@@ -202,11 +200,9 @@ class App:
         """
         self.settings.destination.require_api_key()
         with engines.write(self.engine) as connection:
-            held = destination.hold_foreign(
-                connection, self.settings.destination.fingerprint, self.clock.now()
-            )
-            stopped = destination.stopped(connection)
-            is_empty = not deliveries.is_anything_pending(connection)
+            held = foreign.hold_foreign(connection, self.destination, self.clock.now())
+            stopped = destination_module.stopped(connection)
+            is_empty = not due.is_anything_pending(connection)
         if is_empty:
             return worker.Report(held_count=held)
         with self.client() as client:
@@ -214,10 +210,10 @@ class App:
                 answer = client.validate()
                 if answer.outcome is Outcome.UNAUTHORISED:
                     with engines.read(self.engine) as connection:
-                        pending = deliveries.pending_count(connection)
+                        pending = due.pending_count(connection)
                     return worker.Report(pending_count=pending, stopped=stopped[1], held_count=held)
                 with engines.write(self.engine) as connection:
-                    destination.resume(connection)
+                    destination_module.resume(connection)
             self.is_delivering = True
             try:
                 started = self.clock.monotonic()

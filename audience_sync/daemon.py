@@ -20,7 +20,7 @@ from audience_sync.app import App
 from audience_sync.audiences import runs, slots
 from audience_sync.db import engines
 from audience_sync.errors import AudienceSyncError, Busy, DatabaseError, Interrupted
-from audience_sync.queue import deliveries, destination
+from audience_sync.queue import destination, due
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Daemon:
         if app.stop.is_set() or app.clock.monotonic() < self._deliver_at:
             return
         with engines.read(app.engine) as connection:
-            if not deliveries.is_due(connection, app.clock.now()):
+            if not due.is_due(connection, app.clock.now()):
                 return
         report = app.deliver(stop=self._pause_delivery, is_gathering=lambda: self._young_count() > 0)
         if report.stopped:

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.db import dialects, leases, tables
-from audience_sync.queue import deliveries, destination
+from audience_sync.queue import destination, due
 
 SAMPLE = 5
 UNDECIDED = ("held", "pending", "sending")
@@ -278,7 +278,7 @@ def delivery_rows(
 
 def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
     """What `status` tells of the queue and of who works it."""
-    counts = deliveries.counts(connection, tables.deliveries.c.status.in_((*UNDECIDED, "dead")))
+    counts = due.counts(connection, tables.deliveries.c.status.in_((*UNDECIDED, "dead")))
     unsettled = tables.deliveries.c.status.in_(("pending", "sending"))
     oldest = sa.select(
         sa.func.min(tables.deliveries.c.created_at, type_=tables.deliveries.c.created_at.type)

@@ -1,24 +1,24 @@
 """What a person does to a definition beside syncing it: approve or reject a held run, retire a key."""
 
-import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.audiences import commit as changes
 from audience_sync.audiences import records, runs, snapshot
+from audience_sync.audiences.commit import Commit, commit, commit_held
 from audience_sync.audiences.definition import Kind
 from audience_sync.clock import Clock
 from audience_sync.db import engines, leases
 from audience_sync.errors import ConfigError, NotApproved
-from audience_sync.queue import destination
+from audience_sync.queue import deliveries
+from audience_sync.queue.destination import Destination, other_destination
 
 LEASE_SECONDS = 600.0
 
 
-def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | None) -> None:
+def approve(engine: sa.Engine, run_id: int, clock: Clock, destination: Destination) -> None:
     """Commit exactly the changes that a run holds; they are queued.
 
     Raises:
@@ -40,23 +40,33 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, fingerprint: str | Non
                     f"The members of {run.key} have changed since run {run_id} was computed: run "
                     f"`audience-sync sync {run.key} --hold` again, and approve that."
                 )
-            if run.held_by == "fingerprint" and fingerprint is None:
+            if run.held_by == "fingerprint" and destination.fingerprint is None:
                 raise NotApproved(
                     "It was held for its destination, and the API key is not set: set it first."
                 )
-            is_for_other = destination.is_foreign(connection, row.fingerprint, fingerprint)
-            if run.mode != "full" and is_for_other:
-                raise NotApproved(f"Not now: {runs.OTHER_DESTINATION.format(key=run.key)}.")
+            is_foreign = destination.is_foreign(connection, row.fingerprint)
+            if run.mode != "full" and is_foreign:
+                where = other_destination(run.key)
+                raise NotApproved(
+                    f"Run {run_id} cannot be approved now: the members of {run.key} were {where}."
+                )
             kind = Kind(run.kind)
             counts = snapshot.load_held_changes(connection, run_id, run.definition_id, run.key, kind)
             forgotten = row.forgotten_count if run.mode != "canary" else 0
             computed = records.Computed(*runs.with_erasures(last, counts, forgotten), run.set_aside or {})
-            commit = _commit(run, run_id, clock.now(), fingerprint)
-            if is_for_other:
-                changes.drop_of_other_destinations(connection, commit)
-            records.mark_succeeded(connection, run_id, computed, commit.now)
-            changes.approve(connection, commit, counts)
-            runs.settle_definition(connection, row, fingerprint, forgotten)
+            now = clock.now()
+            origin = deliveries.RunOrigin(
+                run_id=run_id,
+                definition_id=run.definition_id,
+                delivery_class="change",
+                value_at=run.as_of,
+                fingerprint=destination.fingerprint,
+            )
+            if is_foreign:
+                deliveries.cancel_foreign(connection, origin, now)
+            records.mark_succeeded(connection, run_id, computed, now)
+            commit_held(connection, Commit(origin, run.key, kind, now), counts)
+            runs.settle_definition(connection, row, destination, forgotten)
 
 
 def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
@@ -69,11 +79,11 @@ def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
     with engines.write(engine) as connection:
         records.lock_definition(connection, _held(connection, run_id).definition_id)
         _held(connection, run_id)  # as it is now that nobody else can change it
-        changes.drop_held(connection, run_id, clock.now(), "rejected by hand")
+        deliveries.cancel_run(connection, run_id, clock.now(), "rejected by hand")
         records.mark_rejected(connection, run_id, "It was rejected by hand.")
 
 
-def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -> int:
+def retire(engine: sa.Engine, key: str, clock: Clock, destination: Destination) -> int:
     """Queue false, of a trait null, for all who hold it, and let the key rest; the id of that run.
 
     Raises:
@@ -108,17 +118,14 @@ def retire(engine: sa.Engine, key: str, clock: Clock, fingerprint: str | None) -
             )
             counts = snapshot.all_exit(connection, row.definition_id)
             computed = records.Computed(*runs.with_erasures(last, counts, row.forgotten_count), {})
-            commit = changes.Commit(
+            origin = deliveries.RunOrigin(
                 run_id=run_id,
                 definition_id=row.definition_id,
-                key=key,
-                kind=Kind(row.kind),
-                as_of=as_of,
-                now=now,
-                fingerprint=row.fingerprint or fingerprint,
                 delivery_class="push",
+                value_at=as_of,
+                fingerprint=row.fingerprint or destination.fingerprint,
             )
-            changes.commit(connection, commit, counts)
+            commit(connection, Commit(origin, key, Kind(row.kind), now), counts)
             records.mark_succeeded(connection, run_id, computed, now)
             records.set_forgotten_count(connection, row.definition_id, 0)
             records.mark_retired(connection, row.definition_id, now)
@@ -144,15 +151,3 @@ def _lease(connection: sa.Connection, key: str) -> Iterator[None]:
     lease = runs.take_lease(connection, key, LEASE_SECONDS)
     yield
     leases.release(connection, lease)
-
-
-def _commit(run: sa.Row[Any], run_id: int, now: dt.datetime, fingerprint: str | None) -> changes.Commit:
-    return changes.Commit(
-        run_id=run_id,
-        definition_id=run.definition_id,
-        key=run.key,
-        kind=Kind(run.kind),
-        as_of=run.as_of,
-        now=now,
-        fingerprint=fingerprint,
-    )

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import records, runs, snapshot
 from audience_sync.audiences.compute import compute
 from audience_sync.audiences.definition import Definition
-from audience_sync.queue import destination
+from audience_sync.queue.destination import Destination
 
 SAMPLED = ("entered", "exited")
 
@@ -30,7 +30,7 @@ def plan(
     definitions: Sequence[tuple[Definition, sa.Engine | None]],
     as_of_by_key: Mapping[str, dt.datetime],
     now: dt.datetime,
-    fingerprint: str | None,
+    destination: Destination,
 ) -> tuple[list[Plan], tuple[int, int]]:
     """Compute and compare definitions with their sources.
 
@@ -42,7 +42,7 @@ def plan(
         for definition, source in definitions:
             compute(connection, definition, as_of_by_key[definition.key], source)
             with connection.begin():
-                made = _plan(connection, definition, now, fingerprint)
+                made = _plan(connection, definition, now, destination)
                 if not made.held:
                     last = records.load_baseline(connection, definition.key)
                     snapshot.add_affected(connection, is_push=last.is_first)
@@ -53,7 +53,7 @@ def plan(
 
 
 def _plan(
-    connection: sa.Connection, definition: Definition, now: dt.datetime, fingerprint: str | None
+    connection: sa.Connection, definition: Definition, now: dt.datetime, destination: Destination
 ) -> Plan:
     row, last = (
         records.find_definition(connection, definition.key),
@@ -66,8 +66,8 @@ def _plan(
         definition,
         last,
         counts,
-        runs.RunOptions(fingerprint=fingerprint),
-        is_for_other=row is not None and destination.is_foreign(connection, row.fingerprint, fingerprint),
+        runs.RunOptions(destination=destination),
+        is_foreign=row is not None and destination.is_foreign(connection, row.fingerprint),
     )
     samples = {change: snapshot.sample(connection, change) for change in SAMPLED}
     return Plan(definition.key, member_count, told, held, samples)

@@ -64,6 +64,24 @@ def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
     return connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)).all()
 
 
+def of_other_destinations(connection: sa.Connection, fingerprint: str) -> Sequence[sa.Row[Any]]:
+    """Return the definitions whose baseline does not belong to this destination, or to none yet."""
+    return connection.execute(sa.select(definitions).where(_is_of_other(fingerprint))).all()
+
+
+def set_fingerprint(
+    connection: sa.Connection, fingerprint: str, definition_ids: Sequence[int] | None = None
+) -> None:
+    """Make this the destination of every definition's baseline, or of these definitions'."""
+    some = sa.true() if definition_ids is None else definitions.c.definition_id.in_(definition_ids)
+    update = definitions.update().where(some, _is_of_other(fingerprint))
+    connection.execute(update.values(fingerprint=fingerprint))
+
+
+def _is_of_other(fingerprint: str) -> sa.ColumnElement[bool]:
+    return sa.or_(definitions.c.fingerprint.is_(None), definitions.c.fingerprint != fingerprint)
+
+
 def mark_retired(connection: sa.Connection, definition_id: int, now: dt.datetime) -> None:
     """From now on the key rests."""
     _change(connection, definition_id, retired_at=now)

@@ -10,31 +10,27 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
 from audience_sync import crash, logs
-from audience_sync.audiences import commit as changes
-from audience_sync.audiences import records, slots, snapshot
+from audience_sync.audiences import foreign, records, slots, snapshot
+from audience_sync.audiences.commit import Commit, commit, hold_changes
 from audience_sync.audiences.compute import compute
 from audience_sync.audiences.definition import Definition
 from audience_sync.clock import Clock, isoformat
 from audience_sync.db import engines, leases
 from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError
-from audience_sync.queue import destination
+from audience_sync.queue import deliveries
+from audience_sync.queue.destination import Destination, other_destination
 from audience_sync.stopping import Stop
 
 log = logging.getLogger(__name__)
 
 LEASE_SLACK_SECONDS = 120.0  # beyond the definition's own time: for the commit
 REPLACED = "Replaced by run"
-OTHER_DESTINATION = (
-    "the members of {key} were told to another destination than the one that is configured now. For a new "
-    "environment run `audience-sync sync {key} --full`, which tells it everything; for the same environment "
-    "with a new key or address, `audience-sync check --accept-destination`"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +38,7 @@ class RunOptions:
     """What is asked of a run.
 
     `full`: tell everyone, not the changes alone; `hold`: wait for `approve`; `users`: a canary, about these
-    only; `slot_at`: the slot that it was taken for; `fingerprint`: the destination that it is for, None while that
-    is not known.
+    only; `slot_at`: the slot that it was taken for; `destination`: where its deliveries will be sent.
     """
 
     full: bool = False
@@ -51,7 +46,7 @@ class RunOptions:
     users: tuple[str, ...] | None = None
     trigger: str = "manual"
     slot_at: dt.datetime | None = None
-    fingerprint: str | None = None
+    destination: Destination = field(default_factory=Destination)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +182,9 @@ def _start(
         row = records.lock_definition(connection, definition_id)
         if row.retired_at is not None:
             raise ConfigError(retired(definition.key))
-        if order.users is not None and destination.is_foreign(connection, row.fingerprint, order.fingerprint):
-            raise ConfigError(f"No canary now: {OTHER_DESTINATION.format(key=definition.key)}.")
+        if order.users is not None and order.destination.is_foreign(connection, row.fingerprint):
+            where = other_destination(definition.key)
+            raise ConfigError(f"A canary is not possible now: the members of {definition.key} were {where}.")
         run_id = records.start_run(
             connection,
             definition_id,
@@ -232,30 +228,33 @@ def _commit(
             *with_erasures(run.last, counts, forgotten),
             {reason: set_aside[reason] for reason in sorted(set_aside)},
         )
-        commit = changes.Commit(
+        origin = deliveries.RunOrigin(
             run_id=run.run_id,
             definition_id=run.definition_id,
+            delivery_class="push" if _mode(run.order, run.last) in {"first", "full"} else "change",
+            value_at=run.as_of,
+            fingerprint=run.order.destination.fingerprint or row.fingerprint,
+        )
+        writes = Commit(
+            origin=origin,
             key=definition.key,
             kind=definition.kind,
-            as_of=run.as_of,
             now=now,
-            fingerprint=run.order.fingerprint or row.fingerprint,
-            delivery_class="push" if _mode(run.order, run.last) in {"first", "full"} else "change",
             everyone=run.order.full,
             users=run.order.users,
         )
         replace_held(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
-        is_for_other = destination.is_foreign(connection, row.fingerprint, run.order.fingerprint)
-        held = why_held(connection, definition, run.last, counts, run.order, is_for_other=is_for_other)
+        is_foreign = run.order.destination.is_foreign(connection, row.fingerprint)
+        held = why_held(connection, definition, run.last, counts, run.order, is_foreign=is_foreign)
         if held:
-            changes.hold(connection, commit, counts)
+            hold_changes(connection, writes, counts)
             records.mark_held(connection, run.run_id, computed, now, held_by=held.by, reason=held.reason)
         else:
-            if is_for_other:
-                changes.drop_of_other_destinations(connection, commit)
-            changes.commit(connection, commit, counts)
+            if is_foreign:
+                deliveries.cancel_foreign(connection, origin, now)
+            commit(connection, writes, counts)
             records.mark_succeeded(connection, run.run_id, computed, now)
-            settle_definition(connection, row, run.order.fingerprint, forgotten)
+            settle_definition(connection, row, run.order.destination, forgotten)
         crash.at("changes_written")
         leases.renew(connection, run.lease)
         leases.release(connection, run.lease)
@@ -296,11 +295,13 @@ def why_held(
     counts: dict[str, int],
     order: RunOptions,
     *,
-    is_for_other: bool,
+    is_foreign: bool,
 ) -> Held | None:
     """Whether a person has to look before anything is sent; the snapshot is there."""
-    if is_for_other and not (order.full and order.trigger == "manual"):
-        return Held("fingerprint", f"It waits: {OTHER_DESTINATION.format(key=definition.key)}.")
+    if is_foreign and not (order.full and order.trigger == "manual"):
+        return Held(
+            "fingerprint", f"The members of {definition.key} were {other_destination(definition.key)}."
+        )
     unlike = None
     if not last.is_first and order.users is None:
         is_empty = snapshot.is_empty(connection)
@@ -319,16 +320,16 @@ def replace_held(connection: sa.Connection, definition_id: int, reason: str, now
     """A definition has one held run at most, and a newer run knows better."""
     before = records.find_held_run(connection, definition_id)
     if before is not None:
-        changes.drop_held(connection, before.run_id, now, reason)
+        deliveries.cancel_run(connection, before.run_id, now, reason)
         records.mark_rejected(connection, before.run_id, reason)
 
 
 def settle_definition(
-    connection: sa.Connection, row: sa.Row[Any], fingerprint: str | None, forgotten: int
+    connection: sa.Connection, row: sa.Row[Any], destination: Destination, forgotten: int
 ) -> None:
     """After a commit: whose the baseline is, and that the erased were counted."""
-    if fingerprint and row.fingerprint != fingerprint:
-        destination.adopt(connection, [row.definition_id], fingerprint)
+    if row.fingerprint != destination.fingerprint:
+        foreign.adopt(connection, [row.definition_id], destination)
     if forgotten:
         records.set_forgotten_count(connection, row.definition_id, 0)
 

@@ -11,7 +11,8 @@ from audience_sync.calls.model import Call, CallType
 from audience_sync.db import rows
 from audience_sync.db.dialects import is_among, is_sqlite, sql
 from audience_sync.db.engines import from_json, to_json
-from audience_sync.db.tables import calls, companies, deliveries, events, profiles
+from audience_sync.db.tables import calls, companies, events, profiles
+from audience_sync.queue.deliveries import CallDelivery, enqueue_calls
 from audience_sync.retention import erasure
 from audience_sync.userpilot.payloads import Action
 
@@ -107,17 +108,16 @@ def add(
     ids = _insert(connection, first, received_at)
     new = [(ids[message_id], each) for message_id, each in first.items() if message_id in ids]
     _learn(connection, [each for each in new if each[1].subject_id is not None], received_at)
-    now = rows.moment(received_at)
     queued = [
-        (*outgoing, "call", call_id, each.timestamp, fingerprint, "pending", now, now)
+        CallDelivery(*outgoing, call_id, each.timestamp)
         for call_id, each in new
         for outgoing in each.outgoing
     ]
-    if user_by_user:  # of a row: 0 its action, 1 its subject, 4 its call
-        group_calls = {row[4] for row in queued if row[0] == Action.COMPANY}
-        linked = {row[1] for row in queued if row[4] in group_calls}
-        queued.sort(key=lambda row: "" if row[1] in linked else row[1])
-    rows.insert(connection, deliveries, _DELIVERY, queued)
+    if user_by_user:
+        group_calls = {delivery.call_id for delivery in queued if delivery.action == Action.COMPANY}
+        linked = {delivery.subject_id for delivery in queued if delivery.call_id in group_calls}
+        queued.sort(key=lambda delivery: "" if delivery.subject_id in linked else delivery.subject_id)
+    enqueue_calls(connection, queued, fingerprint, received_at)
     known = _known(connection, [each.message_id for each in prepared if each.message_id not in ids])
     kept = []
     for each in prepared:
@@ -162,10 +162,6 @@ def _erased(prepared: PreparedCall) -> PreparedCall:
 _CALL = (
     "call_id", "message_id", "type", "user_id", "anonymous_id", "group_id", "event", "body", "timestamp",
     "reason", "left_out", "status", "received_at",
-)  # fmt: skip
-_DELIVERY = (
-    "action", "subject_id", "body", "class", "call_id", "value_at", "fingerprint", "status", "created_at",
-    "next_attempt_at",
 )  # fmt: skip
 _EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "received_at")
 

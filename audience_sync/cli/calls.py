@@ -58,7 +58,7 @@ def _call(context: typer.Context, raw: dict[str, Any], *, no_deliver: bool) -> N
     from audience_sync import intake
     from audience_sync.cli.session import open_app
     from audience_sync.db import engines
-    from audience_sync.queue import deliveries
+    from audience_sync.queue import due
 
     with open_app(context.obj) as opened, stoppable(opened):
         if not no_deliver:
@@ -77,7 +77,7 @@ def _call(context: typer.Context, raw: dict[str, Any], *, no_deliver: bool) -> N
             )
         report = None if no_deliver else deliver_now(opened, call_ids=[receipt.call_id])
         with engines.read(opened.engine) as connection:
-            tell_delivery(report, deliveries.pending_count(connection))
+            tell_delivery(report, due.pending_count(connection))
     finish(report)
 
 

@@ -78,7 +78,7 @@ def import_(
     from audience_sync.cli.session import open_app
     from audience_sync.db import engines
     from audience_sync.intake import files
-    from audience_sync.queue import deliveries
+    from audience_sync.queue import due
 
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_app(context.obj))
@@ -93,7 +93,7 @@ def import_(
             _tell(summary)
         report = deliver_now(opened) if deliver else None
         with engines.read(opened.engine) as connection:
-            pending = deliveries.pending_count(connection)
+            pending = due.pending_count(connection)
         if as_json:
             output.document(_document(summary, pending))
         else:

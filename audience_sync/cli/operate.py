@@ -93,20 +93,20 @@ def retry(
     """Queue dead deliveries again, if nothing newer has overtaken them."""
     from audience_sync.cli.session import open_app
     from audience_sync.db import engines
-    from audience_sync.queue import dead
+    from audience_sync.queue import deliveries
 
     if bool(ids) == all_dead:
         raise ConfigError("Name the deliveries to try again, or say --all-dead.")
     with open_app(context.obj) as opened:
         with engines.write(opened.engine) as connection:
-            count, reasons = dead.retry(connection, None if all_dead else ids, opened.clock.now())
-        for reason in reasons:
+            retried = deliveries.retry(connection, None if all_dead else ids, opened.clock.now())
+        for reason in retried.refusals:
             output.warn(reason)
-        if count:
-            output.line(f"Queued again: {count:,}. `audience-sync deliver` or the daemon sends them.")
+        if retried.count:
+            output.line(f"Queued again: {retried.count:,}. `audience-sync deliver` or the daemon sends them.")
         else:
             output.line("Nothing was queued again: there is no such dead delivery.")
-    if reasons and not all_dead:
+    if retried.refusals and not all_dead:
         raise typer.Exit(1)
 
 
@@ -117,11 +117,11 @@ def discard(
     """Cancel pending, dead, or held deliveries (not a held run's); Userpilot is not told."""
     from audience_sync.cli.session import open_app
     from audience_sync.db import engines
-    from audience_sync.queue import dead
+    from audience_sync.queue import deliveries
 
     with open_app(context.obj) as opened:
         with engines.write(opened.engine) as connection:
-            count = dead.discard(connection, ids, opened.clock.now())
+            count = deliveries.discard(connection, ids, opened.clock.now())
         output.line(f"{count:,} of {len(set(ids)):,} deliveries are cancelled.")
         if count:
             output.line(

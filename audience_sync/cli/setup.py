@@ -158,17 +158,16 @@ def _check_key(opened: "App") -> str:
 
 
 def _check_destination(opened: "App") -> str:
-    from audience_sync.audiences.runs import OTHER_DESTINATION
+    from audience_sync.audiences import foreign
     from audience_sync.db import engines
-    from audience_sync.queue import destination
+    from audience_sync.queue.destination import other_destination
 
-    fingerprint = opened.fingerprint
-    if fingerprint is None:
+    if opened.destination.fingerprint is None:
         return "not known without the key"
     with engines.read(opened.engine) as connection:
-        others = destination.foreign_keys(connection, fingerprint)
-    if others:
-        raise ConfigError(f"{OTHER_DESTINATION.format(key=others[0])} ({', '.join(others)}).")
+        keys = foreign.foreign_keys(connection, opened.destination)
+    if keys:
+        raise ConfigError(f"the members of {', '.join(keys)} were {other_destination(keys[0])}.")
     return "the one that all was made for"
 
 

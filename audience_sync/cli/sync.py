@@ -148,7 +148,7 @@ def sync(
     from audience_sync.audiences import runs
     from audience_sync.cli.session import open_app
     from audience_sync.db import engines
-    from audience_sync.queue import deliveries
+    from audience_sync.queue import due
 
     if user and not keys:
         raise ConfigError("A canary is of named definitions: audience-sync sync KEY --user USER_ID.")
@@ -174,7 +174,7 @@ def sync(
         report = None if no_deliver else deliver_now(opened, run_ids)
         with engines.read(opened.engine) as connection:
             found = history.run_rows(connection, ids=run_ids)[::-1]
-            pending = deliveries.pending_count(connection)
+            pending = due.pending_count(connection)
         if as_json:
             output.document({"runs": found, "delivery": _delivery(report, pending)})
         else:
@@ -258,10 +258,10 @@ def tell_delivery(report: "Report | None", pending: int) -> None:
     if report.dead_count:
         output.line("`audience-sync deliveries --status dead` says why they were refused.")
     if report.held_count:
+        from audience_sync.queue.destination import other_destination
+
         output.line(
-            f"Held: {report.held_count:,}, made for another destination than the one that is configured now. For "
-            "a new environment: `audience-sync sync KEY --full`; for the same one with a new key or address: "
-            "`audience-sync check --accept-destination`; for calls that nobody should hear of: `discard`."
+            f"Held: {report.held_count:,}, {other_destination()}. To drop held calls, run `audience-sync discard`."
         )
     if report.is_left:
         output.line("Another process is delivering: the rest is left to it.")

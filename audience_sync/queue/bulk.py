@@ -29,8 +29,8 @@ import sqlalchemy as sa
 
 from audience_sync import crash, logs
 from audience_sync.clock import Clock
-from audience_sync.queue import jobs, outcomes, split
-from audience_sync.queue.destination import OTHER_DESTINATION
+from audience_sync.queue import deliveries, jobs, outcomes, split
+from audience_sync.queue.destination import MADE_FOR_ANOTHER
 from audience_sync.queue.gather import Gatherer
 from audience_sync.queue.job_state import Job, JobRequest, JobStatus, parse_job, parse_jobs
 from audience_sync.queue.pace import LONGEST_PAUSE_SECONDS, Lane
@@ -217,7 +217,7 @@ class Bulk:
             if job.status == "gathering":
                 job.end("dropped")
             elif job.is_under_way and row.fingerprint not in (None, self.settings.fingerprint):
-                job.end("lost", f"A bulk job was {OTHER_DESTINATION}")
+                job.end("lost", f"A bulk job was {MADE_FOR_ANOTHER}")
 
     def step(
         self,
@@ -243,8 +243,9 @@ class Bulk:
                 step.written.append(job)
         over = self._to_settle(is_ending=is_ending)
         if over is not None:
-            step.became = jobs.settle(
-                connection, over.request_id, over.status, over.error, now, self.settings.grace
+            limit = jobs.SETTLED_PER_TRANSACTION
+            step.became = deliveries.settle_job(
+                connection, over.request_id, over.status, over.error, now, self.settings.grace, limit
             )
             if not step.became:
                 jobs.settled(connection, over.request_id, now)

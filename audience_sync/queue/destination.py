@@ -1,146 +1,72 @@
-"""Userpilot as our tables know it: is it stopped, is a lane slow, and what was made for which environment.
+"""The destination: which endpoint and key it is, and whether it is stopped or slowed down.
 
-A fingerprint stands for an endpoint and a key. What was queued for another one is held, definition by
-definition, until a person says what to do; a fingerprint that was not known yet is taken as the first that is.
+Deliveries and baselines belong to the destination that they were made for. What was made for another one is held
+until a person decides; the messages below say how.
 """
 
 import datetime as dt
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from audience_sync.db.dialects import sql
-from audience_sync.db.tables import definitions, destination
+from audience_sync.db.tables import destination
+from audience_sync.queue import deliveries
 
-OTHER_DESTINATION = "made for another destination than the one that is configured now"
-_NOT_OF_HELD_RUN = "(run_id IS NULL OR run_id NOT IN (SELECT run_id FROM {our}runs WHERE status = 'held'))"
+MADE_FOR_ANOTHER = "made for another destination than the one that is configured now"
 
 
-def is_foreign(connection: sa.Connection, known: str | None, wanted: str | None) -> bool:
-    """Whether what is for a destination must not go to the one that is wanted."""
-    return bool(known and wanted and known != wanted) and has_accepted(connection, known or "")
+def other_destination(key: str = "KEY") -> str:
+    """Say that something was made for another destination, and what to do; a clause without its subject."""
+    return (
+        f"{MADE_FOR_ANOTHER}. For a new environment, run `audience-sync sync {key} --full`, which sends everything "
+        "there; for the same environment with a new API key or address, run "
+        "`audience-sync check --accept-destination`"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """An endpoint and its API key, which the fingerprint (a hash) stands for; None while there is no key."""
+
+    fingerprint: str | None = None
+
+    def is_foreign(self, connection: sa.Connection, fingerprint: str | None) -> bool:
+        """Return whether what was made for a fingerprint must not be sent here."""
+        is_other = self.fingerprint and fingerprint and fingerprint != self.fingerprint
+        return bool(is_other) and has_accepted(connection, fingerprint or "")
+
+    def hold_foreign_calls(self, connection: sa.Connection) -> None:
+        """Hold the pending deliveries of calls that were made for another destination."""
+        if self.fingerprint is None:
+            return
+        for other in deliveries.other_fingerprints_of_calls(connection, self.fingerprint):
+            if other is not None and self.is_foreign(connection, other):
+                deliveries.hold_calls(connection, other, MADE_FOR_ANOTHER)
+            else:
+                deliveries.assign_calls(connection, self.fingerprint, other)
 
 
 def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
-    """False where the key was refused before anything was accepted: then any other may take its place."""
+    """Return whether this destination may have accepted anything.
+
+    It has not where its key was refused before the first delivery: then any other destination may take its place.
+    """
     if stopped(connection) is None:
         return True
-    kept = (
+    accepted = (
         "SELECT 1 FROM {our}deliveries WHERE fingerprint = :fingerprint AND status IN ('accepted', 'sending')"
     )
-    counted = (
+    pruned = (
         "SELECT 1 FROM {our}runs r JOIN {our}definitions d ON d.definition_id = r.definition_id "
         "WHERE d.fingerprint = :fingerprint AND r.accepted_count > 0"
     )
     return any(
         sql(connection, f"{query} LIMIT 1", fingerprint=fingerprint).first() is not None
-        for query in (kept, counted)
+        for query in (accepted, pruned)
     )
-
-
-def adopt(connection: sa.Connection, definition_ids: list[int], fingerprint: str) -> None:
-    """What these definitions have told, or have to tell, belongs to this destination."""
-    if not definition_ids:
-        return
-    other = "(fingerprint IS NULL OR fingerprint <> :fingerprint) AND definition_id IN :ids"
-    given: dict[str, Any] = {"fingerprint": fingerprint, "ids": definition_ids}
-    sql(connection, f"UPDATE {{our}}definitions SET fingerprint = :fingerprint WHERE {other}", **given)
-    sql(
-        connection,
-        "UPDATE {our}deliveries SET fingerprint = :fingerprint "
-        f"WHERE status IN ('held', 'pending', 'sending', 'dead') AND {other}",
-        **given,
-    )
-
-
-def hold_foreign(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
-    """Hold what is pending for other destinations, release what was held and is for this one; how many are held.
-
-    What a definition has pending is for the destination that its members were told to, so the queue is only
-    looked through where that is another one.
-    """
-    rows = connection.execute(
-        sa.select(definitions.c.definition_id, definitions.c.fingerprint).where(
-            sa.or_(definitions.c.fingerprint.is_(None), definitions.c.fingerprint != fingerprint)
-        )
-    ).all()
-    heard = {known: has_accepted(connection, known) for _, known in rows if known}
-    adopt(connection, [each for each, known in rows if not heard.get(known)], fingerprint)
-    if others := [each for each, known in rows if heard.get(known)]:
-        _hold(connection, "definition_id IN :ids", fingerprint, ids=others)
-    _sort_calls(connection, fingerprint, heard)
-    held = f"status = 'held' AND {_NOT_OF_HELD_RUN}"
-    sql(
-        connection,
-        "UPDATE {our}deliveries SET status = 'pending', error = NULL, next_attempt_at = :now "
-        f"WHERE {held} AND fingerprint = :fingerprint",
-        now=now,
-        fingerprint=fingerprint,
-    )
-    return int(sql(connection, f"SELECT count(*) FROM {{our}}deliveries WHERE {held}").scalar_one())
-
-
-def _sort_calls(connection: sa.Connection, fingerprint: str, heard: dict[str, bool]) -> None:
-    of_calls = "status = 'pending' AND class = 'call' AND action IN ('identify', 'track', 'company')"
-    known = sql(
-        connection,
-        f"SELECT DISTINCT fingerprint FROM {{our}}deliveries WHERE {of_calls} "
-        "AND (fingerprint IS NULL OR fingerprint <> :fingerprint)",
-        fingerprint=fingerprint,
-    ).scalars()
-    for other in known.all():
-        if other and (heard[other] if other in heard else has_accepted(connection, other)):
-            _hold(connection, f"{of_calls} AND fingerprint = :other", fingerprint, other=other)
-        else:
-            same = "fingerprint IS NULL" if other is None else "fingerprint = :other"
-            given = {"fingerprint": fingerprint} | ({} if other is None else {"other": other})
-            sql(
-                connection,
-                f"UPDATE {{our}}deliveries SET fingerprint = :fingerprint WHERE {of_calls} AND {same}",
-                **given,
-            )
-
-
-def _hold(connection: sa.Connection, where: str, fingerprint: str, **given: Any) -> None:
-    sql(
-        connection,
-        "UPDATE {our}deliveries SET status = 'held', error = :error "
-        f"WHERE status = 'pending' AND fingerprint <> :fingerprint AND {where}",
-        error=OTHER_DESTINATION,
-        fingerprint=fingerprint,
-        **given,
-    )
-
-
-def accept(connection: sa.Connection, fingerprint: str) -> None:
-    """All that belongs to other destinations belongs to this one: it is the same with a new key or address."""
-    others = "fingerprint IS NULL OR fingerprint <> :fingerprint"
-    sql(
-        connection,
-        f"UPDATE {{our}}definitions SET fingerprint = :fingerprint WHERE {others}",
-        fingerprint=fingerprint,
-    )
-    sql(
-        connection,
-        f"UPDATE {{our}}bulk_jobs SET fingerprint = :fingerprint WHERE settled_at IS NULL AND ({others})",
-        fingerprint=fingerprint,
-    )
-    sql(
-        connection,
-        "UPDATE {our}deliveries SET fingerprint = :fingerprint "
-        f"WHERE status IN ('held', 'pending', 'sending', 'dead') AND ({others})",
-        fingerprint=fingerprint,
-    )
-
-
-def foreign_keys(connection: sa.Connection, fingerprint: str) -> list[str]:
-    """The keys whose members were told to another destination."""
-    query = sa.select(definitions.c.key, definitions.c.fingerprint).where(
-        definitions.c.fingerprint != fingerprint, definitions.c.retired_at.is_(None)
-    )
-    rows = connection.execute(query.order_by(definitions.c.key)).all()
-    return [key for key, known in rows if has_accepted(connection, known)]
 
 
 def stopped(connection: sa.Connection) -> tuple[dt.datetime, str] | None:
@@ -165,7 +91,7 @@ def set_slow_downs(connection: sa.Connection, lanes: dict[str, Any]) -> None:
 
 
 def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
-    """The daemon's sign of life."""
+    """Record that the daemon is alive."""
     _set_destination(connection, heartbeat_at=now)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync import crash
-from audience_sync.queue import claims, deliveries, jobs, outcomes, split
+from audience_sync.queue import deliveries, due, jobs, outcomes, split
 from audience_sync.queue.job_state import Job
 
 MOST_BYTES = 20_000_000  # of an upload; Userpilot takes 50 MB
@@ -41,11 +41,11 @@ class Gatherer:
         limit = min(MOST_SEEN, pace.rows_per_job + beside + 1)
         waiting: dict[str, bool] = {}
         bursting = 0
-        for delivery_class in deliveries.CLASSES:
+        for delivery_class in due.CLASSES:
             left = limit - len(waiting)
             if left > 0:
-                for each in jobs.backlog(connection, delivery_class, now, left, self.fingerprint):
-                    waiting[each.user_id] = waiting.get(each.user_id, False) or each.was_tried
+                for each in due.users_due(connection, delivery_class, now, left, self.fingerprint):
+                    waiting[each.user_id] = waiting.get(each.user_id, False) or each.was_attempted
             if delivery_class != "push":
                 bursting = len(waiting)
         at_once = min(bursting, room)
@@ -58,8 +58,8 @@ class Gatherer:
 
     def gather(self, connection: sa.Connection, job: Job, now: dt.datetime) -> Callable[[], None]:
         """Take a piece of its candidates into a job; what is to be called once that is committed."""
-        piece = jobs.free(connection, job.candidates[:USERS_PER_TRANSACTION], now)
-        found = claims.choose(connection, "identify", piece, now, self.fingerprint) if piece else []
+        piece = due.idle_users(connection, job.candidates[:USERS_PER_TRANSACTION], now)
+        found = deliveries.choose_next(connection, "identify", piece, now, self.fingerprint) if piece else []
         lines: list[bytes] = []
         ids: list[int] = []
         overtaken: list[int] = []
@@ -78,7 +78,8 @@ class Gatherer:
             ids += [each.delivery_id for each in chosen]
             overtaken += [each.delivery_id for each in chosen if each.delivery_id not in carried]
         if ids:
-            jobs.gather(connection, job.request_id, ids, overtaken, job.row_count + len(lines), now)
+            deliveries.start_in_job(connection, job.request_id, ids, overtaken, now)
+            jobs.update(connection, job.request_id, row_count=job.row_count + len(lines))
 
         def commit() -> None:
             job.lines += lines
@@ -88,7 +89,7 @@ class Gatherer:
 
         return commit
 
-    def _line(self, chosen: list[deliveries.Delivery]) -> bytes | None:
+    def _line(self, chosen: list[outcomes.Delivery]) -> bytes | None:
         try:
             return self.row(chosen[0].subject_id, outcomes.body_of(chosen))
         except Exception:  # noqa: BLE001  (whatever it holds, only this user may suffer: the live lane says why)

@@ -1,18 +1,66 @@
-"""Many deliveries of one user become one request; what becomes of each when that is answered. Pure."""
+"""Decide which deliveries of a user form the next request, and what its answer means for each of them. Pure.
+
+Many deliveries of one user or company are merged into one request.
+"""
 
 import datetime as dt
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
-from audience_sync.queue.deliveries import SUPERSEDED, Delivery, Settlement, Status
 from audience_sync.userpilot.answers import Answer, Outcome
+
+SUPERSEDED = "overtaken by a newer value"
+NOT_REPEATED = "Not repeated (track_policy at_most_once)"
 
 GIVE_UP_ATTEMPTS = 8
 GIVE_UP_AFTER = dt.timedelta(hours=4)
 LONGEST_BACKOFF_SECONDS = 900.0
 GRACE = dt.timedelta(seconds=3)  # after an unknown outcome: time for a late request to be applied
+
+
+class Status(StrEnum):
+    HELD = "held"
+    PENDING = "pending"
+    SENDING = "sending"
+    ACCEPTED = "accepted"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A delivery as it is once it is claimed: `attempt_count` includes that attempt."""
+
+    delivery_id: int
+    action: str
+    subject_id: str
+    body: dict[str, Any]
+    value_at: dt.datetime
+    is_call: bool
+    isolated: bool
+    attempt_count: int
+    first_attempt_at: dt.datetime
+    next_attempt_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The state of a delivery after a request.
+
+    `isolated` deliveries are sent one by one. `grace_until` delays the subject's next request after an unknown
+    outcome. `was_attempt` is false where the answer says nothing about the delivery: a 429 or a refused key.
+    """
+
+    delivery_id: int
+    status: Status
+    error: str | None = None
+    next_attempt_at: dt.datetime | None = None
+    grace_until: dt.datetime | None = None
+    isolated: bool = False
+    was_attempt: bool = True
 
 
 def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]:
@@ -23,9 +71,9 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
     and what Userpilot holds since then must not go back. Those that it overtakes then need no request.
     """
     ordered = sorted(pending, key=lambda delivery: (delivery.value_at, delivery.delivery_id))
-    waiting = [n for n, each in enumerate(ordered, 1) if each.alone and each.next_attempt_at > now]
+    waiting = [n for n, each in enumerate(ordered, 1) if each.isolated and each.next_attempt_at > now]
     free = ordered[max(waiting, default=0) :]
-    return next(([delivery] for delivery in reversed(free) if delivery.alone), free)
+    return next(([delivery] for delivery in reversed(free) if delivery.isolated), free)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +81,20 @@ class Trimmed:
     """A subject's deliveries without overtaken traits, and those that have nothing left to say."""
 
     left: list[Delivery]
-    overtaken: list[int]
+    superseded: list[int]
 
 
 def without_superseded(ordered: Sequence[Delivery], newer: Mapping[int, Collection[str]]) -> Trimmed:
     """Leave out the traits of which Userpilot has accepted newer values; `newer` names them by delivery."""
-    left, overtaken = [], []
+    left, superseded = [], []
     for delivery in ordered:
         gone = newer.get(delivery.delivery_id, ())
         body = {trait: value for trait, value in delivery.body.items() if trait not in gone}
         if body or not delivery.body:
             left.append(replace(delivery, body=body))
         else:
-            overtaken.append(delivery.delivery_id)
-    return Trimmed(left, overtaken)
+            superseded.append(delivery.delivery_id)
+    return Trimmed(left, superseded)
 
 
 def body_of(ordered: Sequence[Delivery]) -> dict[str, Any]:
@@ -72,10 +120,10 @@ class Retries:
     tracks_at_most_once: bool = False
 
 
-def settle(
+def decide(
     ordered: Sequence[Delivery], answer: Answer, now: dt.datetime, retries: Retries
 ) -> list[Settlement]:
-    """Decide what an answer means for each delivery of its request."""
+    """Decide the next state of each delivery of a request that was answered."""
     match answer.outcome:
         case Outcome.ACCEPTED:
             told = carried(ordered)
@@ -92,7 +140,7 @@ def settle(
                     Status.PENDING,
                     answer.error,
                     next_attempt_at=delivery.next_attempt_at,
-                    alone=delivery.alone,
+                    isolated=delivery.isolated,
                     was_attempt=False,
                 )
                 for delivery in ordered
@@ -100,7 +148,7 @@ def settle(
         case Outcome.REFUSED if len(ordered) > 1:
             return [
                 Settlement(
-                    delivery.delivery_id, Status.PENDING, answer.error, next_attempt_at=now, alone=True
+                    delivery.delivery_id, Status.PENDING, answer.error, next_attempt_at=now, isolated=True
                 )
                 for delivery in ordered
             ]
@@ -114,20 +162,19 @@ def _retry(delivery: Delivery, answer: Answer, now: dt.datetime, retries: Retrie
     error = answer.error or "no answer"
     is_unknown = answer.outcome is Outcome.UNKNOWN
     if is_unknown and delivery.action == "track" and retries.tracks_at_most_once:
-        told = f"Not repeated (track_policy at_most_once): {error}"
-        return Settlement(delivery.delivery_id, Status.DEAD, told)
+        return Settlement(delivery.delivery_id, Status.DEAD, f"{NOT_REPEATED}: {error}")
     if delivery.attempt_count >= GIVE_UP_ATTEMPTS and now - delivery.first_attempt_at >= GIVE_UP_AFTER:
-        told = f"Given up after {delivery.attempt_count} attempts: {error}"
-        return Settlement(delivery.delivery_id, Status.DEAD, told)
+        message = f"Given up after {delivery.attempt_count} attempts: {error}"
+        return Settlement(delivery.delivery_id, Status.DEAD, message)
     wait = dt.timedelta(seconds=backoff_seconds(delivery.attempt_count, retries.chance))
-    quiet_until = now + retries.grace if is_unknown else None
+    grace_until = now + retries.grace if is_unknown else None
     return Settlement(
         delivery.delivery_id,
         Status.PENDING,
         error,
-        next_attempt_at=max(now + wait, quiet_until or now),
-        quiet_until=quiet_until,
-        alone=delivery.alone,
+        next_attempt_at=max(now + wait, grace_until or now),
+        grace_until=grace_until,
+        isolated=delivery.isolated,
     )
 
 

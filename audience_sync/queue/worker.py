@@ -22,7 +22,7 @@ from audience_sync import crash, logs
 from audience_sync.clock import Clock
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import DatabaseError, LeaseLost
-from audience_sync.queue import bulk, claims, deliveries, destination, job_state, outcomes, split
+from audience_sync.queue import bulk, deliveries, destination, due, job_state, outcomes, split
 from audience_sync.queue.pace import WINDOW_SECONDS, Lane
 from audience_sync.queue.senders import Senders
 from audience_sync.userpilot.answers import Answer, Outcome
@@ -139,7 +139,7 @@ class Worker:
                 break
         if self._is_ending() or self.report.is_left:
             with engines.read(self.engine) as connection:
-                self.report.pending_count = deliveries.pending_count(connection)
+                self.report.pending_count = due.pending_count(connection)
         return self.report
 
     def _acquire(self) -> leases.Lease | None:
@@ -157,7 +157,7 @@ class Worker:
 
     def _wait_for_claim(self, run_ids: Collection[int], call_ids: Collection[int]) -> bool:
         with engines.read(self.engine) as connection:
-            waiting = deliveries.are_waiting(connection, run_ids, call_ids, self.clock.now())
+            waiting = due.are_waiting(connection, run_ids, call_ids, self.clock.now())
         if waiting:
             self.clock.sleep(self.settings.poll_seconds)
         return waiting
@@ -166,10 +166,10 @@ class Worker:
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._in_flight, self._look_at, self._began_at, self._settled_count = {}, {}, monotonic, 0
         window = self.settings.window_seconds
-        self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in deliveries.LANES}
+        self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in due.LANES}
         self._recover(connection, ())
-        for name, ended_at in deliveries.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
-            self._lanes[name].ended.append(monotonic - max(0.0, (now - ended_at).total_seconds()))
+        for end in due.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
+            self._lanes[end.lane].ended.append(monotonic - max(0.0, (now - end.ended_at).total_seconds()))
         self._slow_downs = destination.slow_downs(connection)
         for name, slow in self._slow_downs.items():
             paused_until = dt.datetime.fromisoformat(slow["paused_until"])
@@ -180,9 +180,9 @@ class Worker:
         self._bulk = bulk.Bulk(self.settings.jobs, self.clock, self._lanes["identify"])
         self._bulk.resume(connection, now)
         self._bulk.restore_pause(self._slow_downs.get("bulk"), now)
-        self._pending = deliveries.pending_counts(connection)
+        self._pending = due.pending_counts(connection)
         if sum(self._pending.values()) > MANY:
-            deliveries.refresh_statistics(connection)
+            due.refresh_statistics(connection)
         stopped = destination.stopped(connection)
         self.report.stopped = stopped and stopped[1]
 
@@ -193,13 +193,13 @@ class Worker:
             self.clock.now(),
             self.settings.grace,
             tracks_at_most_once=self.settings.tracks_at_most_once,
-            but=known,
+            known_request_ids=known,
         )
-        if lost["pending"]:
+        if lost.pending_count:
             told = "%d deliveries were under way when their process ended: they are sent again"
-            log.warning(told, lost["pending"])
-        if lost["dead"]:
-            log.warning("%d events were under way when their process ended: not repeated", lost["dead"])
+            log.warning(told, lost.pending_count)
+        if lost.dead_count:
+            log.warning("%d events were under way when their process ended: not repeated", lost.dead_count)
             self._let_tracks_come()
 
     def _let_tracks_come(self) -> None:
@@ -238,7 +238,7 @@ class Worker:
         if self._is_ending():
             return False
         with engines.read(self.engine) as connection:  # what came after this look is not our work any more
-            self.report.pending_count = deliveries.pending_count(connection)
+            self.report.pending_count = due.pending_count(connection)
             return self._idle_seconds(connection) < math.inf
 
     def _is_ending(self) -> bool:
@@ -313,16 +313,16 @@ class Worker:
         found: list[deliveries.ClaimedRequest] = []
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._turn += 1
-        deliveries.prefer_index_scans(connection)
-        classes: Sequence[str] = deliveries.CLASSES
+        due.prefer_index_scans(connection)
+        classes: Sequence[str] = due.CLASSES
         if self.is_gathering():
             classes = ("call",)
-            for later in itertools.product(deliveries.LANES, ("change", "push")):
+            for later in itertools.product(due.LANES, ("change", "push")):
                 self._look_at[later] = monotonic + self.settings.poll_seconds
         for delivery_class in classes:
-            for turn in range(len(deliveries.LANES)):
+            for turn in range(len(due.LANES)):
                 name, push = (
-                    deliveries.LANES[(self._turn + turn) % len(deliveries.LANES)],
+                    due.LANES[(self._turn + turn) % len(due.LANES)],
                     delivery_class == "push",
                 )
                 room = min(
@@ -332,8 +332,10 @@ class Worker:
                 if room <= 0 or self._look_at.get((name, delivery_class), -math.inf) > monotonic:
                     continue
                 fingerprint = self.settings.fingerprint
-                subjects = deliveries.subjects_due(connection, name, delivery_class, now, room, fingerprint)
-                chosen = claims.choose(connection, name, subjects, now, fingerprint) if subjects else []
+                subjects = due.subjects_due(connection, name, delivery_class, now, room, fingerprint)
+                chosen = (
+                    deliveries.choose_next(connection, name, subjects, now, fingerprint) if subjects else []
+                )
                 if chosen:
                     found += deliveries.claim(connection, name, epoch, chosen, now, is_push=push)
                 if len(chosen) < room:
@@ -401,18 +403,18 @@ class Worker:
         self._learn(claimed.action, answer)
         settings = self.settings
         retries = outcomes.Retries(self.chance, settings.grace, settings.tracks_at_most_once)
-        settlements = outcomes.settle(claimed.deliveries, answer, now, retries)
-        final = [each.status for each in settlements if each.status is not deliveries.Status.PENDING]
+        settlements = outcomes.decide(claimed.deliveries, answer, now, retries)
+        final = [each.status for each in settlements if each.status is not outcomes.Status.PENDING]
         self.report.request_count += 1
-        self.report.accepted_count += final.count(deliveries.Status.ACCEPTED)
-        self.report.dead_count += final.count(deliveries.Status.DEAD)
+        self.report.accepted_count += final.count(outcomes.Status.ACCEPTED)
+        self.report.dead_count += final.count(outcomes.Status.DEAD)
         if claimed.action == "track" and answer.outcome is Outcome.UNKNOWN and settings.tracks_at_most_once:
             self._let_tracks_come()
         self._count_settled(claimed.action, len(final))
         if claimed.action == "track" or len(final) < len(
             settlements
         ):  # the subject's next may be due at once
-            for delivery_class in deliveries.CLASSES:
+            for delivery_class in due.CLASSES:
                 self._look_at.pop((claimed.action, delivery_class), None)
         return deliveries.EndedRequest(
             claimed.request_id, now, answer.status_code, answer.x_request_id, answer.error, settlements
@@ -496,9 +498,7 @@ class Worker:
         if len(self._in_flight) + claimed_count < MAX_IN_FLIGHT:
             monotonic = self.clock.monotonic()
             waits += [
-                max(0.01, self._wait(name, each, monotonic))
-                for name in deliveries.LANES
-                for each in deliveries.CLASSES
+                max(0.01, self._wait(name, each, monotonic)) for name in due.LANES for each in due.CLASSES
             ]
         return min(waits)
 
@@ -507,12 +507,17 @@ class Worker:
         monotonic, now = self.clock.monotonic(), self.clock.now()
         waits = [
             self._wait(name, each, monotonic)
-            for name in deliveries.LANES
-            for each in deliveries.CLASSES
-            if deliveries.subjects_due(connection, name, each, now, 1, self.settings.fingerprint)
+            for name in due.LANES
+            for each in due.CLASSES
+            if due.subjects_due(connection, name, each, now, 1, self.settings.fingerprint)
         ]
-        for name, each, due_at in deliveries.next_due(connection, now):
-            waits.append(max(self._wait(name, each, monotonic), (due_at - now).total_seconds()))
+        waits += [
+            max(
+                self._wait(moment.action, moment.delivery_class, monotonic),
+                (moment.due_at - now).total_seconds(),
+            )
+            for moment in due.next_due(connection, now)
+        ]
         shortest = min(waits, default=math.inf)
         # A window's wait is at most a minute and a request's time; a pause beyond that ends the work.
         if shortest > IDLE_EXIT_SECONDS + 1:

@@ -24,7 +24,7 @@ from audience_sync.db.tables import (
     runs,
     schedule_slots,
 )
-from audience_sync.queue.deliveries import prefer_index_scans
+from audience_sync.queue.due import prefer_index_scans
 
 CHUNK = 1_000  # rows that a transaction removes at most
 STRETCH = 20_000  # rows that it looks at: what stays is passed over faster than what goes is removed

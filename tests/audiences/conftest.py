@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import runs
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines, tables
+from audience_sync.queue.destination import Destination
 
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
@@ -75,11 +76,11 @@ class World:
     def schema(self):
         return None if dialects.is_sqlite(self.engine) else "public"
 
-    def sync(self, definition, source=None, **order):
-        """Sync a definition; its run."""
+    def sync(self, definition, source=None, fingerprint=None, **order):
+        """Sync a definition for a destination; its run."""
         now = self.clock.now()
         as_of = runs.resolve_as_of(self.engine, [definition], None, now)[definition.key]
-        order = runs.RunOptions(**order)
+        order = runs.RunOptions(**order, destination=Destination(fingerprint))
         return self.run(runs.sync(self.engine, definition, as_of, self.clock, order, source=lambda: source))
 
     def run(self, run_id):

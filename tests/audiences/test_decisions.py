@@ -5,11 +5,11 @@ import datetime as dt
 import pytest
 
 from audience_sync import history
-from audience_sync.audiences import decisions, plan, records, runs
+from audience_sync.audiences import decisions, foreign, plan, records, runs
 from audience_sync.audiences.definition import Guard
 from audience_sync.db import engines
 from audience_sync.errors import ConfigError, NotApproved, SourceError
-from audience_sync.queue import destination
+from audience_sync.queue.destination import Destination
 from audience_sync.retention import erasure
 
 WARY = Guard(above=4, max_exit_ratio=0.5, max_enter_ratio=1.0)
@@ -80,7 +80,7 @@ def test_approve_commits_exactly_what_was_held(known):
     known.people("ann", "zoe")
     run = known.sync(known.audience(guard=WARY))
     known.people(*FIVE, "later")
-    decisions.approve(known.engine, run.run_id, known.clock, None)
+    decisions.approve(known.engine, run.run_id, known.clock, Destination())
     assert set(known.members()) == {"ann", "zoe"}
     assert [(user, body, status) for user, body, status in known.deliveries(run.run_id)] == [
         *((user, '{"vips": false}', "pending") for user in FIVE[1:]),
@@ -90,7 +90,7 @@ def test_approve_commits_exactly_what_was_held(known):
     past = known.query("SELECT user_id, exited_run_id FROM {our}past_members ORDER BY user_id")
     assert past == [(user, run.run_id) for user in FIVE[1:]]
     with pytest.raises(ConfigError, match=f"Run {run.run_id} is succeeded, not held"):
-        decisions.approve(known.engine, run.run_id, known.clock, None)
+        decisions.approve(known.engine, run.run_id, known.clock, Destination())
 
 
 def test_a_held_trait_is_committed_with_its_values(world):
@@ -104,7 +104,7 @@ def test_a_held_trait_is_committed_with_its_values(world):
     run = world.sync(world.trait(sql), hold=True)
     assert (run.status, counts(run)) == ("held", (3, 1, 1, 2))
     assert set(world.members("spend").values()) == {'"2.50"'}
-    decisions.approve(world.engine, run.run_id, world.clock, None)
+    decisions.approve(world.engine, run.run_id, world.clock, Destination())
     assert world.members("spend") == {"ann": '"it\'s \\"so\\""', "bob": '"null"', "dan": '"it\'s \\"so\\""'}
     assert counts(world.run(run.run_id)) == (3, 1, 1, 2)
     assert world.sync(world.trait(sql)).changed_count == 0
@@ -118,7 +118,7 @@ def test_a_full_run_that_was_held_tells_everyone(known):
     run = known.sync(known.audience(), full=True, hold=True)
     told = known.deliveries(run.run_id)
     assert {status for _, _, status in told} == {"held"}
-    decisions.approve(known.engine, run.run_id, known.clock, None)
+    decisions.approve(known.engine, run.run_id, known.clock, Destination())
     assert [(user, body) for user, body, _ in told] == [
         ("ann", '{"vips": true}'),
         *((user, '{"vips": false}') for user in FIVE[1:]),
@@ -162,7 +162,7 @@ def test_a_run_is_not_approved_when_the_members_have_moved(known, monkeypatch):
     with pytest.raises(
         NotApproved, match="have changed since run 2 was computed: run `audience-sync sync vips --hold`"
     ):
-        decisions.approve(known.engine, run.run_id, known.clock, None)
+        decisions.approve(known.engine, run.run_id, known.clock, Destination())
     assert set(known.members()) == {*FIVE, "zoe"}
 
 
@@ -172,7 +172,7 @@ def test_an_entry_that_nobody_heard_of_is_cancelled_with_its_approved_exit(world
     world.settle("accepted", "subject_id = 'bob'")
     world.people()
     run = world.sync(world.audience(), hold=True)
-    decisions.approve(world.engine, run.run_id, world.clock, None)
+    decisions.approve(world.engine, run.run_id, world.clock, Destination())
     assert world.query("SELECT subject_id, run_id, status FROM {our}deliveries ORDER BY delivery_id") == [
         ("ann", 1, "cancelled"), ("bob", 1, "accepted"), ("ann", 2, "cancelled"), ("bob", 2, "pending"),
     ]  # fmt: skip
@@ -209,7 +209,11 @@ def test_a_canary_changes_its_users_alone(world):
     assert (run.mode, run.status, counts(run)) == ("canary", "succeeded", (2, 2, 0, 0))
     assert world.members().keys() == {"bob", "eve"}
     (planned,), touched = plan.plan(
-        world.engine, [(world.audience(), None)], {"vips": world.clock.now()}, world.clock.now(), None
+        world.engine,
+        [(world.audience(), None)],
+        {"vips": world.clock.now()},
+        world.clock.now(),
+        Destination(),
     )
     assert (planned.member_count, planned.counts, touched) == (5, {"entered": 3}, (5, 3))
     first = world.sync(world.audience(guard=Guard(above=1, max_enter_ratio=0.1)))
@@ -240,7 +244,7 @@ def test_another_destination_holds_until_a_full_run(world):
     assert "`audience-sync sync vips --full`" in run.error
     assert "`audience-sync check --accept-destination`" in run.error
     with pytest.raises(NotApproved, match="another destination"):
-        decisions.approve(world.engine, run.run_id, world.clock, "two")
+        decisions.approve(world.engine, run.run_id, world.clock, Destination("two"))
     with pytest.raises(ConfigError, match="No canary now: the members of vips were told to another"):
         world.sync(world.audience(), fingerprint="two", users=("ann",))
     full = world.sync(world.audience(), fingerprint="two", full=True)
@@ -262,13 +266,13 @@ def test_what_is_pending_for_another_destination_is_held_and_comes_back_with_it(
         ("one", {"vips": "pending", "others": "held"}),
     ):
         with engines.write(world.engine) as connection:
-            assert destination.hold_foreign(connection, fingerprint, world.clock.now()) == 1
+            assert foreign.hold_foreign(connection, Destination(fingerprint), world.clock.now()) == 1
         assert statuses(world) == expected
     with engines.write(world.engine) as connection:
-        assert destination.foreign_keys(connection, "one") == ["others"]
-        destination.accept(connection, "one")
-        assert destination.foreign_keys(connection, "one") == []
-        assert destination.hold_foreign(connection, "one", world.clock.now()) == 0
+        assert foreign.foreign_keys(connection, Destination("one")) == ["others"]
+        foreign.accept_destination(connection, Destination("one"))
+        assert foreign.foreign_keys(connection, Destination("one")) == []
+        assert foreign.hold_foreign(connection, Destination("one"), world.clock.now()) == 0
     assert statuses(world) == {"vips": "pending", "others": "pending"}
 
 
@@ -285,9 +289,9 @@ def test_a_destination_that_was_not_known_is_the_first_that_is(world):
     world.people("ann")
     world.sync(world.audience())
     with engines.write(world.engine) as connection:
-        assert destination.hold_foreign(connection, "one", world.clock.now()) == 0
-        assert destination.foreign_keys(connection, "one") == []
-        assert destination.foreign_keys(connection, "two") == ["vips"]
+        assert foreign.hold_foreign(connection, Destination("one"), world.clock.now()) == 0
+        assert foreign.foreign_keys(connection, Destination("one")) == []
+        assert foreign.foreign_keys(connection, Destination("two")) == ["vips"]
     assert world.query("SELECT fingerprint FROM {our}deliveries") == [("one",)]
 
 
@@ -295,7 +299,7 @@ def test_a_held_run_stays_held_whatever_the_destination(known):
     known.people()
     run = known.sync(known.audience(guard=WARY), fingerprint="one")
     with engines.write(known.engine) as connection:
-        destination.hold_foreign(connection, "one", known.clock.now())
+        foreign.hold_foreign(connection, Destination("one"), known.clock.now())
     assert {status for _, _, status in known.deliveries(run.run_id)} == {"held"}
 
 
@@ -304,7 +308,7 @@ def test_retire_tells_all_who_hold_it_and_lets_the_key_rest(known):
     known.sync(known.audience())
     known.people(*FIVE[2:])
     known.sync(known.audience(), hold=True)
-    run = known.run(decisions.retire(known.engine, "vips", known.clock, None))
+    run = known.run(decisions.retire(known.engine, "vips", known.clock, Destination()))
     assert (run.mode, run.status, counts(run)) == ("retire", "succeeded", (0, 0, 4, 0))
     assert [(user, body, status) for user, body, status in known.deliveries(run.run_id)] == [
         (user, '{"vips": false}', "pending") for user in FIVE[1:]
@@ -314,16 +318,16 @@ def test_retire_tells_all_who_hold_it_and_lets_the_key_rest(known):
     with pytest.raises(ConfigError, match="The key vips was retired and rests"):
         known.sync(known.audience())
     with pytest.raises(ConfigError, match="was retired on 2026-01-01 already"):
-        decisions.retire(known.engine, "vips", known.clock, None)
+        decisions.retire(known.engine, "vips", known.clock, Destination())
     with pytest.raises(ConfigError, match="The key others was never used"):
-        decisions.retire(known.engine, "others", known.clock, None)
+        decisions.retire(known.engine, "others", known.clock, Destination())
 
 
 def test_a_retired_trait_becomes_null(world):
     world.people(("ann", 1.0))
     world.sync(world.trait())
     world.settle("accepted")
-    run_id = decisions.retire(world.engine, "spend", world.clock, None)
+    run_id = decisions.retire(world.engine, "spend", world.clock, Destination())
     assert world.deliveries(run_id) == [("ann", '{"spend": null}', "pending")]
 
 
@@ -356,7 +360,7 @@ def test_a_plan_says_what_would_be_held(known):
     known.people()
     now = known.clock.now()
     definition = known.audience(guard=WARY)
-    (planned,), touched = plan.plan(known.engine, [(definition, None)], {"vips": now}, now, None)
+    (planned,), touched = plan.plan(known.engine, [(definition, None)], {"vips": now}, now, Destination())
     assert (planned.held, touched) == (
         runs.Held("guard", "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."),
         (0, 0),
@@ -413,7 +417,7 @@ def test_a_full_run_that_was_held_for_one_key_is_told_to_the_next(world):
     world.sync(world.audience(), fingerprint="one")
     world.settle("accepted")
     run = world.sync(world.audience(), fingerprint="one", full=True, hold=True)
-    decisions.approve(world.engine, run.run_id, world.clock, "two")
+    decisions.approve(world.engine, run.run_id, world.clock, Destination("two"))
     told = world.query(
         "SELECT subject_id, fingerprint, status FROM {our}deliveries WHERE run_id = 2 ORDER BY 1"
     )
@@ -425,7 +429,7 @@ def test_a_scheduled_full_run_is_held_for_another_destination_like_any_other(kno
     run = known.sync(known.audience(), fingerprint="two", full=True, trigger="schedule")
     assert (run.status, run.held_by) == ("held", "fingerprint")
     with pytest.raises(NotApproved, match="the API key is not set"):
-        decisions.approve(known.engine, run.run_id, known.clock, None)
+        decisions.approve(known.engine, run.run_id, known.clock, Destination())
 
 
 def test_an_exit_is_told_though_the_accepted_entry_is_not_kept_any_more(known):
@@ -451,7 +455,7 @@ def test_what_is_being_sent_goes_with_its_definition_to_another_destination(worl
     world.sync(world.audience(), fingerprint="one")
     world.execute("UPDATE {our}deliveries SET status = 'sending', request_id = 1")
     with engines.write(world.engine) as connection:
-        destination.accept(connection, "two")
+        foreign.accept_destination(connection, Destination("two"))
     assert world.query("SELECT fingerprint FROM {our}deliveries") == [("two",)]
 
 
@@ -461,7 +465,7 @@ def test_an_accepted_destination_is_not_undone_by_a_run_under_way(known, monkeyp
 
     def meanwhile(*given):
         with engines.write(known.engine) as connection:
-            destination.accept(connection, "two")
+            foreign.accept_destination(connection, Destination("two"))
         return compute(*given)
 
     monkeypatch.setattr(runs, "compute", meanwhile)

@@ -1,12 +1,13 @@
 """What a plan says: it is what the sync would do then."""
 
 from audience_sync.audiences import plan as plans
+from audience_sync.queue.destination import Destination
 
 
 def plan(world, *definitions):
     now = world.clock.now()
     moments = {definition.key: now for definition in definitions}
-    return plans.plan(world.engine, [(each, None) for each in definitions], moments, now, None)
+    return plans.plan(world.engine, [(each, None) for each in definitions], moments, now, Destination())
 
 
 def test_a_plan_tells_what_would_change_and_keeps_nothing(world):

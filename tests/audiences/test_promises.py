@@ -16,6 +16,7 @@ from audience_sync import crash
 from audience_sync.audiences import decisions, runs
 from audience_sync.db import engines
 from audience_sync.queue import destination
+from audience_sync.queue.destination import Destination
 from audience_sync.queue.worker import Settings, Worker
 
 USERS = ["ann", "bob", "cy"]
@@ -124,7 +125,7 @@ class Machine(RuleBasedStateMachine):
     def approve(self, key):
         if key in self.waiting:
             run_id, after, full = self.waiting.pop(key)
-            decisions.approve(self.world.engine, run_id, self.world.clock, None)
+            decisions.approve(self.world.engine, run_id, self.world.clock, Destination())
             self.was_faulty |= full
             self._commit(key, self.held(key) | after, after)
 

@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from audience_sync.db import engines
 from audience_sync.db.tables import deliveries, destination, leases, requests
-from audience_sync.queue import dead
-from audience_sync.queue import deliveries as store
+from audience_sync.queue import deliveries as life
 from audience_sync.queue import destination as destinations
+from audience_sync.queue.outcomes import SUPERSEDED
 from audience_sync.queue.worker import Settings, Worker
 
 USERS = st.sampled_from(["u1", "u2", "u3"])
@@ -117,12 +117,12 @@ class Machine(RuleBasedStateMachine):
         """Somebody gives the dead a new attempt, or discards one of them."""
         with engines.write(self.queue.engine) as connection:
             if hand:
-                dead.retry(connection, None, self.clock.now())
+                life.retry(connection, None, self.clock.now())
             else:
                 refused = connection.execute(
                     sa.select(deliveries.c.delivery_id).where(deliveries.c.status == "dead").limit(1)
                 )
-                dead.discard(connection, list(refused.scalars()), self.clock.now())
+                life.discard(connection, list(refused.scalars()), self.clock.now())
 
     def teardown(self):
         self.server.faults.clear()
@@ -142,7 +142,7 @@ class Machine(RuleBasedStateMachine):
         for row in rows:
             assert row.status in ("accepted", "dead", "cancelled")
             assert row.status == "accepted" or row.error
-            if row.error == store.SUPERSEDED:
+            if row.error == SUPERSEDED:
                 for trait in row.body:
                     assert any(
                         trait in other.body

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audience_sync.queue import outcomes as merge
-from audience_sync.queue.deliveries import Delivery
+from audience_sync.queue import outcomes
+from audience_sync.queue.outcomes import Delivery
 from audience_sync.userpilot.answers import Answer, Outcome
 
 NOW = dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC)
@@ -25,11 +25,11 @@ def answer(outcome, error="words"):
 
 
 def settle(deliveries, outcome, **retries):
-    policy = merge.Retries(random.Random(1), **retries)
-    return merge.settle(deliveries, answer(outcome), NOW, policy)
+    policy = outcomes.Retries(random.Random(1), **retries)
+    return outcomes.decide(deliveries, answer(outcome), NOW, policy)
 
 
-def outcomes(deliveries, outcome, **retries):
+def statuses(deliveries, outcome, **retries):
     return [(each.delivery_id, each.status.value) for each in settle(deliveries, outcome, **retries)]
 
 
@@ -42,13 +42,13 @@ def test_the_merged_body_is_what_userpilot_would_hold_after_each_in_its_order(it
             if at == seconds:
                 expected.update(body)
 
-    assert merge.body_of(merge.select_next(pending, NOW)) == expected
+    assert outcomes.body_of(outcomes.select_next(pending, NOW)) == expected
 
 
 @given(st.lists(TRAITS, min_size=1, max_size=8))
 def test_an_accepted_request_settles_each_delivery_as_carried_or_overtaken(bodies):
-    chosen = merge.select_next([delivery(number, body) for number, body in enumerate(bodies)], NOW)
-    settled = dict(outcomes(chosen, Outcome.ACCEPTED))
+    chosen = outcomes.select_next([delivery(number, body) for number, body in enumerate(bodies)], NOW)
+    settled = dict(statuses(chosen, Outcome.ACCEPTED))
 
     for number, body in enumerate(bodies):
         later = set().union(*bodies[number + 1 :])
@@ -59,13 +59,13 @@ def test_an_accepted_request_settles_each_delivery_as_carried_or_overtaken(bodie
 def test_the_newest_is_the_timestamp_then_the_arrival():
     pending = [delivery(1, {"a": 1}, seconds=9), delivery(2, {"a": 2}), delivery(3, {"a": 3})]
 
-    assert [each.delivery_id for each in merge.select_next(pending, NOW)] == [2, 3, 1]
+    assert [each.delivery_id for each in outcomes.select_next(pending, NOW)] == [2, 3, 1]
 
 
 def test_a_refused_request_of_several_is_sent_again_one_by_one():
     settled = settle([delivery(1, {"a": 1}), delivery(2, {"b": 2})], Outcome.REFUSED)
 
-    assert [(each.status.value, each.alone, each.next_attempt_at) for each in settled] == [
+    assert [(each.status.value, each.isolated, each.next_attempt_at) for each in settled] == [
         ("pending", True, NOW),
         ("pending", True, NOW),
     ]
@@ -83,19 +83,19 @@ def test_alone_the_newest_goes_first_and_older_ones_wait_for_it():
     waiting = delivery(2, {"b": 2}, alone=True, due=later)
     fresh = delivery(3, {"a": 3})
 
-    assert merge.select_next([older, newest, fresh], NOW) == [newest]
-    assert merge.select_next([older, waiting], NOW) == []
-    assert merge.select_next([older, waiting, fresh], NOW) == [fresh]
-    assert merge.select_next([older, fresh], NOW) == [older]
+    assert outcomes.select_next([older, newest, fresh], NOW) == [newest]
+    assert outcomes.select_next([older, waiting], NOW) == []
+    assert outcomes.select_next([older, waiting, fresh], NOW) == [fresh]
+    assert outcomes.select_next([older, fresh], NOW) == [older]
 
 
 def test_overtaken_traits_are_left_out_and_a_delivery_without_others_with_them():
-    trimmed = merge.without_superseded(
+    trimmed = outcomes.without_superseded(
         [delivery(1, {"a": 1, "b": 1}), delivery(2, {"a": 2}), delivery(3, {})], {1: {"a"}, 2: {"a", "z"}}
     )
 
     assert [(each.delivery_id, each.body) for each in trimmed.left] == [(1, {"b": 1}), (3, {})]
-    assert trimmed.overtaken == [2]
+    assert trimmed.superseded == [2]
 
 
 @pytest.mark.parametrize("outcome", [Outcome.THROTTLED, Outcome.UNAUTHORISED])
@@ -121,11 +121,11 @@ def test_giving_up_takes_both_eight_attempts_and_four_hours(attempts, hours, sta
 
 @given(st.integers(1, 60), st.randoms(use_true_random=False))
 def test_the_backoff_is_full_jitter_from_one_second_to_15_minutes(attempts, chance):
-    assert 0 <= merge.backoff_seconds(attempts, chance) <= min(2 ** (attempts - 1), 900)
+    assert 0 <= outcomes.backoff_seconds(attempts, chance) <= min(2 ** (attempts - 1), 900)
 
 
 def test_the_backoff_uses_its_whole_range():
-    drawn = [merge.backoff_seconds(30, random.Random(seed)) for seed in range(300)]
+    drawn = [outcomes.backoff_seconds(30, random.Random(seed)) for seed in range(300)]
 
     assert min(drawn) < 30
     assert max(drawn) > 870
@@ -134,14 +134,14 @@ def test_the_backoff_uses_its_whole_range():
 def test_after_an_unknown_outcome_the_user_waits():
     (settled,) = settle([delivery(1, {"a": 1})], Outcome.UNKNOWN, grace=dt.timedelta(seconds=3))
 
-    assert settled.quiet_until == NOW + dt.timedelta(seconds=3)
-    assert settled.next_attempt_at >= settled.quiet_until
+    assert settled.grace_until == NOW + dt.timedelta(seconds=3)
+    assert settled.next_attempt_at >= settled.grace_until
 
 
 def test_at_most_once_a_track_with_an_unknown_outcome_dies_and_a_failed_one_does_not():
     track = delivery(1, {"event_name": "x"}, action="track")
 
-    assert outcomes([track], Outcome.UNKNOWN, tracks_at_most_once=True) == [(1, "dead")]
-    assert outcomes([track], Outcome.FAILED, tracks_at_most_once=True) == [(1, "pending")]
-    assert outcomes([track], Outcome.UNKNOWN) == [(1, "pending")]
-    assert outcomes([delivery(1, {"a": 1})], Outcome.UNKNOWN, tracks_at_most_once=True) == [(1, "pending")]
+    assert statuses([track], Outcome.UNKNOWN, tracks_at_most_once=True) == [(1, "dead")]
+    assert statuses([track], Outcome.FAILED, tracks_at_most_once=True) == [(1, "pending")]
+    assert statuses([track], Outcome.UNKNOWN) == [(1, "pending")]
+    assert statuses([delivery(1, {"a": 1})], Outcome.UNKNOWN, tracks_at_most_once=True) == [(1, "pending")]

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.db import engines
 from audience_sync.db.tables import deliveries
-from audience_sync.queue import deliveries as queue
+from audience_sync.queue import due
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 NEWER = ["accepted", "sending"]
@@ -49,5 +49,5 @@ def test_each_value_is_compared_with_all_newer_ones(engine, seed):
         rows = connection.execute(sa.select(deliveries)).all()
         values = [each for each in rows if each.status == "pending"]
         chance.shuffle(values)
-        found = {key: set(names) for key, names in queue.superseded_traits(connection, values, NEWER).items()}
+        found = {key: set(names) for key, names in due.superseded_traits(connection, values, NEWER).items()}
     assert found == model(values, rows)

@@ -20,7 +20,7 @@ from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings, records, validation
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
-from audience_sync.queue import bulk, deliveries, destination, gather, jobs, split
+from audience_sync.queue import bulk, destination, due, gather, jobs, split
 from audience_sync.queue.worker import Settings, Worker
 from audience_sync.sandbox.state import JobFault, RefusalError
 from audience_sync.userpilot import payloads
@@ -205,7 +205,7 @@ class Simulation:
 
     def _pending(self):
         with engines.read(self.company) as connection:
-            return deliveries.pending_count(connection)
+            return due.pending_count(connection)
 
     # Processes.
 

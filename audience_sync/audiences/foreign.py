@@ -1,0 +1,65 @@
+"""Definitions whose baseline belongs to another destination: hold what they have pending, or adopt it.
+
+A definition without a fingerprint is taken as made for the first destination that becomes known.
+"""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences import records
+from audience_sync.queue import deliveries, jobs
+from audience_sync.queue.destination import MADE_FOR_ANOTHER, Destination
+
+
+def hold_foreign(connection: sa.Connection, destination: Destination, now: dt.datetime) -> int:
+    """Hold what is pending for other destinations, and release what was held and is for this one.
+
+    Returns how many deliveries are held for that reason. A definition's deliveries are for the destination of its
+    baseline, so the queue is read only for definitions with another one.
+    """
+    if destination.fingerprint is None:
+        return 0
+    rows = records.of_other_destinations(connection, destination.fingerprint)
+    foreign = _foreign_fingerprints(connection, destination, rows)
+    adopt(connection, [row.definition_id for row in rows if row.fingerprint not in foreign], destination)
+    if foreign_ids := [row.definition_id for row in rows if row.fingerprint in foreign]:
+        deliveries.hold_definitions(connection, destination.fingerprint, foreign_ids, MADE_FOR_ANOTHER)
+    destination.hold_foreign_calls(connection)
+    return deliveries.release_own(connection, destination.fingerprint, now)
+
+
+def adopt(connection: sa.Connection, definition_ids: list[int], destination: Destination) -> None:
+    """Make this the destination of the definitions' baselines, and of their unsettled deliveries."""
+    if definition_ids and destination.fingerprint is not None:
+        records.set_fingerprint(connection, destination.fingerprint, definition_ids)
+        deliveries.assign_destination(connection, destination.fingerprint, definition_ids)
+
+
+def accept_destination(connection: sa.Connection, destination: Destination) -> list[str]:
+    """Make this the destination of everything: it is the old one with a new key or address. Return the keys moved."""
+    if destination.fingerprint is None:
+        return []
+    moved = foreign_keys(connection, destination)
+    records.set_fingerprint(connection, destination.fingerprint)
+    jobs.assign_jobs(connection, destination.fingerprint)
+    deliveries.assign_destination(connection, destination.fingerprint)
+    return moved
+
+
+def foreign_keys(connection: sa.Connection, destination: Destination) -> list[str]:
+    """Return the keys whose members were sent to another destination, in their order."""
+    if destination.fingerprint is None:
+        return []
+    rows = records.of_other_destinations(connection, destination.fingerprint)
+    foreign = _foreign_fingerprints(connection, destination, rows)
+    return sorted(row.key for row in rows if row.fingerprint in foreign and row.retired_at is None)
+
+
+def _foreign_fingerprints(
+    connection: sa.Connection, destination: Destination, rows: Sequence[sa.Row[Any]]
+) -> set[str | None]:
+    fingerprints = {row.fingerprint for row in rows}
+    return {other for other in fingerprints if destination.is_foreign(connection, other)}
