@@ -1,9 +1,12 @@
-"""Who may import whom, as it is written in the code: every import statement, those inside functions too."""
+"""Who may import whom, and who writes which table, as read from the code."""
 
 import ast
+import re
 import sys
 
 import pytest
+
+from audience_sync.db import tables
 
 ROOT = {"errors", "clock", "crash", "stopping", "__version__"}
 PURE = {"errors"}
@@ -107,3 +110,97 @@ def test_only_userpilot_speaks_http(parts):
     assert [
         part for part, imported in parts.items() if "httpx" in {name.split(".")[0] for name in imported}
     ] == ["userpilot"]
+
+
+# Where each table is written. retention/ deletes from every table, and keeps the counts and marks that then differ.
+OWNERS = {
+    "definitions": "audiences",
+    "runs": "audiences",
+    "members": "audiences",
+    "past_members": "audiences",
+    "schedule_slots": "audiences",
+    "deliveries": "queue/deliveries.py",
+    "requests": "queue",
+    "bulk_jobs": "queue",
+    "destination": "queue/destination.py",
+    "calls": "calls",
+    "profiles": "calls",
+    "companies": "calls",
+    "events": "calls",
+    "forgotten": "retention",
+    "leases": "db",
+}
+EXCEPTION = "retention"
+SQL_WRITE = re.compile(r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM)\s+\{{1,2}our\}{1,2}(\w+|\{)", re.IGNORECASE)
+
+
+def written_tables(source):
+    """Names of the tables that a module writes: by SQLAlchemy, by `rows`, or in SQL text.
+
+    Where the name is computed, that may be any table that the module refers to.
+    """
+    tree = ast.parse(source)
+    for name in _written_names(tree):
+        if name in OWNERS:
+            yield name
+        else:
+            yield from {table_name(node) for node in ast.walk(tree)} & set(OWNERS)
+
+
+def _written_names(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner, method = node.func.value, node.func.attr
+            if method in {"insert", "update"} and table_name(owner) == "rows":
+                yield table_name(node.args[1])
+            elif method in {"insert", "update", "delete"} and table_name(owner) in OWNERS:
+                yield table_name(owner)
+        elif isinstance(node, ast.JoinedStr | ast.Constant):
+            yield from SQL_WRITE.findall(ast.unparse(node))
+
+
+def table_name(node):
+    """`deliveries` of a node `deliveries` or `tables.deliveries`."""
+    return getattr(node, "id", None) or getattr(node, "attr", None)
+
+
+def foreign_writes(place, source):
+    """The tables that a module writes though it does not own them."""
+    written = set(written_tables(source)) if not place.startswith(f"{EXCEPTION}/") else set()
+    return {table for table in written if not place.startswith(OWNERS.get(table, "nobody"))}
+
+
+def test_every_table_has_an_owner():
+    assert set(tables.metadata.tables) == set(OWNERS)
+
+
+def test_each_table_is_written_by_its_owner_only(repository):
+    package = repository / "audience_sync"
+    for path in sorted(package.rglob("*.py")):
+        place = str(path.relative_to(package))
+        assert not foreign_writes(place, path.read_text()), place
+
+
+def test_each_owner_writes_its_tables(repository):
+    package = repository / "audience_sync"
+    written = set()
+    for path in package.rglob("*.py"):
+        written |= set(written_tables(path.read_text()))
+    assert written >= set(OWNERS)
+
+
+@pytest.mark.parametrize(
+    ("statement", "table"),
+    [
+        ("sql(connection, 'UPDATE {our}deliveries SET status = 1')", "deliveries"),
+        ("sql(connection, f'DELETE FROM {{our}}deliveries WHERE {where}')", "deliveries"),
+        ("sql(connection, 'INSERT  INTO {our}runs (key) VALUES (1)')", "runs"),
+        ("connection.execute(tables.requests.delete().where(old))", "requests"),
+        ("connection.execute(deliveries.insert().values(row))", "deliveries"),
+        ("rows.update(connection, tables.profiles, columns, new)", "profiles"),
+        ("sql(connection, f'DELETE FROM {{our}}{leases}')", "leases"),
+        ("def add(table): rows.insert(connection, table, columns, new)\nadd(tables.events)", "events"),
+    ],
+)
+def test_a_foreign_statement_is_noticed(statement, table):
+    assert foreign_writes("history.py", statement) == {table}

@@ -48,7 +48,7 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, destination: Destinati
             if run.mode != "full" and is_foreign:
                 where = other_destination(run.key)
                 raise NotApproved(
-                    f"Run {run_id} cannot be approved now: the members of {run.key} were {where}."
+                    f"Run {run_id} cannot be approved now: the last sync of {run.key} was {where}."
                 )
             kind = Kind(run.kind)
             counts = snapshot.load_held_changes(connection, run_id, run.definition_id, run.key, kind)

@@ -184,7 +184,7 @@ def _start(
             raise ConfigError(retired(definition.key))
         if order.users is not None and order.destination.is_foreign(connection, row.fingerprint):
             where = other_destination(definition.key)
-            raise ConfigError(f"A canary is not possible now: the members of {definition.key} were {where}.")
+            raise ConfigError(f"A canary is not possible now: the last sync of {definition.key} was {where}.")
         run_id = records.start_run(
             connection,
             definition_id,
@@ -300,7 +300,7 @@ def why_held(
     """Whether a person has to look before anything is sent; the snapshot is there."""
     if is_foreign and not (order.full and order.trigger == "manual"):
         return Held(
-            "fingerprint", f"The members of {definition.key} were {other_destination(definition.key)}."
+            "fingerprint", f"The last sync of {definition.key} was {other_destination(definition.key)}."
         )
     unlike = None
     if not last.is_first and order.users is None:

@@ -167,7 +167,7 @@ def _check_destination(opened: "App") -> str:
     with engines.read(opened.engine) as connection:
         keys = foreign.foreign_keys(connection, opened.destination)
     if keys:
-        raise ConfigError(f"the members of {', '.join(keys)} were {other_destination(keys[0])}.")
+        raise ConfigError(f"the last sync of {', '.join(keys)} was {other_destination(keys[0])}.")
     return "the one that all was made for"
 
 

@@ -245,7 +245,9 @@ def test_another_destination_holds_until_a_full_run(world):
     assert "`audience-sync check --accept-destination`" in run.error
     with pytest.raises(NotApproved, match="another destination"):
         decisions.approve(world.engine, run.run_id, world.clock, Destination("two"))
-    with pytest.raises(ConfigError, match="No canary now: the members of vips were told to another"):
+    with pytest.raises(
+        ConfigError, match="A canary is not possible now: the last sync of vips was made for another"
+    ):
         world.sync(world.audience(), fingerprint="two", users=("ann",))
     full = world.sync(world.audience(), fingerprint="two", full=True)
     assert (full.status, counts(full)) == ("succeeded", (3, 1, 0, 0))
