@@ -1,7 +1,7 @@
 """From a call to what it asks of Userpilot: each mapping whose trigger matches builds an action's fields.
 
 The presets are mappings like those of the configuration: they send what Segment's own Userpilot destination sends
-(segment.md in docs/ names the differences).
+(docs/reference/segment-differences.md names the differences).
 """
 
 import difflib
