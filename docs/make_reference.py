@@ -7,6 +7,8 @@ The configuration's names, types and defaults come from the settings schema, the
 starter configuration. The commands come from the command line itself.
 """
 
+import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import typer
 
+from audience_sync import cli
 from audience_sync.cli.main import app
 from audience_sync.settings import schema
 
@@ -43,9 +46,9 @@ SECTIONS = (
 INTRODUCTION = """\
 # Configuration
 
-The file is TOML. `audience-sync init` writes one with a comment beside every name. It is searched in this order: `--config`,
-`$AUDIENCE_SYNC_CONFIG`, `config/audience_sync.toml`, `audience_sync.toml`. Relative paths in it are relative to its folder, or to
-the folder above if that folder is called `config`.
+The file is TOML. `audience-sync init` writes one with a comment beside every name. It is searched in this order:
+`--config`, `$AUDIENCE_SYNC_CONFIG`, `config/audience_sync.toml`, `audience_sync.toml`. Relative paths in it are relative
+to its folder, or to the folder above if that folder is called `config`.
 
 `${NAME}` in a string is replaced by an environment variable. An unknown name is an error, with the nearest known name.
 
@@ -58,10 +61,9 @@ def configuration() -> str:
     comments = starter_comments()
     parts = [NOTE, INTRODUCTION]
     for name, title, struct, text in SECTIONS:
-        rows = list(_options(struct, comments[name], comments.get("defaults", {})))
-        parts.append(f"## {title}\n\n{text}\n\n| name | default | meaning | value |\n| --- | --- | --- | --- |")
-        parts[-1] += "".join(f"\n| `{option}` | {default} | {comment} | {value} |" for option, default, value, comment in rows)
-        parts[-1] += "\n"
+        rows = ["name | default | meaning | value", "--- | --- | --- | ---"]
+        rows += [" | ".join(row) for row in _options(struct, comments[name], comments.get("defaults", {}))]
+        parts.append(f"## {title}\n\n{text}\n\n" + "".join(f"| {row} |\n" for row in rows))
     return "\n".join(parts)
 
 
@@ -90,7 +92,7 @@ def _options(
             default, comment = "`[defaults]`", comment or defaults[field.name]
         if field.required:
             default = REQUIRED
-        yield field.name, default, _cell(_expected(field.type)), _cell(_sentence(comment))
+        yield f"`{field.name}`", default, _cell(_sentence(comment)), _cell(_expected(field.type))
 
 
 def _toml(value: Any) -> str:
@@ -124,6 +126,8 @@ def _cell(text: str) -> str:
 
 
 def commands() -> str:
+    for module in pkgutil.iter_modules(cli.__path__):
+        importlib.import_module(f"audience_sync.cli.{module.name}")
     program: Any = typer.main.get_command(app)
     parts = [NOTE, "# Command line\n", _usage("audience-sync", program), _parameters(program)]
     parts.append("See also [exit codes](exit-codes.md) and [the documents of `--json`](json-output.md).\n")
@@ -137,7 +141,12 @@ def commands() -> str:
             nested = getattr(command, "commands", {"": command})
             for name, each in nested.items():
                 title = f"{command.name} {name}".strip()
-                parts += [f"### {title}\n", _help(each), _usage(f"audience-sync {title}", each), _parameters(each)]
+                parts += [
+                    f"### {title}\n",
+                    _help(each),
+                    _usage(f"audience-sync {title}", each),
+                    _parameters(each),
+                ]
     return "\n".join(part for part in parts if part)
 
 

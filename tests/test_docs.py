@@ -6,7 +6,9 @@ print into the pages.
 """
 
 import ast
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import socket
@@ -20,7 +22,7 @@ import pytest
 import sqlalchemy as sa
 import typer
 
-from audience_sync import errors, settings
+from audience_sync import cli, errors, settings
 from audience_sync.cli.main import app
 from audience_sync.db import dialects, engines, tables
 from audience_sync.sandbox import Sandbox
@@ -29,12 +31,17 @@ from tests.acceptance.killing import KINDS
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-ENVIRON = {"DB_PASSWORD": "x", "USERPILOT_API_KEY": "sandbox", "WRITE_KEY": "z", "SHOP_DATABASE_URL": "sqlite://"}
+ENVIRON = {
+    "DB_PASSWORD": "x",
+    "USERPILOT_API_KEY": "sandbox",
+    "WRITE_KEY": "z",
+    "SHOP_DATABASE_URL": "sqlite://",
+}
 SHOWN_POSTGRESQL = "postgresql://audience_sync:${DB_PASSWORD}@localhost/shop"
 SHOWN_PORTS = ("8787", "8788", "8040")
 CHANGES_EACH_TIME = re.compile(
-    r"\d+(\.\d+)? (s|seconds)\b|less than a second|20[2-9]\d-\d\d-\d\d \d\d:\d\d|\b\d\d-\d\d \d\d:\d\d|[\d,]+ requests|\s*─+|pid \d+"
-    r"|process \d+ on \S+|\d+(?= *at its)"
+    r"\d+(\.\d+)? (s|seconds)\b|less than a second|20[2-9]\d-\d\d-\d\d \d\d:\d\d|\b\d\d-\d\d \d\d:\d\d"
+    r"|[\d,]+ requests|\s*─+|process \d+ on \S+"
 )
 START_SECONDS = 30
 
@@ -106,8 +113,12 @@ class Reader:
     def real(self, text):
         for shown, port in self.ports.items():
             text = text.replace(shown, port)
-        text = re.sub(r"audience-sync sandbox(?! --port)", f"audience-sync sandbox --port {self.ports['8787']}", text)
-        text = re.sub(r"audience-sync serve(?! --port)", f"audience-sync serve --port {self.ports['8040']}", text)
+        text = re.sub(
+            r"audience-sync sandbox(?! --port)", f"audience-sync sandbox --port {self.ports['8787']}", text
+        )
+        text = re.sub(
+            r"audience-sync serve(?! --port)", f"audience-sync serve --port {self.ports['8040']}", text
+        )
         return text.replace(SHOWN_POSTGRESQL, self.database_url or SHOWN_POSTGRESQL)
 
     def shown(self, text):
@@ -132,11 +143,13 @@ class Reader:
             else:
                 self.type(block)
         elif block.language == "python" and "not run" not in block.marks:
-            subprocess.run([sys.executable, "-c", block.text], cwd=self.folder, env=self.environ, check=True)
+            subprocess.run([sys.executable, "-c", self.real(block.text)], cwd=self.folder, env=self.environ, check=True)
 
     def type(self, block):
         kept = self.folder / ".environment"
-        begin = f"trap 'status=$?; export -p > {kept}; exit $status' EXIT\n[ -f {kept} ] && . {kept}\nset -e\n"
+        begin = (
+            f"trap 'status=$?; export -p > {kept}; exit $status' EXIT\n[ -f {kept} ] && . {kept}\nset -e\n"
+        )
         done = subprocess.run(
             ["bash", "-c", begin + self.real(block.text)],
             cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=300, check=False,
@@ -144,7 +157,9 @@ class Reader:
         self.output = self.shown(done.stdout)
         expected = int(block.marks.get("exit", "0"))
         where = f"{self.page}:{block.line}"
-        assert done.returncode == expected, f"{where} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        assert done.returncode == expected, (
+            f"{where} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
         assert "Traceback" not in done.stderr
 
     def open_terminal(self, block):
@@ -208,7 +223,13 @@ def read_page(tmp_path, request):
         reader.close()
 
 
-ORDERS = [("12347", 1, 224.82), ("12350", 3, 51.0), ("12360", 12, 2100.5), ("me", 2, 10.0), ("12372", 45, 80.0)]
+ORDERS = [
+    ("12347", 1, 224.82),
+    ("12350", 3, 51.0),
+    ("12360", 12, 2100.5),
+    ("me", 2, 10.0),
+    ("12372", 45, 80.0),
+]
 
 
 def load_orders(engine):
@@ -262,6 +283,7 @@ def test_a_page_can_be_followed(name, read_page):
             outputs.append((block, reader.output))
     if os.environ.get("UPDATE_DOCS"):
         update(ROOT / name, outputs)
+        return
     for block, output in outputs:
         assert comparable(block.text) in comparable(output), f"{name}:{block.line}: it prints:\n{output}"
 
@@ -307,6 +329,8 @@ def commands_in(text):
 
 
 def known_commands():
+    for module in pkgutil.iter_modules(cli.__path__):
+        importlib.import_module(f"audience_sync.cli.{module.name}")
     return typer.main.get_command(app)
 
 
@@ -410,7 +434,11 @@ def test_the_page_of_tables_has_every_column_and_view(engine):
 def logged_events():
     for path in sorted((ROOT / "audience_sync").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"logs.event", "event"} and len(node.args) > 2:
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in {"logs.event", "event"}
+                and len(node.args) > 2
+            ):
                 yield from (
                     each.value
                     for each in ast.walk(node.args[2])

@@ -1,6 +1,7 @@
 """What we send for a call is what Segment's own Userpilot destination sends, but for the differences named here.
 
-A rule rewrites the requests that Segment sends into those that we mean to send. docs/reference/segment-differences.md gives the reasons.
+A rule rewrites the requests that Segment sends into those that we mean to send. The reasons are in
+docs/reference/segment-differences.md.
 """
 
 import gzip
