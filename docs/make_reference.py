@@ -25,24 +25,33 @@ from audience_sync.settings import schema
 DOCS = Path(__file__).parent
 STARTER = DOCS.parent / "config" / "audience_sync.toml"
 NOTE = "<!-- Made by docs/make_reference.py: change the code, then run `python docs/make_reference.py`. -->\n"
-REQUIRED = "required"
-
-
-def _struct(name: str) -> Any:
-    """The schema's table that holds what is read from the file."""
-    return getattr(schema, f"{name}Table", None) or getattr(schema, name)
 
 
 SECTIONS = (
-    ("database", "[database]", _struct("Database"), "The database of audience-sync itself."),
-    ("sources", "[sources.NAME]", _struct("Source"), "Other databases that definitions may run on, any number."),
-    ("destination", "[destination]", _struct("Destination"), "Userpilot."),
-    ("tracking", "[tracking]", _struct("Tracking"), "The HTTP API that `audience-sync serve` opens."),
-    ("logging", "[logging]", _struct("Logging"), "Logs go to standard error."),
-    ("defaults", "[defaults]", _struct("Defaults"), "Defaults of all definitions; each may set its own."),
-    ("audiences", "[[audiences]] and [[traits]]", _struct("Definition"), "One table for each audience or computed trait."),
-    ("mappings", "[[mappings]]", _struct("Mapping"), "What a call sends beside the presets, at most 50 with them."),
-)  # fmt: skip
+    ("database", "[database]", schema.DatabaseSettings, "The database of audience-sync itself."),
+    (
+        "sources",
+        "[sources.NAME]",
+        schema.SourceSettings,
+        "Other databases that definitions may run on, any number.",
+    ),
+    ("destination", "[destination]", schema.DestinationSettings, "Userpilot."),
+    ("tracking", "[tracking]", schema.TrackingSettings, "The HTTP API that `audience-sync serve` opens."),
+    ("logging", "[logging]", schema.LoggingSettings, "Logs go to standard error."),
+    ("defaults", "[defaults]", schema.DefaultSettings, "For all definitions; each may set its own."),
+    (
+        "audiences",
+        "[[audiences]] and [[traits]]",
+        schema.DefinitionSettings,
+        "One table for each audience or computed trait. It may also set every name of `[defaults]`.",
+    ),
+    (
+        "mappings",
+        "[[mappings]]",
+        schema.MappingSettings,
+        "What a call sends beside the presets, at most 50 with them.",
+    ),
+)
 INTRODUCTION = """\
 # Configuration
 
@@ -62,7 +71,7 @@ def configuration() -> str:
     parts = [NOTE, INTRODUCTION]
     for name, title, struct, text in SECTIONS:
         rows = ["name | default | meaning | value", "--- | --- | --- | ---"]
-        rows += [" | ".join(row) for row in _options(struct, comments[name], comments.get("defaults", {}))]
+        rows += [" | ".join(row) for row in _options(struct, comments[name])]
         parts.append(f"## {title}\n\n{text}\n\n" + "".join(f"| {row} |\n" for row in rows))
     return "\n".join(parts)
 
@@ -80,19 +89,19 @@ def starter_comments() -> dict[str, dict[str, str]]:
     return comments
 
 
-def _options(
-    struct: Any, comments: dict[str, str], defaults: dict[str, str]
-) -> Iterator[tuple[str, str, str, str]]:
+def _options(struct: Any, comments: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
+    """The cells of each name: itself, its default, its meaning, the values that it takes."""
+    inherited = struct.__base__.__struct_fields__
     for field in msgspec.structs.fields(struct):
-        if field.name == "missing":  # a message, not a name of the file
-            continue
-        comment = comments.get(field.name, "")
-        default = "" if field.default in (None, msgspec.NODEFAULT) else f"`{_toml(field.default)}`"
-        if field.name in defaults and struct is not schema.Defaults and field.default is None:
-            default, comment = "`[defaults]`", comment or defaults[field.name]
-        if field.required:
-            default = REQUIRED
-        yield f"`{field.name}`", default, _cell(_sentence(comment)), _cell(_expected(field.type))
+        if field.name not in inherited:
+            default = "" if field.default is None else f"`{_toml(field.default)}`"
+            meaning = _sentence(comments.get(field.name, ""))
+            yield (
+                f"`{field.name}`",
+                "required" if field.required else default,
+                _cell(meaning),
+                _cell(_expected(field.type)),
+            )
 
 
 def _toml(value: Any) -> str:

@@ -143,7 +143,9 @@ class Reader:
             else:
                 self.type(block)
         elif block.language == "python" and "not run" not in block.marks:
-            subprocess.run([sys.executable, "-c", self.real(block.text)], cwd=self.folder, env=self.environ, check=True)
+            subprocess.run(
+                [sys.executable, "-c", self.real(block.text)], cwd=self.folder, env=self.environ, check=True
+            )
 
     def type(self, block):
         kept = self.folder / ".environment"

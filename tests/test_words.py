@@ -18,6 +18,7 @@ PENDING = {
     "crash.py",
     "daemon.py",
     "db",
+    "docs",
     "errors.py",
     "history.py",
     "intake",

@@ -159,7 +159,9 @@ def _zone(name: str) -> ZoneInfo:
 
 def _nickname(text: str) -> str:
     if text.lower() == "@reboot":
-        raise ConfigError("nothing would ever be due with @reboot, which is not a time: write @daily, for example")
+        raise ConfigError(
+            "nothing would ever be due with @reboot, which is not a time: write @daily, for example"
+        )
     if text.lower() not in _NICKNAMES:
         raise ConfigError(f"there is no schedule {text[:60]!r}: write one of {', '.join(_NICKNAMES)}")
     return _NICKNAMES[text.lower()]
