@@ -126,7 +126,7 @@ def _expected(kind: Any) -> str:
 
 def _sentence(comment: str) -> str:
     """The comment without the other values that it begins with: those have a column."""
-    comment = re.sub(r'^(or |such as )?((true|"[^"]*"|[\[\]])(, | or )?)*[:;]? *', "", comment)
+    comment = re.sub(r'^or ("[^"]*"(, )?)+[:;]? *', "", comment)
     return comment[:1].upper() + comment[1:]
 
 
