@@ -25,8 +25,10 @@ import typer
 from audience_sync import cli, errors, settings
 from audience_sync.cli.main import app
 from audience_sync.db import dialects, engines, tables
+from audience_sync.queue import deliveries
 from audience_sync.sandbox import Sandbox
 from tests.acceptance.killing import KINDS
+from tests.test_layers import OWNERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -323,7 +325,7 @@ def test_its_configurations_load(tmp_path, block):
 
 def commands_in(text):
     """Each `audience-sync COMMAND …`, as lists of words."""
-    for match in re.finditer(r"(?<![\w/.-])audience-sync ((?:[^\n`|&;<>#]|<[A-Z]+>)+)", text):
+    for match in re.finditer(r"(?:(?<=bin/)|(?<![\w/.-]))audience-sync ((?:[^\n`|&;<>#]|<[A-Z]+>)+)", text):
         words = match[1].split()
         while words and words[0] == "--config":
             words = words[2:]
@@ -363,6 +365,35 @@ def test_what_is_not_run_exists():
                     assert target in targets, f"{name}:{block.line}: make {target}"
                 for path in re.findall(r"\b((?:tests|soak|benchmarks|docs)/[\w/.]*\w)", block.text):
                     assert (ROOT / path).exists(), f"{name}:{block.line}: {path}"
+
+
+def test_every_module_that_is_named_exists():
+    for page, name in zip(PAGES, NAMES, strict=True):
+        for path in re.findall(r"`((?:\w+/)*\w+/\w+\.(?:py|toml))\b", page.read_text(encoding="utf-8")):
+            places = [ROOT / path, ROOT / "audience_sync" / path]
+            assert any(place.exists() for place in places), f"{name}: {path}"
+
+
+def transitions(text):
+    """(from, to) of each row of a state table."""
+    for before, after in re.findall(r"^\| ([a-z, -]+?) *\| ([a-z]+) *\|", text, re.MULTILINE):
+        if after in STATES:
+            yield from ((each, after) for each in before.split(", "))
+
+
+STATES = {"held", "pending", "sending", "accepted", "dead", "cancelled"}
+
+
+def test_the_design_has_each_transition_of_a_delivery():
+    shown = set(transitions((ROOT / "docs" / "design.md").read_text()))
+    assert shown == set(transitions(deliveries.__doc__))
+
+
+def test_the_design_has_the_owner_of_each_table():
+    text = (ROOT / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| `(\w+)/?`? \| [^|]* \| (`[^|]*`) \|$", text, re.MULTILINE)
+    shown = {table: owner for owner, cell in rows for table in re.findall(r"`(\w+)`", cell)}
+    assert shown == {table: owner.partition("/")[0] for table, owner in OWNERS.items()}
 
 
 def test_links_lead_to_pages_and_headings():
