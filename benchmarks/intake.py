@@ -90,7 +90,7 @@ class Forgetful:
 
     is_alive, waiting_count = True, 0
 
-    def accept(self, calls):
+    def submit(self, calls):
         done = Future()
         done.set_result([intake.Receipt(0, each.message_id) for each in calls])
         return done
@@ -103,9 +103,9 @@ def serve(pipe, configuration, *, stores):
     gc.set_threshold(200_000)  # as the command line does
     os.sched_setaffinity(0, {0})
     with open_app(configuration) as app, server.listen("127.0.0.1", 0) as listening, Writer(app) as writer:
-        api = tracking.Tracking(app, writer if stores else Forgetful()).asgi()
+        api = tracking.TrackingApi(app, writer if stores else Forgetful()).asgi()
         pipe.send(listening.getsockname()[1])
-        server.Server(api, app.stop).run(sockets=[listening])
+        server.TrackingServer(api, app.stop).run(sockets=[listening])
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def measure(name, calls, lines):
         with open_app(imported) as app, file.open("rb") as opened:
             empty, before = megabytes_on_disk(app), cpu_seconds(os.getpid())
             started = time.perf_counter()
-            summary = files.take_in(app, files.unpacked(opened), print, beside=True)
+            summary = files.import_calls(app, files.decompressed(opened), print, beside=True)
             import_seconds = time.perf_counter() - started
             assert summary.accepted_count == lines
             for process in multiprocessing.active_children():

@@ -8,7 +8,7 @@ import pytest
 
 from audience_sync.db import tables
 
-ROOT = {"errors", "clock", "crash", "stopping", "__version__"}
+ROOT = {"errors", "clock", "crash", "stopping", "suggest", "__version__"}
 PURE = {"errors"}
 BASE = ROOT | {"logs", "db"}
 MAY_IMPORT = {
@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "clock": set(),
     "crash": set(),
     "stopping": set(),
+    "suggest": set(),
     "logs": ROOT,
     "userpilot": PURE,
     "db": ROOT,
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "daemon": BASE | {"queue", "audiences", "app"},
 }
 ONLY_CLI_IMPORTS = {"cli", "daemon", "intake", "history", "sandbox"}
-ONLY_STANDARD_LIBRARY = {"errors", "clock", "crash"}
+ONLY_STANDARD_LIBRARY = {"errors", "clock", "crash", "suggest"}
 
 
 def imports(path, package):
@@ -78,7 +79,7 @@ def test_only_the_command_line_imports_what_stands_on_top(parts):
             assert not (ours(imported) - {part}) & ONLY_CLI_IMPORTS, part
 
 
-def test_errors_clock_and_crash_know_only_the_standard_library(parts):
+def test_errors_clock_crash_and_suggest_import_only_the_standard_library(parts):
     for part in ONLY_STANDARD_LIBRARY:
         assert {name.split(".")[0] for name in parts[part]} <= sys.stdlib_module_names
 

@@ -13,7 +13,6 @@ Slots are computed from the text alone, so every process computes the same ones.
 """
 
 import calendar
-import difflib
 import itertools
 import re
 from bisect import bisect_left, bisect_right
@@ -24,6 +23,7 @@ from typing import NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo, available_timezones
 
 from audience_sync.errors import ConfigError
+from audience_sync.suggest import did_you_mean
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LONGEST = timedelta(days=366)
@@ -152,8 +152,7 @@ def _zone(name: str) -> ZoneInfo:
         known = available_timezones()
     if not known:
         raise ConfigError("this machine has no time zones: install its tzdata package, or tzdata from PyPI")
-    near = difflib.get_close_matches(name[:60], known, n=1)
-    hint = f"did you mean {near[0]}" if near else "write an IANA name such as Europe/Berlin or UTC"
+    hint = did_you_mean(name, known, "write an IANA name such as Europe/Berlin or UTC")
     raise ConfigError(f"there is no time zone {name[:60]!r}: {hint}")
 
 

@@ -1,12 +1,10 @@
-"""Mappings: Segment's directives, checked when the configuration loads and resolved against calls.
+"""Segment's mapping directives, checked when the configuration loads and resolved against calls.
 
-An object with one `@` key is a directive, everything else stands for itself, member by member. A value that a
-call does not have drops its key; in a list it becomes null, so that the others keep their places (as in Segment).
-Where Segment's engine depends on JavaScript's truth and conversions, this depends on JSON's types.
+An object with one `@` key is a directive; everything else is a fixed value, member by member. A value that is missing
+from a call drops its key; in a list it becomes null, so that the others keep their places (as in Segment).
+Where Segment's engine follows JavaScript's truthiness and conversions, this follows JSON's types.
 """
 
-import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -14,10 +12,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Never, TypeAlias
 
-from audience_sync.calls.operations import json_or_text, json_text
+from audience_sync.calls.operations import compact_json, json_or_text, json_text
 from audience_sync.errors import CallError, ConfigError
+from audience_sync.suggest import did_you_mean, shown
 
-MAX_LEVELS = 20  # of objects and lists, those of directives too
+MAX_LEVELS = 20  # of objects and lists, including those of directives
 
 
 class _Missing(Enum):
@@ -31,14 +30,14 @@ _Resolve: TypeAlias = Callable[[Document], Any]
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A mapping that was checked, ready for any number of calls."""
+    """A checked mapping, for any number of calls."""
 
     _resolve: _Resolve
 
     def resolve(self, document: Document) -> Any:
-        """What the mapping makes of the call's document, or MISSING. It may share parts with both: change none of it.
+        """Build the value from a call's document, or return MISSING. Do not change it: it may share parts with both.
 
-        Raises CallError where the document is too deep or its numbers too long to become text.
+        Raises CallError if the document is too deep or its numbers are too long to become text.
         """
         try:
             return self._resolve(document)
@@ -46,8 +45,8 @@ class Template:
             raise CallError("nested too deeply for its mapping, or a number is too long") from error
 
 
-def compile(value: Any, where: str = "") -> Template:  # noqa: A001  (as in re.compile)
-    """Check a mapping as it was configured. Raises ConfigError that begins with the place: `fields.name: …`."""
+def compile_template(value: Any, where: str = "") -> Template:
+    """Check a mapping from the configuration. Raises ConfigError that begins with the place: `fields.name: …`."""
     return Template(_compile(value, where, MAX_LEVELS))
 
 
@@ -62,19 +61,17 @@ def _compile(value: Any, where: str, levels: int) -> _Resolve:
             )
         case list():
             items = [_compile(item, f"{where}[{index}]", levels - 1) for index, item in enumerate(value)]
-            return lambda document: [None if (got := item(document)) is MISSING else got for item in items]
+            return lambda document: [
+                None if (value := item(document)) is MISSING else value for item in items
+            ]
         case _:
             return _literal(value, where, levels)
 
 
 def _object(members: dict[str, _Resolve]) -> _Resolve:
     def resolve(document: Document) -> dict[str, Any]:
-        found = {}
-        for name, member in members.items():
-            value = member(document)
-            if value is not MISSING:
-                found[name] = value
-        return found
+        values = ((name, member(document)) for name, member in members.items())
+        return {name: value for name, value in values if value is not MISSING}
 
     return resolve
 
@@ -82,15 +79,15 @@ def _object(members: dict[str, _Resolve]) -> _Resolve:
 def _directive(value: dict[str, Any], where: str, levels: int) -> _Resolve:
     name = next(name for name in value if name.startswith("@"))
     if others := [other for other in value if other != name]:
-        _fail(where, f"{_shown(name)} stands alone in its object: {_shown(others[0])} is one key too many")
-    if name in _LEFT_OUT:
-        _fail(where, f"{name} is a directive of Segment's that is not supported here")
+        _fail(where, f"{shown(name)} must be the only key of its object: remove {shown(others[0])}")
+    if name in _UNSUPPORTED:
+        _fail(where, f"Segment's directive {name} is not supported")
     if name not in _DIRECTIVES:
-        _fail(where, f"unknown directive {_shown(name)}{_nearest(name, _DIRECTIVES)}")
+        _fail(where, f"unknown directive {shown(name)}: {did_you_mean(name, _DIRECTIVES)}")
     return _DIRECTIVES[name](value[name], _at(where, name), levels - 1)
 
 
-# The directives: each checks its argument, and gives what resolves it
+# The directives: each checks its argument and returns a function that resolves it
 
 
 def _path(argument: Any, where: str, _levels: int) -> _Resolve:
@@ -102,16 +99,16 @@ def _path(argument: Any, where: str, _levels: int) -> _Resolve:
 
 def _template(argument: Any, where: str, _levels: int) -> _Resolve:
     if not isinstance(argument, str):
-        _fail(where, 'expected a text, such as "Order of {{userId}}"')
-    fixed, *placed = re.split(r"\{\{\{?", argument)
+        _fail(where, 'expected text, such as "Order of {{userId}}"')
+    fixed, *placeholders = re.split(r"\{\{\{?", argument)
     parts = []
-    for part in placed:
-        path, end, text = part.partition("}}")
+    for placeholder in placeholders:
+        path, end, text = placeholder.partition("}}")
         if not end:
             _fail(where, "{{ has no }} after it")
         parts.append((_steps(path.strip(), where), text.removeprefix("}")))
     return lambda document: (
-        fixed + "".join(_shown_value(_walk(document, steps)) + text for steps, text in parts)
+        fixed + "".join(_value_text(_walk(document, steps)) + text for steps, text in parts)
     )
 
 
@@ -127,30 +124,30 @@ def _if(argument: Any, where: str, levels: int) -> _Resolve:
     if "then" not in members and "else" not in members:
         _fail(where, "expected then, else, or both")
     branches = {name: _compile(member, _at(where, name), levels - 1) for name, member in members.items()}
-    test, fulfils = ("exists", _exists) if "exists" in members else ("blank", _is_filled)
-    tested, then, otherwise = branches[test], branches.get("then", _drop), branches.get("else", _drop)
-    return lambda document: (then if fulfils(tested(document)) else otherwise)(document)
+    name, test = ("exists", _exists) if "exists" in members else ("blank", _is_filled)
+    tested, then, otherwise = branches[name], branches.get("then", _drop), branches.get("else", _drop)
+    return lambda document: (then if test(tested(document)) else otherwise)(document)
 
 
 def _case(argument: Any, where: str, levels: int) -> _Resolve:
     members = _members(argument, where, ("operator", "value"), required=("operator", "value"))
     change = _choice(members["operator"], _at(where, "operator"), {"upper": str.upper, "lower": str.lower})
-    given = _compile(members["value"], _at(where, "value"), levels - 1)
-    return lambda document: change(value) if isinstance(value := given(document), str) else value
+    resolve = _compile(members["value"], _at(where, "value"), levels - 1)
+    return lambda document: change(value) if isinstance(value := resolve(document), str) else value
 
 
 def _flatten(argument: Any, where: str, levels: int) -> _Resolve:
     members = _members(argument, where, ("value", "separator", "omitArrays"), required=("value", "separator"))
     separator, omit_lists = members["separator"], members.get("omitArrays", False)
     if not isinstance(separator, str) or not separator:
-        _fail(_at(where, "separator"), 'expected a text that is not empty, such as "."')
+        _fail(_at(where, "separator"), 'expected non-empty text, such as "."')
     if not isinstance(omit_lists, bool):
         _fail(_at(where, "omitArrays"), "expected true or false")
     kinds = (dict,) if omit_lists else (dict, list)
-    given = _compile(members["value"], _at(where, "value"), levels - 1)
+    resolve = _compile(members["value"], _at(where, "value"), levels - 1)
 
     def flatten(document: Document) -> Any:
-        value = given(document)
+        value = resolve(document)
         return dict(_leaves(value, "", separator, kinds)) if isinstance(value, kinds) else value
 
     return flatten
@@ -158,9 +155,9 @@ def _flatten(argument: Any, where: str, levels: int) -> _Resolve:
 
 def _json(argument: Any, where: str, levels: int) -> _Resolve:
     members = _members(argument, where, ("mode", "value"), required=("mode", "value"))
-    convert = _choice(members["mode"], _at(where, "mode"), {"encode": _encode, "decode": _decode})
-    given = _compile(members["value"], _at(where, "value"), levels - 1)
-    return lambda document: MISSING if (value := given(document)) is MISSING else convert(value)
+    convert = _choice(members["mode"], _at(where, "mode"), {"encode": compact_json, "decode": _decode})
+    resolve = _compile(members["value"], _at(where, "value"), levels - 1)
+    return lambda document: MISSING if (value := resolve(document)) is MISSING else convert(value)
 
 
 def _merge(argument: Any, where: str, levels: int) -> _Resolve:
@@ -168,10 +165,10 @@ def _merge(argument: Any, where: str, levels: int) -> _Resolve:
     order = _choice(members["direction"], _at(where, "direction"), {"right": 1, "left": -1})
     if not isinstance(members["objects"], list):
         _fail(_at(where, "objects"), "expected a list of objects or directives")
-    given = _compile(members["objects"], _at(where, "objects"), levels - 1)
+    resolve = _compile(members["objects"], _at(where, "objects"), levels - 1)
 
     def merge(document: Document) -> dict[str, Any]:
-        objects = [value for value in given(document)[::order] if isinstance(value, dict)]
+        objects = [value for value in resolve(document)[::order] if isinstance(value, dict)]
         return {name: member for value in objects for name, member in value.items()}
 
     return merge
@@ -187,10 +184,10 @@ _DIRECTIVES: dict[str, Callable[[Any, str, int], _Resolve]] = {
     "@json": _json,
     "@merge": _merge,
 }
-_LEFT_OUT = {"@replace", "@arrayPath", "@transform", "@excludeWhenNull", "@liquid"}
+_UNSUPPORTED = {"@replace", "@arrayPath", "@transform", "@excludeWhenNull", "@liquid"}
 
 
-# What they do with a call's values
+# Resolving
 
 
 def _walk(value: Any, steps: list[str | int]) -> Any:
@@ -216,7 +213,7 @@ def _is_filled(value: Any) -> bool:
     return _exists(value) and (isinstance(value, list | dict) or bool(value))
 
 
-def _shown_value(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return json_text(value) if _exists(value) else ""
 
 
@@ -229,15 +226,11 @@ def _leaves(value: Any, name: str, separator: str, kinds: tuple[type, ...]) -> I
             yield full_name, member
 
 
-def _encode(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
 def _decode(value: Any) -> Any:
     return json_or_text(value) if isinstance(value, str) else value
 
 
-# Checks of the configuration
+# Checking the configuration
 
 
 def _steps(path: str, where: str) -> list[str | int]:
@@ -245,10 +238,9 @@ def _steps(path: str, where: str) -> list[str | int]:
     if path and rest == path and not path.startswith("["):
         rest = f".{path}"
     if not re.fullmatch(f"(?:{_STEP})*", rest) or not path:
-        _fail(
-            where, f'not a path: {_shown(path)}: write $.properties.items[1].sku, odd names as ["odd.name"]'
-        )
-    names = [next(filter(None, found.groups()), "") for found in re.finditer(_STEP, rest)]
+        example = 'write $.properties.items[1].sku, and names with dots or brackets as ["odd.name"]'
+        _fail(where, f"not a path: {shown(path)}: {example}")
+    names = [next(filter(None, step.groups()), "") for step in re.finditer(_STEP, rest)]
     return [int(name) if re.fullmatch("0|[1-9][0-9]{0,8}", name) else name for name in names]
 
 
@@ -262,7 +254,7 @@ def _members(
         _fail(where, f"expected an object with {', '.join(known)}")
     for name in argument:
         if name not in known:
-            _fail(where, f"unknown name {_shown(name)}{_nearest(name, known)}")
+            _fail(where, f"unknown name {shown(name)}: {did_you_mean(name, known)}")
     for name in required:
         if name not in argument:
             _fail(where, f"{name} is missing")
@@ -289,25 +281,16 @@ def _check_json(value: Any, where: str, levels: int) -> None:
         case None | bool() | int() | float() | str():
             pass
         case _:
-            _fail(where, f"a {type(value).__name__} is not a JSON value: write it as a text")
+            _fail(where, f"a {type(value).__name__} is not a JSON value: write it as text")
 
 
 def _check_levels(where: str, levels: int) -> None:
     if levels < 0:
-        _fail(where, f"nested over {MAX_LEVELS} levels")
+        _fail(where, f"nested more than {MAX_LEVELS} levels deep")
 
 
 def _at(where: str, name: str) -> str:
-    return f"{where}.{_shown(name)}" if where else _shown(name)
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name[:60], known, n=1)
-    return f": did you mean {near[0]}?" if near else f": known are {', '.join(known)}"
-
-
-def _shown(name: str) -> str:
-    return name if len(name) <= 60 and name.isprintable() else ascii(name[:60])
+    return f"{where}.{shown(name)}" if where else shown(name)
 
 
 def _fail(where: str, message: str) -> Never:

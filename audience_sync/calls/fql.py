@@ -1,30 +1,29 @@
-"""Triggers: Segment's filter query language (FQL), read into a tree, printed, and compiled into a condition on calls.
+"""Triggers in Segment's filter query language (FQL): parsed into a tree, then compiled into a condition on calls.
 
-As documented at https://segment.com/docs/api/public-api/fql/, where Segment's own engine does otherwise too.
-What the page leaves open is decided here:
-- Only `true` is true. Anything else as a condition (null, 1, "yes", an object) is not, and `!` makes it true.
-- A missing field is null. An argument of a type that a function does not take counts as null.
-- Quotes hold their text as it is: a backslash in them means something to `match` only.
-- Lists and objects are equal when all their members are; 1 and 1.0 are the same JSON number; objects are of type "object".
+The language is as documented at https://segment.com/docs/api/public-api/fql/, even where Segment's engine differs.
+The page leaves some questions open; these are the answers here:
+- Only `true` is true. Any other condition (null, 1, "yes", an object) is false, and `!` makes it true.
+- A missing field is null. An argument of the wrong type counts as null.
+- Text in quotes is literal: a backslash has a meaning for `match` only.
+- Lists and objects are equal when all their members are. 1 and 1.0 are the same number. Objects have the type "object".
 """
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cache
 from typing import Any, TypeAlias, assert_never, cast
 
 from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_args
 
-from audience_sync.calls.operations import COMPARISONS, FUNCTIONS, MAX_GLOB_LENGTH, equal, glob
+from audience_sync.calls.operations import COMPARISONS, FUNCTIONS, MAX_GLOB_LENGTH, glob
 from audience_sync.errors import ConfigError
+from audience_sync.suggest import did_you_mean
 
 MAX_LENGTH = 10_000
 MAX_LEVELS = 50
-MAX_DIGITS = 300  # what fits a double, whatever the digits
+MAX_DIGITS = 300  # any number of so many digits fits into a double
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class Not:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`sign` is one of = != > >= < <= and `in`."""
+    """A comparison; `sign` is one of = != > >= < <= and `in`."""
 
     sign: str
     left: "Expression"
@@ -52,27 +51,19 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FunctionCall:
     name: str
     arguments: "tuple[Expression, ...]"
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class FieldPath:
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Literal:
-    """Equal as JSON values are: Literal(1) is Literal(1.0), and not Literal(True)."""
-
     value: str | float | bool | None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Literal) and equal(self.value, other.value)
-
-    def __hash__(self) -> int:
-        return hash(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +71,19 @@ class List:
     items: "tuple[Expression, ...]"
 
 
-Expression: TypeAlias = Or | And | Not | Comparison | Call | Path | Literal | List
+Expression: TypeAlias = Or | And | Not | Comparison | FunctionCall | FieldPath | Literal | List
 Document: TypeAlias = Mapping[str, Any]
 
 
-def parse(text: str) -> Expression:
-    """The tree of a trigger. Parentheses are kept as far as they group: `(a and b) and c` is not `a and b and c`.
+def parse_trigger(text: str) -> Expression:
+    """Parse a trigger into a tree that keeps its grouping: `(a and b) and c` differs from `a and b and c`.
 
     Raises ConfigError with the line, the column, an excerpt, and what was expected there.
     """
     if len(text) > MAX_LENGTH:
         raise ConfigError(f"longer than {MAX_LENGTH} characters")
     try:
-        expression = cast("Expression", _parser().parse(text))  # what _Builder made of lark's tree
+        expression = cast("Expression", _parser().parse(text))  # _Builder's result
     except _Mistake as mistake:
         raise ConfigError(_located(text, mistake.position, mistake.message)) from None
     except UnexpectedInput as error:
@@ -101,82 +92,59 @@ def parse(text: str) -> Expression:
     for _ in range(MAX_LEVELS):
         level = [child for node in level for child in _children(node)]
     if level:
-        raise ConfigError(f"nested over {MAX_LEVELS} levels")
+        raise ConfigError(f"nested more than {MAX_LEVELS} levels deep")
     return expression
 
 
-def to_text(expression: Expression) -> str:
-    """The expression in FQL, such that parse(to_text(e)) == e for every e that parse gives."""
-    match expression:
-        case Or(operands):
-            return " or ".join(_grouped(operand, (Or, And)) for operand in operands)
-        case And(operands):
-            return " and ".join(_grouped(operand, (Or, And)) for operand in operands)
-        case Not(operand):
-            return f"!{_grouped(operand, (Or, And, Comparison))}"
-        case Comparison(sign, left, right):
-            return f"{to_text(left)} {sign} {to_text(right)}"
-        case Call(name, arguments):
-            return f"{name}({', '.join(map(to_text, arguments))})"
-        case List(items):
-            return f"[{', '.join(map(to_text, items))}]"
-        case Path(names):
-            return _path_text(names)
-        case Literal(value):
-            return _literal_text(value)
-        case _:
-            assert_never(expression)
+def compile_trigger(expression: Expression) -> Callable[[Document], bool]:
+    """Compile an expression into a condition on a call's JSON document, which never raises.
 
-
-def compile(expression: Expression) -> Callable[[Document], bool]:  # noqa: A001  (as in re.compile)
-    """Whether a call's JSON document fulfils the expression; whatever the document holds, the answer is a bool.
-
-    A document whose values are too deep or too large to be compared or converted fulfils nothing.
+    The condition is false for a document whose values are too deep or too large to compare or convert.
     """
-    holds = _condition(expression)
+    condition = _condition(expression)
 
-    def fulfils(document: Document) -> bool:
+    def matches(document: Document) -> bool:
         try:
-            return holds(document)
+            return condition(document)
         except (RecursionError, ValueError):  # thousands of levels, or of digits
             return False
 
-    return fulfils
+    return matches
 
 
 def _condition(expression: Expression) -> Callable[[Document], bool]:
     match expression:
         case Or(operands):
-            alternatives = [_condition(operand) for operand in operands]
-            return lambda document: any(holds(document) for holds in alternatives)
+            conditions = [_condition(operand) for operand in operands]
+            return lambda document: any(condition(document) for condition in conditions)
         case And(operands):
-            demands = [_condition(operand) for operand in operands]
-            return lambda document: all(holds(document) for holds in demands)
+            conditions = [_condition(operand) for operand in operands]
+            return lambda document: all(condition(document) for condition in conditions)
         case Not(operand):
-            denied = _condition(operand)
-            return lambda document: not denied(document)
+            negated = _condition(operand)
+            return lambda document: not negated(document)
         case Comparison(sign, left, right):
-            compare, one, other = COMPARISONS[sign], _value(left), _value(right)
-            return lambda document: compare(one(document), other(document))
-        case Call() | Path() | Literal() | List():
-            given = _value(expression)
-            return lambda document: given(document) is True
+            compare, left_value, right_value = COMPARISONS[sign], _value(left), _value(right)
+            return lambda document: compare(left_value(document), right_value(document))
+        case FunctionCall() | FieldPath() | Literal() | List():
+            value = _value(expression)
+            return lambda document: value(document) is True
         case _:
             assert_never(expression)
 
 
 def _value(expression: Expression) -> Callable[[Document], Any]:
     match expression:
-        case Path((first, *rest)):
+        case FieldPath((first, *rest)):
             return lambda document: _walk(document.get(first), rest)
         case Literal(value):
             return lambda _: value
         case List(items):
             members = [_value(item) for item in items]
             return lambda document: [member(document) for member in members]
-        case Call(name, arguments):
-            apply, given = FUNCTIONS[name].apply, [_value(argument) for argument in arguments]
-            return lambda document: apply(*[argument(document) for argument in given])
+        case FunctionCall(name, arguments):
+            apply, values = FUNCTIONS[name].apply, [_value(argument) for argument in arguments]
+            return lambda document: apply(*[value(document) for value in values])
         case _:
             return _condition(expression)
 
@@ -193,21 +161,21 @@ _KEYWORDS = {"and", "or", "in", "null", "true", "false", "not"}
 
 
 def _reserved(name: str) -> str | None:
-    """Why this is no name of a field, if so: Segment's keywords are in small letters, ours in any, lest AND be a field."""
+    """Say why this cannot be a field; None if it can. Keywords are reserved in any case, so that AND is not a field."""
     word = name.lower()
     if word not in _KEYWORDS or name in _KEYWORDS - {"not"}:
         return None
     return "there is no `not`: write !( … )" if word == "not" else f"write `{word}` in small letters"
 
 
-class _Mistake(Exception):  # noqa: N818  (never seen outside: parse makes a ConfigError of it)
+class _Mistake(Exception):  # noqa: N818  (parse_trigger turns it into a ConfigError)
     def __init__(self, position: int | None, message: str) -> None:
         self.position, self.message = position or 0, message
 
 
 @v_args(inline=True)
 class _Builder(Transformer[Token, Expression]):
-    """What becomes of each rule of the grammar, from the leaves up while the text is read."""
+    """Builds the tree while lark parses: a method for each rule of the grammar, leaves first."""
 
     def PATH(self, token: Token) -> Token:  # noqa: N802  (the grammar's name)
         if reserved := _reserved(token):
@@ -228,9 +196,9 @@ class _Builder(Transformer[Token, Expression]):
     def list(self, *items: Expression) -> List:
         return List(items)
 
-    def path(self, token: Token) -> Path:
+    def path(self, token: Token) -> FieldPath:
         names = re.findall(r"(?:\\.|[^.\\])+", token, re.DOTALL)
-        return Path(tuple(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL) for name in names))
+        return FieldPath(tuple(re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL) for name in names))
 
     def constant(self, token: Token) -> Literal:
         return Literal(json.loads(token))
@@ -242,26 +210,22 @@ class _Builder(Transformer[Token, Expression]):
             raise _Mistake(token.start_pos, f"a number has at most {MAX_DIGITS} digits")
         return Literal(float(token) if "." in token else int(token))
 
-    def call(self, name: Token, *arguments: Expression) -> Call:
+    def call(self, name: Token, *arguments: Expression) -> FunctionCall:
         function = FUNCTIONS.get(name)
         if function is None:
-            near = difflib.get_close_matches(name[:60], FUNCTIONS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(FUNCTIONS)}"
-            raise _Mistake(name.start_pos, f"unknown function: {hint}")
+            raise _Mistake(name.start_pos, f"unknown function: {did_you_mean(name, FUNCTIONS)}")
         if len(arguments) != len(function.arguments):
             raise _Mistake(name.start_pos, f"write {name}({', '.join(function.arguments)})")
         match name, arguments:
             case "match", (_, Literal(str() as pattern)) if glob(pattern) is None:
-                wanted = f"`[` needs its `]`, `\\` a character after it; at most {MAX_GLOB_LENGTH} characters"
-                raise _Mistake(name.start_pos, f"not a pattern: {wanted}")
-        return Call(str(name), arguments)
+                rule = f"`[` needs its `]`, `\\` a character after it; at most {MAX_GLOB_LENGTH} characters"
+                raise _Mistake(name.start_pos, f"not a pattern: {rule}")
+        return FunctionCall(str(name), arguments)
 
-    def predicate(self, name: Token, *arguments: Expression) -> Call:
+    def predicate(self, name: Token, *arguments: Expression) -> FunctionCall:
         call = self.call(name, *arguments)
-        if FUNCTIONS[name].gives != "bool":
-            raise _Mistake(
-                name.start_pos, f"{name}( ) gives a {FUNCTIONS[name].gives}: compare it with something"
-            )
+        if (kind := FUNCTIONS[name].returns) != "bool":
+            raise _Mistake(name.start_pos, f"{name}( ) returns a {kind}: compare it with something")
         return call
 
 
@@ -279,32 +243,12 @@ def _parser() -> Lark:
 
 def _children(expression: Expression) -> Iterator[Expression]:
     match expression:
-        case Or(children) | And(children) | Call(_, children) | List(children):
+        case Or(children) | And(children) | FunctionCall(_, children) | List(children):
             yield from children
         case Comparison(_, left, right):
             yield from (left, right)
         case Not(operand):
             yield operand
-
-
-def _grouped(operand: Expression, kinds: tuple[type, ...]) -> str:
-    return f"({to_text(operand)})" if isinstance(operand, kinds) else to_text(operand)
-
-
-def _literal_text(value: str | float | bool | None) -> str:
-    match value:
-        case str():
-            return f"'{value}'" if '"' in value else f'"{value}"'
-        case float():
-            digits = format(Decimal(repr(value)), "f")
-            return digits if "." in digits else f"{digits}.0"
-        case _:
-            return json.dumps(value)
-
-
-def _path_text(names: tuple[str, ...]) -> str:
-    text = ".".join(re.sub(r"([^A-Za-z0-9_-])", r"\\\1", name) for name in names)
-    return f"\\{text}" if text[0] in "0123456789-" or text.lower() in _KEYWORDS else text
 
 
 _EXPECTED = {
@@ -321,7 +265,7 @@ _WRONG_SIGNS = {"&&": "and", "||": "or", "==": "=", "<>": "!="}
 
 
 def _unexpected(text: str, error: UnexpectedInput) -> tuple[int, str]:
-    """Where the text stops being FQL, and what was expected there."""
+    """Return the position at which parsing failed, and a message."""
     position = error.pos_in_stream or 0
     if isinstance(error, UnexpectedToken):
         if error.token.type == "$END":
@@ -334,8 +278,8 @@ def _unexpected(text: str, error: UnexpectedInput) -> tuple[int, str]:
     if isinstance(error, UnexpectedToken):
         return position, f"expected {_expected(error.accepts)}"
     if text[position] in "\"'":
-        return position, "the text that begins here has no closing quote"
-    return position, "unexpected character (within a field's name, write \\ before it)"
+        return position, "this text has no closing quote"
+    return position, "unexpected character (in a field's name, write \\ before it)"
 
 
 def _expected(accepted: Collection[str]) -> str:

@@ -1,22 +1,28 @@
-"""From a call to what it asks of Userpilot: each mapping whose trigger matches builds an action's fields.
+"""Mappings: what a call sends to Userpilot. Each mapping whose trigger matches builds the fields of an action.
 
-The presets are mappings like those of the configuration: they send what Segment's own Userpilot destination sends
-(docs/reference/segment-differences.md names the differences).
+The presets are mappings like those of the configuration. They send what Segment's own Userpilot destination sends;
+docs/reference/segment-differences.md names the differences.
 """
 
-import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from audience_sync.calls import directives
 from audience_sync.calls.model import Call, CallType
-from audience_sync.calls.validation import MAX_GROUP_ID_LENGTH, MAX_ID_LENGTH, check_json, id_in, parse_moment
+from audience_sync.calls.validation import (
+    MAX_GROUP_ID_LENGTH,
+    MAX_ID_LENGTH,
+    check_json,
+    parse_time,
+    read_id,
+)
 from audience_sync.errors import CallError, ConfigError
+from audience_sync.suggest import did_you_mean
 from audience_sync.userpilot.payloads import COMPANY, Action
 
-MOST_MAPPINGS = 50  # a destination of Segment's holds no more; the presets count
-AUTOMATIC_PROPERTIES = frozenset({"first_seen_at", "last_seen_at"})  # Userpilot keeps these itself
+MAX_MAPPINGS = 50  # as in Segment; the presets count
+AUTOMATIC_PROPERTIES = frozenset({"first_seen_at", "last_seen_at"})  # Userpilot sets these itself
 NAMES = ("Userpilot", "Userpilot Cloud (Actions)")  # of this destination in a call's integrations
 
 _USER = {
@@ -27,7 +33,9 @@ _USER = {
     }
 }
 _TRAITS = {"createdAt": {"@path": "$.traits.createdAt"}, "traits": {"@path": "$.traits"}}
-FIELDS: dict[str, dict[str, Any]] = {  # of each action, with what fills a field that a mapping does not name
+FIELDS: dict[
+    str, dict[str, Any]
+] = {  # of each action, and the defaults of those that a mapping does not name
     "identifyUser": {"userId": _USER, **_TRAITS},
     "identifyCompany": {"groupId": {"@path": "$.groupId"}, "userId": _USER, **_TRAITS},
     "trackEvent": {"userId": _USER, "name": {"@path": "$.event"}, "properties": {"@path": "$.properties"}},
@@ -36,10 +44,10 @@ FIELDS: dict[str, dict[str, Any]] = {  # of each action, with what fills a field
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One thing to tell Userpilot.
+    """A delivery that a call asks for.
 
-    `body` is the metadata of a user or company, a user's with the id of the company under COMPANY; of a track
-    the event_name and metadata.
+    `body` is the metadata of a user or a company; COMPANY in a user's is the id of the company that the user is in.
+    For a track it is the event_name and metadata.
     """
 
     action: Action
@@ -49,7 +57,7 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a call asks of Userpilot; `left_out` are traits that must not be sent, `problems` why something is not."""
+    """The deliveries of a call; `left_out` are traits that must not be sent, `problems` say why something is not sent."""
 
     outgoing: list[Outgoing] = field(default_factory=list)
     left_out: dict[str, Any] = field(default_factory=dict)
@@ -66,27 +74,26 @@ class Mapping:
     action: str
     matches: Callable[[dict[str, Any]], bool]
     fields: directives.Template
-    makes_values: bool = False  # other than those of the call
+    makes_values: bool = False  # that are not in the call, so that they need a check
 
 
 def compile_mapping(name: str, action: str, trigger: str, fields: dict[str, Any]) -> Mapping:
-    """A mapping as the configuration writes it; fields that it does not name are filled as the presets fill them.
+    """Compile a mapping of the configuration; fields that it does not name are filled as in the presets.
 
     Raises:
-        ConfigError: the trigger or a field is not right; the message says which, and where in it.
+        ConfigError: the trigger or a field is wrong; the message says where.
 
     """
-    from audience_sync.calls import fql  # noqa: PLC0415  (its grammar takes time, and presets need none)
+    from audience_sync.calls import fql  # noqa: PLC0415  (loading its grammar is slow, and presets need none)
 
     known = FIELDS[action]
-    for each in fields:
-        if each not in known:
-            near = difflib.get_close_matches(each, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ConfigError(f"fields: {action} has no field {each[:60]!a}: {hint}")
-    template = directives.compile({**known, **fields}, "fields")
+    for field_name in fields:
+        if field_name not in known:
+            hint = did_you_mean(field_name, known)
+            raise ConfigError(f"fields: {action} has no field {field_name[:60]!a}: {hint}")
+    template = directives.compile_template({**known, **fields}, "fields")
     try:
-        matches = fql.compile(fql.parse(trigger))
+        matches = fql.compile_trigger(fql.parse_trigger(trigger))
     except ConfigError as error:
         raise ConfigError(f"trigger: {error}") from None
     return Mapping(name, action, matches, template, makes_values=True)
@@ -97,7 +104,7 @@ def _preset(name: str, action: str, call_type: CallType) -> Mapping:
         name,
         action,
         lambda document: document["type"] == call_type,
-        directives.compile(FIELDS[action], "fields"),
+        directives.compile_template(FIELDS[action], "fields"),
     )
 
 
@@ -109,10 +116,10 @@ PRESETS = (
 
 
 def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection[str]) -> Decision:
-    """What each mapping that matches the call asks for.
+    """Collect the deliveries of the mappings that match a call.
 
-    `reserved_keys` are the keys of definitions: those properties of users belong to their runs, whatever a
-    call says. A mapping that fails is a problem; the others send.
+    `reserved_keys` are the keys of definitions: only their runs set these properties of users. A mapping that fails
+    adds a problem and stops no other.
     """
     decision = Decision()
     if not _is_for_us(call.document.get("integrations") or {}):
@@ -120,10 +127,9 @@ def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection
         return decision
     matching = [mapping for mapping in mappings if mapping.matches(call.document)]
     if not matching:
-        takes_none = call.type in {CallType.PAGE, CallType.SCREEN, CallType.ALIAS}
-        decision.problems.append(
-            f"no mapping matched{f': Userpilot takes no {call.type} calls' if takes_none else ''}"
-        )
+        has_preset = call.type not in {CallType.PAGE, CallType.SCREEN, CallType.ALIAS}
+        hint = "" if has_preset else f": Userpilot takes no {call.type} calls"
+        decision.problems.append(f"no mapping matched{hint}")
     for mapping in matching:
         try:
             fields = mapping.fields.resolve(call.document)
@@ -132,16 +138,16 @@ def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection
             decision.outgoing.extend(_ACTIONS[mapping.action](fields))
         except CallError as error:
             decision.problems.append(f"{mapping.name}: {error}")
-    for each in decision.outgoing:
-        if each.action is not Action.TRACK:
-            unsendable = AUTOMATIC_PROPERTIES.union(reserved_keys if each.action is Action.IDENTIFY else ())
-            for name in unsendable & each.body.keys():
-                decision.left_out[name] = each.body.pop(name)
+    for outgoing in decision.outgoing:
+        if outgoing.action is not Action.TRACK:
+            reserved = reserved_keys if outgoing.action is Action.IDENTIFY else ()
+            for name in AUTOMATIC_PROPERTIES.union(reserved) & outgoing.body.keys():
+                decision.left_out[name] = outgoing.body.pop(name)
     return decision
 
 
 def _is_for_us(integrations: dict[str, Any]) -> bool:
-    """Our own name counts more than All; an object of options means yes, as Segment's."""
+    """Userpilot's own entry overrides All; an object of options means true (as in Segment)."""
     own = [integrations[name] for name in NAMES if integrations.get(name) is not None]
     return own[0] is not False if own else integrations.get("All") is not False
 
@@ -151,12 +157,13 @@ def _identify_user(fields: dict[str, Any]) -> list[Outgoing]:
 
 
 def _identify_company(fields: dict[str, Any]) -> list[Outgoing]:
-    """The company's traits and, where the call names a user, that the user is in it."""
+    """Send the company's traits and, if the call names a user, that the user is in the company."""
     company_id = _id(fields, "groupId", MAX_GROUP_ID_LENGTH)
-    told = [Outgoing(Action.COMPANY, company_id, _metadata(fields))]
+    outgoing = [Outgoing(Action.COMPANY, company_id, _metadata(fields))]
     if fields.get("userId") is not None:
-        told.append(Outgoing(Action.IDENTIFY, _id(fields, "userId", MAX_ID_LENGTH), {COMPANY: company_id}))
-    return told
+        user_id = _id(fields, "userId", MAX_ID_LENGTH)
+        outgoing.append(Outgoing(Action.IDENTIFY, user_id, {COMPANY: company_id}))
+    return outgoing
 
 
 def _track_event(fields: dict[str, Any]) -> list[Outgoing]:
@@ -166,7 +173,7 @@ def _track_event(fields: dict[str, Any]) -> list[Outgoing]:
     elif isinstance(name, int | float):
         name = str(name)
     if not isinstance(name, str) or not name.strip():
-        raise CallError("name is required: a string that is not empty")
+        raise CallError("name must be a non-empty string")
     body: dict[str, Any] = {"event_name": name}
     if properties := _object(fields, "properties"):
         body["metadata"] = properties
@@ -180,11 +187,11 @@ _ACTIONS: dict[str, Callable[[dict[str, Any]], list[Outgoing]]] = {
 }
 
 
-def _id(fields: dict[str, Any], name: str, most: int) -> str:
-    found = id_in(fields, name, most)
-    if found is None:
+def _id(fields: dict[str, Any], name: str, max_length: int) -> str:
+    value = read_id(fields, name, max_length)
+    if value is None:
         raise CallError(f"{name} is required")
-    return found
+    return value
 
 
 def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -197,11 +204,11 @@ def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _metadata(fields: dict[str, Any]) -> dict[str, Any]:
-    """The traits with createdAt under Userpilot's name for it; a null createdAt counts as not given."""
+    """Return the traits, with createdAt under Userpilot's name; a null createdAt counts as absent."""
     metadata = _object(fields, "traits")
     metadata.pop("createdAt", None)
     if COMPANY in metadata:
-        raise CallError(f"a trait may not be called {COMPANY}")
+        raise CallError(f"a trait must not be called {COMPANY}")
     created_at = fields.get("createdAt")
     if created_at is not None:
         _check_date(created_at)
@@ -213,8 +220,8 @@ def _check_date(value: object) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return  # a Unix time, in seconds or milliseconds
     if isinstance(value, str) and value.isdecimal():
-        return  # the same, as Segment's destination lets it pass
+        return  # the same as text, which Segment's destination sends as well
     try:
-        parse_moment(value if isinstance(value, str) else "")
+        parse_time(value if isinstance(value, str) else "")
     except ValueError as error:
-        raise CallError("createdAt is not a date: give ISO 8601, such as 2024-05-01T12:00:00Z") from error
+        raise CallError("createdAt is not a date: write ISO 8601, such as 2024-05-01T12:00:00Z") from error

@@ -1,4 +1,4 @@
-"""The words of the general path: a call that an application handed in, and what it may ask of Userpilot."""
+"""A valid call."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +19,7 @@ class CallType(StrEnum):
 class Call:
     """A call that passed validation; `timestamp` is aware, in UTC.
 
-    `document` is the call as triggers and mappings read it: in Segment's fields, ids as strings, objects objects.
+    `document` is the call in Segment's fields, as triggers and mappings read it: ids are strings.
     """
 
     type: CallType
@@ -33,7 +33,7 @@ class Call:
 
     @property
     def subject_id(self) -> str | None:
-        """The user that the call is about: userId, else anonymousId."""
+        """The user's id: userId, else anonymousId."""
         return self.user_id if self.user_id is not None else self.anonymous_id
 
     @property
@@ -47,7 +47,3 @@ class Call:
     @property
     def context(self) -> dict[str, Any]:
         return self.document.get("context") or {}
-
-    def anonymous(self) -> "Call":
-        """That there was such a call, and nothing about whom or what."""
-        return Call(self.type, self.message_id, None, None, None, None, self.timestamp)

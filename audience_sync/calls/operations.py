@@ -1,5 +1,7 @@
-"""What FQL's operators and functions make of JSON values. No argument makes them raise anything but what
-values beyond Python's own limits do: RecursionError for thousands of levels, ValueError for thousands of digits.
+"""FQL's operators and functions on JSON values.
+
+They take any arguments. They raise only at Python's own limits: RecursionError for thousands of levels, ValueError for
+thousands of digits.
 """
 
 import json
@@ -13,15 +15,17 @@ from typing import Any, NamedTuple
 MAX_GLOB_LENGTH = 500
 
 
+def compact_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def json_text(value: Any) -> str:
-    """Text as it is, anything else as compact JSON; whole numbers without a fraction."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).removesuffix(".0")
+    """Return text unchanged, anything else as compact JSON; whole numbers without a fraction."""
+    return value if isinstance(value, str) else compact_json(value).removesuffix(".0")
 
 
 def json_or_text(text: str) -> Any:
-    """What a text holds where it is JSON, else the text itself; a number that is none to JSON is text."""
+    """Decode the text if it is JSON, else return it unchanged; NaN and infinite numbers are text."""
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
@@ -56,7 +60,7 @@ def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
     return lambda left, right: _is_number(left) and _is_number(right) and compare(left, right)
 
 
-def _of_text(change: Callable[[str], str]) -> Callable[[Any], str | None]:
+def _on_text(change: Callable[[str], str]) -> Callable[[Any], str | None]:
     return lambda value: change(value) if isinstance(value, str) else None
 
 
@@ -69,8 +73,8 @@ def _contains(text: Any, part: Any) -> bool:
 
 
 def _matches(text: Any, pattern: Any) -> bool:
-    found = glob(pattern) if isinstance(text, str) and isinstance(pattern, str) else None
-    return found is not None and found.fullmatch(text) is not None
+    expression = glob(pattern) if isinstance(text, str) and isinstance(pattern, str) else None
+    return expression is not None and expression.fullmatch(text) is not None
 
 
 def _length(value: Any) -> int:
@@ -85,7 +89,7 @@ def _type(value: Any) -> str:
 
 
 def _bool(value: Any) -> bool:
-    """Null, zero, what is empty, and the texts false and 0 are false; the rest is true."""
+    """Return false for null, zero, empty values, and the texts "false" and "0"; true for the rest."""
     return bool(value) and value not in ("false", "0")
 
 
@@ -94,7 +98,7 @@ def _string(value: Any) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    """A number as it is, a text that is a JSON number as that; the rest is null."""
+    """Return a number unchanged, the text of a JSON number as that number, null for the rest."""
     if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", value):
         value = json.loads(value)
     return value if _is_number(value) and abs(value) < math.inf else None
@@ -102,24 +106,24 @@ def _number(value: Any) -> float | None:
 
 @lru_cache(maxsize=1024)
 def glob(pattern: str) -> re.Pattern[str] | None:
-    """The glob as a regular expression, or None where it is none.
+    """Compile a glob into a regular expression; None if the pattern is not valid.
 
-    A `*` is content with the first place where what follows it fits, up to the next `*`, and never looks for
-    another (an atomic group): text and pattern cost their lengths multiplied at most.
+    Each `*` is an atomic group: it stops at the first match of what follows it, up to the next `*`, and never
+    backtracks. The cost is at most the length of the text times that of the pattern.
     """
     parts = [""]
     position = 0
     while position < len(pattern):
-        found = _GLOB_TOKEN.match(pattern, position)
-        if found is None or len(pattern) > MAX_GLOB_LENGTH:
+        token = _GLOB_TOKEN.match(pattern, position)
+        if token is None or len(pattern) > MAX_GLOB_LENGTH:
             return None
-        position = found.end()
-        if found[0] == "*":
+        position = token.end()
+        if token[0] == "*":
             parts.append("")
-        elif found["members"]:
-            parts[-1] += _one_of(found["members"])
+        elif token["members"]:
+            parts[-1] += _one_of(token["members"])
         else:
-            parts[-1] += "." if found[0] == "?" else re.escape(found[0][-1])
+            parts[-1] += "." if token[0] == "?" else re.escape(token[0][-1])
     first, *middle = parts
     last = f".*{middle.pop()}" if middle else ""
     return re.compile(first + "".join(f"(?>.*?{part})" for part in middle) + last, re.DOTALL)
@@ -148,7 +152,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 class Function(NamedTuple):
     arguments: tuple[str, ...]
-    gives: str
+    returns: str
     apply: Callable[..., Any]
 
 
@@ -156,11 +160,11 @@ FUNCTIONS = {
     "contains": Function(("text", "part"), "bool", _contains),
     "match": Function(("text", "pattern"), "bool", _matches),
     "length": Function(("value",), "number", _length),
-    "lowercase": Function(("text",), "string", _of_text(str.lower)),
-    "uppercase": Function(("text",), "string", _of_text(str.upper)),
-    "snakecase": Function(("text",), "string", _of_text(lambda text: text.replace(" ", "_"))),
-    "kebabcase": Function(("text",), "string", _of_text(lambda text: text.replace(" ", "-"))),
-    "titlecase": Function(("text",), "string", _of_text(_title)),
+    "lowercase": Function(("text",), "string", _on_text(str.lower)),
+    "uppercase": Function(("text",), "string", _on_text(str.upper)),
+    "snakecase": Function(("text",), "string", _on_text(lambda text: text.replace(" ", "_"))),
+    "kebabcase": Function(("text",), "string", _on_text(lambda text: text.replace(" ", "-"))),
+    "titlecase": Function(("text",), "string", _on_text(_title)),
     "typeof": Function(("value",), "string", _type),
     "bool": Function(("value",), "bool", _bool),
     "string": Function(("value",), "string", _string),

@@ -1,27 +1,37 @@
-"""What applications handed in, and what it told about users, companies and events."""
+"""Storing calls: the rows of `calls`, `profiles`, `companies` and `events`, and the deliveries that they queue.
+
+Many calls are stored by a few set-based statements. Next: queue/deliveries.py, which owns the queue.
+"""
 
 import datetime as dt
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from audience_sync.calls.mappings import Decision
 from audience_sync.calls.model import Call, CallType
-from audience_sync.db import rows
+from audience_sync.db import rows, tables
 from audience_sync.db.dialects import is_among, is_sqlite, sql
 from audience_sync.db.engines import from_json, to_json
-from audience_sync.db.tables import calls, companies, events, profiles
-from audience_sync.queue.deliveries import CallDelivery, enqueue_calls
 from audience_sync.retention import erasure
 from audience_sync.userpilot.payloads import Action
 
 FORGOTTEN = "the user was forgotten"
-_COLUMNS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}  # of the body none
+_COLUMNS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}  # not in the body
+
+
+class PreparedDelivery(NamedTuple):
+    """A delivery of a call; `body` is JSON text."""
+
+    action: str
+    subject_id: str
+    body: str
 
 
 class PreparedCall(NamedTuple):
-    """A call and what was decided of it, as text that only needs to be written; cheap to hand to another process."""
+    """A call and its deliveries as text, ready to be written."""
 
     message_id: str
     type: str
@@ -33,11 +43,11 @@ class PreparedCall(NamedTuple):
     timestamp: str
     reason: str | None
     left_out: str | None
-    outgoing: tuple[tuple[str, str, str], ...]  # action, subject, body
+    deliveries: tuple[PreparedDelivery, ...]
     properties: str
     context: str
-    traits: str  # of an identify or group call that has some
-    names_left_out: tuple[str, ...]
+    traits: str  # of an identify or group call that has any
+    left_out_names: tuple[str, ...]
 
     @property
     def subject_id(self) -> str | None:
@@ -45,22 +55,62 @@ class PreparedCall(NamedTuple):
 
     @property
     def ignored(self) -> str | None:
-        return None if self.outgoing else self.reason
+        return None if self.deliveries else self.reason
 
 
-class SavedCall(NamedTuple):
-    """What became of a call: `ignored` is why it is not delivered, `reason` why a part of it is not."""
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The outcome of a call: accepted for delivery, ignored for a reason, or a repeat, which changed nothing.
+
+    `reason` says why the call, or a part of it, is not delivered; `left_out` names traits that are not sent.
+    """
 
     call_id: int
+    message_id: str
     ignored: str | None = None
-    reason: str | None = None
+    left_out: tuple[str, ...] = ()
     is_repeat: bool = False
+    reason: str | None = None
 
 
-def prepare(call: Call, decision: Decision) -> PreparedCall:
+class _CallRow(NamedTuple):
+    call_id: int
+    message_id: str
+    type: str
+    user_id: str | None
+    anonymous_id: str | None
+    group_id: str | None
+    event: str | None
+    body: str
+    timestamp: str
+    reason: str | None
+    left_out: str | None
+    status: str
+    received_at: str
+
+
+class _EventRow(NamedTuple):
+    call_id: int
+    user_id: str
+    name: str | None
+    properties: str
+    context: str
+    timestamp: str
+    received_at: str
+
+
+class _MembershipRow(NamedTuple):
+    """The company that a user is in."""
+
+    user_id: str
+    company_id: str | None
+    company_at: str
+
+
+def prepare_call(call: Call, decision: Decision) -> PreparedCall:
     body = {name: value for name, value in call.document.items() if value and name not in _COLUMNS}
     is_track = call.type is CallType.TRACK
-    is_telling = call.type is CallType.IDENTIFY or call.type is CallType.GROUP
+    has_traits = call.type in {CallType.IDENTIFY, CallType.GROUP} and call.traits
     return PreparedCall(
         message_id=call.message_id,
         type=call.type.value,
@@ -72,122 +122,130 @@ def prepare(call: Call, decision: Decision) -> PreparedCall:
         timestamp=rows.moment(call.timestamp),
         reason=decision.reason,
         left_out=to_json(decision.left_out) if decision.left_out else None,
-        outgoing=tuple(
-            (each.action.value, each.subject_id, to_json(each.body)) for each in decision.outgoing
+        deliveries=tuple(
+            PreparedDelivery(outgoing.action.value, outgoing.subject_id, to_json(outgoing.body))
+            for outgoing in decision.outgoing
         ),
         properties=to_json(call.properties) if is_track else "",
         context=to_json(call.context) if is_track else "",
-        traits=to_json(call.traits) if is_telling and call.traits else "",
-        names_left_out=tuple(decision.left_out),
+        traits=to_json(call.traits) if has_traits else "",
+        left_out_names=tuple(decision.left_out),
     )
 
 
-def add(
+def save_calls(
     connection: sa.Connection,
     prepared: Sequence[PreparedCall],
     *,
     received_at: dt.datetime,
     fingerprint: str | None,
     user_by_user: bool = False,
-) -> list[SavedCall]:
-    """Keep calls, what they tell, and their deliveries; a message id that is known already changes nothing.
+) -> list[Receipt]:
+    """Store calls and what they say of users and companies, and queue their deliveries; a known message id is skipped.
 
-    `user_by_user`: the deliveries, which are all of one age, need their order within each user alone, but where a
-    company comes before its user; a database takes ten thousand sooner that way, as each page of an index by user
-    is touched once.
-    Of a user who was erased nothing is kept but that there was a call.
+    Of an erased user's call only the message id, type and times are stored.
+    `user_by_user`: queue the deliveries sorted by user, and only each user's own in the order of the calls. A database
+    stores many at once sooner that way, as it touches each page of an index by user once.
     """
     erasure.keep_out_erasures(connection)
-    users = (user for each in prepared for user in _users(each))
-    erased = erasure.forgotten_among(connection, users, received_at)
-    first: dict[str, PreparedCall] = {}
-    for each in prepared:
-        first.setdefault(each.message_id, each)
-    if erased:
-        first = {message_id: _without(each, erased) for message_id, each in first.items()}
-    ids = _insert(connection, first, received_at)
-    new = [(ids[message_id], each) for message_id, each in first.items() if message_id in ids]
-    _learn(connection, [each for each in new if each[1].subject_id is not None], received_at)
-    queued = [
-        CallDelivery(*outgoing, call_id, each.timestamp)
-        for call_id, each in new
-        for outgoing in each.outgoing
-    ]
-    if user_by_user:
-        group_calls = {delivery.call_id for delivery in queued if delivery.action == Action.COMPANY}
-        linked = {delivery.subject_id for delivery in queued if delivery.call_id in group_calls}
-        queued.sort(key=lambda delivery: "" if delivery.subject_id in linked else delivery.subject_id)
-    enqueue_calls(connection, queued, fingerprint, received_at)
-    known = _known(connection, [each.message_id for each in prepared if each.message_id not in ids])
-    kept = []
-    for each in prepared:
-        if each.message_id in ids:
-            known[each.message_id] = call_id = ids.pop(each.message_id)
-            mine = first[each.message_id]
-            kept.append(SavedCall(call_id, mine.ignored, mine.reason))
+    unique: dict[str, PreparedCall] = {}
+    for call in prepared:
+        unique.setdefault(call.message_id, call)
+    users = (user for call in unique.values() for user in _users(call))
+    if erased := erasure.forgotten_among(connection, users, received_at):
+        unique = {message_id: _without_users(call, erased) for message_id, call in unique.items()}
+    new_ids = _insert_calls(connection, unique, received_at)
+    new = {new_ids[message_id]: call for message_id, call in unique.items() if message_id in new_ids}
+    _update_subjects(connection, new, received_at)
+    _enqueue(connection, new, received_at, fingerprint, user_by_user=user_by_user)
+    known_ids = _call_ids(
+        connection, [call.message_id for call in prepared if call.message_id not in new_ids]
+    )
+    receipts = []
+    for call in prepared:
+        message_id = call.message_id
+        if (call_id := new_ids.pop(message_id, None)) is None:
+            receipts.append(Receipt(known_ids[message_id], message_id, is_repeat=True))
         else:
-            kept.append(SavedCall(known[each.message_id], is_repeat=True))
-    return kept
+            known_ids[message_id] = call_id
+            stored = new[call_id]
+            receipts.append(
+                Receipt(call_id, message_id, stored.ignored, call.left_out_names, reason=stored.reason)
+            )
+    return receipts
 
 
-def _users(prepared: PreparedCall) -> Iterator[str]:
-    """Whom a call is about; its mappings may tell another user something."""
-    if prepared.user_id is not None:
-        yield prepared.user_id
-    if prepared.anonymous_id is not None:
-        yield prepared.anonymous_id
-    yield from (subject for action, subject, _ in prepared.outgoing if action != Action.COMPANY)
+def _users(call: PreparedCall) -> Iterator[str]:
+    """User ids in a call and in its deliveries."""
+    if call.user_id is not None:
+        yield call.user_id
+    if call.anonymous_id is not None:
+        yield call.anonymous_id
+    yield from (each.subject_id for each in call.deliveries if each.action != Action.COMPANY)
 
 
-def _without(prepared: PreparedCall, erased: Collection[str]) -> PreparedCall:
-    """The call without the users who were erased."""
-    if prepared.subject_id in erased:
-        return _erased(prepared)
-    if prepared.anonymous_id in erased:
-        prepared = prepared._replace(anonymous_id=None)
-    outgoing = tuple(each for each in prepared.outgoing if each[0] == Action.COMPANY or each[1] not in erased)
-    if len(outgoing) == len(prepared.outgoing):
-        return prepared
-    return prepared._replace(outgoing=outgoing, reason=prepared.reason or FORGOTTEN)
+def _without_users(call: PreparedCall, erased: Collection[str]) -> PreparedCall:
+    if call.subject_id in erased:
+        return call._replace(
+            user_id=None,
+            anonymous_id=None,
+            group_id=None,
+            event=None,
+            body="{}",
+            reason=FORGOTTEN,
+            left_out=None,
+            deliveries=(),
+        )
+    if call.anonymous_id in erased:
+        call = call._replace(anonymous_id=None)
+    deliveries = tuple(
+        each for each in call.deliveries if each.action == Action.COMPANY or each.subject_id not in erased
+    )
+    if len(deliveries) == len(call.deliveries):
+        return call
+    return call._replace(deliveries=deliveries, reason=call.reason or FORGOTTEN)
 
 
-def _erased(prepared: PreparedCall) -> PreparedCall:
-    """That there was such a call, and nothing about whom or what."""
-    return prepared._replace(
-        user_id=None, anonymous_id=None, group_id=None, event=None, body="{}", reason=FORGOTTEN, left_out=None,
-        outgoing=(), properties="", context="", traits="", names_left_out=(),
-    )  # fmt: skip
-
-
-_CALL = (
-    "call_id", "message_id", "type", "user_id", "anonymous_id", "group_id", "event", "body", "timestamp",
-    "reason", "left_out", "status", "received_at",
-)  # fmt: skip
-_EVENT = ("call_id", "user_id", "name", "properties", "context", "timestamp", "received_at")
-
-
-def _insert(
+def _insert_calls(
     connection: sa.Connection, prepared: Mapping[str, PreparedCall], received_at: dt.datetime
 ) -> dict[str, int]:
-    """The ids of those that are new, by message id."""
-    ids = dict(zip(prepared, _free_ids(connection, len(prepared)), strict=True))
-    ordered = sorted(prepared)  # in one order: other processes may wait for the same message ids
-    now = rows.moment(received_at)
-    of_call = _CALL.index("left_out")  # so many of its members are columns
-    written = []
-    for message_id in ordered:
-        each = prepared[message_id]
-        status = "accepted" if each.outgoing else "ignored"
-        written.append((ids[message_id], *each[:of_call], status, now))
-    if rows.insert(connection, calls, _CALL, written, "ON CONFLICT (message_id) DO NOTHING") == len(written):
-        return ids
-    found = _known(connection, ordered)
-    return {message_id: call_id for message_id, call_id in ids.items() if found[message_id] == call_id}
+    """Insert the calls whose message id is new; return the new call ids by message id."""
+    call_ids = dict(zip(prepared, _free_ids(connection, len(prepared)), strict=True))
+    received = rows.moment(received_at)
+    call_rows = [
+        _CallRow(
+            call_id=call_ids[message_id],
+            message_id=message_id,
+            type=call.type,
+            user_id=call.user_id,
+            anonymous_id=call.anonymous_id,
+            group_id=call.group_id,
+            event=call.event,
+            body=call.body,
+            timestamp=call.timestamp,
+            reason=call.reason,
+            left_out=call.left_out,
+            status="accepted" if call.deliveries else "ignored",
+            received_at=received,
+        )
+        for message_id, call in sorted(
+            prepared.items()
+        )  # one order: processes wait for each other's message ids
+    ]
+    inserted_count = rows.insert(
+        connection, tables.calls, _CallRow._fields, call_rows, "ON CONFLICT (message_id) DO NOTHING"
+    )
+    if inserted_count == len(call_rows):
+        return call_ids
+    stored_ids = _call_ids(connection, list(prepared))
+    return {
+        message_id: call_id for message_id, call_id in call_ids.items() if stored_ids[message_id] == call_id
+    }
 
 
 def _free_ids(connection: sa.Connection, count: int) -> Iterable[int]:
-    """So many ids for new calls, ascending."""
-    if is_sqlite(connection):  # nobody else writes now
+    """Return ids for new calls, ascending."""
+    if is_sqlite(connection):  # in a write transaction: no other connection writes now
         last = sql(connection, "SELECT max(seq) FROM sqlite_sequence WHERE name = 'calls'").scalar() or 0
         return range(last + 1, last + 1 + count)
     ids: Sequence[int] | None = sql(
@@ -200,76 +258,140 @@ def _free_ids(connection: sa.Connection, count: int) -> Iterable[int]:
     return sorted(ids or ())
 
 
-def _known(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str, int]:
+def _call_ids(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str, int]:
     if not message_ids:
         return {}
-    found = connection.execute(
+    calls = tables.calls
+    stored = connection.execute(
         sa.select(calls.c.message_id, calls.c.call_id).where(
             is_among(connection, calls.c.message_id, message_ids)
         )
     )
-    return {message_id: int(call_id) for message_id, call_id in found}
+    return {row.message_id: int(row.call_id) for row in stored}
 
 
-_Told = tuple[str, str]  # when, and which traits
+class _CallDelivery(NamedTuple):
+    action: str
+    subject_id: str
+    body: str
+    call_id: int
+    value_at: str
 
 
-def _learn(
-    connection: sa.Connection, new: Sequence[tuple[int, PreparedCall]], received_at: dt.datetime
+def _enqueue(
+    connection: sa.Connection,
+    calls: Mapping[int, PreparedCall],
+    now: dt.datetime,
+    fingerprint: str | None,
+    *,
+    user_by_user: bool,
 ) -> None:
-    users, groups = _News(), _News()
-    member_of: dict[str, PreparedCall] = {}
-    tracked: list[rows.Row] = []
-    now = rows.moment(received_at)
-    for call_id, call in new:
-        subject = call.subject_id or ""
-        users.add(subject, call.timestamp, call.traits if call.type == CallType.IDENTIFY else "")
+    deliveries = [
+        _CallDelivery(each.action, each.subject_id, each.body, call_id, call.timestamp)
+        for call_id, call in calls.items()
+        for each in call.deliveries
+    ]
+    if user_by_user:
+        deliveries = _by_user(deliveries)
+    at = rows.moment(now)
+    rows.insert(
+        connection,
+        tables.deliveries,
+        (*_CallDelivery._fields, "class", "fingerprint", "status", "created_at", "next_attempt_at"),
+        [(*delivery, "call", fingerprint, "pending", at, at) for delivery in deliveries],
+    )
+
+
+def _by_user(deliveries: Sequence[_CallDelivery]) -> list[_CallDelivery]:
+    """Sort by user; companies and their users come first, in the order of the calls: a company precedes its users."""
+    group_calls = {delivery.call_id for delivery in deliveries if delivery.action == Action.COMPANY}
+    linked = {delivery.subject_id for delivery in deliveries if delivery.call_id in group_calls}
+    return sorted(deliveries, key=lambda each: "" if each.subject_id in linked else each.subject_id)
+
+
+# Profiles, companies and events
+
+
+def _update_subjects(
+    connection: sa.Connection, new: Mapping[int, PreparedCall], received_at: dt.datetime
+) -> None:
+    users, companies = _Observations(), _Observations()
+    memberships: dict[str, _MembershipRow] = {}
+    event_rows: list[_EventRow] = []
+    received = rows.moment(received_at)
+    for call_id, call in new.items():
+        user = call.subject_id
+        if user is None:  # erased
+            continue
+        users.add(user, call.timestamp, call.traits if call.type == CallType.IDENTIFY else "")
         if call.type == CallType.GROUP and call.group_id is not None:
-            groups.add(call.group_id, call.timestamp, call.traits)
-            if subject not in member_of or member_of[subject].timestamp <= call.timestamp:
-                member_of[subject] = call
+            companies.add(call.group_id, call.timestamp, call.traits)
+            if user not in memberships or memberships[user].company_at <= call.timestamp:
+                memberships[user] = _MembershipRow(user, call.group_id, call.timestamp)
         elif call.type == CallType.TRACK:
-            tracked.append((call_id, subject, call.event, call.properties, call.context, call.timestamp, now))
-    _merge(connection, profiles, profiles.c.user_id, users)
-    _merge(connection, companies, companies.c.company_id, groups)
+            event_rows.append(
+                _EventRow(
+                    call_id=call_id,
+                    user_id=user,
+                    name=call.event,
+                    properties=call.properties,
+                    context=call.context,
+                    timestamp=call.timestamp,
+                    received_at=received,
+                )
+            )
+    _merge(connection, tables.profiles, tables.profiles.c.user_id, users)
+    _merge(connection, tables.companies, tables.companies.c.company_id, companies)
     rows.update(
         connection,
-        profiles,
-        ("user_id", "company_id", "company_at"),
-        [(user, call.group_id, call.timestamp) for user, call in sorted(member_of.items())],
+        tables.profiles,
+        _MembershipRow._fields,
+        [row for _, row in sorted(memberships.items())],
         "(t.company_at IS NULL OR t.company_at <= {company_at})",
     )
-    rows.insert(connection, events, _EVENT, tracked)
+    rows.insert(connection, tables.events, _EventRow._fields, event_rows)
 
 
-class _News:
-    """What calls told of users, or of companies: when each was seen, and traits."""
+class _Observation(NamedTuple):
+    at: str
+    traits: str
+
+
+class _Observations:
+    """Times and traits that calls gave of users, or of companies, by id."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, list[str]] = {}
-        self.traits: dict[str, list[_Told]] = {}
+        self.times: dict[str, list[str]] = {}
+        self.traits: dict[str, list[_Observation]] = {}
 
     def add(self, subject: str, at: str, traits: str) -> None:
-        self.seen.setdefault(subject, []).append(at)
+        self.times.setdefault(subject, []).append(at)
         if traits:
-            self.traits.setdefault(subject, []).append((at, traits))
+            self.traits.setdefault(subject, []).append(_Observation(at, traits))
 
 
-def _merge(connection: sa.Connection, table: sa.Table, key: sa.Column[str], news: _News) -> None:
-    """Merge traits, the newest timestamp winning each; a null removes (its time is kept)."""
-    rows.insert(  # which also locks what was there
+def _merge(
+    connection: sa.Connection, table: sa.Table, key: sa.Column[str], observations: _Observations
+) -> None:
+    """Merge traits into rows: the newest timestamp of each wins; a null removes the trait and leaves its time."""
+    rows.insert(  # which also locks existing rows
         connection,
         table,
         (key.name, "traits", "trait_times", "first_seen_at", "last_seen_at"),
-        [(subject, "{}", "{}", min(each), max(each)) for subject, each in sorted(news.seen.items())],
+        [
+            (subject, "{}", "{}", min(times), max(times))
+            for subject, times in sorted(observations.times.items())
+        ],
         f"ON CONFLICT ({key.name}) DO UPDATE SET {_SEEN}",
     )
-    if not news.traits:
+    if not observations.traits:
         return
-    known = connection.execute(
-        sa.select(key, table.c.traits, table.c.trait_times).where(is_among(connection, key, news.traits))
+    stored = connection.execute(
+        sa.select(key.label("subject"), table.c.traits, table.c.trait_times).where(
+            is_among(connection, key, observations.traits)
+        )
     )
-    merged = [_merged(subject, traits, times, news.traits[subject]) for subject, traits, times in known]
+    merged = [_merged(row, observations.traits[row.subject]) for row in stored]
     rows.update(connection, table, (key.name, "traits", "trait_times"), merged)
 
 
@@ -278,17 +400,14 @@ ELSE t.first_seen_at END, last_seen_at = CASE WHEN excluded.last_seen_at > t.las
 THEN excluded.last_seen_at ELSE t.last_seen_at END"""
 
 
-def _at(told: _Told) -> str:
-    return told[0]
-
-
-def _merged(subject: str, traits: dict[str, Any], times: dict[str, str], told: Sequence[_Told]) -> rows.Row:
-    for at, given in sorted(told, key=_at):
-        stamp = f"{at.replace(' ', 'T')}+00:00"
-        for name, value in from_json(given).items():
+def _merged(row: sa.Row[Any], observations: Sequence[_Observation]) -> rows.Row:
+    traits, times = row.traits, row.trait_times
+    for observation in sorted(observations, key=lambda each: each.at):
+        stamp = f"{observation.at.replace(' ', 'T')}+00:00"
+        for name, value in from_json(observation.traits).items():
             if times.get(name, "") <= stamp:
                 times[name] = stamp
                 traits[name] = value
                 if value is None:
                     del traits[name]
-    return subject, to_json(traits), to_json(times)
+    return row.subject, to_json(traits), to_json(times)

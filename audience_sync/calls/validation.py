@@ -1,4 +1,4 @@
-"""What makes a call valid: Segment's rules, and those that JSON and the databases set."""
+"""Validation of a call: Segment's rules, and the limits of JSON and of the databases."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from audience_sync.calls.model import Call, CallType
+from audience_sync.calls.operations import compact_json
 from audience_sync.errors import CallError
 
 MAX_CALL_BYTES = 32 * 1024
@@ -18,42 +19,54 @@ MAX_GROUP_ID_LENGTH = 500
 MAX_MESSAGE_ID_LENGTH = 100
 MAX_EVENT_LENGTH = 500  # much longer ones fit into no index of PostgreSQL
 MAX_LEVELS = 20  # of objects and lists; the call itself is the first
-MAX_NUMBER_BITS = 1023  # what a double holds: more is no number to most readers of JSON
+MAX_NUMBER_BITS = 1023  # the range of a double: most readers of JSON take no larger number
 _OBJECTS = ("traits", "properties", "context", "integrations")
-_TYPES = {each.value: each for each in CallType}
+_TYPES = {call_type.value: call_type for call_type in CallType}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse(
+def decode_json(text: bytes) -> Any:
+    """Decode a JSON document. Raises CallError if it is not one."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(text)  # it also takes lone surrogates and NaN, which validation names
+    except (ValueError, RecursionError):
+        raise CallError("not valid JSON") from None
+
+
+def parse_call(
     raw: Mapping[str, Any],
     *,
     received_at: datetime,
     new_id: Callable[[], str],
     sent_at: datetime | None = None,
 ) -> Call:
-    """Check a call as it came in, in Segment's camel-case fields, and give it its types.
+    """Check a call in Segment's camel-case fields.
 
-    `timestamp` may be a datetime, too; a naive one is UTC. `sent_at` is when the sender's clock says that it sent
-    the call: its times are then corrected by how much that clock is off (Segment's rule: receivedAt - (sentAt -
+    `timestamp` may also be a datetime; a naive one is UTC. `sent_at` is the time on the sender's clock when it sent
+    the call: it corrects the call's times by the clock's error (Segment's rule: receivedAt - (sentAt -
     originalTimestamp)).
 
     Raises:
-        CallError: what is wrong; the message names the field.
+        CallError: the message names the field and what is wrong with it.
 
     """
     if not isinstance(raw, Mapping):
-        raise CallError("a call is an object")
+        raise CallError("a call must be a JSON object")
     document = dict(raw)
-    document.pop("writeKey", None)  # it is nobody's to read
+    document.pop("writeKey", None)  # a secret
     if isinstance(document.get("timestamp"), datetime):
         document["timestamp"] = document["timestamp"].isoformat()
     check_json(document)
     call_type = _call_type(document.get("type"))
-    user_id = id_in(document, "userId", MAX_ID_LENGTH)
-    anonymous_id = id_in(document, "anonymousId", MAX_ID_LENGTH)
+    user_id = read_id(document, "userId", MAX_ID_LENGTH)
+    anonymous_id = read_id(document, "anonymousId", MAX_ID_LENGTH)
     if user_id is None and anonymous_id is None:
         raise CallError("userId or anonymousId is required")
-    group_id = id_in(document, "groupId", MAX_GROUP_ID_LENGTH) if call_type is CallType.GROUP else None
+    group_id = read_id(document, "groupId", MAX_GROUP_ID_LENGTH) if call_type is CallType.GROUP else None
     if call_type is CallType.GROUP and group_id is None:
         raise CallError("groupId is required in a group call")
     if call_type is CallType.ALIAS and not document.get("previousId"):
@@ -72,33 +85,33 @@ def parse(
     )
 
 
-def parse_moment(text: str) -> datetime:
-    """ISO 8601, naive meaning UTC, as an aware moment in UTC; ValueError if it is not one."""
-    moment = datetime.fromisoformat(text)
+def parse_time(text: str) -> datetime:
+    """Parse ISO 8601 into an aware time in UTC; a naive one is UTC. Raises ValueError."""
+    time = datetime.fromisoformat(text)
     try:
-        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+        return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
     except OverflowError as error:
         raise ValueError("out of range") from error
 
 
 def _call_type(value: object) -> CallType:
-    found = _TYPES.get(value) if isinstance(value, str) else None
-    if found is None:
+    call_type = _TYPES.get(value) if isinstance(value, str) else None
+    if call_type is None:
         raise CallError(f"type must be one of {', '.join(_TYPES)}")
-    return found
+    return call_type
 
 
-def id_in(document: dict[str, Any], name: str, max_length: int) -> str | None:
-    """The id that a field holds, and from now on as a string; None where there is none; CallError for what is no id."""
+def read_id(document: dict[str, Any], name: str, max_length: int) -> str | None:
+    """Return the id in a field, None if it is absent; the field holds it as a string from then on."""
     value = document.get(name)
     if value is None:
         return None
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # JSON does not tell 1.0 from 1
+        value = int(value)  # 1.0 and 1 are the same JSON number
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise CallError(f"{name} must be a string or a number")
+        raise CallError(f"{name} must be a string or a number, not {_KINDS.get(type(value), 'an object')}")
     if not value:
         raise CallError(f"{name} is empty")
     if len(value) > max_length:
@@ -107,11 +120,14 @@ def id_in(document: dict[str, Any], name: str, max_length: int) -> str | None:
     return value
 
 
+_KINDS = {bool: "true or false", list: "a list"}
+
+
 def _message_id(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise CallError("messageId must be a string that is not empty")
+        raise CallError("messageId must be a non-empty string")
     if len(value) > MAX_MESSAGE_ID_LENGTH:
         raise CallError(f"messageId is longer than {MAX_MESSAGE_ID_LENGTH} characters")
     return value
@@ -119,7 +135,7 @@ def _message_id(value: object) -> str | None:
 
 def _event(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise CallError("event is required in a track call: a string that is not empty")
+        raise CallError("event must be a non-empty string in a track call")
     if len(value) > MAX_EVENT_LENGTH:
         raise CallError(f"event is longer than {MAX_EVENT_LENGTH} characters")
     return value
@@ -131,75 +147,75 @@ def _check_object(document: Mapping[str, Any], name: str) -> None:
 
 
 def _timestamp(document: Mapping[str, Any], received_at: datetime, sent_at: datetime | None) -> datetime:
-    """A moment to come counts as when the call came: a clock that is ahead would silence all that follows."""
-    said = moment_in(document, "timestamp")
-    original = moment_in(document, "originalTimestamp") or said
+    """Return when the call happened, at most `received_at`: a clock ahead of ours would outdate all later calls."""
+    timestamp = read_time(document, "timestamp")
+    original = read_time(document, "originalTimestamp") or timestamp
     if sent_at is None:
-        return min(said or original or received_at, received_at)
+        return min(timestamp or original or received_at, received_at)
     try:
         return min(received_at - (sent_at - original), received_at) if original else received_at
     except OverflowError as error:
         raise CallError("timestamp is out of range") from error
 
 
-def moment_in(document: Mapping[str, Any], name: str) -> datetime | None:
-    """The moment that a field holds, None where there is none; CallError where it is not ISO 8601."""
+def read_time(document: Mapping[str, Any], name: str) -> datetime | None:
+    """Return the time in a field, None if it is absent. Raises CallError if it is not ISO 8601."""
     value = document.get(name)
     if value is None:
         return None
     if not isinstance(value, str):
-        raise CallError(f"{name} must be a string in ISO 8601")
+        raise CallError(f"{name} must be an ISO 8601 string, such as 2024-05-01T12:00:00Z")
     try:
-        return parse_moment(value)
+        return parse_time(value)
     except ValueError as error:
         raise CallError(f"{name} is not ISO 8601, such as 2024-05-01T12:00:00Z") from error
 
 
 def check_json(document: dict[str, Any]) -> None:
-    """CallError for what is no JSON, too large or too deep, or what one of the databases cannot store."""
+    """Raise CallError for values that are not JSON, too large, too deep, or that a database cannot store."""
     _check_values(document)
-    if len(_text(document)) > MAX_CALL_BYTES:
+    if len(_encoded(document)) > MAX_CALL_BYTES:
         raise CallError("the call is larger than 32 KB")
 
 
-def _text(document: dict[str, Any]) -> bytes:
+def _encoded(document: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(document)
-    except (TypeError, ValueError, OverflowError):  # whatever msgspec does not write
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, OverflowError):  # what msgspec does not encode
+        return compact_json(document).encode()
 
 
 def _check_values(document: dict[str, Any]) -> None:
-    """Check all values within, a level after the other.
+    """Check all nested values, level by level.
 
-    Each takes a byte at least: that ends structures that hold themselves many times over before they become text.
+    Each value takes at least one byte: that limit stops structures that contain themselves before they are encoded.
     """
     level, budget, layer = 1, MAX_CALL_BYTES, [document]
     texts: list[str] = []
     while layer:
         if level > MAX_LEVELS:
-            raise CallError(f"objects and lists are nested over {MAX_LEVELS} levels")
+            raise CallError(f"objects and lists are nested more than {MAX_LEVELS} levels deep")
         inner: list[Any] = []
-        for each in layer:
-            budget -= 1 + len(each)
+        for container in layer:
+            budget -= 1 + len(container)
             if budget < 0:
                 raise CallError("the call is larger than 32 KB")
-            _sort_out(each, inner, texts)
+            _collect(container, inner, texts)
         level, layer = level + 1, inner
     try:
         if sum(map(len, texts)) > MAX_CALL_BYTES:
             raise CallError("the call is larger than 32 KB")
         _check_text("".join(texts))
-    except TypeError:  # which none of the values can cause
+    except TypeError:  # only a name can cause it
         raise CallError("the names in an object must be strings") from None
 
 
-def _sort_out(value: dict[Any, Any] | list[Any], inner: list[Any], texts: list[str]) -> None:
-    """Add its objects and lists to `inner`, and its strings, names included, to `texts`; all else is checked."""
-    members: Iterable[Any] = value
-    if isinstance(value, dict):
-        texts += value
-        members = value.values()
+def _collect(container: dict[Any, Any] | list[Any], inner: list[Any], texts: list[str]) -> None:
+    """Add the container's objects and lists to `inner`, its strings and names to `texts`; check other values."""
+    members: Iterable[Any] = container
+    if isinstance(container, dict):
+        texts += container
+        members = container.values()
     for member in members:
         kind = type(member)
         if kind is str or isinstance(member, str):
@@ -214,7 +230,7 @@ def _check_text(value: str) -> None:
     if "\0" in value:
         raise CallError("text with a NUL character cannot be stored")
     if not value.isascii() and _LONE_SURROGATE.search(value):
-        raise CallError("text with a lone surrogate is not Unicode")
+        raise CallError("text with a lone surrogate is not valid Unicode")
 
 
 def _check_number(value: object) -> None:

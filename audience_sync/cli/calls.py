@@ -63,7 +63,7 @@ def _call(context: typer.Context, raw: dict[str, Any], *, no_deliver: bool) -> N
     with open_app(context.obj) as opened, stoppable(opened):
         if not no_deliver:
             opened.settings.destination.require_api_key()
-        receipt = intake.accept(opened, raw)
+        receipt = intake.submit(opened, raw)
         if receipt.ignored:
             output.line(f"Call {receipt.call_id} was kept and ignored: {receipt.ignored}.")
         else:

@@ -60,8 +60,8 @@ def serve(
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, end)
             with Writer(opened) as writer:
-                api = http.Tracking(opened, writer).asgi()
-                server.Server(api, opened.stop).run(sockets=[listening])
+                api = http.TrackingApi(opened, writer).asgi()
+                server.TrackingServer(api, opened.stop).run(sockets=[listening])
 
 
 @app.command("import")
@@ -88,7 +88,7 @@ def import_(
         source, size = stack.enter_context(_source(file))
         on_bad = stack.enter_context(_bad_lines(set_aside, file))
         with output.bytes_read(source, size) as on_progress:
-            summary = files.take_in(opened, files.unpacked(source), on_bad, on_progress, beside=True)
+            summary = files.import_calls(opened, files.decompressed(source), on_bad, on_progress, beside=True)
         if not as_json:
             _tell(summary)
         report = deliver_now(opened) if deliver else None

@@ -287,9 +287,9 @@ def finish(report: "Report | None", *, failed: bool = False, busy: bool = False,
 
 
 def moment(text: str | None) -> dt.datetime | None:
-    from audience_sync.calls.validation import parse_moment
+    from audience_sync.calls.validation import parse_time
 
     try:
-        return None if text is None else parse_moment(text)
+        return None if text is None else parse_time(text)
     except ValueError as error:
         raise ConfigError(f"{text} is not a moment: write ISO 8601, such as 2026-05-01T12:00:00Z.") from error

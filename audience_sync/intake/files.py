@@ -1,15 +1,13 @@
-"""The door for files: one call a line (NDJSON), plain or gzip, as long as the disk is.
+"""Import of calls from a file: one JSON object a line (NDJSON), plain or gzip, of any size.
 
-A line without a message id gets one made of its bytes: a file that is imported again adds nothing, and two equal
-lines are one call. A file of more than one piece is made into calls by a process of its own, while this one keeps
-what is ready: two cores share the work.
+A line without a message id gets one made from its bytes. So importing a file again adds nothing, and two equal lines
+are one call. In a file of more than one piece a second process prepares the calls while this one stores them.
 """
 
 import gzip
 import hashlib
 import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -23,30 +21,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 import msgspec
 
 from audience_sync import intake, settings
 from audience_sync.app import App
-from audience_sync.calls.records import PreparedCall, SavedCall
-from audience_sync.calls.validation import MAX_CALL_BYTES
+from audience_sync.calls.records import PreparedCall, Receipt
+from audience_sync.calls.validation import MAX_CALL_BYTES, decode_json
 from audience_sync.clock import SystemClock
-from audience_sync.db import dialects
+from audience_sync.db import dialects, engines
 from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
 
-LINES_PER_PIECE = 10_000  # lines that are made ready, and kept, together
-PIECE_BYTES = 8_000_000  # of them, at most: what is held of a line is a few times as much
-# On SQLite a transaction takes several pieces: its journal writes each page that is touched twice, and the pages of the
-# indexes by user are touched by every piece. Others wait for it; after it they have the time in which those ask again,
-# and it is used to read as many pieces as a transaction may take: while it is open, nothing is waited for.
+LINES_PER_PIECE = 10_000  # lines that are prepared, and stored, together
+PIECE_BYTES = 8_000_000  # of a piece's lines at most; a prepared call takes a few times as much
+# On SQLite a transaction takes several pieces: its journal writes every changed page twice, and each piece changes the
+# pages of the indexes by user. Other connections wait for the transaction; the gap after it is as long as the pause in
+# which they try again. As many pieces as a transaction may take are prepared before, so that it waits for nothing.
 LOCK_SECONDS, GAP_SECONDS, READ_AHEAD = 2, 0.12, 8
-LONGEST_LINE = 6 * MAX_CALL_BYTES  # with escapes: six bytes may stand for one
+MAX_LINE_BYTES = 6 * MAX_CALL_BYTES  # an escape takes six bytes for one
 _GZIP = b"\x1f\x8b"
 _SPAWN = multiprocessing.get_context("spawn")
 
-Line = tuple[int, bytes]  # its number, from 1
+
+class Line(NamedTuple):
+    number: int  # from 1
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
+    """Lines of a file, prepared."""
+
     calls: list[PreparedCall] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
 
@@ -73,24 +76,24 @@ class Summary:
     def line_count(self) -> int:
         return self.accepted_count + self.ignored_count + self.repeated_count + self.bad_count
 
-    def add(self, bad: Sequence[BadLine], kept: Sequence[SavedCall]) -> None:
-        repeated_count = sum(each.is_repeat for each in kept)
-        ignored_count = sum(each.ignored is not None for each in kept)
+    def add(self, bad: Sequence[BadLine], receipts: Sequence[Receipt]) -> None:
+        repeated_count = sum(receipt.is_repeat for receipt in receipts)
+        ignored_count = sum(receipt.ignored is not None for receipt in receipts)
         self.bad_count += len(bad)
         self.repeated_count += repeated_count
         self.ignored_count += ignored_count
-        self.accepted_count += len(kept) - repeated_count - ignored_count
+        self.accepted_count += len(receipts) - repeated_count - ignored_count
 
 
-def unpacked(file: BinaryIO) -> BinaryIO:
-    """The file's lines, whether it is gzip or not: its first bytes tell."""
+def decompressed(file: BinaryIO) -> BinaryIO:
+    """Return a reader of the file's lines; its first bytes show whether it is gzip."""
     buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast("Any", file))
     if buffered.peek(2)[:2] == _GZIP:
         return cast("BinaryIO", gzip.GzipFile(fileobj=buffered))
     return buffered
 
 
-def take_in(
+def import_calls(
     app: App,
     file: BinaryIO,
     on_bad: Callable[[BadLine], None],
@@ -98,49 +101,49 @@ def take_in(
     *,
     beside: bool = False,
 ) -> Summary:
-    """Hand in a call for each line; what is no valid call is told to `on_bad`, and left out.
+    """Store the call of each line; report a line that is not a valid call to `on_bad`, and skip it.
 
-    `beside`: with a process of its own for half of the work, which imports the main module once more: only for a
-    program whose main module may be imported.
+    `beside`: prepare in a second process, which imports the main module again: only for a program that allows that.
 
     Raises:
-        ConfigError: the file cannot be read to its end; what was read before is in.
-        DatabaseError: what was committed before is in; importing again adds the rest.
+        ConfigError: the file cannot be read to its end; the lines before are stored.
+        DatabaseError: committed lines are stored; importing again adds the others.
 
     """
     summary = Summary()
-    trouble: list[ConfigError] = []
-    pieces = _pieces(_lines(file), trouble)
-    waits = not _never_waits(file)
-    longest, depth = 0, 2
-    if dialects.is_sqlite(app.engine) and not waits:
-        longest, depth = LOCK_SECONDS, READ_AHEAD
+    read_errors: list[ConfigError] = []
+    pieces = _pieces(_lines(file), read_errors)
+    may_wait = not _is_regular(file)
+    lock_seconds, depth = 0, 2
+    if dialects.is_sqlite(app.engine) and not may_wait:
+        lock_seconds, depth = LOCK_SECONDS, READ_AHEAD
     begins_at = 0.0
-    with Preparer(app.settings, beside=beside) as preparer:
-        while preparer.read(pieces, 1 if waits and not summary.line_count else depth):
+    with Preparation(app.settings, beside=beside) as preparation:
+        while preparation.read(pieces, 1 if may_wait and not summary.line_count else depth):
             bad: list[BadLine] = []
-            piece = preparer.take()
+            piece = preparation.take()
             time.sleep(max(0, begins_at - time.monotonic()))
-            ends_at = time.monotonic() + longest
-            with intake.saving(app, user_by_user=True) as keep:
+            ends_at = time.monotonic() + lock_seconds
+            with engines.write(app.engine) as connection:
                 while piece is not None:
                     bad += piece.bad
-                    summary.add(piece.bad, keep(piece.calls))
-                    piece = preparer.take(ends_at)
-            begins_at = time.monotonic() + (GAP_SECONDS if longest else 0)
-            for each in bad:  # whoever takes them may take his time: nothing is locked now
-                on_bad(each)
+                    receipts = intake.save_within(connection, app, piece.calls, user_by_user=True)
+                    summary.add(piece.bad, receipts)
+                    piece = preparation.take(ends_at)
+            begins_at = time.monotonic() + (GAP_SECONDS if lock_seconds else 0)
+            for line in bad:  # after the transaction: `on_bad` may be slow
+                on_bad(line)
             on_progress(summary)
-    if trouble:
-        raise trouble[0]
+    if read_errors:
+        raise read_errors[0]
     return summary
 
 
-class Preparer:
-    """Makes pieces ready in their order, ahead of who takes them.
+class Preparation:
+    """Prepares pieces in order, ahead of the caller.
 
-    `beside`: all but the first in a process that ends with this one. A thread speaks with it, so that it has the next
-    piece while this one is kept.
+    `beside`: a second process prepares all pieces but the first; it ends with this one. A thread talks to it, so that
+    it has the next piece while the caller stores one.
     """
 
     def __init__(self, configured: Settings, *, beside: bool) -> None:
@@ -148,27 +151,27 @@ class Preparer:
         self._beside = beside
         self._count = 0
         self._pipe: Connection[Any, Any] | None = None
-        self._speaker = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=_leave_interrupts)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=_block_interrupts)
         self._ahead: deque[Future[Piece]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._speaker.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
         if self._pipe is not None:
             self._pipe.close()  # which ends the process
 
     def read(self, pieces: Iterator[list[Line]], depth: int) -> bool:
-        """Read until so many pieces are under way; False where none is left."""
+        """Read until so many pieces are in preparation; return False if none is left."""
         for piece in itertools.islice(pieces, max(0, depth - len(self._ahead))):
-            where = self._elsewhere if self._beside and self._count else self._here
-            self._ahead.append(self._speaker.submit(where, piece))
+            prepare = self._prepare_beside if self._beside and self._count else self._prepare_here
+            self._ahead.append(self._thread.submit(prepare, piece))
             self._count += 1
         return bool(self._ahead)
 
     def take(self, until: float = math.inf) -> Piece | None:
-        """The next piece, if one was read and is ready before that moment (of the monotonic clock)."""
+        """Return the next piece, None if there is none or it is not ready by then (monotonic clock)."""
         if not self._ahead or (seconds := until - time.monotonic()) <= 0:
             return None
         try:
@@ -178,25 +181,25 @@ class Preparer:
         self._ahead.popleft()
         return piece
 
-    def _here(self, piece: list[Line]) -> Piece:
-        return prepare(self._settings, piece)
+    def _prepare_here(self, lines: list[Line]) -> Piece:
+        return prepare_lines(self._settings, lines)
 
-    def _elsewhere(self, piece: list[Line]) -> Piece:
-        """What the process made of the piece; where it died, it is made here."""
+    def _prepare_beside(self, lines: list[Line]) -> Piece:
+        """Have the second process prepare the piece; if it died, prepare it here."""
         if self._pipe is None:
             self._pipe, other = _SPAWN.Pipe()
             process = _SPAWN.Process(target=_work, args=(other, self._settings.path), daemon=True)
             process.start()
             other.close()
         try:
-            self._pipe.send_bytes(msgspec.msgpack.encode(piece))
+            self._pipe.send_bytes(msgspec.msgpack.encode(lines))
             return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=Piece)
         except (EOFError, OSError):
-            return self._here(piece)
+            return self._prepare_here(lines)
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C is for the main thread; a process that is started by this one inherits that, and is silent about it."""
+def _block_interrupts() -> None:
+    """Leave Ctrl-C to the main thread; the process that this thread starts inherits the mask and stays silent."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
@@ -205,80 +208,69 @@ def _work(pipe: "Connection[Any, Any]", path: Path) -> None:
     while True:
         try:
             lines = msgspec.msgpack.decode(pipe.recv_bytes(), type=list[Line])
-            pipe.send_bytes(msgspec.msgpack.encode(prepare(configured, lines)))
+            pipe.send_bytes(msgspec.msgpack.encode(prepare_lines(configured, lines)))
         except (EOFError, OSError):
             return
 
 
-def prepare(configured: Settings, lines: Sequence[Line]) -> Piece:
-    calls, bad = [], []
+def prepare_lines(configured: Settings, lines: Sequence[Line]) -> Piece:
+    piece = Piece()
+    preparer = intake.Preparer(configured)
     received_at = SystemClock().now()
-    for number, line in lines:
+    for number, content in lines:
         try:
-            calls.append(intake.parse(_raw(line), received_at=received_at))
+            piece.calls.append(preparer.prepare(_raw(content), received_at=received_at))
         except CallError as error:
-            bad.append(BadLine(number, str(error), line[:LONGEST_LINE]))
-    return Piece(intake.prepare(configured, calls), bad)
+            piece.bad.append(BadLine(number, str(error), content[:MAX_LINE_BYTES]))
+    return piece
 
 
-def _raw(line: bytes) -> Any:
-    if len(line) > LONGEST_LINE:
+def _raw(content: bytes) -> Any:
+    if len(content) > MAX_LINE_BYTES:
         raise CallError("the call is larger than 32 KB")
-    raw = decoded(line)
+    raw = decode_json(content)
     if isinstance(raw, dict) and raw.get("messageId") is None:
-        raw["messageId"] = f"audience-sync-{hashlib.sha256(line.strip()).hexdigest()[:40]}"
+        raw["messageId"] = f"audience-sync-{hashlib.sha256(content.strip()).hexdigest()[:40]}"
     return raw
 
 
-def _pieces(lines: Iterator[Line], trouble: list[ConfigError]) -> Iterator[list[Line]]:
-    """The lines, so many together; where they end early, `trouble` says why."""
+def _pieces(lines: Iterator[Line], read_errors: list[ConfigError]) -> Iterator[list[Line]]:
+    """Divide the lines into pieces; an error that ends the file early is added to `read_errors`."""
     piece: list[Line] = []
     size = 0
     try:
         for line in lines:
             piece.append(line)
-            size += len(line[1])
+            size += len(line.content)
             if len(piece) == LINES_PER_PIECE or size >= PIECE_BYTES:
                 yield piece
                 piece, size = [], 0
     except ConfigError as error:
-        trouble.append(error)
+        read_errors.append(error)
     if piece:
         yield piece
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers; of one that is too long a beginning that is still too long."""
+def _lines(file: BinaryIO) -> Iterator[Line]:
+    """Read the lines that are not blank; a line that is too long is cut, but still too long."""
     number = 0
     try:
-        while line := file.readline(LONGEST_LINE + 1):
+        while content := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            rest = line
-            while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_LINE + 1)
-            if line.strip():
-                yield number, line
+            rest = content
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES + 1)
+            if content.strip():
+                yield Line(number, content)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
-            f"The file cannot be read after line {number}: {error}. What stands before that is handed in."
+            f"The file cannot be read after line {number}: {error}. The lines before are imported."
         ) from error
 
 
-def _never_waits(file: BinaryIO) -> bool:
-    """Whether its lines are there: a pipe may be silent for an hour, in which no transaction may be open."""
+def _is_regular(file: BinaryIO) -> bool:
+    """Say whether reading never waits; a pipe may be silent for an hour, and no transaction may be open then."""
     try:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     except OSError:
         return False
-
-
-def decoded(text: bytes) -> Any:
-    """A JSON document; CallError for what is none."""
-    try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass
-    try:
-        return json.loads(text)  # it takes lone surrogates and NaN, too, and validation names them
-    except (ValueError, RecursionError):
-        raise CallError("not JSON") from None

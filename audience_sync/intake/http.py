@@ -1,7 +1,7 @@
-"""The tracking API: Segment's HTTP API, so that its libraries need another host and nothing else.
+"""The tracking API: Segment's HTTP API, so that Segment's libraries only need another host.
 
-A call is accepted when it is committed, and then only is it answered. Beside Segment's `success` an answer holds a
-verdict for each call: accepted, ignored (kept, with the reason), repeated (its message id is known), refused.
+A request is answered after its calls are committed. Besides Segment's `success` the answer holds a verdict for each
+call: accepted, ignored (stored, with the reason), repeated (a known message id) or refused. Next: intake/writer.py.
 """
 
 import asyncio
@@ -13,8 +13,9 @@ import ipaddress
 import json
 import logging
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,15 +24,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from audience_sync import intake, logs
+from audience_sync import __version__, intake, logs
 from audience_sync.app import App
-from audience_sync.calls.model import Call, CallType
-from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, moment_in
+from audience_sync.calls.model import CallType
+from audience_sync.calls.records import PreparedCall, Receipt
+from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, decode_json, read_time
 from audience_sync.clock import Clock
 from audience_sync.db import engines
 from audience_sync.errors import CallError, DatabaseError
-from audience_sync.intake import openapi
-from audience_sync.intake.files import decoded
 from audience_sync.intake.writer import Writer
 from audience_sync.queue import destination
 
@@ -39,190 +39,203 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
-MAX_MERGED_BYTES = 4 * 1024 * 1024  # what a batch says for all its calls, for each of them
-MOST_READ_BYTES = 4 * MAX_BATCH_BYTES  # of a body that is too large: most senders send all before they look
-MOST_WAITING = 20_000  # calls: the writer is stuck, and their senders may have gone
-BODY_SECONDS = 30.0  # for a whole body to come
+MAX_MERGED_BYTES = 4 * 1024 * 1024  # the fields that a batch shares, counted for each of its calls
+MAX_READ_BYTES = (
+    4 * MAX_BATCH_BYTES
+)  # of a body that is too large: most senders read the answer only after sending
+MAX_WAITING_CALLS = 20_000  # more are waiting only if the writer is stuck, and their senders may have gone
+BODY_SECONDS = 30.0  # to receive a whole body
 RETRY_SECONDS = 5  # after the database could not be used
 HEALTH_SECONDS = 5.0
-_FROM_PAGES = {"origin", "sec-fetch-site"}  # headers that browsers send for a page
-_MERGED = ("context", "integrations")  # of a batch, into each of its calls
+_BROWSER_HEADERS = {"origin", "sec-fetch-site"}
+_MERGED = ("context", "integrations")  # fields of a batch that are merged into each of its calls
 
 
 class RefusalError(Exception):
-    """A request that is answered with an error, whole."""
+    """A request that is refused as a whole."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
 
+    def response(self) -> Response:
+        content = {"success": False, "error": self.message}
+        return JSONResponse(content, status_code=self.status, headers=self.headers)
+
 
 @dataclass(slots=True)
-class Pace:
-    """Lets so many calls a second through; a second's worth at once, and a batch whole once one call fits."""
+class CallRate:
+    """Limits calls per second. A burst of one second's calls passes, and any batch whose first call fits."""
 
     per_second: int
     clock: Clock
     _free_at: float = 0.0
 
     def take(self, count: int) -> float:
-        """0 if the calls may come in, else after how many seconds to try again."""
+        """Return 0 and count the calls if they may pass, else the seconds to wait before another attempt."""
         now = self.clock.monotonic()
-        late = max(self._free_at, now) - now - 1.0
-        if late > 0:
-            return late
+        wait = max(self._free_at, now) - now - 1.0
+        if wait > 0:
+            return wait
         self._free_at = max(self._free_at, now) + count / self.per_second
         return 0.0
 
 
 @dataclass(slots=True)
-class Tracking:
-    """The API of an application; `writer` is running as long as it is served."""
+class TrackingApi:
+    """The API of an application. `writer` must run while the API is served."""
 
     app: App
     writer: Writer
-    pace: Pace = field(init=False)
-    _keys: tuple[str, ...] = field(init=False)
+    rate: CallRate = field(init=False)
+    _preparer: intake.Preparer = field(init=False)
+    _write_keys: tuple[str, ...] = field(init=False)
+    _description: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._keys = self.app.settings.tracking.require_write_keys()
-        self.pace = Pace(self.app.settings.tracking.calls_per_second, self.app.clock)
+        tracking = self.app.settings.tracking
+        self._write_keys = tracking.require_write_keys()
+        self.rate = CallRate(tracking.calls_per_second, self.app.clock)
+        self._preparer = intake.Preparer(self.app.settings)
+        self._description = json.loads(Path(__file__).with_name("openapi.json").read_bytes())
+        self._description["info"]["version"] = __version__
 
     def asgi(self) -> Starlette:
-        routes = [
-            Route(f"/v1/{each}", self._answering(self._single(each)), methods=["POST"]) for each in CallType
-        ]
         application = Starlette(
             routes=[
-                *routes,
-                Route("/v1/batch", self._answering(self._batch), methods=["POST"]),
+                *(Route(f"/v1/{kind}", self._post, methods=["POST"]) for kind in (*CallType, "batch")),
                 Route("/healthz", self._health, methods=["GET"]),
-                Route("/openapi.json", self._description, methods=["GET"]),
+                Route("/openapi.json", self._openapi, methods=["GET"]),
             ]
         )
-        application.router.redirect_slashes = False  # to where the Host header says, and calls with it
+        application.router.redirect_slashes = (
+            False  # a redirect follows the Host header, and so would the calls
+        )
         return application
 
-    def _answering(
-        self, act: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
-        async def answer(request: Request) -> Response:
-            try:
-                self._check_sender(request)
-                return await act(request)
-            except RefusalError as refusal:
-                return _refused(refusal.status, refusal.message, refusal.headers)
-            except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it
-            except DatabaseError as error:
-                logs.event(log, logging.ERROR, "calls could not be kept", error=str(error))
-                return _refused(
-                    503, "the database cannot be used: try again", {"Retry-After": str(RETRY_SECONDS)}
-                )
+    async def _post(self, request: Request) -> Response:
+        """Answer a request with one call, or with a batch of calls."""
+        try:
+            self._check_sender(request)
+            kind = request.scope["path"].removeprefix("/v1/")
+            if kind == "batch":
+                return await self._batch(await self._document(request, MAX_BATCH_BYTES))
+            return await self._single(await self._document(request, MAX_CALL_BYTES), kind)
+        except RefusalError as refusal:
+            return refusal.response()
+        except ClientDisconnect:
+            return Response(status_code=499)  # which nobody reads
+        except DatabaseError as error:
+            logs.event(log, logging.ERROR, "calls could not be stored", error=str(error))
+            message = "the database cannot be used: try again"
+            return RefusalError(503, message, {"Retry-After": str(RETRY_SECONDS)}).response()
 
-        return answer
+    async def _single(self, document: dict[str, Any], kind: str) -> Response:
+        verdicts = await self._accept([{**document, "type": kind}], {})
+        if verdicts[0]["status"] == "refused":
+            content = {"success": False, "error": verdicts[0]["reason"], "calls": verdicts}
+            return JSONResponse(content, status_code=400)
+        return JSONResponse({"success": True, "calls": verdicts})
 
-    def _single(self, call_type: CallType) -> Callable[[Request], Awaitable[Response]]:
-        async def single(request: Request) -> Response:
-            document = await self._document(request, MAX_CALL_BYTES)
-            verdicts = await self._take_in([{**document, "type": call_type.value}], {})
-            if verdicts[0]["status"] == "refused":
-                return JSONResponse(
-                    {"success": False, "error": verdicts[0]["reason"], "calls": verdicts}, status_code=400
-                )
-            return JSONResponse({"success": True, "calls": verdicts})
-
-        return single
-
-    async def _batch(self, request: Request) -> Response:
-        document = await self._document(request, MAX_BATCH_BYTES)
+    async def _batch(self, document: dict[str, Any]) -> Response:
         batch = document.get("batch")
         if not isinstance(batch, list):
             raise RefusalError(400, "batch must be a list of calls")
         if len(batch) > MAX_BATCH_CALLS:
             raise RefusalError(413, f"a batch holds at most {MAX_BATCH_CALLS:,} calls: divide it")
         _check_shared(document, len(batch))
-        return JSONResponse({"success": True, "calls": await self._take_in(batch, document)})
+        return JSONResponse({"success": True, "calls": await self._accept(batch, document)})
 
-    # Who may come in, and with what.
+    async def _accept(self, raws: Sequence[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Store the valid calls; return a verdict for each call, in order. `shared` is the batch's document."""
+        if self.writer.waiting_count >= MAX_WAITING_CALLS:
+            raise RefusalError(503, "the database is behind: try again", {"Retry-After": str(RETRY_SECONDS)})
+        if wait := self.rate.take(len(raws)):
+            message = "more calls than [tracking] calls_per_second"
+            raise RefusalError(429, message, {"Retry-After": str(int(wait) + 1)})
+        received_at = self.app.clock.now()
+        sent_at = _sent_at(shared)
+        prepared = [self._prepare(raw, shared, received_at, sent_at) for raw in raws]
+        valid = [call for call in prepared if isinstance(call, PreparedCall)]
+        receipts = iter(await self._stored(valid))
+        errors = [call for call in prepared if isinstance(call, CallError)]
+        if errors:  # Segment's libraries do not read the verdicts
+            logs.event(log, logging.WARNING, "calls refused", count=len(errors), first_reason=str(errors[0]))
+        return [
+            _refusal(raw, str(call)) if isinstance(call, CallError) else _verdict(next(receipts))
+            for raw, call in zip(raws, prepared, strict=True)
+        ]
+
+    async def _stored(self, calls: Sequence[PreparedCall]) -> list[Receipt]:
+        return await asyncio.wrap_future(self.writer.submit(calls)) if calls else []
+
+    def _prepare(
+        self, raw: Any, shared: Mapping[str, Any], received_at: dt.datetime, sent_at: dt.datetime | None
+    ) -> PreparedCall | CallError:
+        try:
+            if isinstance(raw, dict):
+                _merge_shared(raw, shared)
+                sent_at = read_time(raw, "sentAt") or sent_at
+            return self._preparer.prepare(raw, received_at=received_at, sent_at=sent_at)
+        except CallError as error:
+            return error
+
+    # Senders and bodies
 
     def _check_sender(self, request: Request) -> None:
-        """Without write keys anybody on this machine may; a page in a browser, from wherever it came, may not."""
-        if self._keys:
-            if "Authorization" in request.headers and not self._is_known(_basic_user(request)):
+        """Check the Authorization header; without write keys admit only programs on this machine, and no browser."""
+        if self._write_keys:
+            if "Authorization" in request.headers and not self._is_write_key(_basic_user(request)):
                 raise RefusalError(401, "the write key is not known", {"WWW-Authenticate": "Basic"})
-        elif not (_FROM_PAGES.isdisjoint(request.headers.keys()) and is_loopback(_host(request))):
+        elif not (_BROWSER_HEADERS.isdisjoint(request.headers.keys()) and is_loopback(_host(request))):
             raise RefusalError(403, "without [tracking] write_keys only programs on this machine may send")
 
-    def _is_known(self, key: object) -> bool:
-        """All keys are compared, each in constant time."""
-        given = key.encode(errors="replace") if isinstance(key, str) else b""
-        return sum(hmac.compare_digest(given, known.encode()) for known in self._keys) > 0
+    def _is_write_key(self, value: object) -> bool:
+        """Compare with every key, in constant time."""
+        given = value.encode(errors="replace") if isinstance(value, str) else b""
+        return sum(hmac.compare_digest(given, key.encode()) for key in self._write_keys) > 0
 
-    async def _document(self, request: Request, most_bytes: int) -> dict[str, Any]:
+    async def _document(self, request: Request, max_bytes: int) -> dict[str, Any]:
+        """Read the body; without an Authorization header it must hold the write key."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await _body(request, most_bytes)
+                body = await _body(request, max_bytes)
         except TimeoutError as error:
             raise RefusalError(408, "the body took too long", {"Connection": "close"}) from error
         try:
-            document = decoded(body)
+            document = decode_json(body)
         except CallError as error:
-            raise RefusalError(400, "the body is not JSON") from error
+            raise RefusalError(400, "the body is not valid JSON") from error
         if not isinstance(document, dict):
-            raise RefusalError(400, "the body must be an object")
-        keyless = not self._keys or "Authorization" in request.headers
-        if not keyless and not self._is_known(document.get("writeKey")):
+            raise RefusalError(400, "the body must be a JSON object")
+        needs_key = self._write_keys and "Authorization" not in request.headers
+        if needs_key and not self._is_write_key(document.get("writeKey")):
             raise RefusalError(401, "the write key is missing or not known", {"WWW-Authenticate": "Basic"})
         return document
 
-    # What becomes of calls.
-
-    async def _take_in(self, raws: Sequence[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A verdict for each call, in their order; `shared` is what the request says for all of them."""
-        if self.writer.waiting_count >= MOST_WAITING:
-            raise RefusalError(503, "the database is behind: try again", {"Retry-After": str(RETRY_SECONDS)})
-        wait = self.pace.take(len(raws))
-        if wait:
-            raise RefusalError(
-                429, "more calls than [tracking] calls_per_second", {"Retry-After": str(int(wait) + 1)}
-            )
-        received_at = self.app.clock.now()
-        sent_at = _sent_at(shared)
-        found = [_parse(raw, shared, received_at, sent_at) for raw in raws]
-        valid = [each for each in found if isinstance(each, Call)]
-        kept = await self._keep(valid) if valid else []
-        receipts = iter(kept)
-        refused = [str(each) for each in found if not isinstance(each, Call)]
-        if refused:  # Segment's libraries do not read the verdicts
-            logs.event(log, logging.WARNING, "calls refused", count=len(refused), first_reason=refused[0])
-        return [
-            _verdict(next(receipts)) if isinstance(each, Call) else _refusal(raw, str(each))
-            for raw, each in zip(raws, found, strict=True)
-        ]
-
-    async def _keep(self, calls: Sequence[Call]) -> list[intake.Receipt]:
-        return await asyncio.wrap_future(self.writer.accept(intake.prepare(self.app.settings, calls)))
+    # Health and description
 
     async def _health(self, _request: Request) -> Response:
-        """200 while the database answers and the writer lives; what it could not keep was answered with 503."""
+        """Answer 200 while the database and the writer work; calls that could not be stored were answered 503."""
         try:
-            heartbeat = await asyncio.wait_for(asyncio.to_thread(self._look), HEALTH_SECONDS)
+            heartbeat = await asyncio.wait_for(asyncio.to_thread(self._last_heartbeat), HEALTH_SECONDS)
         except (DatabaseError, TimeoutError):
-            return JSONResponse(
-                {"status": "failing", "reason": "the database cannot be used"}, status_code=503
-            )
+            return _failing("the database cannot be used")
         if not self.writer.is_alive:
-            return JSONResponse({"status": "failing", "reason": "the writer has ended"}, status_code=503)
+            return _failing("the writer has ended")
         return JSONResponse({"status": "ok", "daemon_heartbeat_at": heartbeat})
 
-    def _look(self) -> str | None:
+    def _last_heartbeat(self) -> str | None:
         with engines.read(self.app.engine) as connection:
             at = destination.last_heartbeat(connection)
         return None if at is None else at.isoformat()
 
-    async def _description(self, _request: Request) -> Response:
-        return JSONResponse(openapi.DESCRIPTION)
+    async def _openapi(self, _request: Request) -> Response:
+        return JSONResponse(self._description)
+
+
+def _failing(reason: str) -> Response:
+    return JSONResponse({"status": "failing", "reason": reason}, status_code=503)
 
 
 def is_loopback(host: str) -> bool:
@@ -233,7 +246,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _host(request: Request) -> str:
-    """As the sender wrote it: starlette puts our own address in place of what it cannot read."""
+    """Return the Host header's host; starlette's own reading replaces an unreadable one by our address."""
     try:
         return urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
     except ValueError:
@@ -241,48 +254,52 @@ def _host(request: Request) -> str:
 
 
 def _basic_user(request: Request) -> str | None:
-    scheme, _, rest = request.headers["Authorization"].partition(" ")
+    scheme, _, credentials = request.headers["Authorization"].partition(" ")
     if scheme.lower() != "basic":
         return None
     try:
-        return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[0]
+        return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[0]
     except (binascii.Error, ValueError):
         return None
 
 
-async def _body(request: Request, most_bytes: int) -> bytes:
-    """The body, unpacked; whatever was sent, no more is held than is allowed."""
+async def _body(request: Request, max_bytes: int) -> bytes:
+    """Read and decompress the body; at most `max_bytes` are held in memory, whatever is sent."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in {"identity", "gzip", ""}:
-        raise RefusalError(400, "Content-Encoding may be gzip, or none")
-    packed = bytearray()
+        raise RefusalError(400, "Content-Encoding must be gzip, or absent")
+    received = bytearray()
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > MOST_READ_BYTES:
+        if size > MAX_READ_BYTES:
             break
-        if size <= most_bytes:
-            packed += chunk
-    if size > most_bytes:
-        raise _too_large(most_bytes)
-    if encoding != "gzip":
-        return bytes(packed)
-    unpacking = zlib.decompressobj(wbits=31)
+        if size <= max_bytes:
+            received += chunk
+    if size > max_bytes:
+        raise _too_large(max_bytes)
+    return _decompressed(received, max_bytes) if encoding == "gzip" else bytes(received)
+
+
+def _decompressed(received: bytearray, max_bytes: int) -> bytes:
+    decompressor = zlib.decompressobj(wbits=31)
     try:
-        body = unpacking.decompress(packed, most_bytes + 1)
+        body = decompressor.decompress(received, max_bytes + 1)
     except zlib.error as error:
         raise RefusalError(400, "the body is not gzip") from error
-    if len(body) > most_bytes:
-        raise _too_large(most_bytes)
-    if not unpacking.eof or unpacking.unused_data:
-        raise RefusalError(400, "the body is not gzip: it ends early, or more follows")
+    if len(body) > max_bytes:
+        raise _too_large(max_bytes)
+    if not decompressor.eof or decompressor.unused_data:
+        raise RefusalError(400, "the body is not gzip: it ends early, or more data follows")
     return body
 
 
-def _too_large(most_bytes: int) -> RefusalError:
-    return RefusalError(
-        413, f"the body is larger than {most_bytes // 1024} KB", {"Connection": "close"}
-    )  # what comes yet is not read
+def _too_large(max_bytes: int) -> RefusalError:
+    message = f"the body is larger than {max_bytes // 1024} KB"
+    return RefusalError(413, message, {"Connection": "close"})  # the rest of the body is not read
+
+
+# Calls of a batch
 
 
 def _check_shared(document: Mapping[str, Any], count: int) -> None:
@@ -290,34 +307,29 @@ def _check_shared(document: Mapping[str, Any], count: int) -> None:
     try:
         check_json(shared)
     except CallError as error:
-        raise RefusalError(400, f"what is merged into each call: {error}") from error
+        raise RefusalError(400, f"the batch's context and integrations: {error}") from error
     if len(json.dumps(shared)) * count > MAX_MERGED_BYTES:
-        raise RefusalError(413, "what is merged into each call makes the batch too large: divide it")
+        raise RefusalError(
+            413, "the batch's context and integrations are too large for so many calls: divide it"
+        )
 
 
 def _sent_at(shared: Mapping[str, Any]) -> dt.datetime | None:
     try:
-        return moment_in(shared, "sentAt")
+        return read_time(shared, "sentAt")
     except CallError as error:
         raise RefusalError(400, str(error)) from error
 
 
-def _parse(
-    raw: Any, shared: Mapping[str, Any], received_at: dt.datetime, sent_at: dt.datetime | None
-) -> Call | CallError:
-    try:
-        if isinstance(raw, dict):
-            for name in _MERGED:
-                mine, everybodys = raw.get(name), shared.get(name)
-                if isinstance(everybodys, dict) and isinstance(mine, dict | None):
-                    raw[name] = {**everybodys, **(mine or {})}
-            sent_at = moment_in(raw, "sentAt") or sent_at
-        return intake.parse(raw, received_at=received_at, sent_at=sent_at)
-    except CallError as error:
-        return error
+def _merge_shared(raw: dict[str, Any], shared: Mapping[str, Any]) -> None:
+    """Add the shared fields to a call, whose own members win."""
+    for name in _MERGED:
+        own, common = raw.get(name), shared.get(name)
+        if isinstance(common, dict) and isinstance(own, dict | None):
+            raw[name] = {**common, **(own or {})}
 
 
-def _verdict(receipt: intake.Receipt) -> dict[str, Any]:
+def _verdict(receipt: Receipt) -> dict[str, Any]:
     verdict: dict[str, Any] = {"messageId": receipt.message_id, "status": "accepted"}
     if receipt.is_repeat:
         verdict["status"] = "repeated"
@@ -334,7 +346,3 @@ def _refusal(raw: Any, reason: str) -> dict[str, Any]:
     message_id = raw.get("messageId") if isinstance(raw, dict) else None
     is_plain = isinstance(message_id, str) and message_id.isprintable() and len(message_id) <= 1000
     return {"messageId": message_id if is_plain else None, "status": "refused", "reason": reason}
-
-
-def _refused(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"success": False, "error": message}, status_code=status, headers=headers)

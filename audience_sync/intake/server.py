@@ -1,4 +1,7 @@
-"""The HTTP server around the tracking API: what it listens on, what it bears, and how it ends."""
+"""The HTTP server of the tracking API: limits on connections and on slow senders, and an orderly end.
+
+Next: intake/http.py, which answers the requests.
+"""
 
 import asyncio
 import contextlib
@@ -14,86 +17,88 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from audience_sync.errors import ConfigError
 from audience_sync.stopping import Stop
 
-MOST_CONNECTIONS = 500  # each may hold a batch in memory; more are answered 503
-MOST_REFUSED = 100  # connections at a time that get that answer; what is beyond is cut off, or files ran out
-HEAD_SECONDS = 10.0  # for a request's head to come
-REQUEST_SECONDS = 40.0  # for the rest of it, also where nobody reads it: longer than the API waits for a body
-ANSWER_SECONDS = 30.0  # for a sender to take what it was answered
+MAX_CONNECTIONS = 500  # each may hold a batch in memory; further ones are answered 503
+MAX_REFUSED = (
+    100  # connections that get this answer at a time; further ones are cut off, or files would run out
+)
+HEAD_SECONDS = 10.0  # for the head of a request
+REQUEST_SECONDS = 40.0  # for the rest of it, even if nothing reads it: longer than the API waits for a body
+ANSWER_SECONDS = 30.0  # for the sender to read its answer
 IDLE_SECONDS = 65  # longer than the usual load balancer's
-ENDING_SECONDS = 30
+SHUTDOWN_SECONDS = 30
 
 
-class Protocol(H11Protocol):
-    """Cuts a connection off that is too slow, which uvicorn would wait for, for ever."""
+class TimedProtocol(H11Protocol):
+    """Cuts off slow connections; uvicorn alone would wait for them without end."""
 
-    _cut: asyncio.TimerHandle | None = None
-    _slow: asyncio.TimerHandle | None = None
-    _awaited: Any = None  # the part of a request that is timed now
+    _receive_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _timed_state: Any = None  # h11's state of the request part that is timed now
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS + MOST_REFUSED:
+        if len(self.connections) > MAX_CONNECTIONS + MAX_REFUSED:
             transport.abort()
-        self._time_what_comes()
+        self._set_receive_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._time_what_comes()
+        self._set_receive_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._time_what_comes()
+        self._set_receive_timer()
 
-    def _time_what_comes(self) -> None:
-        """A part of a request has its time from where it begins, however often a little of it comes."""
-        awaited: Any = self.conn.their_state
-        if awaited is h11.IDLE and self.timeout_keep_alive_task is not None:
-            awaited = None  # between two requests, and that is timed
-        if awaited is self._awaited:
+    def _set_receive_timer(self) -> None:
+        """Give each part of a request its time from where it begins, however often a few bytes of it arrive."""
+        state: Any = self.conn.their_state
+        if state is h11.IDLE and self.timeout_keep_alive_task is not None:
+            state = None  # between two requests, which uvicorn times
+        if state is self._timed_state:
             return
-        self._awaited = awaited
-        if self._cut is not None:
-            self._cut.cancel()
-            self._cut = None
-        seconds = {h11.IDLE: HEAD_SECONDS, h11.SEND_BODY: REQUEST_SECONDS}.get(awaited)
+        self._timed_state = state
+        if self._receive_timer is not None:
+            self._receive_timer.cancel()
+            self._receive_timer = None
+        seconds = {h11.IDLE: HEAD_SECONDS, h11.SEND_BODY: REQUEST_SECONDS}.get(state)
         if seconds is not None:
-            self._cut = self.loop.call_later(seconds, self.transport.abort)
+            self._receive_timer = self.loop.call_later(seconds, self.transport.abort)
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()  # closing would wait until all that was written is taken
+        self.transport.abort()  # closing would wait until the sender has read everything
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._slow = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+        self._write_timer = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._slow is not None:
-            self._slow.cancel()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._cut, self._slow):
+        for timer in (self._receive_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
 
-class Server(uvicorn.Server):
-    """Ends when it is asked by `stop`: what is being answered is answered first."""
+class TrackingServer(uvicorn.Server):
+    """Ends when `stop` is set, after it has answered the requests in flight."""
 
     def __init__(self, application: Starlette, stop: Stop) -> None:
         super().__init__(
             uvicorn.Config(
                 application,
-                http=Protocol,
+                http=TimedProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=MOST_CONNECTIONS,
+                limit_concurrency=MAX_CONNECTIONS,
                 timeout_keep_alive=IDLE_SECONDS,
-                timeout_graceful_shutdown=ENDING_SECONDS,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )
         self._stop = stop
@@ -107,18 +112,15 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        ConfigError: the address cannot be used.
-
-    """
+    """Open a listening socket. Raises ConfigError if the address cannot be used."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        return socket.create_server(address[:2], family=family, backlog=MOST_CONNECTIONS)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = addresses[0]
+        return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[0]  # the address again
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[
+            0
+        ]  # repeats the address
         raise ConfigError(
             f"{host}, port {port}, cannot be used: {reason}. Choose others with --host and --port."
         ) from error

@@ -1,7 +1,7 @@
-"""Calls of many callers in one transaction: while one is committed, the next ones gather.
+"""Calls of many requests in one transaction: while one is committed, the next calls gather.
 
-A commit costs the same for one call as for a thousand, so the door keeps its pace under load, and a single call
-waits for two commits at most.
+A commit costs about the same for one call as for a thousand. So the pace holds under load, and a single call waits for
+two commits at most. Next: `save` in intake/__init__.py.
 """
 
 import queue
@@ -16,24 +16,24 @@ import sqlalchemy as sa
 
 from audience_sync import intake
 from audience_sync.app import App
-from audience_sync.calls.records import PreparedCall
+from audience_sync.calls.records import PreparedCall, Receipt
 from audience_sync.errors import DatabaseError
 
-MOST_CALLS = 2_500  # in a transaction, if more than one batch is waiting
+MAX_CALLS = 2_500  # in a transaction of more than one batch
 
 
 @dataclass(slots=True)
 class _Batch:
     calls: Sequence[PreparedCall]
-    future: "Future[list[intake.Receipt]]" = field(default_factory=Future)
+    future: "Future[list[Receipt]]" = field(default_factory=Future)
 
 
 class Writer:
-    """A thread that commits what is handed to `accept`, in order; at the end of `with` all of it is committed."""
+    """A thread that commits batches in the order of `submit`; when its `with` block ends, all are committed."""
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._waiting: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()  # None: the end
         self._count, self._lock = 0, threading.Lock()
         self._thread = threading.Thread(target=self._work, name="calls", daemon=True)
 
@@ -53,13 +53,13 @@ class Writer:
 
     @property
     def waiting_count(self) -> int:
-        """How many calls are not yet being committed."""
+        """Number of calls whose commit has not begun."""
         return self._count
 
-    def accept(self, calls: Sequence[PreparedCall]) -> "Future[list[intake.Receipt]]":
-        """The receipts, once the calls are committed; or what kept them from that, and then none of them is."""
+    def submit(self, calls: Sequence[PreparedCall]) -> "Future[list[Receipt]]":
+        """Queue a batch; the future holds the receipts once all calls are committed, or the error if none is."""
         batch = _Batch(calls)
-        batch.future.set_running_or_notify_cancel()  # who no longer waits for it cannot undo it
+        batch.future.set_running_or_notify_cancel()  # so that a caller cannot cancel it
         with self._lock:
             self._count += len(calls)
         self._waiting.put(batch)
@@ -69,20 +69,20 @@ class Writer:
         is_ending = False
         while not is_ending:
             batches, is_ending = self._next()
-            trouble = self._commit(batches) if batches else None
-            if trouble is None:
+            error = self._commit(batches) if batches else None
+            if error is None:
                 continue
-            may_part = len(batches) > 1 and not _is_everybodys(trouble)
-            for batch in batches:  # one of them may be the trouble: the others need not suffer
-                own = self._commit([batch]) if may_part else trouble
-                if own is not None:
-                    batch.future.set_exception(own)
+            is_divisible = len(batches) > 1 and not _is_unavailable(error)
+            for batch in batches:  # perhaps only one of them is at fault
+                batch_error = self._commit([batch]) if is_divisible else error
+                if batch_error is not None:
+                    batch.future.set_exception(batch_error)
 
     def _next(self) -> tuple[list[_Batch], bool]:
-        """What is waiting, at least one; and whether that was the last."""
+        """Wait for a batch, then take all that wait; the flag says whether the end has come."""
         batches: list[_Batch] = []
         count = 0
-        while count < MOST_CALLS:
+        while count < MAX_CALLS:
             try:
                 batch = self._waiting.get(block=not batches)
             except queue.Empty:
@@ -96,10 +96,10 @@ class Writer:
         return batches, False
 
     def _commit(self, batches: Sequence[_Batch]) -> Exception | None:
-        """What kept them from being committed."""
+        """Commit the batches in one transaction; return the error if that fails."""
         try:
             receipts = intake.save(self._app, [call for batch in batches for call in batch.calls])
-        except Exception as error:  # noqa: BLE001  (whatever it is, who waits must hear of it)
+        except Exception as error:  # noqa: BLE001  (any error belongs to the callers who wait)
             return error
         start = 0
         for batch in batches:
@@ -108,6 +108,6 @@ class Writer:
         return None
 
 
-def _is_everybodys(error: Exception) -> bool:
-    """A database that cannot be used is not asked again for each batch, a busy time for each."""
+def _is_unavailable(error: Exception) -> bool:
+    """An unusable database fails for every batch: trying each would multiply the wait."""
     return isinstance(error, DatabaseError) and isinstance(error.__cause__, sa.exc.OperationalError)

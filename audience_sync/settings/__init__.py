@@ -25,8 +25,9 @@ from audience_sync.settings.schema import (
     Table,
     TrackingSettings,
 )
-from audience_sync.settings.sections import Section, absolute, read, shown
+from audience_sync.settings.sections import Section, absolute, read
 from audience_sync.settings.urls import database_url, normalize_endpoint
+from audience_sync.suggest import shown
 
 VARIABLE = "AUDIENCE_SYNC_CONFIG"
 PATHS = ("config/audience_sync.toml", "audience_sync.toml")

@@ -19,7 +19,8 @@ from audience_sync.settings.schema import (
     SourceSettings,
     span_seconds,
 )
-from audience_sync.settings.sections import Section, nearest, shown
+from audience_sync.settings.sections import Section
+from audience_sync.suggest import did_you_mean, shown
 
 # Userpilot's own properties: an audience of that name would overwrite them with true and false.
 _USERPILOT_OWN = {
@@ -42,7 +43,7 @@ def build_definition(
     if not name.isprintable():
         section.fail("name: expected one line without control characters")
     if settings.source is not None and settings.source not in sources:
-        section.fail(f"source: there is no such [sources.NAME]{nearest(settings.source, sources)}")
+        section.fail(f"source: there is no such [sources.NAME]: {did_you_mean(settings.source, sources)}")
     return Definition(
         key=_key(section, settings, name, kind),
         name=name,
@@ -106,10 +107,10 @@ def build_mapping(section: Section, table: Any) -> mappings.Mapping:
 
 
 def check_mappings(file: Section, built: Collection[mappings.Mapping], *, with_presets: bool) -> None:
-    limit = mappings.MOST_MAPPINGS - (len(mappings.PRESETS) if with_presets else 0)
+    limit = mappings.MAX_MAPPINGS - (len(mappings.PRESETS) if with_presets else 0)
     if len(built) > limit:
         file.fail(
-            f"mappings: there are {len(built)}, and a destination holds {mappings.MOST_MAPPINGS}"
+            f"mappings: there are {len(built)}, and a destination holds {mappings.MAX_MAPPINGS}"
             f"{', the presets counted' if with_presets else ''}: leave {len(built) - limit} out"
         )
     for name, count in Counter(mapping.name for mapping in built).items():

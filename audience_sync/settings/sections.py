@@ -1,6 +1,5 @@
 """One section of the configuration file: variables, unknown names and types; every message names file and section."""
 
-import difflib
 import os
 import re
 import tomllib
@@ -13,6 +12,7 @@ import msgspec
 
 from audience_sync.errors import ConfigError, MissingVariable
 from audience_sync.settings.schema import Secret, Table
+from audience_sync.suggest import did_you_mean, shown
 
 MAX_BYTES = 1_000_000
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -37,7 +37,7 @@ class Section:
             if name in later:
                 self.fail(f"not yet: {name} belongs to a later release; remove it")
             if name not in known:
-                self.fail(f"unknown name {shown(name)}{nearest(name, known)}")
+                self.fail(f"unknown name {shown(name)}: {did_you_mean(name, known)}")
 
     def convert(self, table: Any, shape: type[_T]) -> _T:
         """Check the table against its shape and replace its variables."""
@@ -152,14 +152,3 @@ def read(path: Path) -> dict[str, Any]:
 
 def absolute(folder: Path, path: str | Path) -> Path:
     return Path(os.path.abspath(folder / path))  # noqa: PTH100  (does not follow links, as resolve() does)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name[:60], list(known), n=1, cutoff=0.5)
-    if near:
-        return f": did you mean {shown(near[0])}?"
-    return f": known are {', '.join(map(shown, known))}" if known else ": none is declared"
-
-
-def shown(name: str) -> str:
-    return name if len(name) <= 60 and name.isprintable() else ascii(name[:60])

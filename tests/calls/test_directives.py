@@ -28,7 +28,7 @@ CALL = {
 
 
 def resolve(mapping):
-    return directives.compile(mapping).resolve(CALL)
+    return directives.compile_template(mapping).resolve(CALL)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_what_is_no_directive_stands_for_itself_member_by_member():
     [
         (
             {"@path": "a", "@template": "b"},
-            "fields: @path stands alone in its object: @template is one key too many",
+            "fields: @path must be the only key of its object: remove @template",
         ),
-        ({"a": 1, "@path": "b"}, "fields: @path stands alone in its object: a is one key too many"),
+        ({"a": 1, "@path": "b"}, "fields: @path must be the only key of its object: remove a"),
         ({"a": [0, {"@pth": "b"}]}, "fields.a[1]: unknown directive @pth: did you mean @path?"),
-        ({"@liquid": "x"}, "fields: @liquid is a directive of Segment's that is not supported here"),
+        ({"@liquid": "x"}, "fields: Segment's directive @liquid is not supported"),
         ({"a": {"@path": 1}}, 'fields.a.@path: expected a path in quotes, such as "$.properties.total"'),
-        ({"@template": 1}, 'fields.@template: expected a text, such as "Order of {{userId}}"'),
+        ({"@template": 1}, 'fields.@template: expected text, such as "Order of {{userId}}"'),
         ({"@template": "{{a"}, "fields.@template: {{ has no }} after it"),
         ({"@if": 1}, "fields.@if: expected an object with exists, blank, then, else"),
         ({"@if": {"then": 1}}, "fields.@if: expected one of exists and blank"),
@@ -175,28 +175,28 @@ def test_what_is_no_directive_stands_for_itself_member_by_member():
         ({"@case": {"operator": "upper"}}, "fields.@case: value is missing"),
         (
             {"@flatten": {"value": 1, "separator": ""}},
-            "fields.@flatten.separator: expected a text that is not empty",
+            "fields.@flatten.separator: expected non-empty text",
         ),
         ({"@flatten": {"value": 1, "separator": ".", "omitArrays": 1}}, "omitArrays: expected true or false"),
         ({"@json": {"mode": "x", "value": 1}}, "fields.@json.mode: expected encode or decode"),
         ({"@merge": {"objects": {}, "direction": "left"}}, "fields.@merge.objects: expected a list"),
         ({"@merge": {"objects": [], "direction": []}}, "fields.@merge.direction: expected right or left"),
         ({"a": float("nan")}, "fields.a: nan and inf are not JSON"),
-        ({"@literal": [{1}]}, "fields.@literal[0]: a set is not a JSON value: write it as a text"),
+        ({"@literal": [{1}]}, "fields.@literal[0]: a set is not a JSON value: write it as text"),
     ],
 )
 def test_what_is_wrong_and_where(mapping, message):
     with pytest.raises(ConfigError) as raised:
-        directives.compile(mapping, "fields")
+        directives.compile_template(mapping, "fields")
     assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("path", ["", ".", "a..b", "a.", "$a", "a[", "a[x]", "a]b", "a[-1]", 'a["b', "[0]b"])
 def test_bad_paths(path):
     with pytest.raises(ConfigError, match="not a path"):
-        directives.compile({"@path": path})
+        directives.compile_template({"@path": path})
     with pytest.raises(ConfigError, match="not a path"):
-        directives.compile({"@template": "{{" + path + "}}"})
+        directives.compile_template({"@template": "{{" + path + "}}"})
 
 
 def test_nesting_is_bounded():
@@ -206,10 +206,10 @@ def test_nesting_is_bounded():
         return inner
 
     for around in (lambda x: [x], lambda x: {"a": x}, lambda x: {"@case": {"operator": "upper", "value": x}}):
-        with pytest.raises(ConfigError, match="nested over 20 levels"):
-            directives.compile(nested(3000, 1, around))
-        with pytest.raises(ConfigError, match="nested over 20 levels"):
-            directives.compile({"@literal": nested(21, 1, around)})
+        with pytest.raises(ConfigError, match="nested more than 20 levels deep"):
+            directives.compile_template(nested(3000, 1, around))
+        with pytest.raises(ConfigError, match="nested more than 20 levels deep"):
+            directives.compile_template({"@literal": nested(21, 1, around)})
     assert resolve(nested(20, 1, lambda x: [x])) == nested(20, 1, lambda x: [x])
 
 
@@ -220,7 +220,7 @@ def test_a_document_beyond_all_bounds_is_a_bad_call():
     for mapping in ({"@json": {"mode": "encode", "value": {"@path": "a"}}}, {"@template": "{{a}}"}):
         for value in (deep, 10**5000):
             with pytest.raises(CallError):
-                directives.compile(mapping).resolve({"a": value})
+                directives.compile_template(mapping).resolve({"a": value})
 
 
 json_values = st.recursive(
@@ -335,7 +335,7 @@ def written(mapping):
 @given(mappings, st.dictionaries(st.sampled_from("abc"), json_values, max_size=3))
 def test_as_the_slow_model_says(mapping, call):
     before = json.dumps(call)
-    assert directives.compile(written(mapping)).resolve(call) == safely(mapping, call, MISSING)
+    assert directives.compile_template(written(mapping)).resolve(call) == safely(mapping, call, MISSING)
     assert json.dumps(call) == before
 
 
@@ -366,7 +366,7 @@ def test_as_the_slow_model_says(mapping, call):
 )
 def test_any_mapping_is_refused_or_resolves(mapping, properties):
     try:
-        template = directives.compile(mapping, "fields")
+        template = directives.compile_template(mapping, "fields")
     except ConfigError as error:
         if not str(error).startswith("fields"):
             raise
@@ -377,7 +377,7 @@ def test_any_mapping_is_refused_or_resolves(mapping, properties):
 @given(st.text("$.[]'\"ab0 ", max_size=12))
 def test_any_path_is_refused_or_read(path):
     try:
-        template = directives.compile({"@path": path})
+        template = directives.compile_template({"@path": path})
     except ConfigError:
         return
     template.resolve({"a": [{"b": {"": 1}}]})

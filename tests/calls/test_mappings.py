@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 import pytest
 
 from audience_sync.calls.mappings import PRESETS, Outgoing, compile_mapping, decide
-from audience_sync.calls.validation import parse
+from audience_sync.calls.validation import parse_call
 from audience_sync.errors import ConfigError
 from audience_sync.userpilot.payloads import COMPANY, Action
 
@@ -11,7 +11,7 @@ RECEIVED_AT = datetime(2024, 5, 1, 12, 0, tzinfo=UTC)
 
 
 def decided(reserved_keys=(), mappings=PRESETS, **fields):
-    call = parse({"userId": "u1", **fields}, received_at=RECEIVED_AT, new_id=lambda: "made")
+    call = parse_call({"userId": "u1", **fields}, received_at=RECEIVED_AT, new_id=lambda: "made")
     return decide(call, mappings, reserved_keys=reserved_keys)
 
 
@@ -141,7 +141,7 @@ def test_each_mapping_that_matches_sends_and_one_that_fails_is_told():
         Outgoing(Action.TRACK, "u1", {"event_name": "Bought"}),
         Outgoing(Action.IDENTIFY, "u1", {"buyer": True}),
     ]
-    assert found.reason == "Mine: name is required: a string that is not empty"
+    assert found.reason == "Mine: name must be a non-empty string"
 
 
 @pytest.mark.parametrize(("name", "sent"), [(7, "7"), (True, "true"), (1.5, "1.5"), ("x", "x")])
@@ -153,11 +153,11 @@ def test_an_event_name_becomes_text(name, sent):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"name": None}, "Mine: name is required: a string that is not empty"),
-        ({"name": [1]}, "Mine: name is required: a string that is not empty"),
+        ({"name": None}, "Mine: name must be a non-empty string"),
+        ({"name": [1]}, "Mine: name must be a non-empty string"),
         ({"userId": ""}, "Mine: userId is empty"),
         ({"userId": {"@path": "$.traits.nobody"}}, "Mine: userId is required"),
-        ({"userId": True}, "Mine: userId must be a string or a number"),
+        ({"userId": True}, "Mine: userId must be a string or a number, not true or false"),
         ({"properties": "x"}, "Mine: properties must be an object"),
     ],
 )

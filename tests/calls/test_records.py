@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audience_sync.calls import mappings, records, validation
-from audience_sync.db import dialects, engines, rows
+from audience_sync.db import dialects, engines, rows, tables
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 _numbers = itertools.count()
@@ -30,13 +30,15 @@ TOLD = st.fixed_dictionaries(
 
 def keep(engine, raws):
     parsed = [
-        validation.parse(raw, received_at=NOON + dt.timedelta(days=9), new_id=lambda: "none") for raw in raws
+        validation.parse_call(raw, received_at=NOON + dt.timedelta(days=9), new_id=lambda: "none")
+        for raw in raws
     ]
     prepared = [
-        records.prepare(call, mappings.decide(call, mappings.PRESETS, reserved_keys=())) for call in parsed
+        records.prepare_call(call, mappings.decide(call, mappings.PRESETS, reserved_keys=()))
+        for call in parsed
     ]
     with engines.write(engine) as connection:
-        return records.add(connection, prepared, received_at=NOON, fingerprint=None)
+        return records.save_calls(connection, prepared, received_at=NOON, fingerprint=None)
 
 
 def raw(told, prefix):
@@ -101,7 +103,7 @@ def kept(engine, table, key, prefix):
     return {
         row[0].removeprefix(prefix): (
             row.traits,
-            row.company_id.removeprefix(prefix) if table is records.profiles and row.company_id else None,
+            row.company_id.removeprefix(prefix) if table is tables.profiles and row.company_id else None,
             (row.first_seen_at - NOON) // dt.timedelta(hours=1),
             (row.last_seen_at - NOON) // dt.timedelta(hours=1),
         )
@@ -120,8 +122,8 @@ def test_profiles_and_companies_are_what_calls_told_one_after_the_other(engine, 
         keep(engine, [raw(told, prefix) for told in batch])
         for told in batch:
             model.take(told)
-    assert kept(engine, records.profiles, "user_id", prefix) == Model.told(model.users)
-    assert kept(engine, records.companies, "company_id", prefix) == Model.told(model.companies)
+    assert kept(engine, tables.profiles, "user_id", prefix) == Model.told(model.users)
+    assert kept(engine, tables.companies, "company_id", prefix) == Model.told(model.companies)
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)

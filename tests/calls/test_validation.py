@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audience_sync.calls.model import Call, CallType
-from audience_sync.calls.validation import parse
+from audience_sync.calls.validation import parse_call
 from audience_sync.errors import CallError
 
 RECEIVED_AT = datetime(2024, 5, 1, 12, 0, tzinfo=UTC)
@@ -14,7 +14,7 @@ RECEIVED_AT = datetime(2024, 5, 1, 12, 0, tzinfo=UTC)
 
 def parsed(**fields):
     raw = {"type": "identify", "userId": "u1", **fields}
-    return parse(raw, received_at=RECEIVED_AT, new_id=lambda: "made")
+    return parse_call(raw, received_at=RECEIVED_AT, new_id=lambda: "made")
 
 
 def test_an_identify():
@@ -27,7 +27,7 @@ def test_an_identify():
         "context": {"ip": "::1"},
         "timestamp": "2024-04-30T10:00:00+02:00",
     }
-    assert parse(raw, received_at=RECEIVED_AT, new_id=lambda: "made") == Call(
+    assert parse_call(raw, received_at=RECEIVED_AT, new_id=lambda: "made") == Call(
         type=CallType.IDENTIFY,
         message_id="m1",
         user_id="u1",
@@ -104,12 +104,12 @@ for _ in range(17):
         ({"userId": None}, "userId or anonymousId is required"),
         ({"userId": ""}, "userId is empty"),
         ({"anonymousId": ""}, "anonymousId is empty"),
-        ({"userId": True}, "userId must be a string or a number"),
-        ({"userId": ["u1"]}, "userId must be a string or a number"),
+        ({"userId": True}, "userId must be a string or a number, not true or false"),
+        ({"userId": ["u1"]}, "userId must be a string or a number, not a list"),
         ({"userId": "u" * 256}, "userId is longer than 255 characters"),
-        ({"type": "track"}, "event is required in a track call: a string that is not empty"),
-        ({"type": "track", "event": ""}, "event is required in a track call: a string that is not empty"),
-        ({"type": "track", "event": 7}, "event is required in a track call: a string that is not empty"),
+        ({"type": "track"}, "event must be a non-empty string in a track call"),
+        ({"type": "track", "event": ""}, "event must be a non-empty string in a track call"),
+        ({"type": "track", "event": 7}, "event must be a non-empty string in a track call"),
         ({"type": "group"}, "groupId is required in a group call"),
         ({"type": "group", "groupId": ""}, "groupId is empty"),
         ({"type": "group", "groupId": "g" * 501}, "groupId is longer than 500 characters"),
@@ -117,9 +117,9 @@ for _ in range(17):
         ({"traits": []}, "traits must be an object"),
         ({"properties": "x"}, "properties must be an object"),
         ({"context": 7}, "context must be an object"),
-        ({"messageId": 7}, "messageId must be a string that is not empty"),
+        ({"messageId": 7}, "messageId must be a non-empty string"),
         ({"messageId": "m" * 101}, "messageId is longer than 100 characters"),
-        ({"timestamp": 1714557600}, "timestamp must be a string in ISO 8601"),
+        ({"timestamp": 1714557600}, "timestamp must be an ISO 8601 string, such as 2024-05-01T12:00:00Z"),
         ({"timestamp": "yesterday"}, "timestamp is not ISO 8601, such as 2024-05-01T12:00:00Z"),
         (
             {"timestamp": "0001-01-01T00:00:00+14:00"},
@@ -127,15 +127,15 @@ for _ in range(17):
         ),
         ({"userId": "a\0b"}, "text with a NUL character cannot be stored"),
         ({"traits": {"a": [{"b\0": 1}]}}, "text with a NUL character cannot be stored"),
-        ({"traits": {"a": "\udc00"}}, "text with a lone surrogate is not Unicode"),
+        ({"traits": {"a": "\udc00"}}, "text with a lone surrogate is not valid Unicode"),
         ({"traits": {"a": float("nan")}}, "NaN and Infinity are not JSON"),
         ({"traits": {"a": float("-inf")}}, "NaN and Infinity are not JSON"),
         ({"traits": {"a": 10**400}}, "a number is too large"),
         ({"traits": {"a": 10**5000}}, "a number is too large"),
         ({"traits": {"a": {1, 2}}}, "a set is not a JSON value"),
         ({"traits": {1: "a"}}, "the names in an object must be strings"),
-        ({"traits": {"a": nested(19)}}, "objects and lists are nested over 20 levels"),
-        ({"traits": LOOP}, "objects and lists are nested over 20 levels"),
+        ({"traits": {"a": nested(19)}}, "objects and lists are nested more than 20 levels deep"),
+        ({"traits": LOOP}, "objects and lists are nested more than 20 levels deep"),
         ({"traits": {"a": WIDE}}, "the call is larger than 32 KB"),
         ({"traits": {"a": [[0] * 1000] * 1000}}, "the call is larger than 32 KB"),
         ({"traits": {"a": "é" * 16_384}}, "the call is larger than 32 KB"),
@@ -159,8 +159,8 @@ def test_exactly_32_kb_are_taken():
 
 
 def test_a_call_must_be_an_object():
-    with pytest.raises(CallError, match="a call is an object"):
-        parse(["identify"], received_at=RECEIVED_AT, new_id=lambda: "made")
+    with pytest.raises(CallError, match="a call must be a JSON object"):
+        parse_call(["identify"], received_at=RECEIVED_AT, new_id=lambda: "made")
 
 
 anything = st.recursive(
@@ -188,7 +188,7 @@ def test_whatever_comes_in_is_a_call_or_a_call_error(raw, call_type):
     if call_type:
         raw["type"] = call_type
     try:
-        call = parse(raw, received_at=RECEIVED_AT, new_id=lambda: "made")
+        call = parse_call(raw, received_at=RECEIVED_AT, new_id=lambda: "made")
     except CallError:
         return
     assert call.subject_id
@@ -198,7 +198,7 @@ def test_whatever_comes_in_is_a_call_or_a_call_error(raw, call_type):
 
 def corrected(sent_at, **times):
     raw = {"type": "identify", "userId": "u1", **times}
-    return parse(raw, received_at=RECEIVED_AT, sent_at=sent_at, new_id=str).timestamp
+    return parse_call(raw, received_at=RECEIVED_AT, sent_at=sent_at, new_id=str).timestamp
 
 
 def test_the_senders_clock_is_corrected():

@@ -85,7 +85,7 @@ def make_door(make_app):
             clock = HandClock()
             app = make_app(clock=clock, **options)
             writer = stack.enter_context(Writer(app))
-            return Door(app, clock, http.Tracking(app, writer).asgi())
+            return Door(app, clock, http.TrackingApi(app, writer).asgi())
 
         yield make
 
@@ -103,7 +103,7 @@ def serving(make_app):
     def serve(app=None):
         app = app or make_app()
         with server.listen("127.0.0.1", 0) as listening, Writer(app) as writer:
-            running = server.Server(http.Tracking(app, writer).asgi(), app.stop)
+            running = server.TrackingServer(http.TrackingApi(app, writer).asgi(), app.stop)
             thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
             address = listening.getsockname()
             thread.start()

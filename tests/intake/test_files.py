@@ -103,7 +103,7 @@ def test_of_gzip_that_ends_early_what_came_before_is_in(take_in, users):
     code, said = take_in(content[: len(content) // 2])
     assert code == 2
     assert said.startswith("audience-sync: The file cannot be read after line ")
-    assert said.endswith("What stands before that is handed in.\n")
+    assert said.endswith("The lines before are imported.\n")
     count = int(said.split("after line ")[1].split(":")[0])
     assert 5_000 < count < 15_000
     assert sorted(users()) == sorted(f"u{number}" for number in range(count))
@@ -140,16 +140,16 @@ BAD = [
     BOB,
 ]
 REASONS = {
-    2: "not JSON",
-    4: "a call is an object",
-    5: "event is required in a track call: a string that is not empty",
-    6: "not JSON",
+    2: "not valid JSON",
+    4: "a call must be a JSON object",
+    5: "event must be a non-empty string in a track call",
+    6: "not valid JSON",
     7: "userId or anonymousId is required",
     8: "the call is larger than 32 KB",
     9: "the call is larger than 32 KB",
-    10: "text with a lone surrogate is not Unicode",
-    11: "not JSON",
-    12: "not JSON",
+    10: "text with a lone surrogate is not valid Unicode",
+    11: "not valid JSON",
+    12: "not valid JSON",
 }
 
 
@@ -173,7 +173,7 @@ def test_lines_that_are_no_calls_are_told_and_left_out(take_in, users, tmp_path)
 def test_of_many_bad_lines_the_first_are_told(take_in):
     code, said = take_in(b"{\n" * 30)
     assert code == 1  # none of them is a call
-    assert said.count("not JSON") == 20
+    assert said.count("not valid JSON") == 20
     assert "And 10 more lines that are no calls: --set-aside PATH writes all of them." in said
 
 
@@ -268,7 +268,7 @@ def test_killed_in_the_middle_and_imported_again_each_line_is_one_call(command, 
 
 
 def test_long_lines_make_short_pieces():
-    lines = ((number, bytes(1_000_000)) for number in range(1, 21))
+    lines = (files.Line(number, bytes(1_000_000)) for number in range(1, 21))
     pieces = [[number for number, _ in piece] for piece in files._pieces(lines, [])]
     assert pieces == [[*range(1, 9)], [*range(9, 17)], [*range(17, 21)]]
 
@@ -285,7 +285,7 @@ def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monk
     monkeypatch.setattr(files._SPAWN, "Process", None)
     monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     lines = b"\n".join(identify(f"u{number}") for number in range(5))
-    summary = files.take_in(make_app(), io.BytesIO(lines), pytest.fail)
+    summary = files.import_calls(make_app(), io.BytesIO(lines), pytest.fail)
     assert (summary.accepted_count, sorted(users())) == (5, [f"u{number}" for number in range(5)])
 
 
@@ -304,7 +304,7 @@ def test_between_transactions_others_may_write(make_app, users, engine, tmp_path
             dialects.sql(connection, "DELETE FROM {our}companies")
 
     with (tmp_path / "calls").open("rb") as file:
-        files.take_in(make_app(), files.unpacked(file), pytest.fail, on_progress)
+        files.import_calls(make_app(), files.decompressed(file), pytest.fail, on_progress)
     assert seen == told
 
 
@@ -314,7 +314,7 @@ def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkey
     out, into = os.pipe()
     os.write(into, b"\n".join([ANN, BOB, CLEO, b""]))
     with ThreadPoolExecutor() as pool, os.fdopen(out, "rb") as file:
-        importing = pool.submit(files.take_in, make_app(), files.unpacked(file), pytest.fail)
+        importing = pool.submit(files.import_calls, make_app(), files.decompressed(file), pytest.fail)
         until(lambda: users() == ["ann", "bob"])
         with engines.write(engine) as connection:
             dialects.sql(connection, "DELETE FROM {our}companies")
@@ -386,7 +386,7 @@ def test_who_takes_bad_lines_slowly_locks_nobody_out(make_app, engine, tmp_path)
             dialects.sql(connection, "DELETE FROM {our}companies")
 
     with (tmp_path / "calls").open("rb") as file:
-        files.take_in(make_app(), files.unpacked(file), on_bad)
+        files.import_calls(make_app(), files.decompressed(file), on_bad)
     assert seen == [2, 4]
 
 
@@ -394,7 +394,7 @@ def test_who_takes_bad_lines_slowly_locks_nobody_out(make_app, engine, tmp_path)
 def test_nothing_is_waited_for_while_others_are_locked_out(make_app, users, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
-    prepare = files.prepare
+    prepare = files.prepare_lines
     go_on = threading.Event()
 
     def slow_prepare(configured, lines):
@@ -402,10 +402,10 @@ def test_nothing_is_waited_for_while_others_are_locked_out(make_app, users, engi
             assert go_on.wait(60)
         return prepare(configured, lines)
 
-    monkeypatch.setattr(files, "prepare", slow_prepare)
+    monkeypatch.setattr(files, "prepare_lines", slow_prepare)
     (tmp_path / "calls").write_bytes(b"\n".join([ANN, BOB, CLEO, identify("dora")]))
     with ThreadPoolExecutor() as pool, (tmp_path / "calls").open("rb") as file:
-        importing = pool.submit(files.take_in, make_app(), files.unpacked(file), pytest.fail)
+        importing = pool.submit(files.import_calls, make_app(), files.decompressed(file), pytest.fail)
         until(lambda: users() == ["ann", "bob"])
         with engines.write(engine) as connection:
             dialects.sql(connection, "DELETE FROM {our}companies")

@@ -74,9 +74,9 @@ def test_a_bad_call_in_a_batch_is_refused_alone(door):
         {
             "messageId": "m2",
             "status": "refused",
-            "reason": "event is required in a track call: a string that is not empty",
+            "reason": "event must be a non-empty string in a track call",
         },
-        {"messageId": None, "status": "refused", "reason": "a call is an object"},
+        {"messageId": None, "status": "refused", "reason": "a call must be a JSON object"},
         {"messageId": "m3", "status": "accepted"},
     ]
     assert door.rows("calls", "message_id") == [("m1",), ("m3",)]
@@ -84,7 +84,7 @@ def test_a_bad_call_in_a_batch_is_refused_alone(door):
 
 def test_a_bad_call_alone_is_answered_400(door):
     answer = door.post("track", {"userId": "ann", "messageId": "m1"})
-    reason = "event is required in a track call: a string that is not empty"
+    reason = "event must be a non-empty string in a track call"
     verdict = {"messageId": "m1", "status": "refused", "reason": reason}
     assert refusal(answer) == (400, {"success": False, "error": reason, "calls": [verdict]})
     assert door.rows("calls") == []
@@ -150,7 +150,7 @@ def test_a_senders_clock_is_corrected_by_when_it_says_it_sent(door):
 def test_refused_calls_are_logged_because_the_libraries_do_not_read_the_verdicts(door, caplog):
     door.batch(IDENTIFY, {"type": "track", "userId": "s3cret"}, {"type": "identify"})
     (record,) = [each for each in caplog.records if each.getMessage() == "calls refused"]
-    reason = "event is required in a track call: a string that is not empty"
+    reason = "event must be a non-empty string in a track call"
     assert record.facts == {"count": 2, "first_reason": reason}
 
 
@@ -244,14 +244,14 @@ def test_without_write_keys_programs_on_this_machine_come_in_and_nothing_that_a_
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        (b"", "the body is not JSON"),
-        (b"{", "the body is not JSON"),
-        (b"\xff", "the body is not JSON"),
-        (b'{"userId": "u1", "event": "K\xf6ln"}', "the body is not JSON"),
-        (b"[" * 20_000, "the body is not JSON"),
-        (b"[]", "the body must be an object"),
-        (b"null", "the body must be an object"),
-        (b'"a"', "the body must be an object"),
+        (b"", "the body is not valid JSON"),
+        (b"{", "the body is not valid JSON"),
+        (b"\xff", "the body is not valid JSON"),
+        (b'{"userId": "u1", "event": "K\xf6ln"}', "the body is not valid JSON"),
+        (b"[" * 20_000, "the body is not valid JSON"),
+        (b"[]", "the body must be a JSON object"),
+        (b"null", "the body must be a JSON object"),
+        (b'"a"', "the body must be a JSON object"),
     ],
 )
 def test_a_body_that_is_no_object_is_refused(door, path, body, error):
@@ -274,7 +274,7 @@ def test_an_empty_batch_is_a_batch(door):
 def test_what_is_no_unicode_is_refused_call_by_call(door):
     body = b'{"batch": [{"type": "identify", "userId": "ann", "messageId": "\\ud800"}, %s]}'
     answer = door.post("batch", body % json.dumps(IDENTIFY).encode())
-    reason = "text with a lone surrogate is not Unicode"
+    reason = "text with a lone surrogate is not valid Unicode"
     assert answer.json()["calls"] == [
         {"messageId": None, "status": "refused", "reason": reason},
         *accepted("m1"),
@@ -290,7 +290,7 @@ def test_gzip_is_unpacked(door):
 @SQLITE
 def test_what_is_not_gzip_to_its_end_is_refused(door):
     body = gzip.compress(json.dumps(IDENTIFY).encode())
-    early = "the body is not gzip: it ends early, or more follows"
+    early = "the body is not gzip: it ends early, or more data follows"
     for broken, error in [
         (b"{}", "the body is not gzip"),
         (b"", early),
@@ -301,7 +301,7 @@ def test_what_is_not_gzip_to_its_end_is_refused(door):
     ]:
         assert refusal(door.post("identify", broken, headers=GZIP)) == (400, refused(error))
     deflated = door.post("identify", body, headers=AS_SHOP | {"Content-Encoding": "deflate"})
-    assert refusal(deflated) == (400, refused("Content-Encoding may be gzip, or none"))
+    assert refusal(deflated) == (400, refused("Content-Encoding must be gzip, or absent"))
 
 
 @SQLITE
@@ -342,8 +342,14 @@ def test_a_call_in_a_batch_has_a_limit_of_its_own(door):
 def test_what_is_merged_into_each_call_counts_for_each(door):
     calls = [{"type": "track", "userId": "ann", "event": "Clicked"}] * 2000
     for context, error in [
-        ({"a": "x" * 32 * 1024}, (400, "what is merged into each call: the call is larger than 32 KB")),
-        ({"a": "x" * 10_000}, (413, "what is merged into each call makes the batch too large: divide it")),
+        (
+            {"a": "x" * 32 * 1024},
+            (400, "the batch's context and integrations: the call is larger than 32 KB"),
+        ),
+        (
+            {"a": "x" * 10_000},
+            (413, "the batch's context and integrations are too large for so many calls: divide it"),
+        ),
         ("all", (200, None)),
     ]:
         answer = door.post("batch", {"batch": calls, "context": context})
@@ -387,7 +393,7 @@ def test_while_the_database_cannot_be_used_nothing_is_half_kept(door, caplog):
     answer = door.post("batch", {"batch": [IDENTIFY, track]})
     assert refusal(answer) == (503, refused("the database cannot be used: try again"))
     assert answer.headers["Retry-After"] == "5"
-    assert "calls could not be kept" in caplog.text
+    assert "calls could not be stored" in caplog.text
     assert door.rows("calls") == door.rows("profiles") == door.rows("deliveries") == []
     with engines.write(door.app.engine) as connection:
         dialects.sql(connection, "ALTER TABLE {our}away RENAME TO events")
@@ -396,7 +402,7 @@ def test_while_the_database_cannot_be_used_nothing_is_half_kept(door, caplog):
 
 @SQLITE
 def test_no_more_is_read_than_the_database_keeps_up_with(door, monkeypatch):
-    monkeypatch.setattr(http, "MOST_WAITING", 0)
+    monkeypatch.setattr(http, "MAX_WAITING_CALLS", 0)
     assert refusal(door.post("identify", IDENTIFY)) == (503, refused("the database is behind: try again"))
 
 

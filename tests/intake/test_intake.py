@@ -79,10 +79,10 @@ def test_a_trait_with_a_definitions_key_is_left_out_and_recorded(app):
 
 
 def test_a_call_that_is_not_valid_keeps_nothing(app):
-    with pytest.raises(CallError, match="event is required"):
+    with pytest.raises(CallError, match="event must be a non-empty string"):
         intake.track(app, "ann", " ")
     with pytest.raises(
-        CallError, match="colour is no field of a call: there are message_id, timestamp, context"
+        CallError, match="a call has no field colour: known are message_id, timestamp, context"
     ):
         intake.identify(app, "ann", colour="red")
     assert queued(app) == []

@@ -230,8 +230,8 @@ def test_who_takes_no_answers_is_cut_off(serving, monkeypatch):
 
 @SQLITE
 def test_more_connections_than_the_most_are_answered_503_and_many_more_cut_off(serving, monkeypatch):
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
-    monkeypatch.setattr(server, "MOST_REFUSED", 1)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(server, "MAX_REFUSED", 1)
     with serving() as address, begun(address) as first, begun(address):
         with connect(address) as third:
             third.sendall(HEALTH)

@@ -4,6 +4,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync import intake
+from audience_sync.calls import mappings, records
 from audience_sync.calls.model import Call, CallType
 from audience_sync.db import dialects, engines
 from audience_sync.errors import DatabaseError
@@ -17,17 +18,13 @@ def app(make_app):
 
 def call(app, message_id):
     raw = {"type": "identify", "userId": f"user of {message_id}", "messageId": message_id}
-    return prepared(app, intake.parse(raw, received_at=app.clock.now()))
-
-
-def prepared(app, parsed):
-    return intake.prepare(app.settings, [parsed])[0]
+    return intake.Preparer(app.settings).prepare(raw, received_at=app.clock.now())
 
 
 def broken(app):
     """A call that no database takes: an event without its name."""
     parsed = Call(CallType.TRACK, "broken", "bob", None, None, None, app.clock.now(), {"type": "track"})
-    return prepared(app, parsed)
+    return records.prepare_call(parsed, mappings.decide(parsed, mappings.PRESETS, reserved_keys=()))
 
 
 def queued(app):
@@ -42,7 +39,7 @@ def queued(app):
 def test_what_is_handed_in_is_committed_at_the_end_and_its_order_is_kept(app):
     batches = [["m9", "m3"], ["m1"], ["m7", "m2", "m8"]]
     with Writer(app) as writer:
-        futures = [writer.accept([call(app, each) for each in batch]) for batch in batches]
+        futures = [writer.submit([call(app, each) for each in batch]) for batch in batches]
     assert not writer.is_alive
     assert [[each.message_id for each in future.result(0)] for future in futures] == batches
     assert queued(app) == ["m9", "m3", "m1", "m7", "m2", "m8"]
@@ -50,7 +47,7 @@ def test_what_is_handed_in_is_committed_at_the_end_and_its_order_is_kept(app):
 
 def test_what_gathers_is_one_transaction_and_a_repeat_in_it_is_told_as_one(app):
     writer = Writer(app)
-    first, second = [writer.accept([call(app, "m1"), call(app, each)]) for each in ("m2", "m3")]
+    first, second = [writer.submit([call(app, "m1"), call(app, each)]) for each in ("m2", "m3")]
     assert writer.waiting_count == 4
     with writer:
         pass
@@ -62,21 +59,21 @@ def test_what_gathers_is_one_transaction_and_a_repeat_in_it_is_told_as_one(app):
 
 def test_a_batch_that_breaks_the_transaction_takes_no_others_with_it(app):
     writer = Writer(app)  # all of it waits before the first is committed
-    before = writer.accept([call(app, "m1")])
-    bad = writer.accept([call(app, "m2"), broken(app)])
-    after = writer.accept([call(app, "m3")])
+    before = writer.submit([call(app, "m1")])
+    bad = writer.submit([call(app, "m2"), broken(app)])
+    after = writer.submit([call(app, "m3")])
     with writer:
         with pytest.raises(DatabaseError, match="The transaction was rolled back"):
             bad.result(20)
         assert [each.message_id for each in before.result(20) + after.result(20)] == ["m1", "m3"]
-        assert writer.accept([call(app, "m4")]).result(20)[0].message_id == "m4"
+        assert writer.submit([call(app, "m4")]).result(20)[0].message_id == "m4"
     assert queued(app) == ["m1", "m3", "m4"]
 
 
 def test_who_no_longer_waits_changes_nothing(app):
     with Writer(app) as writer:
-        assert not writer.accept([call(app, "m1")]).cancel()
-        writer.accept([call(app, "m2")])
+        assert not writer.submit([call(app, "m1")]).cancel()
+        writer.submit([call(app, "m2")])
     assert queued(app) == ["m1", "m2"]
 
 
@@ -88,7 +85,7 @@ def test_a_database_that_cannot_be_used_is_not_asked_again_for_each_batch(app, m
         raise DatabaseError("locked") from sa.exc.OperationalError("BEGIN", {}, Exception("locked"))
 
     writer = Writer(app)
-    waiting = [writer.accept([call(app, f"m{number}")]) for number in range(5)]
+    waiting = [writer.submit([call(app, f"m{number}")]) for number in range(5)]
     monkeypatch.setattr(intake, "save", keep)
     with writer:
         for each in waiting:

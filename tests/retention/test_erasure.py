@@ -25,13 +25,13 @@ SHARED = {
 
 def prepared(*raws):
     every = (*mappings.PRESETS, TELL_OWNER)
-    parsed = [validation.parse(raw, received_at=NOON, new_id=lambda: "none") for raw in raws]
-    return [records.prepare(call, mappings.decide(call, every, reserved_keys=())) for call in parsed]
+    parsed = [validation.parse_call(raw, received_at=NOON, new_id=lambda: "none") for raw in raws]
+    return [records.prepare_call(call, mappings.decide(call, every, reserved_keys=())) for call in parsed]
 
 
 def keep(engine, *raws):
     with engines.write(engine) as connection:
-        return records.add(connection, prepared(*raws), received_at=NOON, fingerprint=None)
+        return records.save_calls(connection, prepared(*raws), received_at=NOON, fingerprint=None)
 
 
 def forget(engine, user_id):
@@ -73,7 +73,7 @@ def test_erasing_an_anonymous_id_leaves_the_users_calls_known(engine, rows):
 def test_who_is_erased_while_calls_come_in_is_erased_with_them(engine, rows):
     erasing = threading.Thread(target=forget, args=(engine, "ann"))
     with engines.write(engine) as connection:
-        records.add(connection, prepared(SHARED), received_at=NOON, fingerprint=None)
+        records.save_calls(connection, prepared(SHARED), received_at=NOON, fingerprint=None)
         erasing.start()
         erasing.join(0.5)
         assert erasing.is_alive(), "it waits for what is being kept"

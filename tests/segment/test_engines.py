@@ -16,14 +16,16 @@ def recorded(member):
 def test_triggers_match_what_segments_engine_matches():
     answers = recorded("trigger")
     wrong = [
-        each for each in answers if fql.compile(fql.parse(each["trigger"]))(each["call"]) != each["matches"]
+        each
+        for each in answers
+        if fql.compile_trigger(fql.parse_trigger(each["trigger"]))(each["call"]) != each["matches"]
     ]
     assert (len(answers), wrong) == (222, [])
 
 
 def ours(answer):
     try:
-        return {"result": directives.compile(answer["mapping"]).resolve(answer["payload"])}
+        return {"result": directives.compile_template(answer["mapping"]).resolve(answer["payload"])}
     except ConfigError:
         return {"invalid": True}
 

@@ -21,7 +21,9 @@ from audience_sync.userpilot import payloads
 def ours(call):
     """The requests that we send for a call; none for one that we refuse."""
     try:
-        parsed = validation.parse(call, received_at=datetime(2024, 5, 1, tzinfo=UTC), new_id=lambda: "made")
+        parsed = validation.parse_call(
+            call, received_at=datetime(2024, 5, 1, tzinfo=UTC), new_id=lambda: "made"
+        )
     except CallError:
         return []
     built = [

@@ -369,12 +369,12 @@ class Simulation:
             process.trouble = self._armed([], 40)
             for raw in raws:
                 moment = self.timeline.now()
-                call = validation.parse(raw, received_at=moment, new_id=str)
+                call = validation.parse_call(raw, received_at=moment, new_id=str)
                 decision = mappings.decide(call, mappings.PRESETS, reserved_keys=set(DEFINITIONS))
                 with engines.write(self.engine) as connection:
-                    records.add(
+                    records.save_calls(
                         connection,
-                        [records.prepare(call, decision)],
+                        [records.prepare_call(call, decision)],
                         received_at=moment,
                         fingerprint=None,
                     )
