@@ -1,9 +1,9 @@
-"""A valid call."""
+"""The forms of a call: valid, prepared to be stored, and the receipt for it."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class CallType(StrEnum):
@@ -47,3 +47,54 @@ class Call:
     @property
     def context(self) -> dict[str, Any]:
         return self.document.get("context") or {}
+
+
+class PreparedDelivery(NamedTuple):
+    """A delivery of a call; `body` is JSON text."""
+
+    action: str
+    subject_id: str
+    body: str
+
+
+class PreparedCall(NamedTuple):
+    """A call and its deliveries as text, ready to be written."""
+
+    message_id: str
+    type: str
+    user_id: str | None
+    anonymous_id: str | None
+    group_id: str | None
+    event: str | None
+    body: str
+    timestamp: str
+    reason: str | None
+    left_out: str | None
+    deliveries: tuple[PreparedDelivery, ...]
+    properties: str
+    context: str
+    traits: str  # of an identify or group call that has any
+    left_out_names: tuple[str, ...]
+
+    @property
+    def subject_id(self) -> str | None:
+        return self.user_id if self.user_id is not None else self.anonymous_id
+
+    @property
+    def ignored(self) -> str | None:
+        return None if self.deliveries else self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The outcome of a call: accepted for delivery, ignored for a reason, or a repeat, which changed nothing.
+
+    `reason` says why the call, or a part of it, is not delivered; `left_out` names traits that are not sent.
+    """
+
+    call_id: int
+    message_id: str
+    ignored: str | None = None
+    left_out: tuple[str, ...] = ()
+    is_repeat: bool = False
+    reason: str | None = None

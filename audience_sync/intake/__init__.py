@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from audience_sync.app import App
 from audience_sync.calls import mappings, records, validation
-from audience_sync.calls.records import PreparedCall, Receipt
+from audience_sync.calls.model import PreparedCall, Receipt
 from audience_sync.db import engines
 from audience_sync.errors import CallError
 from audience_sync.settings import Settings

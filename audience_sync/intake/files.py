@@ -27,7 +27,7 @@ import msgspec
 
 from audience_sync import intake, settings
 from audience_sync.app import App
-from audience_sync.calls.records import PreparedCall, Receipt
+from audience_sync.calls.model import PreparedCall, Receipt
 from audience_sync.calls.validation import MAX_CALL_BYTES, decode_json
 from audience_sync.clock import SystemClock
 from audience_sync.db import dialects, engines

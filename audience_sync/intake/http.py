@@ -26,8 +26,7 @@ from starlette.routing import Route
 
 from audience_sync import __version__, intake, logs
 from audience_sync.app import App
-from audience_sync.calls.model import CallType
-from audience_sync.calls.records import PreparedCall, Receipt
+from audience_sync.calls.model import CallType, PreparedCall, Receipt
 from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, decode_json, read_time
 from audience_sync.clock import Clock
 from audience_sync.db import engines

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from audience_sync import intake
 from audience_sync.app import App
-from audience_sync.calls.records import PreparedCall, Receipt
+from audience_sync.calls.model import PreparedCall, Receipt
 from audience_sync.errors import DatabaseError
 
 MAX_CALLS = 2_500  # in a transaction of more than one batch
