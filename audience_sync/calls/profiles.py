@@ -1,4 +1,4 @@
-"""What calls say of users and companies: rows of `profiles`, `companies` and `events`, which definitions may read."""
+"""Profiles, companies and events, as calls describe them; definitions may read their tables."""
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from audience_sync.calls.model import CallType, PreparedCall
 from audience_sync.db import rows, tables
 from audience_sync.db.dialects import is_among
 from audience_sync.db.engines import from_json, to_json
+
 
 class _EventRow(NamedTuple):
     call_id: int
