@@ -66,7 +66,7 @@ class App:
                     f"There are: {', '.join(known) or 'none'}."
                 )
             if key in self.retired:
-                raise ConfigError(runs.retired(key))
+                raise runs.retired_error(key)
         if keys:
             return [known[key] for key in dict.fromkeys(keys)]
         return [each for key, each in known.items() if each.enabled and key not in self.retired]
@@ -101,8 +101,8 @@ class App:
         trigger: str = "manual",
         slot_at: dt.datetime | None = None,
     ) -> int:
-        """Run a definition, as `runs.sync` says; its id."""
-        order = runs.RunOptions(
+        """Run a definition (see `runs.sync`); return the run's id."""
+        options = runs.RunOptions(
             full=full,
             hold=hold,
             users=tuple(users) or None,
@@ -111,15 +111,15 @@ class App:
             destination=self.destination,
         )
         source = partial(self.source, definition)
-        return runs.sync(self.engine, definition, as_of, self.clock, order, source=source, stop=self.stop)
+        return runs.sync(self.engine, definition, as_of, self.clock, options, source=source, stop=self.stop)
 
     def plan(
         self, definitions: Sequence[Definition], moments: dict[str, dt.datetime]
     ) -> tuple[list[plan.Plan], split.Forecast]:
         """What a sync of the definitions would change, and how it would be delivered."""
         pairs = [(definition, self.source(definition)) for definition in definitions]
-        found, touched = plan.plan(self.engine, pairs, moments, self.clock.now(), self.destination)
-        users, pushes = touched
+        planned = plan.plan(self.engine, pairs, moments, self.clock.now(), self.destination)
+        affected = planned.affected
         destination = self.settings.destination
         pace = split.Pace(
             live_limit=destination.identify_per_minute,
@@ -127,7 +127,9 @@ class App:
             rows_per_second=destination.bulk_rows_per_minute / 60,
             rows_per_job=destination.rows_per_job,
         )
-        return found, split.forecast(pushes, users - pushes, pace)
+        return planned.plans, split.forecast(
+            affected.push_count, affected.user_count - affected.push_count, pace
+        )
 
     def approve(self, run_id: int) -> None:
         decisions.approve(self.engine, run_id, self.clock, self.destination)

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences.definition import Kind
+from audience_sync.audiences.records import ChangeCounts
 from audience_sync.db.dialects import create_temp_table, is_sqlite, sql
 from audience_sync.queue import deliveries
 from audience_sync.queue.outcomes import Status
@@ -43,37 +44,37 @@ class Commit:
         return f'{{"{self.key}": {"false" if self.kind is Kind.AUDIENCE else "null"}}}'
 
 
-def commit(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
+def commit(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
     """Write the new baseline and its deliveries."""
-    has_never_sent = bool(counts.get("exited")) and _cancel_never_sent(connection, run)
+    has_never_sent = bool(counts.exited) and _cancel_never_sent(connection, run)
     if run.everyone:  # users whose pending deliveries were just cancelled get none
         _enqueue_everyone(connection, run, Status.PENDING)
-    elif counts:
+    elif counts != ChangeCounts():
         _enqueue_changes(connection, run, has_never_sent=has_never_sent)
     _move_baseline(connection, run, counts)
 
 
-def hold_changes(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
+def hold_changes(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
     """Store the changes as held deliveries; the baseline stays."""
     if run.everyone:
         _enqueue_everyone(connection, run, Status.HELD)
-    elif counts:
+    elif counts != ChangeCounts():
         _enqueue(connection, run, Status.HELD, _CHANGES)
 
 
-def commit_held(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
+def commit_held(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
     """Commit a held run: release its deliveries, from which the table of changes was made."""
-    if counts.get("exited") and _cancel_never_sent(connection, run):
+    if counts.exited and _cancel_never_sent(connection, run):
         users = "SELECT user_id FROM {temp}audience_sync_never_sent"
         deliveries.cancel_run(connection, run.origin.run_id, run.now, deliveries.NEVER_SENT, users)
     deliveries.release_run(connection, run.origin.run_id, run.now)
     _move_baseline(connection, run, counts)
 
 
-def _move_baseline(connection: sa.Connection, run: Commit, counts: dict[str, int]) -> None:
-    if counts.get("exited") or counts.get("changed"):
+def _move_baseline(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
+    if counts.exited or counts.changed:
         _end_memberships(connection, run)
-    if counts.get("entered") or counts.get("changed"):
+    if counts.entered or counts.changed:
         sql(
             connection,
             "INSERT INTO {our}members (definition_id, user_id, entered_run_id, value) "

@@ -1,8 +1,8 @@
-"""What a sync would do: computed and compared like a run, and nothing is kept or sent."""
+"""Plan a sync: compute and diff as a run does, and store and send nothing."""
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 
@@ -16,13 +16,21 @@ SAMPLED = ("entered", "exited")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a sync of the definition would change; samples are of user ids, in their order."""
+    """What a sync of a definition would change; `samples` are user ids of each change, in their order."""
 
     key: str
     member_count: int
-    counts: dict[str, int]
+    counts: records.ChangeCounts
     held: runs.Held | None
-    samples: dict[str, list[str]] = field(default_factory=dict)
+    samples: dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The plans of several definitions, and the users to whom all of them, and the queue, would send identifies."""
+
+    plans: list[Plan]
+    affected: snapshot.Affected
 
 
 def plan(
@@ -31,43 +39,35 @@ def plan(
     as_of_by_key: Mapping[str, dt.datetime],
     now: dt.datetime,
     destination: Destination,
-) -> tuple[list[Plan], tuple[int, int]]:
-    """Compute and compare definitions with their sources.
-
-    With the plans comes how many users they would send, or have something pending, together, and how many of
-    these are of pushes alone: each is one Identify, or a row of a bulk job.
-    """
+) -> Plans:
+    """Plan a sync of definitions, each given with its source."""
     plans = []
-    with runs.connection_with_temp_tables(engine) as connection:
+    with snapshot.connection_with_temp_tables(engine) as connection:
         for definition, source in definitions:
             compute(connection, definition, as_of_by_key[definition.key], source)
             with connection.begin():
-                made = _plan(connection, definition, now, destination)
-                if not made.held:
-                    last = records.load_baseline(connection, definition.key)
+                last = records.load_baseline(connection, definition.key)
+                planned = _plan(connection, definition, last, now, destination)
+                if not planned.held:
                     snapshot.add_affected(connection, is_push=last.is_first)
-                plans.append(made)
+                plans.append(planned)
         with connection.begin():
-            touched = snapshot.count_affected(connection)
-    return plans, touched
+            affected = snapshot.count_affected(connection)
+    return Plans(plans, affected)
 
 
 def _plan(
-    connection: sa.Connection, definition: Definition, now: dt.datetime, destination: Destination
+    connection: sa.Connection,
+    definition: Definition,
+    last: records.Baseline,
+    now: dt.datetime,
+    destination: Destination,
 ) -> Plan:
-    row, last = (
-        records.find_definition(connection, definition.key),
-        records.load_baseline(connection, definition.key),
-    )
-    counts, _ = runs.compare(connection, row.definition_id if row else None, definition, now)
-    member_count, told = runs.with_erasures(last, counts, row.forgotten_count if row else 0)
-    held = runs.why_held(
-        connection,
-        definition,
-        last,
-        counts,
-        runs.RunOptions(destination=destination),
-        is_foreign=row is not None and destination.is_foreign(connection, row.fingerprint),
-    )
+    row = records.find_definition(connection, definition.key)
+    diff = snapshot.diff(connection, row.definition_id if row else None, definition, now)
+    result = records.RunResult.after(last, diff.counts, row.forgotten_count if row else 0, diff.set_aside)
+    is_foreign = row is not None and destination.is_foreign(connection, row.fingerprint)
+    options = runs.RunOptions(destination=destination)
+    held = runs.reason_to_hold(definition, last, diff, options, is_foreign=is_foreign)
     samples = {change: snapshot.sample(connection, change) for change in SAMPLED}
-    return Plan(definition.key, member_count, told, held, samples)
+    return Plan(definition.key, result.member_count, result.counts, held, samples)

@@ -1,8 +1,8 @@
-"""Definitions as they were first used, and their runs."""
+"""The rows of definitions and of their runs."""
 
 import datetime as dt
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,9 +13,9 @@ from audience_sync.db.tables import definitions, runs
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Where a definition's next run starts from; run_id is None before its first committed run.
+    """The last committed run of a definition, from which the next one starts; run_id is None before the first.
 
-    `is_first`: no run has committed more than a canary's users.
+    `is_first`: no run but canaries was committed yet.
     """
 
     run_id: int | None
@@ -25,27 +25,45 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """What a run found: the size of its snapshot, who changed, and the rows that were set aside, by reason."""
+class ChangeCounts:
+    """How many users enter, exit and, of a trait, get another value."""
+
+    entered: int = 0
+    exited: int = 0
+    changed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run computed: the size of the snapshot, the changes, and the rows that were set aside, by reason."""
 
     member_count: int
-    counts: dict[str, int]
+    counts: ChangeCounts
     set_aside: dict[str, int]
+
+    @classmethod
+    def after(
+        cls, last: Baseline, counts: ChangeCounts, erased_count: int, set_aside: Mapping[str, int]
+    ) -> "RunResult":
+        """Build a result. Members who were erased since the last run count as exits, beside the changes."""
+        counts = replace(counts, exited=counts.exited + erased_count)
+        member_count = last.member_count + counts.entered - counts.exited
+        return cls(member_count, counts, dict(sorted(set_aside.items())))
 
 
 def register_definition(connection: sa.Connection, definition: Definition, now: dt.datetime) -> int:
-    """The id of the definition's row, made at its first use."""
-    found = find_definition(connection, definition.key)
-    if found is not None:
-        if found.name != definition.name:
-            _change(connection, found.definition_id, name=definition.name)
-        return int(found.definition_id)
+    """Return the id of the definition's row, which is inserted at its first use."""
+    row = find_definition(connection, definition.key)
+    if row is not None:
+        if row.name != definition.name:
+            _update_definition(connection, row.definition_id, name=definition.name)
+        return int(row.definition_id)
     inserted = connection.execute(
         definitions.insert().values(
             key=definition.key, name=definition.name, kind=definition.kind.value, created_at=now
         )
     )
-    return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # a table with a key gives one
+    return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # never None for a table with a key
 
 
 def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
@@ -53,14 +71,14 @@ def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
 
 
 def lock_definition(connection: sa.Connection, definition_id: int) -> sa.Row[Any]:
-    """The definition's row, which nobody else changes before this transaction ends."""
+    """Return the definition's row, locked until this transaction ends."""
     return connection.execute(
         sa.select(definitions).where(definitions.c.definition_id == definition_id).with_for_update()
     ).one()
 
 
 def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
-    """Every key that was ever used, in the order of their first use."""
+    """Return the row of every key that was ever used, in the order of first use."""
     return connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)).all()
 
 
@@ -83,16 +101,16 @@ def _is_of_other(fingerprint: str) -> sa.ColumnElement[bool]:
 
 
 def mark_retired(connection: sa.Connection, definition_id: int, now: dt.datetime) -> None:
-    """From now on the key rests."""
-    _change(connection, definition_id, retired_at=now)
+    """Reserve the key: no run uses it again."""
+    _update_definition(connection, definition_id, retired_at=now)
 
 
 def set_forgotten_count(connection: sa.Connection, definition_id: int, count: int) -> None:
-    """Keep how many members were erased: exits of the next run."""
-    _change(connection, definition_id, forgotten_count=count)
+    """Set how many members were erased since the last run; they count as exits of the next one."""
+    _update_definition(connection, definition_id, forgotten_count=count)
 
 
-def _change(connection: sa.Connection, definition_id: int, **values: Any) -> None:
+def _update_definition(connection: sa.Connection, definition_id: int, **values: Any) -> None:
     connection.execute(
         definitions.update().where(definitions.c.definition_id == definition_id).values(**values)
     )
@@ -114,14 +132,14 @@ def load_baseline(connection: sa.Connection, key: str) -> Baseline:
 
 
 def find_held_run(connection: sa.Connection, definition_id: int) -> sa.Row[Any] | None:
-    """The definition's run that waits for a person."""
+    """Return the definition's run that waits for approval; there is at most one."""
     return connection.execute(
         sa.select(runs).where(runs.c.definition_id == definition_id, runs.c.status == "held")
     ).one_or_none()
 
 
 def get_run(connection: sa.Connection, run_id: int) -> sa.Row[Any] | None:
-    """A run with its definition's key, name, kind and fingerprint."""
+    """Return a run with its definition's key, name, kind and fingerprint."""
     return connection.execute(
         sa.select(runs, definitions.c.key, definitions.c.name, definitions.c.kind, definitions.c.fingerprint)
         .join(definitions, definitions.c.definition_id == runs.c.definition_id)
@@ -139,7 +157,7 @@ def start_run(
     now: dt.datetime,
     baseline_run_id: int | None,
 ) -> int:
-    """Begin a run; one that its process left behind is closed as abandoned. The caller holds the lease."""
+    """Insert a run; return its id. A run left by a process that died becomes abandoned. The caller has the lease."""
     connection.execute(
         runs.update()
         .where(runs.c.definition_id == definition_id, runs.c.status == "running")
@@ -156,34 +174,32 @@ def start_run(
             baseline_run_id=baseline_run_id,
         )
     )
-    return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # a table with a key gives one
+    return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # never None for a table with a key
 
 
-def mark_succeeded(connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime) -> None:
-    """Close a run; that it is still ours, its lease says."""
-    _finish(connection, run_id, computed, now, status="succeeded", error=None)
+def mark_succeeded(connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime) -> None:
+    """End a run; its lease protects it from other processes."""
+    _finish(connection, run_id, result, now, status="succeeded", error=None)
 
 
 def mark_held(
-    connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime, *, held_by: str, reason: str
+    connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime, *, held_by: str, reason: str
 ) -> None:
-    """Let a run wait for a person."""
-    _finish(connection, run_id, computed, now, status="held", held_by=held_by, error=reason)
+    _finish(connection, run_id, result, now, status="held", held_by=held_by, error=reason)
 
 
 def _finish(
-    connection: sa.Connection, run_id: int, computed: Computed, now: dt.datetime, **values: Any
+    connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime, **values: Any
 ) -> None:
+    counts = {f"{change}_count": count for change, count in asdict(result.counts).items()}
     connection.execute(
         runs.update()
         .where(runs.c.run_id == run_id)
         .values(
             finished_at=now,
-            member_count=computed.member_count,
-            entered_count=computed.counts.get("entered", 0),
-            exited_count=computed.counts.get("exited", 0),
-            changed_count=computed.counts.get("changed", 0),
-            set_aside=computed.set_aside,
+            member_count=result.member_count,
+            set_aside=result.set_aside,
+            **counts,
             **values,
         )
     )

@@ -1,16 +1,21 @@
-"""One run of one definition: take its lease, compute, compare, and commit baseline and deliveries as one.
+"""START HERE: one run of a definition, from its lease to the committed queue.
 
-What is too unlike the last run, or for another destination, or asked to wait, is held for a person instead
-(levers.py). The snapshot and the changes live in temporary tables of one connection, which is closed when the
-run ends.
+`sync` reads from top to bottom:
+
+1. `_start` takes the definition's lease and begins the run (records.py).
+2. `compute` runs the SQL into the snapshot table, here or from a source (compute.py).
+3. `_finish` does the rest in one transaction: it compares the snapshot with the members (snapshot.py), then commits the
+   new baseline and its deliveries (commit.py). It holds the changes for approval (decisions.py) instead when the guard
+   trips, the destination changed, or --hold was given.
+
+The committed deliveries are pending in the queue. The path goes on in queue/worker.py, which sends them.
 """
 
 import datetime as dt
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,16 +34,16 @@ from audience_sync.stopping import Stop
 
 log = logging.getLogger(__name__)
 
-LEASE_SLACK_SECONDS = 120.0  # beyond the definition's own time: for the commit
+COMMIT_SECONDS = 120.0  # of a lease, beyond the definition's own timeout
 REPLACED = "Replaced by run"
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What is asked of a run.
+    """How to run a definition.
 
-    `full`: tell everyone, not the changes alone; `hold`: wait for `approve`; `users`: a canary, about these
-    only; `slot_at`: the slot that it was taken for; `destination`: where its deliveries will be sent.
+    `full`: send everyone's value, not only the changes. `hold`: wait for approval. `users`: a canary, restricted to
+    these. `slot_at`: the schedule's slot that the run is for. `destination`: where its deliveries will be sent.
     """
 
     full: bool = False
@@ -50,20 +55,40 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """A run in progress; `last` is the baseline that it starts from."""
+
+    lease: leases.Lease
+    run_id: int
+    definition_id: int
+    definition: Definition
+    mode: str
+    as_of: dt.datetime
+    last: records.Baseline
+    options: RunOptions
+
+
+@dataclass(frozen=True, slots=True)
 class Held:
-    """Who holds a run, and why, in words."""
+    """Why a run is held: `by` is hold, guard or fingerprint, `reason` a sentence."""
 
     by: str
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    result: records.RunResult
+    held: Held | None
+
+
 def resolve_as_of(
     engine: sa.Engine, definitions: Sequence[Definition], as_of: dt.datetime | None, now: dt.datetime
 ) -> dict[str, dt.datetime]:
-    """The moment of each definition's run: never in the future, never before its last committed run.
+    """Return the moment of each definition's run, by key: not in the future, not before its last committed run.
 
     Raises:
-        ConfigError: the moment asked for is one of those.
+        ConfigError: the given moment is one of those.
 
     """
     if as_of is not None and as_of > now:
@@ -86,80 +111,173 @@ def sync(
     definition: Definition,
     as_of: dt.datetime,
     clock: Clock,
-    order: RunOptions = RunOptions(),
+    options: RunOptions = RunOptions(),
     *,
     source: Callable[[], sa.Engine | None] = lambda: None,
     stop: Stop | None = None,
 ) -> int:
-    """Run a definition; the run's id. One that cannot be computed, or whose source cannot be opened, is its run's failure.
+    """Run a definition; return the run's id. An error of the definition or its source ends the run as failed.
 
     Raises:
-        Busy: another process is syncing it.
-        ConfigError: its key was retired, or a canary is for another destination than its members.
+        Busy: another process is syncing the definition.
+        ConfigError: its key is retired, or a canary is for another destination than the members.
         DatabaseError: our own database cannot be used.
         Interrupted: a signal, or `stop`, ended it.
 
     """
-    with connection_with_temp_tables(engine) as connection:
-        run = _start(connection, definition, as_of, clock, order)
+    with snapshot.connection_with_temp_tables(engine) as connection:
+        run = _start(connection, definition, as_of, clock, options)
         started = clock.monotonic()
         try:
             crash.at("run_started")
-            unloaded = compute(connection, definition, run.as_of, source(), stop)
+            set_aside = compute(connection, definition, run.as_of, source(), stop)
             crash.at("snapshot_computed")
-            with engines.write(engine) as other:  # the commit has the lease's whole time
+            with engines.write(engine) as other:  # so that the commit has the lease's full time
                 leases.renew(other, run.lease)
-            what, computed = _commit(connection, definition, run, unloaded, clock)
+            finished = _finish(connection, run, set_aside, clock)
         except BaseException as error:
-            connection.invalidate()  # after a commit that failed its transaction may be open yet, and hold the run's row
+            connection.invalidate()  # a commit that failed may leave its transaction open, which locks the run's row
             is_recorded = _fail(engine, run, error, clock)
             ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
             if not is_recorded or not ends_only_this_run:
                 raise
-            _log(clock.monotonic() - started, "run failed", run, definition.key, error=type(error).__name__)
+            _log_failed(run, error, clock.monotonic() - started)
         else:
             crash.at("run_committed")
-            counts = {name: computed.counts.get(name, 0) for name in ("entered", "exited", "changed")}
-            _log(
-                clock.monotonic() - started,
-                what,
-                run,
-                definition.key,
-                members=computed.member_count,
-                **counts,
-            )
+            _log_finished(run, finished, clock.monotonic() - started)
     return run.run_id
 
 
-def _log(seconds: float, what: str, run: "Run", key: str, **facts: str | int) -> None:
-    level = logging.WARNING if "error" in facts else logging.INFO
-    logs.event(log, level, what, run_id=run.run_id, key=key, **facts, seconds=round(seconds, 3))
+def _start(
+    connection: sa.Connection, definition: Definition, as_of: dt.datetime, clock: Clock, options: RunOptions
+) -> Run:
+    with engines.begin_write(connection):
+        lease = take_lease(connection, definition.key, definition.timeout_seconds + COMMIT_SECONDS)
+        last = records.load_baseline(connection, definition.key)
+        as_of = max(
+            as_of, last.as_of or as_of
+        )  # another process may have committed while we waited for the lock
+        definition_id = records.register_definition(connection, definition, clock.now())
+        row = records.lock_definition(connection, definition_id)
+        if row.retired_at is not None:
+            raise retired_error(definition.key)
+        if options.users is not None and options.destination.is_foreign(connection, row.fingerprint):
+            raise ConfigError(
+                f"A canary is not possible now: the members of {definition.key} were "
+                f"{other_destination(definition.key)}."
+            )
+        mode = _mode(options, last)
+        run_id = records.start_run(
+            connection,
+            definition_id,
+            mode=mode,
+            trigger=options.trigger,
+            as_of=as_of,
+            now=clock.now(),
+            baseline_run_id=last.run_id,
+        )
+        if options.slot_at is not None:
+            slots.record_run(connection, definition_id, options.slot_at, run_id)
+    return Run(lease, run_id, definition_id, definition, mode, as_of, last, options)
 
 
-@contextmanager
-def connection_with_temp_tables(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A connection that is closed in the end, and its temporary tables with it."""
-    with engines.plain_errors(engine), engine.connect() as connection:
-        try:
-            yield connection
-        finally:
-            connection.invalidate()
+def _mode(options: RunOptions, last: records.Baseline) -> str:
+    if options.users is not None:
+        return "canary"
+    if options.full:
+        return "full"
+    return "first" if last.is_first else "changes"
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run under way: its order, and where it starts from."""
+def _finish(connection: sa.Connection, run: Run, loading: Counter[str], clock: Clock) -> _Finished:
+    """Diff, then commit the new baseline with its deliveries, or hold the changes; end the run. One transaction.
 
-    lease: leases.Lease
-    run_id: int
-    definition_id: int
-    as_of: dt.datetime
-    last: records.Baseline
-    order: RunOptions
+    `loading`: rows that were set aside while the snapshot was loaded, by reason.
+    """
+    options, definition = run.options, run.definition
+    with engines.begin_write(connection):
+        row = records.lock_definition(connection, run.definition_id)
+        now = clock.now()
+        diff = snapshot.diff(connection, run.definition_id, definition, now, options.users)
+        erased_count = row.forgotten_count if options.users is None else 0
+        set_aside = loading + Counter(diff.set_aside)
+        result = records.RunResult.after(run.last, diff.counts, erased_count, set_aside)
+        replace_held_run(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
+        is_foreign = options.destination.is_foreign(connection, row.fingerprint)
+        held = reason_to_hold(definition, run.last, diff, options, is_foreign=is_foreign)
+        origin = deliveries.RunOrigin(
+            run_id=run.run_id,
+            definition_id=run.definition_id,
+            delivery_class="push" if run.mode in {"first", "full"} else "change",
+            value_at=run.as_of,
+            fingerprint=options.destination.fingerprint or row.fingerprint,
+        )
+        changes = Commit(
+            origin, definition.key, definition.kind, now, everyone=options.full, users=options.users
+        )
+        if held:
+            hold_changes(connection, changes, diff.counts)
+            records.mark_held(connection, run.run_id, result, now, held_by=held.by, reason=held.reason)
+        else:
+            if is_foreign:
+                deliveries.cancel_foreign(connection, origin, now)
+            commit(connection, changes, diff.counts)
+            records.mark_succeeded(connection, run.run_id, result, now)
+            settle_definition(connection, row, options.destination, erased_count)
+        crash.at("changes_written")
+        leases.renew(connection, run.lease)
+        leases.release(connection, run.lease)
+    return _Finished(result, held)
+
+
+def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
+    """End the run as failed; False if the database does not even accept that."""
+    if isinstance(error, AudienceSyncError):
+        message = str(error)
+    elif isinstance(error, sa.exc.DBAPIError):
+        message = f"The database failed: {engines.reason(error)}. {engines.advice(error)}"
+    else:
+        message = "It was interrupted."
+    try:
+        with engines.write(engine) as connection:
+            records.mark_failed(connection, run.run_id, now=clock.now(), error=message)
+            leases.release(connection, run.lease)
+    except DatabaseError as second:
+        log.warning("run %d could not be recorded as failed: %s", run.run_id, second)
+        return False
+    return True
+
+
+def _log_failed(run: Run, error: BaseException, seconds: float) -> None:
+    logs.event(
+        log,
+        logging.WARNING,
+        "run failed",
+        run_id=run.run_id,
+        key=run.definition.key,
+        error=type(error).__name__,
+        seconds=round(seconds, 3),
+    )
+
+
+def _log_finished(run: Run, finished: _Finished, seconds: float) -> None:
+    logs.event(
+        log,
+        logging.INFO,
+        f"run held by {finished.held.by}" if finished.held else "run succeeded",
+        run_id=run.run_id,
+        key=run.definition.key,
+        members=finished.result.member_count,
+        **asdict(finished.result.counts),
+        seconds=round(seconds, 3),
+    )
+
+
+# Parts of a run that decisions.py and plan.py share.
 
 
 def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Lease:
-    """The sole right to change a definition's members.
+    """Take the sole right to change a definition's members.
 
     Raises:
         Busy: another process has it.
@@ -171,182 +289,50 @@ def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Le
     return lease
 
 
-def _start(
-    connection: sa.Connection, definition: Definition, as_of: dt.datetime, clock: Clock, order: RunOptions
-) -> Run:
-    with engines.begin_write(connection):
-        lease = take_lease(connection, definition.key, definition.timeout_seconds + LEASE_SLACK_SECONDS)
-        last = records.load_baseline(connection, definition.key)
-        as_of = max(as_of, last.as_of or as_of)  # while we waited, another process may have committed
-        definition_id = records.register_definition(connection, definition, clock.now())
-        row = records.lock_definition(connection, definition_id)
-        if row.retired_at is not None:
-            raise ConfigError(retired(definition.key))
-        if order.users is not None and order.destination.is_foreign(connection, row.fingerprint):
-            where = other_destination(definition.key)
-            raise ConfigError(f"A canary is not possible now: the last sync of {definition.key} was {where}.")
-        run_id = records.start_run(
-            connection,
-            definition_id,
-            mode=_mode(order, last),
-            trigger=order.trigger,
-            as_of=as_of,
-            now=clock.now(),
-            baseline_run_id=last.run_id,
-        )
-        if order.slot_at is not None:
-            slots.record_run(connection, definition_id, order.slot_at, run_id)
-    return Run(lease, run_id, definition_id, as_of, last, order)
+def retired_error(key: str) -> ConfigError:
+    return ConfigError(
+        f"The key {key} was retired and stays reserved: give the definition another one with `key = `."
+    )
 
 
-def retired(key: str) -> str:
-    return f"The key {key} was retired and rests: give the definition another one with `key = `."
-
-
-def _mode(order: RunOptions, last: records.Baseline) -> str:
-    if order.users is not None:
-        return "canary"
-    if order.full:
-        return "full"
-    return "first" if last.is_first else "changes"
-
-
-def _commit(
-    connection: sa.Connection, definition: Definition, run: Run, unloaded: Counter[str], clock: Clock
-) -> tuple[str, records.Computed]:
-    """The new baseline, its deliveries and the end of the run, as one; or the changes, held.
-
-    Returns what became of it, in words, and what was found.
-    """
-    with engines.begin_write(connection):
-        row = records.lock_definition(connection, run.definition_id)
-        now = clock.now()
-        counts, unfit = compare(connection, run.definition_id, definition, now, run.order.users)
-        forgotten = row.forgotten_count if run.order.users is None else 0
-        set_aside = unloaded + Counter(unfit)
-        computed = records.Computed(
-            *with_erasures(run.last, counts, forgotten),
-            {reason: set_aside[reason] for reason in sorted(set_aside)},
-        )
-        origin = deliveries.RunOrigin(
-            run_id=run.run_id,
-            definition_id=run.definition_id,
-            delivery_class="push" if _mode(run.order, run.last) in {"first", "full"} else "change",
-            value_at=run.as_of,
-            fingerprint=run.order.destination.fingerprint or row.fingerprint,
-        )
-        writes = Commit(
-            origin=origin,
-            key=definition.key,
-            kind=definition.kind,
-            now=now,
-            everyone=run.order.full,
-            users=run.order.users,
-        )
-        replace_held(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
-        is_foreign = run.order.destination.is_foreign(connection, row.fingerprint)
-        held = why_held(connection, definition, run.last, counts, run.order, is_foreign=is_foreign)
-        if held:
-            hold_changes(connection, writes, counts)
-            records.mark_held(connection, run.run_id, computed, now, held_by=held.by, reason=held.reason)
-        else:
-            if is_foreign:
-                deliveries.cancel_foreign(connection, origin, now)
-            commit(connection, writes, counts)
-            records.mark_succeeded(connection, run.run_id, computed, now)
-            settle_definition(connection, row, run.order.destination, forgotten)
-        crash.at("changes_written")
-        leases.renew(connection, run.lease)
-        leases.release(connection, run.lease)
-    return f"run held by {held.by}" if held else "run succeeded", computed
-
-
-def compare(
-    connection: sa.Connection,
-    definition_id: int | None,
-    definition: Definition,
-    now: dt.datetime,
-    users: Sequence[str] | None = None,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Compare the snapshot with the members: who entered, exited and changed, and who was set aside, counted."""
-    counts, aside = snapshot.compare(connection, definition_id, definition.kind)
-    if definition.eligible_sql:
-        aside |= {"not_eligible": snapshot.leave_out_ineligible(connection)}
-    aside |= {"forgotten": snapshot.leave_out_forgotten(connection, now)}
-    if users is not None:
-        snapshot.leave_out_others(connection, users)
-    if definition.eligible_sql or aside["forgotten"] or users is not None:
-        counts = snapshot.count_changes(connection)
-    return counts, {reason: count for reason, count in aside.items() if count}
-
-
-def with_erasures(
-    last: records.Baseline, counts: dict[str, int], forgotten: int
-) -> tuple[int, dict[str, int]]:
-    """The size of the snapshot and its changes; members who were erased since the last run count as exits."""
-    told = counts | ({"exited": counts.get("exited", 0) + forgotten} if forgotten else {})
-    return last.member_count + told.get("entered", 0) - told.get("exited", 0), told
-
-
-def why_held(
-    connection: sa.Connection,
+def reason_to_hold(
     definition: Definition,
     last: records.Baseline,
-    counts: dict[str, int],
-    order: RunOptions,
+    diff: snapshot.Diff,
+    options: RunOptions,
     *,
     is_foreign: bool,
 ) -> Held | None:
-    """Whether a person has to look before anything is sent; the snapshot is there."""
-    if is_foreign and not (order.full and order.trigger == "manual"):
-        return Held(
-            "fingerprint", f"The last sync of {definition.key} was {other_destination(definition.key)}."
-        )
-    unlike = None
-    if not last.is_first and order.users is None:
-        is_empty = snapshot.is_empty(connection)
-        unlike = definition.guard.reason_to_hold(
+    """Decide whether a person must approve the changes; `is_foreign`: the baseline is of another destination."""
+    if is_foreign and not (options.full and options.trigger == "manual"):
+        made_for = other_destination(definition.key)
+        return Held("fingerprint", f"The members of {definition.key} were {made_for}.")
+    limit = None
+    if not last.is_first and options.users is None:
+        limit = definition.guard.reason_to_hold(
             last.member_count,
-            entered_count=counts.get("entered", 0),
-            exited_count=counts.get("exited", 0),
-            is_empty=is_empty,
+            entered_count=diff.counts.entered,
+            exited_count=diff.counts.exited,
+            is_empty=diff.is_empty,
         )
-    if order.hold:
-        return Held("hold", f"It waits, as it was asked to{f'; {unlike}' if unlike else ''}.")
-    return Held("guard", f"The guard holds it: {unlike}.") if unlike else None
+    if options.hold:
+        return Held("hold", f"Held because --hold was given{f'; {limit}' if limit else ''}.")
+    return Held("guard", f"The guard holds it: {limit}.") if limit else None
 
 
-def replace_held(connection: sa.Connection, definition_id: int, reason: str, now: dt.datetime) -> None:
-    """A definition has one held run at most, and a newer run knows better."""
-    before = records.find_held_run(connection, definition_id)
-    if before is not None:
-        deliveries.cancel_run(connection, before.run_id, now, reason)
-        records.mark_rejected(connection, before.run_id, reason)
+def replace_held_run(connection: sa.Connection, definition_id: int, reason: str, now: dt.datetime) -> None:
+    """Reject the definition's held run, if it has one: a newer run computed the changes again."""
+    held = records.find_held_run(connection, definition_id)
+    if held is not None:
+        deliveries.cancel_run(connection, held.run_id, now, reason)
+        records.mark_rejected(connection, held.run_id, reason)
 
 
 def settle_definition(
-    connection: sa.Connection, row: sa.Row[Any], destination: Destination, forgotten: int
+    connection: sa.Connection, row: sa.Row[Any], destination: Destination, erased_count: int
 ) -> None:
-    """After a commit: whose the baseline is, and that the erased were counted."""
+    """Record after a commit which destination the baseline belongs to, and that erased members were counted."""
     if row.fingerprint != destination.fingerprint:
         foreign.adopt(connection, [row.definition_id], destination)
-    if forgotten:
+    if erased_count:
         records.set_forgotten_count(connection, row.definition_id, 0)
-
-
-def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
-    """Close the run with its error; False where the database does not even take that."""
-    if isinstance(error, AudienceSyncError):
-        told = str(error)
-    elif isinstance(error, sa.exc.DBAPIError):
-        told = f"The database failed: {engines.reason(error)}. {engines.advice(error)}"
-    else:
-        told = "It was interrupted."
-    try:
-        with engines.write(engine) as connection:
-            records.mark_failed(connection, run.run_id, now=clock.now(), error=told)
-            leases.release(connection, run.lease)
-    except DatabaseError as second:
-        log.warning("run %d could not be closed as failed: %s", run.run_id, second)
-        return False
-    return True

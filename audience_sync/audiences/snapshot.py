@@ -1,23 +1,58 @@
-"""The snapshot of a definition and its difference to the members, as set-based SQL.
+"""The snapshot of a definition and its diff with the members, in set-based SQL.
 
-Both live in temporary tables of one connection: {temp}audience_sync_snapshot (user_id, row_count and, for a
-trait, low and high: the smallest and greatest form of a value) and {temp}audience_sync_changes (user_id, change,
-value and, of who was a member, entered_run_id and old_value). Nothing of ours is written here.
+Everything is in temporary tables of one connection, called {temp}audience_sync_NAME:
+
+    snapshot  user_id, row_count; of a trait also low and high, the smallest and the greatest canonical value
+    eligible  user_id, row_count
+    changes   user_id, change (entered, exited, changed), value; of a member also entered_run_id and old_value
+
+Our own tables are only read here: commit.py writes them from the changes.
 """
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from audience_sync.audiences import values
-from audience_sync.audiences.definition import Kind
+from audience_sync.audiences.definition import Definition, Kind
+from audience_sync.audiences.records import ChangeCounts
+from audience_sync.db import engines
 from audience_sync.db.dialects import copy_rows, create_temp_table, drop_temp_table, is_sqlite, sql
 
-SNAPSHOT = "snapshot"
-ELIGIBLE = "eligible"  # those who may enter: user_id, row_count
+SNAPSHOT, ELIGIBLE, CHANGES = "snapshot", "eligible", "changes"
 WORK_MEMORY = "128MB"  # a hash of one or two million ids
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """The changes, counted, and how many rows of the snapshot were set aside, by reason."""
+
+    counts: ChangeCounts
+    set_aside: dict[str, int]
+    is_empty: bool  # the snapshot has no rows
+
+
+@dataclass(frozen=True, slots=True)
+class Affected:
+    """Users with changes or pending identifies; `push_count`: those with pushes only."""
+
+    user_count: int
+    push_count: int
+
+
+@contextmanager
+def connection_with_temp_tables(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a connection that is not pooled afterwards: its temporary tables disappear with it."""
+    with engines.plain_errors(engine), engine.connect() as connection:
+        try:
+            yield connection
+        finally:
+            connection.invalidate()
 
 
 def fill_from_query(
@@ -115,169 +150,111 @@ def _raise_work_memory(connection: sa.Connection) -> None:
     )
 
 
-def compare(
-    connection: sa.Connection, definition_id: int | None, kind: Kind
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Compare the snapshot with the members, into the changes.
+def diff(
+    connection: sa.Connection,
+    definition_id: int | None,
+    definition: Definition,
+    now: dt.datetime,
+    users: Sequence[str] | None = None,
+) -> Diff:
+    """Fill the changes from the snapshot and the members; `definition_id` is None before the first run.
 
-    Returns how many users entered, exited and, for traits, changed; and how many rows were set aside, by reason.
+    Ids and values that cannot be used, users who are not eligible to enter and users who were erased are set aside.
+    `users`: the only ones whose changes count.
     """
-    if kind is Kind.TRAIT:
-        aside = _set_ids_aside(connection, "snapshot") | _mark_values(connection)
-        _diff(connection, definition_id, kind)
-    else:  # it is soon done among the changes: no bad id was ever a member, so each of them enters
-        repeats = "SELECT coalesce(sum(row_count), 0) - count(*) FROM {temp}audience_sync_snapshot"
-        _diff(connection, definition_id, kind)
-        aside = _set_ids_aside(connection, "changes", sql(connection, repeats).scalar_one())
-    return count_changes(connection), aside
+    if definition.kind is Kind.TRAIT:
+        set_aside = _set_aside_ids(connection, SNAPSHOT) | _set_aside_values(connection)
+        _compare(connection, definition_id, definition.kind)
+    else:  # cheaper among the changes: an invalid id was never a member, so it enters
+        _compare(connection, definition_id, definition.kind)
+        set_aside = _set_aside_ids(connection, CHANGES)
+    if definition.eligible_sql:
+        set_aside["not_eligible"] = _leave_out_ineligible(connection)
+    set_aside["forgotten"] = _leave_out_erased(connection, now)
+    if users is not None:
+        _leave_out(connection, "user_id NOT IN :users", users=list(users))
+    is_empty = sql(connection, "SELECT 1 FROM {temp}audience_sync_snapshot LIMIT 1").first() is None
+    return Diff(_count_changes(connection), dict(+set_aside), is_empty)
 
 
-def count_changes(connection: sa.Connection) -> dict[str, int]:
-    rows = sql(connection, "SELECT change, count(*) FROM {temp}audience_sync_changes GROUP BY change")
-    return {change: int(count) for change, count in rows}
+def _set_aside_ids(connection: sa.Connection, table: str) -> Counter[str]:
+    """Remove ids that cannot be sent from a table; count their rows in the snapshot by reason."""
+    needs_check, reason = values.POSTGRESQL_NEEDS_CHECK, values.POSTGRESQL_INVALID_REASON
+    if is_sqlite(connection):
+        needs_check, reason = values.SQLITE_NEEDS_CHECK, values.SQLITE_INVALID_REASON
+    suspects = f"FROM {{temp}}audience_sync_{table} WHERE {needs_check}"
+    if table == CHANGES:
+        suspects += " AND change = 'entered'"
+    if sql(connection, f"SELECT 1 {suspects} LIMIT 1").first() is None:
+        return Counter()
+    rows = sql(
+        connection,
+        f"SELECT {reason}, sum(row_count) FROM {{temp}}audience_sync_snapshot "
+        f"WHERE {needs_check} GROUP BY 1 HAVING {reason} IS NOT NULL",
+    )
+    set_aside = Counter({name: int(count) for name, count in rows})
+    sql(connection, f"DELETE {suspects} AND {reason} IS NOT NULL")
+    return set_aside
 
 
-def is_empty(connection: sa.Connection) -> bool:
-    return sql(connection, "SELECT 1 FROM {temp}audience_sync_snapshot LIMIT 1").first() is None
+def _set_aside_values(connection: sa.Connection) -> Counter[str]:
+    """Set the values of users whose trait is not one primitive value to null; count these users by reason.
 
-
-def leave_out_ineligible(connection: sa.Connection) -> int:
-    """Take out of the changes who is not in the eligible table; how many would have entered.
-
-    A member who stops being eligible stays as he is, whatever his change.
+    The users stay in the snapshot, and the comparison skips them: an unusable value does not mean that a user left.
     """
-    unknown = (
+    sql(connection, "DELETE FROM {temp}audience_sync_snapshot WHERE low IS NULL")
+    conditions = {"not_primitive": f"low = '{values.NOT_PRIMITIVE}'", "unequal_values": "low <> high"}
+    update = "UPDATE {temp}audience_sync_snapshot SET low = NULL, high = NULL WHERE "
+    return Counter({name: sql(connection, update + where).rowcount for name, where in conditions.items()})
+
+
+def _leave_out_ineligible(connection: sa.Connection) -> int:
+    """Remove the changes of users who are not in the eligible table; return how many would have entered.
+
+    Eligibility is checked on entry only: a member who is not eligible any more stays, whatever the change is.
+    """
+    ineligible = (
         "NOT EXISTS (SELECT 1 FROM {temp}audience_sync_eligible e "
         "WHERE e.user_id = audience_sync_changes.user_id)"
     )
-    entered = _leave_out(connection, f"change = 'entered' AND {unknown}")
-    _leave_out(connection, f"change <> 'entered' AND {unknown}")
-    return entered
+    entered_count = _leave_out(connection, f"change = 'entered' AND {ineligible}")
+    _leave_out(connection, f"change <> 'entered' AND {ineligible}")
+    return entered_count
 
 
-def leave_out_forgotten(connection: sa.Connection, now: dt.datetime) -> int:
-    """Take out of the changes those who were erased and may not return yet; how many. They never were members."""
+def _leave_out_erased(connection: sa.Connection, now: dt.datetime) -> int:
+    """Remove users who were erased and may not return yet; return how many. They are not members, so they enter."""
     where = "WHERE returns_at IS NULL OR returns_at > :now"
     if sql(connection, f"SELECT 1 FROM {{our}}forgotten {where} LIMIT 1", now=now).first() is None:
         return 0
-    hashed = values.POSTGRESQL_HASH
+    user_hash = values.POSTGRESQL_HASH
     if is_sqlite(connection):
-        raw: Any = connection.connection.dbapi_connection
-        values.register_functions(raw)
-        hashed = values.SQLITE_HASH
+        _register_functions(connection)
+        user_hash = values.SQLITE_HASH
     hashes = f"SELECT user_hash FROM {{our}}forgotten {where}"
-    return _leave_out(connection, f"change = 'entered' AND {hashed} IN ({hashes})", now=now)
-
-
-def leave_out_others(connection: sa.Connection, users: Sequence[str]) -> None:
-    """Keep only the changes of these users."""
-    _leave_out(connection, "user_id NOT IN :users", users=list(users))
+    return _leave_out(connection, f"change = 'entered' AND {user_hash} IN ({hashes})", now=now)
 
 
 def _leave_out(connection: sa.Connection, where: str, **parameters: Any) -> int:
     return sql(connection, f"DELETE FROM {{temp}}audience_sync_changes WHERE {where}", **parameters).rowcount
 
 
-def all_exit(connection: sa.Connection, definition_id: int) -> dict[str, int]:
-    """Into the changes: every member leaves."""
-    _create_changes(connection)
-    sql(
-        connection,
-        "INSERT INTO {temp}audience_sync_changes SELECT user_id, 'exited', NULL, entered_run_id, value "
-        "FROM {our}members WHERE definition_id = :definition_id",
-        definition_id=definition_id,
-    )
-    return count_changes(connection)
-
-
-def load_held_changes(
-    connection: sa.Connection, run_id: int, definition_id: int, key: str, kind: Kind
-) -> dict[str, int]:
-    """Into the changes: what a held run's deliveries would change of the members."""
-    _create_changes(connection)
-    prefix = f'{{"{key}": '
-    told = (
-        "SELECT subject_id, substr(CAST(body AS text), :start, length(CAST(body AS text)) - :start) AS value"
-    )
-    gone = "'null'" if kind is Kind.TRAIT else "'false'"
-    value, differs = ("h.value", "h.value <> m.value") if kind is Kind.TRAIT else ("NULL", "false")
-    sql(
-        connection,
-        "INSERT INTO {temp}audience_sync_changes "
-        f"SELECT h.subject_id, CASE WHEN h.value = {gone} THEN 'exited' WHEN m.user_id IS NULL THEN 'entered' "
-        f"ELSE 'changed' END, CASE WHEN h.value <> {gone} THEN {value} END, m.entered_run_id, m.value "
-        f"FROM ({told} FROM {{our}}deliveries WHERE run_id = :run_id AND status = 'held') h "
-        "LEFT JOIN {our}members m ON m.definition_id = :definition_id AND m.user_id = h.subject_id "
-        f"WHERE CASE WHEN h.value = {gone} THEN m.user_id IS NOT NULL ELSE m.user_id IS NULL OR {differs} END",
-        start=len(prefix) + 1,
-        run_id=run_id,
-        definition_id=definition_id,
-    )
-    return count_changes(connection)
-
-
-def _mark_values(connection: sa.Connection) -> dict[str, int]:
-    """Mark users whose trait is not one primitive value by a null value, and count them by reason.
-
-    A bad row does not say that its user left, so the difference passes him over.
-    """
-    counts = {}
-    sql(connection, "DELETE FROM {temp}audience_sync_snapshot WHERE low IS NULL")
-    for reason, condition in (("not_primitive", "low = '!'"), ("unequal_values", "low <> high")):
-        marked = sql(
-            connection,
-            f"UPDATE {{temp}}audience_sync_snapshot SET low = NULL, high = NULL WHERE {condition}",
-        ).rowcount
-        if marked:
-            counts[reason] = marked
-    return counts
-
-
-def _set_ids_aside(connection: sa.Connection, table: str, repeats: int = 0) -> dict[str, int]:
-    """Take the ids that cannot be sent out of a table, and count their rows in the snapshot by reason.
-
-    `repeats` are the rows of the snapshot that are not the first of their id.
-    """
-    doubtful, unfit = values.POSTGRESQL_NEEDS_CHECK, values.POSTGRESQL_INVALID_REASON
-    if is_sqlite(connection):
-        doubtful, unfit = values.SQLITE_NEEDS_CHECK, values.SQLITE_INVALID_REASON
-    counts: dict[str, int] = {}
-    looked_at = f"FROM {{temp}}audience_sync_{table} WHERE {doubtful}"
-    if table == "changes":
-        looked_at += " AND change = 'entered'"
-    if sql(connection, f"SELECT 1 {looked_at} LIMIT 1").first() is not None:
-        for reason, row_count, id_count in sql(
-            connection,
-            f"SELECT {unfit}, sum(row_count), count(*) FROM {{temp}}audience_sync_snapshot "
-            f"WHERE {doubtful} GROUP BY 1 HAVING {unfit} IS NOT NULL",
-        ):
-            counts[reason] = int(row_count)
-            repeats -= row_count - id_count
-        sql(connection, f"DELETE {looked_at} AND {unfit} IS NOT NULL")
-    if repeats > 0:
-        counts["duplicate"] = int(repeats)
-    return counts
+def _count_changes(connection: sa.Connection) -> ChangeCounts:
+    rows = sql(connection, "SELECT change, count(*) FROM {temp}audience_sync_changes GROUP BY change")
+    return ChangeCounts(**{change: int(count) for change, count in rows})
 
 
 def _create_changes(connection: sa.Connection) -> None:
-    create_temp_table(
-        connection,
-        "changes",
-        "user_id {id}, change text, value text, entered_run_id bigint, old_value text",
-        unique_ids=True,
-    )
+    columns = "user_id {id}, change text, value text, entered_run_id bigint, old_value text"
+    create_temp_table(connection, CHANGES, columns, unique_ids=True)
 
 
-def _diff(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
-    has_members = definition_id is not None and (
-        sql(
-            connection, "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1", id=definition_id
-        ).first()
-        is not None
-    )
+def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
+    """Fill the changes: who is in the snapshot, but not in the members; the reverse; and whose value differs."""
     _create_changes(connection)
     insert = "INSERT INTO {temp}audience_sync_changes "
-    if not has_members:
+    members = "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1"
+    if definition_id is None or sql(connection, members, id=definition_id).first() is None:
         sql(connection, insert + _all_entered(kind))
         return
     query = _anti_joins(kind) if is_sqlite(connection) else _full_join(kind)
@@ -292,38 +269,81 @@ def _all_entered(kind: Kind) -> str:
 
 
 def _anti_joins(kind: Kind) -> str:
-    trait = kind is Kind.TRAIT
+    """Return SQLite's query, which looks up ids by the primary keys of both tables."""
     snapshot, members = "{temp}audience_sync_snapshot s", "{our}members m"
-    of_entered = f"s.user_id, 'entered', {'s.low' if trait else 'NULL'}, NULL, NULL"
-    of_exited = "m.user_id, 'exited', NULL, m.entered_run_id, m.value"
-    mine, same = "m.definition_id = :definition_id", "m.user_id = s.user_id"
-    known = " AND s.low IS NOT NULL" if trait else ""
-    member, found = (
-        f"SELECT 1 FROM {members} WHERE {mine} AND {same}",
-        f"SELECT 1 FROM {snapshot} WHERE {same}",
+    is_member, same_user = "m.definition_id = :definition_id", "m.user_id = s.user_id"
+    value, is_usable = ("s.low", " AND s.low IS NOT NULL") if kind is Kind.TRAIT else ("NULL", "")
+    entered = (
+        f"SELECT s.user_id, 'entered', {value}, NULL, NULL FROM {snapshot} "
+        f"WHERE NOT EXISTS (SELECT 1 FROM {members} WHERE {is_member} AND {same_user}){is_usable}"
     )
-    entered = f"SELECT {of_entered} FROM {snapshot} WHERE NOT EXISTS ({member}){known}"
-    exited = f"SELECT {of_exited} FROM {members} WHERE {mine} AND NOT EXISTS ({found})"
-    changed = (
+    exited = (
+        f"SELECT m.user_id, 'exited', NULL, m.entered_run_id, m.value FROM {members} "
+        f"WHERE {is_member} AND NOT EXISTS (SELECT 1 FROM {snapshot} WHERE {same_user})"
+    )
+    changed = (  # CROSS JOIN is SQLite's way to fix the order of the loops
         f"SELECT m.user_id, 'changed', s.low, m.entered_run_id, m.value FROM {snapshot} "
-        f"CROSS JOIN {members} WHERE {mine} AND {same} AND s.low <> m.value"
+        f"CROSS JOIN {members} WHERE {is_member} AND {same_user} AND s.low <> m.value"
     )
-    return " UNION ALL ".join([entered, exited, changed] if trait else [entered, exited])
+    return " UNION ALL ".join([entered, exited, changed] if kind is Kind.TRAIT else [entered, exited])
 
 
 def _full_join(kind: Kind) -> str:
-    """With the memory of the session: a hash in small batches, which fit the processor's cache, is a third faster."""
-    low, old, differs = "NULL", "NULL", "s.user_id IS NULL OR m.user_id IS NULL"
+    """Return PostgreSQL's query.
+
+    It runs with the session's own work_mem: a hash in small batches, which fit the processor's cache, is a third faster.
+    """
+    value, old_value, differs = "NULL", "NULL", "s.user_id IS NULL OR m.user_id IS NULL"
     if kind is Kind.TRAIT:
-        low, old = "s.low", "m.value"
+        value, old_value = "s.low", "m.value"
         differs = "s.user_id IS NULL OR (m.user_id IS NULL AND s.low IS NOT NULL) OR s.low <> m.value"
     return (
         "SELECT coalesce(s.user_id, m.user_id), CASE WHEN m.user_id IS NULL THEN 'entered' "
-        f"WHEN s.user_id IS NULL THEN 'exited' ELSE 'changed' END, {low}, m.entered_run_id, {old} "
+        f"WHEN s.user_id IS NULL THEN 'exited' ELSE 'changed' END, {value}, m.entered_run_id, {old_value} "
         "FROM {temp}audience_sync_snapshot s FULL JOIN "
         "(SELECT user_id, value, entered_run_id FROM {our}members WHERE definition_id = :definition_id) m "
         f"ON m.user_id = s.user_id WHERE {differs}"
     )
+
+
+def exit_everyone(connection: sa.Connection, definition_id: int) -> ChangeCounts:
+    """Fill the changes with an exit of every member."""
+    _create_changes(connection)
+    sql(
+        connection,
+        "INSERT INTO {temp}audience_sync_changes SELECT user_id, 'exited', NULL, entered_run_id, value "
+        "FROM {our}members WHERE definition_id = :definition_id",
+        definition_id=definition_id,
+    )
+    return _count_changes(connection)
+
+
+def load_held_changes(
+    connection: sa.Connection, run_id: int, definition_id: int, key: str, kind: Kind
+) -> ChangeCounts:
+    """Fill the changes with what the deliveries of a held run would change in the members."""
+    _create_changes(connection)
+    prefix = f'{{"{key}": '
+    deliveries = (
+        "SELECT subject_id, substr(CAST(body AS text), :start, length(CAST(body AS text)) - :start) AS value "
+        "FROM {our}deliveries WHERE run_id = :run_id AND status = 'held'"
+    )
+    exit_value = "'null'" if kind is Kind.TRAIT else "'false'"
+    value, differs = ("h.value", "h.value <> m.value") if kind is Kind.TRAIT else ("NULL", "false")
+    sql(
+        connection,
+        "INSERT INTO {temp}audience_sync_changes SELECT h.subject_id, "
+        f"CASE WHEN h.value = {exit_value} THEN 'exited' WHEN m.user_id IS NULL THEN 'entered' "
+        f"ELSE 'changed' END, CASE WHEN h.value <> {exit_value} THEN {value} END, m.entered_run_id, m.value "
+        f"FROM ({deliveries}) h "
+        "LEFT JOIN {our}members m ON m.definition_id = :definition_id AND m.user_id = h.subject_id "
+        f"WHERE CASE WHEN h.value = {exit_value} THEN m.user_id IS NOT NULL "
+        f"ELSE m.user_id IS NULL OR {differs} END",
+        start=len(prefix) + 1,
+        run_id=run_id,
+        definition_id=definition_id,
+    )
+    return _count_changes(connection)
 
 
 def sample(connection: sa.Connection, change: str, limit: int = 5) -> list[str]:
@@ -334,29 +354,29 @@ def sample(connection: sa.Connection, change: str, limit: int = 5) -> list[str]:
 
 
 def add_affected(connection: sa.Connection, *, is_push: bool) -> None:
-    """Keep the users of these changes beside those of the ones before, on this connection."""
-    _create_touched(connection)
+    """Remember the users of these changes, beside those of other definitions on this connection."""
+    _create_affected(connection)
     sql(
         connection,
-        "INSERT INTO {temp}audience_sync_touched SELECT user_id, :is_push FROM {temp}audience_sync_changes",
+        "INSERT INTO {temp}audience_sync_affected SELECT user_id, :is_push FROM {temp}audience_sync_changes",
         is_push=int(is_push),
     )
 
 
-def count_affected(connection: sa.Connection) -> tuple[int, int]:
-    """Of how many users the changes and the pending identifies are, together; how many of them are of pushes alone."""
-    _create_touched(connection)
+def count_affected(connection: sa.Connection) -> Affected:
+    """Count the remembered users together with those who have pending identifies."""
+    _create_affected(connection)
     query = (
         "SELECT count(*), coalesce(sum(is_push), 0) FROM (SELECT user_id, min(is_push) AS is_push FROM ("
-        "SELECT user_id, is_push FROM {temp}audience_sync_touched UNION ALL "
+        "SELECT user_id, is_push FROM {temp}audience_sync_affected UNION ALL "
         "SELECT subject_id, CASE WHEN class = 'push' THEN 1 ELSE 0 END FROM {our}deliveries "
-        "WHERE status = 'pending' AND action = 'identify') AS each GROUP BY user_id) AS users"
+        "WHERE status = 'pending' AND action = 'identify') AS identifies GROUP BY user_id) AS users"
     )
-    total, pushes = sql(connection, query).one()
-    return int(total), int(pushes)
+    user_count, push_count = sql(connection, query).one()
+    return Affected(int(user_count), int(push_count))
 
 
-def _create_touched(connection: sa.Connection) -> None:
+def _create_affected(connection: sa.Connection) -> None:
     create_temp_table(
-        connection, "touched", "user_id {id} NOT NULL, is_push integer NOT NULL", if_missing=True
+        connection, "affected", "user_id {id} NOT NULL, is_push integer NOT NULL", if_missing=True
     )

@@ -87,7 +87,7 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
             [
                 each.key,
                 output.count(each.member_count),
-                *(output.count(each.counts.get(name, 0)) for name in CHANGES),
+                *(output.count(getattr(each.counts, name)) for name in CHANGES),
             ]
             for each in plans
         ]
@@ -121,9 +121,9 @@ def _plan(each: "plans.Plan") -> dict[str, Any]:
     return {
         "key": each.key,
         "member_count": each.member_count,
-        "entered_count": each.counts.get("entered", 0),
-        "exited_count": each.counts.get("exited", 0),
-        "changed_count": each.counts.get("changed", 0),
+        "entered_count": each.counts.entered,
+        "exited_count": each.counts.exited,
+        "changed_count": each.counts.changed,
         "entered_sample": each.samples.get("entered", []),
         "exited_sample": each.samples.get("exited", []),
         "held_by": each.held and each.held.by,

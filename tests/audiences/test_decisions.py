@@ -5,7 +5,7 @@ import datetime as dt
 import pytest
 
 from audience_sync import history
-from audience_sync.audiences import decisions, foreign, plan, records, runs
+from audience_sync.audiences import decisions, foreign, plan, records, runs, snapshot
 from audience_sync.audiences.definition import Guard
 from audience_sync.db import engines
 from audience_sync.errors import ConfigError, NotApproved, SourceError
@@ -156,7 +156,9 @@ def test_a_later_run_replaces_the_held_one(known):
 def test_a_run_is_not_approved_when_the_members_have_moved(known, monkeypatch):
     known.people()
     run = known.sync(known.audience(), hold=True)
-    monkeypatch.setattr(runs, "replace_held", lambda *_: None)  # as if it had been held while the other ran
+    monkeypatch.setattr(
+        runs, "replace_held_run", lambda *_: None
+    )  # as if it had been held while the other ran
     known.people(*FIVE, "zoe")
     known.sync(known.audience())
     with pytest.raises(
@@ -208,14 +210,15 @@ def test_a_canary_changes_its_users_alone(world):
     run = world.sync(world.audience(), users=("bob", "eve", "nobody"))
     assert (run.mode, run.status, counts(run)) == ("canary", "succeeded", (2, 2, 0, 0))
     assert world.members().keys() == {"bob", "eve"}
-    (planned,), touched = plan.plan(
+    planned = plan.plan(
         world.engine,
         [(world.audience(), None)],
         {"vips": world.clock.now()},
         world.clock.now(),
         Destination(),
     )
-    assert (planned.member_count, planned.counts, touched) == (5, {"entered": 3}, (5, 3))
+    assert (planned.plans[0].member_count, planned.plans[0].counts) == (5, records.ChangeCounts(entered=3))
+    assert planned.affected == snapshot.Affected(user_count=5, push_count=3)
     first = world.sync(world.audience(guard=Guard(above=1, max_enter_ratio=0.1)))
     assert (first.mode, first.status, counts(first)) == ("first", "succeeded", (5, 3, 0, 0))
     assert [user for user, _, _ in world.deliveries(first.run_id)] == ["ann", "cid", "dan"]
@@ -317,7 +320,7 @@ def test_retire_tells_all_who_hold_it_and_lets_the_key_rest(known):
     ]
     assert known.members() == {}
     assert held(known) == []
-    with pytest.raises(ConfigError, match="The key vips was retired and rests"):
+    with pytest.raises(ConfigError, match="The key vips was retired and stays reserved"):
         known.sync(known.audience())
     with pytest.raises(ConfigError, match="was retired on 2026-01-01 already"):
         decisions.retire(known.engine, "vips", known.clock, Destination())
@@ -362,11 +365,11 @@ def test_a_plan_says_what_would_be_held(known):
     known.people()
     now = known.clock.now()
     definition = known.audience(guard=WARY)
-    (planned,), touched = plan.plan(known.engine, [(definition, None)], {"vips": now}, now, Destination())
-    assert (planned.held, touched) == (
-        runs.Held("guard", "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."),
-        (0, 0),
-    )  # fmt: skip
+    planned = plan.plan(known.engine, [(definition, None)], {"vips": now}, now, Destination())
+    assert planned.plans[0].held == runs.Held(
+        "guard", "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."
+    )
+    assert planned.affected == snapshot.Affected(user_count=0, push_count=0)
 
 
 def test_a_baseline_after_a_canary_is_still_first(world):
@@ -409,7 +412,7 @@ def test_a_held_run_shows_what_it_would_do(world):
     run = world.sync(world.trait(), hold=True, full=True)
     with engines.read(world.engine) as connection:
         shown = history.run_in_full(connection, run.run_id)
-    assert (shown["held_by"], shown["error"]) == ("hold", "It waits, as it was asked to.")
+    assert (shown["held_by"], shown["error"]) == ("hold", "Held because --hold was given.")
     samples = [shown[f"{name}_sample"] for name in ("entered", "exited", "changed")]
     assert samples == [["dan"], ["cid"], ["bob"]]
 

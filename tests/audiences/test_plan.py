@@ -1,29 +1,33 @@
-"""What a plan says: it is what the sync would do then."""
+"""A plan says what the sync would do, and stores nothing."""
 
-from audience_sync.audiences import plan as plans
+from audience_sync.audiences import plan
+from audience_sync.audiences.records import ChangeCounts
+from audience_sync.audiences.snapshot import Affected
 from audience_sync.queue.destination import Destination
 
 
-def plan(world, *definitions):
+def planned(world, *definitions):
     now = world.clock.now()
     moments = {definition.key: now for definition in definitions}
-    return plans.plan(world.engine, [(each, None) for each in definitions], moments, now, Destination())
+    pairs = [(definition, None) for definition in definitions]
+    return plan.plan(world.engine, pairs, moments, now, Destination())
 
 
-def test_a_plan_tells_what_would_change_and_keeps_nothing(world):
+def test_a_plan_says_what_would_change_and_stores_nothing(world):
     vips, spend = world.audience(), world.trait()
     world.people(("ann", 1.0), ("bob", 2.0))
     world.sync(vips)
     world.settle("accepted", "subject_id = 'ann'")
     world.people(("ann", 1.0), ("cid", 3.0), ("dan", None))
     before = world.query("SELECT count(*) FROM {our}runs")
-    found, touched = plan(world, vips, spend)
-    assert [(each.key, each.member_count, each.counts) for each in found] == [
-        ("vips", 3, {"entered": 2, "exited": 1}),
-        ("spend", 2, {"entered": 2}),
+    result = planned(world, vips, spend)
+    assert [(each.key, each.member_count, each.counts) for each in result.plans] == [
+        ("vips", 3, ChangeCounts(entered=2, exited=1)),
+        ("spend", 2, ChangeCounts(entered=2)),
     ]
-    assert found[0].samples == {"entered": ["cid", "dan"], "exited": ["bob"]}
-    assert touched == (4, 1)  # bob, cid and dan change; ann is of the first run of spend alone
+    assert result.plans[0].samples == {"entered": ["cid", "dan"], "exited": ["bob"]}
+    # bob, cid and dan change; ann is only in the first run of spend
+    assert result.affected == Affected(user_count=4, push_count=1)
     assert world.query("SELECT count(*) FROM {our}runs") == before
     assert set(world.members()) == {"ann", "bob"}
 
@@ -32,7 +36,7 @@ def test_a_plan_counts_users_whose_changes_are_pending(world):
     world.people("ann", "bob")
     world.sync(world.audience())
     world.people("bob", "cid")
-    found, touched = plan(world, world.audience())
-    assert found[0].counts == {"entered": 1, "exited": 1}
-    assert touched == (3, 1)
-    assert plan(world) == ([], (2, 2))
+    result = planned(world, world.audience())
+    assert result.plans[0].counts == ChangeCounts(entered=1, exited=1)
+    assert result.affected == Affected(user_count=3, push_count=1)
+    assert planned(world) == plan.Plans([], Affected(user_count=2, push_count=2))

@@ -46,6 +46,12 @@ IDS = st.one_of(
 )
 
 
+ROWS_OF_ENTERED = (
+    "SELECT coalesce(sum(s.row_count), 0) FROM {temp}audience_sync_snapshot s "
+    "JOIN {temp}audience_sync_changes c ON c.user_id = s.user_id"
+)
+
+
 class Databases:
     """A database of ours on each server, each with a table of rows, and each as the other's source."""
 
@@ -67,18 +73,19 @@ class Databases:
                 connection.exec_driver_sql(f"INSERT INTO rows_of_it VALUES ({places})", rows)
 
     def computed(self, name, kind):
-        """In place and streamed: who enters and what is set aside; both must be the same."""
-        found = []
+        """Compute in place and streamed: who enters, and what is set aside; both must be the same."""
+        results = []
         for source, own in ((None, name), (name, "sqlite"), (name, "postgresql")):
             sql = "SELECT user_id, value FROM rows_of_it"
             definition = Definition("it", "it", kind, sql, source=source)
             with self.own[own].connect() as connection:
                 counts = compute.compute(connection, definition, AS_OF, source and self.sources[source])
-                counts += compute.Counter(snapshot.compare(connection, None, kind)[1])
+                counts += compute.Counter(snapshot.diff(connection, None, definition, AS_OF).set_aside)
                 rows = dialects.sql(connection, "SELECT user_id, value FROM {temp}audience_sync_changes")
-                found.append((dict(map(tuple, rows)), counts))
-        assert found[0] == found[1] == found[2]
-        return found[0]
+                results.append((dict(map(tuple, rows)), counts))
+                self.row_count = dialects.sql(connection, ROWS_OF_ENTERED).scalar_one()
+        assert results[0] == results[1] == results[2]
+        return results[0]
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +121,9 @@ def test_ids_are_the_same_text_on_both_databases(databases, sqlite_type, postgre
         databases.fill("sqlite", sqlite_type, "text", rows)
         databases.fill("postgresql", postgresql_type, "text", rows)
         found = databases.computed("sqlite", Kind.AUDIENCE)
+        assert databases.row_count + sum(found[1].values()) == len(ids)
         assert found == databases.computed("postgresql", Kind.AUDIENCE)
-        assert len(found[0]) + sum(found[1].values()) == len(ids)
+        assert databases.row_count + sum(found[1].values()) == len(ids)
 
     check()
 
@@ -219,11 +227,11 @@ def test_text_that_is_not_unicode_is_set_aside(databases):
     definition = Definition("it", "it", Kind.TRAIT, "SELECT user_id, value FROM rows_of_it")
     with databases.own["sqlite"].connect() as connection:
         compute.compute(connection, definition, AS_OF, None)
-        _, counts = snapshot.compare(connection, None, definition.kind)
+        set_aside = snapshot.diff(connection, None, definition, AS_OF).set_aside
         rows = dialects.sql(
             connection, "SELECT user_id, value FROM temp.audience_sync_changes ORDER BY 1"
         ).all()
-    assert counts == {"not_unicode": 1, "not_primitive": 1}
+    assert set_aside == {"not_unicode": 1, "not_primitive": 1}
     assert [tuple(row) for row in rows] == [("ann", '"x"'), ("caf\u00e9", '"\u00e9"')]
 
 
