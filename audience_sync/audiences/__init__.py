@@ -1,1 +1,1 @@
-"""From a definition to committed changes. Start in `runs.py`."""
+"""A definition becomes committed changes. Start in runs.py."""

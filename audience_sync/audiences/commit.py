@@ -20,7 +20,7 @@ _CHANGES = "FROM {temp}audience_sync_changes"
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What a run writes.
+    """The writes of a run.
 
     `origin`: the run, its definition and destination. `everyone`: deliveries for all current and past members, not
     for the changes alone. `users`: if given, the only users concerned.

@@ -237,7 +237,7 @@ def _reading_source(query: _Query) -> Iterator[sa.Connection]:
 
 
 def _authorize(connection: sa.Connection, query: _Query) -> None:
-    """On SQLite, prepare the query under an authorizer that allows nothing but reading."""
+    """Prepare the query, on SQLite, under an authorizer that allows nothing but reading."""
     if not dialects.is_sqlite(connection):
         return
     raw: Any = connection.connection.dbapi_connection

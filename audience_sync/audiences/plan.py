@@ -16,7 +16,7 @@ SAMPLED = ("entered", "exited")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a sync of a definition would change; `samples` are user ids of each change, in their order."""
+    """The changes that a sync of a definition would make; `samples` are user ids of each change, in their order."""
 
     key: str
     member_count: int
@@ -27,7 +27,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The plans of several definitions, and the users to whom all of them, and the queue, would send identifies."""
+    """The plans of several definitions, and the users who would get identifies from them or from the queue."""
 
     plans: list[Plan]
     affected: snapshot.Affected

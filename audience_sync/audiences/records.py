@@ -26,7 +26,7 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class ChangeCounts:
-    """How many users enter, exit and, of a trait, get another value."""
+    """Numbers of users who enter, exit and, of a trait, get another value."""
 
     entered: int = 0
     exited: int = 0
@@ -35,7 +35,7 @@ class ChangeCounts:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run computed: the size of the snapshot, the changes, and the rows that were set aside, by reason."""
+    """The outcome of a computation: the size of the snapshot, the changes, and the rows that were set aside, by reason."""
 
     member_count: int
     counts: ChangeCounts

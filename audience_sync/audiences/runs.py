@@ -40,7 +40,7 @@ REPLACED = "Replaced by run"
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a definition.
+    """Options of a run.
 
     `full`: send everyone's value, not only the changes. `hold`: wait for approval. `users`: a canary, restricted to
     these. `slot_at`: the schedule's slot that the run is for. `destination`: where its deliveries will be sent.
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Why a run is held: `by` is hold, guard or fingerprint, `reason` a sentence."""
+    """The cause for which a run is held: `by` is hold, guard or fingerprint, `reason` a sentence."""
 
     by: str
     reason: str

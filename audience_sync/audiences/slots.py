@@ -1,4 +1,4 @@
-"""Which slots are due, and taking them: decided from the schedules and the slots that the database has as taken.
+"""Due slots, and taking them, decided from the schedules and the slots that the database has as taken.
 
 After downtime only the newest missed slot runs, as a full run if any missed slot was a full one. A definition that was
 never scheduled starts with the first slot after it was first seen. While a definition has a run held by

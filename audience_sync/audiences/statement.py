@@ -177,8 +177,8 @@ def _check_structure(sql: str, tokens: "list[Token]") -> None:
 
 def _check_unparsed(tokens: "list[Token]") -> None:
     """Check what can be checked of SQL that sqlglot cannot parse: how it begins, and the functions it calls."""
-    words = [token.text.lower() for token in tokens if token.token_type.name != "L_PAREN"]
-    if words[:1] and words[0] not in _QUERY_STARTS:
+    texts = [token.text.lower() for token in tokens if token.token_type.name != "L_PAREN"]
+    if texts[:1] and texts[0] not in _QUERY_STARTS:
         raise DefinitionError(_NO_QUERY)
     for token, following in pairwise(tokens):
         if following.token_type.name == "L_PAREN":
