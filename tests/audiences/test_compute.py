@@ -1,4 +1,4 @@
-"""What a definition may be, where it runs, and what is said when it cannot."""
+"""Definitions are computed on our own database or a source; errors name the definition."""
 
 import datetime as dt
 import sqlite3
@@ -17,7 +17,7 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 @pytest.fixture
 def computed(engine):
-    """Compute a definition: its user ids and their values, and what was set aside."""
+    """Compute a definition; return the user ids with their values, and the set-aside rows by reason."""
 
     def run(definition, source=None):
         with engine.connect() as connection:
@@ -100,7 +100,7 @@ def test_ids_compare_byte_by_byte(world, computed):
         ("", "vips: the SQL is empty"),
     ],
 )
-def test_a_definition_that_is_wrong_is_told_so(world, computed, sql, message):
+def test_an_invalid_definition_is_refused_with_its_error(world, computed, sql, message):
     with pytest.raises(DefinitionError, match=message):
         computed(world.audience(sql))
 
@@ -126,7 +126,7 @@ def test_a_column_that_cannot_hold_ids_is_refused(world, computed):
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_the_authorizer_refuses_what_is_more_than_reading(world, computed, monkeypatch):
-    monkeypatch.setattr(compute.statement, "check", lambda *_: [])  # as if it had not seen it
+    monkeypatch.setattr(compute.statement, "check", lambda *_: [])  # as if the check had missed it
     for sql in ("SELECT load_extension('x') AS user_id", "ATTACH 'other.db' AS other", "DELETE FROM people"):
         with pytest.raises(DefinitionError, match="may only read, and this one does more"):
             computed(world.audience(sql))
@@ -199,7 +199,7 @@ def test_a_source_is_only_read(world, computed, shop, monkeypatch):
         computed(world.audience(sql, source="shop"), shop)
 
 
-def test_an_error_of_a_source_is_the_definitions(world, computed, shop):
+def test_an_sql_error_on_a_source_is_the_definitions(world, computed, shop):
     with pytest.raises(DefinitionError, match=r"vips: its SQL does not work: .*missing"):
         computed(world.audience("SELECT user_id FROM missing", source="shop"), shop)
     with pytest.raises(DefinitionError, match="must return one column called user_id; it returns total"):
@@ -224,15 +224,15 @@ def test_a_source_that_is_down_fails_its_runs_and_no_others(world, address):
     assert world.sync(world.audience(key="others")).status == "succeeded"
 
 
-def test_a_source_that_dies_while_it_is_read_is_said_so(world, computed, postgres, monkeypatch):
+def test_a_source_that_dies_while_it_is_read_is_a_source_error(world, computed, postgres, monkeypatch):
     monkeypatch.setattr(compute, "FETCH_ROWS", 10)
     source = source_engine("shop", postgres.url(postgres.create()))
-    taken = compute.values.canonical_rows
+    canonical_rows = compute.values.canonical_rows
 
     def kill(*arguments):
         name = source.url.database
         postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
-        return taken(*arguments)
+        return canonical_rows(*arguments)
 
     monkeypatch.setattr(compute.values, "canonical_rows", kill)
     sql = "SELECT i AS user_id FROM generate_series(1, 100000) i"
@@ -241,7 +241,7 @@ def test_a_source_that_dies_while_it_is_read_is_said_so(world, computed, postgre
     source.dispose()
 
 
-def test_an_sqlite_source_that_is_no_database_is_said_so(world, computed, tmp_path):
+def test_an_sqlite_source_that_is_no_database_is_a_source_error(world, computed, tmp_path):
     (tmp_path / "shop.db").write_text("not a database at all, but long enough to look at" * 20)
     source = source_engine("shop", f"sqlite:///{tmp_path}/shop.db")
     with pytest.raises(SourceError, match="file is not a database"):

@@ -1,4 +1,4 @@
-"""What holds a run, what a person does about it, and who is left out of one."""
+"""Held runs, decisions about them, and the users who are left out of a run."""
 
 import datetime as dt
 
@@ -18,7 +18,7 @@ FIVE = ["ann", "bob", "cid", "dan", "eve"]
 
 @pytest.fixture
 def known(world):
-    """Five members, told and accepted."""
+    """Five members whose deliveries were accepted."""
     world.people(*FIVE)
     world.sync(world.audience())
     world.settle("accepted")
@@ -46,7 +46,7 @@ def counts(run):
         (["ann", "bob", "cid"], None),
     ],
 )
-def test_the_guard_holds_what_is_too_unlike_the_last_snapshot(known, people, why):
+def test_the_guard_holds_a_run_that_exceeds_a_limit(known, people, why):
     known.people(*people)
     run = known.sync(known.audience(guard=WARY))
     if why is None:
@@ -59,7 +59,7 @@ def test_the_guard_holds_what_is_too_unlike_the_last_snapshot(known, people, why
     assert {status for _, _, status in known.deliveries(run.run_id)} == {"held"}
 
 
-def test_the_guard_looks_at_no_small_definition_and_no_first_run(world):
+def test_the_guard_skips_small_definitions_and_first_runs(world):
     guard = Guard(above=3, max_exit_ratio=0.0, max_enter_ratio=0.0)
     world.people(*FIVE[:2])
     assert world.sync(world.audience(guard=Guard(above=0, max_enter_ratio=0.0))).status == "succeeded"
@@ -110,16 +110,16 @@ def test_a_held_trait_is_committed_with_its_values(world):
     assert world.sync(world.trait(sql)).changed_count == 0
 
 
-def test_a_full_run_that_was_held_tells_everyone(known):
+def test_an_approved_full_run_sends_to_everyone(known):
     known.people(*FIVE[:4])
     known.sync(known.audience())
     known.settle("accepted")
     known.people("ann", "zoe")
     run = known.sync(known.audience(), full=True, hold=True)
-    told = known.deliveries(run.run_id)
-    assert {status for _, _, status in told} == {"held"}
+    held_deliveries = known.deliveries(run.run_id)
+    assert {status for _, _, status in held_deliveries} == {"held"}
     decisions.approve(known.engine, run.run_id, known.clock, Destination())
-    assert [(user, body) for user, body, _ in told] == [
+    assert [(user, body) for user, body, _ in held_deliveries] == [
         ("ann", '{"vips": true}'),
         *((user, '{"vips": false}') for user in FIVE[1:]),
         ("zoe", '{"vips": true}'),
@@ -168,7 +168,7 @@ def test_a_run_is_not_approved_when_the_members_have_moved(known, monkeypatch):
     assert set(known.members()) == {*FIVE, "zoe"}
 
 
-def test_an_entry_that_nobody_heard_of_is_cancelled_with_its_approved_exit(world):
+def test_an_entry_that_was_never_sent_is_cancelled_with_its_approved_exit(world):
     world.people("ann", "bob")
     world.sync(world.audience())
     world.settle("accepted", "subject_id = 'bob'")
@@ -180,10 +180,10 @@ def test_an_entry_that_nobody_heard_of_is_cancelled_with_its_approved_exit(world
     ]  # fmt: skip
 
 
-def test_an_exit_that_waits_counts_as_heard_though_what_was_told_is_not_kept_any_more(world):
+def test_a_pending_exit_is_sent_though_the_accepted_entry_before_it_was_pruned(world):
     world.people("ann")
     world.sync(world.audience())
-    world.execute("DELETE FROM {our}deliveries")  # told, accepted, and pruned
+    world.execute("DELETE FROM {our}deliveries")  # sent, accepted, and pruned
     world.people()
     world.sync(world.audience())
     world.people("ann")
@@ -195,7 +195,7 @@ def test_an_exit_that_waits_counts_as_heard_though_what_was_told_is_not_kept_any
     ] * 3
 
 
-def test_what_was_refused_is_tried_again_though_a_later_run_was_rejected(known):
+def test_a_dead_delivery_is_retried_though_a_later_run_was_rejected(known):
     known.execute("UPDATE {our}deliveries SET status = 'dead', error = 'no' WHERE subject_id = 'ann'")
     known.people()
     run = known.sync(known.audience(guard=WARY))
@@ -262,7 +262,7 @@ def test_another_destination_holds_until_a_full_run(world):
     assert world.sync(world.audience(), fingerprint="two").status == "succeeded"
 
 
-def test_what_is_pending_for_another_destination_is_held_and_comes_back_with_it(world):
+def test_deliveries_for_another_destination_are_held_until_it_is_configured_again(world):
     world.people("ann")
     world.sync(world.audience(), fingerprint="one")
     world.sync(world.audience(key="others"), fingerprint="two")
@@ -308,7 +308,7 @@ def test_a_held_run_stays_held_whatever_the_destination(known):
     assert {status for _, _, status in known.deliveries(run.run_id)} == {"held"}
 
 
-def test_retire_tells_all_who_hold_it_and_lets_the_key_rest(known):
+def test_retire_sends_false_to_everyone_who_holds_the_key_and_reserves_it(known):
     known.people(*FIVE[1:])
     known.sync(known.audience())
     known.people(*FIVE[2:])
@@ -336,7 +336,7 @@ def test_a_retired_trait_becomes_null(world):
     assert world.deliveries(run_id) == [("ann", '{"spend": null}', "pending")]
 
 
-def test_only_the_eligible_enter_and_a_member_who_is_not_any_more_stays(known):
+def test_only_eligible_users_enter_and_members_stay_when_they_are_no_longer_eligible(known):
     known.people(*FIVE[1:], "new", "zoe")
     eligible = "SELECT user_id FROM people WHERE user_id NOT IN ('new', 'eve') UNION SELECT 'dan'"
     run = known.sync(known.audience(eligible_sql=eligible))
@@ -376,11 +376,11 @@ def test_a_baseline_after_a_canary_is_still_first(world):
     world.people("ann")
     world.sync(world.audience(), users=("ann",))
     with engines.read(world.engine) as connection:
-        found = records.load_baseline(connection, "vips")
-    assert (found.run_id, found.member_count, found.is_first) == (1, 1, True)
+        baseline = records.load_baseline(connection, "vips")
+    assert (baseline.run_id, baseline.member_count, baseline.is_first) == (1, 1, True)
 
 
-def test_who_was_erased_is_an_exit_of_the_next_run_and_comes_back_only_when_allowed(known):
+def test_an_erased_user_is_an_exit_of_the_next_run_and_returns_only_when_allowed(known):
     known.people(*FIVE[1:])
     known.sync(known.audience())  # ann has left
     with engines.write(known.engine) as connection:
@@ -395,7 +395,7 @@ def test_who_was_erased_is_an_exit_of_the_next_run_and_comes_back_only_when_allo
     rows = known.query(
         "SELECT run_id, accepted_count, cancelled_count FROM {our}runs WHERE run_id < 3 ORDER BY run_id"
     )
-    assert rows == [(1, 2, 0), (2, 0, 1)]  # told of ann and bob; ann's exit was still to be sent
+    assert rows == [(1, 2, 0), (2, 0, 1)]  # ann and bob were sent; ann's exit was still pending
     with engines.write(known.engine) as connection:
         assert erasure.allow_return(connection, "bob") == dt.datetime(2026, 1, 1, 2, tzinfo=dt.UTC)
         assert erasure.allow_return(connection, "zoe") is None
@@ -417,16 +417,16 @@ def test_a_held_run_shows_what_it_would_do(world):
     assert samples == [["dan"], ["cid"], ["bob"]]
 
 
-def test_a_full_run_that_was_held_for_one_key_is_told_to_the_next(world):
+def test_an_approved_full_run_is_sent_to_the_destination_of_its_approval(world):
     world.people("ann", "bob")
     world.sync(world.audience(), fingerprint="one")
     world.settle("accepted")
     run = world.sync(world.audience(), fingerprint="one", full=True, hold=True)
     decisions.approve(world.engine, run.run_id, world.clock, Destination("two"))
-    told = world.query(
+    sent = world.query(
         "SELECT subject_id, fingerprint, status FROM {our}deliveries WHERE run_id = 2 ORDER BY 1"
     )
-    assert told == [("ann", "two", "pending"), ("bob", "two", "pending")]
+    assert sent == [("ann", "two", "pending"), ("bob", "two", "pending")]
 
 
 def test_a_scheduled_full_run_is_held_for_another_destination_like_any_other(known):
@@ -437,7 +437,7 @@ def test_a_scheduled_full_run_is_held_for_another_destination_like_any_other(kno
         decisions.approve(known.engine, run.run_id, known.clock, Destination())
 
 
-def test_an_exit_is_told_though_the_accepted_entry_is_not_kept_any_more(known):
+def test_an_exit_is_sent_though_the_accepted_entry_was_pruned(known):
     known.execute("DELETE FROM {our}deliveries")  # pruned
     known.sync(known.audience(), full=True)  # not sent yet
     known.people(*FIVE[1:])
@@ -446,7 +446,7 @@ def test_an_exit_is_told_though_the_accepted_entry_is_not_kept_any_more(known):
     assert known.deliveries(2)[0] == ("ann", '{"vips": true}', "pending")
 
 
-def test_a_value_that_changed_before_anything_was_told_is_cancelled_with_its_exit(world):
+def test_a_value_that_changed_before_anything_was_sent_is_cancelled_with_its_exit(world):
     for value in (1.0, 2.0):
         world.people(("ann", value))
         world.sync(world.trait())
@@ -478,10 +478,10 @@ def test_an_accepted_destination_is_not_undone_by_a_run_under_way(known, monkeyp
     assert known.query("SELECT fingerprint FROM {our}definitions") == [("two",)]
 
 
-def test_a_source_that_cannot_be_opened_is_its_runs_failure(world):
+def test_a_source_that_cannot_be_opened_fails_the_run(world):
     def closed():
         raise SourceError("no such driver")
 
-    order = runs.RunOptions()
-    run_id = runs.sync(world.engine, world.audience(), world.clock.now(), world.clock, order, source=closed)
+    options = runs.RunOptions()
+    run_id = runs.sync(world.engine, world.audience(), world.clock.now(), world.clock, options, source=closed)
     assert (world.run(run_id).status, world.run(run_id).error) == ("failed", "no such driver")

@@ -1,4 +1,4 @@
-"""What a run writes: members, their history, deliveries, counts; and how it ends when it cannot."""
+"""A run writes members, their history, deliveries and counts; an error ends it as failed."""
 
 import datetime as dt
 import os
@@ -58,7 +58,7 @@ def test_a_run_after_an_empty_first_one_is_not_the_first(world):
     assert (run.mode, run.member_count) == ("changes", 1)
 
 
-def test_history_is_told_in_intervals(world):
+def test_history_is_stored_as_intervals(world):
     world.people("ann")
     first = world.sync(world.audience())
     world.settle("accepted")
@@ -108,7 +108,7 @@ def test_an_exit_after_something_was_tried_is_sent(world, status):
     assert world.deliveries(second.run_id) == [("ann", FALSE, "pending")]
 
 
-def test_another_definitions_deliveries_do_not_make_a_user_heard_of(world):
+def test_an_exit_is_cancelled_whatever_other_definitions_have_sent(world):
     world.people("ann")
     world.sync(world.audience(key="others"))
     world.settle("accepted")
@@ -149,11 +149,11 @@ def test_a_dead_delivery_whose_value_is_not_current_stays_dead(world):
     assert world.deliveries(second.run_id) == [("ann", FALSE, "pending")]
 
 
-def test_a_full_run_tells_everyone_who_ever_held_it(world):
+def test_a_full_run_sends_to_everyone_who_ever_held_the_key(world):
     world.people("ann", "bob", "cid")
     world.sync(world.audience())
     world.settle("accepted", "subject_id <> 'cid'")
-    world.people("bob", "dan")  # ann was told, cid never heard of it
+    world.people("bob", "dan")  # ann was sent true, and cid nothing
     world.sync(world.audience())
     world.people("bob", "eve")
     run = world.sync(world.audience(), full=True)
@@ -200,7 +200,7 @@ def test_a_trait_sends_values_that_are_new_changed_or_gone(world):
     assert world.members("spend") == {"ann": "1.5", "bob": "2.5"}
 
 
-def test_unequal_values_leave_a_user_as_he_was(world):
+def test_unequal_values_change_nothing_for_their_user(world):
     world.people(("ann", 1.0), ("bob", 1.0))
     world.sync(world.trait())
     world.people(("ann", 1.0), ("ann", 2.0), ("bob", 1.0), ("bob", 1.0), ("cid", 3.0), ("cid", 4.0))
@@ -240,7 +240,7 @@ def test_a_definition_that_fails_is_its_runs_failure_and_changes_nothing(world):
     assert world.sync(world.audience()).status == "succeeded"
 
 
-def test_a_run_that_another_process_is_syncing_says_who_does(world):
+def test_a_definition_that_another_process_is_syncing_is_busy(world):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         with engines.write(world.engine) as connection:
@@ -302,7 +302,7 @@ def test_a_signal_during_the_computation_ends_it_at_once(world, error):
     assert world.sync(world.audience()).status == "succeeded"
 
 
-def test_the_first_error_is_told_where_the_run_cannot_even_be_closed(world, monkeypatch):
+def test_the_first_error_is_raised_where_the_run_cannot_even_be_ended(world, monkeypatch):
     world.people("ann")
 
     def refuse(*_):
@@ -347,7 +347,7 @@ def test_a_commit_that_fails_and_stays_open_keeps_no_lock(world):
     assert world.sync(world.audience()).status == "succeeded"
 
 
-def test_a_database_that_is_gone_is_said_plainly(tmp_path):
+def test_a_database_that_cannot_be_used_is_a_database_error(tmp_path):
     engine = engines.open_own(f"sqlite:///{tmp_path}/own.db", "audience_sync")
     (tmp_path / "own.db").write_text("this is no database, and it is long enough to be read as one" * 20)
     vips, moment = Definition("vips", "vips", Kind.AUDIENCE, "SELECT 1 AS user_id"), dt.datetime.now(dt.UTC)

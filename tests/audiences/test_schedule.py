@@ -87,7 +87,7 @@ def following(text, zone, after, count):
         ("every 90 minutes", ["2026-01-01 13:30", "2026-01-01 15:00"]),
     ],
 )
-def test_a_schedule_comes_when_crontab_says(text, slots):
+def test_slots_are_due_when_crontab_says(text, slots):
     assert following(text, "UTC", "2026-01-01 12:00", len(slots)) == slots
 
 
@@ -140,7 +140,7 @@ def test_a_schedule_comes_when_crontab_says(text, slots):
         ("every 9999999999999999999 days", "no interval 'every 9999"),
     ],
 )
-def test_what_crontab_does_not_know_is_refused_with_a_remedy(text, message):
+def test_an_invalid_schedule_is_refused_with_a_remedy(text, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
         schedule.parse_schedule(text, "UTC")
     assert re.fullmatch(r"[a-z].*: write .*[^.]|.*: a (step|range) .*[^.]", str(refused.value))
@@ -164,7 +164,7 @@ def test_an_unknown_time_zone_is_refused_with_the_nearest(text, zone, message):
         schedule.parse_schedule(text, zone)
 
 
-def test_a_leap_day_on_a_sunday_is_found_across_a_century_without_one():
+def test_the_next_leap_day_on_a_sunday_may_be_forty_years_away():
     assert following("0 0 29 2 */7", "UTC", "2088-02-29", 1) == ["2128-02-29 00:00"]
 
 
@@ -175,12 +175,12 @@ def test_a_leap_day_on_a_sunday_is_found_across_a_century_without_one():
         ("30 2 * * *", "Europe/Berlin", "2026-10-24 12:00", ["2026-10-25 00:30", "2026-10-26 01:30"]),
         ("*/30 * * * *", "Europe/Berlin", "2026-10-25 00:00", ["2026-10-25 00:30", "2026-10-25 02:00"]),
         ("every 30 minutes", "Europe/Berlin", "2026-10-25 00:00", ["2026-10-25 00:30", "2026-10-25 01:00"]),
-        # Spring: 02:30 does not occur and comes at 03:00; all of the gap is one slot, with 03:00 itself.
+        # Spring: 02:30 does not occur and is due at 03:00; all of the gap is one slot, with 03:00 itself.
         ("30 2 * * *", "Europe/Berlin", "2026-03-28 12:00", ["2026-03-29 01:00", "2026-03-30 00:30"]),
         ("*/30 * * * *", "Europe/Berlin", "2026-03-29 00:30", ["2026-03-29 01:00", "2026-03-29 01:30"]),
-        # Midnight is in the gap, and comes at 01:00.
+        # Midnight is in the gap, and is due at 01:00.
         ("0 0 * * *", "America/Sao_Paulo", "2018-11-03 12:00", ["2018-11-04 03:00", "2018-11-05 02:00"]),
-        # Half an hour: from 02:00 to 02:30 in spring; in autumn 01:30 comes twice.
+        # Half an hour: from 02:00 to 02:30 in spring; in autumn 01:30 occurs twice.
         ("15 2 * * *", "Australia/Lord_Howe", "2026-10-03 12:00", ["2026-10-03 15:30", "2026-10-04 15:15"]),
         ("45 1 * * *", "Australia/Lord_Howe", "2026-04-04 12:00", ["2026-04-04 14:45", "2026-04-05 15:15"]),
         # Friday, 30 December 2011 did not occur: its slots come as Saturday begins, with midnight's.
@@ -193,11 +193,11 @@ def test_a_leap_day_on_a_sunday_is_found_across_a_century_without_one():
         ("30 2 * * *", "Africa/Casablanca", "2026-03-21 12:00", ["2026-03-22 02:00", "2026-03-23 01:30"]),
     ],
 )  # fmt: skip
-def test_a_local_time_comes_once_whatever_the_clock_does(text, zone, after, slots):
+def test_a_local_time_is_due_once_when_clocks_change(text, zone, after, slots):
     assert following(text, zone, after, len(slots)) == slots
 
 
-def test_in_the_hour_that_comes_again_the_latest_slot_is_behind():
+def test_in_the_repeated_hour_the_latest_slot_is_in_the_past():
     plan = schedule.parse_schedule("0,30 2 * * *", "Europe/Berlin")
     again = at("2026-10-25 01:10")  # 02:10, the second time
     assert plan.latest(at("2026-10-24 12:00"), again) == at("2026-10-25 00:30")
@@ -205,7 +205,7 @@ def test_in_the_hour_that_comes_again_the_latest_slot_is_behind():
     assert plan.next(again) == at("2026-10-26 01:00")
 
 
-def test_a_midnight_that_is_past_although_the_clock_shows_the_day_before_is_due():
+def test_midnight_is_due_though_the_clock_went_back_to_the_day_before():
     plan = schedule.parse_schedule("@daily", "America/St_Johns")  # 7 November 2010, 00:01: back to 23:01
     assert plan.latest(at("2010-11-06 12:00"), at("2010-11-07 02:45")) == at("2010-11-07 02:30")
     assert plan.next(at("2010-11-07 02:45")) == at("2010-11-08 03:30")
@@ -219,7 +219,7 @@ def test_a_slot_is_due_at_its_moment_and_not_after_itself():
         assert plan.latest(at("2000-01-01 06:00"), at("2026-01-01 06:00:00.000001")) == at("2026-01-01 06:00")
 
 
-def test_local_mean_time_with_its_seconds_is_no_trouble():
+def test_offsets_with_seconds_are_exact():
     plan = schedule.parse_schedule(
         "0 12 * * *", "Africa/Monrovia"
     )  # until 1972 it was 44 minutes and 30 seconds behind
@@ -234,7 +234,7 @@ def spans(name):
     def offset_at(moment):
         return moment.astimezone(zone).utcoffset()
 
-    found, start, now = [], at("2010-12-25"), at("2010-12-25")
+    result, start, now = [], at("2010-12-25"), at("2010-12-25")
     offset = offset_at(start)
     while now < at("2036-01-01"):
         before, now = now, now + 14 * DAY
@@ -242,9 +242,9 @@ def spans(name):
             minutes = range(14 * 24 * 60)
             change = bisect_left(minutes, True, key=lambda n: offset_at(before + n * MINUTE) != offset)
             end = before + change * MINUTE
-            found.append((start, end, offset))
+            result.append((start, end, offset))
             start, offset = end, offset_at(end)
-    return (*found, (start, now, offset))
+    return (*result, (start, now, offset))
 
 
 @pytest.mark.parametrize(("text", "minutes"), [("0 0 * * *", 0), ("30 2 * * *", 150)])
@@ -284,7 +284,7 @@ def moments(draw, name):
 
 
 def due_by_the_clock(zone, is_slot, after, until):
-    """The obvious way: look at the clock each minute, for the local minutes that it has reached as never before."""
+    """The obvious way: step through the minutes and collect local times that the clock reaches for the first time."""
     now, due = after - DAY, []
     reached = now.astimezone(zone).replace(tzinfo=None)
     while now < until:
@@ -307,11 +307,9 @@ def due_by_the_clock(zone, is_slot, after, until):
     fields(1, 12),
     fields(0, 7),
 )
-def test_slots_come_when_the_clock_on_the_wall_first_reaches_them(
-    data, name, minute, hour, day, month, weekday
-):
+def test_slots_are_due_when_the_local_clock_first_reaches_them(data, name, minute, hour, day, month, weekday):
     either = "*" not in day[0] + weekday[0]
-    assume(either or min(day[1]) < 29)  # it comes in every month
+    assume(either or min(day[1]) < 29)  # it is due in every month
 
     def is_slot(local):
         by_date, by_weekday = (
@@ -346,7 +344,7 @@ def test_spans_are_counted_from_1970(unit, count, moment):
     | st.lists(st.text("0123456789*/,-LW#?@ monsun", min_size=1), min_size=5, max_size=5).map(" ".join)
     | st.from_regex(r"(@|every )[a-z0-9 ]*")
 )
-def test_a_text_is_a_schedule_that_comes_or_a_configuration_error(text):
+def test_any_text_is_a_schedule_with_slots_or_a_configuration_error(text):
     try:
         plan = schedule.parse_schedule(text, "Europe/Berlin")
     except ConfigError:
@@ -356,7 +354,7 @@ def test_a_text_is_a_schedule_that_comes_or_a_configuration_error(text):
 
 @settings(max_examples=30)  # each lists the zones of the machine
 @given(st.text())
-def test_a_text_is_a_time_zone_or_a_configuration_error(zone):
+def test_any_text_is_a_time_zone_or_a_configuration_error(zone):
     try:
         schedule.parse_schedule("@daily", zone)
     except ConfigError:

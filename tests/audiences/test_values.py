@@ -1,7 +1,6 @@
-"""The same id and the same value get the same text, wherever they were computed.
+"""The same id and the same value get the same text, wherever they are computed.
 
-Rows go into a table of SQLite and of PostgreSQL, and from there the four ways: computed in place, and
-streamed from the database as a source.
+The same rows are stored in SQLite and in PostgreSQL, then computed in place and streamed from either as a source.
 """
 
 import datetime as dt
@@ -120,10 +119,10 @@ def test_ids_are_the_same_text_on_both_databases(databases, sqlite_type, postgre
         rows = [(each, None) for each in ids]
         databases.fill("sqlite", sqlite_type, "text", rows)
         databases.fill("postgresql", postgresql_type, "text", rows)
-        found = databases.computed("sqlite", Kind.AUDIENCE)
-        assert databases.row_count + sum(found[1].values()) == len(ids)
-        assert found == databases.computed("postgresql", Kind.AUDIENCE)
-        assert databases.row_count + sum(found[1].values()) == len(ids)
+        computed = databases.computed("sqlite", Kind.AUDIENCE)
+        assert databases.row_count + sum(computed[1].values()) == len(ids)
+        assert computed == databases.computed("postgresql", Kind.AUDIENCE)
+        assert databases.row_count + sum(computed[1].values()) == len(ids)
 
     check()
 
@@ -142,9 +141,9 @@ def test_values_are_the_same_json_on_both_databases(databases, sqlite_type, post
     def check(rows):
         databases.fill("sqlite", "text", sqlite_type, rows)
         databases.fill("postgresql", "text", postgresql_type, rows)
-        found = databases.computed("sqlite", Kind.TRAIT)
-        assert found == databases.computed("postgresql", Kind.TRAIT)
-        assert all(is_json(text) for text in found[0].values())
+        computed = databases.computed("sqlite", Kind.TRAIT)
+        assert computed == databases.computed("postgresql", Kind.TRAIT)
+        assert all(is_json(text) for text in computed[0].values())
 
     check()
 
@@ -178,8 +177,8 @@ def test_values_of_postgresql_are_the_same_in_place_and_streamed(databases, post
     @given(st.lists(st.tuples(st.sampled_from("abcd"), st.one_of(raws, st.none())), max_size=12))
     def check(rows):
         databases.fill("postgresql", "text", postgresql_type, rows)
-        found, _ = databases.computed("postgresql", Kind.TRAIT)
-        assert all(is_json(text) for text in found.values())
+        texts, _ = databases.computed("postgresql", Kind.TRAIT)
+        assert all(is_json(text) for text in texts.values())
 
     check()
 
@@ -188,8 +187,8 @@ def test_values_of_postgresql_are_the_same_in_place_and_streamed(databases, post
 def test_numbers_in_json_keep_the_digits_that_a_double_has_not(databases, postgresql_type):
     rows = [("a", "2.215411740277963e+16"), ("b", "9007199254740993.0"), ("c", "0.10")]
     databases.fill("postgresql", "text", postgresql_type, rows)
-    found, _ = databases.computed("postgresql", Kind.TRAIT)
-    assert found == {"a": "22154117402779630", "b": "9007199254740993", "c": "0.1"}
+    texts, _ = databases.computed("postgresql", Kind.TRAIT)
+    assert texts == {"a": "22154117402779630", "b": "9007199254740993", "c": "0.1"}
 
 
 @pytest.mark.parametrize(
@@ -293,10 +292,10 @@ def test_why_a_text_cannot_be_an_id(raw, reason):
 
 def test_numbers_are_judged_as_sqlite_itself_does_not(databases):
     """Its printf gives another fifteenth digit than C's: the reason why SQLite calls Python."""
-    found = sqlite3.connect(":memory:").execute("SELECT printf('%.15g', 1e300 / 3.0)").fetchone()[0]
+    printed = sqlite3.connect(":memory:").execute("SELECT printf('%.15g', 1e300 / 3.0)").fetchone()[0]
     databases.fill("sqlite", "text", "real", [("a", 1e300 / 3.0)])
     assert databases.computed("sqlite", Kind.TRAIT)[0] == {"a": f"{1e300 / 3.0:.15g}"}
-    assert float(found) == pytest.approx(1e300 / 3.0)
+    assert float(printed) == pytest.approx(1e300 / 3.0)
 
 
 def test_the_rules_hold_for_what_other_drivers_give():
