@@ -1,4 +1,4 @@
-"""Time as an argument: what decides takes a clock, so that a test can set it by hand."""
+"""The clock that code takes as an argument, so that tests can set the time."""
 
 import time
 from datetime import UTC, datetime
@@ -7,10 +7,10 @@ from typing import Protocol
 
 class Clock(Protocol):
     def now(self) -> datetime:
-        """The wall clock, aware, in UTC."""
+        """The wall-clock time, aware, in UTC."""
 
     def monotonic(self) -> float:
-        """Seconds that never go back."""
+        """Seconds of a clock that never goes back."""
 
     def sleep(self, seconds: float) -> None: ...
 
@@ -27,5 +27,5 @@ class SystemClock:
 
 
 def isoformat(moment: datetime) -> str:
-    """ISO 8601 with Z, as every time that we print: 2011-06-01T00:00:00Z."""
+    """ISO 8601 with Z, the form of every time that we print: 2011-06-01T00:00:00Z."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -1,20 +1,20 @@
-"""What can go wrong, as a person should read it.
+"""The errors that the program raises; their messages are written for people.
 
 AudienceSyncError
 ├── ConfigError          the configuration, the command line or a credential
 │   └── MissingVariable  an environment variable that the configuration names is not set
-├── DefinitionError      a definition cannot be computed as it is written
+├── DefinitionError      a definition is not valid SQL for its database, or its result cannot be used
 ├── DatabaseError        our own database cannot be used
 ├── SourceError          a source cannot be reached or read
 ├── CallError            a call that is not valid
-├── NotApproved          a held run that must be computed again first
-├── NotForgotten         Userpilot did not take a deletion
+├── NotApproved          a held run cannot be committed any more: compute it again
+├── NotForgotten         Userpilot refused or did not answer a deletion
 ├── Busy                 another process is syncing the definition
-└── LeaseLost            another process took this one's place; nothing was written
+└── LeaseLost            another process took over the lease; this one has written nothing
 
-Interrupted              a signal asked this process to stop
+Interrupted              a signal asked this process to stop (a BaseException)
 
-A message says what happened, where, and what to do next. It never holds a secret.
+A message says what happened, where, and what to do next. It never contains a secret. `exit_code` is the command's.
 """
 
 
@@ -26,7 +26,7 @@ class ConfigError(AudienceSyncError):
     exit_code = 2
 
 
-class MissingVariable(ConfigError):  # noqa: N818  (reads as what happened)
+class MissingVariable(ConfigError):  # noqa: N818  (named for what happened)
     pass
 
 

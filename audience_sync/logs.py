@@ -1,7 +1,7 @@
-"""Logging to standard error, as lines of text or of JSON. Callers keep user ids, traits and secrets out of it.
+"""Logging to standard error, as lines of text or of JSON. Callers never pass user ids, traits or secrets.
 
-Of an exception we print its kind and where it arose, and the words of our own errors only: a driver's quote
-the row ("Key (user_id)=(17850) already exists"), whatever SQLAlchemy hides.
+An exception is logged with its type and where it arose. The message is added for our own errors only: a driver's
+message quotes the row ("Key (user_id)=(17850) already exists"), even where SQLAlchemy hides parameters.
 """
 
 import json
@@ -13,18 +13,12 @@ from datetime import UTC, datetime
 
 from audience_sync.errors import AudienceSyncError
 
-QUIET = (
-    "alembic",
-    "apscheduler",
-    "httpcore",
-    "httpx",
-    "sqlalchemy",
-    "uvicorn",
-)  # they print URLs, statements, every tick
+# Libraries that log URLs, statements and every tick: warnings only.
+QUIET = ("alembic", "apscheduler", "httpcore", "httpx", "sqlalchemy", "uvicorn")
 
 
-def configure(format: str = "text", level: str = "info") -> None:  # noqa: A002  (the configuration's word)
-    """Send what is logged from `level` on to standard error, as `text` or `json`; the last call holds."""
+def configure(format: str = "text", level: str = "info") -> None:  # noqa: A002  (its name in the configuration)
+    """Log from `level` on to standard error, as `text` or `json`; the last call takes effect."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if format == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -33,20 +27,20 @@ def configure(format: str = "text", level: str = "info") -> None:  # noqa: A002 
 
 
 def event(log: logging.Logger, level: int, name: str, **fields: str | float) -> None:
-    """Log what happened in a line: its name, and facts about it; never an id of a user, a trait or a secret."""
-    log.log(level, "%s", name, extra={"facts": fields})
+    """Log an event and its fields on one line."""
+    log.log(level, "%s", name, extra={"fields": fields})
 
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
-        return " | ".join(f"{_at(record)} {record.levelname} {_message(record)}{facts}".splitlines())
+        fields = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
+        return " | ".join(f"{_at(record)} {record.levelname} {_message(record)}{fields}".splitlines())
 
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        known = {"at": _at(record), "level": record.levelname.lower(), "logger": record.name}
-        return json.dumps(known | {"message": _message(record)} | getattr(record, "facts", {}))
+        common = {"at": _at(record), "level": record.levelname.lower(), "logger": record.name}
+        return json.dumps(common | {"message": _message(record)} | getattr(record, "fields", {}))
 
 
 def _at(record: logging.LogRecord) -> str:
@@ -61,6 +55,7 @@ def _trace(error: BaseException | None) -> Iterator[str]:
     while error is not None:
         yield type(error).__name__ + (f": {error}" if isinstance(error, AudienceSyncError) else "")
         yield from (
-            f"  {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)
+            f"  {frame.filename}:{frame.lineno} {frame.name}"
+            for frame in traceback.extract_tb(error.__traceback__)
         )
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

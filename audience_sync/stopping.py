@@ -1,4 +1,4 @@
-"""How a process is asked to end: its threads look at an event, and what they wait for is interrupted."""
+"""Ask the threads of this process to end, and interrupt what they wait for."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Stop(threading.Event):
-    """An event that also interrupts, when it is set, what was named to it at that moment."""
+    """An event that also calls the registered interrupts when it is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Stop(threading.Event):
 
     @contextmanager
     def interrupting(self, interrupt: Callable[[], object]) -> Iterator[None]:
-        """Call `interrupt`, from whatever thread asks for the end, if that happens meanwhile."""
+        """Call `interrupt` if the event is set inside the block, or already is; any thread may do so."""
         with self._lock:
             self._interrupts.append(interrupt)
             if self.is_set():

@@ -1,4 +1,4 @@
-"""Run by store/migrate.py, which hands in the connection; its transaction is the migration's."""
+"""Run by db/migrate.py, which passes the connection; the migration runs in its transaction."""
 
 from alembic import context
 

@@ -277,7 +277,7 @@ def test_a_tick_outlives_a_lock(life, backend, caplog):
     with engines.write(life.daemon.app.engine) as other:
         destination.record_heartbeat(other, utc("2026-03-15 00:30"))
         life.live_until("2026-03-15 03:00")
-    assert "Another program holds its lock" in str([record.facts for record in caplog.records])
+    assert "Another program holds its lock" in str([record.fields for record in caplog.records])
     assert life.slots() == []
     life.live_until("2026-03-15 04:00")
     assert life.slots() == ["2026-03-15 01:30"]

@@ -29,12 +29,12 @@ def daemon(context: typer.Context) -> None:
         working = Daemon(opened, open_again)
 
         def end(_number: int, _frame: FrameType | None) -> None:
-            if working.end_asked:
+            if working.stop_requested:
                 end_at_once("Stopped at once. Nothing is lost: start it again to go on.")
-            working.end_asked = True
+            working.stop_requested = True
 
         def reload(_number: int, _frame: FrameType | None) -> None:
-            working.reload_asked = True
+            working.reload_requested = True
 
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)

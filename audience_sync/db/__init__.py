@@ -1,1 +1,1 @@
-"""The database: engines, dialects, tables, leases, bulk loading of rows, and migrations."""
+"""The database: engines and transactions, SQL dialects, tables, leases, row loading, migrations."""

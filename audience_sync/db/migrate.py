@@ -1,6 +1,6 @@
-"""The database's version: what it is, and how it gets to the newest one.
+"""The version of the database, and the migrations between versions.
 
-Alembic is imported only where it works: its import costs more than a whole unchanged sync may.
+Alembic is imported only to migrate: its import takes longer than a whole sync without changes.
 """
 
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ from audience_sync.errors import DatabaseError
 HEAD = "0005"
 KNOWN = ("0001", "0002", "0003", "0004", "0005")
 VERSION_TABLE = "audience_sync_version"
-_LOCK = 4_710_226_013  # any number that is ours: PostgreSQL's advisory lock for migrations
+_LOCK = 4_710_226_013  # the key of PostgreSQL's advisory lock for migrations; any constant would do
 
 
 def current(engine: sa.Engine) -> str | None:
-    """The revision that the database is at; None where it has none of our tables.
+    """The revision of the database; None if it has none of our tables.
 
     Raises:
-        DatabaseError: it cannot be reached, or a table of ours stands there without a version.
+        DatabaseError: it cannot be reached, or it has a table with one of our names but no version.
 
     """
     schema = engine.get_execution_options().get("schema")
@@ -46,10 +46,10 @@ def current(engine: sa.Engine) -> str | None:
 
 
 def ensure(engine: sa.Engine) -> None:
-    """Make sure that the database is at the newest version; a new one is set up.
+    """Check that the database is at the newest version; set up an empty one.
 
     Raises:
-        DatabaseError: it is behind, or newer than this program.
+        DatabaseError: it is older or newer than this program.
 
     """
     revision = current(engine)
@@ -68,7 +68,7 @@ def ensure(engine: sa.Engine) -> None:
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
-    current(engine)  # a foreign table stops us before anything is made
+    current(engine)  # raises for a foreign table, before anything is created
     _run(engine, "upgrade", revision)
 
 
@@ -77,7 +77,7 @@ def downgrade(engine: sa.Engine, revision: str) -> None:
 
 
 def script_folder() -> Path:
-    """Inside the wheel the migrations lie in the package; in a checkout beside it."""
+    """The folder of the migrations: in a wheel inside the package, in a checkout beside it."""
     package = Path(audience_sync.__file__).parent
     shipped = package / "_migrations"
     return shipped if shipped.is_dir() else package.parent / "migrations"
@@ -101,9 +101,9 @@ def _run(engine: sa.Engine, direction: str, revision: str) -> None:
 
 @contextmanager
 def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
-    """Batch mode rebuilds tables: with enforcement on, SQLite would delete the rows of their children.
+    """Switch enforcement off on SQLite: batch mode rebuilds tables, which would delete the rows that refer to them.
 
-    The pragma does nothing inside a transaction, so it goes past SQLAlchemy, which would begin one.
+    The pragma has no effect inside a transaction, and SQLAlchemy would begin one: the driver's connection runs it.
     """
     if not dialects.is_sqlite(connection):
         yield
@@ -116,7 +116,9 @@ def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
     finally:
         raw.execute("PRAGMA foreign_keys = ON")
     if broken is not None:
-        raise DatabaseError(f"After the migration, rows of {broken[0]} point nowhere: restore the backup.")
+        raise DatabaseError(
+            f"After the migration, {broken[0]} has rows that refer to missing ones: restore the backup."
+        )
 
 
 def _enter_schema(connection: sa.Connection, schema: str) -> None:

@@ -1,7 +1,7 @@
 """Insert and update many rows of one table, in the fastest way of each database.
 
 SQLite takes some hundred rows in a statement: it prepares the lists in CHECK constraints anew for each statement,
-which costs more than a row. PostgreSQL takes rows as one JSON document, and many of them by COPY. Values are text,
+which costs more than a row. PostgreSQL takes rows in a JSON document, and many of them by COPY. Values are text,
 numbers or None; `moment` and `engines.to_json` turn other values into text.
 """
 

@@ -1,7 +1,7 @@
 """Our tables, as the newest migration leaves them.
 
-The large ones (members, past_members, deliveries) carry no foreign keys: on PostgreSQL each would be
-a trigger call a row, and their rows are written by one statement beside the run that they belong to.
+The large ones (members, past_members, deliveries) have no foreign keys: PostgreSQL would call a trigger for each row,
+and one statement writes their rows in the transaction of the run that they belong to.
 """
 
 import datetime as dt
@@ -29,7 +29,7 @@ class UtcDateTime(sa.TypeDecorator[dt.datetime]):
 
     @staticmethod
     def text(value: dt.datetime) -> str:
-        """UTC, in a form that sorts as the moments do."""
+        """UTC, as text that sorts by time."""
         return value.astimezone(dt.UTC).isoformat(" ", "microseconds")[:26]
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> dt.datetime | None:
@@ -44,7 +44,7 @@ class UtcDateTime(sa.TypeDecorator[dt.datetime]):
 UserId = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 Document = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")  # definitions look into these
-Json = sa.JSON(none_as_null=True)  # kept as it was written
+Json = sa.JSON(none_as_null=True)  # stored as it was written
 
 metadata = sa.MetaData(
     naming_convention={
@@ -97,7 +97,7 @@ runs = sa.Table(
     sa.Column("set_aside", Json),  # {reason: count}
     sa.Column("error", sa.Text),
     sa.Column("baseline_run_id", Serial),  # the committed run that this one was compared with
-    # Of the deliveries that are no longer kept: what became of them.
+    # The outcomes of this run's deliveries that were pruned.
     sa.Column("accepted_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("dead_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("cancelled_count", sa.BigInteger, nullable=False, server_default="0"),
@@ -152,7 +152,7 @@ calls = sa.Table(
     sa.Column("received_at", UtcDateTime, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("reason", sa.Text),
-    sa.Column("left_out", Json),  # traits that bear a definition's key: audiences belong to their runs
+    sa.Column("left_out", Json),  # traits with a definition's key: audiences belong to their runs
     sa.CheckConstraint("status IN ('accepted', 'ignored')", name="status"),
     sa.CheckConstraint("status <> 'ignored' OR reason IS NOT NULL", name="reason"),
     sqlite_autoincrement=True,
@@ -248,11 +248,11 @@ bulk_jobs = sa.Table(
     "bulk_jobs",
     metadata,
     sa.Column("request_id", Serial, primary_key=True, autoincrement=False),  # its upload
-    sa.Column("filename", sa.Text, nullable=False),  # ours alone: by it a job is found whose id was lost
+    sa.Column("filename", sa.Text, nullable=False),  # unique: identifies a job whose id was lost
     sa.Column("job_id", sa.Text),
     sa.Column("fingerprint", sa.Text),
     sa.Column("status", sa.Text, nullable=False),
-    sa.Column("state", sa.Text),  # in Userpilot's words
+    sa.Column("state", sa.Text),  # as Userpilot reports it
     sa.Column("row_count", sa.Integer, nullable=False, server_default="0"),
     sa.Column("completed_count", sa.Integer),
     sa.Column("created_at", UtcDateTime, nullable=False),
@@ -260,8 +260,8 @@ bulk_jobs = sa.Table(
     sa.Column("ended_at", UtcDateTime),
     sa.Column("settled_at", UtcDateTime),  # when its last delivery was
     sa.Column("error", sa.Text),
-    # gathering; uploading: sent, and not answered; running; completed and failed: Userpilot's last word;
-    # dropped: Userpilot never had it; lost: nobody knows what became of it.
+    # gathering: its users are being chosen; uploading: sent, not answered yet; completed, failed: as Userpilot reported;
+    # dropped: Userpilot never received it; lost: its outcome is unknown.
     sa.CheckConstraint(
         "status IN ('gathering', 'uploading', 'running', 'completed', 'failed', 'dropped', 'lost')",
         name="status",
@@ -324,9 +324,9 @@ destination = sa.Table(
 forgotten = sa.Table(
     "forgotten",
     metadata,
-    sa.Column("user_hash", sa.Text, primary_key=True),  # SHA-256 of the id, in hexadecimal
+    sa.Column("user_hash", sa.Text, primary_key=True),  # SHA-256 of the user id, in hexadecimal
     sa.Column("forgotten_at", UtcDateTime, nullable=False),
-    sa.Column("returns_at", UtcDateTime),  # from when on the user may be sent again
+    sa.Column("returns_at", UtcDateTime),  # the user may be sent again from then on
 )
 
 schedule_slots = sa.Table(
@@ -345,7 +345,7 @@ leases = sa.Table(
     "leases",
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("owner", sa.Text),  # null: nobody
+    sa.Column("owner", sa.Text),  # null: free
     sa.Column("host", sa.Text),
     sa.Column("pid", sa.Integer),
     sa.Column("epoch", sa.BigInteger, nullable=False),

@@ -25,7 +25,7 @@ from audience_sync.settings.schema import (
     Table,
     TrackingSettings,
 )
-from audience_sync.settings.sections import Section, absolute, read
+from audience_sync.settings.sections import Section, absolute, read_toml
 from audience_sync.settings.urls import database_url, normalize_endpoint
 from audience_sync.suggest import shown
 
@@ -67,7 +67,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
     path = absolute(Path(), find(path, environ, Path()))
     folder = path.parent.parent if path.parent.name == "config" else path.parent
     top = Section(path, "the file", environ)
-    document = read(path)
+    document = read_toml(path)
     top.check_names(document, _NAMES)
     sources = document.get("sources", {})
     if not isinstance(sources, dict):
@@ -112,7 +112,7 @@ def _included(top: Section, patterns: Any, folder: Path) -> Iterator[tuple[Secti
         for path in (absolute(folder, file) for file in files):
             if path not in seen:
                 seen.add(path)
-                file, document = Section(path, "an included file", top.environ), read(path)
+                file, document = Section(path, "an included file", top.environ), read_toml(path)
                 file.check_names(document, _LISTS)
                 yield file, document
 

@@ -122,7 +122,7 @@ class DestinationSettings(Table, frozen=True):
 
     @property
     def is_public(self) -> bool:
-        """True where the endpoint must have a public address: Userpilot's own hosts do."""
+        """The endpoint is one of Userpilot's own hosts, which have public addresses."""
         host = urlsplit(self.endpoint).hostname or ""
         return not self.allow_custom_endpoint and f".{host}".endswith(".userpilot.io")
 

@@ -126,7 +126,7 @@ def expected(kind: Any) -> str:
     return " or ".join(str(part) for part in get_args(kind))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """The TOML document in a file."""
     try:
         with path.open("rb") as file:

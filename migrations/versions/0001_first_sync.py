@@ -1,4 +1,4 @@
-"""The tables of a first sync, its deliveries, and what calls tell."""
+"""Definitions, runs, members, calls, deliveries, requests, and what calls say about users, companies and events."""
 
 import sqlalchemy as sa
 from alembic import op

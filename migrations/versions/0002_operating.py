@@ -1,4 +1,4 @@
-"""What operating takes: held runs, slots, forgotten users, and the counts of deliveries that are no longer kept."""
+"""Held runs, schedule slots, erased users, and the counts of pruned deliveries."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -17,7 +17,7 @@ COUNTS = ("accepted_count", "dead_count", "cancelled_count")
 
 
 def snapshots(kept: str) -> str:
-    """The view's statement; `kept` is added to a count of deliveries: what a run remembers of those that are gone."""
+    """The view's statement; `kept` is added to each count of deliveries: the run's count of pruned ones."""
 
     def count(name: str, statuses: str, memory: str) -> str:
         where = f"q.run_id = r.run_id AND q.status IN ({statuses})"
@@ -110,13 +110,13 @@ def downgrade() -> None:
 
 
 def _drop_views() -> None:
-    """Those that read the tables which are rebuilt."""
+    """Drop the views of the tables that are rebuilt."""
     for view in ("membership_history", "snapshots"):
         op.execute(f"DROP VIEW {view}")
 
 
 def _runs(*later: sa.schema.SchemaItem) -> sa.schema.SchemaItem:
-    """Rebuilds `runs` on SQLite, which cannot alter it; `later` is what it has beyond the first migration."""
+    """The table `runs` for SQLite, which rebuilds it; `later` are the columns and constraints after the first migration."""
     table = sa.Table(
         "runs",
         sa.MetaData(),

@@ -1,4 +1,4 @@
-"""Bulk jobs: uploads of many users whose rows Userpilot works off over minutes."""
+"""Bulk jobs: uploads of many users, whose rows Userpilot processes over minutes."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -40,5 +40,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """What a job was carrying is sent again: the version before this one takes it for a request that was cut off."""
+    """Deliveries of a running job are sent again: the previous version treats its upload as an interrupted request."""
     op.drop_table("bulk_jobs")

@@ -1,4 +1,4 @@
-"""A call may be accepted and have a reason: one of its mappings failed, the others were sent."""
+"""An accepted call may have a reason: one of its mappings failed, the others were sent."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -20,7 +20,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """The reasons of accepted calls are forgotten: the version before this one knows none."""
+    """Delete the reasons of accepted calls: the previous version allows none."""
     op.execute("UPDATE calls SET reason = NULL WHERE status = 'accepted'")
     _replace(AFTER, BEFORE)
 

@@ -1,4 +1,4 @@
-"""The index by run leaves out the deliveries of calls, which have none."""
+"""The index by run leaves out the deliveries of calls, which belong to no run."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -4,10 +4,11 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import sqlalchemy as sa
+
+from tests.waiting import until
 
 GOOD = "SELECT user_id FROM people"
 
@@ -191,9 +192,7 @@ def test_moments_that_cannot_be(good):
 def test_sigterm_while_delivery_is_paced(good, sandbox):
     command = good(identify_per_minute=2)
     process = command.popen("sync")
-    deadline = time.monotonic() + 60
-    while not sandbox.state.snapshot()["users"] and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: sandbox.state.snapshot()["users"])
     process.send_signal(signal.SIGTERM)
     code, said = command.ended(process)
     assert code == 1, said

@@ -1,12 +1,12 @@
 """Both lanes by the command line: planned, sent, watched and cut short."""
 
 import signal
-import time
 from collections import Counter
 
 import pytest
 
 from audience_sync.sandbox import Limits, Sandbox
+from tests.waiting import until
 
 USERS = 2_000
 PACE = {"identify_per_minute": 1_200, "bulk_rows_per_minute": 36_000}
@@ -58,7 +58,7 @@ def test_a_plan_names_what_the_sync_then_does(command, sandbox):
 
 
 def test_a_job_under_way_is_shown_and_followed_by_the_next_process(command, sandbox):
-    sandbox.state.set_limits(Limits(**PACE | {"bulk_rows_per_minute": 18_000}))
+    sandbox.state.set_limits(Limits(**PACE | {"bulk_rows_per_minute": 1_800}))
     syncing = command.popen("sync")
     status = wait_for_job(command)
     assert status["lanes"]["bulk"]["reason"].startswith("a job of ")
@@ -69,6 +69,7 @@ def test_a_job_under_way_is_shown_and_followed_by_the_next_process(command, sand
     syncing.send_signal(signal.SIGTERM)
     code, said = command.ended(syncing)
     assert code == 1, said
+    sandbox.state.set_limits(Limits(**PACE))
 
     code, said = command("deliver")
 
@@ -81,12 +82,14 @@ def test_a_job_under_way_is_shown_and_followed_by_the_next_process(command, sand
 
 
 def wait_for_job(command):
-    for _ in range(100):
-        status = command.document("status")
-        if status["bulk_job"] and status["bulk_job"]["job_id"]:
-            return status
-        time.sleep(0.05)
-    raise AssertionError("no job was started")
+    statuses = []
+
+    def is_started():
+        statuses.append(command.document("status"))
+        return statuses[-1]["bulk_job"] and statuses[-1]["bulk_job"]["job_id"]
+
+    until(is_started)
+    return statuses[-1]
 
 
 def test_the_version_before_takes_a_job_for_a_request_that_was_cut_off(command, sandbox):

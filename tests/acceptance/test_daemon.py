@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from audience_sync.daemon import ENDING_SECONDS
 from audience_sync.db import dialects, engines
+from tests.waiting import until
 
 YEARLY = 'schedule = "0 0 1 1 *"'  # one slot that is due, and no other while a test runs
 PEOPLE = "SELECT user_id FROM people WHERE is_in = 1"
@@ -57,13 +58,6 @@ def log(tmp_path):
 
 def logged(log):
     return Path(log.name).read_text(encoding="utf-8")
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert condition()
 
 
 def runs(command, trigger="schedule"):
@@ -185,7 +179,7 @@ def test_a_new_configuration_is_taken_at_sighup_and_a_bad_one_is_not(start, make
     good = command.path.read_text()
     command.path.write_text("no = 1")
     daemon.send_signal(signal.SIGHUP)
-    until(lambda: re.search("the configuration is refused.*unknown name no", logged(log)))
+    until(lambda: re.search("configuration refused.*unknown name no", logged(log)))
     command.path.write_text(good.replace('"In"', '"Others"'))
     daemon.send_signal(signal.SIGHUP)
     until(lambda: "others" in [row.key for row in own("SELECT key FROM {our}definitions")])

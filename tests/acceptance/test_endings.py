@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
+
 MANY = 30
 PEOPLE = "SELECT user_id FROM people"
 REAL = {
@@ -42,21 +44,8 @@ def unread():
         yield file
 
 
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert condition()
-
-
 def told(sandbox):
     return len(sandbox.state.snapshot()["users"])
-
-
-def seconds_to_end(command, process):
-    began = time.monotonic()
-    code, said = command.ended(process)
-    return time.monotonic() - began, code, said
 
 
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
@@ -97,8 +86,9 @@ def test_a_signal_lets_a_delivery_finish_what_is_in_flight(start, command, sandb
     process = command.popen("sync", **REAL | heard)
     until(lambda: told(sandbox) > 1)
     process.send_signal(number)
-    seconds, code, said = seconds_to_end(command, process)
-    assert (code, seconds < 10) == (1, True), said
+    code, said = command.ended(process)
+    assert code == 1, said
+    assert told(sandbox) < MANY
     assert "What is pending is tried again" in said
     statuses = [each["status"] for each in command.document("deliveries")]
     assert sorted(statuses) == ["accepted"] * told(sandbox) + ["pending"] * (MANY - told(sandbox))
@@ -127,8 +117,10 @@ def test_a_second_signal_ends_at_once(start, command, sandbox, name):
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    seconds, code, said = seconds_to_end(command, process)
-    assert (code, seconds < 5) == (1, True), (seconds, said)
+    began = time.monotonic()
+    code, said = command.ended(process)
+    assert code == 1, said
+    assert time.monotonic() - began < SLOW["delay_seconds"]  # no answer was waited for
     assert "Nothing is lost" in said
     sandbox.faults.clear()
     sandbox.stop()  # what it still has of those requests is not applied

@@ -25,9 +25,9 @@ from tests.acceptance.faults import (
     impatient,
     locked,
     told,
-    until,
     wanted,
 )
+from tests.waiting import until
 
 
 @POSTGRESQL
@@ -127,7 +127,9 @@ def test_a_delivery_goes_on_after_a_silence(through, sandbox):
     began = time.monotonic()
     line = next(line for line in process.stderr if "cannot be used" in line)
     assert re.search("timed out|timeout", line), line
-    assert time.monotonic() - began < 15
+    assert (
+        time.monotonic() - began < 60
+    )  # tcp_user_timeout is 3 s here, and keepalives would take as long again
     through.proxy.speak_again()
     code, said = command.ended(process)
     assert (code, told(sandbox)) == (0, wanted(range(USERS))), said

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from tests.waiting import PATIENCE_SECONDS
+
 KEY = "canary-key/7f3a+b9=="
 SECRETS = (b"canary-key", b"canary-password", b"canary-source-password")
 USERS = [f"canary-user-{number}" for number in range(70, 80)]
@@ -90,7 +92,7 @@ class Running:
 
     def until(self, seen):
         """Wait for it to be seen, while the process runs."""
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not seen():
             assert self.process.poll() is None, self.err
             assert time.monotonic() < deadline, self.err
@@ -107,7 +109,7 @@ class Running:
     def end(self, signal_number=None):
         if signal_number:
             self.process.send_signal(signal_number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=PATIENCE_SECONDS)
 
 
 @dataclass
@@ -378,7 +380,7 @@ def test_daemon(witness, sandbox, company, engine, backend):
     daemon.until_logged("WARNING run failed run_id=")
     vip = r"INFO run succeeded run_id=\d+ key=vip members=9 entered=0 exited=1 changed=0 seconds=[\d.]+\n"
     daemon.until(lambda: re.search(vip, daemon.err))
-    daemon.until_logged({"sqlite": "ERROR delivery broke", "postgresql": "ERROR failed error="}[backend])
+    daemon.until_logged({"sqlite": "ERROR delivery crashed", "postgresql": "ERROR failed error="}[backend])
 
     good = witness.configuration.read_text(encoding="utf-8")
     without_quotes = good.replace('"${USERPILOT_API_KEY}"', KEY)
@@ -386,7 +388,7 @@ def test_daemon(witness, sandbox, company, engine, backend):
     for number, bad in enumerate((without_quotes, elsewhere), 1):
         witness.write("audience_sync.toml", bad)
         daemon.process.send_signal(signal.SIGHUP)
-        daemon.until(lambda count=number: daemon.err.count("the configuration is refused") == count)
+        daemon.until(lambda count=number: daemon.err.count("configuration refused") == count)
 
     repeated = {"errors": [{"message": REPEATED}]}
     sandbox.faults.add({"path": "/v1/identify", "status": 500, "times": 8, "body": repeated})

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from audience_sync.db import engines
 from audience_sync.db.tables import requests
 from audience_sync.sandbox import Limits
+from tests.waiting import until
 
 # Always true, after some tenths of a second: two processes that start together usually meet here.
 SLOWLY = "(SELECT count(*) FROM seats a, seats b, seats c WHERE a.number < 100 AND a.number + b.number + c.number = 1) = 3"
@@ -137,11 +138,11 @@ def test_two_keep_to_one_limit(start, company, seats, sandbox):
     assert command("sync")[0] == 0
     move(company, seats, range(SEATS))
     processes = [command.popen(name) for name in ("sync", "sync", "deliver")]
-    wait_until(lambda: len(sandbox.state.requests) >= limit)
+    until(lambda: len(sandbox.state.requests) >= limit)
     time.sleep(3)
     stop(command, *processes)
     later = command.popen("deliver")  # in the same minute
-    wait_until(lambda: command.document("status")["deliverer"])
+    until(lambda: command.document("status")["deliverer"])
     stop(command, later)
     times = [entry.monotonic for entry in sandbox.state.requests]
     assert {entry.status for entry in sandbox.state.requests} == {202}
@@ -160,13 +161,6 @@ def test_two_spread_one_push(start, company, seats, sandbox, engine):
     assert len(times) == 24
     for first in times:  # two a second; two to catch up, and one with which a process begins
         assert sum(first <= each < first + dt.timedelta(seconds=5) for each in times) <= 13, times
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert condition()
 
 
 def stop(command, *processes):

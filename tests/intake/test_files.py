@@ -13,7 +13,7 @@ import pytest
 
 from audience_sync.db import dialects, engines
 from audience_sync.intake import files
-from tests.acceptance.faults import until
+from tests.waiting import until
 
 SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
 

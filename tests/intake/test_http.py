@@ -151,7 +151,7 @@ def test_refused_calls_are_logged_because_the_libraries_do_not_read_the_verdicts
     door.batch(IDENTIFY, {"type": "track", "userId": "s3cret"}, {"type": "identify"})
     (record,) = [each for each in caplog.records if each.getMessage() == "calls refused"]
     reason = "event must be a non-empty string in a track call"
-    assert record.facts == {"count": 2, "first_reason": reason}
+    assert record.fields == {"count": 2, "first_reason": reason}
 
 
 @SQLITE

@@ -166,7 +166,7 @@ def test_at_most_eight_requests_are_in_flight(queue, worker_of):
                 most.append(len(under_way))
                 if len(under_way) == MAX_IN_FLIGHT or len(most) > 40 - MAX_IN_FLIGHT:
                     gate.release(MAX_IN_FLIGHT)
-            gate.acquire(timeout=1)
+            gate.acquire(timeout=30)
             with lock:
                 under_way.discard(payload["user_id"])
             return Answer(Outcome.ACCEPTED, 202, None, None, None)
@@ -511,13 +511,14 @@ def test_a_worker_that_lost_its_lease_writes_nothing(queue, worker_of, sandbox):
 
 def test_two_workers_one_delivers_and_the_other_leaves_it_to_it(queue, worker_of, sandbox, url):
     queue.fill(150)
+    sandbox.faults.add({"path": "/v1/identify", "delay_seconds": 0.05})  # so that the first is still at work
     other_engine = engines.open_own(url, "audience_sync")
     first, second = worker_of(), worker_of(on=other_engine)
     started = threading.Event()
     first.on_progress = lambda _: started.set()
     thread = threading.Thread(target=first.deliver)
     thread.start()
-    started.wait(5)
+    assert started.wait(60)
 
     report = second.deliver()
     thread.join()
