@@ -1,4 +1,4 @@
-"""A daemon's life, told by its history: the clock is the test's, the rest is real."""
+"""Days of a daemon, checked by its history: the test sets the clock, the rest is real."""
 
 import datetime as dt
 import threading
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pytest
 import sqlalchemy as sa
 
-from audience_sync import history as looks
-from audience_sync import settings
+from audience_sync import history, settings
 from audience_sync.app import App
 from audience_sync.audiences import records, runs, schedule, slots
 from audience_sync.audiences.definition import Definition, Kind
@@ -57,7 +56,7 @@ def utc(text):
 
 
 class Life:
-    """A daemon that ticks and delivers every hour of its days, and the company's people."""
+    """A daemon that ticks and delivers once an hour, and the company's people."""
 
     def __init__(self, url, path, sandbox):
         self.url, self.path, self.sandbox = url, path, sandbox
@@ -82,7 +81,7 @@ class Life:
         return Daemon(app, App.reloaded, start=lambda _, work: work())
 
     def live_until(self, text):
-        """Up to that hour, UTC; what is due in it is done."""
+        """Tick and deliver every hour until that time, UTC."""
         while self.clock.moment < utc(text):
             self.clock.moment = self.clock.moment.replace(minute=0, second=0, microsecond=0) + HOUR
             self.daemon.tick()
@@ -93,13 +92,13 @@ class Life:
         for user in users:
             self.run(f"UPDATE people SET is_in = 1 WHERE user_id = {user!r}")
 
-    def told(self):
+    def members_at_userpilot(self):
         state = self.sandbox.state.snapshot()["users"]
         return {user for user, each in state.items() if each["properties"].get("in")}
 
     def history(self):
         with engines.read(self.daemon.app.engine) as connection:
-            return looks.run_rows(connection)[::-1]
+            return history.run_rows(connection)[::-1]
 
     def slots(self):
         with engines.read(self.daemon.app.engine) as connection:
@@ -113,24 +112,24 @@ class Life:
 
 @pytest.fixture
 def life(url, tmp_path, sandbox):
-    found = Life(url, tmp_path / "audience_sync.toml", sandbox)
-    yield found
-    found.close()
+    life = Life(url, tmp_path / "audience_sync.toml", sandbox)
+    yield life
+    life.close()
 
 
-def test_a_month_is_told_by_its_history(life):
+def test_a_month_of_a_daemon(life):
     life.live_until("2026-03-16 12:00")  # from the first slot on: 16 March, 02:30 in Berlin is 01:30 UTC
     life.set_in(USERS[:4])
     life.live_until("2026-03-19 12:00")
     life.clock.moment = utc("2026-03-22 12:00")  # down for three nights: one is caught up
     life.set_in(USERS[:5])
     life.live_until("2026-03-24 12:00")
-    life.set_in([])  # the source is emptied: held, held again, and the first of those rejected by that
+    life.set_in([])  # the source is emptied: held, then held again, which rejects the first
     life.live_until("2026-03-26 12:00")
     life.daemon.app.reject(life.history()[-1]["run_id"])
     life.set_in(USERS[:5])
     life.live_until("2026-03-31 12:00")  # across the night of 29 March, which has no 02:30
-    assert life.told() == set(USERS[:5])
+    assert life.members_at_userpilot() == set(USERS[:5])
     life.live_until("2026-04-01 12:00")  # the full resync
     life.sandbox.state.api_key = "another"
     life.set_in(USERS)
@@ -139,13 +138,13 @@ def test_a_month_is_told_by_its_history(life):
     life.live_until("2026-04-02 14:00")
     assert (
         len(life.sandbox.state.requests) - refused <= 2
-    )  # it asks whether the key is good again, and no more
-    assert life.told() == set(USERS[:5])
+    )  # it checks whether the key works again, and sends nothing else
+    assert life.members_at_userpilot() == set(USERS[:5])
     life.sandbox.state.api_key = "sandbox"
     life.live_until("2026-04-03 12:00")
-    assert life.told() == set(USERS)
+    assert life.members_at_userpilot() == set(USERS)
 
-    told = [
+    rows = [
         (
             each["as_of"].strftime("%m-%d %H"),
             each["mode"],
@@ -155,7 +154,7 @@ def test_a_month_is_told_by_its_history(life):
         )
         for each in life.history()
     ]
-    assert told == [
+    assert rows == [
         ("03-15 02", "first", "succeeded", 6, 0),
         ("03-16 02", "changes", "succeeded", 0, 0),
         ("03-17 02", "changes", "succeeded", 0, 2),
@@ -181,7 +180,7 @@ def test_a_month_is_told_by_its_history(life):
     assert life.slots()[12] == "2026-03-29 01:00"
 
 
-def test_what_a_person_asked_to_wait_makes_the_slots_wait(life):
+def test_a_run_held_on_request_makes_its_slots_wait(life):
     life.live_until("2026-03-15 12:00")
     (definition,) = life.daemon.app.definitions()
     held = life.daemon.app.sync(definition, life.clock.now(), hold=True)
@@ -195,7 +194,7 @@ def test_what_a_person_asked_to_wait_makes_the_slots_wait(life):
     assert [each["status"] for each in life.history()] == ["succeeded"] * 3
 
 
-def test_a_run_that_was_cut_off_is_caught_up(life):
+def test_an_interrupted_run_is_caught_up(life):
     life.live_until("2026-03-15 01:00")
     (definition,) = life.daemon.app.definitions()
     life.clock.moment = utc("2026-03-15 02:00")
@@ -211,7 +210,7 @@ def test_a_run_that_was_cut_off_is_caught_up(life):
     assert life.slots() == ["2026-03-15 01:30"]
 
 
-def test_a_full_slot_that_was_cut_off_is_caught_up_in_full(life):
+def test_an_interrupted_full_slot_is_caught_up_as_a_full_run(life):
     life.live_until("2026-03-30 12:00")
     (definition,) = life.daemon.app.definitions()
     life.clock.moment = utc("2026-04-02 12:00")  # down over the full slot of 1 April
@@ -223,7 +222,7 @@ def test_a_full_slot_that_was_cut_off_is_caught_up_in_full(life):
 
 def test_a_clock_that_jumps_repeats_no_slot_and_skips_none(life):
     life.live_until("2026-03-16 02:00")
-    life.clock.moment = utc("2030-01-02 12:00")  # a wrong clock: one slot of then is taken
+    life.clock.moment = utc("2030-01-02 12:00")  # a wrong clock: it takes a slot of that time
     life.daemon.tick()
     life.clock.moment = utc("2026-03-15 12:00")
     life.live_until("2026-03-18 02:00")
@@ -232,7 +231,7 @@ def test_a_clock_that_jumps_repeats_no_slot_and_skips_none(life):
     ]  # fmt: skip
 
 
-def test_a_bad_configuration_is_refused_and_the_old_one_goes_on(life):
+def test_an_invalid_configuration_is_refused_and_the_previous_one_stays(life):
     before = life.daemon.app
     life.path.write_text("schedule = 1")
     life.daemon.reload()
@@ -249,7 +248,7 @@ def test_a_bad_configuration_is_refused_and_the_old_one_goes_on(life):
 
 def test_a_definition_that_another_process_syncs_is_due_again(life, monkeypatch):
     def busy(*_, **__):
-        raise runs.Busy("somebody else")
+        raise runs.Busy("another process")
 
     life.clock.moment = utc("2026-03-15 02:00")
     life.daemon.tick()
@@ -263,13 +262,13 @@ def test_a_definition_that_another_process_syncs_is_due_again(life, monkeypatch)
     assert [each["status"] for each in life.history()] == ["succeeded"]
 
 
-def test_the_sign_of_life_is_in_the_database(life):
+def test_the_heartbeat_is_in_the_database(life):
     life.daemon.tick()
     with engines.read(life.daemon.app.engine) as connection:
         assert destination.last_heartbeat(connection) == life.clock.now()
 
 
-def test_a_tick_outlives_a_lock(life, backend, caplog):
+def test_a_tick_survives_a_lock(life, backend, caplog):
     waits = "?timeout=0.1" if backend == "sqlite" else "&options=-c%20lock_timeout%3D100ms"
     life.daemon.app.close()
     life.daemon.app.engine = engines.open_own(life.url + waits, "audience_sync")
@@ -281,15 +280,15 @@ def test_a_tick_outlives_a_lock(life, backend, caplog):
     assert life.slots() == []
     life.live_until("2026-03-15 04:00")
     assert life.slots() == ["2026-03-15 01:30"]
-    assert life.told() == set(USERS)
+    assert life.members_at_userpilot() == set(USERS)
 
 
-def test_the_end_of_32_bit_time_is_an_hour_like_any_other(life):
+def test_the_end_of_32_bit_time_changes_nothing(life):
     life.clock.moment = utc("2038-01-17 12:00")
     life.live_until("2038-01-20 12:00")
     assert life.slots() == [f"2038-01-{day} 01:30" for day in (18, 19, 20)]
     assert {run["status"] for run in life.history()} == {"succeeded"}
-    assert life.told() == set(USERS)
+    assert life.members_at_userpilot() == set(USERS)
 
 
 @pytest.mark.parametrize("count", [40])
@@ -305,7 +304,7 @@ def test_two_daemons_never_take_one_slot_twice(engine, count):
 
     def work():
         for minute in range(1, count + 1):
-            barrier.wait(30)
+            barrier.wait(300)
             due = slots.take_due(engine, definitions, start + dt.timedelta(minutes=minute), limit=9)
             taken.extend((slot.definition.key, slot.slot_at) for slot in due)
 
@@ -317,7 +316,7 @@ def test_two_daemons_never_take_one_slot_twice(engine, count):
     assert len(taken) == len(set(taken)) == 3 * count
 
 
-def test_what_is_due_is_taken_at_most_so_many_at_once_and_not_what_runs(engine):
+def test_due_slots_are_taken_up_to_the_limit_and_not_of_running_definitions(engine):
     every = schedule.parse_schedule("every 1 minute", "UTC")
     definitions = [Definition(key, key, Kind.AUDIENCE, "SELECT 1", schedule=every) for key in "abcd"]
     start = utc("2026-03-15 00:00")

@@ -1,5 +1,7 @@
+import ast
 import json
 import logging
+import re
 
 import pytest
 import sqlalchemy as sa
@@ -39,25 +41,25 @@ def test_a_line_of_json(capsys):
     }  # fmt: skip
 
 
-def test_the_level_and_the_last_call_hold(capsys):
+def test_the_level_and_the_last_call_take_effect(capsys):
     logs.configure("text", "debug")
     logs.configure("json", "warning")
-    logging.getLogger("audience_sync").info("unheard")
-    logging.getLogger("audience_sync").warning("heard")
+    logging.getLogger("audience_sync").info("dropped")
+    logging.getLogger("audience_sync").warning("logged")
     (line,) = capsys.readouterr().err.splitlines()
-    assert json.loads(line)["message"] == "heard"
+    assert json.loads(line)["message"] == "logged"
 
 
 @pytest.mark.parametrize(
     "name", ["httpx", "httpcore", "sqlalchemy.engine", "alembic.runtime", "apscheduler.x"]
 )
-def test_libraries_are_heard_from_warnings_on_only(capsys, name):
+def test_libraries_log_warnings_and_errors_only(capsys, name):
     logs.configure("text", "debug")
-    logging.getLogger(name).info("unheard")
-    logging.getLogger(name).warning("heard")
-    assert capsys.readouterr().err.endswith("Z WARNING heard\n")
+    logging.getLogger(name).info("dropped")
+    logging.getLogger(name).warning("logged")
+    assert capsys.readouterr().err.endswith("Z WARNING logged\n")
     logs.configure("text", "error")
-    logging.getLogger(name).warning("unheard")
+    logging.getLogger(name).warning("dropped")
     assert capsys.readouterr().err == ""
 
 
@@ -86,3 +88,25 @@ def test_an_exception_shows_where_it_arose_but_no_values(capsys, form):
     assert "test_an_exception_shows_where_it_arose_but_no_values" in printed
     assert "u-17850" not in printed
     engine.dispose()
+
+
+def calls_of_event(repository):
+    """The event and the fields of each call of `logs.event` that writes the event as a string."""
+    for path in (repository / "audience_sync").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "logs.event":
+                name = node.args[2]
+                if isinstance(name, ast.Constant):
+                    yield name.value, {keyword.arg for keyword in node.keywords}
+
+
+def test_the_table_of_events_is_complete(repository):
+    rows = [line.strip("| ").split("|") for line in logs.EVENTS.strip().splitlines()[2:]]
+    table = {
+        name.strip(): set(re.findall(r"\w+", fields))
+        for names, _, fields, _ in rows
+        for name in names.split(",")
+    }
+    events = dict(calls_of_event(repository))
+    assert len(events) > 10
+    assert {name: table.get(name) for name in events} == events

@@ -1,4 +1,4 @@
-"""The configuration by its contract: each case is a file, and what is made of it or said about it."""
+"""The configuration: for each file, the settings or the error that it gives."""
 
 import dataclasses
 import os
@@ -39,7 +39,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def refused(load, tmp_path):
-    """The message of the error, without the path of the file it begins with; it never holds a value."""
+    """The error's message without the file at its beginning; it never contains a value."""
 
     def refused(text, environ=None):
         with pytest.raises(ConfigError) as error:
@@ -52,7 +52,7 @@ def refused(load, tmp_path):
     return refused
 
 
-ACCEPTED = [  # every name of the contract that works: its place, its default, a value, and what is made of that
+ACCEPTED = [  # every name: its path, its default, a value, and the setting that it gives
     ("database.url", "sqlite:///{}/audience_sync.db", "'postgresql+psycopg://me@db/x'", "postgresql+psycopg://me@db/x"),
     ("database.schema", "audience_sync", "'sync_2'", "sync_2"),
     ("database.keep_calls", "90 days", "'12 hours'", "12 hours"),
@@ -139,7 +139,7 @@ ready_sql = "SELECT true"
     assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0), None, "SELECT true")
 
 
-# The rest of the contract's names. A release that brings one moves it to the tables above.
+# Names of later releases. A release that brings one moves it to the tables above.
 LATER = {
     AUDIENCE: "query", TRAIT: "query",
 }  # fmt: skip
@@ -171,7 +171,7 @@ DIRECTIVE = "[[mappings]] Mine: fields.name: unknown directive @pat: did you mea
 TOO_MANY = "the file: mappings: there are 48, and a destination holds 50, the presets counted: leave 1 out"
 NO_ENDPOINT = "[destination]: endpoint: expected https://HOST/, without credentials, query or fragment"
 REFUSED = [
-    # the door and the mappings
+    # the tracking API and the mappings
     ("[tracking]\nwrite_keys = 's3cret'", WRITE_KEYS),
     ("[tracking]\nwrite_keys = ['s3cret:']", WRITE_KEYS),
     ("[tracking]\nwrite_keys = ['']", WRITE_KEYS),
@@ -555,7 +555,7 @@ def test_secrets_are_in_no_repr_and_nothing_can_be_changed(load):
 
 
 def test_the_starter_loads_with_nothing_set_and_shows_the_defaults(load):
-    """Each line that is commented out, put in force, changes nothing but what it cannot know."""
+    """Uncommenting every line changes nothing except the key and the source of the examples."""
     default = settings.load(STARTER, {})
     assert default.folder == STARTER.parent.parent
     assert [each.key for each in default.definitions] == ["order_completed_last_30days", "total_spend"]

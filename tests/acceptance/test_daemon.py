@@ -107,7 +107,7 @@ def holds_no_lock(engine):
     return count == 0
 
 
-def told(sandbox):
+def members(sandbox):
     return {user for user, each in sandbox.state.snapshot()["users"].items() if each["properties"]["in"]}
 
 
@@ -116,7 +116,7 @@ def test_a_daemon_catches_up_delivers_and_stops(start, company, make_due, sandbo
     make_due(command)
     company("UPDATE people SET is_in = 0 WHERE number < 10")
     daemon = command.popen("daemon")
-    until(lambda: len(told(sandbox)) == 30)
+    until(lambda: len(members(sandbox)) == 30)
     status = command.document("status")
     assert status["daemon"]["is_alive"] is True
     assert [each["key"] for each in status["next_slots"]] == ["in"]
@@ -127,7 +127,7 @@ def test_a_daemon_catches_up_delivers_and_stops(start, company, make_due, sandbo
     assert len({entry.user_id for entry in sandbox.state.requests}) == len(sandbox.state.requests)
 
 
-def test_a_hung_definition_holds_up_no_other_and_ends_with_the_daemon(start, make_due, sandbox, own):
+def test_a_hung_definition_delays_no_other_and_ends_with_the_daemon(start, make_due, sandbox, own):
     command = start({"In": PEOPLE}, extra=f"[defaults]\n{YEARLY}")
     make_due(command)
     command = start({"In": PEOPLE, "Hung": ENDLESS}, extra=f"[defaults]\n{YEARLY}\ntimeout = '2 hours'")
@@ -136,7 +136,7 @@ def test_a_hung_definition_holds_up_no_other_and_ends_with_the_daemon(start, mak
         "VALUES ('hung', 'Hung', 'audience', '2020-01-01 00:00:00.000000')"
     )
     daemon = command.popen("daemon")
-    until(lambda: len(told(sandbox)) == 40 and len(runs(command)) == 2)
+    until(lambda: len(members(sandbox)) == 40 and len(runs(command)) == 2)
     assert sorted(runs(command)) == [("hung", "running"), ("in", "succeeded")]
     began = time.monotonic()
     stop(command, daemon, signal.SIGINT)
@@ -160,7 +160,7 @@ def test_two_daemons_and_a_sync_run_a_slot_once(start, company, make_due, sandbo
     code, said = command("sync")
     assert code in {0, 75}, said
     succeeded = [("high", "succeeded"), ("in", "succeeded"), ("low", "succeeded")]
-    until(lambda: len(told(sandbox)) == 30 and sorted(runs(command)) == succeeded)
+    until(lambda: len(members(sandbox)) == 30 and sorted(runs(command)) == succeeded)
     for daemon in daemons:
         stop(command, daemon)
     assert sorted(runs(command)) == succeeded
@@ -171,11 +171,11 @@ def test_two_daemons_and_a_sync_run_a_slot_once(start, company, make_due, sandbo
             assert all(left != right for left, right in itertools.pairwise(values)), lines
 
 
-def test_a_new_configuration_is_taken_at_sighup_and_a_bad_one_is_not(start, make_due, sandbox, own, log):
+def test_sighup_takes_a_valid_configuration_and_refuses_an_invalid_one(start, make_due, sandbox, own, log):
     command = start({"In": PEOPLE}, extra=f"[defaults]\n{YEARLY}")
     make_due(command)
     daemon = command.popen("daemon", stderr=log)
-    until(lambda: len(told(sandbox)) == 40)
+    until(lambda: len(members(sandbox)) == 40)
     good = command.path.read_text()
     command.path.write_text("no = 1")
     daemon.send_signal(signal.SIGHUP)
@@ -189,7 +189,7 @@ def test_a_new_configuration_is_taken_at_sighup_and_a_bad_one_is_not(start, make
     assert "configuration reloaded" in logged(log)
 
 
-def test_who_slept_through_the_lease_of_a_run_changes_nothing(start, make_due, own, engine, tmp_path, log):
+def test_a_run_that_slept_through_its_lease_changes_nothing(start, make_due, own, engine, tmp_path, log):
     with contextlib.closing(sqlite3.connect(tmp_path / "shop.db", isolation_level=None)) as shop:
         shop.execute("CREATE TABLE buyers AS SELECT 'u1' AS user_id")
         extra = f'[sources.shop]\nurl = "sqlite:///{tmp_path}/shop.db"\n[defaults]\n{YEARLY}'
@@ -221,17 +221,19 @@ TAKEN_OVER = (
 )
 
 
-def test_who_slept_through_the_queues_lease_sends_nothing_more(start, make_due, sandbox, own, engine, log):
+def test_a_delivery_that_slept_through_its_lease_sends_nothing_more(
+    start, make_due, sandbox, own, engine, log
+):
     extra = f"[defaults]\n{YEARLY}"
     command = start({"In": PEOPLE}, extra=extra, identify_per_minute=60)
     make_due(command)
     daemon = command.popen("daemon", stderr=log)
-    until(lambda: len(told(sandbox)) >= 2)
+    until(lambda: len(members(sandbox)) >= 2)
     suspend(daemon, engine)
     own("UPDATE {our}leases SET expires_at = '2020-01-01 00:00:00.000000' WHERE owner IS NOT NULL")
     command = start({"In": PEOPLE}, extra=extra)
     assert command("deliver")[0] == 0
-    assert len(told(sandbox)) == 40
+    assert len(members(sandbox)) == 40
     known = len(sandbox.state.requests)
     daemon.send_signal(signal.SIGCONT)
     taken_over = "Another process took over (queue); this one stops and has written nothing"
@@ -241,7 +243,7 @@ def test_who_slept_through_the_queues_lease_sends_nothing_more(start, make_due, 
     assert [each["status"] for each in command.document("deliveries")] == ["accepted"] * 40
 
 
-def test_a_run_by_schedule_is_held_and_said_so(start, company, make_due, sandbox):
+def test_a_scheduled_run_is_held_and_logged(start, company, make_due, sandbox):
     extra = f"[defaults]\n{YEARLY}\nguard_above = 10"
     command = start({"In": PEOPLE}, extra=extra)
     make_due(command)
@@ -253,7 +255,7 @@ def test_a_run_by_schedule_is_held_and_said_so(start, company, make_due, sandbox
     assert re.search(r"run held by guard run_id=2 key=in .*exited=40", said)
     (held,) = command.document("status")["held_runs"]
     assert (held["key"], held["held_by"]) == ("in", "guard")
-    assert len(told(sandbox)) == 40
+    assert len(members(sandbox)) == 40
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)  # a file does not go away
@@ -261,7 +263,7 @@ def test_a_server_that_goes_away_is_waited_for(start, make_due, sandbox, url, po
     command = start({"In": PEOPLE}, extra=f"[defaults]\n{YEARLY}")
     make_due(command)
     daemon = command.popen("daemon")
-    until(lambda: len(told(sandbox)) == 40)
+    until(lambda: len(members(sandbox)) == 40)
     name = sa.make_url(url).database
     postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
     before = command.document("status")["daemon"]["heartbeat_at"]

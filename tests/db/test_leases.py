@@ -1,4 +1,4 @@
-"""Who may do what only one process may do."""
+"""Leases: one holder at a time, and how they change hands."""
 
 import datetime as dt
 import subprocess
@@ -88,11 +88,11 @@ def test_a_process_on_another_host_holds_its_lease_until_it_expires(take, change
 
 def test_a_process_that_had_our_pid_before_us_is_gone(take, change):
     take()
-    change("owner = 'of another life'")
+    change("owner = 'another process'")
     assert isinstance(take(), leases.Lease)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["again", "first time"])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "new"])
 def test_of_many_at_once_one_gets_it(url, engine, known):
     if known:
         with engines.write(engine) as connection:

@@ -1,4 +1,4 @@
-"""The migrated database is the one that the code describes, down to what `alembic check` does not see."""
+"""The migrated database equals the metadata, including what `alembic check` does not compare."""
 
 import datetime as dt
 import os
@@ -24,7 +24,7 @@ def empty(empty_url):
 
 
 def catalog(engine):
-    """Everything that the database knows of our tables: as its own words, not as SQLAlchemy's."""
+    """All that the database's own catalog says about our tables."""
     with engines.read(engine) as connection:
         if dialects.is_sqlite(engine):
             return _sqlite_catalog(connection)
@@ -32,21 +32,21 @@ def catalog(engine):
 
 
 def _sqlite_catalog(connection):
-    found = {}
+    catalog = {}
     for name, sql in dialects.sql(
         connection, "SELECT name, sql FROM sqlite_master WHERE type IN ('table', 'index') AND sql IS NOT NULL"
     ):
         if name.startswith(("sqlite_", migrate.VERSION_TABLE)):
             continue
-        # A table's columns and constraints one by one: their order is no matter.
+        # A table's columns and constraints one by one, because their order does not matter.
         head, _, rest = " ".join(sql.split()).partition("(")
         body, _, options = rest.rpartition(")")
-        found[name] = (
+        catalog[name] = (
             head.replace('"', ""),
             sorted(part.strip() for part in body.split(", ")),
             options.strip(),
         )
-    return found
+    return catalog
 
 
 def _postgresql_catalog(connection):
@@ -62,15 +62,15 @@ def _postgresql_catalog(connection):
       SELECT c.conname, pg_get_constraintdef(c.oid) FROM pg_constraint c
       JOIN pg_namespace n ON n.oid = c.connamespace WHERE n.nspname = 'audience_sync'"""
     indexes = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'audience_sync'"
-    found = set()
+    catalog = set()
     for query in (columns, constraints, indexes):
-        found |= {
+        catalog |= {
             tuple(row) for row in dialects.sql(connection, query) if migrate.VERSION_TABLE not in row[0]
         }
-    return found
+    return catalog
 
 
-def test_the_migrated_catalog_is_the_one_of_the_tables(empty):
+def test_the_migrated_catalog_equals_that_of_the_metadata(empty):
     migrate.upgrade(empty)
     migrated = catalog(empty)
     migrate.downgrade(empty, "base")
@@ -82,7 +82,7 @@ def test_the_migrated_catalog_is_the_one_of_the_tables(empty):
     assert len(migrated) > len(metadata.tables)
 
 
-def test_down_and_up_again_leaves_the_same(empty):
+def test_down_and_up_again_restores_the_catalog(empty):
     migrate.upgrade(empty)
     before = catalog(empty)
     migrate.downgrade(empty, "base")
@@ -93,7 +93,7 @@ def test_down_and_up_again_leaves_the_same(empty):
     assert catalog(empty) == before
 
 
-def test_a_step_down_and_up_keeps_what_is_there(empty):
+def test_a_step_down_and_up_keeps_the_rows(empty):
     migrate.upgrade(empty, "0001")
     before = catalog(empty)
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -125,7 +125,7 @@ def test_an_upgrade_of_the_newest_version_changes_nothing(engine):
     assert catalog(engine) == before
 
 
-def test_the_views_are_there_and_can_be_asked(engine):
+def test_the_views_can_be_queried(engine):
     with engines.read(engine) as connection:
         names = set(
             sa.inspect(connection).get_view_names(schema=engine.get_execution_options().get("schema"))
@@ -135,7 +135,7 @@ def test_the_views_are_there_and_can_be_asked(engine):
             assert dialects.sql(connection, f"SELECT * FROM {{our}}{view}").all() == []
 
 
-def test_a_delivery_is_seen_with_its_answer(engine):
+def test_the_view_of_deliveries_shows_the_answer(engine):
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     with engines.write(engine) as connection:
         connection.execute(
@@ -185,11 +185,11 @@ def test_a_delivery_is_seen_with_its_answer(engine):
         ("deliveries", {"status": "pending", "settled_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}),
         ("deliveries", {"status": "cancelled"}),
         ("deliveries", {"status": "sending"}),
-        ("deliveries", {"status": "unheard of"}),
+        ("deliveries", {"status": "unknown"}),
         ("deliveries", {"call_id": 1}),
     ],
 )
-def test_a_state_is_tied_to_its_facts(engine, table, values):
+def test_constraints_tie_a_status_to_its_columns(engine, table, values):
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     row = {
         "action": "identify",
@@ -211,7 +211,7 @@ def test_a_state_is_tied_to_its_facts(engine, table, values):
             connection.execute(insert.values(row | values))
 
 
-def test_a_table_of_the_companys_with_one_of_our_names_stops_the_upgrade(empty):
+def test_a_foreign_table_with_one_of_our_names_stops_the_upgrade(empty):
     with engines.write(empty) as connection:
         if not dialects.is_sqlite(empty):
             connection.exec_driver_sql("CREATE SCHEMA audience_sync")
@@ -228,7 +228,7 @@ def test_a_new_database_is_set_up(empty):
     assert migrate.current(empty) == migrate.HEAD
 
 
-def test_a_newer_database_is_not_touched(engine):
+def test_a_newer_database_is_left_alone(engine):
     with engines.write(engine) as connection:
         dialects.sql(connection, f"UPDATE {{our}}{migrate.VERSION_TABLE} SET version_num = '9999'")
     with pytest.raises(
@@ -237,7 +237,7 @@ def test_a_newer_database_is_not_touched(engine):
         migrate.ensure(engine)
 
 
-def test_a_database_that_is_behind_says_what_to_do(empty):
+def test_an_older_database_is_refused_with_what_to_do(empty):
     migrate.upgrade(empty, "0001")
     with pytest.raises(
         DatabaseError, match="at version 0001 and this program needs 0005: back it up, then run"
@@ -245,22 +245,22 @@ def test_a_database_that_is_behind_says_what_to_do(empty):
         migrate.ensure(empty)
 
 
-def test_the_newest_migration_is_the_one_that_the_program_knows():
+def test_the_program_knows_every_migration():
     names = sorted(path.name for path in (migrate.script_folder() / "versions").glob("[0-9]*.py"))
     assert tuple(name[:4] for name in names) == migrate.KNOWN
     assert migrate.KNOWN[-1] == migrate.HEAD
 
 
 @pytest.mark.parametrize("start", ["base", "0001"])
-def test_an_upgrade_that_is_killed_at_any_statement_has_done_nothing(empty_url, empty, backend, start):
+def test_an_upgrade_that_is_killed_at_any_statement_changes_nothing(empty_url, empty, backend, start):
     urls = empty_url if backend == "postgresql" else empty_url.replace("own.db", "{}.db")
     script = str(Path(__file__).parent / "upgrading.py")
     step = os.environ.get("KILLED_STATEMENTS_STEP", "17")  # soak/ kills at each
     called = [sys.executable, script, urls, start, step]
-    found = subprocess.run(called, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert int(found.stdout) > 20
+    upgrading = subprocess.run(called, capture_output=True, text=True, check=False)
+    assert upgrading.returncode == 0, upgrading.stderr
+    assert int(upgrading.stdout) > 20
     migrate.upgrade(empty)
-    upgraded = engines.open_own(urls.format(found.stdout.strip()), "audience_sync")
+    upgraded = engines.open_own(urls.format(upgrading.stdout.strip()), "audience_sync")
     assert catalog(upgraded) == catalog(empty)
     upgraded.dispose()

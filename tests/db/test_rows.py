@@ -1,4 +1,4 @@
-"""Many rows in a statement, or by COPY, are the same rows as one after the other."""
+"""Many rows in a statement, or by COPY, arrive as single rows would."""
 
 import datetime as dt
 import os
@@ -42,18 +42,18 @@ TEXT = st.lists(st.sampled_from(NASTY) | st.text(st.characters(exclude_character
 
 
 def written(connection, texts):
-    """Inserts an event for each text; what is then found in their order."""
-    told = [
+    """Inserts an event for each text; what is then companies in their order."""
+    new_rows = [
         (number, text, text, engines.to_json({"a": text}), "{}", NOON, NOON)
         for number, text in enumerate(texts)
     ]
-    assert rows.insert(connection, events, COLUMNS, told) == len(texts)
-    found = connection.execute(sa.select(events).order_by(events.c.event_id)).all()
-    assert [row.call_id for row in found] == list(range(len(texts)))
+    assert rows.insert(connection, events, COLUMNS, new_rows) == len(texts)
+    companies = connection.execute(sa.select(events).order_by(events.c.event_id)).all()
+    assert [row.call_id for row in companies] == list(range(len(texts)))
     assert all(
-        row.timestamp == row.received_at == dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC) for row in found
+        row.timestamp == row.received_at == dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC) for row in companies
     )
-    return [(row.user_id, row.name, row.properties["a"]) for row in found]
+    return [(row.user_id, row.name, row.properties["a"]) for row in companies]
 
 
 @pytest.mark.parametrize("many", [1, 1_000], ids=["many", "few"])
@@ -68,19 +68,19 @@ def test_any_text_comes_back_as_it_was(engine, many, monkeypatch, texts):
 
 
 @pytest.mark.parametrize("count", [1, 499, 500, 501, 2_500])
-def test_of_those_that_are_there_none_is_inserted_again(engine, count):
+def test_existing_rows_are_not_inserted_again(engine, count):
     columns = ("user_id", "traits", "trait_times", "first_seen_at", "last_seen_at")
-    told = [(f"u{number}", "{}", "{}", NOON, NOON) for number in range(count)]
+    new_rows = [(f"u{number}", "{}", "{}", NOON, NOON) for number in range(count)]
     suffix = "ON CONFLICT (user_id) DO NOTHING"
     with engines.write(engine) as connection:
-        assert rows.insert(connection, profiles, columns, told[::2], suffix) == len(told[::2])
-        assert rows.insert(connection, profiles, columns, told, suffix) == count // 2
+        assert rows.insert(connection, profiles, columns, new_rows[::2], suffix) == len(new_rows[::2])
+        assert rows.insert(connection, profiles, columns, new_rows, suffix) == count // 2
         assert rows.insert(connection, profiles, columns, [], suffix) == 0
         assert connection.execute(sa.select(sa.func.count()).select_from(profiles)).scalar() == count
 
 
 @pytest.mark.parametrize("count", [1, 2_500])
-def test_an_update_sets_what_is_told_where_it_may(engine, count):
+def test_an_update_sets_the_columns_where_the_condition_holds(engine, count):
     at = [rows.moment(dt.datetime(2026, 5, day, tzinfo=dt.UTC)) for day in (1, 2, 3)]
     columns = (
         "user_id",
@@ -91,27 +91,27 @@ def test_an_update_sets_what_is_told_where_it_may(engine, count):
         "first_seen_at",
         "last_seen_at",
     )
-    there = [(f"u{number}", "{}", "{}", None, at[number % 2], NOON, NOON) for number in range(2 * count)]
-    told = [(f"u{number}", f"c\t{number}", at[0]) for number in range(count)]
+    existing = [(f"u{number}", "{}", "{}", None, at[number % 2], NOON, NOON) for number in range(2 * count)]
+    new_rows = [(f"u{number}", f"c\t{number}", at[0]) for number in range(count)]
     with engines.write(engine) as connection:
-        rows.insert(connection, profiles, columns, there)
+        rows.insert(connection, profiles, columns, existing)
         changed = rows.update(
             connection,
             profiles,
             ("user_id", "company_id", "company_at"),
-            told,
+            new_rows,
             "t.company_at <= {company_at}",
         )
         assert changed == -(-count // 2)
-        found = dict(iter(connection.execute(sa.select(profiles.c.user_id, profiles.c.company_id))))
-        assert found == {
+        companies = dict(iter(connection.execute(sa.select(profiles.c.user_id, profiles.c.company_id))))
+        assert companies == {
             f"u{number}": f"c\t{number}" if number < count and number % 2 == 0 else None
             for number in range(2 * count)
         }
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-def test_moments_are_utc_whatever_the_url_says(url):
+def test_times_are_utc_whatever_the_url_says(url):
     engine = engines.open_own(f"{url}&options=-c%20timezone%3DAsia/Tokyo", "audience_sync")
     with engines.write(engine) as connection:
         assert len(written(connection, ["x"] * 2_000)) == 2_000
@@ -119,7 +119,7 @@ def test_moments_are_utc_whatever_the_url_says(url):
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-def test_a_connection_that_ends_in_the_middle_is_told_in_plain_words(engine, postgres):
+def test_a_connection_that_ends_in_the_middle_is_a_plain_error(engine, postgres):
     def die_half_way():
         with engines.write(engine) as connection:
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
@@ -138,7 +138,7 @@ def test_a_connection_that_ends_in_the_middle_is_told_in_plain_words(engine, pos
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("sent", ["a\n", "a" * 50_000_000], ids=["at-its-end", "in-its-middle"])
-def test_a_signal_ends_a_copy_as_it_ends_all_else(engine, sent, caplog):
+def test_a_signal_ends_a_copy(engine, sent, caplog):
     def stop(*_):
         raise Interrupted("stopped")
 

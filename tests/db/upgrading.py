@@ -1,8 +1,8 @@
-"""Upgrades a database in processes that are killed, at one statement after the other.
+"""Upgrade a database in processes that are killed, each at a later statement.
 
-Arguments: the database's URL (for SQLite a file of each kill's own: {} is its number), the revision to start from,
-and how many statements further on each kill is. After each, another process looks; the last upgrade is not killed,
-and its number is printed.
+Arguments: the database's URL (on SQLite with {} for the number of the kill, which makes a file for each), the revision
+to start from, and the number of statements between two kills. Another process checks the database after each kill. The
+last upgrade is not killed, and its number is printed.
 """
 
 import os
@@ -24,7 +24,7 @@ def opened(url):
 
 
 def in_process(work):
-    """The signal that ended a child in which this was done, or 0."""
+    """Do the work in a child process; return the signal that ended it, or 0."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -39,7 +39,7 @@ def in_process(work):
 
 
 def upgrade_until(url, last):
-    """Die before the statement of this number, or, where it would be the one after the last, before the commit."""
+    """Die before the statement of this number; if there are fewer, before the commit."""
     engine, seen = opened(url), []
 
     def count(*_):
