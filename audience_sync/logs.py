@@ -20,7 +20,7 @@ EVENTS = """
 | --- | --- | --- | --- |
 | run succeeded | info | run_id, key, members, entered, exited, changed, seconds | a run was committed to the queue |
 | run held by guard, run held by hold, run held by fingerprint | info \
-| run_id, key, members, entered, exited, changed, seconds | a run waits for `approve` or `reject`, or for its destination to be accepted |
+| run_id, key, members, entered, exited, changed, seconds | a run waits for approval, or for its destination to be accepted |
 | run failed | warning | run_id, key, error, seconds | a run ended with an error of that type |
 | delivered | info | accepted, dead, pending, requests, seconds | delivery ended, or made way for a reload; `pending` \
 counts the whole queue |
