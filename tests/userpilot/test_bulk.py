@@ -60,7 +60,7 @@ def test_json_and_uploads_share_a_connection_and_not_their_content_types(serve):
 
 
 def test_a_job_is_uploaded_and_followed_to_its_end():
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     with (
         Sandbox(limits=Limits(bulk_rows_per_minute=1_000_000)) as sandbox,
         Client(sandbox.url, "sandbox") as client,
@@ -110,25 +110,25 @@ def test_an_upload_has_more_time_than_the_requests_beside_it(serve):
     def script(server, peer):
         slow = b"/v1/slow" in server.read_request(peer)
         arrived.set()
-        server.stopped.wait(5 if slow else 0.4)
+        server.stopped.wait(60 if slow else 0.4)
         peer.sendall(response(202))
 
     server = serve(script)
-    bounds = {"deadline_seconds": 0.2, "upload_seconds": 2.0}
+    bounds = {"deadline_seconds": 0.2, "upload_seconds": 20.0}
     with Client(server.url, KEY, **bounds) as client, ThreadPoolExecutor() as threads:
         upload = threads.submit(client.upload, "v1/users/bulk_identify", "users.ndjson", ROWS)
-        assert arrived.wait(2)
+        assert arrived.wait(60)
         started = time.monotonic()
         slow = client.send("v1/slow", {})
-        assert 0.1 < time.monotonic() - started < 3
+        assert 0.1 < time.monotonic() - started < 30
         assert slow.error == "no complete answer within 0.2 s"
         assert upload.result().outcome is Outcome.ACCEPTED
 
 
 def test_an_upload_that_is_not_answered_ends_at_its_own_deadline(serve):
-    server = serve(lambda server, _: server.stopped.wait(5))
+    server = serve(lambda server, _: server.stopped.wait(60))
     with Client(server.url, KEY, deadline_seconds=0.1, upload_seconds=0.3) as client:
         started = time.monotonic()
         answer = client.upload("v1/users/bulk_identify", "users.ndjson", ROWS)
-        assert 0.2 < time.monotonic() - started < 3
+        assert 0.2 < time.monotonic() - started < 30
     assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.3 s")

@@ -64,26 +64,26 @@ def test_each_of_many_requests_has_its_own_deadline(serve):
     def script(server, peer):
         request = server.read_request(peer)
         if b'"slow"' in request:
-            server.drip(peer, b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 200)
+            server.drip(peer, b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 1_200)
         peer.sendall(ACCEPTED)
 
     server = serve(script)
     kinds = ["slow", "fast", "slow", "fast", "slow", "fast", "slow", "fast"]
     started = time.monotonic()
-    with Client(server.url, KEY, deadline_seconds=2) as client, ThreadPoolExecutor(8) as threads:
+    with Client(server.url, KEY, deadline_seconds=10) as client, ThreadPoolExecutor(8) as threads:
         outcomes = [a.outcome for a in threads.map(lambda kind: client.send("v1/track", {"k": kind}), kinds)]
     assert outcomes == [Outcome.UNKNOWN, Outcome.ACCEPTED] * 4
-    assert time.monotonic() - started < 6  # one after another, the slow ones alone would take 8
+    assert time.monotonic() - started < 30  # one after another, the slow ones alone would take 40
 
 
 def test_a_client_goes_on_after_an_answer_was_cut_off(serve):
     def script(server, peer):
         if server.read_request(peer) and len(server.requests) == 1:
-            server.stopped.wait(5)
+            server.stopped.wait(60)
         peer.sendall(ACCEPTED)
 
     server = serve(script)
-    with Client(server.url, KEY, deadline_seconds=0.2) as client:
+    with Client(server.url, KEY, deadline_seconds=3) as client:
         assert client.send("v1/track", {}).outcome is Outcome.UNKNOWN
         assert client.send("v1/track", {}).outcome is Outcome.ACCEPTED
         server.stopped.set()
@@ -177,7 +177,7 @@ def test_a_connection_that_the_server_ends_is_let_go(serve):
     server = serve(script)
     with Client(server.url, KEY) as client:
         client.send("v1/track", {})
-        assert gone.wait(1)
+        assert gone.wait(60)
 
 
 def test_a_closed_client_says_so(serve):
@@ -203,7 +203,7 @@ def test_closing_during_a_request_lets_it_end_at_its_deadline_and_ends_all_conne
     client = Client(server.url, KEY, deadline_seconds=0.4)
     with ThreadPoolExecutor(1) as threads:
         pending = threads.submit(client.validate)
-        assert arrived.wait(2)
+        assert arrived.wait(60)
         assert client.send("v1/track", {}).outcome is Outcome.ACCEPTED
         client.close()
         assert pending.result(2).outcome is Outcome.UNKNOWN

@@ -18,7 +18,7 @@ from tests.userpilot.conftest import ACCEPTED, KEY, answering, response, then_cl
 MB = 1024 * 1024
 
 
-def client_of(server, seconds=5.0, **options):
+def client_of(server, seconds=30.0, **options):
     return Client(server.url, KEY, deadline_seconds=seconds, upload_seconds=seconds, **options)
 
 
@@ -72,12 +72,12 @@ def test_an_answer_that_drips_is_cut_off_at_the_deadline(serve, ask, start):
     def script(server, peer):
         server.read_request(peer)
         peer.sendall(start.encode())
-        server.drip(peer, b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 200)
+        server.drip(peer, b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 1_200)
 
-    with client_of(serve(script), 0.3) as client, taking(0.2, 3):
+    with client_of(serve(script), 3.0) as client, taking(2.9, 30):
         answer = ask(client)
     assert (answer.outcome, answer.document) == (Outcome.UNKNOWN, None)
-    assert answer.error == "no complete answer within 0.3 s"
+    assert answer.error == "no complete answer within 3 s"
     assert answer.x_request_id == ("r-2" if start else None)
 
 
@@ -86,11 +86,11 @@ def test_a_drip_on_a_connection_that_was_used_before_is_cut_off_too(serve, ask):
         server.read_request(peer)
         peer.sendall(ACCEPTED)
         server.read_request(peer)
-        server.drip(peer, b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 200)
+        server.drip(peer, b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 1_200)
 
-    with client_of(serve(script), 0.3) as client:
+    with client_of(serve(script), 3.0) as client:
         assert ask(client).outcome is Outcome.ACCEPTED
-        with taking(0.2, 3):
+        with taking(2.9, 30):
             assert ask(client).outcome is Outcome.UNKNOWN
 
 
@@ -101,7 +101,7 @@ def test_a_flood_of_interim_answers_ends_at_the_deadline(serve_from_process, ask
     )
     url = serve_from_process(code, kind)
     client = Client(url, KEY, deadline_seconds=0.2, upload_seconds=0.2)
-    with client, taking(0.1, 3):
+    with client, taking(0.1, 30):
         assert ask(client).outcome is Outcome.UNKNOWN
 
 
@@ -117,7 +117,7 @@ def test_an_endless_list_in_pieces_of_a_byte_ends_at_the_deadline(serve):
         while not server.stopped.is_set():
             peer.sendall(b"1\r\n[\r\n" * 1000)
 
-    with client_of(serve(script), 0.3) as client, taking(0.2, 3), allocating(8 * MB):
+    with client_of(serve(script), 0.3) as client, taking(0.2, 30), allocating(8 * MB):
         assert client.get("v1/background_jobs").outcome is Outcome.UNKNOWN
 
 
@@ -130,7 +130,7 @@ def test_an_endless_body_is_left_and_judged_by_its_status(serve, ask, status, ou
             peer.sendall(piece)
 
     piece = b"a" * 65536
-    with client_of(serve(script)) as client, taking(0, 3), allocating(32 * MB):
+    with client_of(serve(script)) as client, taking(0, 30), allocating(32 * MB):
         answer = ask(client)
     assert (answer.outcome, answer.document) == (outcome, None)
 
@@ -138,7 +138,7 @@ def test_an_endless_body_is_left_and_judged_by_its_status(serve, ask, status, ou
 @pytest.mark.parametrize(("status", "outcome"), [(200, Outcome.UNKNOWN), (400, Outcome.REFUSED)])
 def test_a_bomb_of_gzip_stays_packed(serve, ask, bomb, status, outcome):
     server = serve(answering(response(status, bomb, "content-encoding: gzip", "content-type: text/html")))
-    with client_of(server) as client, taking(0, 3), allocating(6 * MB):
+    with client_of(server) as client, taking(0, 30), allocating(6 * MB):
         answer = ask(client)
     assert (answer.outcome, answer.document) == (outcome, None)
     assert len(answer.error) <= 500
@@ -162,7 +162,7 @@ def test_a_server_that_stands_still_in_its_answer_is_unknown_at_the_deadline(ser
     code = "peer.recv(65536); peer.sendall(sys.argv[1].encode()); os.kill(os.getpid(), signal.SIGSTOP)"
     url = serve_from_process(code, start)
     client = Client(url, KEY, deadline_seconds=0.3, upload_seconds=0.3)
-    with client, taking(0.2, 3):
+    with client, taking(0.2, 30):
         answer = ask(client)
     assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.3 s")
 
@@ -172,14 +172,14 @@ def test_a_server_that_stands_still_in_an_upload_is_unknown_at_the_deadline(serv
     code = "[peer.recv(1000) for _ in range(int(sys.argv[1]) // 1000)]; os.kill(os.getpid(), signal.SIGSTOP)"
     url = serve_from_process(code, str(read_bytes))
     rows = b"x" * 5 * MB
-    with Client(url, KEY, upload_seconds=0.4) as client, taking(0.3, 3), allocating(2 * MB):
+    with Client(url, KEY, upload_seconds=0.4) as client, taking(0.3, 30), allocating(2 * MB):
         answer = client.upload("v1/users/bulk_identify", "users.ndjson", rows)
     assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.4 s")
 
 
 def test_an_upload_that_nobody_reads_is_unknown_at_the_deadline(serve):
-    server = serve(lambda server, _: server.stopped.wait(5))
-    with client_of(server, 0.3) as client, taking(0.2, 3):
+    server = serve(lambda server, _: server.stopped.wait(60))
+    with client_of(server, 0.3) as client, taking(0.2, 30):
         answer = client.upload("v1/users/bulk_identify", "users.ndjson", b"x" * 5 * MB)
     assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.3 s")
 
@@ -190,7 +190,7 @@ def test_an_upload_that_is_read_slowly_is_unknown_at_the_deadline(serve):
             peer.recv(30_000)
 
     server = serve(script)
-    with client_of(server, 0.4) as client, taking(0.3, 3):
+    with client_of(server, 0.4) as client, taking(0.3, 30):
         answer = client.upload("v1/users/bulk_identify", "users.ndjson", b"x" * 20 * MB)
     assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.4 s")
 
@@ -201,9 +201,9 @@ def test_an_upload_that_is_refused_before_it_was_read_is_refused(serve, stays):
         peer.recv(1000)
         peer.sendall(response(413, b'{"errors":[{"message":"too large"}]}'))
         if stays:
-            server.stopped.wait(5)
+            server.stopped.wait(60)
 
-    with client_of(serve(script), 0.5) as client, taking(0, 3):
+    with client_of(serve(script), 3.0) as client, taking(0, 30):
         answer = client.upload("v1/users/bulk_identify", "users.ndjson", b"x" * 20 * MB)
     assert (answer.outcome, answer.status_code, answer.error) == (Outcome.REFUSED, 413, "too large")
 
@@ -245,7 +245,7 @@ def test_a_reset_is_unknown(serve, ask):
     ],
 )
 def test_a_broken_answer_is_unknown(serve, ask, answer):
-    with client_of(serve(then_close(answer))) as client, taking(0, 3):
+    with client_of(serve(then_close(answer))) as client, taking(0, 30):
         broken = ask(client)
     assert (broken.outcome, broken.document) == (Outcome.UNKNOWN, None)
 
@@ -296,7 +296,7 @@ def test_a_connection_that_ended_between_two_requests_is_replaced(serve, ask, li
     def script(server, peer):
         server.read_request(peer)
         peer.sendall(ACCEPTED)
-        taken.wait(2)
+        taken.wait(60)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", linger, 0))
         peer.close()
         gone.set()
@@ -305,7 +305,7 @@ def test_a_connection_that_ended_between_two_requests_is_replaced(serve, ask, li
     with client_of(server) as client:
         assert ask(client).outcome is Outcome.ACCEPTED
         taken.set()
-        assert gone.wait(2)
+        assert gone.wait(60)
         assert ask(client).outcome is Outcome.ACCEPTED
     assert (len(server.requests), server.connection_count) == (2, 2)
 
@@ -328,7 +328,7 @@ def test_an_answer_that_comes_to_an_idle_connection_ends_it(serve, ask):
     def script(server, peer):
         server.read_request(peer)
         peer.sendall(ACCEPTED)
-        answered.wait(2)
+        answered.wait(60)
         peer.sendall(response(408))
         gone.set()
 
@@ -336,7 +336,7 @@ def test_an_answer_that_comes_to_an_idle_connection_ends_it(serve, ask):
     with client_of(server) as client:
         assert ask(client).outcome is Outcome.ACCEPTED
         answered.set()
-        assert gone.wait(2)
+        assert gone.wait(60)
         assert ask(client).outcome is Outcome.ACCEPTED
     assert server.connection_count == 2
 
@@ -432,12 +432,12 @@ def test_nobody_listening_is_failed(ask):
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70 + ".invalid", "[::1%25nowhere]"])
 def test_a_host_that_does_not_resolve_is_failed(ask, host):
-    with Client(f"https://{host}", KEY) as client, taking(0, 2):
+    with Client(f"https://{host}", KEY) as client, taking(0, 30):
         assert ask(client).outcome is Outcome.FAILED
 
 
 def test_an_address_without_a_route_is_failed(ask):
-    with Client("https://[100::1]/", KEY, connect_seconds=0.2) as client, taking(0, 3):
+    with Client("https://[100::1]/", KEY, connect_seconds=0.2) as client, taking(0, 30):
         answer = ask(client)
     assert (answer.outcome, answer.status_code) == (Outcome.FAILED, None)
 
@@ -469,7 +469,7 @@ def resolving(monkeypatch):
 
 def test_a_black_hole_is_failed_when_no_connection_came_in_time(black_hole, resolving, ask):
     resolving(black_hole)
-    with Client("http://analytex.test/", KEY, connect_seconds=0.2) as client, taking(0.1, 3):
+    with Client("http://analytex.test/", KEY, connect_seconds=0.2) as client, taking(0.1, 30):
         answer = ask(client)
     assert (answer.outcome, answer.error) == (Outcome.FAILED, "no connection in time")
 
@@ -477,7 +477,7 @@ def test_a_black_hole_is_failed_when_no_connection_came_in_time(black_hole, reso
 def test_behind_a_black_hole_the_next_address_is_tried(black_hole, resolving, serve, ask):
     server = serve(answering(ACCEPTED))
     resolving(black_hole, ("127.0.0.1", int(server.url.rsplit(":", 1)[1].strip("/"))))
-    with Client("http://analytex.test/", KEY, connect_seconds=0.2) as client, taking(0.1, 3):
+    with Client("http://analytex.test/", KEY, connect_seconds=0.2) as client, taking(0.1, 30):
         assert ask(client).outcome is Outcome.ACCEPTED
 
 
@@ -488,7 +488,7 @@ def test_a_connection_that_comes_after_the_deadline_carries_nothing(black_hole, 
     client = Client(
         "http://analytex.test/", KEY, connect_seconds=0.2, deadline_seconds=0.3, upload_seconds=0.3
     )
-    with client, taking(0.3, 3):
+    with client, taking(0.3, 30):
         answer = ask(client)
     assert (answer.outcome, answer.error) == (Outcome.FAILED, "no complete answer within 0.3 s")
     assert server.requests == []
@@ -498,7 +498,7 @@ def test_a_connection_that_comes_after_the_deadline_carries_nothing(black_hole, 
 def test_a_name_that_leads_to_a_private_network_is_not_spoken_to(address, serve, resolving, ask):
     server = serve(answering(ACCEPTED))
     resolving((address, int(server.url.rsplit(":", 1)[1].strip("/"))))
-    with Client("http://analytex.userpilot.io/", KEY, only_public=True) as client, taking(0, 3):
+    with Client("http://analytex.userpilot.io/", KEY, only_public=True) as client, taking(0, 30):
         answer = ask(client)
     assert (answer.outcome, answer.status_code) == (Outcome.FAILED, None)
     assert answer.error == "cannot connect: the host resolves to 127.0.0.1, an address of a private network"

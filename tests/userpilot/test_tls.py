@@ -21,7 +21,7 @@ def accepting(server, peer):
         peer.sendall(ACCEPTED)
 
 
-def asked(ask, url, seconds=5.0, **options):
+def asked(ask, url, seconds=30.0, **options):
     """The answer of a server that speaks TLS, or should."""
     url = url.replace("http:", "https:")
     with Client(url, KEY, deadline_seconds=seconds, upload_seconds=seconds, **options) as client:
@@ -112,37 +112,37 @@ def test_a_server_without_tls_is_failed(serve, ask):
 
 
 def test_a_handshake_that_never_comes_is_failed(serve, ask):
-    server = serve(lambda server, _: server.stopped.wait(5))
+    server = serve(lambda server, _: server.stopped.wait(60))
     started = time.monotonic()
     assert asked(ask, server.url, 0.3).outcome is Outcome.FAILED
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
 
 
 def test_a_handshake_that_drips_is_failed_at_the_deadline(serve, ask):
-    server = serve(lambda server, peer: server.drip(peer, b"\x16\x03\x03\x40\x00" + b"a" * 200))
+    server = serve(lambda server, peer: server.drip(peer, b"\x16\x03\x03\x40\x00" + b"a" * 1_200))
     started = time.monotonic()
     assert asked(ask, server.url, 0.3).outcome is Outcome.FAILED
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30
 
 
 def test_an_answer_that_drips_is_cut_off(serve, tls_for, ca_file, ask):
     def script(server, peer):
         server.read_request(peer)
-        server.drip(peer, b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 200)
+        server.drip(peer, b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 1_200)
 
     server = serve(script, tls=tls_for("127.0.0.1"))
     started = time.monotonic()
-    assert asked(ask, server.url, 0.4, ca_file=ca_file).outcome is Outcome.UNKNOWN
-    assert time.monotonic() - started < 3
+    assert asked(ask, server.url, 3.0, ca_file=ca_file).outcome is Outcome.UNKNOWN
+    assert time.monotonic() - started < 30
 
 
 def test_an_upload_that_nobody_reads_is_cut_off(serve, tls_for, ca_file):
-    server = serve(lambda server, _: server.stopped.wait(5), tls=tls_for("127.0.0.1"))
+    server = serve(lambda server, _: server.stopped.wait(60), tls=tls_for("127.0.0.1"))
     started = time.monotonic()
-    with Client(server.url, KEY, ca_file=ca_file, upload_seconds=0.4) as client:
+    with Client(server.url, KEY, ca_file=ca_file, upload_seconds=3.0) as client:
         answer = client.upload("v1/users/bulk_identify", "users.ndjson", b"x" * 5_000_000)
-    assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 0.4 s")
-    assert time.monotonic() - started < 3
+    assert (answer.outcome, answer.error) == (Outcome.UNKNOWN, "no complete answer within 3 s")
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("linger", [0, 1], ids=["closed", "reset"])
