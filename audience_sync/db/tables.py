@@ -71,11 +71,15 @@ definitions = sa.Table(
 )
 
 
-def _one_of_a_definition(status: str) -> sa.Index:
-    where = sa.text(f"status = '{status}'")
-    return sa.Index(
-        f"uq_runs_{status}", "definition_id", unique=True, sqlite_where=where, postgresql_where=where
-    )
+PENDING = sa.text("status = 'pending'")
+DEAD = sa.text("status = 'dead'")
+SENDING = sa.text("status = 'sending'")
+HELD = sa.text("status = 'held'")
+UNSETTLED = sa.text("status IN ('pending', 'sending')")
+
+
+def _partial_index(name: str, where: sa.TextClause, *columns: str, unique: bool = False) -> sa.Index:
+    return sa.Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
 
 
 runs = sa.Table(
@@ -110,8 +114,8 @@ runs = sa.Table(
     sa.CheckConstraint("status <> 'succeeded' OR member_count IS NOT NULL", name="counted"),
     sa.CheckConstraint("held_by IN ('hold', 'guard', 'fingerprint')", name="held_by"),
     sa.CheckConstraint("status <> 'held' OR held_by IS NOT NULL", name="held"),
-    _one_of_a_definition("running"),
-    _one_of_a_definition("held"),
+    _partial_index("uq_runs_running", sa.text("status = 'running'"), "definition_id", unique=True),
+    _partial_index("uq_runs_held", HELD, "definition_id", unique=True),
     sa.Index("ix_runs_definition_id", "definition_id", "run_id"),
     sqlite_autoincrement=True,
 )
@@ -158,14 +162,6 @@ calls = sa.Table(
     sqlite_autoincrement=True,
 )
 
-PENDING = sa.text("status = 'pending'")
-DEAD = sa.text("status = 'dead'")
-SENDING = sa.text("status = 'sending'")
-HELD = sa.text("status = 'held'")
-UNSETTLED = sa.text("status IN ('pending', 'sending')")
-COMPUTED = sa.text("run_id IS NOT NULL")
-CALLED = sa.text("call_id IS NOT NULL")
-
 deliveries = sa.Table(
     "deliveries",
     metadata,
@@ -201,29 +197,14 @@ deliveries = sa.Table(
     ),
     sa.CheckConstraint("status NOT IN ('sending', 'accepted') OR request_id IS NOT NULL", name="requested"),
     sa.CheckConstraint("status <> 'dead' OR error IS NOT NULL", name="reason"),
-    sa.Index(
-        "ix_deliveries_claim",
-        "action",
-        "class",
-        "next_attempt_at",
-        "delivery_id",
-        sqlite_where=PENDING,
-        postgresql_where=PENDING,
-    ),
-    sa.Index("ix_deliveries_sending", "request_id", sqlite_where=SENDING, postgresql_where=SENDING),
-    sa.Index(
-        "ix_deliveries_unsettled",
-        "subject_id",
-        "action",
-        "delivery_id",
-        sqlite_where=UNSETTLED,
-        postgresql_where=UNSETTLED,
-    ),
-    sa.Index("ix_deliveries_held", "run_id", sqlite_where=HELD, postgresql_where=HELD),
-    sa.Index("ix_deliveries_dead", "definition_id", sqlite_where=DEAD, postgresql_where=DEAD),
-    sa.Index("ix_deliveries_call_id", "call_id", sqlite_where=CALLED, postgresql_where=CALLED),
+    _partial_index("ix_deliveries_claim", PENDING, "action", "class", "next_attempt_at", "delivery_id"),
+    _partial_index("ix_deliveries_sending", SENDING, "request_id"),
+    _partial_index("ix_deliveries_unsettled", UNSETTLED, "subject_id", "action", "delivery_id"),
+    _partial_index("ix_deliveries_held", HELD, "run_id"),
+    _partial_index("ix_deliveries_dead", DEAD, "definition_id"),
+    _partial_index("ix_deliveries_call_id", sa.text("call_id IS NOT NULL"), "call_id"),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),
-    sa.Index("ix_deliveries_run_id", "run_id", "status", sqlite_where=COMPUTED, postgresql_where=COMPUTED),
+    _partial_index("ix_deliveries_run_id", sa.text("run_id IS NOT NULL"), "run_id", "status"),
     sqlite_autoincrement=True,
 )
 

@@ -1,4 +1,4 @@
-"""Two commands at the same time, on both databases: one run a definition, one pace, no change lost or sent twice."""
+"""Two commands at once, on both databases: one run per definition, one pace, no change lost or sent twice."""
 
 import datetime as dt
 import itertools
@@ -23,7 +23,7 @@ AUDIENCES = {
     "Low": "SELECT user_id FROM seats WHERE taken = 1 AND number < 100",
 }
 SEATS = 200
-OF_DATABASES = (
+DATABASE_ERRORS = (
     "sqlalche",
     "sqlite3",
     "psycopg",
@@ -39,7 +39,7 @@ OF_DATABASES = (
 
 @pytest.fixture
 def seats(company):
-    """Free at first; the list follows the table."""
+    """The seats' states, all free; the list follows the table."""
     company("CREATE TABLE seats (user_id text, number integer, taken integer)")
     rows = [{"user_id": f"u{number}", "number": number} for number in range(SEATS)]
     company("INSERT INTO seats VALUES (:user_id, :number, 0)", *rows)
@@ -55,26 +55,28 @@ def move(company, seats, chosen):
 
 
 def together(command, *names):
-    """All end well, or leave a definition to another, by its name; none shows an error of the database."""
+    """Run commands at once: each succeeds or names the process that syncs its definition; none shows a database error."""
     processes, codes = [command.popen(name) for name in names], []
     for process in processes:
-        code, said = command.ended(process)
+        code, output = command.ended(process)
         others = [f"is being synced by process {each.pid} on" for each in processes if each is not process]
-        assert code == 0 or (code == 75 and any(other in said for other in others)), (code, said)
-        assert not any(word in said.lower() for word in OF_DATABASES), said
+        assert code == 0 or (code == 75 and any(other in output for other in others)), (code, output)
+        assert not any(word in output.lower() for word in DATABASE_ERRORS), output
         codes.append(code)
     return codes
 
 
-def assert_true(sandbox, seats):
+def assert_up_to_date(sandbox, seats):
     users = sandbox.state.snapshot()["users"]
     for number, taken in enumerate(seats):
-        found = {"taken": False, "free": False, "low": False} | users[f"u{number}"]["properties"]
-        assert found == {"taken": taken == 1, "free": taken == 0, "low": taken == 1 and number < 100}, number
+        properties = {"taken": False, "free": False, "low": False} | users[f"u{number}"]["properties"]
+        assert properties == {"taken": taken == 1, "free": taken == 0, "low": taken == 1 and number < 100}, (
+            number
+        )
 
 
-def assert_told_once(sandbox):
-    """No user was told a value twice in a row."""
+def assert_nothing_sent_twice(sandbox):
+    """No value was sent to a user twice in a row."""
     for user, lines in sandbox.state.history.items():
         for key in {name for name, _, _ in lines}:
             values = [value for name, value, _ in lines if name == key]
@@ -92,15 +94,15 @@ def test_two_syncs_share_the_work(start, company, seats, sandbox):
         moved += len(chosen)
         move(company, seats, chosen)
         codes += together(command, "sync", "sync")
-        assert_true(sandbox, seats)
+        assert_up_to_date(sandbox, seats)
     assert 75 in codes
     runs = [run for run in command.document("history") if run["key"] == "taken"]
     assert {run["status"] for run in runs} == {"succeeded"}
     assert sum(run["entered_count"] + run["exited_count"] for run in runs) == moved
-    assert_told_once(sandbox)
+    assert_nothing_sent_twice(sandbox)
 
 
-def test_two_syncs_set_a_new_database_up(start, url, backend, sandbox, request, tmp_path):
+def test_syncs_at_once_set_up_a_new_database(start, url, backend, sandbox, request, tmp_path):
     command = start({"Few": "SELECT 'u1' AS user_id UNION SELECT 'u2'", "One": "SELECT 'u1' AS user_id"})
     own = command.path.read_text()
     for number in range(2):
@@ -117,7 +119,7 @@ def test_two_syncs_set_a_new_database_up(start, url, backend, sandbox, request, 
             "u1": {"few": True, "one": True},
             "u2": {"few": True},
         }
-        assert_told_once(sandbox)
+        assert_nothing_sent_twice(sandbox)
 
 
 def test_a_deliver_beside_a_sync(start, company, seats, sandbox):
@@ -127,11 +129,11 @@ def test_a_deliver_beside_a_sync(start, company, seats, sandbox):
     for _ in range(4):
         move(company, seats, chance.sample(range(SEATS), 60))
         assert together(command, "sync", "deliver") == [0, 0]
-        assert_true(sandbox, seats)
-    assert_told_once(sandbox)
+        assert_up_to_date(sandbox, seats)
+    assert_nothing_sent_twice(sandbox)
 
 
-def test_two_keep_to_one_limit(start, company, seats, sandbox):
+def test_processes_share_one_limit(start, company, seats, sandbox):
     limit = 40
     sandbox.state.limits = Limits(identify_per_minute=limit)
     command = start({"Taken": TAKEN}, identify_per_minute=limit, bulk=False)
@@ -150,7 +152,7 @@ def test_two_keep_to_one_limit(start, company, seats, sandbox):
         assert sum(first <= each < first + 60 for each in times) <= limit, times
 
 
-def test_two_spread_one_push(start, company, seats, sandbox, engine):
+def test_processes_spread_one_push(start, company, seats, sandbox, engine):
     move(company, seats, range(24))
     command = start({"Taken": TAKEN}, identify_per_minute=120)
     together(command, "sync", "sync", "deliver")
@@ -170,14 +172,14 @@ def stop(command, *processes):
         assert command.ended(process)[0] in {0, 1, 75}
 
 
-def test_a_run_whose_process_is_gone_is_taken_over(start, seats, sandbox):
+def test_a_run_of_a_dead_process_is_taken_over(start, seats, sandbox):
     command = start(AUDIENCES)
     killed = command.popen("sync", environ={"AUDIENCE_SYNC_CRASH_AT": "changes_written:2"})
     assert command.ended(killed)[0] == -signal.SIGKILL
     assert [run["status"] for run in command.document("history")] == ["running", "succeeded"]
-    code, said = command("sync")
-    assert code == 0, said
+    code, output = command("sync")
+    assert code == 0, output
     runs = [(run["key"], run["status"]) for run in command.document("history")][::-1]
     assert runs[:2] == [("taken", "succeeded"), ("free", "abandoned")]
     assert runs[2:] == [("taken", "succeeded"), ("free", "succeeded"), ("low", "succeeded")]
-    assert_true(sandbox, seats)
+    assert_up_to_date(sandbox, seats)

@@ -38,7 +38,7 @@ def head(path, length, *more):
 
 
 def connect(address):
-    return socket.create_connection(address, timeout=20)
+    return socket.create_connection(address, timeout=60)
 
 
 def answer(connection):
@@ -59,9 +59,9 @@ def begun(address):
 
 
 def is_cut(connection, drip=b""):
-    """Whether the server ends the connection within seconds, while bytes drip in."""
+    """Tell whether the server ends the connection within a minute, while bytes drip in."""
     connection.settimeout(0.02)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
             connection.send(drip)
@@ -84,7 +84,7 @@ def stops_taking(connection, sent):
 
 
 def refuses_connections(address):
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
             connect(address).close()
@@ -139,7 +139,7 @@ def test_asked_to_end_it_answers_what_is_in_flight(start, url, number):
             connection.sendall(IDENTIFY[10:])
             status, body = answer(connection)
             assert (status, json.loads(body)["calls"][0]["status"]) == (200, "accepted")
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()
     assert message_ids(url) == ["m1"]
 
@@ -150,7 +150,7 @@ def test_asked_twice_it_ends_at_once(start, url):
         process.send_signal(signal.SIGTERM)
         assert refuses_connections(("127.0.0.1", port))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
         assert process.stderr.read() == (
             "audience-sync: Stopped at once. What was answered is kept; the rest will be sent again.\n"
         )
@@ -162,7 +162,7 @@ def test_asked_twice_it_ends_at_once(start, url):
 
 @SQLITE
 def test_a_head_that_drips_is_cut_off(serving, monkeypatch):
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 2.0)
     with serving() as address:
         with connect(address) as silent, connect(address) as dripping:
             assert is_cut(dripping, b"G")
@@ -175,12 +175,12 @@ def test_a_head_that_drips_is_cut_off(serving, monkeypatch):
 
 @SQLITE
 def test_between_requests_a_connection_may_rest(serving, monkeypatch):
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
         for _ in range(2):
             connection.sendall(HEALTH)
             assert answer(connection)[0] == 200
-            assert select.select([connection], [], [], 0.5) == ([], [], [])
+            assert select.select([connection], [], [], 2.5) == ([], [], [])
 
 
 @SQLITE
@@ -203,7 +203,7 @@ def test_a_body_that_drips_is_answered_408(serving, monkeypatch):
 @SQLITE
 @pytest.mark.parametrize("path", ["/v1/import", "/healthz"])
 def test_a_body_that_nobody_reads_may_not_drip_for_ever(serving, monkeypatch, path):
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
         connection.sendall(head(path, 1_000_000))
         assert answer(connection)[0] in {404, 405}
@@ -212,7 +212,7 @@ def test_a_body_that_nobody_reads_may_not_drip_for_ever(serving, monkeypatch, pa
 
 @SQLITE
 def test_after_a_body_that_nobody_read_silence_is_cut_off(serving, monkeypatch):
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
         connection.sendall(head("/v1/import", 1))
         assert answer(connection)[0] == 404
