@@ -1,11 +1,11 @@
-"""How fast calls come in, and what of that is the database's own time.
+"""Pace at which calls are stored, over HTTP and from a file, beside that of the database alone.
 
     python benchmarks/intake.py [--calls 100000] [--lines 200000] [--database both]
 
-Batches of 100 calls over HTTP, each durable when it is answered, to a server on one core; beside them the same server
-with nothing stored, and bare INSERTs of the same rows: by the driver's executemany, 100 calls a commit, in one process.
-While the batches come another client hands in one call after the other, and how long those take is told, too.
-CPU is that of the door or the import with its helper, and of PostgreSQL's processes (as Linux counts it).
+Batches of 100 calls over HTTP, durable when they are answered, to a server on one core; for comparison the same server
+with nothing stored, and bare INSERTs of the same rows: the driver's executemany, 100 calls a commit, in one process.
+Meanwhile another client sends single calls, one after the other; their latency is reported as well.
+CPU is that of the server or of the import with its second process, and of PostgreSQL's processes (as Linux counts it).
 Then a file is imported. One call in two is a track, one in ten a group, the others identify, of 20,000 users.
 """
 
@@ -85,14 +85,14 @@ def call(number):
 # The server, in a process of its own, on one core.
 
 
-class Forgetful:
-    """In the writer's place: answers at once, and keeps nothing."""
+class NullWriter:
+    """A writer that stores nothing and answers at once."""
 
     is_alive, waiting_count = True, 0
 
     def submit(self, calls):
         done = Future()
-        done.set_result([intake.Receipt(0, each.message_id) for each in calls])
+        done.set_result([intake.Receipt(0, call.message_id) for call in calls])
         return done
 
 
@@ -103,7 +103,7 @@ def serve(pipe, configuration, *, stores):
     gc.set_threshold(200_000)  # as the command line does
     os.sched_setaffinity(0, {0})
     with open_app(configuration) as app, server.listen("127.0.0.1", 0) as listening, Writer(app) as writer:
-        api = tracking.TrackingApi(app, writer if stores else Forgetful()).asgi()
+        api = tracking.TrackingApi(app, writer if stores else NullWriter()).asgi()
         pipe.send(listening.getsockname()[1])
         server.TrackingServer(api, app.stop).run(sockets=[listening])
 
@@ -128,7 +128,7 @@ def post(connection, path, body):
 
 
 def by_http(port, batches):
-    """Seconds for all of the batches, and of each call that one more client made meanwhile."""
+    """Seconds for all batches, and of each single call that another client sent meanwhile."""
     os.sched_setaffinity(0, set(range(os.cpu_count())) - {0} or {0})
     waiting = iter(batches)
     is_over = False
@@ -161,7 +161,7 @@ def by_http(port, batches):
 
 
 class Shared:
-    """An iterator that several threads may take from."""
+    """An iterator that threads share."""
 
     def __init__(self, items):
         self._items = items
@@ -187,7 +187,7 @@ def megabytes_on_disk(app):
 
 
 def cpu_seconds(*pids):
-    """Of these processes and all of PostgreSQL's, those that have ended included."""
+    """CPU seconds of these processes and all of PostgreSQL's, including those that have ended."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -242,7 +242,7 @@ def bare_inserts(configuration, rows, count):
     return seconds
 
 
-# All of it.
+# The whole measurement.
 
 
 def measure(name, calls, lines):
@@ -265,11 +265,11 @@ def measure(name, calls, lines):
         with server_on_one_core(mine) as (port, pid):
             before = cpu_seconds(pid)
             stored, singles = by_http(port, Shared(batches[::-1]))
-            door = (cpu_seconds(pid) - before) / (calls + len(singles)) * 1e6
+            server_cpu = (cpu_seconds(pid) - before) / (calls + len(singles)) * 1e6
         rows = stored_rows(mine)
         assert len(rows[tables.calls]) == calls + len(singles)
         bare = bare_inserts(fresh("bare"), rows, calls) * calls / len(rows[tables.calls])
-        del documents, batches, rows  # the collector would look at all of them while it measures the import
+        del documents, batches, rows  # or the garbage collector walks them during the import
         imported = fresh("imported")
         file = Path(folder, "calls.ndjson")
         with file.open("w") as written:
@@ -291,7 +291,7 @@ def measure(name, calls, lines):
         "bare INSERTs": calls / bare,
         "import of a file": lines / import_seconds,
         "singles": sorted(singles),
-        "a million calls by HTTP": f"{door:.0f} s of CPU",
+        "a million calls by HTTP": f"{server_cpu:.0f} s of CPU",
         "a million lines imported": f"{importing:.0f} s of CPU",
         "a million lines on disk": f"{on_disk:,.0f} MB",
     }
@@ -307,21 +307,21 @@ def main():
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {options.calls:,} calls, {options.lines:,} lines."
     )
-    found = {name: measure(name, options.calls, options.lines) for name in names}
+    results = {name: measure(name, options.calls, options.lines) for name in names}
     table = Table("calls a second", *names)
     for way in ("HTTP, stored", "HTTP, nothing stored", "bare INSERTs", "import of a file"):
-        table.add_row(way, *(f"{found[name][way]:,.0f}" for name in names))
+        table.add_row(way, *(f"{results[name][way]:,.0f}" for name in names))
     for share, title in ((0.5, "median"), (0.99, "99 %")):
         cells = [
-            f"{1000 * found[name]['singles'][int(share * len(found[name]['singles']))]:.0f} ms"
+            f"{1000 * results[name]['singles'][int(share * len(results[name]['singles']))]:.0f} ms"
             for name in names
         ]
         table.add_row(f"a single call meanwhile, {title}", *cells)
     for cost in ("a million calls by HTTP", "a million lines imported", "a million lines on disk"):
-        table.add_row(cost, *(found[name][cost] for name in names))
+        table.add_row(cost, *(results[name][cost] for name in names))
     Console(width=80).print(table)
     for name in names:
-        lines = found[name]
+        lines = results[name]
         ratio = lines["HTTP, stored"] / lines["bare INSERTs"]
         for what, figure, is_reached in (
             ("5,000 calls a second by HTTP", f"{lines['HTTP, stored']:,.0f}", lines["HTTP, stored"] >= 5_000),

@@ -156,17 +156,15 @@ class TrackingApi:
         sent_at = _sent_at(shared)
         prepared = [self._prepare(raw, shared, received_at, sent_at) for raw in raws]
         valid = [call for call in prepared if isinstance(call, PreparedCall)]
-        receipts = iter(await self._stored(valid))
+        receipts = await asyncio.wrap_future(self.writer.submit(valid)) if valid else []
         errors = [call for call in prepared if isinstance(call, CallError)]
         if errors:  # Segment's libraries do not read the verdicts
             logs.event(log, logging.WARNING, "calls refused", count=len(errors), first_reason=str(errors[0]))
+        stored = iter(receipts)
         return [
-            _refusal(raw, str(call)) if isinstance(call, CallError) else _verdict(next(receipts))
+            _refusal(raw, str(call)) if isinstance(call, CallError) else _verdict(next(stored))
             for raw, call in zip(raws, prepared, strict=True)
         ]
-
-    async def _stored(self, calls: Sequence[PreparedCall]) -> list[Receipt]:
-        return await asyncio.wrap_future(self.writer.submit(calls)) if calls else []
 
     def _prepare(
         self, raw: Any, shared: Mapping[str, Any], received_at: dt.datetime, sent_at: dt.datetime | None
