@@ -142,7 +142,7 @@ def test_the_other_directives(mapping, value):
     assert resolve(mapping) == value
 
 
-def test_what_is_no_directive_stands_for_itself_member_by_member():
+def test_other_values_are_fixed_member_by_member():
     mapping = {
         "a": [1, {"@path": "userId"}, {"@path": "nothing"}],
         "b": {"c": {"@path": "nothing"}},
@@ -185,7 +185,7 @@ def test_what_is_no_directive_stands_for_itself_member_by_member():
         ({"@literal": [{1}]}, "fields.@literal[0]: a set is not a JSON value: write it as text"),
     ],
 )
-def test_what_is_wrong_and_where(mapping, message):
+def test_errors_name_the_place(mapping, message):
     with pytest.raises(ConfigError) as raised:
         directives.compile_template(mapping, "fields")
     assert message in str(raised.value)
@@ -213,7 +213,7 @@ def test_nesting_is_bounded():
     assert resolve(nested(20, 1, lambda x: [x])) == nested(20, 1, lambda x: [x])
 
 
-def test_a_document_beyond_all_bounds_is_a_bad_call():
+def test_an_extreme_document_is_an_invalid_call():
     deep = []
     for _ in range(200_000):
         deep = [deep]

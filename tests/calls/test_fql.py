@@ -302,13 +302,13 @@ def test_literals_are_compared_as_json():
         ("(" * 10_000, "expected a condition"),
     ],
 )
-def test_what_is_wrong_and_where(text, message):
+def test_errors_name_the_place(text, message):
     with pytest.raises(ConfigError) as raised:
         fql.parse_trigger(text)
     assert message in str(raised.value)
 
 
-def test_parentheses_that_group_nothing_may_be_as_deep_as_they_like():
+def test_redundant_parentheses_may_be_nested_without_limit():
     assert fql.parse_trigger("(" * 4_000 + "a" + ")" * 4_000) == FieldPath(("a",))
 
 
@@ -327,7 +327,7 @@ def test_a_glob_never_backtracks():
     assert holds("match(a, b)", {"a": "a" * 30_000, "b": "*" + "a" * 400 + "b*"}) is False
 
 
-def test_documents_beyond_all_bounds():
+def test_extreme_documents():
     deep, wide = [], {}
     for _ in range(200_000):
         deep, wide = [deep], {"a": wide}
@@ -396,7 +396,7 @@ expressions = st.recursive(comparisons | bare, joined, max_leaves=5)
 
 
 @given(expressions)
-def test_what_is_printed_reads_the_same(expression):
+def test_printed_expressions_parse_to_themselves(expression):
     text = to_text(expression)
     try:
         assert repr(fql.parse_trigger(text)) == repr(expression)

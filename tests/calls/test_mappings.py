@@ -47,7 +47,7 @@ def test_an_identify_without_a_user_is_about_the_anonymous_id():
 
 
 @pytest.mark.parametrize("created_at", ["2024-05-01T12:00:00Z", "2024-05-01", 1714557600, 1714557600000])
-def test_created_at_goes_under_userpilots_name_as_it_is(created_at):
+def test_created_at_is_renamed_and_unchanged(created_at):
     assert identified(createdAt=created_at, created_at="1999-01-01") == {"created_at": created_at}
 
 
@@ -56,13 +56,13 @@ def test_an_explicit_created_at_stays():
 
 
 @pytest.mark.parametrize("created_at", ["soon", "", True, {}, ["2024-05-01"]])
-def test_a_created_at_that_is_no_date_is_an_error(created_at):
+def test_a_created_at_must_be_a_date(created_at):
     found = decided(type="identify", traits={"createdAt": created_at})
     assert found.outgoing == []
     assert found.reason.startswith("Identify User: createdAt is not a date")
 
 
-def test_traits_that_are_not_the_calls_to_set_are_left_out_and_told():
+def test_reserved_traits_are_left_out_and_recorded():
     traits = {"big_spender": True, "plan": "pro", "first_seen_at": "x", "last_seen_at": "y"}
     [outgoing], left_out = told({"big_spender"}, type="identify", traits=traits)
     assert outgoing.body == {"plan": "pro"}
@@ -115,14 +115,14 @@ def test_a_trait_cannot_pass_for_the_company():
         ({"All": False, "Userpilot": None}, False),
     ],
 )
-def test_integrations_say_whether_userpilot_hears_of_a_call(integrations, is_sent):
+def test_integrations_decide_whether_a_call_is_sent(integrations, is_sent):
     found = decided(type="identify", integrations=integrations)
     assert bool(found.outgoing) is is_sent
     assert found.reason == (None if is_sent else "integrations leaves Userpilot out")
 
 
 @pytest.mark.parametrize("call_type", ["page", "screen", "alias"])
-def test_what_userpilot_does_not_take_is_said(call_type):
+def test_the_reason_names_call_types_that_userpilot_does_not_take(call_type):
     found = decided(type=call_type, previousId="u0")
     assert (found.outgoing, found.reason) == ([], f"no mapping matched: Userpilot takes no {call_type} calls")
 
@@ -133,7 +133,7 @@ def test_a_page_may_be_mapped_to_an_event():
     assert outgoing == Outgoing(Action.TRACK, "u1", {"event_name": "Saw Pricing", "metadata": {"url": "/p"}})
 
 
-def test_each_mapping_that_matches_sends_and_one_that_fails_is_told():
+def test_each_matching_mapping_sends_and_a_failing_one_is_a_reason():
     mine = mapped('event = "Bought"', name={"@path": "$.properties.label"})
     other = mapped('event = "Bought"', "identifyUser", called="Buyers", traits={"buyer": True})
     found = decided(mappings=[*PRESETS, mine, other], type="track", event="Bought")
@@ -165,6 +165,6 @@ def test_a_field_that_is_wrong_is_a_reason(fields, reason):
     assert decided(mappings=[mapped(**fields)], type="track", event="e").reason == reason
 
 
-def test_a_field_of_another_action_is_refused_when_it_is_read():
+def test_an_unknown_field_is_refused_when_the_mapping_is_compiled():
     with pytest.raises(ConfigError, match="trackEvent has no field 'propertys': did you mean properties"):
         mapped(propertys={})

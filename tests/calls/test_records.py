@@ -1,4 +1,4 @@
-"""What calls tell is merged as a slow, obvious model merges it; and whose a call is."""
+"""Calls are merged into profiles and companies as a slow, obvious model merges them."""
 
 import datetime as dt
 import itertools
@@ -114,7 +114,7 @@ def kept(engine, table, key, prefix):
 @pytest.mark.parametrize("many", [1, rows.COPY_FROM], ids=["many", "few"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(batches=st.lists(st.lists(TOLD, min_size=1, max_size=8), min_size=1, max_size=4))
-def test_profiles_and_companies_are_what_calls_told_one_after_the_other(engine, many, monkeypatch, batches):
+def test_profiles_and_companies_equal_those_of_the_model(engine, many, monkeypatch, batches):
     monkeypatch.setattr(rows, "COPY_FROM", many)
     prefix = f"{next(_numbers)}-"
     model = Model()
@@ -127,7 +127,7 @@ def test_profiles_and_companies_are_what_calls_told_one_after_the_other(engine, 
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-def test_a_repeat_whose_id_lies_between_those_of_new_calls_stays_a_repeat(engine):
+def test_a_repeat_whose_id_lies_between_new_ids_stays_a_repeat(engine):
     def identify(*message_ids):
         return keep(
             engine, [{"type": "identify", "userId": "ann", "messageId": each} for each in message_ids]

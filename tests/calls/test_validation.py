@@ -39,7 +39,7 @@ def test_an_identify():
     )
 
 
-def test_what_is_missing_is_made():
+def test_missing_fields_get_defaults():
     call = parsed()
     assert (call.message_id, call.timestamp, call.traits) == ("made", RECEIVED_AT, {})
 
@@ -141,7 +141,7 @@ for _ in range(17):
         ({"traits": {"a": "é" * 16_384}}, "the call is larger than 32 KB"),
     ],
 )
-def test_a_call_that_is_not_valid_is_refused_in_plain_words(fields, words):
+def test_an_invalid_call_is_refused_with_a_reason(fields, words):
     with pytest.raises(CallError) as refused:
         parsed(**fields)
     assert str(refused.value) == words
@@ -184,7 +184,7 @@ FIELDS = [
 @given(
     st.dictionaries(st.sampled_from(FIELDS), anything), st.sampled_from(["identify", "track", "group", None])
 )
-def test_whatever_comes_in_is_a_call_or_a_call_error(raw, call_type):
+def test_any_input_is_a_call_or_a_call_error(raw, call_type):
     if call_type:
         raw["type"] = call_type
     try:
@@ -214,14 +214,14 @@ def test_the_senders_clock_is_corrected():
         corrected(RECEIVED_AT - timedelta(days=1), timestamp="9999-12-31T00:00:00Z")
 
 
-def test_a_moment_to_come_counts_as_when_the_call_came():
+def test_a_future_timestamp_counts_as_the_time_of_receipt():
     assert corrected(None, timestamp="9999-01-01T00:00:00Z") == RECEIVED_AT
     assert corrected(RECEIVED_AT, timestamp="9999-01-01T00:00:00Z") == RECEIVED_AT
 
 
-def test_nobody_reads_a_write_key():
+def test_a_write_key_is_dropped():
     assert "writeKey" not in parsed(writeKey="s3cret").document
 
 
-def test_ids_become_text_in_what_triggers_read():
+def test_ids_become_text_in_the_document():
     assert parsed(userId=7.0).document["userId"] == "7"

@@ -1,4 +1,4 @@
-"""The tracking API: in this process, asked without a network; and its server, on a socket in a thread."""
+"""The tracking API: in this process without a network, and its server on a socket in a thread."""
 
 import asyncio
 import base64
@@ -26,8 +26,8 @@ ADDRESS = "http://127.0.0.1:8040"
 
 
 @dataclass
-class Door:
-    """The API of an application whose clock stands still."""
+class ApiClient:
+    """The API of an application with a clock that is moved by hand."""
 
     app: App
     clock: HandClock
@@ -46,7 +46,7 @@ class Door:
         return self("POST", f"/v1/{path}", headers=headers, **body, **options)
 
     def batch(self, *calls, **shared):
-        """The verdicts of a batch that is taken in."""
+        """The verdicts of a batch that is accepted."""
         answer = self.post("batch", {"batch": list(calls), **shared})
         assert (answer.status_code, answer.json()["success"]) == (200, True)
         return answer.json()["calls"]
@@ -58,7 +58,7 @@ class Door:
 
 @pytest.fixture
 def make_app(url, tmp_path):
-    """Makes applications on the test's database; what is said goes below [tracking]."""
+    """Makes applications on the test's database; `tracked` is the text of [tracking]."""
     path = tmp_path / "audience_sync.toml"
     opened = []
 
@@ -78,21 +78,21 @@ def make_app(url, tmp_path):
 
 
 @pytest.fixture
-def make_door(make_app):
+def make_api(make_app):
     with contextlib.ExitStack() as stack:
 
         def make(**options):
             clock = HandClock()
             app = make_app(clock=clock, **options)
             writer = stack.enter_context(Writer(app))
-            return Door(app, clock, http.TrackingApi(app, writer).asgi())
+            return ApiClient(app, clock, http.TrackingApi(app, writer).asgi())
 
         yield make
 
 
 @pytest.fixture
-def door(make_door):
-    return make_door()
+def api(make_api):
+    return make_api()
 
 
 @pytest.fixture

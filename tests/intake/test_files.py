@@ -1,4 +1,4 @@
-"""`import`: which lines of a file become calls, and that each of them does so once."""
+"""`import`: lines become calls, each of them once."""
 
 import gzip
 import io
@@ -15,7 +15,7 @@ from audience_sync.db import dialects, engines
 from audience_sync.intake import files
 from tests.waiting import until
 
-SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
+SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
 
 
 def identify(user, **members):
@@ -31,20 +31,20 @@ def command(start):
 
 
 @pytest.fixture
-def take_in(command, tmp_path):
-    """Imports a file of these bytes; the exit code, and what was said."""
+def import_file(command, tmp_path):
+    """Imports a file of these bytes; returns the exit code and the output."""
 
-    def take_in(content, *options):
+    def import_file(content, *options):
         path = tmp_path / "calls"
         path.write_bytes(content)
         return command("import", str(path), *options)
 
-    return take_in
+    return import_file
 
 
 @pytest.fixture
 def users(engine):
-    """The users of the calls that are in, in their order."""
+    """The users of the stored calls, in order."""
 
     def read():
         with engines.read(engine) as connection:
@@ -67,8 +67,8 @@ def users(engine):
     ],
     ids=["lines", "no end", "CRLF", "blank lines", "BOM", "gzip", "two members"],
 )
-def test_each_line_is_a_call(take_in, users, content):
-    code, said = take_in(content)
+def test_each_line_is_a_call(import_file, users, content):
+    code, said = import_file(content)
     assert (code, said.splitlines()[0]) == (0, "2 lines: 2 accepted.")
     assert sorted(users()) == ["ann", "bob"]
 
@@ -84,30 +84,30 @@ def test_from_standard_input(command, users, packed):
 
 @SQLITE
 @pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")], ids=["nothing", "blank", "gzip"])
-def test_an_empty_file_has_no_calls(take_in, users, content):
-    code, said = take_in(content)
+def test_an_empty_file_has_no_calls(import_file, users, content):
+    code, said = import_file(content)
     assert (code, said.splitlines()[0], users()) == (0, "0 lines: 0 accepted.", [])
 
 
 @SQLITE
 @pytest.mark.parametrize("path", ["missing", "."])
-def test_a_file_that_is_none_is_told(command, path):
+def test_a_missing_file_or_a_folder_is_an_error(command, path):
     code, said = command("import", path)
     assert code == 2
     assert said.startswith(f"audience-sync: {path} cannot be read: ")
 
 
-def test_of_gzip_that_ends_early_what_came_before_is_in(take_in, users):
+def test_lines_before_a_truncation_of_gzip_are_imported(import_file, users):
     lines = [identify(f"u{number}", traits={"n": number}) for number in range(20_000)]
     content = gzip.compress(b"\n".join(lines))
-    code, said = take_in(content[: len(content) // 2])
+    code, said = import_file(content[: len(content) // 2])
     assert code == 2
     assert said.startswith("audience-sync: The file cannot be read after line ")
     assert said.endswith("The lines before are imported.\n")
     count = int(said.split("after line ")[1].split(":")[0])
     assert 5_000 < count < 15_000
     assert sorted(users()) == sorted(f"u{number}" for number in range(count))
-    assert take_in(content)[1].splitlines()[0] == (
+    assert import_file(content)[1].splitlines()[0] == (
         f"20,000 lines: {20_000 - count:,} accepted, {count:,} known already."
     )
 
@@ -116,9 +116,9 @@ def test_of_gzip_that_ends_early_what_came_before_is_in(take_in, users):
 @pytest.mark.parametrize(
     "end", [b"\x1f\x8bnonsense", b"nonsense", bytes(8)], ids=["a bad member", "no member", "a wrong sum"]
 )
-def test_gzip_that_is_damaged_at_its_end_is_told(take_in, users, end):
+def test_damage_at_the_end_of_gzip_is_an_error(import_file, users, end):
     content = gzip.compress(ANN + b"\n")
-    code, said = take_in((content[:-8] if end == bytes(8) else content) + end)
+    code, said = import_file((content[:-8] if end == bytes(8) else content) + end)
     assert code == 2
     assert said.startswith("audience-sync: The file cannot be read after line 1: ")
     assert users() == ["ann"]
@@ -154,8 +154,8 @@ REASONS = {
 
 
 @SQLITE
-def test_lines_that_are_no_calls_are_told_and_left_out(take_in, users, tmp_path):
-    code, said = take_in(b"\n".join(BAD), "--set-aside", str(tmp_path / "bad"))
+def test_invalid_lines_are_reported_and_set_aside(import_file, users, tmp_path):
+    code, said = import_file(b"\n".join(BAD), "--set-aside", str(tmp_path / "bad"))
     assert code == 0
     assert said.splitlines()[0] == "12 lines: 2 accepted, 10 set aside."
     assert [line for line in said.splitlines() if line.startswith("Line ")] == [
@@ -170,59 +170,61 @@ def test_lines_that_are_no_calls_are_told_and_left_out(take_in, users, tmp_path)
 
 
 @SQLITE
-def test_of_many_bad_lines_the_first_are_told(take_in):
-    code, said = take_in(b"{\n" * 30)
+def test_of_many_bad_lines_only_the_first_are_listed(import_file):
+    code, said = import_file(b"{\n" * 30)
     assert code == 1  # none of them is a call
     assert said.count("not valid JSON") == 20
     assert "And 10 more lines that are no calls: --set-aside PATH writes all of them." in said
 
 
 @SQLITE
-def test_a_place_for_bad_lines_that_cannot_be_written_is_told_before_anything_is_in(take_in, users, tmp_path):
-    code, said = take_in(ANN, "--set-aside", str(tmp_path / "missing" / "bad"))
+def test_an_unwritable_path_for_bad_lines_is_an_error_before_anything_is_imported(
+    import_file, users, tmp_path
+):
+    code, said = import_file(ANN, "--set-aside", str(tmp_path / "missing" / "bad"))
     assert code == 2
     assert said == f"audience-sync: {tmp_path}/missing/bad cannot be written: No such file or directory.\n"
     assert users() == []
 
 
 @SQLITE
-def test_bad_lines_do_not_take_the_place_of_the_file(take_in, users, tmp_path):
-    code, said = take_in(ANN + b"\n{", "--set-aside", f"{tmp_path}/./calls")
+def test_bad_lines_never_overwrite_the_file(import_file, users, tmp_path):
+    code, said = import_file(ANN + b"\n{", "--set-aside", f"{tmp_path}/./calls")
     assert code == 2
     assert said == f"audience-sync: {tmp_path}/calls is the file itself: write the bad lines to another.\n"
     assert ((tmp_path / "calls").read_bytes(), users()) == (ANN + b"\n{", [])
 
 
-def test_importing_again_adds_nothing_and_equal_lines_are_one_call(take_in, users):
+def test_importing_again_adds_nothing_and_equal_lines_are_one_call(import_file, users):
     content = b"\n".join([ANN, BOB, b"  " + ANN + b" ", ANN])
-    assert take_in(content)[1].splitlines()[0] == "4 lines: 2 accepted, 2 known already."
-    assert take_in(content)[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
-    assert take_in(gzip.compress(content))[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
+    assert import_file(content)[1].splitlines()[0] == "4 lines: 2 accepted, 2 known already."
+    assert import_file(content)[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
+    assert import_file(gzip.compress(content))[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
     assert sorted(users()) == ["ann", "bob"]
 
 
-def test_message_ids_of_their_own_tell_lines_apart(take_in, users):
+def test_lines_with_different_message_ids_are_different_calls(import_file, users):
     content = b"\n".join([identify("ann", messageId=each) for each in ("m1", "m2", "m1")])
-    assert take_in(content)[1].splitlines()[0] == "3 lines: 2 accepted, 1 known already."
+    assert import_file(content)[1].splitlines()[0] == "3 lines: 2 accepted, 1 known already."
     assert users() == ["ann", "ann"]
 
 
 @SQLITE
-def test_calls_that_nobody_takes_are_counted_apart(take_in):
-    code, said = take_in(ANN + b'\n{"type": "page", "userId": "ann"}')
+def test_ignored_calls_are_counted_apart(import_file):
+    code, said = import_file(ANN + b'\n{"type": "page", "userId": "ann"}')
     assert (code, said.splitlines()[0]) == (
         0,
         "2 lines: 1 accepted, 1 ignored (`audience-sync calls --status ignored` says why).",
     )
 
 
-def test_it_delivers_where_it_is_asked_to(take_in, sandbox, users):
-    assert take_in(identify("ann", traits={"plan": "pro"}), "--deliver")[0] == 0
+def test_it_delivers_on_request(import_file, sandbox, users):
+    assert import_file(identify("ann", traits={"plan": "pro"}), "--deliver")[0] == 0
     assert (users(), sandbox.state.users["ann"]["properties"]) == (["ann"], {"plan": "pro"})
 
 
 @SQLITE
-def test_a_delivery_that_is_refused_is_exit_code_1_and_the_calls_are_in(start, users, tmp_path):
+def test_a_refused_delivery_exits_with_1_after_the_calls_are_stored(start, users, tmp_path):
     (tmp_path / "calls").write_bytes(ANN)
     code, _ = start({}, key="wrong")("import", str(tmp_path / "calls"), "--deliver")
     assert (code, users()) == (1, ["ann"])
@@ -274,10 +276,10 @@ def test_long_lines_make_short_pieces():
 
 
 @SQLITE
-def test_a_call_is_as_large_as_what_it_holds_however_it_is_written(take_in, users):
+def test_the_size_of_a_call_does_not_depend_on_escapes(import_file, users):
     line = json.dumps({"type": "identify", "userId": "ann", "traits": {"a": "Ж" * 15_000}}).encode()
     assert len(line) > 90_000
-    assert take_in(line)[1].splitlines()[0] == "1 line: 1 accepted."
+    assert import_file(line)[1].splitlines()[0] == "1 line: 1 accepted."
     assert users() == ["ann"]
 
 
@@ -291,7 +293,9 @@ def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monk
 
 @SQLITE
 @pytest.mark.parametrize(("seconds", "told"), [(60, [6]), (0, [2, 4, 6])], ids=["together", "apart"])
-def test_between_transactions_others_may_write(make_app, users, engine, tmp_path, monkeypatch, seconds, told):
+def test_other_connections_can_write_between_transactions(
+    make_app, users, engine, tmp_path, monkeypatch, seconds, told
+):
     monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     monkeypatch.setattr(files, "LOCK_SECONDS", seconds)
     (tmp_path / "calls").write_bytes(b"\n".join(identify(f"u{number}") for number in range(6)))
@@ -309,7 +313,7 @@ def test_between_transactions_others_may_write(make_app, users, engine, tmp_path
 
 
 @SQLITE
-def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkeypatch):
+def test_other_connections_can_write_while_a_pipe_is_silent(make_app, users, engine, monkeypatch):
     monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     out, into = os.pipe()
     os.write(into, b"\n".join([ANN, BOB, CLEO, b""]))
@@ -324,7 +328,7 @@ def test_while_a_pipe_is_silent_others_may_write(make_app, users, engine, monkey
 
 @pytest.fixture
 def queued(engine):
-    """Reads columns of the deliveries `d` that calls `c` of a type made, in their order."""
+    """Reads columns of the deliveries `d` of calls `c` of a type, in order."""
 
     def read(columns, call_type):
         query = (
@@ -337,21 +341,21 @@ def queued(engine):
     return read
 
 
-def test_what_a_file_tells_of_a_user_is_queued_in_its_order(take_in, queued):
+def test_deliveries_of_a_user_are_queued_in_the_order_of_the_file(import_file, queued):
     names = [f"{number:03}" for number in range(300, 0, -1)]
     users = [("bob", "ann", "cleo")[number % 3] for number in range(300)]
     lines = [
         json.dumps({"type": "track", "userId": user, "event": name}).encode()
         for user, name in zip(users, names, strict=True)
     ]
-    assert take_in(b"\n".join(lines))[0] == 0
+    assert import_file(b"\n".join(lines))[0] == 0
     found = queued("d.subject_id, c.event", "track")
     for user in ("ann", "bob", "cleo"):
         told = [name for each, name in zip(users, names, strict=True) if each == user]
         assert [name for each, name in found if each == user] == told
 
 
-def test_a_company_is_queued_before_its_users(take_in, queued):
+def test_a_company_is_queued_before_its_users(import_file, queued):
     groups = [
         {
             "type": "group",
@@ -365,7 +369,7 @@ def test_a_company_is_queued_before_its_users(take_in, queued):
         {"type": "identify", "userId": f"u{number:03}", "traits": {"a": 1}} for number in range(350, 0, -1)
     ]
     lines = [json.dumps(each).encode() for pair in zip(groups, others, strict=False) for each in pair]
-    assert take_in(b"\n".join(lines))[0] == 0
+    assert import_file(b"\n".join(lines))[0] == 0
     found = queued("d.action, d.subject_id, c.group_id, c.user_id", "group")
     told = [(each["groupId"], each["userId"]) for each in groups]
     assert found == [
@@ -376,7 +380,7 @@ def test_a_company_is_queued_before_its_users(take_in, queued):
 
 
 @SQLITE
-def test_who_takes_bad_lines_slowly_locks_nobody_out(make_app, engine, tmp_path):
+def test_a_slow_report_of_bad_lines_locks_nobody_out(make_app, engine, tmp_path):
     (tmp_path / "calls").write_bytes(b"\n".join([ANN, b"bad", BOB, b"worse"]))
     seen = []
 
@@ -391,7 +395,7 @@ def test_who_takes_bad_lines_slowly_locks_nobody_out(make_app, engine, tmp_path)
 
 
 @SQLITE
-def test_nothing_is_waited_for_while_others_are_locked_out(make_app, users, engine, tmp_path, monkeypatch):
+def test_a_transaction_does_not_wait_for_preparation(make_app, users, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
     prepare = files.prepare_lines

@@ -1,4 +1,4 @@
-"""The tracking API: who may send, what is taken in, and what each call is told."""
+"""The tracking API: senders, bodies, limits and verdicts."""
 
 import datetime as dt
 import gzip
@@ -15,7 +15,7 @@ from tests.queue.conftest import START
 
 IDENTIFY = {"type": "identify", "userId": "ann", "messageId": "m1", "traits": {"plan": "pro"}}
 GZIP = AS_SHOP | {"Content-Encoding": "gzip"}
-SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
+SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
 
 
 def accepted(*message_ids):
@@ -49,27 +49,27 @@ def refused(error):
         ),
     ],
 )
-def test_each_type_has_a_path(door, path, call, verdict):
-    answer = door.post(path, {"userId": "ann", "messageId": "m1", **call})
+def test_each_type_has_a_path(api, path, call, verdict):
+    answer = api.post(path, {"userId": "ann", "messageId": "m1", **call})
     assert answer.status_code == 200
     assert answer.json() == {"success": True, "calls": [{"messageId": "m1", **verdict}]}
-    assert door.rows("calls", "message_id, type, user_id, status") == [("m1", path, "ann", verdict["status"])]
+    assert api.rows("calls", "message_id, type, user_id, status") == [("m1", path, "ann", verdict["status"])]
 
 
 @SQLITE
-def test_the_path_says_the_type_and_an_id_is_made_where_there_is_none(door):
-    (verdict,) = door.post("identify", {"type": "track", "userId": "ann"}).json()["calls"]
-    assert door.rows("calls", "message_id, type") == [(verdict["messageId"], "identify")]
+def test_the_path_sets_the_type_and_a_missing_message_id_is_made(api):
+    (verdict,) = api.post("identify", {"type": "track", "userId": "ann"}).json()["calls"]
+    assert api.rows("calls", "message_id, type") == [(verdict["messageId"], "identify")]
 
 
-def test_a_bad_call_in_a_batch_is_refused_alone(door):
+def test_a_bad_call_in_a_batch_is_refused_alone(api):
     calls = [
         IDENTIFY,
         {"type": "track", "userId": "ann", "messageId": "m2"},
         7,
         IDENTIFY | {"messageId": "m3"},
     ]
-    assert door.batch(*calls) == [
+    assert api.batch(*calls) == [
         {"messageId": "m1", "status": "accepted"},
         {
             "messageId": "m2",
@@ -79,34 +79,34 @@ def test_a_bad_call_in_a_batch_is_refused_alone(door):
         {"messageId": None, "status": "refused", "reason": "a call must be a JSON object"},
         {"messageId": "m3", "status": "accepted"},
     ]
-    assert door.rows("calls", "message_id") == [("m1",), ("m3",)]
+    assert api.rows("calls", "message_id") == [("m1",), ("m3",)]
 
 
-def test_a_bad_call_alone_is_answered_400(door):
-    answer = door.post("track", {"userId": "ann", "messageId": "m1"})
+def test_a_bad_call_alone_is_answered_400(api):
+    answer = api.post("track", {"userId": "ann", "messageId": "m1"})
     reason = "event must be a non-empty string in a track call"
     verdict = {"messageId": "m1", "status": "refused", "reason": reason}
     assert refusal(answer) == (400, {"success": False, "error": reason, "calls": [verdict]})
-    assert door.rows("calls") == []
+    assert api.rows("calls") == []
 
 
-def test_a_message_id_counts_once_in_a_batch_and_across_batches(door):
+def test_a_message_id_counts_once_in_a_batch_and_across_batches(api):
     other = IDENTIFY | {"traits": {"plan": "basic"}}
     repeated = {"messageId": "m1", "status": "repeated"}
-    assert door.batch(IDENTIFY, other) == [*accepted("m1"), repeated]
-    assert door.batch(other, IDENTIFY | {"messageId": "m2"}) == [repeated, *accepted("m2")]
-    assert door.post("identify", other).json()["calls"] == [repeated]
-    assert door.rows("deliveries", "action, subject_id") == [("identify", "ann"), ("identify", "ann")]
-    assert door.rows("profiles", "CAST(traits AS text)")[0][0].replace(" ", "") == '{"plan":"pro"}'
+    assert api.batch(IDENTIFY, other) == [*accepted("m1"), repeated]
+    assert api.batch(other, IDENTIFY | {"messageId": "m2"}) == [repeated, *accepted("m2")]
+    assert api.post("identify", other).json()["calls"] == [repeated]
+    assert api.rows("deliveries", "action, subject_id") == [("identify", "ann"), ("identify", "ann")]
+    assert api.rows("profiles", "CAST(traits AS text)")[0][0].replace(" ", "") == '{"plan":"pro"}'
 
 
-def test_traits_that_are_not_sent_are_told(door):
-    (verdict,) = door.batch(IDENTIFY | {"traits": {"vips": True, "plan": "pro"}})
+def test_a_verdict_names_the_traits_that_are_not_sent(api):
+    (verdict,) = api.batch(IDENTIFY | {"traits": {"vips": True, "plan": "pro"}})
     assert verdict == {"messageId": "m1", "status": "accepted", "leftOut": ["vips"]}
 
 
-def test_a_call_that_is_kept_from_userpilot_is_ignored(door):
-    (verdict,) = door.batch(IDENTIFY, integrations={"Userpilot": False})
+def test_a_call_that_is_kept_from_userpilot_is_ignored(api):
+    (verdict,) = api.batch(IDENTIFY, integrations={"Userpilot": False})
     assert verdict == {
         "messageId": "m1",
         "status": "ignored",
@@ -114,28 +114,28 @@ def test_a_call_that_is_kept_from_userpilot_is_ignored(door):
     }
 
 
-def test_what_a_batch_says_for_all_is_merged_into_each_call_whose_own_word_counts(door):
+def test_shared_fields_of_a_batch_are_merged_into_each_call_whose_own_members_win(api):
     call = {"type": "track", "userId": "ann", "event": "Ordered"}
-    door.batch(
+    api.batch(
         {**call, "messageId": "m1"},
         {**call, "messageId": "m2", "context": {"ip": "own"}, "integrations": {"All": True}},
         context={"ip": "shared", "app": "shop"},
         integrations={"All": False},
     )
-    contexts = [json.loads(row[0]) for row in door.rows("events", "CAST(context AS text)")]
+    contexts = [json.loads(row[0]) for row in api.rows("events", "CAST(context AS text)")]
     assert sorted(contexts, key=str) == [{"ip": "own", "app": "shop"}, {"ip": "shared", "app": "shop"}]
-    assert door.rows("calls", "message_id, status") == [("m1", "ignored"), ("m2", "accepted")]
+    assert api.rows("calls", "message_id, status") == [("m1", "ignored"), ("m2", "accepted")]
 
 
-def test_a_senders_clock_is_corrected_by_when_it_says_it_sent(door):
+def test_a_senders_clock_is_corrected_by_sent_at(api):
     an_hour_late = dt.timedelta(hours=1)
     sent_at = (START + an_hour_late).isoformat()
     at = {"timestamp": (START + an_hour_late - dt.timedelta(minutes=10)).isoformat()}
     right = {"timestamp": (START - dt.timedelta(minutes=20)).isoformat(), "sentAt": START.isoformat()}
-    door.batch(IDENTIFY | at, IDENTIFY | {"messageId": "m2"} | right, sentAt=sent_at)
-    door.post("identify", IDENTIFY | {"messageId": "m3", "sentAt": sent_at} | at)
-    door.batch(IDENTIFY | {"messageId": "m4"} | at)
-    assert [(row[0], str(row[1])[:16]) for row in door.rows("calls", "message_id, timestamp")] == [
+    api.batch(IDENTIFY | at, IDENTIFY | {"messageId": "m2"} | right, sentAt=sent_at)
+    api.post("identify", IDENTIFY | {"messageId": "m3", "sentAt": sent_at} | at)
+    api.batch(IDENTIFY | {"messageId": "m4"} | at)
+    assert [(row[0], str(row[1])[:16]) for row in api.rows("calls", "message_id, timestamp")] == [
         ("m1", "2025-12-31 23:50"),
         ("m2", "2025-12-31 23:40"),
         ("m3", "2025-12-31 23:50"),
@@ -147,8 +147,8 @@ def test_a_senders_clock_is_corrected_by_when_it_says_it_sent(door):
 
 
 @SQLITE
-def test_refused_calls_are_logged_because_the_libraries_do_not_read_the_verdicts(door, caplog):
-    door.batch(IDENTIFY, {"type": "track", "userId": "s3cret"}, {"type": "identify"})
+def test_refused_calls_are_logged_because_the_libraries_do_not_read_the_verdicts(api, caplog):
+    api.batch(IDENTIFY, {"type": "track", "userId": "s3cret"}, {"type": "identify"})
     (record,) = [each for each in caplog.records if each.getMessage() == "calls refused"]
     reason = "event must be a non-empty string in a track call"
     assert record.fields == {"count": 2, "first_reason": reason}
@@ -156,10 +156,10 @@ def test_refused_calls_are_logged_because_the_libraries_do_not_read_the_verdicts
 
 @SQLITE
 @pytest.mark.parametrize("key", [KEY, OTHER_KEY])
-def test_any_of_the_write_keys_opens(door, key):
-    assert door("POST", "/v1/identify", json=IDENTIFY, auth=(key, "")).status_code == 200
-    assert door("POST", "/v1/identify", json=IDENTIFY | {"writeKey": key}).status_code == 200
-    assert door("POST", "/v1/batch", json={"batch": [IDENTIFY], "writeKey": key}).status_code == 200
+def test_any_of_the_write_keys_is_accepted(api, key):
+    assert api("POST", "/v1/identify", json=IDENTIFY, auth=(key, "")).status_code == 200
+    assert api("POST", "/v1/identify", json=IDENTIFY | {"writeKey": key}).status_code == 200
+    assert api("POST", "/v1/batch", json={"batch": [IDENTIFY], "writeKey": key}).status_code == 200
 
 
 @SQLITE
@@ -183,40 +183,40 @@ def test_any_of_the_write_keys_opens(door, key):
         ("", KEY),
     ],
 )
-def test_without_a_write_key_that_is_known_nobody_comes_in(door, authorization, body_key):
+def test_without_a_known_write_key_a_request_is_refused(api, authorization, body_key):
     headers = {} if authorization is None else {"Authorization": authorization}
     for path, document in (("identify", dict(IDENTIFY)), ("batch", {"batch": [IDENTIFY]})):
         if body_key is not None:
             document["writeKey"] = body_key
-        answer = door.post(path, json.dumps(document).encode(), headers=headers)
+        answer = api.post(path, json.dumps(document).encode(), headers=headers)
         assert answer.status_code == 401
         assert answer.headers["WWW-Authenticate"] == "Basic"
         assert "is" in answer.json()["error"]
         assert KEY not in answer.text
-    assert door.rows("calls") == []
+    assert api.rows("calls") == []
 
 
-def test_a_write_key_appears_in_no_table_log_or_answer(door, caplog):
+def test_a_write_key_appears_in_no_table_log_or_answer(api, caplog):
     caplog.set_level(logging.DEBUG)
     call = {"type": "track", "userId": "ann", "event": "Ordered", "writeKey": KEY}
     answers = [
-        door("POST", "/v1/track", json=call, auth=(KEY, "")),
-        door("POST", "/v1/batch", json={"batch": [call, {"writeKey": KEY}], "writeKey": KEY}),
-        door("POST", "/v1/batch", json={"batch": [call], "writeKey": f"{KEY}!"}),
-        door("POST", "/v1/batch", content=b"{", auth=(KEY, "")),
+        api("POST", "/v1/track", json=call, auth=(KEY, "")),
+        api("POST", "/v1/batch", json={"batch": [call, {"writeKey": KEY}], "writeKey": KEY}),
+        api("POST", "/v1/batch", json={"batch": [call], "writeKey": f"{KEY}!"}),
+        api("POST", "/v1/batch", content=b"{", auth=(KEY, "")),
     ]
     assert [answer.status_code for answer in answers] == [200, 200, 401, 400]
-    kept = [door.rows(table) for table in ("calls", "events", "deliveries", "profiles")]
+    kept = [api.rows(table) for table in ("calls", "events", "deliveries", "profiles")]
     assert len(kept[0]) == 2
     answered = [answer.text + str(answer.headers) for answer in answers]
     assert KEY not in f"{kept} {answered} {caplog.text}"
 
 
 @SQLITE
-def test_without_write_keys_programs_on_this_machine_come_in_and_nothing_that_a_browser_sends(make_door):
-    door = make_door(tracked="")
+def test_without_write_keys_only_local_programs_that_are_no_browser_may_send(make_api):
+    api = make_api(tracked="")
     for address in ("http://127.0.0.1:8040", "http://localhost", "http://[::1]:8040"):
-        assert door.post("identify", IDENTIFY, headers={}, address=address).status_code == 200
+        assert api.post("identify", IDENTIFY, headers={}, address=address).status_code == 200
     refusing = [
         {"Host": "evil.example"},
         {"Host": "bad_name.evil.example:8040"},  # leads here, perhaps: DNS rebinding
@@ -229,7 +229,7 @@ def test_without_write_keys_programs_on_this_machine_come_in_and_nothing_that_a_
         {"Sec-Fetch-Site": "cross-site"},
     ]
     for headers in refusing:
-        answer = door.post("identify", IDENTIFY, headers=headers)
+        answer = api.post("identify", IDENTIFY, headers=headers)
         assert refusal(answer) == (
             403,
             refused("without [tracking] write_keys only programs on this machine may send"),
@@ -254,26 +254,26 @@ def test_without_write_keys_programs_on_this_machine_come_in_and_nothing_that_a_
         (b'"a"', "the body must be a JSON object"),
     ],
 )
-def test_a_body_that_is_no_object_is_refused(door, path, body, error):
-    assert refusal(door.post(path, body)) == (400, refused(error))
+def test_a_body_must_be_a_json_object(api, path, body, error):
+    assert refusal(api.post(path, body)) == (400, refused(error))
 
 
 @SQLITE
 @pytest.mark.parametrize("batch", [None, {}, "a", 7])
-def test_a_batch_is_a_list(door, batch):
-    assert refusal(door.post("batch", {"batch": batch})) == (400, refused("batch must be a list of calls"))
-    assert refusal(door.post("batch", {})) == (400, refused("batch must be a list of calls"))
+def test_a_batch_is_a_list(api, batch):
+    assert refusal(api.post("batch", {"batch": batch})) == (400, refused("batch must be a list of calls"))
+    assert refusal(api.post("batch", {})) == (400, refused("batch must be a list of calls"))
 
 
 @SQLITE
-def test_an_empty_batch_is_a_batch(door):
-    assert door.batch() == []
+def test_an_empty_batch_is_a_batch(api):
+    assert api.batch() == []
 
 
 @SQLITE
-def test_what_is_no_unicode_is_refused_call_by_call(door):
+def test_invalid_unicode_is_refused_call_by_call(api):
     body = b'{"batch": [{"type": "identify", "userId": "ann", "messageId": "\\ud800"}, %s]}'
-    answer = door.post("batch", body % json.dumps(IDENTIFY).encode())
+    answer = api.post("batch", body % json.dumps(IDENTIFY).encode())
     reason = "text with a lone surrogate is not valid Unicode"
     assert answer.json()["calls"] == [
         {"messageId": None, "status": "refused", "reason": reason},
@@ -282,13 +282,13 @@ def test_what_is_no_unicode_is_refused_call_by_call(door):
 
 
 @SQLITE
-def test_gzip_is_unpacked(door):
+def test_gzip_is_decompressed(api):
     body = gzip.compress(json.dumps({"batch": [IDENTIFY]}).encode())
-    assert door.post("batch", body, headers=GZIP).json()["calls"] == accepted("m1")
+    assert api.post("batch", body, headers=GZIP).json()["calls"] == accepted("m1")
 
 
 @SQLITE
-def test_what_is_not_gzip_to_its_end_is_refused(door):
+def test_incomplete_gzip_is_refused(api):
     body = gzip.compress(json.dumps(IDENTIFY).encode())
     early = "the body is not gzip: it ends early, or more data follows"
     for broken, error in [
@@ -299,47 +299,47 @@ def test_what_is_not_gzip_to_its_end_is_refused(door):
         (body[:-8] + bytes(8), "the body is not gzip"),
         (zlib.compress(b"{}"), "the body is not gzip"),
     ]:
-        assert refusal(door.post("identify", broken, headers=GZIP)) == (400, refused(error))
-    deflated = door.post("identify", body, headers=AS_SHOP | {"Content-Encoding": "deflate"})
+        assert refusal(api.post("identify", broken, headers=GZIP)) == (400, refused(error))
+    deflated = api.post("identify", body, headers=AS_SHOP | {"Content-Encoding": "deflate"})
     assert refusal(deflated) == (400, refused("Content-Encoding must be gzip, or absent"))
 
 
 @SQLITE
-def test_a_gzip_bomb_is_refused(door):
+def test_a_gzip_bomb_is_refused(api):
     bomb = gzip.compress(bytes(100_000_000))
-    assert refusal(door.post("batch", bomb, headers=GZIP)) == (
+    assert refusal(api.post("batch", bomb, headers=GZIP)) == (
         413,
         refused("the body is larger than 500 KB"),
     )
-    assert refusal(door.post("track", bomb, headers=GZIP)) == (413, refused("the body is larger than 32 KB"))
+    assert refusal(api.post("track", bomb, headers=GZIP)) == (413, refused("the body is larger than 32 KB"))
 
 
 @SQLITE
-def test_bodies_have_a_limit(door):
+def test_bodies_have_a_limit(api):
     most = json.dumps({"batch": [IDENTIFY]}).encode()
-    assert door.post("batch", most.ljust(500 * 1024)).status_code == 200
-    assert refusal(door.post("batch", most.ljust(500 * 1024 + 1))) == (
+    assert api.post("batch", most.ljust(500 * 1024)).status_code == 200
+    assert refusal(api.post("batch", most.ljust(500 * 1024 + 1))) == (
         413,
         refused("the body is larger than 500 KB"),
     )
-    assert door.post("identify", json.dumps(IDENTIFY).encode().ljust(32 * 1024)).status_code == 200
-    assert refusal(door.post("identify", b"{}".ljust(32 * 1024 + 1))) == (
+    assert api.post("identify", json.dumps(IDENTIFY).encode().ljust(32 * 1024)).status_code == 200
+    assert refusal(api.post("identify", b"{}".ljust(32 * 1024 + 1))) == (
         413,
         refused("the body is larger than 32 KB"),
     )
 
 
 @SQLITE
-def test_a_call_in_a_batch_has_a_limit_of_its_own(door):
+def test_a_call_in_a_batch_has_a_limit_of_its_own(api):
     large = IDENTIFY | {"messageId": "m2", "traits": {"a": "x" * 32 * 1024}}
-    assert door.batch(large, IDENTIFY) == [
+    assert api.batch(large, IDENTIFY) == [
         {"messageId": "m2", "status": "refused", "reason": "the call is larger than 32 KB"},
         *accepted("m1"),
     ]
 
 
 @SQLITE
-def test_what_is_merged_into_each_call_counts_for_each(door):
+def test_shared_fields_count_for_each_call(api):
     calls = [{"type": "track", "userId": "ann", "event": "Clicked"}] * 2000
     for context, error in [
         (
@@ -352,66 +352,66 @@ def test_what_is_merged_into_each_call_counts_for_each(door):
         ),
         ("all", (200, None)),
     ]:
-        answer = door.post("batch", {"batch": calls, "context": context})
+        answer = api.post("batch", {"batch": calls, "context": context})
         assert (answer.status_code, answer.json().get("error")) == error
 
 
-def test_a_batch_has_so_many_calls_at_most(door):
+def test_the_number_of_calls_in_a_batch_is_limited(api):
     calls = [
         {"type": "track", "userId": "ann", "event": "Clicked", "messageId": f"c{n}"} for n in range(2501)
     ]
-    assert refusal(door.post("batch", {"batch": calls})) == (
+    assert refusal(api.post("batch", {"batch": calls})) == (
         413,
         refused("a batch holds at most 2,500 calls: divide it"),
     )
-    assert door.rows("calls") == []
-    assert door.batch(*calls[:2500]) == accepted(*(each["messageId"] for each in calls[:2500]))
+    assert api.rows("calls") == []
+    assert api.batch(*calls[:2500]) == accepted(*(each["messageId"] for each in calls[:2500]))
 
 
 # Pace, and troubles.
 
 
 @SQLITE
-def test_beyond_its_pace_a_sender_is_told_when_to_come_again(make_door):
-    door = make_door(tracked="calls_per_second = 10")
+def test_above_the_rate_an_answer_says_when_to_try_again(make_api):
+    api = make_api(tracked="calls_per_second = 10")
     calls = [{"type": "track", "userId": "ann", "event": "Clicked", "messageId": f"c{n}"} for n in range(40)]
-    assert door.post("batch", {"batch": calls}, headers={}).status_code == 200  # whole, once one call fits
-    answer = door.post("identify", IDENTIFY, headers={})
+    assert api.post("batch", {"batch": calls}, headers={}).status_code == 200  # whole, once one call fits
+    answer = api.post("identify", IDENTIFY, headers={})
     assert refusal(answer) == (429, refused("more calls than [tracking] calls_per_second"))
     assert answer.headers["Retry-After"] == "4"
-    door.clock.sleep(2.9)
-    assert door.post("identify", IDENTIFY, headers={}).headers["Retry-After"] == "1"
-    door.clock.sleep(0.1)
-    assert door.post("identify", IDENTIFY, headers={}).status_code == 200
-    assert door.post("identify", IDENTIFY, headers={}).status_code == 429
+    api.clock.sleep(2.9)
+    assert api.post("identify", IDENTIFY, headers={}).headers["Retry-After"] == "1"
+    api.clock.sleep(0.1)
+    assert api.post("identify", IDENTIFY, headers={}).status_code == 200
+    assert api.post("identify", IDENTIFY, headers={}).status_code == 429
 
 
-def test_while_the_database_cannot_be_used_nothing_is_half_kept(door, caplog):
-    with engines.write(door.app.engine) as connection:
+def test_nothing_is_stored_in_part_while_the_database_cannot_be_used(api, caplog):
+    with engines.write(api.app.engine) as connection:
         dialects.sql(connection, "ALTER TABLE {our}events RENAME TO away")
     track = {"type": "track", "userId": "bob", "messageId": "m2", "event": "Ordered"}
-    answer = door.post("batch", {"batch": [IDENTIFY, track]})
+    answer = api.post("batch", {"batch": [IDENTIFY, track]})
     assert refusal(answer) == (503, refused("the database cannot be used: try again"))
     assert answer.headers["Retry-After"] == "5"
     assert "calls could not be stored" in caplog.text
-    assert door.rows("calls") == door.rows("profiles") == door.rows("deliveries") == []
-    with engines.write(door.app.engine) as connection:
+    assert api.rows("calls") == api.rows("profiles") == api.rows("deliveries") == []
+    with engines.write(api.app.engine) as connection:
         dialects.sql(connection, "ALTER TABLE {our}away RENAME TO events")
-    assert door.batch(IDENTIFY, track) == accepted("m1", "m2")
+    assert api.batch(IDENTIFY, track) == accepted("m1", "m2")
 
 
 @SQLITE
-def test_no_more_is_read_than_the_database_keeps_up_with(door, monkeypatch):
+def test_calls_are_refused_while_the_database_is_behind(api, monkeypatch):
     monkeypatch.setattr(http, "MAX_WAITING_CALLS", 0)
-    assert refusal(door.post("identify", IDENTIFY)) == (503, refused("the database is behind: try again"))
+    assert refusal(api.post("identify", IDENTIFY)) == (503, refused("the database is behind: try again"))
 
 
-def test_health_is_whether_calls_can_be_kept(door):
-    assert refusal(door("GET", "/healthz")) == (200, {"status": "ok", "daemon_heartbeat_at": None})
-    with engines.write(door.app.engine) as connection:
+def test_health_says_whether_calls_can_be_stored(api):
+    assert refusal(api("GET", "/healthz")) == (200, {"status": "ok", "daemon_heartbeat_at": None})
+    with engines.write(api.app.engine) as connection:
         dialects.sql(connection, "ALTER TABLE {our}destination RENAME TO away")
     failing = {"status": "failing", "reason": "the database cannot be used"}
-    assert refusal(door("GET", "/healthz")) == (503, failing)
+    assert refusal(api("GET", "/healthz")) == (503, failing)
 
 
 @SQLITE
@@ -427,14 +427,14 @@ def test_health_is_whether_calls_can_be_kept(door):
         ("DELETE", "/openapi.json", 405),
     ],
 )
-def test_there_is_nothing_else(door, method, path, status):
-    assert door(method, path, headers=AS_SHOP).status_code == status
+def test_other_paths_and_methods_are_refused(api, method, path, status):
+    assert api(method, path, headers=AS_SHOP).status_code == status
 
 
-def test_an_event_may_have_a_name_of_500_characters(door):
+def test_an_event_may_have_a_name_of_500_characters(api):
     long = "".join(chr(0x1F300 + number) for number in range(500))
     track = {"type": "track", "userId": "ann"}
-    verdicts = door.batch(
+    verdicts = api.batch(
         {**track, "event": long, "messageId": "m1"}, {**track, "event": f"{long}.", "messageId": "m2"}
     )
     assert verdicts == [

@@ -1,4 +1,4 @@
-"""The Python door: what becomes of a call, in the queue and in what definitions read."""
+"""The Python entry point: a call in the queue and in the tables that definitions read."""
 
 import datetime as dt
 
@@ -38,7 +38,7 @@ def profile(app, user_id):
         return history.user(connection, user_id)["profile"]
 
 
-def test_calls_are_queued_and_learned_from(app):
+def test_calls_are_queued_and_update_profiles(app):
     intake.identify(app, "ann", {"plan": "pro", "createdAt": "2024-01-01"}, timestamp=NOON)
     intake.track(app, "ann", "Order Completed", {"total": 12.5}, timestamp=NOON + dt.timedelta(hours=1))
     intake.group(app, "ann", "acme", {"size": 40}, timestamp=NOON)
@@ -63,7 +63,7 @@ def test_of_each_trait_the_newest_timestamp_wins_and_null_removes(app):
     assert profile(app, "ann")["traits"] == {"plan": "pro", "city": "Kiel"}
 
 
-def test_a_message_id_that_is_known_changes_nothing(app):
+def test_a_known_message_id_changes_nothing(app):
     first = intake.identify(app, "ann", {"plan": "pro"}, message_id="m1")
     again = intake.identify(app, "ann", {"plan": "basic"}, message_id="m1")
     assert (again.call_id, again.is_repeat, first.is_repeat) == (first.call_id, True, False)
@@ -78,7 +78,7 @@ def test_a_trait_with_a_definitions_key_is_left_out_and_recorded(app):
         assert history.call_rows(connection, None)[0]["left_out"] == {"vips": True}
 
 
-def test_a_call_that_is_not_valid_keeps_nothing(app):
+def test_an_invalid_call_stores_nothing(app):
     with pytest.raises(CallError, match="event must be a non-empty string"):
         intake.track(app, "ann", " ")
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_a_call_that_is_not_valid_keeps_nothing(app):
     assert queued(app) == []
 
 
-def test_of_a_user_who_was_erased_only_the_call_is_kept(app):
+def test_a_call_of_an_erased_user_is_stored_without_the_user(app):
     intake.identify(app, "ann", {"plan": "pro"})
     intake.track(app, "ann", "Order Completed")
     intake.group(app, "ann", "acme", {"size": 40})

@@ -1,4 +1,4 @@
-"""Whatever is sent to the API, it answers as its description says."""
+"""The API answers any request as its OpenAPI description says."""
 
 import pytest
 import schemathesis
@@ -19,8 +19,8 @@ PATHS = [("GET", "/healthz"), ("POST", "/v1/batch"), *(("POST", f"/v1/{each}") f
         *((*each, mode) for each in PATHS[1:] for mode in GenerationMode),
     ],
 )
-def test_answers_are_as_described(make_door, method, path, mode):
-    api = make_door(tracked=f'write_keys = ["{KEY}"]\ncalls_per_second = 1_000_000').api
+def test_answers_are_as_described(make_api, method, path, mode):
+    api = make_api(tracked=f'write_keys = ["{KEY}"]\ncalls_per_second = 1_000_000').api
     operation = schemathesis.openapi.from_asgi("/openapi.json", api)[path][method]
 
     lenient = [
@@ -37,8 +37,8 @@ def test_answers_are_as_described(make_door, method, path, mode):
     check()
 
 
-def test_everything_that_is_served_is_described(make_door):
-    described = schemathesis.openapi.from_asgi("/openapi.json", make_door().api).raw_schema["paths"]
+def test_everything_that_is_served_is_described(make_api):
+    described = schemathesis.openapi.from_asgi("/openapi.json", make_api().api).raw_schema["paths"]
     assert sorted((method.upper(), path) for path, each in described.items() for method in each) == sorted(
         PATHS
     )

@@ -1,4 +1,4 @@
-"""`serve`: how it starts and ends, what it bears, and several of them on one database."""
+"""`serve`: start and end, slow senders, and several servers on one database."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from audience_sync.intake import http, server
 from tests.conftest import SCHEMA
 from tests.intake.conftest import AS_SHOP, KEY, served
 
-SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # no database decides it
+SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
 TRACKING = f'[tracking]\nwrite_keys = ["{KEY}"]\ncalls_per_second = 1_000_000'
 IDENTIFY = b'{"type": "identify", "userId": "ann", "messageId": "m1"}'
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -115,7 +115,7 @@ def test_without_write_keys_it_stays_on_this_machine(start):
 
 
 @SQLITE
-def test_a_port_that_is_taken_is_told(start):
+def test_a_port_in_use_is_an_error(start):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, said = start({})("serve", "--port", str(port))
@@ -127,7 +127,7 @@ def test_a_port_that_is_taken_is_told(start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_end_it_answers_what_is_in_flight(start, url, number):
+def test_it_answers_requests_in_flight_before_it_ends(start, url, number):
     with served(start({}, TRACKING)) as (process, port):
         address = ("127.0.0.1", port)
         with connect(address) as idle, begun(address) as connection:
@@ -145,7 +145,7 @@ def test_asked_to_end_it_answers_what_is_in_flight(start, url, number):
 
 
 @SQLITE
-def test_asked_twice_it_ends_at_once(start, url):
+def test_a_second_signal_ends_it_at_once(start, url):
     with served(start({}, TRACKING)) as (process, port), begun(("127.0.0.1", port)):
         process.send_signal(signal.SIGTERM)
         assert refuses_connections(("127.0.0.1", port))
@@ -174,7 +174,7 @@ def test_a_head_that_drips_is_cut_off(serving, monkeypatch):
 
 
 @SQLITE
-def test_between_requests_a_connection_may_rest(serving, monkeypatch):
+def test_a_connection_may_be_idle_between_requests(serving, monkeypatch):
     monkeypatch.setattr(server, "HEAD_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
         for _ in range(2):
@@ -184,7 +184,7 @@ def test_between_requests_a_connection_may_rest(serving, monkeypatch):
 
 
 @SQLITE
-def test_a_connection_that_rests_too_long_is_cut_off(serving, monkeypatch):
+def test_a_connection_that_is_idle_too_long_is_cut_off(serving, monkeypatch):
     monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
     with serving() as address, connect(address) as connection:
         connection.sendall(HEALTH)
@@ -202,7 +202,7 @@ def test_a_body_that_drips_is_answered_408(serving, monkeypatch):
 
 @SQLITE
 @pytest.mark.parametrize("path", ["/v1/import", "/healthz"])
-def test_a_body_that_nobody_reads_may_not_drip_for_ever(serving, monkeypatch, path):
+def test_an_unread_body_that_drips_is_cut_off(serving, monkeypatch, path):
     monkeypatch.setattr(server, "REQUEST_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
         connection.sendall(head(path, 1_000_000))
@@ -211,7 +211,7 @@ def test_a_body_that_nobody_reads_may_not_drip_for_ever(serving, monkeypatch, pa
 
 
 @SQLITE
-def test_after_a_body_that_nobody_read_silence_is_cut_off(serving, monkeypatch):
+def test_silence_after_an_unread_body_is_cut_off(serving, monkeypatch):
     monkeypatch.setattr(server, "HEAD_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
         connection.sendall(head("/v1/import", 1))
@@ -221,7 +221,7 @@ def test_after_a_body_that_nobody_read_silence_is_cut_off(serving, monkeypatch):
 
 
 @SQLITE
-def test_who_takes_no_answers_is_cut_off(serving, monkeypatch):
+def test_a_sender_that_reads_no_answers_is_cut_off(serving, monkeypatch):
     monkeypatch.setattr(server, "ANSWER_SECONDS", 0.2)
     asked = HEALTH.replace(b"/healthz", b"/openapi.json") * 100_000
     with serving() as address, connect(address) as connection:
@@ -229,7 +229,7 @@ def test_who_takes_no_answers_is_cut_off(serving, monkeypatch):
 
 
 @SQLITE
-def test_more_connections_than_the_most_are_answered_503_and_many_more_cut_off(serving, monkeypatch):
+def test_surplus_connections_are_answered_503_and_many_more_cut_off(serving, monkeypatch):
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     monkeypatch.setattr(server, "MAX_REFUSED", 1)
     with serving() as address, begun(address) as first, begun(address):
@@ -269,7 +269,7 @@ def most_memory(process):
 # Several on one database.
 
 
-def test_two_that_are_given_the_same_calls_at_once_keep_each_once(start, url):
+def test_two_servers_with_the_same_calls_store_each_once(start, url):
     command = start({}, TRACKING)
     chance = random.Random(7)
     calls = [

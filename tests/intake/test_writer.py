@@ -1,4 +1,4 @@
-"""The writer: calls of many callers in one transaction, of which one may break it."""
+"""The writer: calls of many requests in one transaction, and a batch that breaks it."""
 
 import pytest
 import sqlalchemy as sa
@@ -36,7 +36,7 @@ def queued(app):
         return list(dialects.sql(connection, statement).scalars())
 
 
-def test_what_is_handed_in_is_committed_at_the_end_and_its_order_is_kept(app):
+def test_all_batches_are_committed_in_order_at_the_end(app):
     batches = [["m9", "m3"], ["m1"], ["m7", "m2", "m8"]]
     with Writer(app) as writer:
         futures = [writer.submit([call(app, each) for each in batch]) for batch in batches]
@@ -45,7 +45,7 @@ def test_what_is_handed_in_is_committed_at_the_end_and_its_order_is_kept(app):
     assert queued(app) == ["m9", "m3", "m1", "m7", "m2", "m8"]
 
 
-def test_what_gathers_is_one_transaction_and_a_repeat_in_it_is_told_as_one(app):
+def test_waiting_batches_share_a_transaction_and_a_repeat_in_it_is_reported(app):
     writer = Writer(app)
     first, second = [writer.submit([call(app, "m1"), call(app, each)]) for each in ("m2", "m3")]
     assert writer.waiting_count == 4
@@ -57,7 +57,7 @@ def test_what_gathers_is_one_transaction_and_a_repeat_in_it_is_told_as_one(app):
         assert len(dialects.sql(connection, "SELECT DISTINCT received_at FROM {our}calls").all()) == 1
 
 
-def test_a_batch_that_breaks_the_transaction_takes_no_others_with_it(app):
+def test_a_batch_that_breaks_the_transaction_fails_alone(app):
     writer = Writer(app)  # all of it waits before the first is committed
     before = writer.submit([call(app, "m1")])
     bad = writer.submit([call(app, "m2"), broken(app)])
@@ -70,14 +70,14 @@ def test_a_batch_that_breaks_the_transaction_takes_no_others_with_it(app):
     assert queued(app) == ["m1", "m3", "m4"]
 
 
-def test_who_no_longer_waits_changes_nothing(app):
+def test_a_submitted_batch_cannot_be_cancelled(app):
     with Writer(app) as writer:
         assert not writer.submit([call(app, "m1")]).cancel()
         writer.submit([call(app, "m2")])
     assert queued(app) == ["m1", "m2"]
 
 
-def test_a_database_that_cannot_be_used_is_not_asked_again_for_each_batch(app, monkeypatch):
+def test_an_unusable_database_is_not_tried_for_each_batch(app, monkeypatch):
     asked = []
 
     def keep(_app, calls):
