@@ -15,10 +15,10 @@ def decided(reserved_keys=(), mappings=PRESETS, **fields):
     return decide(call, mappings, reserved_keys=reserved_keys)
 
 
-def told(reserved_keys=(), **fields):
-    found = decided(reserved_keys, **fields)
-    assert found.reason is None
-    return found.outgoing, found.left_out
+def sent_by(reserved_keys=(), **fields):
+    decision = decided(reserved_keys, **fields)
+    assert decision.reason is None
+    return decision.outgoing, decision.left_out
 
 
 def mapped(trigger="type != null", action="trackEvent", called="Mine", **fields):
@@ -26,12 +26,12 @@ def mapped(trigger="type != null", action="trackEvent", called="Mine", **fields)
 
 
 def identified(**traits):
-    [outgoing], _ = told(type="identify", traits=traits)
+    [outgoing], _ = sent_by(type="identify", traits=traits)
     return outgoing.body
 
 
 def test_an_identify_sends_its_traits():
-    assert told(type="identify", traits={"vip": True}) == (
+    assert sent_by(type="identify", traits={"vip": True}) == (
         [Outgoing(Action.IDENTIFY, "u1", {"vip": True})],
         {},
     )
@@ -42,7 +42,7 @@ def test_an_identify_without_traits_sends_an_empty_object():
 
 
 def test_an_identify_without_a_user_is_about_the_anonymous_id():
-    [outgoing], _ = told(type="identify", userId=None, anonymousId="a1")
+    [outgoing], _ = sent_by(type="identify", userId=None, anonymousId="a1")
     assert outgoing.subject_id == "a1"
 
 
@@ -57,37 +57,37 @@ def test_an_explicit_created_at_stays():
 
 @pytest.mark.parametrize("created_at", ["soon", "", True, {}, ["2024-05-01"]])
 def test_a_created_at_must_be_a_date(created_at):
-    found = decided(type="identify", traits={"createdAt": created_at})
-    assert found.outgoing == []
-    assert found.reason.startswith("Identify User: createdAt is not a date")
+    decision = decided(type="identify", traits={"createdAt": created_at})
+    assert decision.outgoing == []
+    assert decision.reason.startswith("Identify User: createdAt is not a date")
 
 
 def test_reserved_traits_are_left_out_and_recorded():
     traits = {"big_spender": True, "plan": "pro", "first_seen_at": "x", "last_seen_at": "y"}
-    [outgoing], left_out = told({"big_spender"}, type="identify", traits=traits)
+    [outgoing], left_out = sent_by({"big_spender"}, type="identify", traits=traits)
     assert outgoing.body == {"plan": "pro"}
     assert left_out == {"big_spender": True, "first_seen_at": "x", "last_seen_at": "y"}
 
 
 def test_a_created_at_that_is_a_definitions_key_is_left_out():
-    [outgoing], left_out = told({"created_at"}, type="identify", traits={"createdAt": "2024-05-01"})
+    [outgoing], left_out = sent_by({"created_at"}, type="identify", traits={"createdAt": "2024-05-01"})
     assert (outgoing.body, left_out) == ({}, {"created_at": "2024-05-01"})
 
 
 def test_a_track_sends_its_event_and_properties():
-    [outgoing], left_out = told({"a"}, type="track", event="Bought", properties={"a": 1, "createdAt": "x"})
+    [outgoing], left_out = sent_by({"a"}, type="track", event="Bought", properties={"a": 1, "createdAt": "x"})
     body = {"event_name": "Bought", "metadata": {"a": 1, "createdAt": "x"}}
     assert (outgoing, left_out) == (Outgoing(Action.TRACK, "u1", body), {})
 
 
 def test_a_track_without_properties_has_no_metadata():
-    [outgoing], _ = told(type="track", event="Bought")
+    [outgoing], _ = sent_by(type="track", event="Bought")
     assert outgoing.body == {"event_name": "Bought"}
 
 
 def test_a_group_is_about_the_company_and_puts_the_user_into_it():
     traits = {"createdAt": "2024-05-01", "vip": True, "last_seen_at": "x"}
-    assert told({"vip"}, type="group", groupId=7, traits=traits) == (
+    assert sent_by({"vip"}, type="group", groupId=7, traits=traits) == (
         [
             Outgoing(Action.COMPANY, "7", {"vip": True, "created_at": "2024-05-01"}),
             Outgoing(Action.IDENTIFY, "u1", {COMPANY: "7"}),
@@ -116,15 +116,18 @@ def test_a_trait_cannot_pass_for_the_company():
     ],
 )
 def test_integrations_decide_whether_a_call_is_sent(integrations, is_sent):
-    found = decided(type="identify", integrations=integrations)
-    assert bool(found.outgoing) is is_sent
-    assert found.reason == (None if is_sent else "integrations leaves Userpilot out")
+    decision = decided(type="identify", integrations=integrations)
+    assert bool(decision.outgoing) is is_sent
+    assert decision.reason == (None if is_sent else "integrations leaves Userpilot out")
 
 
 @pytest.mark.parametrize("call_type", ["page", "screen", "alias"])
 def test_the_reason_names_call_types_that_userpilot_does_not_take(call_type):
-    found = decided(type=call_type, previousId="u0")
-    assert (found.outgoing, found.reason) == ([], f"no mapping matched: Userpilot takes no {call_type} calls")
+    decision = decided(type=call_type, previousId="u0")
+    assert (decision.outgoing, decision.reason) == (
+        [],
+        f"no mapping matched: Userpilot takes no {call_type} calls",
+    )
 
 
 def test_a_page_may_be_mapped_to_an_event():
@@ -136,12 +139,12 @@ def test_a_page_may_be_mapped_to_an_event():
 def test_each_matching_mapping_sends_and_a_failing_one_is_a_reason():
     mine = mapped('event = "Bought"', name={"@path": "$.properties.label"})
     other = mapped('event = "Bought"', "identifyUser", called="Buyers", traits={"buyer": True})
-    found = decided(mappings=[*PRESETS, mine, other], type="track", event="Bought")
-    assert found.outgoing == [
+    decision = decided(mappings=[*PRESETS, mine, other], type="track", event="Bought")
+    assert decision.outgoing == [
         Outgoing(Action.TRACK, "u1", {"event_name": "Bought"}),
         Outgoing(Action.IDENTIFY, "u1", {"buyer": True}),
     ]
-    assert found.reason == "Mine: name must be a non-empty string"
+    assert decision.reason == "Mine: name must be a non-empty string"
 
 
 @pytest.mark.parametrize(("name", "sent"), [(7, "7"), (True, "true"), (1.5, "1.5"), ("x", "x")])

@@ -17,7 +17,7 @@ TRAITS = st.dictionaries(
     st.sampled_from(["plan", "seats", "größe"]),
     st.sampled_from([None, 0, 1.5, "pro", True, ["a"], {"b": None}]),
 )
-TOLD = st.fixed_dictionaries(
+CALLS = st.fixed_dictionaries(
     {
         "type": st.sampled_from(["identify", "identify", "group", "track"]),
         "user": st.sampled_from(["ann", "bob"]),
@@ -28,7 +28,7 @@ TOLD = st.fixed_dictionaries(
 )
 
 
-def keep(engine, raws):
+def store(engine, raws):
     parsed = [
         validation.parse_call(raw, received_at=NOON + dt.timedelta(days=9), new_id=lambda: "none")
         for raw in raws
@@ -41,19 +41,19 @@ def keep(engine, raws):
         return records.save_calls(connection, prepared, received_at=NOON, fingerprint=None)
 
 
-def raw(told, prefix):
+def raw(call, prefix):
     """The call in Segment's form, of users and companies that no other example has."""
     members = {
-        "identify": {"traits": told["traits"]},
-        "group": {"traits": told["traits"], "groupId": prefix + told["company"]},
-        "track": {"event": "Clicked", "properties": told["traits"]},
+        "identify": {"traits": call["traits"]},
+        "group": {"traits": call["traits"], "groupId": prefix + call["company"]},
+        "track": {"event": "Clicked", "properties": call["traits"]},
     }
     return {
-        "type": told["type"],
-        "userId": prefix + told["user"],
+        "type": call["type"],
+        "userId": prefix + call["user"],
         "messageId": f"m{next(_numbers)}",
-        "timestamp": (NOON + dt.timedelta(hours=told["hour"])).isoformat(),
-        **members[told["type"]],
+        "timestamp": (NOON + dt.timedelta(hours=call["hour"])).isoformat(),
+        **members[call["type"]],
     }
 
 
@@ -63,20 +63,20 @@ class Model:
     def __init__(self):
         self.users, self.companies = {}, {}
 
-    def take(self, told):
-        at = told["hour"]
-        user = self._seen(self.users, told["user"], at)
-        if told["type"] == "identify":
-            self._learn(user, told["traits"], at)
-        if told["type"] == "group":
-            self._learn(self._seen(self.companies, told["company"], at), told["traits"], at)
-            self._learn(user, {"@company": told["company"]}, at)
+    def take(self, call):
+        at = call["hour"]
+        user = self._seen(self.users, call["user"], at)
+        if call["type"] == "identify":
+            self._learn(user, call["traits"], at)
+        if call["type"] == "group":
+            self._learn(self._seen(self.companies, call["company"], at), call["traits"], at)
+            self._learn(user, {"@company": call["company"]}, at)
 
     @staticmethod
     def _seen(known, name, at):
-        found = known.setdefault(name, {"values": {}, "seen": set()})
-        found["seen"].add(at)
-        return found
+        subject = known.setdefault(name, {"values": {}, "seen": set()})
+        subject["seen"].add(at)
+        return subject
 
     @staticmethod
     def _learn(subject, traits, at):
@@ -85,19 +85,19 @@ class Model:
                 subject["values"][name] = (at, value)
 
     @staticmethod
-    def told(known):
+    def expected(known):
         """By name: traits, company, first and last hour."""
-        found = {}
+        rows = {}
         for name, subject in known.items():
             traits = {each: value for each, (_, value) in subject["values"].items() if value is not None}
             company = traits.pop("@company", None)
-            found[name] = (traits, company, min(subject["seen"]), max(subject["seen"]))
-        return found
+            rows[name] = (traits, company, min(subject["seen"]), max(subject["seen"]))
+        return rows
 
 
-def kept(engine, table, key, prefix):
+def stored(engine, table, key, prefix):
     with engines.read(engine) as connection:
-        found = connection.execute(
+        stored_rows = connection.execute(
             table.select().where(table.c[key].startswith(prefix, autoescape=True))
         ).all()
     return {
@@ -107,29 +107,29 @@ def kept(engine, table, key, prefix):
             (row.first_seen_at - NOON) // dt.timedelta(hours=1),
             (row.last_seen_at - NOON) // dt.timedelta(hours=1),
         )
-        for row in found
+        for row in stored_rows
     }
 
 
 @pytest.mark.parametrize("many", [1, rows.COPY_FROM], ids=["many", "few"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(batches=st.lists(st.lists(TOLD, min_size=1, max_size=8), min_size=1, max_size=4))
+@given(batches=st.lists(st.lists(CALLS, min_size=1, max_size=8), min_size=1, max_size=4))
 def test_profiles_and_companies_equal_those_of_the_model(engine, many, monkeypatch, batches):
     monkeypatch.setattr(rows, "COPY_FROM", many)
     prefix = f"{next(_numbers)}-"
     model = Model()
     for batch in batches:
-        keep(engine, [raw(told, prefix) for told in batch])
-        for told in batch:
-            model.take(told)
-    assert kept(engine, tables.profiles, "user_id", prefix) == Model.told(model.users)
-    assert kept(engine, tables.companies, "company_id", prefix) == Model.told(model.companies)
+        store(engine, [raw(call, prefix) for call in batch])
+        for call in batch:
+            model.take(call)
+    assert stored(engine, tables.profiles, "user_id", prefix) == Model.expected(model.users)
+    assert stored(engine, tables.companies, "company_id", prefix) == Model.expected(model.companies)
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 def test_a_repeat_whose_id_lies_between_new_ids_stays_a_repeat(engine):
     def identify(*message_ids):
-        return keep(
+        return store(
             engine, [{"type": "identify", "userId": "ann", "messageId": each} for each in message_ids]
         )
 
