@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import msgspec
 import sqlalchemy as sa
 
-from audience_sync.db.dialects import cancel, is_sqlite, now, sql  # noqa: F401
+from audience_sync.db.dialects import cancel, is_sqlite
 from audience_sync.errors import DatabaseError
 
 # Longer than our longest transaction: the commit of a first sync of several million members.
