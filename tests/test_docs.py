@@ -152,7 +152,7 @@ class Reader:
     def type(self, block):
         kept = self.folder / ".environment"
         begin = (
-            f"trap 'status=$?; export -p > {kept}; exit $status' EXIT\n[ -f {kept} ] && . {kept}\nset -e\n"
+            f"trap 'status=$?; export -p > {kept}; echo cd \"$PWD\" >> {kept}; exit $status' EXIT\n[ -f {kept} ] && . {kept}\nset -e\n"
         )
         done = subprocess.run(
             ["bash", "-c", begin + self.real(block.text)],
