@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from audience_sync import history, settings
 from audience_sync.app import App
-from audience_sync.audiences import records, runs, schedule, slots
+from audience_sync.audiences import decisions, records, runs, schedule, slots
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.daemon import Daemon
 from audience_sync.db import dialects, engines
@@ -126,7 +126,7 @@ def test_a_month_of_a_daemon(life):
     life.live_until("2026-03-24 12:00")
     life.set_in([])  # the source is emptied: held, then held again, which rejects the first
     life.live_until("2026-03-26 12:00")
-    life.daemon.app.reject(life.history()[-1]["run_id"])
+    decisions.reject(life.daemon.app.engine, life.history()[-1]["run_id"], life.clock)
     life.set_in(USERS[:5])
     life.live_until("2026-03-31 12:00")  # across the night of 29 March, which has no 02:30
     assert life.members_at_userpilot() == set(USERS[:5])
@@ -189,7 +189,7 @@ def test_a_run_held_on_request_makes_its_slots_wait(life):
     with engines.read(life.daemon.app.engine) as connection:
         seen = slots.outlook(connection, definition, life.clock.now())
     assert (seen.waits, seen.next_at) == (True, utc("2026-03-18 01:30"))
-    life.daemon.app.approve(held)
+    decisions.approve(life.daemon.app.engine, held, life.clock, life.daemon.app.destination)
     life.live_until("2026-03-17 13:00")  # the newest slot that waited is caught up
     assert [each["status"] for each in life.history()] == ["succeeded"] * 3
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "userpilot": PURE,
     "db": ROOT,
     "queue": BASE | {"userpilot"},
-    "retention": BASE | {"queue"},
+    "retention": BASE | {"userpilot", "queue"},
     "audiences": BASE | {"queue", "retention"},
     "calls": BASE | {"queue", "retention", "userpilot"},
     "history": BASE | {"queue"},

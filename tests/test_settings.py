@@ -15,10 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from audience_sync import settings
-from audience_sync.app import source_engine
 from audience_sync.audiences import schedule
 from audience_sync.audiences.definition import Guard
 from audience_sync.db import engines
+from audience_sync.db.engines import open_source
 from audience_sync.errors import ConfigError, MissingVariable
 
 STARTER = Path(__file__).parent.parent / "config" / "audience_sync.toml"
@@ -446,7 +446,7 @@ def test_postgresql_is_reached_under_special_names(load, postgres, scheme):
     socket = sa.make_url(postgres.base).query["host"]
     text = f"url = '{scheme}://${{NAME}}:${{NAME}}@/${{NAME}}?host=${{SOCKET}}&application_name=${{NAME}}'"
     found = load(f"[database]\n{text}\n[sources.shop]\n{text}", {"NAME": name, "SOCKET": socket})
-    source = source_engine("shop", found.sources["shop"].url)
+    source = open_source("shop", found.sources["shop"].url)
     for engine in (engines.open_own(found.database.url, "x"), source):
         with engine.connect() as connection:
             query = "SELECT current_user, current_database(), current_setting('application_name')"

@@ -16,30 +16,33 @@ if TYPE_CHECKING:
 @app.command()
 def approve(context: typer.Context, run_id: Id) -> None:
     """Commit the changes that a held run waits with."""
+    from audience_sync.audiences import decisions
     from audience_sync.cli.session import open_app
 
     with open_app(context.obj) as opened:
-        opened.approve(run_id)
+        decisions.approve(opened.engine, run_id, opened.clock, opened.destination)
         _tell_run(opened, run_id)
 
 
 @app.command()
 def reject(context: typer.Context, run_id: Id) -> None:
     """Drop the changes that a held run waits with."""
+    from audience_sync.audiences import decisions
     from audience_sync.cli.session import open_app
 
     with open_app(context.obj) as opened:
-        opened.reject(run_id)
+        decisions.reject(opened.engine, run_id, opened.clock)
         output.line(f"Run {run_id} is rejected: nothing of it is sent, and the next run computes anew.")
 
 
 @app.command()
 def retire(context: typer.Context, key: str) -> None:
     """Tell false (of a trait, null) of all who hold it, and let the key rest."""
+    from audience_sync.audiences import decisions
     from audience_sync.cli.session import open_app
 
     with open_app(context.obj) as opened:
-        run_id = opened.retire(key)
+        run_id = decisions.retire(opened.engine, key, opened.clock, opened.destination)
         _tell_run(opened, run_id)
         if key in {definition.key for definition in opened.settings.definitions}:
             output.line(f"{key} rests from now on: remove it from {opened.settings.path}.")
@@ -55,15 +58,19 @@ def forget(
 ) -> None:
     """Have Userpilot delete a user, and erase what is known of the user here."""
     from audience_sync.cli.session import open_app
+    from audience_sync.db import engines
+    from audience_sync.retention import erasure
 
     with open_app(context.obj) as opened:
         if allow_return:
-            at = opened.allow_return(user_id)
+            with engines.write(opened.engine) as connection:
+                at = erasure.allow_return(connection, user_id)
             if at is None:
                 raise ConfigError("That user was not forgotten: nothing to allow.")
             output.line(f"From {output.moment(at)} UTC on the user may be computed and sent again.")
             return
-        ended = opened.forget(user_id)
+        with opened.client() as client:
+            ended = erasure.forget_everywhere(opened.engine, client, user_id, opened.clock)
         output.line(
             f"Userpilot carries the deletion out at 02:00 UTC. Here everything of the user is erased ({ended} "
             "memberships), and later computations and calls set the user aside."

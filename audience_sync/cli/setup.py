@@ -52,7 +52,9 @@ def check(
     ] = False,
 ) -> None:
     """Check configuration, databases, migrations, API key and every definition."""
+    from audience_sync.audiences import foreign
     from audience_sync.cli.session import open_app
+    from audience_sync.db import engines
     from audience_sync.settings import load
 
     settings = load(context.obj)
@@ -66,7 +68,8 @@ def check(
         if accept_destination and not (has_database and has_key):
             output.line("WRONG destination: not accepted: mend the database and the API key first")
         elif accept_destination:
-            moved = opened.accept_destination()
+            with engines.write(opened.engine) as connection:
+                moved = foreign.accept_destination(connection, opened.destination)
             output.line(f"ok    destination: accepted for {', '.join(moved) or 'all that there is'}")
         if has_database:
             good = _try("destination", partial(_check_destination, opened)) and good
@@ -94,7 +97,7 @@ def _check_database(opened: "App") -> str:
     from audience_sync.db import dialects, engines, migrate
 
     migrate.ensure(opened.engine)
-    opened.learn_keys()
+    opened.load_keys()
     with engines.read(opened.engine) as connection:
         if dialects.is_sqlite(connection):
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()

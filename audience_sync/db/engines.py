@@ -21,7 +21,7 @@ import msgspec
 import sqlalchemy as sa
 
 from audience_sync.db.dialects import cancel, is_sqlite
-from audience_sync.errors import DatabaseError
+from audience_sync.errors import DatabaseError, SourceError
 
 # Longer than our longest transaction: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
@@ -116,12 +116,33 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
     return engine
 
 
-def open_postgresql_source(url: sa.URL) -> sa.Engine:
+def open_source(name: str, url: str) -> sa.Engine:
+    """Open a database that definitions read from.
+
+    Raises:
+        SourceError: the driver is missing, or the URL is invalid.
+
+    """
+    try:
+        parsed = parse_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            return _open_sqlite_source(parsed)
+        if parsed.get_backend_name() == "postgresql":
+            return _open_postgresql_source(parsed)
+        return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
+        raise SourceError(
+            f"The source {name} cannot be opened: {type(error).__name__}. Is its url right, and is the Python "
+            "driver that it names installed?"
+        ) from error
+
+
+def _open_postgresql_source(url: sa.URL) -> sa.Engine:
     """Open a source. Numbers in its JSON stay exact, as they do where our own database computes with them."""
     return open_postgresql(url, json_deserializer=partial(json.loads, parse_float=Decimal))
 
 
-def open_sqlite_source(url: sa.URL) -> sa.Engine:
+def _open_sqlite_source(url: sa.URL) -> sa.Engine:
     """Open a file for reading only; a missing file is an error and is not created."""
     engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS})
 

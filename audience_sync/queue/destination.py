@@ -7,13 +7,15 @@ until a person decides; the messages below say how.
 import datetime as dt
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 
+from audience_sync.db import engines
 from audience_sync.db.dialects import sql
 from audience_sync.db.tables import destination
 from audience_sync.queue import deliveries
+from audience_sync.userpilot.answers import Answer, Outcome
 
 MADE_FOR_ANOTHER = "made for another destination than the one that is configured now"
 
@@ -72,6 +74,23 @@ def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
 def stopped(connection: sa.Connection) -> tuple[dt.datetime, str] | None:
     row = connection.execute(sa.select(destination)).one_or_none()
     return None if row is None or row.stopped_at is None else (row.stopped_at, row.stopped_reason)
+
+
+class KeyValidator(Protocol):
+    def validate(self) -> Answer: ...
+
+
+def try_to_resume(engine: sa.Engine, validator: KeyValidator) -> str | None:
+    """Resume a destination that stopped, if its key is valid now; return why it stays stopped."""
+    with engines.read(engine) as connection:
+        stop_now = stopped(connection)
+    if stop_now is None:
+        return None
+    if validator.validate().outcome is Outcome.UNAUTHORISED:
+        return stop_now[1]
+    with engines.write(engine) as connection:
+        resume(connection)
+    return None
 
 
 def stop(connection: sa.Connection, now: dt.datetime, reason: str) -> None:

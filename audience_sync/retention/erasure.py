@@ -4,19 +4,51 @@ import datetime as dt
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from typing import Protocol
 
 import sqlalchemy as sa
 
+from audience_sync.clock import Clock
+from audience_sync.db import engines
 from audience_sync.db.dialects import chunks, is_sqlite, sql
 from audience_sync.db.tables import definitions, deliveries, forgotten, requests, runs
+from audience_sync.errors import NotForgotten
+from audience_sync.userpilot.answers import Answer, Outcome
 
 _LOCK = 4_710_226_014  # any number that is ours: PostgreSQL's advisory lock between calls and erasures
+DELETION_ATTEMPTS = 4
+DELETION_PAUSE_SECONDS = 2.5  # Userpilot documents one request in 2 s
 DELETIONS_HOUR = 2  # UTC: when Userpilot carries deletions out (its documentation of DELETE /v1/users)
 
 
 def user_hash(user_id: str) -> str:
     """What is kept of a user who was erased: SHA-256 of the id, in hexadecimal."""
     return hashlib.sha256(user_id.encode()).hexdigest()
+
+
+class UserDeleter(Protocol):
+    def delete_user(self, user_id: str, /) -> Answer: ...
+
+
+def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clock: Clock) -> int:
+    """Have Userpilot delete a user, then erase the user here; return how many memberships that ended.
+
+    Raises:
+        NotForgotten: Userpilot did not accept the deletion; nothing was changed.
+
+    """
+    answer = deleter.delete_user(user_id)
+    for _ in range(DELETION_ATTEMPTS - 1):
+        if answer.outcome in {Outcome.ACCEPTED, Outcome.REFUSED, Outcome.UNAUTHORISED}:
+            break
+        clock.sleep(answer.retry_after_seconds or DELETION_PAUSE_SECONDS)
+        answer = deleter.delete_user(user_id)
+    if answer.outcome is not Outcome.ACCEPTED:
+        raise NotForgotten(
+            f"Userpilot did not accept the deletion ({answer.error}), so nothing was changed: run it again."
+        )
+    with engines.write(engine) as connection:
+        return forget(connection, user_id, clock.now())
 
 
 def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:

@@ -6,9 +6,9 @@ import sqlite3
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.app import source_engine
 from audience_sync.audiences import compute, snapshot
 from audience_sync.db import dialects
+from audience_sync.db.engines import open_source
 from audience_sync.errors import DefinitionError, SourceError
 
 AS_OF = dt.datetime(2026, 3, 1, 13, 30, tzinfo=dt.UTC)
@@ -48,7 +48,7 @@ def shop(request, tmp_path):
             "INSERT INTO orders VALUES ('ann', 1.5, '2026-02-28'), ('ann', 1.5, '2026-03-02'), ('bob', 2, NULL)"
         )
     maker.dispose()
-    source = source_engine("shop", url)
+    source = open_source("shop", url)
     yield source
     source.dispose()
 
@@ -215,7 +215,7 @@ def test_an_sql_error_on_a_source_is_the_definitions(world, computed, shop):
 )
 def test_a_source_that_is_down_fails_its_runs_and_no_others(world, address):
     world.people("ann")
-    source = source_engine("shop", address)
+    source = open_source("shop", address)
     run = world.sync(world.audience("SELECT user_id FROM orders", source="shop"), source=source)
     source.dispose()
     assert run.status == "failed"
@@ -226,7 +226,7 @@ def test_a_source_that_is_down_fails_its_runs_and_no_others(world, address):
 
 def test_a_source_that_dies_while_it_is_read_is_a_source_error(world, computed, postgres, monkeypatch):
     monkeypatch.setattr(compute, "FETCH_ROWS", 10)
-    source = source_engine("shop", postgres.url(postgres.create()))
+    source = open_source("shop", postgres.url(postgres.create()))
     canonical_rows = compute.values.canonical_rows
 
     def kill(*arguments):
@@ -243,7 +243,7 @@ def test_a_source_that_dies_while_it_is_read_is_a_source_error(world, computed, 
 
 def test_an_sqlite_source_that_is_no_database_is_a_source_error(world, computed, tmp_path):
     (tmp_path / "shop.db").write_text("not a database at all, but long enough to look at" * 20)
-    source = source_engine("shop", f"sqlite:///{tmp_path}/shop.db")
+    source = open_source("shop", f"sqlite:///{tmp_path}/shop.db")
     with pytest.raises(SourceError, match="file is not a database"):
         computed(world.audience("SELECT user_id FROM orders", source="shop"), source)
     source.dispose()

@@ -14,10 +14,10 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from audience_sync.app import source_engine
 from audience_sync.audiences import compute, snapshot, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines, migrate
+from audience_sync.db.engines import open_source
 
 AS_OF = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
 
@@ -61,7 +61,7 @@ class Databases:
         for name, url in urls.items():
             self.own[name] = engines.open_own(url, "audience_sync")
             migrate.upgrade(self.own[name])
-            self.sources[name] = source_engine(name, url)
+            self.sources[name] = open_source(name, url)
 
     def fill(self, name, id_type, value_type, rows):
         with engines.write(self.own[name]) as connection:
