@@ -238,7 +238,7 @@ def test_an_invalid_configuration_is_refused_and_the_previous_one_stays(life):
     assert life.daemon.app is before
     life.write("sandbox")
     life.path.write_text(life.path.read_text().replace(life.url, "sqlite:///elsewhere.db"))
-    with pytest.raises(ConfigError, match=r"another \[database\] takes a restart"):
+    with pytest.raises(ConfigError, match=r"to use another \[database\], restart the daemon"):
         before.reloaded()
     life.write("sandbox")
     life.path.write_text(life.path.read_text().replace('name = "In"', 'name = "Inside"'))
