@@ -37,26 +37,29 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from audience_sync.db import rows, tables
+from audience_sync.db import rows
 from audience_sync.db.dialects import chunks, is_sqlite, sql
-from audience_sync.db.tables import DEAD, SENDING
-from audience_sync.queue import due, outcomes
-from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Settlement, Status
+from audience_sync.db.tables import DEAD, SENDING, bulk_jobs, deliveries
+from audience_sync.queue import due, outcomes, requests
+from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
+from audience_sync.queue.requests import ClaimedRequest, EndedRequest
 
 NEVER_SENT = "left before anything was sent"
 PROCESS_ENDED = "The process ended before the answer came"
-_NOT_OF_HELD_RUN = "(run_id IS NULL OR run_id NOT IN (SELECT run_id FROM {our}runs WHERE status = 'held'))"
 BY_SUBJECT_INDEX = (
-    "d.status IN ('pending', 'sending')"  # a condition of ix_deliveries_unsettled, for SQLite to see it
+    "d.status IN ('pending', 'sending')"  # so that SQLite takes ix_deliveries_unsettled for `d`
 )
-_CALLS = "class = 'call' AND action IN ('identify', 'track', 'company')"  # as the index for claims begins
+_PENDING_CALLS = "status = 'pending' AND class = 'call' AND action IN ('identify', 'track', 'company')"
+_HELD_RUNS = "SELECT run_id FROM {our}runs WHERE status = 'held'"
+_HELD_BUT_NOT_BY_RUN = f"status = 'held' AND (run_id IS NULL OR run_id NOT IN ({_HELD_RUNS}))"
+_IS_OTHER = "(fingerprint IS NULL OR fingerprint <> :fingerprint)"
 
 
-# Queueing
+# Enqueueing
 
 
 class CallDelivery(NamedTuple):
-    """A delivery of a call, as `rows.insert` takes it: the body is JSON text, the time `rows.moment`."""
+    """A delivery of a call in the form that `rows.insert` takes: the body as JSON text, the time by `rows.moment`."""
 
     action: str
     subject_id: str
@@ -69,20 +72,17 @@ _CALL_COLUMNS = (*CallDelivery._fields, "class", "fingerprint", "status", "creat
 
 
 def enqueue_calls(
-    connection: sa.Connection,
-    deliveries: Sequence[CallDelivery],
-    fingerprint: str | None,
-    now: dt.datetime,
+    connection: sa.Connection, new: Sequence[CallDelivery], fingerprint: str | None, now: dt.datetime
 ) -> None:
     """Queue the deliveries of calls, in this order."""
     at = rows.moment(now)
-    queued = [(*delivery, "call", fingerprint, "pending", at, at) for delivery in deliveries]
-    rows.insert(connection, tables.deliveries, _CALL_COLUMNS, queued)
+    queued = [(*delivery, "call", fingerprint, "pending", at, at) for delivery in new]
+    rows.insert(connection, deliveries, _CALL_COLUMNS, queued)
 
 
 @dataclass(frozen=True, slots=True)
 class RunOrigin:
-    """What all deliveries of a run have in common; `fingerprint` is its destination."""
+    """The run, and what all its deliveries have in common. `fingerprint` stands for the destination."""
 
     run_id: int
     definition_id: int
@@ -100,10 +100,10 @@ def enqueue(
     now: dt.datetime,
     **parameters: Any,
 ) -> None:
-    """Queue an identify for each row of a query; cancelled ones because the user left before anything was sent.
+    """Queue an identify for each row of a query.
 
-    `source` is the query from its FROM on, with a column `user_id`; `body` is an expression over its columns, of
-    JSON text. Both are SQL, with these parameters.
+    `source` is the query from its FROM on, with a column `user_id`; `body` is an SQL expression of JSON text over
+    its columns. Both may use the parameters. Status `cancelled` is for users who left before anything was sent.
     """
     is_cancelled = status is Status.CANCELLED
     json_body = f"({body})" if is_sqlite(connection) else f"CAST({body} AS json)"
@@ -125,36 +125,13 @@ def enqueue(
     )
 
 
-# Claiming and settling requests
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimedRequest:
-    """A request that is about to be sent: its row in `requests`, and its deliveries, oldest value first."""
-
-    request_id: int
-    action: str
-    subject_id: str
-    is_push: bool
-    deliveries: list[Delivery]
-
-
-@dataclass(frozen=True, slots=True)
-class EndedRequest:
-    """A request that was answered, or never will be, and what becomes of its deliveries."""
-
-    request_id: int
-    ended_at: dt.datetime
-    status_code: int | None
-    x_request_id: str | None
-    error: str | None
-    settlements: list[Settlement]
+# Sending
 
 
 def choose_next(
     connection: sa.Connection, action: str, subjects: Sequence[str], now: dt.datetime, fingerprint: str | None
 ) -> list[list[Delivery]]:
-    """Return the deliveries of each subject's next request, and cancel what accepted values have superseded."""
+    """Return the deliveries of each subject's next request; cancel those that accepted values have superseded."""
     pending = due.pending_of(connection, action, subjects, now, fingerprint)
     chosen = [outcomes.select_next(group, now) for group in pending]
     late = [delivery for delivery in itertools.chain(*chosen) if delivery.is_call or delivery.isolated]
@@ -162,8 +139,10 @@ def choose_next(
     if not newer:
         return [group for group in chosen if group]
     trimmed = [outcomes.without_superseded(group, newer) for group in chosen]
-    if superseded := [delivery_id for group in trimmed for delivery_id in group.superseded]:
-        _cancel_superseded(connection, superseded, now)
+    superseded = [delivery_id for group in trimmed for delivery_id in group.superseded]
+    for ids in chunks(superseded):
+        given: dict[str, Any] = {"ids": list(ids), "now": now, "error": SUPERSEDED}
+        _move(connection, "status = 'pending'", "cancelled", _SETTLED, "delivery_id IN :ids", **given)
     return [group.left for group in trimmed if group.left]
 
 
@@ -176,36 +155,28 @@ def claim(
     *,
     is_push: bool,
 ) -> list[ClaimedRequest]:
-    """Record a request for each list, before it is sent, and mark its deliveries as sending."""
-    inserted = connection.execute(
-        _INSERT_REQUEST,
-        [{"lane": lane, "epoch": epoch, "started_at": now, "delivery_count": len(group)} for group in chosen],
-    )
-    claims = [
+    """Record a request for each list of deliveries before it is sent, and mark them as sending."""
+    ids = requests.record_requests(connection, lane, epoch, [len(group) for group in chosen], now)
+    claimed = [
         ClaimedRequest(request_id, lane, group[0].subject_id, is_push, group)
-        for request_id, group in zip(inserted.scalars(), chosen, strict=True)
+        for request_id, group in zip(ids, chosen, strict=True)
     ]
-    connection.execute(
-        _CLAIM,
-        [
-            {"id": delivery.delivery_id, "request": claimed.request_id, "first": delivery.first_attempt_at}
-            for claimed in claims
-            for delivery in claimed.deliveries
-        ],
-    )
-    return claims
+    updates = [
+        {"id": delivery.delivery_id, "request": request.request_id, "first": delivery.first_attempt_at}
+        for request in claimed
+        for delivery in request.deliveries
+    ]
+    connection.execute(_CLAIM, updates)
+    return claimed
 
 
-_INSERT_REQUEST = tables.requests.insert().returning(
-    tables.requests.c.request_id, sort_by_parameter_order=True
-)
 _CLAIM = (
-    tables.deliveries.update()
-    .where(tables.deliveries.c.delivery_id == sa.bindparam("id"), tables.deliveries.c.status == "pending")
+    deliveries.update()
+    .where(deliveries.c.delivery_id == sa.bindparam("id"), deliveries.c.status == "pending")
     .values(
         status="sending",
         request_id=sa.bindparam("request"),
-        attempt_count=tables.deliveries.c.attempt_count + 1,
+        attempt_count=deliveries.c.attempt_count + 1,
         first_attempt_at=sa.bindparam("first"),
         quiet_until=None,
     )
@@ -213,68 +184,43 @@ _CLAIM = (
 
 
 def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
-    """Record how requests ended, and give their deliveries the state that follows."""
-    connection.execute(
-        _END_REQUEST,
-        [
-            {
-                "id": request.request_id,
-                "ended": request.ended_at,
-                "code": request.status_code,
-                "x_id": request.x_request_id,
-                "message": request.error,
-            }
-            for request in ended
-        ],
-    )
-    connection.execute(
-        _SETTLE,
-        [
-            {
-                "id": settlement.delivery_id,
-                "request": request.request_id,
-                "to": settlement.status.value,
-                "message": settlement.error,
-                "settled": request.ended_at if settlement.status is not Status.PENDING else None,
-                "next": settlement.next_attempt_at,
-                "grace": settlement.grace_until,
-                "isolated": settlement.isolated,
-                "no_attempt": 0 if settlement.was_attempt else 1,
-            }
-            for request in ended
-            for settlement in request.settlements
-        ],
-    )
+    """Record how requests ended, and the next states of their deliveries."""
+    requests.end_requests(connection, ended)
+    updates = [
+        {
+            "id": settlement.delivery_id,
+            "request": request.request_id,
+            "to": settlement.status.value,
+            "message": settlement.error,
+            "settled": request.ended_at if settlement.status is not Status.PENDING else None,
+            "next": settlement.next_attempt_at,
+            "grace": settlement.grace_until,
+            "isolated": settlement.isolated,
+            "no_attempt": 0 if settlement.was_attempt else 1,
+        }
+        for request in ended
+        for settlement in request.settlements
+    ]
+    connection.execute(_SETTLE, updates)
 
 
-_END_REQUEST = (
-    tables.requests.update()
-    .where(tables.requests.c.request_id == sa.bindparam("id"))
-    .values(
-        ended_at=sa.bindparam("ended"),
-        status_code=sa.bindparam("code"),
-        x_request_id=sa.bindparam("x_id"),
-        error=sa.bindparam("message"),
-    )
-)
 _SETTLE = (
-    tables.deliveries.update()
+    deliveries.update()
     .where(
-        tables.deliveries.c.delivery_id == sa.bindparam("id"),
-        tables.deliveries.c.status == "sending",
-        tables.deliveries.c.request_id == sa.bindparam("request"),
+        deliveries.c.delivery_id == sa.bindparam("id"),
+        deliveries.c.status == "sending",
+        deliveries.c.request_id == sa.bindparam("request"),
     )
     .values(
         status=sa.bindparam("to"),
         error=sa.bindparam("message"),
         settled_at=sa.bindparam("settled"),
         next_attempt_at=sa.func.coalesce(
-            sa.bindparam("next", type_=tables.deliveries.c.next_attempt_at.type),
-            tables.deliveries.c.next_attempt_at,
+            sa.bindparam("next", type_=deliveries.c.next_attempt_at.type), deliveries.c.next_attempt_at
         ),
         quiet_until=sa.bindparam("grace"),
         alone=sa.bindparam("isolated"),
-        attempt_count=tables.deliveries.c.attempt_count - sa.bindparam("no_attempt", type_=sa.Integer),
+        attempt_count=deliveries.c.attempt_count - sa.bindparam("no_attempt", type_=sa.Integer),
     )
 )
 
@@ -295,36 +241,27 @@ def recover(
 ) -> Recovered:
     """Queue again what a process that is gone was sending: Userpilot may or may not have applied it.
 
-    Leaves alone the requests that are known to be under way, and the deliveries in bulk jobs.
+    Requests that are known to be under way keep their deliveries, and so do bulk jobs.
     """
-    in_jobs = sa.select(tables.bulk_jobs.c.request_id).where(tables.bulk_jobs.c.settled_at.is_(None))
+    in_jobs = sa.select(bulk_jobs.c.request_id).where(bulk_jobs.c.settled_at.is_(None))
     is_lost = sa.and_(
         SENDING,
-        tables.deliveries.c.request_id.not_in(list(known_request_ids)),
-        tables.deliveries.c.request_id.not_in(in_jobs),
+        deliveries.c.request_id.not_in(list(known_request_ids)),
+        deliveries.c.request_id.not_in(in_jobs),
     )
-    connection.execute(
-        tables.requests.update()
-        .where(
-            tables.requests.c.ended_at.is_(None),
-            tables.requests.c.request_id.in_(sa.select(tables.deliveries.c.request_id).where(is_lost)),
-        )
-        .values(ended_at=now, error=PROCESS_ENDED)
-    )
+    lost_requests = sa.select(deliveries.c.request_id).where(is_lost)
+    requests.end_lost_requests(connection, lost_requests, now, PROCESS_ENDED)
     dead_count = 0
     if tracks_at_most_once:
         error = f"{outcomes.NOT_REPEATED}: {PROCESS_ENDED}"
-        dead_count = connection.execute(
-            tables.deliveries.update()
-            .where(is_lost, tables.deliveries.c.action == "track")
-            .values(status="dead", settled_at=now, error=error)
-        ).rowcount
-    pending_count = connection.execute(
-        tables.deliveries.update()
+        tracks = deliveries.update().where(is_lost, deliveries.c.action == "track")
+        dead_count = connection.execute(tracks.values(status="dead", settled_at=now, error=error)).rowcount
+    pending = (
+        deliveries.update()
         .where(is_lost)
         .values(status="pending", next_attempt_at=now + grace, quiet_until=now + grace, error=PROCESS_ENDED)
-    ).rowcount
-    return Recovered(pending_count, dead_count)
+    )
+    return Recovered(connection.execute(pending).rowcount, dead_count)
 
 
 # Bulk jobs
@@ -339,11 +276,11 @@ def start_in_job(
 ) -> None:
     """Put pending deliveries into a bulk job.
 
-    They are `sending` until the job is settled, so no other lane sends to their users. `error` marks those that a
-    newer value in the same row supersedes.
+    They are `sending` until the job is settled, so that no other lane sends to their users. Those that a newer value
+    in the same row supersedes are marked by their `error`.
     """
-    id_lists = {"ids": json.dumps(list(ids)), "superseded_ids": json.dumps(list(superseded_ids))}
-    chosen, superseded = (_ids(connection, name) for name in id_lists)
+    lists = {"ids": json.dumps(list(ids)), "superseded_ids": json.dumps(list(superseded_ids))}
+    chosen, superseded = (_list(connection, name) for name in lists)
     sql(
         connection,
         "UPDATE {our}deliveries SET status = 'sending', request_id = :request_id, attempt_count = attempt_count + 1, "
@@ -352,20 +289,20 @@ def start_in_job(
         request_id=request_id,
         error=SUPERSEDED,
         now=now,
-        **id_lists,
+        **lists,
     )
 
 
-def _ids(connection: sa.Connection, name: str) -> str:
-    """Return a query for the ids in a parameter, which is a JSON list."""
+def _list(connection: sa.Connection, name: str) -> str:
+    """Return a query for the ids in a parameter that is a JSON list; IN :name takes too many parameters."""
     if is_sqlite(connection):
         return f"(SELECT value FROM json_each(:{name}))"
     return f"(SELECT CAST(value AS bigint) FROM json_array_elements_text(CAST(:{name} AS json)))"
 
 
 def is_in_job(request_id: int) -> sa.ColumnElement[bool]:
-    """Condition for the deliveries in a bulk job that is not settled, by the index of what is being sent."""
-    return sa.and_(tables.deliveries.c.request_id == request_id, SENDING)
+    """Return the condition for the deliveries in a bulk job, by the index of what is being sent."""
+    return sa.and_(deliveries.c.request_id == request_id, SENDING)
 
 
 def settle_job(
@@ -377,58 +314,50 @@ def settle_job(
     grace: dt.timedelta,
     limit: int,
 ) -> Counter[str]:
-    """Settle some deliveries of a bulk job that ended; count them by their new status, none when all are settled."""
-    some = sa.select(tables.deliveries.c.delivery_id).where(is_in_job(request_id)).limit(limit)
+    """Settle some deliveries of a bulk job that ended.
+
+    Returns their number by new status; it is empty when none are left.
+    """
+    some = sa.select(deliveries.c.delivery_id).where(is_in_job(request_id)).limit(limit)
     statement = (
-        tables.deliveries.update()
-        .where(tables.deliveries.c.delivery_id.in_(some), SENDING)
+        deliveries.update()
+        .where(deliveries.c.delivery_id.in_(some), SENDING)
         .values(_after_job(job_status, error, now, grace))
-        .returning(tables.deliveries.c.status)
+        .returning(deliveries.c.status)
     )
     return Counter(connection.execute(statement).scalars())
 
 
 def _after_job(job_status: str, error: str | None, now: dt.datetime, grace: dt.timedelta) -> dict[str, Any]:
-    is_superseded = tables.deliveries.c.error == SUPERSEDED
+    if job_status == "completed":
+        is_superseded = deliveries.c.error.in_((SUPERSEDED, outcomes.SUPERSEDED_BEFORE_RENAMING))
+        status = sa.case((is_superseded, "cancelled"), else_="accepted")
+        return {"status": status, "error": sa.case((is_superseded, SUPERSEDED)), "settled_at": now}
+    pending = {"status": "pending", "error": error}
     match job_status:
-        case "completed":
-            return {
-                "status": sa.case((is_superseded, "cancelled"), else_="accepted"),
-                "error": sa.case((is_superseded, SUPERSEDED)),
-                "settled_at": now,
-            }
-        case "dropped":  # no attempt, so it may go into a bulk job again
-            return {
-                "status": "pending",
-                "error": error,
-                "attempt_count": tables.deliveries.c.attempt_count - 1,
-                "first_attempt_at": None,
-            }
+        case "dropped":  # that was no attempt, so they may go into a bulk job again
+            return pending | {"attempt_count": deliveries.c.attempt_count - 1, "first_attempt_at": None}
         case "failed":
-            return {"status": "pending", "error": error, "next_attempt_at": now}
+            return pending | {"next_attempt_at": now}
         case _:  # lost: Userpilot may still apply it
-            return {
-                "status": "pending",
-                "error": error,
-                "next_attempt_at": now + grace,
-                "quiet_until": now + grace,
-            }
+            return pending | {"next_attempt_at": now + grace, "quiet_until": now + grace}
 
 
-# Runs, destinations and decisions of a person
+# Held runs and destinations
 
 
 def _move(
-    connection: sa.Connection, before: str, after: str, also: str, where: str, **parameters: Any
+    connection: sa.Connection, before: str, after: str, assignments: str, where: str, **parameters: Any
 ) -> int:
-    """Change the status of deliveries; return how many. `before` is a condition, `also` are further assignments."""
-    statement = f"UPDATE {{our}}deliveries SET status = '{after}', {also} WHERE {before} AND {where}"
+    """Change the status of deliveries from `before`, a condition; return how many."""
+    statement = f"UPDATE {{our}}deliveries SET status = '{after}', {assignments} WHERE {before} AND {where}"
     return sql(connection, statement, **parameters).rowcount
 
 
-_ENDED = "settled_at = :now, error = :error"
+_SETTLED = "settled_at = :now, error = :error"
+_HELD = "error = :error"
 _DUE_NOW = "next_attempt_at = :now, error = NULL"
-_ANEW = (
+_DUE_ANEW = (
     "settled_at = NULL, next_attempt_at = :now, first_attempt_at = NULL, quiet_until = NULL, alone = false"
 )
 
@@ -441,45 +370,20 @@ def release_run(connection: sa.Connection, run_id: int, now: dt.datetime) -> Non
 def cancel_run(
     connection: sa.Connection, run_id: int, now: dt.datetime, reason: str, users: str | None = None
 ) -> None:
-    """Cancel the held deliveries of a run: all of them, or those of `users`, a query for their ids."""
+    """Cancel the held deliveries of a run: all, or those of `users`, a query for user ids."""
     where = "run_id = :run_id" + (f" AND subject_id IN ({users})" if users else "")
-    _move(connection, "status = 'held'", "cancelled", _ENDED, where, run_id=run_id, now=now, error=reason)
+    _move(connection, "status = 'held'", "cancelled", _SETTLED, where, run_id=run_id, now=now, error=reason)
 
 
 def cancel_never_attempted(connection: sa.Connection, ids: str, now: dt.datetime) -> None:
-    """Cancel pending deliveries of users who left before anything was sent; `ids` is a query."""
+    """Cancel pending deliveries of users who left before anything was sent; `ids` is a query for delivery ids."""
     where = f"delivery_id IN ({ids})"
-    _move(connection, "status = 'pending'", "cancelled", _ENDED, where, now=now, error=NEVER_SENT)
-
-
-def _cancel_superseded(connection: sa.Connection, ids: Sequence[int], now: dt.datetime) -> None:
-    for chunk in chunks(ids):
-        where, given = "delivery_id IN :ids", {"ids": list(chunk), "now": now, "error": SUPERSEDED}
-        _move(connection, "status = 'pending'", "cancelled", _ENDED, where, **given)
-
-
-def cancel_foreign(connection: sa.Connection, origin: RunOrigin, now: dt.datetime) -> None:
-    """Cancel what older runs made for other destinations than this run's, which sends everything to its own."""
-    _move(
-        connection,
-        "status IN ('held', 'pending', 'dead')",
-        "cancelled",
-        _ENDED,
-        "definition_id = :definition_id AND fingerprint <> :fingerprint AND run_id <> :run_id",
-        definition_id=origin.definition_id,
-        fingerprint=origin.fingerprint,
-        run_id=origin.run_id,
-        now=now,
-        error="made for another destination",
-    )
+    _move(connection, "status = 'pending'", "cancelled", _SETTLED, where, now=now, error=NEVER_SENT)
 
 
 def has_dead(connection: sa.Connection, definition_id: int) -> bool:
-    where = sa.and_(DEAD, tables.deliveries.c.definition_id == definition_id)
-    return (
-        connection.execute(sa.select(tables.deliveries.c.delivery_id).where(where).limit(1)).first()
-        is not None
-    )
+    dead = sa.select(deliveries.c.delivery_id).where(DEAD, deliveries.c.definition_id == definition_id)
+    return connection.execute(dead.limit(1)).first() is not None
 
 
 def revive(
@@ -488,48 +392,54 @@ def revive(
     """Give a new attempt to dead deliveries of a definition; `ids` is a query with these parameters."""
     where = f"definition_id = :definition_id AND delivery_id IN ({ids})"
     parameters |= {"definition_id": definition_id, "now": now}
-    _move(connection, "status = 'dead'", "pending", f"{_ANEW}, error = NULL", where, **parameters)
+    _move(connection, "status = 'dead'", "pending", f"{_DUE_ANEW}, error = NULL", where, **parameters)
+
+
+def cancel_foreign(connection: sa.Connection, origin: RunOrigin, now: dt.datetime) -> None:
+    """Cancel what older runs made for other destinations than this run's, which sends everything to its own."""
+    before = "status IN ('held', 'pending', 'dead')"
+    where = "definition_id = :definition_id AND fingerprint <> :fingerprint AND run_id <> :run_id"
+    given: dict[str, Any] = {"definition_id": origin.definition_id, "run_id": origin.run_id, "now": now}
+    given |= {"fingerprint": origin.fingerprint, "error": "made for another destination"}
+    _move(connection, before, "cancelled", _SETTLED, where, **given)
 
 
 def hold_definitions(
     connection: sa.Connection, fingerprint: str, definition_ids: list[int], reason: str
 ) -> None:
-    """Hold what these definitions have pending for other destinations than this."""
+    """Hold what these definitions have pending for other destinations than this one."""
     where = "fingerprint <> :fingerprint AND definition_id IN :ids"
     given: dict[str, Any] = {"fingerprint": fingerprint, "ids": definition_ids, "error": reason}
-    _move(connection, "status = 'pending'", "held", "error = :error", where, **given)
+    _move(connection, "status = 'pending'", "held", _HELD, where, **given)
 
 
 def hold_calls(connection: sa.Connection, other: str, reason: str) -> None:
     """Hold the pending deliveries of calls for another destination."""
-    where = f"{_CALLS} AND fingerprint = :other"
-    _move(connection, "status = 'pending'", "held", "error = :error", where, other=other, error=reason)
+    _move(connection, _PENDING_CALLS, "held", _HELD, "fingerprint = :other", other=other, error=reason)
 
 
 def release_own(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
-    """Queue what was held and is for this destination; return how many stay held. Held runs keep theirs."""
-    held = f"status = 'held' AND {_NOT_OF_HELD_RUN}"
+    """Queue what was held and is for this destination, except by held runs; return how many others stay held."""
     where = "fingerprint = :fingerprint"
-    _move(connection, held, "pending", _DUE_NOW, where, fingerprint=fingerprint, now=now)
-    return int(sql(connection, f"SELECT count(*) FROM {{our}}deliveries WHERE {held}").scalar_one())
+    _move(connection, _HELD_BUT_NOT_BY_RUN, "pending", _DUE_NOW, where, fingerprint=fingerprint, now=now)
+    count = f"SELECT count(*) FROM {{our}}deliveries WHERE {_HELD_BUT_NOT_BY_RUN}"
+    return int(sql(connection, count).scalar_one())
 
 
 def assign_destination(
     connection: sa.Connection, fingerprint: str, definition_ids: list[int] | None = None
 ) -> None:
-    """Make this the destination of everything that is not settled, or of what these definitions have."""
-    where, given = "status IN ('held', 'pending', 'sending', 'dead')", {}
+    """Make this the destination of all deliveries that are not settled, or of those of these definitions."""
+    where, given = f"status IN ('held', 'pending', 'sending', 'dead') AND {_IS_OTHER}", {}
     if definition_ids is not None:
         where, given = f"{where} AND definition_id IN :ids", {"ids": definition_ids}
-    _assign(
-        connection, fingerprint, f"{where} AND (fingerprint IS NULL OR fingerprint <> :fingerprint)", **given
-    )
+    _assign(connection, fingerprint, where, **given)
 
 
 def assign_calls(connection: sa.Connection, fingerprint: str, other: str | None) -> None:
-    """Make this the destination of the pending deliveries of calls that were made for another one, or for none."""
+    """Make this the destination of pending deliveries of calls that were made for another one, or for none."""
     same, given = ("fingerprint IS NULL", {}) if other is None else ("fingerprint = :other", {"other": other})
-    _assign(connection, fingerprint, f"status = 'pending' AND {_CALLS} AND {same}", **given)
+    _assign(connection, fingerprint, f"{_PENDING_CALLS} AND {same}", **given)
 
 
 def _assign(connection: sa.Connection, fingerprint: str, where: str, **parameters: Any) -> None:
@@ -538,14 +448,12 @@ def _assign(connection: sa.Connection, fingerprint: str, where: str, **parameter
 
 
 def other_fingerprints_of_calls(connection: sa.Connection, fingerprint: str) -> list[str | None]:
-    """Return the destinations, other than this, of calls' pending deliveries; None for calls without one."""
-    rows = sql(
-        connection,
-        f"SELECT DISTINCT fingerprint FROM {{our}}deliveries WHERE status = 'pending' AND {_CALLS} "
-        "AND (fingerprint IS NULL OR fingerprint <> :fingerprint)",
-        fingerprint=fingerprint,
-    )
-    return list(rows.scalars())
+    """Return the other destinations that calls have pending deliveries for; None for calls without one."""
+    query = f"SELECT DISTINCT fingerprint FROM {{our}}deliveries WHERE {_PENDING_CALLS} AND {_IS_OTHER}"
+    return list(sql(connection, query, fingerprint=fingerprint).scalars())
+
+
+# Decisions about single deliveries
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,51 +465,28 @@ class Retried:
 
 
 def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.datetime) -> Retried:
-    """Give dead deliveries (None: all of them) a new attempt.
-
-    A value stays dead if its subject has a newer one of the same trait, whatever the newer one's status: each change
-    of a membership is a delivery, so the older value is no longer true.
-    """
+    """Give dead deliveries (None: all of them) a new attempt."""
     if ids is None:
-        dead = sa.select(tables.deliveries.c.delivery_id).where(DEAD)
-        ids = connection.execute(dead.order_by(tables.deliveries.c.delivery_id)).scalars().all()
+        dead = sa.select(deliveries.c.delivery_id).where(DEAD).order_by(deliveries.c.delivery_id)
+        ids = connection.execute(dead).scalars().all()
     count = 0
     refusals: list[str] = []
     for chunk in chunks(ids):
-        reasons = _reasons_not_to_retry(connection, chunk)
+        reasons = due.reasons_not_to_retry(connection, chunk)
         refusals += reasons.values()
         retried = [delivery_id for delivery_id in chunk if delivery_id not in reasons]
-        # The error of the last attempt stays until the next one.
-        count += _move(
-            connection, "status = 'dead'", "pending", _ANEW, "delivery_id IN :ids", ids=retried, now=now
-        )
+        if retried:
+            where, given = "delivery_id IN :ids", {"ids": retried, "now": now}
+            count += _move(connection, "status = 'dead'", "pending", _DUE_ANEW, where, **given)
     return Retried(count, refusals)
 
 
-def _reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[int, str]:
-    found = connection.execute(
-        sa.select(tables.deliveries).where(tables.deliveries.c.delivery_id.in_(ids))
-    ).all()
-    by_id = {row.delivery_id: row for row in found}
-    newer = due.superseded_traits(connection, [row for row in found if row.status == "dead"])
-    reasons = {}
-    for delivery_id in ids:
-        row = by_id.get(delivery_id)
-        if row is None:
-            reasons[delivery_id] = f"There is no delivery {delivery_id}."
-        elif row.status != "dead":
-            reasons[delivery_id] = f"Delivery {delivery_id} is {row.status}, not dead."
-        elif row.body and newer.get(delivery_id, set()).issuperset(row.body):
-            reasons[delivery_id] = f"Delivery {delivery_id} is {SUPERSEDED}."
-    return reasons
-
-
 def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -> int:
-    """Cancel dead and pending deliveries, and held ones unless their run is held; Userpilot is not informed."""
-    before = f"(status IN ('dead', 'pending') OR (status = 'held' AND {_NOT_OF_HELD_RUN}))"
-    also = "settled_at = :now, error = COALESCE(error || '; ', '') || :reason, quiet_until = NULL"
+    """Cancel dead and pending deliveries, and held ones unless their run is held; return how many."""
+    before = f"(status IN ('dead', 'pending') OR ({_HELD_BUT_NOT_BY_RUN}))"
+    assignments = "settled_at = :now, error = COALESCE(error || '; ', '') || :reason, quiet_until = NULL"
     given: dict[str, Any] = {"now": now, "reason": "discarded by hand"}
     return sum(
-        _move(connection, before, "cancelled", also, "delivery_id IN :ids", ids=list(chunk), **given)
+        _move(connection, before, "cancelled", assignments, "delivery_id IN :ids", ids=list(chunk), **given)
         for chunk in chunks(ids)
     )

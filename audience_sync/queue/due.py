@@ -12,14 +12,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.db import tables
 from audience_sync.db.dialects import chunks, is_sqlite, sql
-from audience_sync.db.tables import PENDING, SENDING, UNSETTLED
-from audience_sync.queue.outcomes import Delivery, Status
+from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries, runs
+from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order in which they are claimed
-LONGEST_REQUEST = dt.timedelta(minutes=15)
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the user's first identify
 
 # The subject is busy, or an isolated newer value must be sent before this one. Of the deliveries that are due, the
@@ -63,13 +61,11 @@ def not_by_index(column: sa.Column[str]) -> sa.ColumnElement[str]:
 
 def _pending_by_full_index() -> sa.ColumnElement[bool]:
     """Pending, in a form that no partial index matches, but the status column of a full one does."""
-    return tables.deliveries.c.status.in_(("pending", ""))
+    return deliveries.c.status.in_(("pending", ""))
 
 
 def _pending_by_claim_index(action: str, delivery_class: str) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        tables.deliveries.c.action == action, tables.deliveries.c["class"] == delivery_class, PENDING
-    )
+    return sa.and_(deliveries.c.action == action, deliveries.c["class"] == delivery_class, PENDING)
 
 
 def subjects_due(
@@ -161,7 +157,7 @@ def pending_of(
     statement = _PENDING_TRACKS if action == "track" else _PENDING
     if fingerprint is not None:
         statement = statement.where(
-            sa.or_(tables.deliveries.c.fingerprint == fingerprint, tables.deliveries.c.fingerprint.is_(None))
+            sa.or_(deliveries.c.fingerprint == fingerprint, deliveries.c.fingerprint.is_(None))
         )
     by_subject: dict[str, list[Delivery]] = {subject: [] for subject in subjects}
     for row in connection.execute(statement, {"action": action, "subjects": subjects}):
@@ -187,28 +183,28 @@ def pending_of(
     return [group for group in pending if locked.issuperset(delivery.delivery_id for delivery in group)]
 
 
-_ID = tables.deliveries.c.delivery_id
-_IS_PENDING = tables.deliveries.c.status == "pending"
+_ID = deliveries.c.delivery_id
+_IS_PENDING = deliveries.c.status == "pending"
 _OF_SUBJECTS = sa.and_(
-    tables.deliveries.c.subject_id.in_(sa.bindparam("subjects", expanding=True)),
-    not_by_index(tables.deliveries.c.action) == sa.bindparam("action"),
+    deliveries.c.subject_id.in_(sa.bindparam("subjects", expanding=True)),
+    not_by_index(deliveries.c.action) == sa.bindparam("action"),
     UNSETTLED,  # for the index by subject
     PENDING,
 )
 _COLUMNS = sa.select(
     _ID,
-    tables.deliveries.c.subject_id,
-    tables.deliveries.c.body,
-    tables.deliveries.c.value_at,
-    tables.deliveries.c.call_id,
-    tables.deliveries.c.alone,
-    tables.deliveries.c.attempt_count,
-    tables.deliveries.c.first_attempt_at,
-    tables.deliveries.c.next_attempt_at,
+    deliveries.c.subject_id,
+    deliveries.c.body,
+    deliveries.c.value_at,
+    deliveries.c.call_id,
+    deliveries.c.alone,
+    deliveries.c.attempt_count,
+    deliveries.c.first_attempt_at,
+    deliveries.c.next_attempt_at,
 )
 _PENDING = _COLUMNS.where(_OF_SUBJECTS)
 _PENDING_TRACKS = _COLUMNS.where(
-    _ID.in_(sa.select(sa.func.min(_ID)).where(_OF_SUBJECTS).group_by(tables.deliveries.c.subject_id)),
+    _ID.in_(sa.select(sa.func.min(_ID)).where(_OF_SUBJECTS).group_by(deliveries.c.subject_id)),
     _IS_PENDING,
 )
 _LOCK = (
@@ -247,23 +243,23 @@ def _newer_values(
     connection: sa.Connection, by_subject: dict[tuple[str, str], list[Any]], statuses: Collection[Status]
 ) -> dict[tuple[str, str], list[Any]]:
     """Return the deliveries of these subjects since the oldest of the values, by subject, oldest first."""
-    rejected = sa.select(tables.runs.c.run_id).where(tables.runs.c.status == "rejected")
+    rejected = sa.select(runs.c.run_id).where(runs.c.status == "rejected")
     rows = connection.execute(
         sa.select(
             _ID,
-            tables.deliveries.c.action,
-            tables.deliveries.c.subject_id,
-            tables.deliveries.c.value_at,
-            tables.deliveries.c.body,
+            deliveries.c.action,
+            deliveries.c.subject_id,
+            deliveries.c.value_at,
+            deliveries.c.body,
         ).where(
-            tables.deliveries.c.subject_id.in_({subject_id for _, subject_id in by_subject}),
-            tables.deliveries.c.value_at
+            deliveries.c.subject_id.in_({subject_id for _, subject_id in by_subject}),
+            deliveries.c.value_at
             >= min(value.value_at for values in by_subject.values() for value in values),
-            tables.deliveries.c.status.in_(list(statuses)),
+            deliveries.c.status.in_(list(statuses)),
             sa.or_(
-                tables.deliveries.c.status != "cancelled",
-                tables.deliveries.c.run_id.is_(None),
-                tables.deliveries.c.run_id.not_in(rejected),  # the values of a rejected run never held
+                deliveries.c.status != "cancelled",
+                deliveries.c.run_id.is_(None),
+                deliveries.c.run_id.not_in(rejected),  # the values of a rejected run never held
             ),
         )
     )
@@ -271,6 +267,27 @@ def _newer_values(
     for row in sorted(rows, key=_age):
         newer.setdefault((row.action, row.subject_id), []).append(row)
     return newer
+
+
+def reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[int, str]:
+    """Return why some of these deliveries must not get a new attempt.
+
+    A value is superseded if its subject has a newer one of the same trait, whatever the newer one's status: each
+    change of a membership is a delivery, so the older value is no longer true.
+    """
+    rows = connection.execute(sa.select(deliveries).where(deliveries.c.delivery_id.in_(ids))).all()
+    by_id = {row.delivery_id: row for row in rows}
+    newer = superseded_traits(connection, [row for row in rows if row.status == "dead"])
+    reasons = {}
+    for delivery_id in ids:
+        row = by_id.get(delivery_id)
+        if row is None:
+            reasons[delivery_id] = f"There is no delivery {delivery_id}."
+        elif row.status != "dead":
+            reasons[delivery_id] = f"Delivery {delivery_id} is {row.status}, not dead."
+        elif row.body and newer.get(delivery_id, set()).issuperset(row.body):
+            reasons[delivery_id] = f"Delivery {delivery_id} is {SUPERSEDED}."
+    return reasons
 
 
 def _age(value: Any) -> tuple[dt.datetime, int]:
@@ -300,11 +317,11 @@ def next_due(connection: sa.Connection, now: dt.datetime) -> list[DueMoment]:
     return moments
 
 
-_DUE_AT = tables.deliveries.c.next_attempt_at
+_DUE_AT = deliveries.c.next_attempt_at
 _NOW = sa.bindparam("now", type_=_DUE_AT.type)
 _SINCE = sa.bindparam("since", type_=_DUE_AT.type)
 _GRACE_UNTIL = sa.case(  # never after its _DUE_AT
-    (tables.deliveries.c.quiet_until > _NOW, tables.deliveries.c.quiet_until)
+    (deliveries.c.quiet_until > _NOW, deliveries.c.quiet_until)
 )
 _NEXT_DUE = sa.union_all(
     *(
@@ -338,13 +355,13 @@ def are_waiting(
     connection: sa.Connection, run_ids: Collection[int], call_ids: Collection[int], now: dt.datetime
 ) -> bool:
     """Return whether deliveries of these runs and calls wait to be claimed for the first time."""
-    for origin, ids in ((tables.deliveries.c.run_id, run_ids), (tables.deliveries.c.call_id, call_ids)):
+    for origin, ids in ((deliveries.c.run_id, run_ids), (deliveries.c.call_id, call_ids)):
         for chunk in chunks(ids):
-            statement = sa.select(tables.deliveries.c.delivery_id).where(
+            statement = sa.select(deliveries.c.delivery_id).where(
                 origin.in_(chunk),
                 _pending_by_full_index(),
-                tables.deliveries.c.attempt_count == 0,
-                tables.deliveries.c.next_attempt_at <= now,
+                deliveries.c.attempt_count == 0,
+                deliveries.c.next_attempt_at <= now,
             )
             if connection.execute(statement.limit(1)).first() is not None:
                 return True
@@ -353,12 +370,12 @@ def are_waiting(
 
 def counts(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> dict[str, int]:
     """Count deliveries by status."""
-    return _count_by(connection, tables.deliveries.c.status, *where)
+    return _count_by(connection, deliveries.c.status, *where)
 
 
 def pending_counts(connection: sa.Connection) -> dict[str, int]:
     """Count what is pending or being sent by action."""
-    return _count_by(connection, tables.deliveries.c.action, UNSETTLED)
+    return _count_by(connection, deliveries.c.action, UNSETTLED)
 
 
 def _count_by(
@@ -374,25 +391,5 @@ def pending_count(connection: sa.Connection) -> int:
 
 def is_anything_pending(connection: sa.Connection) -> bool:
     """Return whether `pending_count` is more than 0, in a time that does not depend on the queue's length."""
-    one = sa.select(tables.deliveries.c.delivery_id).where(UNSETTLED).limit(1)
+    one = sa.select(deliveries.c.delivery_id).where(UNSETTLED).limit(1)
     return connection.execute(one).first() is not None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestEnd:
-    lane: str
-    ended_at: dt.datetime
-
-
-def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[RequestEnd]:
-    """Return the ends of the live lanes' requests since a moment, oldest first: Userpilot may have counted them."""
-    rows = connection.execute(
-        sa.select(tables.requests.c.lane, tables.requests.c.ended_at)
-        .where(
-            tables.requests.c.lane.in_(LANES),
-            tables.requests.c.started_at > since - LONGEST_REQUEST,  # for the index
-            tables.requests.c.ended_at > since,
-        )
-        .order_by(tables.requests.c.ended_at)
-    )
-    return [RequestEnd(row.lane, row.ended_at) for row in rows]

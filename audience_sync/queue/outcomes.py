@@ -12,7 +12,8 @@ from typing import Any
 
 from audience_sync.userpilot.answers import Answer, Outcome
 
-SUPERSEDED = "overtaken by a newer value"
+SUPERSEDED = "superseded by a newer value"
+SUPERSEDED_BEFORE_RENAMING = "overtaken by a newer value"  # in deliveries of jobs that an older version began
 NOT_REPEATED = "Not repeated (track_policy at_most_once)"
 
 GIVE_UP_ATTEMPTS = 8

@@ -22,7 +22,7 @@ from audience_sync import crash, logs
 from audience_sync.clock import Clock
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import DatabaseError, LeaseLost
-from audience_sync.queue import bulk, deliveries, destination, due, job_state, outcomes, split
+from audience_sync.queue import bulk, deliveries, destination, due, job_state, outcomes, requests, split
 from audience_sync.queue.pace import WINDOW_SECONDS, Lane
 from audience_sync.queue.senders import Senders
 from audience_sync.userpilot.answers import Answer, Outcome
@@ -48,7 +48,7 @@ _NOT_SENT = Answer(
     Outcome.FAILED, None, None, "Not sent: this process stood still, and another may be in its place", None
 )
 _MAY_COME = "an event of which nobody knows whether it came may come yet"
-Reply = tuple[deliveries.ClaimedRequest | job_state.JobRequest, Answer]
+Reply = tuple[requests.ClaimedRequest | job_state.JobRequest, Answer]
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Settings:
 class _Cycle:
     """What a cycle's transaction decided."""
 
-    claims: list[deliveries.ClaimedRequest]
+    claims: list[requests.ClaimedRequest]
     bulk: bulk.Step
     send_by: float  # monotonic seconds
     wait_seconds: float
@@ -118,7 +118,7 @@ class Worker:
     _look_at: dict[tuple[str, str], float] = field(default_factory=dict)
     _slow_downs: dict[str, Any] = field(default_factory=dict)
     _paused: set[str] = field(default_factory=set)
-    _in_flight: dict[int, deliveries.ClaimedRequest] = field(default_factory=dict)
+    _in_flight: dict[int, requests.ClaimedRequest] = field(default_factory=dict)
     _turn: int = 0
     _began_at: float = 0.0
     _settled_count: int = 0
@@ -168,7 +168,7 @@ class Worker:
         window = self.settings.window_seconds
         self._lanes = {name: Lane(self.settings.per_minute[name], window) for name in due.LANES}
         self._recover(connection, ())
-        for end in due.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
+        for end in requests.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
             self._lanes[end.lane].ended.append(monotonic - max(0.0, (now - end.ended_at).total_seconds()))
         self._slow_downs = destination.slow_downs(connection)
         for name, slow in self._slow_downs.items():
@@ -186,7 +186,7 @@ class Worker:
         stopped = destination.stopped(connection)
         self.report.stopped = stopped and stopped[1]
 
-    def _recover(self, connection: sa.Connection, answered: Sequence[deliveries.EndedRequest]) -> None:
+    def _recover(self, connection: sa.Connection, answered: Sequence[requests.EndedRequest]) -> None:
         known = [*self._in_flight, *(each.request_id for each in answered)]
         lost = deliveries.recover(
             connection,
@@ -209,7 +209,7 @@ class Worker:
 
     def _work(self, lease: leases.Lease) -> bool:
         """One tenure; True where more became due after it ended."""
-        ended: list[deliveries.EndedRequest] = []
+        ended: list[requests.EndedRequest] = []
         try:
             with self.open_senders() as senders:
                 while True:
@@ -244,7 +244,7 @@ class Worker:
     def _is_ending(self) -> bool:
         return self.stop.is_set() or self.report.stopped is not None
 
-    def _cycle(self, lease: leases.Lease, ended: list[deliveries.EndedRequest]) -> _Cycle:
+    def _cycle(self, lease: leases.Lease, ended: list[requests.EndedRequest]) -> _Cycle:
         """Run a cycle's transaction; where the server went away, once more when it is back."""
         pauses = list(RECONNECT_SECONDS)
         while True:
@@ -283,7 +283,7 @@ class Worker:
         self,
         connection: sa.Connection,
         lease: leases.Lease,
-        ended: list[deliveries.EndedRequest],
+        ended: list[requests.EndedRequest],
         send_by: float,
     ) -> _Cycle:
         if ended:
@@ -308,9 +308,9 @@ class Worker:
             leases.release(connection, lease)
         return _Cycle(found, job_step, send_by, wait, is_over)
 
-    def _claim(self, connection: sa.Connection, epoch: int) -> list[deliveries.ClaimedRequest]:
+    def _claim(self, connection: sa.Connection, epoch: int) -> list[requests.ClaimedRequest]:
         """What may start now: calls before changes before pushes, the lanes in turn, each within its limit."""
-        found: list[deliveries.ClaimedRequest] = []
+        found: list[requests.ClaimedRequest] = []
         now, monotonic = self.clock.now(), self.clock.monotonic()
         self._turn += 1
         due.prefer_index_scans(connection)
@@ -346,11 +346,11 @@ class Worker:
         """How long to leave a queue alone that gave less than there was room for: longer where looking takes long."""
         return max(self.settings.poll_seconds, 5 * (self.clock.monotonic() - since))
 
-    def _send(self, claimed: deliveries.ClaimedRequest, send_by: float) -> Reply:
+    def _send(self, claimed: requests.ClaimedRequest, send_by: float) -> Reply:
         """Not when the lease may be another's: then the same users may have been told newer values."""
         return claimed, _NOT_SENT if self.clock.monotonic() > send_by else self._answer(claimed)
 
-    def _answer(self, claimed: deliveries.ClaimedRequest) -> Answer:
+    def _answer(self, claimed: requests.ClaimedRequest) -> Answer:
         try:
             body = outcomes.body_of(claimed.deliveries)
             path, payload = self.settings.build(claimed.action, claimed.subject_id, body)
@@ -384,7 +384,7 @@ class Worker:
             if not is_asking:
                 self.clock.sleep(min(left, self.settings.poll_seconds))
 
-    def _take_in(self, brought: list[Reply]) -> list[deliveries.EndedRequest]:
+    def _take_in(self, brought: list[Reply]) -> list[requests.EndedRequest]:
         ended = []
         for asked, answer in brought:
             if isinstance(asked, job_state.JobRequest):
@@ -395,7 +395,7 @@ class Worker:
                 ended.append(self._end(asked, answer))
         return ended
 
-    def _end(self, claimed: deliveries.ClaimedRequest, answer: Answer) -> deliveries.EndedRequest:
+    def _end(self, claimed: requests.ClaimedRequest, answer: Answer) -> requests.EndedRequest:
         """Take an answer in: all but the database learns of it here, so that the database may be asked again."""
         now = self.clock.now()
         del self._in_flight[claimed.request_id]
@@ -416,7 +416,7 @@ class Worker:
         ):  # the subject's next may be due at once
             for delivery_class in due.CLASSES:
                 self._look_at.pop((claimed.action, delivery_class), None)
-        return deliveries.EndedRequest(
+        return requests.EndedRequest(
             claimed.request_id, now, answer.status_code, answer.x_request_id, answer.error, settlements
         )
 

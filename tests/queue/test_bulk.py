@@ -115,7 +115,7 @@ def test_a_users_values_are_one_row_and_the_overwritten_ones_are_cancelled(hand_
     assert [rows for _, rows in userpilot.uploads()] == [149]  # one was under way when the job was begun
     last = hand_queue.rows(deliveries.c.subject_id == "u199")
     assert [(each.status, each.error) for each in last] == [
-        ("cancelled", "overtaken by a newer value"), ("accepted", None), ("accepted", None),
+        ("cancelled", "superseded by a newer value"), ("accepted", None), ("accepted", None),
     ]  # fmt: skip
     assert userpilot.state.users["u199"]["properties"] == {"vip": True, "active": True}
 

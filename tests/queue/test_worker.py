@@ -58,7 +58,7 @@ def test_what_is_overwritten_is_cancelled_when_the_newer_value_is_accepted(queue
     worker_of().deliver()
 
     first, second = queue.rows()
-    assert (first.status, first.error) == ("cancelled", "overtaken by a newer value")
+    assert (first.status, first.error) == ("cancelled", "superseded by a newer value")
     assert second.status == "accepted"
     (request,) = queue.requests()
     assert second.request_id == request.request_id
@@ -295,7 +295,7 @@ def test_a_call_that_comes_late_does_not_bring_back_an_older_value(queue, worker
     assert [(row.status, row.error) for row in queue.rows()] == [
         ("accepted", None),
         ("accepted", None),
-        ("cancelled", "overtaken by a newer value"),
+        ("cancelled", "superseded by a newer value"),
     ]
 
 

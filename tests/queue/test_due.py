@@ -1,4 +1,4 @@
-"""Which values newer ones have overtaken, beside a model that compares each with each."""
+"""Superseded values, beside a model that compares each value with each."""
 
 import datetime as dt
 import random

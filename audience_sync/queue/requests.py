@@ -1,0 +1,109 @@
+"""Rows of HTTP requests: each is recorded before it is sent, and completed after. They also keep the pace.
+
+The uploads of bulk jobs are requests, too: jobs.py. Every function runs in its caller's transaction.
+"""
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from audience_sync.db import tables
+from audience_sync.queue.due import LANES
+from audience_sync.queue.outcomes import Delivery, Settlement
+
+LONGEST_REQUEST = dt.timedelta(minutes=15)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedRequest:
+    """A request that is about to be sent, with its deliveries, oldest value first."""
+
+    request_id: int
+    action: str
+    subject_id: str
+    is_push: bool
+    deliveries: list[Delivery]
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRequest:
+    """A request that was answered, or never will be, and the next states of its deliveries."""
+
+    request_id: int
+    ended_at: dt.datetime
+    status_code: int | None
+    x_request_id: str | None
+    error: str | None
+    settlements: list[Settlement]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnd:
+    lane: str
+    ended_at: dt.datetime
+
+
+def record_requests(
+    connection: sa.Connection, lane: str, epoch: int, delivery_counts: Sequence[int], now: dt.datetime
+) -> Sequence[int]:
+    """Record that requests with so many deliveries start; return their ids in this order."""
+    rows = [
+        {"lane": lane, "epoch": epoch, "started_at": now, "delivery_count": count}
+        for count in delivery_counts
+    ]
+    return connection.execute(_INSERT, rows).scalars().all()
+
+
+_INSERT = tables.requests.insert().returning(tables.requests.c.request_id, sort_by_parameter_order=True)
+
+
+def end_requests(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
+    """Record how requests ended."""
+    rows = [
+        {
+            "id": request.request_id,
+            "ended": request.ended_at,
+            "code": request.status_code,
+            "x_id": request.x_request_id,
+            "message": request.error,
+        }
+        for request in ended
+    ]
+    connection.execute(_END, rows)
+
+
+_END = (
+    tables.requests.update()
+    .where(tables.requests.c.request_id == sa.bindparam("id"))
+    .values(
+        ended_at=sa.bindparam("ended"),
+        status_code=sa.bindparam("code"),
+        x_request_id=sa.bindparam("x_id"),
+        error=sa.bindparam("message"),
+    )
+)
+
+
+def end_lost_requests(connection: sa.Connection, ids: sa.Select[int], now: dt.datetime, error: str) -> None:
+    """End those of the requests that have no end: nobody waits for their answers any more."""
+    connection.execute(
+        tables.requests.update()
+        .where(tables.requests.c.ended_at.is_(None), tables.requests.c.request_id.in_(ids))
+        .values(ended_at=now, error=error)
+    )
+
+
+def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[RequestEnd]:
+    """Return the ends of the live lanes' requests since a moment, oldest first: Userpilot may have counted them."""
+    rows = connection.execute(
+        sa.select(tables.requests.c.lane, tables.requests.c.ended_at)
+        .where(
+            tables.requests.c.lane.in_(LANES),
+            tables.requests.c.started_at > since - LONGEST_REQUEST,  # for the index
+            tables.requests.c.ended_at > since,
+        )
+        .order_by(tables.requests.c.ended_at)
+    )
+    return [RequestEnd(row.lane, row.ended_at) for row in rows]
