@@ -77,7 +77,7 @@ def save_calls(
     `user_by_user`: queue the deliveries sorted by user, and only each user's own in the order of the calls. A database
     stores many at once sooner that way, as it touches each page of an index by user once.
     """
-    erasure.keep_out_erasures(connection)
+    erasure.block_erasures(connection)
     unique: dict[str, PreparedCall] = {}
     for call in prepared:
         unique.setdefault(call.message_id, call)

@@ -276,8 +276,8 @@ def start_in_job(
 ) -> None:
     """Put pending deliveries into a bulk job.
 
-    They are `sending` until the job is settled, so that no other lane sends to their users. Those that a newer value
-    in the same row supersedes are marked by their `error`.
+    They are `sending` until the job is settled, so that no other lane sends to their users. Only those that a newer
+    value in the same row supersedes have an `error` meanwhile.
     """
     lists = {"ids": json.dumps(list(ids)), "superseded_ids": json.dumps(list(superseded_ids))}
     chosen, superseded = (_list(connection, name) for name in lists)
@@ -330,7 +330,7 @@ def settle_job(
 
 def _after_job(job_status: str, error: str | None, now: dt.datetime, grace: dt.timedelta) -> dict[str, Any]:
     if job_status == "completed":
-        is_superseded = deliveries.c.error.in_((SUPERSEDED, outcomes.SUPERSEDED_BEFORE_RENAMING))
+        is_superseded = deliveries.c.error.is_not(None)  # whatever an older version wrote there
         status = sa.case((is_superseded, "cancelled"), else_="accepted")
         return {"status": status, "error": sa.case((is_superseded, SUPERSEDED)), "settled_at": now}
     pending = {"status": "pending", "error": error}
@@ -458,7 +458,7 @@ def other_fingerprints_of_calls(connection: sa.Connection, fingerprint: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """How many deliveries got a new attempt, and why the others did not."""
+    """The number of deliveries that got a new attempt, and the reasons why the others did not."""
 
     count: int
     refusals: list[str]

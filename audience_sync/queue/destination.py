@@ -7,7 +7,7 @@ until a person decides; the messages below say how.
 import datetime as dt
 import json
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import sqlalchemy as sa
 
@@ -71,9 +71,15 @@ def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
     )
 
 
-def stopped(connection: sa.Connection) -> tuple[dt.datetime, str] | None:
+class Stopped(NamedTuple):
+    at: dt.datetime
+    reason: str
+
+
+def stopped(connection: sa.Connection) -> Stopped | None:
+    """Return since when and why nothing is sent; None if it is."""
     row = connection.execute(sa.select(destination)).one_or_none()
-    return None if row is None or row.stopped_at is None else (row.stopped_at, row.stopped_reason)
+    return None if row is None or row.stopped_at is None else Stopped(row.stopped_at, row.stopped_reason)
 
 
 class KeyValidator(Protocol):
@@ -87,7 +93,7 @@ def try_to_resume(engine: sa.Engine, validator: KeyValidator) -> str | None:
     if stop_now is None:
         return None
     if validator.validate().outcome is Outcome.UNAUTHORISED:
-        return stop_now[1]
+        return stop_now.reason
     with engines.write(engine) as connection:
         resume(connection)
     return None

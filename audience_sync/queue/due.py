@@ -1,4 +1,4 @@
-"""Which deliveries may be claimed, which are superseded, and how many wait. Only queries; deliveries.py changes them.
+"""Queries: deliveries that may be claimed, that are superseded, and that wait. deliveries.py changes them.
 
 A subject is a user or a company. Its deliveries wait while one of them is being sent, and after an unknown outcome.
 Every function runs in its caller's transaction.
@@ -131,7 +131,7 @@ def _due(
 
 
 def idle_users(connection: sa.Connection, users: list[str], now: dt.datetime) -> list[str]:
-    """Return those of the users for whom nothing is being sent, was attempted, or waits after an unknown outcome."""
+    """Return the users of these with no request under way, no attempt behind them and no grace to wait for."""
     busy = sql(
         connection,
         "SELECT DISTINCT d.subject_id FROM {our}deliveries d WHERE d.subject_id IN :users AND d.action = 'identify' "

@@ -13,13 +13,12 @@ from typing import Any
 from audience_sync.userpilot.answers import Answer, Outcome
 
 SUPERSEDED = "superseded by a newer value"
-SUPERSEDED_BEFORE_RENAMING = "overtaken by a newer value"  # in deliveries of jobs that an older version began
 NOT_REPEATED = "Not repeated (track_policy at_most_once)"
 
 GIVE_UP_ATTEMPTS = 8
 GIVE_UP_AFTER = dt.timedelta(hours=4)
 LONGEST_BACKOFF_SECONDS = 900.0
-GRACE = dt.timedelta(seconds=3)  # after an unknown outcome: time for a late request to be applied
+GRACE = dt.timedelta(seconds=3)  # after an unknown outcome, for a late request to be applied
 
 
 class Status(StrEnum):
@@ -65,11 +64,11 @@ class Settlement:
 
 
 def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]:
-    """Of a subject's pending deliveries, those that go into its next request, oldest value first.
+    """Return those of a subject's pending deliveries that go into its next request, oldest value first.
 
-    After a merged request was refused its deliveries go one by one, so that only the refused one dies. The
-    newest goes first, and while it waits the older ones do: an attempt before the refusal may have been applied,
-    and what Userpilot holds since then must not go back. Those that it overtakes then need no request.
+    After a merged request was refused, its deliveries are isolated: sent one by one, so that only the refused one
+    dies. The newest is sent first, and the older ones wait for it: an attempt before the refusal may have been
+    applied, and a value at Userpilot must not be replaced by an older one. What it supersedes needs no request then.
     """
     ordered = sorted(pending, key=lambda delivery: (delivery.value_at, delivery.delivery_id))
     waiting = [n for n, each in enumerate(ordered, 1) if each.isolated and each.next_attempt_at > now]
@@ -79,18 +78,18 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
 
 @dataclass(frozen=True, slots=True)
 class Trimmed:
-    """A subject's deliveries without overtaken traits, and those that have nothing left to say."""
+    """A subject's deliveries without superseded traits, and the ids of those that have no trait left."""
 
     left: list[Delivery]
     superseded: list[int]
 
 
 def without_superseded(ordered: Sequence[Delivery], newer: Mapping[int, Collection[str]]) -> Trimmed:
-    """Leave out the traits of which Userpilot has accepted newer values; `newer` names them by delivery."""
+    """Remove the traits of which Userpilot has accepted newer values; `newer` names them by delivery."""
     left, superseded = [], []
     for delivery in ordered:
-        gone = newer.get(delivery.delivery_id, ())
-        body = {trait: value for trait, value in delivery.body.items() if trait not in gone}
+        removed = newer.get(delivery.delivery_id, ())
+        body = {trait: value for trait, value in delivery.body.items() if trait not in removed}
         if body or not delivery.body:
             left.append(replace(delivery, body=body))
         else:
@@ -99,7 +98,7 @@ def without_superseded(ordered: Sequence[Delivery], newer: Mapping[int, Collecti
 
 
 def body_of(ordered: Sequence[Delivery]) -> dict[str, Any]:
-    """The newest value of each trait."""
+    """Merge bodies: the newest value of each trait."""
     merged: dict[str, Any] = {}
     for delivery in ordered:
         merged |= delivery.body
@@ -107,14 +106,14 @@ def body_of(ordered: Sequence[Delivery]) -> dict[str, Any]:
 
 
 def carried(ordered: Sequence[Delivery]) -> set[int]:
-    """Those of whose values at least one is in the merged body; one that says nothing is carried, too."""
+    """Return the ids of deliveries with a value in the merged body, and of those with an empty body."""
     owners = {trait: delivery.delivery_id for delivery in ordered for trait in delivery.body}
     return set(owners.values()) | {delivery.delivery_id for delivery in ordered if not delivery.body}
 
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How a failed attempt is repeated. `tracks_at_most_once`: not when its outcome is unknown."""
+    """Rules for repeating a failed attempt. `tracks_at_most_once`: no track is repeated after an unknown outcome."""
 
     chance: random.Random
     grace: dt.timedelta = GRACE
@@ -127,10 +126,10 @@ def decide(
     """Decide the next state of each delivery of a request that was answered."""
     match answer.outcome:
         case Outcome.ACCEPTED:
-            told = carried(ordered)
+            carried_ids = carried(ordered)
             return [
                 Settlement(delivery.delivery_id, Status.ACCEPTED)
-                if delivery.delivery_id in told
+                if delivery.delivery_id in carried_ids
                 else Settlement(delivery.delivery_id, Status.CANCELLED, SUPERSEDED)
                 for delivery in ordered
             ]
@@ -180,5 +179,5 @@ def _retry(delivery: Delivery, answer: Answer, now: dt.datetime, retries: Retrie
 
 
 def backoff_seconds(attempt_count: int, chance: random.Random) -> float:
-    """Full jitter: anywhere up to 1 s, doubling with each attempt to 15 minutes."""
+    """Return a random wait (full jitter) of up to 1 s, a limit that doubles with each attempt up to 15 minutes."""
     return chance.uniform(0, min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(attempt_count - 1, 20)))
