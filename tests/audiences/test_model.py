@@ -41,18 +41,18 @@ class Model:
             changed.append(user)
         for user in changed:
             mine = [each for each in self.sent if each[1] == user]
-            is_unheard = (
+            is_never_sent = (
                 user not in snapshot
                 and any(each[3] == "pending" for each in mine)
                 and not any(each[4] or each[3] in {"accepted", "dead"} for each in mine)
             )
-            if is_unheard:
+            if is_never_sent:
                 for each in mine:
                     if each[3] == "pending":
                         each[3] = "cancelled"
             if not full:
                 self.sent.append(
-                    [run, user, snapshot.get(user), "cancelled" if is_unheard else "pending", False]
+                    [run, user, snapshot.get(user), "cancelled" if is_never_sent else "pending", False]
                 )
         if full:
             for user in USERS:
@@ -119,18 +119,18 @@ def _compare(world, model, key, text):
     expected = sorted(
         [(run, user, f'{{"{key}": {text(value)}}}', status) for run, user, value, status, _ in model.sent]
     )
-    found = world.query("SELECT run_id, subject_id, CAST(body AS text), status FROM {our}deliveries")
-    assert sorted(found) == expected
+    rows = world.query("SELECT run_id, subject_id, CAST(body AS text), status FROM {our}deliveries")
+    assert sorted(rows) == expected
     assert set(world.members(key)) == set(model.held())
     moments = dict(world.query("SELECT run_id, as_of FROM {our}runs"))
     history = world.query('SELECT user_id, value, "from", "to" FROM {our}membership_history')
-    told = text if key == "spend" else lambda _: "true"
+    shown = text if key == "spend" else lambda _: "true"
     wanted = [
-        (user, told(value), moments[start], moments.get(end)) for user, value, start, end in model.history
+        (user, shown(value), moments[start], moments.get(end)) for user, value, start, end in model.history
     ]
     assert sorted(map(repr, history)) == sorted(map(repr, wanted))
     sizes = world.query("SELECT size, entered, exited FROM {our}snapshots ORDER BY run_id")
     size = 0
-    for found_size, entered, exited in sizes:
+    for stored_size, entered, exited in sizes:
         size += entered - exited
-        assert found_size == size
+        assert stored_size == size

@@ -1,6 +1,6 @@
 """Random definitions, changes, syncs, failures and crashes, beside a model of the promises.
 
-The model knows who holds what after each commit, and what Userpilot was told; it knows no tables and no queue.
+The model knows who holds what after each commit, and what was sent to Userpilot; it knows no tables and no queue.
 """
 
 import itertools
@@ -195,20 +195,20 @@ class Machine(RuleBasedStateMachine):
             self.world.clock.sleep(900)
         statuses = {status for (status,) in self.world.query("SELECT status FROM {our}deliveries")}
         assert statuses <= {"accepted", "cancelled", "dead"}
-        told = {}
+        sent = {}
         for user, key, value in self.userpilot.history:
-            told.setdefault((user, key), []).append(value)
+            sent.setdefault((user, key), []).append(value)
         for user, key in itertools.product(USERS, ("some", "few", "points")):
-            self._check_values(told.get((user, key), []), self.committed.get((user, key), []))
+            self._check_values(sent.get((user, key), []), self.committed.get((user, key), []))
 
-    def _check_values(self, told, committed):
+    def _check_values(self, sent, committed):
         """In the order of the commits, repeated only after failures, and in the end true."""
-        if told or committed[-1:] not in ([], [None], [False]):  # else: left before anything was sent
-            assert told[-1:] == committed[-1:]
+        if sent or committed[-1:] not in ([], [None], [False]):  # else: left before anything was sent
+            assert sent[-1:] == committed[-1:]
         if not self.was_faulty:
-            assert all(left != right for left, right in itertools.pairwise(told))
+            assert all(left != right for left, right in itertools.pairwise(sent))
         values = iter(committed)
-        for value, _ in itertools.groupby(told):
+        for value, _ in itertools.groupby(sent):
             assert any(value == each for each in values), "a value went back in time"
 
 

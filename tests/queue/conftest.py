@@ -1,4 +1,4 @@
-"""A queue to fill by hand, a clock that is set by hand, and workers on them."""
+"""A queue that tests fill, a clock that they set, and workers on them."""
 
 import datetime as dt
 import itertools
@@ -22,7 +22,7 @@ FAST = {"identify": 1_000_000, "track": 1_000_000, "company": 1_000_000}
 
 @dataclass
 class HandClock:
-    """Only sleeping makes its time pass."""
+    """A clock whose time passes only by sleeping."""
 
     seconds: float = 0.0
 
@@ -38,7 +38,7 @@ class HandClock:
 
 @dataclass
 class Queue:
-    """Our tables, filled and read without the code under test."""
+    """The queue's tables, filled and read without the code under test."""
 
     engine: sa.Engine
     clock: object = field(default_factory=SystemClock)
@@ -88,8 +88,8 @@ class Queue:
 
     def rows(self, *where):
         with engines.read(self.engine) as connection:
-            found = sa.select(deliveries).where(*where).order_by(deliveries.c.delivery_id)
-            return list(connection.execute(found))
+            query = sa.select(deliveries).where(*where).order_by(deliveries.c.delivery_id)
+            return list(connection.execute(query))
 
     def row(self, delivery_id):
         return self.rows(deliveries.c.delivery_id == delivery_id)[0]
@@ -111,7 +111,7 @@ class Queue:
             )
 
     def crash(self, delivery_id):
-        """Leave a delivery as a process does that is killed while it sends."""
+        """Leave a delivery as a process leaves it that is killed while sending."""
         with engines.write(self.engine) as connection:
             inserted = connection.execute(
                 requests.insert().values(
@@ -125,12 +125,12 @@ class Queue:
             )
 
     def lose_lease(self):
-        """Let another process take over: the lease's epoch grows."""
+        """Raise the lease's epoch, as another process does that takes over."""
         with engines.write(self.engine) as connection:
             connection.execute(leases.update().values(epoch=leases.c.epoch + 1))
 
     def hold_lease(self, seconds=60):
-        """Hold the lease as a process on another host does."""
+        """Take the lease, as a process on another host does."""
         until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)
         with engines.write(self.engine) as connection:
             connection.execute(leases.delete())
@@ -177,7 +177,7 @@ def queue(engine):
 
 @pytest.fixture
 def hand_queue(engine, clock):
-    """A queue whose time is the clock's."""
+    """A queue with the clock that tests set."""
     return Queue(engine, clock)
 
 
@@ -194,7 +194,7 @@ def settings_of(**changes):
 
 @pytest.fixture
 def worker_of(engine, sandbox):
-    """Makes workers that send to the sandbox over its socket."""
+    """Make workers that send to the sandbox over its socket."""
     clients = []
 
     def make(*, on=None, sender=None, clock=None, on_progress=lambda _: None, **changes):

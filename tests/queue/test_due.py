@@ -26,19 +26,19 @@ def row(chance, number):
 
 
 def model(values, rows):
-    found = {}
-    for each in values:
+    superseded = {}
+    for value in values:
         names = {
             name
             for other in rows
             if other.status in NEWER
-            and (other.action, other.subject_id) == (each.action, each.subject_id)
-            and (other.value_at, other.delivery_id) > (each.value_at, each.delivery_id)
+            and (other.action, other.subject_id) == (value.action, value.subject_id)
+            and (other.value_at, other.delivery_id) > (value.value_at, value.delivery_id)
             for name in other.body
         }
         if names:
-            found[each.delivery_id] = names
-    return found
+            superseded[value.delivery_id] = names
+    return superseded
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -49,5 +49,5 @@ def test_each_value_is_compared_with_all_newer_ones(engine, seed):
         rows = connection.execute(sa.select(deliveries)).all()
         values = [each for each in rows if each.status == "pending"]
         chance.shuffle(values)
-        found = {key: set(names) for key, names in due.superseded_traits(connection, values, NEWER).items()}
-    assert found == model(values, rows)
+        superseded = due.superseded_traits(connection, values, NEWER)
+    assert {key: set(names) for key, names in superseded.items()} == model(values, rows)

@@ -1,4 +1,4 @@
-"""No statement of the queue or of its pruning reads a whole table, whatever the statistics say."""
+"""Statements of the queue and of pruning use indexes, whatever the statistics say; none reads a whole table."""
 
 import datetime as dt
 import re
@@ -42,7 +42,7 @@ def delivery(number, action, status):
 
 @pytest.fixture(params=["unknown", "known"])
 def filled(engine, request):
-    """A queue with a long history and much to do, of which PostgreSQL's statistics know or do not know."""
+    """A long queue with a long history, with and without statistics of it in PostgreSQL."""
     rows = [delivery(number, "identify", "accepted") for number in range(1, SETTLED + 1)]
     rows += [
         delivery(number, action, "pending") for action in ("identify", "track") for number in range(PENDING)
@@ -58,8 +58,8 @@ def filled(engine, request):
 
 @pytest.fixture
 def plans(filled):
-    """Each statement that is run, with its plan."""
-    found = []
+    """Record each statement with its plan."""
+    recorded = []
 
     def explain(connection, _cursor, statement, parameters, *_):
         if statement.lstrip().upper().startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
@@ -68,37 +68,37 @@ def plans(filled):
             cursor.execute(
                 f"{how} {statement}", parameters[0] if isinstance(parameters, list) else parameters
             )
-            found.append((statement, [str(row[-1]) for row in cursor.fetchall()]))
+            recorded.append((statement, [str(row[-1]) for row in cursor.fetchall()]))
 
     sa.event.listen(filled, "before_cursor_execute", explain)
-    yield found
+    yield recorded
     sa.event.remove(filled, "before_cursor_execute", explain)
 
 
-def assert_by_index(plans, backend, *, but=()):
+def assert_uses_indexes(plans, backend, *, but=()):
     for statement, plan in plans:
         whole = [line for line in plan if WHOLE[backend].search(line)]
         assert not whole or any(each in statement for each in but), (statement, plan)
 
 
-def test_delivering_goes_by_indexes(plans, backend, worker_of):
+def test_delivery_uses_indexes(plans, backend, worker_of):
     worker = worker_of(on_progress=lambda report: report.accepted_count > 60 and worker.stop.set())
     worker.deliver()
     run = " ".join(statement for statement, _ in plans)
     assert all(words in run for words in ("NOT EXISTS", "UPDATE", "requests SET ended_at", "min("))
-    # PostgreSQL may: once a tenure, to recover; and into a hash in memory, to see whose tracks wait for an identify.
+    # PostgreSQL may: to recover, once when a process takes over; and to build a hash of tracks that wait for an identify.
     once = ["ended_at IS NULL", "b.action = 'track'"] if backend == "postgresql" else []
-    assert_by_index(plans, backend, but=once)
+    assert_uses_indexes(plans, backend, but=once)
 
 
-def test_pruning_goes_by_indexes_in_small_pieces(plans, filled, backend, monkeypatch):
+def test_pruning_uses_indexes_and_small_transactions(plans, filled, backend, monkeypatch):
     monkeypatch.setattr(pruning, "CHUNK", 500)
     monkeypatch.setattr(pruning, "STRETCH", 2_000)
-    removed = pruning.prune(filled, Retention(DAY, DAY, DAY, DAY), LATELY, seconds=60)
-    assert (removed["deliveries"], removed["requests"]) == (SETTLED, SETTLED)
-    deletions = [statement for statement, _ in plans if statement.startswith("DELETE")]
-    assert len(deletions) >= 2 * SETTLED / 500
-    assert all("LIMIT" in statement for statement in deletions)
-    # SQLite walks a table in the order of its key until the limit without saying so.
-    assert_by_index(plans, backend, but=["LIMIT"] if backend == "sqlite" else [])
+    deleted = pruning.prune(filled, Retention(DAY, DAY, DAY, DAY), LATELY, seconds=60)
+    assert (deleted["deliveries"], deleted["requests"]) == (SETTLED, SETTLED)
+    delete_statements = [statement for statement, _ in plans if statement.startswith("DELETE")]
+    assert len(delete_statements) >= 2 * SETTLED / 500
+    assert all("LIMIT" in statement for statement in delete_statements)
+    # SQLite's plan does not say that it reads a table in the order of its key only up to the limit.
+    assert_uses_indexes(plans, backend, but=["LIMIT"] if backend == "sqlite" else [])
     assert not any("TEMP B-TREE" in line for _, plan in plans for line in plan)

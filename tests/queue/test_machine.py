@@ -1,6 +1,6 @@
-"""Random changes, calls, faults and crashes against the promises, in the clock's time and in memory.
+"""Random changes, calls, faults and crashes, checked against the promises. Time is the test's; Userpilot is in memory.
 
-The newest value is by its time, then its arrival. A value is unique, so that a history tells who wrote it.
+The newest value has the newest time, then the latest arrival. Values are unique, so a history shows their origin.
 """
 
 import datetime as dt
@@ -100,7 +100,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(after=st.integers(1, 3))
     def crash(self, after):
-        """Die between two cycles: what is claimed is not sent, what is in flight is not settled."""
+        """Die between two cycles: claimed requests are not sent, and requests in flight are not settled."""
         self.was_faulty = True
 
         def die(report):
@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(hand=st.booleans())
     def act(self, hand):
-        """Somebody gives the dead a new attempt, or discards one of them."""
+        """Retry all dead deliveries, or discard one of them."""
         with engines.write(self.queue.engine) as connection:
             if hand:
                 life.retry(connection, None, self.clock.now())
@@ -135,7 +135,7 @@ class Machine(RuleBasedStateMachine):
         self._check_histories()
 
     def _check_accounts(self):
-        """Each delivery is accepted, or dead or cancelled with a reason."""
+        """Check that each delivery is accepted, or dead or cancelled with a reason."""
         rows = self.queue.rows()
         assert len(rows) == len(self.order)
         accepted = [row for row in rows if row.status == "accepted"]
@@ -155,10 +155,10 @@ class Machine(RuleBasedStateMachine):
         assert all(row.ended_at for row in self.queue.requests())
 
     def _check_histories(self):
-        told = {}
+        sent = {}
         for user, name, value in self.server.history:
-            told.setdefault((user, name), []).append(value)
-        for (_, name), values in told.items():
+            sent.setdefault((user, name), []).append(value)
+        for (_, name), values in sent.items():
             places = [self.order[value] for value in values]
             if name == "event":
                 assert list(dict.fromkeys(values)) == sorted(set(values), key=lambda v: self.order[v][1])
@@ -170,7 +170,7 @@ class Machine(RuleBasedStateMachine):
                 for name, value in row.body.items():
                     key, place = (row.subject_id, name), (row.value_at, row.delivery_id)
                     newest[key] = max(newest.get(key, (place, value)), (place, value))
-        assert {key: values[-1] for key, values in told.items()} == {
+        assert {key: values[-1] for key, values in sent.items()} == {
             key: value for key, (_, value) in newest.items()
         }
         if not self.was_faulty:

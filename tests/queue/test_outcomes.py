@@ -14,10 +14,19 @@ TRAITS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 3), max_size=3)
 
 
 def delivery(
-    number, body, *, seconds=0, attempts=1, first=NOW, alone=False, due=NOW, action="identify", is_call=True
+    number,
+    body,
+    *,
+    seconds=0,
+    attempts=1,
+    first=NOW,
+    isolated=False,
+    due=NOW,
+    action="identify",
+    is_call=True,
 ):
     at = NOW + dt.timedelta(seconds=seconds)
-    return Delivery(number, action, "u1", body, at, is_call, alone, attempts, first, due)
+    return Delivery(number, action, "u1", body, at, is_call, isolated, attempts, first, due)
 
 
 def answer(outcome, error="words"):
@@ -46,7 +55,7 @@ def test_the_merged_body_is_what_userpilot_would_hold_after_each_in_its_order(it
 
 
 @given(st.lists(TRAITS, min_size=1, max_size=8))
-def test_an_accepted_request_settles_each_delivery_as_carried_or_overtaken(bodies):
+def test_an_accepted_request_accepts_what_it_carried_and_cancels_what_was_superseded(bodies):
     chosen = outcomes.select_next([delivery(number, body) for number, body in enumerate(bodies)], NOW)
     settled = dict(statuses(chosen, Outcome.ACCEPTED))
 
@@ -71,16 +80,16 @@ def test_a_refused_request_of_several_is_sent_again_one_by_one():
     ]
 
 
-def test_a_refused_request_of_one_dies_with_the_words_of_the_api():
+def test_a_refused_request_of_one_dies_with_userpilots_message():
     (settled,) = settle([delivery(1, {"a": 1})], Outcome.REFUSED)
 
     assert (settled.status.value, settled.error) == ("dead", "words")
 
 
-def test_alone_the_newest_goes_first_and_older_ones_wait_for_it():
+def test_of_isolated_deliveries_the_newest_is_sent_first_and_older_ones_wait():
     later = NOW + dt.timedelta(minutes=5)
-    older, newest = delivery(1, {"a": 1}, alone=True), delivery(2, {"b": 2}, alone=True)
-    waiting = delivery(2, {"b": 2}, alone=True, due=later)
+    older, newest = delivery(1, {"a": 1}, isolated=True), delivery(2, {"b": 2}, isolated=True)
+    waiting = delivery(2, {"b": 2}, isolated=True, due=later)
     fresh = delivery(3, {"a": 3})
 
     assert outcomes.select_next([older, newest, fresh], NOW) == [newest]
@@ -89,7 +98,7 @@ def test_alone_the_newest_goes_first_and_older_ones_wait_for_it():
     assert outcomes.select_next([older, fresh], NOW) == [older]
 
 
-def test_overtaken_traits_are_left_out_and_a_delivery_without_others_with_them():
+def test_superseded_traits_are_removed_and_so_are_deliveries_without_any_other():
     trimmed = outcomes.without_superseded(
         [delivery(1, {"a": 1, "b": 1}), delivery(2, {"a": 2}), delivery(3, {})], {1: {"a"}, 2: {"a", "z"}}
     )

@@ -10,7 +10,7 @@ SECONDS = st.floats(0, 20, allow_nan=False)
 
 
 def simulate(lane, steps, *, push=False, now=0.0):
-    """Start whatever may start after each step's pause; the moments at which the server sees the requests.
+    """Start all requests that may start after each step's pause; return when the server sees them.
 
     A step is (pause, latency, where within the latency the server sees it).
     """
@@ -51,7 +51,7 @@ def test_no_window_of_the_server_holds_more_than_the_limit(steps, limit, push):
 @given(STEPS, STEPS, st.integers(1, 20))
 def test_no_window_holds_more_than_the_limit_across_a_crash(before, after, limit):
     seen, under_way, now = simulate(first := Lane(limit), before)
-    # What was under way is taken to end when the next process finds it, and was seen by then.
+    # The next process records that the requests under way end now; the server has seen them by then.
     second = Lane(limit, ended=deque([*first.ended, *(now for _ in under_way)]))
     more, _, _ = simulate(second, after, now=now)
 
@@ -94,7 +94,7 @@ def test_after_its_wait_a_lane_has_room(steps, limit, push):
 
 @given(st.lists(st.sampled_from(["ok", "429", "500", "pause"]), max_size=60), st.integers(1, 600))
 @settings(max_examples=200)
-def test_a_lane_always_comes_back_by_itself(events, limit):
+def test_a_lane_always_recovers_by_itself(events, limit):
     lane, now = Lane(limit), 0.0
     for event in events:
         now += 0.5
@@ -111,7 +111,7 @@ def test_a_lane_always_comes_back_by_itself(events, limit):
     assert lane.room(now + lane.wait_seconds(now) + 1e-6) > 0
 
 
-def test_a_throttled_lane_waits_as_told_and_then_goes_at_half_its_pace():
+def test_a_throttled_lane_waits_for_retry_after_and_continues_at_half_its_pace():
     lane = Lane(600)
 
     assert lane.throttled(10.0, 30.0)
@@ -125,7 +125,7 @@ def test_a_throttled_lane_waits_as_told_and_then_goes_at_half_its_pace():
     assert lane.room(40.0) == 600
 
 
-def test_without_retry_after_the_pauses_are_those_that_userpilot_advises_and_then_grow():
+def test_without_retry_after_pauses_follow_userpilots_advice_and_then_grow():
     lane, now, pauses = Lane(600), 0.0, []
     for _ in range(7):
         lane.throttled(now, None)

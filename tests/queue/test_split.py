@@ -1,4 +1,4 @@
-"""How a backlog is divided: both lanes end together, and small work stays with the live lane."""
+"""Division of a backlog: both lanes end together, and small work stays with the live lane."""
 
 import hypothesis.strategies as st
 import pytest
@@ -13,7 +13,7 @@ USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, row
     ("waiting", "at_once", "rows"),
     [
         (0, 0, 0),
-        (600, 600, 0),  # the live lane takes them at once
+        (600, 600, 0),  # the live lane sends them in a burst
         (130, 0, 0),  # fewer than a hundred rows are not worth a job
         (600, 0, 450),
         (650, 600, 0),
@@ -29,7 +29,7 @@ def test_the_next_job(waiting, at_once, rows):
     assert job_rows(waiting, at_once, USERPILOT) == rows
 
 
-def test_without_bulk_jobs_all_goes_live():
+def test_without_bulk_jobs_the_live_lane_sends_everything():
     assert job_rows(100_000, 0, Pace(600, 10.0, 30.0, 0)) == 0
     assert forecast(6_000, 0, Pace(600, 10.0)).seconds == 600
 
@@ -52,18 +52,18 @@ def test_both_lanes_end_together(waiting, at_once, rows_per_second, rows_per_job
 
 
 def ends_with_the_live_lane(waiting, rows, at_once, pace):
-    """Nothing is left when the job ends, and the live lane was not idle before."""
+    """Check that nothing is left when the job ends, and that the live lane was not idle before."""
     rest = waiting - rows
     a_row_more = 2 + pace.live_per_second / pace.rows_per_second  # a job has whole rows
     is_busy = rest >= at_once and rest + 1 >= rows / pace.rows_per_second * pace.live_per_second
     return is_busy and rest - live_share(rows, at_once, pace) <= a_row_more
 
 
-def test_a_forecast_is_of_the_combined_limit():
-    found = forecast(100_000, 0, USERPILOT)
-    assert found.row_count == pytest.approx(75_000, rel=0.01)
-    assert found.row_count + found.request_count - found.job_count == 100_000
-    assert found.seconds == pytest.approx(100_000 / 40, rel=0.01)
+def test_a_forecast_uses_both_lanes():
+    plan = forecast(100_000, 0, USERPILOT)
+    assert plan.row_count == pytest.approx(75_000, rel=0.01)
+    assert plan.row_count + plan.request_count - plan.job_count == 100_000
+    assert plan.seconds == pytest.approx(100_000 / 40, rel=0.01)
     assert forecast(100_000, 0, Pace(600, 10.0)).seconds == 10_000
 
 
@@ -74,7 +74,7 @@ def test_a_forecast_of_changes_counts_the_burst():
 
 
 @given(waiting=st.integers(1_000, 50_000), start_seconds=st.floats(0, 100))
-def test_a_job_that_starts_later_leaves_to_the_live_lane_what_it_takes_meanwhile(waiting, start_seconds):
+def test_a_job_that_starts_later_leaves_more_to_the_live_lane(waiting, start_seconds):
     rows = job_rows(waiting, 0, USERPILOT, start_seconds)
     live = live_share(rows, 0, USERPILOT, start_seconds)
     left = waiting - rows - live

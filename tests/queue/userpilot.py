@@ -1,4 +1,4 @@
-"""Userpilot in this process: the sandbox without a socket, in the time of a clock that is set by hand."""
+"""Userpilot in this process: the sandbox without a socket, on a clock that tests set."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ KEY = "sandbox"
 
 
 class LocalUserpilot:
-    """A sender. Faults are the sandbox's; of a connection that drops nobody knows what it did."""
+    """A sender. Faults are the sandbox's; after a dropped connection the outcome is unknown."""
 
     def __init__(self, clock, **limits):
         self.clock = clock
@@ -55,20 +55,20 @@ class LocalUserpilot:
                 status, content = fault.status or status, fault.body if fault.status else content
             entry.status = status
             headers = {"x-request-id": entry.x_request_id} | (fault.headers if fault else {})
-            told = b"" if content is None else json.dumps(content).encode()
-            return judge(status, headers, told, cut=False, secret=KEY, now=self.clock.now())
+            body = b"" if content is None else json.dumps(content).encode()
+            return judge(status, headers, body, cut=False, secret=KEY, now=self.clock.now())
 
     def told(self, property_name):
-        """The property of each user who has it."""
+        """Return a property by user."""
         users = self.state.users.items()
         return {
-            user: found["properties"][property_name]
-            for user, found in users
-            if property_name in found["properties"]
+            user_id: user["properties"][property_name]
+            for user_id, user in users
+            if property_name in user["properties"]
         }
 
     def uploads(self):
-        """Of each upload: its status, and how many rows it had."""
+        """Return the status and the number of rows of each upload."""
         return [
             (entry.status, len(entry.body))
             for entry in self.state.requests

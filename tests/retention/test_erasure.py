@@ -1,4 +1,4 @@
-"""Who was erased stays erased, whatever comes meanwhile, and by whichever way."""
+"""Erased users stay erased, whatever calls arrive meanwhile and by whatever entry point."""
 
 import datetime as dt
 import threading
@@ -29,7 +29,7 @@ def prepared(*raws):
     return [records.prepare_call(call, mappings.decide(call, every, reserved_keys=())) for call in parsed]
 
 
-def keep(engine, *raws):
+def save(engine, *raws):
     with engines.write(engine) as connection:
         return records.save_calls(connection, prepared(*raws), received_at=NOON, fingerprint=None)
 
@@ -48,40 +48,40 @@ def rows(engine):
     return read
 
 
-def test_a_mapping_tells_nobody_who_was_erased(engine, rows):
+def test_a_mapping_sends_nothing_about_an_erased_user(engine, rows):
     forget(engine, "bob")
-    (kept,) = keep(engine, SHARED)
-    assert kept.reason == "the user was forgotten"
+    (saved,) = save(engine, SHARED)
+    assert saved.reason == "the user was forgotten"
     assert rows("subject_id, action", "deliveries") == [("ann", "track")]
 
 
-def test_an_erased_anonymous_id_is_not_kept_beside_another_user(engine, rows):
+def test_an_erased_anonymous_id_is_not_stored_with_another_users_call(engine, rows):
     forget(engine, "a1")
-    keep(engine, SHARED | {"anonymousId": "a1"})
+    save(engine, SHARED | {"anonymousId": "a1"})
     assert rows("user_id, anonymous_id", "calls") == [("ann", None)]
 
 
-def test_erasing_an_anonymous_id_leaves_the_users_calls_known(engine, rows):
+def test_erasing_an_anonymous_id_keeps_the_calls_of_the_user(engine, rows):
     call = SHARED | {"anonymousId": "a1"}
-    keep(engine, call, {"type": "identify", "anonymousId": "a1", "messageId": "m2"})
+    save(engine, call, {"type": "identify", "anonymousId": "a1", "messageId": "m2"})
     forget(engine, "a1")
     assert rows("message_id, anonymous_id", "calls") == [("m1", None)]
-    assert keep(engine, call)[0].is_repeat
+    assert save(engine, call)[0].is_repeat
     assert len(rows("call_id", "events")) == 1
 
 
-def test_who_is_erased_while_calls_come_in_is_erased_with_them(engine, rows):
+def test_a_user_who_is_erased_while_calls_arrive_is_erased_with_them(engine, rows):
     erasing = threading.Thread(target=forget, args=(engine, "ann"))
     with engines.write(engine) as connection:
         records.save_calls(connection, prepared(SHARED), received_at=NOON, fingerprint=None)
         erasing.start()
         erasing.join(0.5)
-        assert erasing.is_alive(), "it waits for what is being kept"
+        assert erasing.is_alive(), "it waits for the calls that are being stored"
     erasing.join(30)
     assert rows("user_id", "profiles") == rows("message_id", "calls") == []
     assert rows("subject_id", "deliveries") == [("bob",)]
 
 
 def test_ids_follow_the_order_of_arrival(engine, rows):
-    keep(engine, *(SHARED | {"messageId": each} for each in "zma"))
+    save(engine, *(SHARED | {"messageId": each} for each in "zma"))
     assert [message_id for _, message_id in rows("call_id, message_id", "calls")] == ["z", "m", "a"]

@@ -1,4 +1,4 @@
-"""Old rows go, a piece at a time; what is still to be told stays, and history adds up all the same."""
+"""Pruning deletes old rows in small transactions, keeps what is not settled, and history still adds up."""
 
 import datetime as dt
 import itertools
@@ -29,7 +29,7 @@ def ago(days):
 
 
 class Store:
-    """Our tables, filled and read without the code under test; times are days before NOW."""
+    """The tables, filled and read without the code under test; times are days before NOW."""
 
     def __init__(self, engine):
         self.engine = engine
@@ -97,10 +97,10 @@ class Store:
             return history.run_rows(connection)
 
     def prune(self, keep=KEEP, now=NOW, **options):
-        """The tables of which rows went, and how many."""
-        removed = pruning.prune(self.engine, keep, now, **options)
-        assert removed.keys() == NOTHING.keys()
-        return {name: count for name, count in removed.items() if count}
+        """Return how many rows of which tables were deleted."""
+        deleted = pruning.prune(self.engine, keep, now, **options)
+        assert deleted.keys() == NOTHING.keys()
+        return {name: count for name, count in deleted.items() if count}
 
 
 @pytest.fixture
@@ -110,13 +110,13 @@ def store(engine):
 
 @pytest.fixture
 def transactions(engine):
-    """How many transactions were committed so far."""
-    seen = []
-    sa.event.listen(engine, "commit", seen.append)
-    return lambda: len(seen)
+    """Count the transactions that were committed so far."""
+    commits = []
+    sa.event.listen(engine, "commit", commits.append)
+    return lambda: len(commits)
 
 
-def test_bulk_jobs_go_with_requests_once_they_are_settled(store):
+def test_bulk_jobs_are_pruned_with_requests_once_they_are_settled(store):
     jobs = [
         {
             "request_id": number,
@@ -134,7 +134,7 @@ def test_bulk_jobs_go_with_requests_once_they_are_settled(store):
     assert store.ids(tables.bulk_jobs) == [2, 3]
 
 
-def test_history_adds_up_when_its_deliveries_are_gone(store):
+def test_history_adds_up_without_its_deliveries(store):
     store.definition()
     old, new = store.run(finished=500), store.run(finished=10)
     store.deliver(
@@ -159,7 +159,7 @@ def test_history_adds_up_when_its_deliveries_are_gone(store):
     ]
 
 
-def test_a_run_adds_to_what_it_remembers(store):
+def test_a_run_adds_to_its_counts(store):
     store.definition()
     store.run()
     for days in (0, 20):
@@ -168,7 +168,7 @@ def test_a_run_adds_to_what_it_remembers(store):
     assert [(run["accepted_count"], run["cancelled_count"]) for run in store.runs()] == [(2, 2)]
 
 
-def test_what_is_still_to_be_told_never_goes(store):
+def test_what_is_not_settled_is_never_pruned(store):
     store.definition()
     store.run()
     store.deliver(*[store.delivery(status, 5000) for status in STATUSES])
@@ -178,19 +178,19 @@ def test_what_is_still_to_be_told_never_goes(store):
     ]  # fmt: skip
 
 
-def test_a_delivery_is_kept_from_when_it_was_settled(store):
+def test_a_delivery_ages_from_when_it_was_settled(store):
     store.definition()
     store.run()
     store.deliver(
         store.delivery("accepted", created=800, settled=399),
         store.delivery("accepted", created=800, settled=401),
-        store.delivery("cancelled", created=800, settled=400),  # to the second as old as what is kept
+        store.delivery("cancelled", created=800, settled=400),  # exactly the age that is kept
     )
     assert store.prune() == {"deliveries": 1}
     assert store.ids(tables.deliveries) == [1, 3]
 
 
-def test_deliveries_of_calls_go_too_and_no_run_counts_them(store):
+def test_deliveries_of_calls_are_pruned_and_no_run_counts_them(store):
     store.definition()
     store.run()
     store.deliver(store.delivery("accepted", call=7), store.delivery("accepted"))
@@ -198,7 +198,7 @@ def test_deliveries_of_calls_go_too_and_no_run_counts_them(store):
     assert [run["accepted_count"] for run in store.runs()] == [1]
 
 
-def test_a_call_stays_while_something_of_it_is_to_be_told(store):
+def test_a_call_stays_while_a_delivery_of_it_is_not_settled(store):
     stays = [store.call(), store.call(), store.call(), store.call(), store.call(received=89)]
     goes = [store.call(), store.call(received=91), store.call()]
     store.deliver(
@@ -214,7 +214,7 @@ def test_a_call_stays_while_something_of_it_is_to_be_told(store):
     assert len(store.ids(tables.deliveries)) == 8
 
 
-def test_what_calls_told_stays(store):
+def test_events_profiles_and_companies_stay(store):
     call = store.call()
     store.insert(
         tables.events,
@@ -229,8 +229,8 @@ def test_what_calls_told_stays(store):
         assert len(store.ids(table)) == 1
 
 
-def test_a_request_that_is_under_way_stays_and_so_do_new_ones(store):
-    store.request(ended=None)  # its process is gone, and nothing waits for it
+def test_requests_under_way_and_new_ones_stay(store):
+    store.request(ended=None)  # its process is gone, and no delivery waits for it
     under_way = store.request(ended=None)
     store.request()
     new = store.request(started=89, ended=89)
@@ -239,7 +239,7 @@ def test_a_request_that_is_under_way_stays_and_so_do_new_ones(store):
     assert store.ids(tables.requests) == [under_way, new]
 
 
-def test_a_user_is_shown_without_what_is_gone(store):
+def test_a_user_is_shown_without_pruned_rows(store):
     store.definition()
     store.run()
     request = store.request(started=100, ended=100)
@@ -259,7 +259,7 @@ def test_a_user_is_shown_without_what_is_gone(store):
 
 
 def past_members(store, *finished):
-    """Each left in a run of its own."""
+    """Add past members, each of whom left in a run of its own."""
     for days in finished:
         run = store.run(finished=days)
         interval = {"definition_id": 1, "user_id": f"user {run}", "entered_run_id": 0, "exited_run_id": run}
@@ -281,8 +281,8 @@ def test_the_newest_slot_of_a_definition_stays(store):
         store.insert(tables.schedule_slots, *slots)
     assert store.prune() == {"schedule_slots": 3}
     with engines.read(store.engine) as connection:
-        kept = sa.select(tables.schedule_slots.c.definition_id, tables.schedule_slots.c.slot_at)
-        assert sorted(map(tuple, connection.execute(kept))) == [(1, ago(97)), (2, ago(2)), (2, ago(1))]
+        left = sa.select(tables.schedule_slots.c.definition_id, tables.schedule_slots.c.slot_at)
+        assert sorted(map(tuple, connection.execute(left))) == [(1, ago(97)), (2, ago(2)), (2, ago(1))]
 
 
 @pytest.mark.parametrize("days", [math.inf, 999_999, 739_000])
@@ -302,7 +302,7 @@ def test_forever_and_spans_beyond_the_calendar_keep_everything(store, days):
     }  # fmt: skip
 
 
-def test_the_tables_take_turns_a_piece_each_until_the_time_is_over(store, transactions, monkeypatch):
+def test_the_tables_take_turns_until_the_time_is_over(store, transactions, monkeypatch):
     monkeypatch.setattr(pruning, "CHUNK", 2)
     store.definition()
     store.run()
@@ -319,7 +319,7 @@ def test_the_tables_take_turns_a_piece_each_until_the_time_is_over(store, transa
     assert [run["accepted_count"] for run in store.runs()] == [5]
 
 
-def test_it_works_for_as_long_as_it_may(store, monkeypatch):
+def test_it_works_until_the_time_is_over(store, monkeypatch):
     monkeypatch.setattr(pruning, "CHUNK", 1)
     store.definition()
     store.run()
@@ -329,7 +329,7 @@ def test_it_works_for_as_long_as_it_may(store, monkeypatch):
     assert store.prune(seconds=3, monotonic=lambda: 0) == {"deliveries": 6}
 
 
-def test_what_stays_is_passed_over_in_stretches(store, transactions, monkeypatch):
+def test_rows_that_stay_are_read_in_stretches(store, transactions, monkeypatch):
     monkeypatch.setattr(pruning, "STRETCH", 4)
     store.definition()
     store.run()
@@ -340,7 +340,7 @@ def test_what_stays_is_passed_over_in_stretches(store, transactions, monkeypatch
     assert store.ids(tables.deliveries) == list(range(1, 11))
 
 
-def test_past_members_go_from_among_those_that_stay(store, monkeypatch):
+def test_old_past_members_are_pruned_among_those_that_stay(store, monkeypatch):
     monkeypatch.setattr(pruning, "CHUNK", 1)
     monkeypatch.setattr(pruning, "STRETCH", 3)
     store.definition()
@@ -354,8 +354,8 @@ def test_past_members_go_from_among_those_that_stay(store, monkeypatch):
     )
     keep = Retention(math.inf, math.inf, math.inf, 400 * DAY)
     assert store.prune(keep) == {"past_members": 7}
-    kept = store.rows("SELECT definition_id, user_id, entered_run_id FROM {our}past_members")
-    assert sorted(kept) == [
+    left = store.rows("SELECT definition_id, user_id, entered_run_id FROM {our}past_members")
+    assert sorted(left) == [
         (1, "Zoë", -1), (1, "ann", -2), (2, "Zoë", -2), (2, "Zoë", -1), (2, "bob", -1),
     ]  # fmt: skip
 
@@ -370,7 +370,7 @@ def test_the_walk_ends_where_rows_are_new(store, transactions, monkeypatch):
     assert transactions() == before + 2
 
 
-def test_what_overtakes_a_dead_delivery_stays_with_it(store):
+def test_what_supersedes_a_dead_delivery_stays_with_it(store):
     store.definition()
     store.run()
     store.deliver(
@@ -408,12 +408,12 @@ ages = st.integers(0, 5)
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     keep=st.builds(Retention, spans, spans, spans, spans),
-    # Of each: days since it was created, days until it was settled, status, and whether a call's.
+    # Days since a delivery was created, days until it was settled, its status, and whether it is a call's.
     queue=st.lists(st.tuples(ages, ages, st.sampled_from(STATUSES), st.booleans()), max_size=8),
     chunk=st.integers(1, 3),
     stretch=st.integers(1, 5),
 )
-def test_what_stays_is_what_plain_words_say(store, monkeypatch, keep, queue, chunk, stretch):
+def test_what_stays_is_what_the_rules_say(store, monkeypatch, keep, queue, chunk, stretch):
     for table in (tables.deliveries, tables.calls, tables.requests, tables.runs, tables.definitions):
         with engines.write(store.engine) as connection:
             connection.execute(table.delete())
@@ -428,7 +428,7 @@ def test_what_stays_is_what_plain_words_say(store, monkeypatch, keep, queue, chu
         row = store.delivery(status, settled + 0.5, created=moment, request=request, **origin)
         made.append((store.deliver(row)[0], request, origin.get("call"), moment, settled + 0.5, status))
     call_days, delivery_days, request_days, _ = (span / DAY for span in astuple(keep))
-    told = Counter((call is None, status) for *_, call, _, _, status in made)
+    counts = Counter((call is None, status) for *_, call, _, _, status in made)
     before = store.runs()
 
     assert store.prune(keep, seconds=0).get("deliveries", 0) <= chunk
@@ -452,5 +452,5 @@ def test_what_stays_is_what_plain_words_say(store, monkeypatch, keep, queue, chu
         if status == "sending" or created <= request_days
     ]
     assert [(each["accepted_count"], each["cancelled_count"]) for each in before] == [
-        (told[True, "accepted"], told[True, "cancelled"])
+        (counts[True, "accepted"], counts[True, "cancelled"])
     ]
