@@ -59,7 +59,11 @@ The file is TOML. `audience-sync init` writes one with a comment beside every na
 `--config`, `$AUDIENCE_SYNC_CONFIG`, `config/audience_sync.toml`, `audience_sync.toml`. Relative paths in it are relative
 to its folder, or to the folder above if that folder is called `config`.
 
-`${NAME}` in a string is replaced by an environment variable. An unknown name is an error, with the nearest known name.
+`${NAME}` in a string is replaced by an environment variable. In a database URL, a variable at the beginning is a URL itself,
+as in `"${DATABASE_URL}"`. Anywhere else in it the value is percent-encoded, so a password may contain any character:
+`"postgresql://sync:${DB_PASSWORD}@${DB_HOST}/sync"`. The value is the password or the name itself, without escapes.
+
+An unknown name is an error, with the nearest known name.
 
 At the top of the file, before any table, `include` names files with more audiences, traits and mappings, such as
 `include = ["audiences/*.toml"]`.
