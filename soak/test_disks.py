@@ -13,7 +13,8 @@ import pytest
 import sqlalchemy as sa
 
 from tests.acceptance.conftest import clean
-from tests.acceptance.faults import IN_FLIGHT, SQLITE, OwnServer, told, until
+from tests.acceptance.faults import IN_FLIGHT, SQLITE, OwnServer, told
+from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.acceptance.conftest import clean
-from tests.acceptance.faults import until
+from tests.waiting import until
 
 HUNDRED_THOUSAND, MILLION = 100_000, 1_000_000
 CACHES = 64  # megabytes: SQLite's, of two connections, which fill up with what there is

@@ -15,9 +15,9 @@ from tests.acceptance.faults import (
     impatient,
     locked,
     told,
-    until,
     wanted,
 )
+from tests.waiting import until
 
 
 @POSTGRESQL
