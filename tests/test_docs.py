@@ -151,9 +151,8 @@ class Reader:
 
     def type(self, block):
         kept = self.folder / ".environment"
-        begin = (
-            f"trap 'status=$?; export -p > {kept}; echo cd \"$PWD\" >> {kept}; exit $status' EXIT\n[ -f {kept} ] && . {kept}\nset -e\n"
-        )
+        keep = f'export -p > {kept}; echo cd "$PWD" >> {kept}'
+        begin = f"trap 'status=$?; {keep}; exit $status' EXIT\n[ -f {kept} ] && . {kept}\nset -e\n"
         done = subprocess.run(
             ["bash", "-c", begin + self.real(block.text)],
             cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=300, check=False,
