@@ -67,7 +67,6 @@ def fill_from_query(
     `query` is bound text that returns `columns`: user_id and, for a trait, value; `as_of` is its parameter, if any.
     """
     if is_sqlite(connection):
-        _register_functions(connection)
         expressions = [values.SQLITE_ID, values.SQLITE_VALUE][: len(columns)]
     else:
         sql(connection, f"SET LOCAL extra_float_digits = {values.extra_float_digits(columns)}")
@@ -86,7 +85,6 @@ def fill_from_rows(
     create_temp_table(connection, "rows", ", ".join(f"{name} {{id}}" for name in columns))
     rows = f"{'temp' if is_sqlite(connection) else 'pg_temp'}.audience_sync_rows"
     if is_sqlite(connection):
-        _register_functions(connection)
         raw: Any = connection.connection.dbapi_connection
         placeholders = ", ".join("?" * len(columns))
         for batch in batches:
@@ -107,6 +105,7 @@ def _group_into(
     """Create a table with one row for each user id of the source, in the fastest way of each database."""
     user_id, value = (*expressions, "")[:2]
     if is_sqlite(connection):
+        values.register_functions(connection)
         value_columns = ", low text, high text" if value else ""
         create_temp_table(connection, table, f"user_id {{id}}, row_count int{value_columns}", unique_ids=True)
         statement = _sorted_upsert(table, source, user_id, value)
@@ -133,11 +132,6 @@ def _sorted_upsert(table: str, source: str, user_id: str, value: str) -> str:
         f"INSERT INTO temp.audience_sync_{table} SELECT {user_id} AS user_id, 1{low_high} FROM {source} "
         f"ORDER BY 1 ON CONFLICT (user_id) DO UPDATE SET row_count = row_count + 1{merge if value else ''}"
     )
-
-
-def _register_functions(connection: sa.Connection) -> None:
-    raw: Any = connection.connection.dbapi_connection
-    values.register_functions(raw)
 
 
 def _raise_work_memory(connection: sa.Connection) -> None:
@@ -227,10 +221,7 @@ def _leave_out_erased(connection: sa.Connection, now: dt.datetime) -> int:
     where = "WHERE returns_at IS NULL OR returns_at > :now"
     if sql(connection, f"SELECT 1 FROM {{our}}forgotten {where} LIMIT 1", now=now).first() is None:
         return 0
-    user_hash = values.POSTGRESQL_HASH
-    if is_sqlite(connection):
-        _register_functions(connection)
-        user_hash = values.SQLITE_HASH
+    user_hash = values.SQLITE_HASH if is_sqlite(connection) else values.POSTGRESQL_HASH
     hashes = f"SELECT user_hash FROM {{our}}forgotten {where}"
     return _leave_out(connection, f"change = 'entered' AND {user_hash} IN ({hashes})", now=now)
 

@@ -9,13 +9,14 @@ import datetime as dt
 import json
 import math
 import re
-import sqlite3
 import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
+
+import sqlalchemy as sa
 
 from audience_sync.retention.erasure import user_hash
 
@@ -74,11 +75,12 @@ def invalid_reason(raw: str | bytes) -> str | None:
     return "too_long" if len(text) > MAX_ID_LENGTH else None
 
 
-def register_functions(raw: sqlite3.Connection) -> None:
+def register_functions(connection: sa.Connection) -> None:
     """Register the functions that SQLite's expressions call for the few values that need them.
 
     SQLite's own printf is wrong in the fifteenth digit, and its text may contain any bytes.
     """
+    raw: Any = connection.connection.dbapi_connection
     for function in (canonical_number, canonical_string, invalid_reason, user_hash):
         raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
 
