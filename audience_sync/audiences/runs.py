@@ -154,9 +154,7 @@ def _start(
     with engines.begin_write(connection):
         lease = take_lease(connection, definition.key, definition.timeout_seconds + COMMIT_SECONDS)
         last = records.load_baseline(connection, definition.key)
-        as_of = max(
-            as_of, last.as_of or as_of
-        )  # another process may have committed while we waited for the lock
+        as_of = max(as_of, last.as_of or as_of)  # another process may have committed while we waited
         definition_id = records.register_definition(connection, definition, clock.now())
         row = records.lock_definition(connection, definition_id)
         if row.retired_at is not None:
