@@ -1,26 +1,36 @@
-# What people do here. Python 3.11+ and make are all that is needed; one test wants node and npm, and is skipped without.
+# Python 3.11 or newer and make are all that is needed. One test needs node and npm, and is skipped without them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-httpx2 soak lint format bench
 
-$(VENV)/installed: pyproject.toml
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+
+# The program with its dependencies; what the demo needs.
+$(VENV)/program: pyproject.toml | $(BIN)/pip
+	$(PIP) --editable .
 	touch $@
 
-demo: $(VENV)/installed
+# The program, the test tools and the linters.
+$(VENV)/installed: pyproject.toml | $(BIN)/pip
+	$(PIP) --editable ".[dev]"
+	touch $@ $(VENV)/program
+
+demo: $(VENV)/program
 	$(BIN)/audience-sync demo
 
 test: $(VENV)/installed
 	$(BIN)/pytest --numprocesses 3 --dist worksteal
 
 test-httpx2: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check httpx2
+	$(PIP) httpx2
 	TEST_IN_PLACE_OF_HTTPX=httpx2 $(BIN)/pytest --numprocesses 3 --dist worksteal tests/userpilot tests/queue
 
-# Half an hour or so; some of it needs Linux, root or strace, and says so where they are missing.
+# About half an hour. Some of it needs Linux, root or strace; tests that lack one of these are skipped with the reason.
 soak: $(VENV)/installed
 	$(BIN)/pytest soak -rs
 
