@@ -1,4 +1,7 @@
-"""What people look up: runs, members, users and deliveries, as dicts whose names are those of the JSON output."""
+"""Read-only questions about runs, members, users, deliveries and the queue.
+
+Answers are dicts with the names of the JSON output.
+"""
 
 import datetime as dt
 import json
@@ -7,13 +10,16 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from audience_sync.audiences import slots
 from audience_sync.db import dialects, leases, tables
 from audience_sync.queue import destination, due
+from audience_sync.settings import Settings
 
 SAMPLE = 5
-UNDECIDED = ("held", "pending", "sending")
+UNSETTLED = ("held", "pending", "sending")
 FETCH_ROWS = 10_000
 MINUTE = dt.timedelta(minutes=1)
+ALIVE_SECONDS = 60.0  # since the daemon's last heartbeat
 
 
 def run_rows(
@@ -23,16 +29,14 @@ def run_rows(
     ids: Collection[int] | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs, newest first, with how far their deliveries are, those that are no longer kept among them."""
-    query = sa.select(tables.runs, tables.definitions.c.key).join(
-        tables.definitions, tables.definitions.c.definition_id == tables.runs.c.definition_id
-    )
+    """Runs, newest first, with the counts of their deliveries, including those that were pruned."""
+    query = _RUNS
     if key is not None:
         query = query.where(tables.definitions.c.key == key)
     if ids is not None:
         query = query.where(tables.runs.c.run_id.in_(list(ids)))
-    found = connection.execute(query.order_by(tables.runs.c.run_id.desc()).limit(limit)).all()
-    counts: dict[int, dict[str, int]] = {row.run_id: {} for row in found}
+    rows = connection.execute(query.order_by(tables.runs.c.run_id.desc()).limit(limit)).all()
+    counts: dict[int, dict[str, int]] = {row.run_id: {} for row in rows}
     grouped = (
         sa.select(tables.deliveries.c.run_id, tables.deliveries.c.status, sa.func.count())
         .where(tables.deliveries.c.run_id.in_(list(counts)))
@@ -40,7 +44,12 @@ def run_rows(
     )
     for run_id, status, count in connection.execute(grouped):
         counts[run_id][status] = count
-    return [_run(row, counts[row.run_id]) for row in found]
+    return [_run(row, counts[row.run_id]) for row in rows]
+
+
+_RUNS = sa.select(tables.runs, tables.definitions.c.key).join(
+    tables.definitions, tables.definitions.c.definition_id == tables.runs.c.definition_id
+)
 
 
 def _run(row: Any, count: dict[str, int]) -> dict[str, Any]:
@@ -57,51 +66,56 @@ def _run(row: Any, count: dict[str, int]) -> dict[str, Any]:
         "entered_count": row.entered_count,
         "exited_count": row.exited_count,
         "changed_count": row.changed_count,
-        "set_aside_count": sum((row.set_aside or {}).values()),
+        "set_aside_count": sum(_set_aside(row).values()),
         "accepted_count": row.accepted_count + count.get("accepted", 0),
-        "pending_count": sum(count.get(status, 0) for status in UNDECIDED),
+        "pending_count": sum(count.get(status, 0) for status in UNSETTLED),
         "dead_count": row.dead_count + count.get("dead", 0),
         "cancelled_count": row.cancelled_count + count.get("cancelled", 0),
         "error": row.error,
     }
 
 
+def _set_aside(row: Any) -> dict[str, int]:
+    """Rows that could not be used, by reason. Earlier releases also stored duplicates, which collapse instead."""
+    return {reason: count for reason, count in (row.set_aside or {}).items() if reason != "duplicate"}
+
+
 def run_in_full(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
-    """A run with what was set aside and some of those who changed; None where there is no such run."""
-    found = run_rows(connection, ids=[run_id])
-    if not found:
+    """A run with what was set aside and samples of the users who changed; None if there is no such run."""
+    rows = run_rows(connection, ids=[run_id])
+    if not rows:
         return None
     row = connection.execute(sa.select(tables.runs).where(tables.runs.c.run_id == run_id)).one()
-    waits = row.status in {"held", "rejected"}
+    is_committed = row.status not in {"held", "rejected"}
     return (
-        found[0]
-        | {"held_by": row.held_by, "set_aside": row.set_aside or {}}
-        | (_held_samples(connection, row) if waits else _samples(connection, row))
+        rows[0]
+        | {"held_by": row.held_by, "set_aside": _set_aside(row)}
+        | (_samples(connection, row) if is_committed else _held_samples(connection, row))
     )
 
 
 def _samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
-    """Of a run that was committed, by the intervals that it began and ended."""
-    came = sa.union(
+    """Users who changed in a committed run, from the intervals that it began and ended."""
+    began = sa.union(
         _users(tables.members, tables.members.c.entered_run_id, row),
         _users(tables.past_members, tables.past_members.c.entered_run_id, row),
     ).subquery()
-    left = _users(tables.past_members, tables.past_members.c.exited_run_id, row).subquery()
-    arrived, gone = sa.select(came.c.user_id), sa.select(left.c.user_id)
+    ended = _users(tables.past_members, tables.past_members.c.exited_run_id, row).subquery()
+    entered, exited = sa.select(began.c.user_id), sa.select(ended.c.user_id)
     return {
-        "entered_sample": _sample(connection, arrived.except_(gone)),
-        "exited_sample": _sample(connection, gone.except_(arrived)),
-        "changed_sample": _sample(connection, arrived.intersect(gone)),
+        "entered_sample": _sample(connection, entered.except_(exited)),
+        "exited_sample": _sample(connection, exited.except_(entered)),
+        "changed_sample": _sample(connection, entered.intersect(exited)),
     }
 
 
 def _held_samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
-    """Of a run that waits, or waited in vain: what its deliveries would do to the members."""
+    """Users that a held or rejected run would change, from its deliveries and the members."""
     definition = connection.execute(
         sa.select(tables.definitions).where(tables.definitions.c.definition_id == row.definition_id)
     ).one()
-    gone = f'{{"{definition.key}": {"false" if definition.kind == "audience" else "null"}}}'
-    told = sa.cast(tables.deliveries.c.body, sa.Text)
+    exit_body = f'{{"{definition.key}": {"false" if definition.kind == "audience" else "null"}}}'
+    body = sa.cast(tables.deliveries.c.body, sa.Text)
     is_member = sa.exists().where(
         tables.members.c.definition_id == row.definition_id,
         tables.members.c.user_id == tables.deliveries.c.subject_id,
@@ -110,15 +124,15 @@ def _held_samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
     is_same = sa.exists().where(
         tables.members.c.definition_id == row.definition_id,
         tables.members.c.user_id == tables.deliveries.c.subject_id,
-        sa.or_(value.is_(None), told == sa.literal(f'{{"{definition.key}": ').concat(value).concat("}")),
+        sa.or_(value.is_(None), body == sa.literal(f'{{"{definition.key}": ').concat(value).concat("}")),
     )
     users = sa.select(tables.deliveries.c.subject_id.label("user_id")).where(
         tables.deliveries.c.run_id == row.run_id
     )
     return {
-        "entered_sample": _sample(connection, users.where(told != gone, ~is_member)),
-        "exited_sample": _sample(connection, users.where(told == gone, is_member)),
-        "changed_sample": _sample(connection, users.where(told != gone, is_member, ~is_same)),
+        "entered_sample": _sample(connection, users.where(body != exit_body, ~is_member)),
+        "exited_sample": _sample(connection, users.where(body == exit_body, is_member)),
+        "changed_sample": _sample(connection, users.where(body != exit_body, is_member, ~is_same)),
     }
 
 
@@ -127,54 +141,68 @@ def _users(table: sa.Table, column: sa.Column[int], row: Any) -> sa.Select[Any]:
 
 
 def _sample(connection: sa.Connection, users: sa.SelectBase) -> list[str]:
-    named = users.subquery()
-    statement = sa.select(named.c.user_id).order_by(named.c.user_id).limit(SAMPLE)
+    subquery = users.subquery()
+    statement = sa.select(subquery.c.user_id).order_by(subquery.c.user_id).limit(SAMPLE)
     return list(connection.execute(statement).scalars())
 
 
-def definition_rows(connection: sa.Connection) -> dict[str, dict[str, Any]]:
-    """Each key that was ever used: its size and its last run."""
+def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
+    """The configured definitions, then the keys that were synced but are not in the configuration any more."""
+    configured = {definition.key: definition for definition in settings.definitions}
+    rows = connection.execute(
+        sa.select(tables.definitions).order_by(tables.definitions.c.definition_id)
+    ).all()
+    stored = {row.key: row for row in rows}
+    sizes, last_runs = _member_counts(connection), _last_runs(connection)
+    held = {run["key"] for run in _held_runs(connection)}
+    documents = []
+    for key in dict.fromkeys([*configured, *stored]):
+        row, definition = stored.get(key), configured.get(key)
+        if row is not None and row.retired_at is not None:
+            state = "retired"
+        elif definition is None:
+            state = "not configured"
+        elif key in held:
+            state = "held"
+        else:
+            state = "enabled" if definition.enabled else "disabled"
+        outlook = definition and slots.outlook(connection, definition, now)
+        documents.append(
+            {
+                "key": key,
+                "name": definition.name if definition else stored[key].name,
+                "kind": definition.kind.value if definition else stored[key].kind,
+                "member_count": sizes.get(key, 0),
+                "last_run": last_runs.get(key),
+                "next_slot_at": outlook.next_at if outlook and not outlook.waits else None,
+                "state": state,
+            }
+        )
+    return documents
+
+
+def _last_runs(connection: sa.Connection) -> dict[str, dict[str, Any]]:
     newest = sa.select(sa.func.max(tables.runs.c.run_id)).group_by(tables.runs.c.definition_id)
-    last = {row["key"]: row for row in run_rows(connection, ids=connection.execute(newest).scalars().all())}
-    held = set(
-        connection.execute(
-            sa.select(tables.runs.c.definition_id).where(tables.runs.c.status == "held")
-        ).scalars()
-    )
-    sizes = {
-        row.key: row.member_count
-        for row in connection.execute(
-            sa.select(tables.definitions.c.key, tables.runs.c.member_count)
-            .join(tables.definitions, tables.definitions.c.definition_id == tables.runs.c.definition_id)
-            .where(
-                tables.runs.c.run_id.in_(
-                    sa.select(sa.func.max(tables.runs.c.run_id))
-                    .where(tables.runs.c.status == "succeeded")
-                    .group_by(tables.runs.c.definition_id)
-                )
-            )
-        )
-    }
-    return {
-        row.key: {
-            "key": row.key,
-            "name": row.name,
-            "kind": row.kind,
-            "member_count": sizes.get(row.key, 0),
-            "last_run": last.get(row.key),
-            "is_retired": row.retired_at is not None,
-            "is_held": row.definition_id in held,
-        }
-        for row in connection.execute(
-            sa.select(tables.definitions).order_by(tables.definitions.c.definition_id)
-        )
-    }
+    run_ids = connection.execute(newest).scalars().all()
+    return {run["key"]: run for run in run_rows(connection, ids=run_ids)}
+
+
+def _member_counts(connection: sa.Connection) -> dict[str, int]:
+    committed = sa.select(sa.func.max(tables.runs.c.run_id)).where(tables.runs.c.status == "succeeded")
+    query = _RUNS.where(tables.runs.c.run_id.in_(committed.group_by(tables.runs.c.definition_id)))
+    return {row.key: row.member_count for row in connection.execute(query)}
+
+
+def definition_id(connection: sa.Connection, key: str) -> int | None:
+    """The id of a key that was synced before."""
+    query = sa.select(tables.definitions.c.definition_id).where(tables.definitions.c.key == key)
+    return connection.execute(query).scalar()
 
 
 def member_rows(
     connection: sa.Connection, definition_id: int, at: dt.datetime | None
 ) -> Iterator[tuple[str, str | None]]:
-    """(user id, JSON text of a trait's value) of each member now or at a past moment, by user id."""
+    """(user id, JSON text of a trait's value) of each member, now or at a past time, ordered by user id."""
     query = sa.select(tables.members.c.user_id, tables.members.c.value).where(
         tables.members.c.definition_id == definition_id
     )
@@ -202,8 +230,8 @@ def member_rows(
 
 
 def user(connection: sa.Connection, user_id: str) -> dict[str, Any]:
-    """All that is known of a user: memberships with their times, deliveries, and the profile that calls told."""
-    history = dialects.sql(
+    """A user's memberships with their times, deliveries, and the profile from calls."""
+    memberships = dialects.sql(
         connection,
         'SELECT key, value, "from", "to" FROM {our}membership_history WHERE user_id = :user_id ORDER BY "from", key',
         user_id=user_id,
@@ -221,11 +249,9 @@ def user(connection: sa.Connection, user_id: str) -> dict[str, Any]:
         "user_id": user_id,
         "memberships": [
             {"key": row.key, "value": json.loads(row.value), "from": _moment(row[2]), "to": _moment(row[3])}
-            for row in history
+            for row in memberships
         ],
-        "deliveries": delivery_rows(
-            connection, tables.deliveries.c.subject_id == user_id, tables.deliveries.c.action != "company"
-        ),
+        "deliveries": delivery_rows(connection, user_id=user_id),
         "profile": profile
         and {
             "traits": profile.traits,
@@ -238,23 +264,32 @@ def user(connection: sa.Connection, user_id: str) -> dict[str, Any]:
 
 
 def _moment(value: Any) -> dt.datetime | None:
-    """A time out of a view: text on SQLite."""
+    """A time from a view, which on SQLite is text."""
     if isinstance(value, str):
         return dt.datetime.fromisoformat(value).replace(tzinfo=dt.UTC)
     return None if value is None else value.astimezone(dt.UTC)
 
 
 def delivery_rows(
-    connection: sa.Connection, *where: sa.ColumnElement[bool], limit: int | None = None
+    connection: sa.Connection,
+    *,
+    status: str | None = None,
+    user_id: str | None = None,
+    limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Deliveries, newest first, with the answer of the last request that carried each."""
+    """Deliveries, newest first, each with the answer to the last request that carried it."""
     query = (
         sa.select(tables.deliveries, tables.requests.c.status_code, tables.requests.c.x_request_id)
         .join(tables.requests, tables.requests.c.request_id == tables.deliveries.c.request_id, isouter=True)
-        .where(*where)
         .order_by(tables.deliveries.c.delivery_id.desc())
         .limit(limit)
     )
+    if status is not None:
+        query = query.where(tables.deliveries.c.status == status)
+    if user_id is not None:
+        query = query.where(
+            tables.deliveries.c.subject_id == user_id, tables.deliveries.c.action != "company"
+        )
     return [
         {
             "delivery_id": row.delivery_id,
@@ -276,40 +311,61 @@ def delivery_rows(
     ]
 
 
-def queue_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
-    """What `status` tells of the queue and of who works it."""
-    counts = due.counts(connection, tables.deliveries.c.status.in_((*UNDECIDED, "dead")))
-    unsettled = tables.deliveries.c.status.in_(("pending", "sending"))
-    oldest = sa.select(
-        sa.func.min(tables.deliveries.c.created_at, type_=tables.deliveries.c.created_at.type)
-    ).where(unsettled)
+def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
+    """The state of the queue, the lanes, the daemon and the schedules."""
+    counts = due.counts(connection, tables.deliveries.c.status.in_((*UNSETTLED, "dead")))
+    created_at, is_queued = (
+        tables.deliveries.c.created_at,
+        tables.deliveries.c.status.in_(("pending", "sending")),
+    )
+    oldest = sa.select(sa.func.min(created_at, type_=created_at.type)).where(is_queued)
     stopped = destination.stopped(connection)
     holder = leases.holder(connection, leases.QUEUE)
-    sent = connection.execute(
-        sa.select(tables.requests.c.lane, sa.func.count())
-        .where(tables.requests.c.started_at > now - MINUTE)
-        .group_by(tables.requests.c.lane)
-    )
+    job = _bulk_job(connection)
     return {
         "stopped": stopped and {"since": stopped[0], "reason": stopped[1]},
         "deliverer": holder and {"host": holder.host, "pid": holder.pid},
         "pending_count": counts.get("pending", 0) + counts.get("sending", 0),
         "held_count": counts.get("held", 0),
-        "held_runs": [_held_run(row) for row in connection.execute(_HELD_RUNS)],
+        "held_runs": _held_runs(connection),
+        "failed_runs": _failed_runs(connection, settings),
         "dead_count": counts.get("dead", 0),
         "oldest_at": connection.execute(oldest).scalar(),
-        "late_count": _late_count(connection, now),
-        "sent_last_minute": dict(map(tuple, sent)) | {"bulk": _rows_since(connection, now - MINUTE)},
-        "slow_downs": destination.slow_downs(connection),
-        "bulk_job": _bulk_job(connection),
+        "late_count": _retried_count(connection, now),
+        "bulk_job": job,
         "call_count": connection.execute(sa.select(sa.func.count()).select_from(tables.calls)).scalar_one(),
+        "daemon": daemon_state(connection, now),
+        "lanes": _lanes(connection, settings, job, now),
+        **_schedules(connection, settings, now),
     }
 
 
-def _rows_since(connection: sa.Connection, moment: dt.datetime) -> int:
-    """How many rows were sent in bulk jobs."""
-    rows = sa.select(sa.func.coalesce(sa.func.sum(tables.bulk_jobs.c.row_count), 0))
-    return int(connection.execute(rows.where(tables.bulk_jobs.c.submitted_at > moment)).scalar_one())
+def _held_runs(connection: sa.Connection) -> list[dict[str, Any]]:
+    query = _RUNS.where(tables.runs.c.status == "held").order_by(tables.runs.c.run_id)
+    return [
+        {"run_id": row.run_id, "key": row.key, "held_by": row.held_by, "reason": row.error}
+        for row in connection.execute(query)
+    ]
+
+
+def _failed_runs(connection: sa.Connection, settings: Settings) -> list[dict[str, Any]]:
+    """The last runs of the enabled definitions that did not end well."""
+    enabled = {definition.key for definition in settings.definitions if definition.enabled}
+    return [
+        {"run_id": run["run_id"], "key": key, "status": run["status"], "reason": run["error"]}
+        for key, run in _last_runs(connection).items()
+        if key in enabled and run["status"] in {"failed", "abandoned"}
+    ]
+
+
+def _retried_count(connection: sa.Connection, now: dt.datetime) -> int:
+    """The number of deliveries that failed and wait for another attempt."""
+    statement = sa.select(sa.func.count()).where(
+        tables.deliveries.c.status == "pending",
+        tables.deliveries.c.attempt_count > 0,
+        tables.deliveries.c.next_attempt_at > now,
+    )
+    return int(connection.execute(statement).scalar_one())
 
 
 def _bulk_job(connection: sa.Connection) -> dict[str, Any] | None:
@@ -323,32 +379,67 @@ def _bulk_job(connection: sa.Connection) -> dict[str, Any] | None:
     return None if row is None else dict(row._mapping)  # noqa: SLF001  (SQLAlchemy's public name)
 
 
-_HELD_RUNS = (
-    sa.select(tables.runs, tables.definitions.c.key)
-    .join(tables.definitions, tables.definitions.c.definition_id == tables.runs.c.definition_id)
-    .where(tables.runs.c.status == "held")
-    .order_by(tables.runs.c.run_id)
-)
+def daemon_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
+    heartbeat_at = destination.last_heartbeat(connection)
+    is_alive = heartbeat_at is not None and now - heartbeat_at < dt.timedelta(seconds=ALIVE_SECONDS)
+    return {"heartbeat_at": heartbeat_at, "is_alive": is_alive}
 
 
-def _held_run(row: Any) -> dict[str, Any]:
-    return {"run_id": row.run_id, "key": row.key, "held_by": row.held_by, "reason": row.error}
+def _lanes(
+    connection: sa.Connection, settings: Settings, job: dict[str, Any] | None, now: dt.datetime
+) -> dict[str, dict[str, Any]]:
+    """Each lane's limit and use, in requests; the bulk lane's in rows."""
+    since = now - MINUTE
+    requests = sa.select(tables.requests.c.lane, sa.func.count().label("number"))
+    requests = requests.where(tables.requests.c.started_at > since).group_by(tables.requests.c.lane)
+    rows = sa.select(sa.func.coalesce(sa.func.sum(tables.bulk_jobs.c.row_count), 0))
+    sent = {row.lane: row.number for row in connection.execute(requests)}
+    sent["bulk"] = int(connection.execute(rows.where(tables.bulk_jobs.c.submitted_at > since)).scalar_one())
+    slow, limits = destination.slow_downs(connection), settings.destination
+    per_minute = {
+        "identify": limits.identify_per_minute,
+        "track": limits.track_per_minute,
+        "company": limits.company_per_minute,
+        "bulk": limits.bulk_rows_per_minute if limits.bulk else 0,
+    }
+    lanes = {
+        name: {
+            "per_minute": int(limit * slow.get(name, {}).get("factor", 1.0)),
+            "sent_last_minute": sent.get(name, 0),
+            "paused_until": slow.get(name, {}).get("paused_until"),
+            "reason": slow.get(name, {}).get("reason"),
+        }
+        for name, limit in per_minute.items()
+    }
+    if not lanes["bulk"]["reason"] and (job or not limits.bulk):
+        lanes["bulk"]["reason"] = _describe(job) if job else "switched off"
+    return lanes
 
 
-def _late_count(connection: sa.Connection, now: dt.datetime) -> int:
-    """Deliveries that were tried, failed, and wait for another attempt."""
-    statement = sa.select(sa.func.count()).where(
-        tables.deliveries.c.status == "pending",
-        tables.deliveries.c.attempt_count > 0,
-        tables.deliveries.c.next_attempt_at > now,
+def _describe(job: dict[str, Any]) -> str:
+    done = "" if job["completed_count"] is None else f", {job['completed_count']:,} done"
+    return f"a job of {job['row_count']:,} rows since {job['submitted_at']:%Y-%m-%d %H:%M}{done}"
+
+
+def _schedules(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
+    """The next slots in order, and the keys whose slots wait for a held run or are late."""
+    outlooks = {
+        definition.key: slots.outlook(connection, definition, now) for definition in settings.definitions
+    }
+    upcoming = sorted(
+        (outlook.next_at, key) for key, outlook in outlooks.items() if outlook.next_at and not outlook.waits
     )
-    return int(connection.execute(statement).scalar_one())
+    return {
+        "next_slots": [{"key": key, "slot_at": slot_at} for slot_at, key in upcoming],
+        "waiting": [key for key, outlook in outlooks.items() if outlook.waits],
+        "late": [key for key, outlook in outlooks.items() if outlook.is_late and not outlook.waits],
+    }
 
 
 def call_rows(
     connection: sa.Connection, status: str | None, *, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """What applications handed in, newest first."""
+    """Calls from applications, newest first."""
     query = sa.select(tables.calls).order_by(tables.calls.c.call_id.desc()).limit(limit)
     if status is not None:
         query = query.where(tables.calls.c.status == status)

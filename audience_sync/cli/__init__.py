@@ -1,4 +1,4 @@
-"""The command line. A command imports what it needs when it runs, so that --help comes at once."""
+"""The command line: start in main.py, which lists the commands."""
 
 from audience_sync.cli.main import main
 

@@ -1,92 +1,223 @@
-"""The commands that hand in one call and deliver what is due: identify, track, group."""
+"""The commands that submit calls: identify, track, group, and import of a file."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from audience_sync.calls.operations import json_or_text
-from audience_sync.cli import output
-from audience_sync.cli.main import app
-from audience_sync.cli.sync import NoDeliver, deliver_now, finish, stoppable, tell_delivery
+from audience_sync.cli import lazy, output, session, sync
+from audience_sync.cli.session import Json, NoDeliver
 from audience_sync.errors import ConfigError
 
+if TYPE_CHECKING:
+    from audience_sync.intake.files import BadLine, Summary
 
-@app.command()
+SHOWN_BAD_LINES = 20
+
+UserId = Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.")]
+
+
+def _pairs_option(name: str, description: str) -> Any:
+    text = f'{description} VALUE is JSON where it parses (true, 12, "12"), else text. May be repeated.'
+    return typer.Option(name, metavar="NAME=VALUE", help=text)
+
+
 def identify(
     context: typer.Context,
-    user_id: str,
-    trait: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="A trait; V is JSON where it parses.")
-    ] = None,
+    user_id: UserId,
+    trait: Annotated[list[str] | None, _pairs_option("--trait", "A trait of the user.")] = None,
     no_deliver: NoDeliver = False,
 ) -> None:
-    """Tell traits of a user, and deliver what is due."""
-    _call(context, {"type": "identify", "userId": user_id, "traits": pairs(trait)}, no_deliver=no_deliver)
+    """Submit traits of a user.
+
+    They are stored and queued, and what is due is delivered.
+
+        audience-sync identify u1 --trait plan=pro --trait seats=12
+    """
+    _submit(context, {"type": "identify", "userId": user_id, "traits": pairs(trait)}, no_deliver=no_deliver)
 
 
-@app.command()
 def track(
     context: typer.Context,
-    user_id: str,
-    event: str,
-    property_: Annotated[
-        list[str] | None,
-        typer.Option("--property", metavar="K=V", help="A property; V is JSON where it parses."),
-    ] = None,
+    user_id: UserId,
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="The event's name.")],
+    property_: Annotated[list[str] | None, _pairs_option("--property", "A property of the event.")] = None,
     no_deliver: NoDeliver = False,
 ) -> None:
-    """Tell something that a user did, and deliver what is due."""
-    raw = {"type": "track", "userId": user_id, "event": event, "properties": pairs(property_)}
-    _call(context, raw, no_deliver=no_deliver)
+    """Submit an event of a user.
+
+    It is stored and queued, and what is due is delivered.
+
+        audience-sync track u1 "Order Completed" --property total=12.5
+    """
+    call = {"type": "track", "userId": user_id, "event": event, "properties": pairs(property_)}
+    _submit(context, call, no_deliver=no_deliver)
 
 
-@app.command()
 def group(
     context: typer.Context,
-    user_id: str,
-    group_id: str,
-    trait: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A company's trait.")] = None,
+    user_id: UserId,
+    group_id: Annotated[str, typer.Argument(metavar="GROUP_ID", help="The company's id.")],
+    trait: Annotated[list[str] | None, _pairs_option("--trait", "A trait of the company.")] = None,
     no_deliver: NoDeliver = False,
 ) -> None:
-    """Tell a company's traits, and that the user is in it; deliver what is due."""
-    raw = {"type": "group", "userId": user_id, "groupId": group_id, "traits": pairs(trait)}
-    _call(context, raw, no_deliver=no_deliver)
+    """Submit a user's company and its traits.
+
+    They are stored and queued, and what is due is delivered.
+
+        audience-sync group u1 acme --trait name="Acme Ltd" --trait size=40
+    """
+    call = {"type": "group", "userId": user_id, "groupId": group_id, "traits": pairs(trait)}
+    _submit(context, call, no_deliver=no_deliver)
 
 
-def _call(context: typer.Context, raw: dict[str, Any], *, no_deliver: bool) -> None:
-    from audience_sync import intake
-    from audience_sync.cli.session import open_app
-    from audience_sync.db import engines
-    from audience_sync.queue import due
-
-    with open_app(context.obj) as opened, stoppable(opened):
+def _submit(context: typer.Context, call: dict[str, Any], *, no_deliver: bool) -> None:
+    with session.open_app(context) as app, session.stoppable(app):
         if not no_deliver:
-            opened.settings.destination.require_api_key()
-        receipt = intake.submit(opened, raw)
+            app.settings.destination.require_api_key()
+        receipt = lazy.intake.submit(app, call)
         if receipt.ignored:
-            output.line(f"Call {receipt.call_id} was kept and ignored: {receipt.ignored}.")
+            output.line(f"Call {receipt.call_id} is stored and ignored: {receipt.ignored}.")
         else:
-            output.line(f"Call {receipt.call_id} was accepted for delivery.")
+            output.line(f"Call {receipt.call_id} is accepted for delivery.")
             if receipt.reason:
                 output.line(f"A part of it is not sent: {receipt.reason}.")
         if receipt.left_out:
             output.line(
-                f"Left out: {', '.join(receipt.left_out)}. A definition's key is told by its runs, and some "
-                "properties are Userpilot's own."
+                f"Left out: {', '.join(receipt.left_out)}. The key of a definition is sent by its runs only, and some "
+                "properties are reserved by Userpilot."
             )
-        report = None if no_deliver else deliver_now(opened, call_ids=[receipt.call_id])
-        with engines.read(opened.engine) as connection:
-            tell_delivery(report, due.pending_count(connection))
-    finish(report)
+        report = None if no_deliver else sync.deliver_now(app, call_ids=[receipt.call_id])
+        with lazy.engines.read(app.engine) as connection:
+            sync.show_delivery(report, lazy.due.pending_count(connection))
+    session.finish(report)
 
 
-def pairs(given: Sequence[str] | None) -> dict[str, Any]:
-    """k=v pairs; v is JSON where it parses, else the text itself."""
-    found = {}
-    for each in given or ():
-        name, separator, text = each.partition("=")
+def pairs(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Parse NAME=VALUE texts; a value that is not JSON is text."""
+    values = {}
+    for pair in texts or ():
+        name, separator, text = pair.partition("=")
         if not separator or not name:
-            raise ConfigError(f"{each!r} is not NAME=VALUE: write, for example, plan=pro or age=12.")
-        found[name] = json_or_text(text)
-    return found
+            raise ConfigError(f"{pair!r} is not NAME=VALUE: write, for example, plan=pro or age=12.")
+        values[name] = lazy.operations.json_or_text(text)
+    return values
+
+
+def import_(
+    context: typer.Context,
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="One JSON object a line, plain or gzip; - reads standard input."),
+    ],
+    deliver: Annotated[bool, typer.Option("--deliver", help="Then deliver what is due.")] = False,
+    set_aside: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Write the lines that are not valid calls to this file, with their reasons."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Import calls from an NDJSON file.
+
+    Each line is a call as Segment's libraries send it. Importing a file again changes nothing. Lines that are not
+    valid calls are reported and left out.
+
+        audience-sync import calls.ndjson.gz --set-aside bad.ndjson
+    """
+    with contextlib.ExitStack() as stack:
+        app = stack.enter_context(session.open_app(context))
+        stack.enter_context(session.stoppable(app))
+        if deliver:
+            app.settings.destination.require_api_key()
+        source, size = stack.enter_context(_source(file))
+        on_bad = stack.enter_context(_bad_lines(set_aside, file))
+        with output.bytes_read(source, size) as on_progress:
+            summary = lazy.files.import_calls(app, lazy.files.decompressed(source), on_bad, on_progress, beside=True)
+        if not as_json:
+            _show(summary)
+        report = sync.deliver_now(app) if deliver else None
+        with lazy.engines.read(app.engine) as connection:
+            pending = lazy.due.pending_count(connection)
+    if as_json:
+        output.document(_document(summary, pending))
+    else:
+        sync.show_delivery(report, pending)
+    if summary.bad_count == summary.line_count > 0:
+        raise typer.Exit(1)
+    session.finish(report)
+
+
+@contextlib.contextmanager
+def _source(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
+    """Open the file; with its size in bytes where that is known."""
+    if file == "-":
+        yield sys.stdin.buffer, None
+        return
+    try:
+        opened = Path(file).open("rb")  # noqa: SIM115
+        size = Path(file).stat().st_size
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
+    with opened:
+        yield opened, size or None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # lines hold personal data
+
+
+@contextlib.contextmanager
+def _bad_lines(path: Path | None, source: str) -> Iterator[Callable[["BadLine"], None]]:
+    """Print the first bad lines, and write all of them to a file if one is given."""
+    count = 0
+    try:
+        if path and path.exists() and source != "-" and path.samefile(source):
+            raise ConfigError(f"{path} is the file to import: name another file for --set-aside.")
+        file = path and open(path, "w", encoding="utf-8", opener=_private)  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    with file or contextlib.nullcontext() as set_aside:
+
+        def report(line: "BadLine") -> None:
+            nonlocal count
+            count += 1
+            if count <= SHOWN_BAD_LINES:
+                output.warn(f"Line {line.number}: {line.reason}.")
+            if set_aside is not None:
+                text = line.text.decode("utf-8", "replace").rstrip("\n")
+                print(json.dumps({"line": line.number, "reason": line.reason, "text": text}), file=set_aside)
+
+        yield report
+    if count > SHOWN_BAD_LINES:
+        hint = "" if path else ": --set-aside PATH writes all of them to a file"
+        output.warn(f"And {count - SHOWN_BAD_LINES:,} more lines that are not valid calls{hint}.")
+
+
+def _show(summary: "Summary") -> None:
+    parts = [f"{output.plural(summary.line_count, 'line')}: {summary.accepted_count:,} accepted"]
+    for count, what in (
+        (summary.ignored_count, "ignored (`audience-sync calls --status ignored` shows the reasons)"),
+        (summary.repeated_count, "known already"),
+        (summary.bad_count, "set aside"),
+    ):
+        if count:
+            parts.append(f"{count:,} {what}")
+    output.line(f"{', '.join(parts)}.")
+
+
+def _document(summary: "Summary", pending: int) -> dict[str, int]:
+    return {
+        "line_count": summary.line_count,
+        "accepted_count": summary.accepted_count,
+        "ignored_count": summary.ignored_count,
+        "repeated_count": summary.repeated_count,
+        "set_aside_count": summary.bad_count,
+        "pending_count": pending,
+    }

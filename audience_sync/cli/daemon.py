@@ -1,42 +1,97 @@
-"""The command that runs by itself: daemon."""
+"""The commands that run until they are stopped: daemon, serve."""
 
 import signal
+import sys
 from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from audience_sync.cli.main import app
-from audience_sync.cli.sync import end_at_once
+from audience_sync import logs
+from audience_sync.cli import lazy, output, session
+from audience_sync.errors import ConfigError
 
-
-@app.command()
-def daemon(context: typer.Context) -> None:
-    """Sync by the schedules and deliver, until SIGTERM; SIGHUP reads the configuration anew."""
-    from audience_sync import logs
+if TYPE_CHECKING:
     from audience_sync.app import App
-    from audience_sync.cli.session import open_app
-    from audience_sync.daemon import Daemon
 
-    def open_again(before: App) -> App:
+
+def _log_everything(app: "App") -> None:
+    logs.configure(app.settings.logging.format, app.settings.logging.level)
+
+
+def daemon(context: typer.Context) -> None:
+    """Sync by schedule and deliver, until stopped.
+
+    Runs each definition that has a `schedule` when it is due, and delivers all the time. SIGTERM or Ctrl-C finishes
+    the requests in flight and stops; SIGHUP reads the configuration again.
+    """
+
+    def reopen(before: "App") -> "App":
         after = before.reloaded()
         after.settings.destination.require_api_key()
-        logs.configure(after.settings.logging.format, after.settings.logging.level)
+        _log_everything(after)
         return after
 
-    with open_app(context.obj) as opened:
-        opened.settings.destination.require_api_key()
-        logs.configure(opened.settings.logging.format, opened.settings.logging.level)
-        working = Daemon(opened, open_again)
+    with session.open_app(context) as app:
+        app.settings.destination.require_api_key()
+        _log_everything(app)
+        running = lazy.daemon.Daemon(app, reopen)
 
-        def end(_number: int, _frame: FrameType | None) -> None:
-            if working.stop_requested:
-                end_at_once("Stopped at once. Nothing is lost: start it again to go on.")
-            working.stop_requested = True
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            if running.stop_requested:
+                session.end_at_once("Stopped at once. Nothing is lost: start the daemon again to continue.")
+            running.stop_requested = True
 
         def reload(_number: int, _frame: FrameType | None) -> None:
-            working.reload_requested = True
+            running.reload_requested = True
 
-        signal.signal(signal.SIGTERM, end)
-        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGHUP, reload)
-        working.run()
+        running.run()
+
+
+def serve(
+    context: typer.Context,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(metavar="PORT", min=0, max=65_535, help="The port to listen on; 0 takes a free one."),
+    ] = 8040,
+) -> None:
+    """Accept calls by HTTP, until stopped.
+
+    The API is the one that Segment's libraries call: give them this address as host, and a key of [tracking]
+    write_keys. Calls are stored and queued; `daemon` or `deliver` sends them. Needs the extra packages of
+    `pip install 'audience-sync[web]'`.
+    """
+    try:
+        http, server, writer = lazy.http, lazy.server, lazy.writer
+    except ImportError as error:
+        raise ConfigError("serve needs more packages: run pip install 'audience-sync[web]'.") from error
+    with session.open_app(context) as app:
+        _log_everything(app)
+        if not http.is_loopback(host) and not app.settings.tracking.require_write_keys():
+            raise ConfigError(
+                f"{host} can be reached from other machines: set [tracking] write_keys in {app.settings.path} first, "
+                "or listen on 127.0.0.1."
+            )
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            if app.stop.is_set():
+                session.end_at_once(
+                    "Stopped at once. Calls that were answered are stored; clients send the others again."
+                )
+            app.stop.set()
+
+        with server.listen(host, port) as listening:
+            shown = f"[{host}]" if ":" in host else host
+            output.line(
+                f"Listening on http://{shown}:{listening.getsockname()[1]}/ for calls. Ctrl-C stops it."
+            )
+            sys.stdout.flush()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, stop)
+            with writer.Writer(app) as running:
+                api = http.TrackingApi(app, running).asgi()
+                server.TrackingServer(api, app.stop).run(sockets=[listening])

@@ -1,25 +1,101 @@
-"""The commands, and what their errors and signals become."""
+"""The commands in their groups; errors and signals become messages and exit codes.
+
+Typer reads each command's arguments and help from its function. A paragraph of a docstring that is indented, such as
+an example, is printed as it is.
+"""
 
 import gc
+import inspect as introspection
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from audience_sync import __version__
+from audience_sync.cli import calls, daemon, inspect, operate, output, setup, sync
 from audience_sync.errors import AudienceSyncError, Interrupted
 
-Id = Annotated[int, typer.Argument(min=1, max=2**63 - 1)]
+COMMANDS = (
+    ("Set up", "init", setup.init),
+    ("Set up", "check", setup.check),
+    ("Set up", "demo", setup.demo),
+    ("Set up", "sandbox", setup.sandbox),
+    ("Set up", "db upgrade", setup.upgrade),
+    ("Set up", "db current", setup.current),
+    ("Set up", "db downgrade", setup.downgrade),
+    ("Audiences", "plan", sync.plan),
+    ("Audiences", "sync", sync.sync),
+    ("Audiences", "approve", operate.approve),
+    ("Audiences", "reject", operate.reject),
+    ("Audiences", "retire", operate.retire),
+    ("Delivery", "deliver", sync.deliver),
+    ("Delivery", "retry", operate.retry),
+    ("Delivery", "discard", operate.discard),
+    ("Delivery", "forget", operate.forget),
+    ("Calls", "identify", calls.identify),
+    ("Calls", "track", calls.track),
+    ("Calls", "group", calls.group),
+    ("Calls", "import", calls.import_),
+    ("Run", "daemon", daemon.daemon),
+    ("Run", "serve", daemon.serve),
+    ("Inspect", "status", inspect.status),
+    ("Inspect", "list", inspect.list_),
+    ("Inspect", "history", inspect.history),
+    ("Inspect", "show", inspect.show),
+    ("Inspect", "members", inspect.members),
+    ("Inspect", "user", inspect.user),
+    ("Inspect", "deliveries", inspect.deliveries),
+    ("Inspect", "calls", inspect.calls),
+)
+
+
+class Grouped(TyperGroup):
+    """A group of commands whose help lists them under the headings of COMMANDS."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = list(dict.fromkeys(name.split()[0] for _, name, _ in COMMANDS))
+        return sorted(super().list_commands(ctx), key=lambda name: (*names, name).index(name))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        headings: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            line = (name.ljust(10), command.get_short_help_str(limit=formatter.width))
+            headings.setdefault(command.rich_help_panel or "Commands", []).append(line)
+        for heading, lines in headings.items():
+            with formatter.section(heading):
+                formatter.write_dl(lines)
+
 
 app = typer.Typer(
     name="audience-sync",
-    help="Keeps audiences computed in your database true in Userpilot.",
+    cls=Grouped,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+db = typer.Typer(
+    help="Show, upgrade or downgrade the version of our tables.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(db, name="db", rich_help_panel="Set up")
+
+
+def _register() -> None:
+    for heading, name, function in COMMANDS:
+        is_db = name.startswith("db ")
+        text = re.sub(r"\n\n(?=  )", "\n\n\b\n", introspection.getdoc(function) or "")
+        (db if is_db else app).command(
+            name.removeprefix("db "), help=text, rich_help_panel=None if is_db else heading
+        )(function)
+
+
+_register()
 
 
 def _version(value: bool) -> None:
@@ -32,21 +108,29 @@ def _version(value: bool) -> None:
 def configure(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Option(help="The configuration file.", envvar="AUDIENCE_SYNC_CONFIG")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="AUDIENCE_SYNC_CONFIG",
+            help="The configuration file. By default config/audience_sync.toml, else audience_sync.toml.",
+        ),
     ] = None,
     version: Annotated[  # noqa: ARG001  (its callback prints it)
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    """Keep the audiences that you compute in your database up to date in Userpilot.
+
+    To try it without an account: `audience-sync demo`. To begin with your own database: `init`, `check`, `plan`, and
+    then `sync`. `audience-sync COMMAND --help` explains each command.
+    """
     context.obj = config
 
 
 def main() -> None:
-    # Most of what a command makes are its imports, which stay, and what an import reads, which makes no cycles:
-    # looking them over would take a tenth of its time.
+    # Most of what a command allocates are its imports, which stay. Collecting garbage among them would take a
+    # tenth of the time of a short command.
     gc.set_threshold(200_000)
-    from audience_sync.cli import calls, daemon, inspect, intake, operate, output, setup, sync  # noqa: F401  (they register their commands)
-
     try:
         with output.streams():
             app()

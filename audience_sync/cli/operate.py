@@ -1,139 +1,147 @@
-"""What a person does about runs, keys, users and deliveries: it is queued, and `deliver` or the daemon sends it."""
+"""The commands that decide about runs, keys, users and deliveries; what they queue is sent by `deliver` or the daemon."""
 
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from audience_sync.cli import output
-from audience_sync.cli.main import Id, app
+from audience_sync.cli import lazy, output, session
+from audience_sync.cli.session import RunId, row_ids
 from audience_sync.errors import ConfigError
 
 if TYPE_CHECKING:
     from audience_sync.app import App
 
 
-@app.command()
-def approve(context: typer.Context, run_id: Id) -> None:
-    """Commit the changes that a held run waits with."""
-    from audience_sync.audiences import decisions
-    from audience_sync.cli.session import open_app
+def approve(context: typer.Context, run_id: RunId) -> None:
+    """Commit the changes of a held run.
 
-    with open_app(context.obj) as opened:
-        decisions.approve(opened.engine, run_id, opened.clock, opened.destination)
-        _tell_run(opened, run_id)
-
-
-@app.command()
-def reject(context: typer.Context, run_id: Id) -> None:
-    """Drop the changes that a held run waits with."""
-    from audience_sync.audiences import decisions
-    from audience_sync.cli.session import open_app
-
-    with open_app(context.obj) as opened:
-        decisions.reject(opened.engine, run_id, opened.clock)
-        output.line(f"Run {run_id} is rejected: nothing of it is sent, and the next run computes anew.")
+    Exactly the changes that `audience-sync show RUN_ID` shows are queued.
+    """
+    with session.open_app(context) as app:
+        lazy.decisions.approve(app.engine, run_id, app.clock, app.destination)
+        _show_queued(app, run_id)
 
 
-@app.command()
-def retire(context: typer.Context, key: str) -> None:
-    """Tell false (of a trait, null) of all who hold it, and let the key rest."""
-    from audience_sync.audiences import decisions
-    from audience_sync.cli.session import open_app
+def reject(context: typer.Context, run_id: RunId) -> None:
+    """Drop the changes of a held run.
 
-    with open_app(context.obj) as opened:
-        run_id = decisions.retire(opened.engine, key, opened.clock, opened.destination)
-        _tell_run(opened, run_id)
-        if key in {definition.key for definition in opened.settings.definitions}:
-            output.line(f"{key} rests from now on: remove it from {opened.settings.path}.")
+    Nothing of the run is sent. The next run computes again, from the last committed members.
+    """
+    with session.open_app(context) as app:
+        lazy.decisions.reject(app.engine, run_id, app.clock)
+        output.line(f"Run {run_id} is rejected. Nothing of it is sent, and the next run computes again.")
 
 
-@app.command()
+def retire(
+    context: typer.Context,
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="The key of an audience or trait that was synced.")
+    ],
+) -> None:
+    """End a key: send false to all its members, then reserve it.
+
+    Members of an audience get false, users with a trait's value get null. The key can never be used again.
+    """
+    with session.open_app(context) as app:
+        run_id = lazy.decisions.retire(app.engine, key, app.clock, app.destination)
+        _show_queued(app, run_id)
+        if key in {definition.key for definition in app.settings.definitions}:
+            output.line(f"{key} is retired and will not run again: remove it from {app.settings.path}.")
+
+
+def _show_queued(app: "App", run_id: int) -> None:
+    with lazy.engines.read(app.engine) as connection:
+        [run] = lazy.history.run_rows(connection, ids=[run_id])
+    counts = ", ".join(f"{run[f'{name}_count']:,} {name}" for name in ("entered", "exited", "changed"))
+    queued = output.plural(run["pending_count"], "delivery", "deliveries")
+    output.line(f"Run {run_id} of {run['key']} is committed: {counts}.")
+    output.line(f"{queued} queued. `audience-sync deliver` or the daemon sends what is in the queue.")
+
+
 def forget(
     context: typer.Context,
-    user_id: str,
+    user_id: Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.")],
     allow_return: Annotated[
-        bool, typer.Option("--allow-return", help="Let a user who was forgotten be sent again.")
+        bool, typer.Option("--allow-return", help="Let an erased user be computed and sent again.")
     ] = False,
 ) -> None:
-    """Have Userpilot delete a user, and erase what is known of the user here."""
-    from audience_sync.cli.session import open_app
-    from audience_sync.db import engines
-    from audience_sync.retention import erasure
+    """Erase a user here and at Userpilot.
 
-    with open_app(context.obj) as opened:
+    Userpilot deletes at 02:00 UTC. All local rows about the user are removed. A hash of the id remains, so that later
+    runs and calls leave the user out.
+    """
+    quoted = shlex.quote(user_id)
+    with session.open_app(context) as app:
         if allow_return:
-            with engines.write(opened.engine) as connection:
-                at = erasure.allow_return(connection, user_id)
-            if at is None:
-                raise ConfigError("That user was not forgotten: nothing to allow.")
-            output.line(f"From {output.moment(at)} UTC on the user may be computed and sent again.")
+            with lazy.engines.write(app.engine) as connection:
+                moment = lazy.erasure.allow_return(connection, user_id)
+            if moment is None:
+                raise ConfigError("This user was not erased, so there is nothing to allow.")
+            output.line(f"{user_id} may be computed and sent again from {output.moment(moment)} UTC on.")
             return
-        with opened.client() as client:
-            ended = erasure.forget_everywhere(opened.engine, client, user_id, opened.clock)
-        output.line(
-            f"Userpilot carries the deletion out at 02:00 UTC. Here everything of the user is erased ({ended} "
-            "memberships), and later computations and calls set the user aside."
-        )
-        output.line(f"To undo the last part: `audience-sync forget {shlex.quote(user_id)} --allow-return`.")
+        with app.client() as client:
+            ended_count = lazy.erasure.forget_everywhere(app.engine, client, user_id, app.clock)
+    output.line(
+        f"Userpilot accepted the deletion and carries it out at 02:00 UTC. Here all rows about {user_id} are erased, "
+        f"{output.plural(ended_count, 'membership')} among them. Later runs and calls leave this user out."
+    )
+    output.line(f"To let the user return: `audience-sync forget {quoted} --allow-return`.")
 
 
-def _tell_run(opened: "App", run_id: Id) -> None:
-    from audience_sync import history
-    from audience_sync.cli.sync import show_runs
-    from audience_sync.db import engines
-
-    with engines.read(opened.engine) as connection:
-        found = history.run_rows(connection, ids=[run_id])
-    show_runs(found)
-    output.line(f"Queued: {found[0]['pending_count']:,}. `audience-sync deliver` or the daemon sends them.")
-
-
-@app.command()
 def retry(
     context: typer.Context,
     ids: Annotated[
-        list[int] | None, typer.Argument(metavar="[ID]...", help="Dead deliveries.", min=1, max=2**63 - 1)
+        list[int] | None,
+        typer.Argument(metavar="ID", help="Dead deliveries, as `deliveries` lists them.", callback=row_ids),
     ] = None,
-    all_dead: Annotated[bool, typer.Option("--all-dead", help="Every dead delivery.")] = False,
+    all_dead: Annotated[bool, typer.Option("--all-dead", help="Retry every dead delivery.")] = False,
 ) -> None:
-    """Queue dead deliveries again, if nothing newer has overtaken them."""
-    from audience_sync.cli.session import open_app
-    from audience_sync.db import engines
-    from audience_sync.queue import deliveries
+    """Queue dead deliveries again.
 
+    One whose value has been superseded by a newer one stays dead.
+
+        audience-sync deliveries --status dead
+        audience-sync retry 1041 1042
+        audience-sync retry --all-dead
+    """
     if bool(ids) == all_dead:
-        raise ConfigError("Name the deliveries to try again, or say --all-dead.")
-    with open_app(context.obj) as opened:
-        with engines.write(opened.engine) as connection:
-            retried = deliveries.retry(connection, None if all_dead else ids, opened.clock.now())
-        for reason in retried.refusals:
-            output.warn(reason)
-        if retried.count:
-            output.line(f"Queued again: {retried.count:,}. `audience-sync deliver` or the daemon sends them.")
-        else:
-            output.line("Nothing was queued again: there is no such dead delivery.")
+        raise ConfigError("Name the deliveries to retry, or give --all-dead for all of them.")
+    with session.open_app(context) as app, lazy.engines.write(app.engine) as connection:
+        retried = lazy.deliveries.retry(connection, None if all_dead else ids, app.clock.now())
+    for reason in retried.refusals:
+        output.warn(reason)
+    if retried.count:
+        queued = output.plural(retried.count, "delivery", "deliveries")
+        output.line(
+            f"{queued} queued again. `audience-sync deliver` or the daemon sends what is in the queue."
+        )
+    else:
+        output.line("Nothing was queued again: there is no such dead delivery.")
     if retried.refusals and not all_dead:
         raise typer.Exit(1)
 
 
-@app.command()
 def discard(
-    context: typer.Context, ids: Annotated[list[int], typer.Argument(metavar="ID...", min=1, max=2**63 - 1)]
+    context: typer.Context,
+    ids: Annotated[
+        list[int],
+        typer.Argument(metavar="ID", help="Deliveries, as `deliveries` lists them.", callback=row_ids),
+    ],
 ) -> None:
-    """Cancel pending, dead, or held deliveries (not a held run's); Userpilot is not told."""
-    from audience_sync.cli.session import open_app
-    from audience_sync.db import engines
-    from audience_sync.queue import deliveries
+    """Cancel deliveries, so that they are never sent.
 
-    with open_app(context.obj) as opened:
-        with engines.write(opened.engine) as connection:
-            count = deliveries.discard(connection, ids, opened.clock.now())
-        output.line(f"{count:,} of {len(set(ids)):,} deliveries are cancelled.")
-        if count:
-            output.line(
-                "Where they came from an audience, `audience-sync sync KEY --full` tells Userpilot the truth again."
-            )
-    if count < len(set(ids)):
-        output.warn("The others do not exist, are settled, or belong to a held run (`audience-sync reject`).")
+    Pending, dead and held deliveries can be cancelled; those of a held run only together, with `reject`. Userpilot
+    then lacks these values until `audience-sync sync KEY --full`.
+    """
+    with session.open_app(context) as app, lazy.engines.write(app.engine) as connection:
+        count = lazy.deliveries.discard(connection, ids, app.clock.now())
+    total = len(set(ids))
+    output.line(f"{count:,} of {output.plural(total, 'delivery', 'deliveries')} cancelled.")
+    if count:
+        output.line(
+            "If an audience or trait sent them, `audience-sync sync KEY --full` sends its values again."
+        )
+    if count < total:
+        output.warn("The others do not exist, are settled already, or belong to a held run (use `reject`).")
         raise typer.Exit(1)

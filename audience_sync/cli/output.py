@@ -1,14 +1,14 @@
-"""What people and machines read: tables of at most 80 columns, progress bars, and one JSON document.
+"""Output for people and programs: tables, progress bars and JSON documents.
 
-Who reads it, and whether anybody does, changes neither the work nor its exit code.
+A reader who leaves (`| head`) changes neither the work nor its exit code.
 """
 
 import contextlib
 import datetime as dt
 import json
 import os
+import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
@@ -18,35 +18,23 @@ from audience_sync.clock import isoformat
 if TYPE_CHECKING:
     from audience_sync.queue.worker import Report
 
-WIDTH = 80
-NARROWEST = 16  # a column that is folded
-FOLDED = {
-    "key",
-    "for",
-    "body",
-    "answer",
-    "reason",
-    "value",
-    "user",
-    "event or group",
-    "state",
-}  # may be of any length
+MIN_WIDTH = 40
+NARROWEST = 16  # of a column that is folded
 
 
 def line(text: str = "") -> None:
-    with _unmissed():
+    with _reader_may_leave():
         print(text)  # noqa: T201
 
 
 def warn(text: str) -> None:
-    """A line for the person, not for the pipe."""
+    """Print a line to standard error."""
     with contextlib.suppress(OSError):  # a full disk, or a terminal that is gone
         print(text, file=sys.stderr)  # noqa: T201
 
 
 @contextmanager
-def _unmissed() -> Iterator[None]:
-    """A reader who left (| head) hears no more, and is not missed."""
+def _reader_may_leave() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
@@ -55,19 +43,24 @@ def _unmissed() -> Iterator[None]:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """Say things inside: at the end all of it is out, or an OSError says why not; closed streams are no trouble."""
+    """Open standard streams that are closed, and flush standard output at the end.
+
+    Raises:
+        OSError: output could not be written.
+
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # else what is opened next would get its number
+        if getattr(sys, name) is None:  # otherwise the next file that is opened gets its descriptor
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     try:
         yield
     finally:
-        with _unmissed():
+        with _reader_may_leave():
             sys.stdout.flush()
 
 
 def drop_output() -> None:
-    """Drop what could not be said, which would be tried again when the interpreter ends, and change its exit code."""
+    """Drop output that cannot be written: the interpreter would try again at exit and change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -80,6 +73,7 @@ def _silence(stream: TextIO) -> None:
 
 
 def document(value: Any) -> None:
+    """Print a value as JSON."""
     line(json.dumps(value, indent=2, ensure_ascii=False, default=_encode))
 
 
@@ -90,7 +84,7 @@ def _encode(value: Any) -> str:
 
 
 def moment(value: dt.datetime | None) -> str:
-    """To the minute, for tables; UTC."""
+    """Return a time in UTC, to the minute."""
     return f"{value.astimezone(dt.UTC):%Y-%m-%d %H:%M}" if value else ""
 
 
@@ -98,109 +92,155 @@ def count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """A table of at most 80 columns, in which nothing is cut; `numbers` names the columns that are set to the right.
-
-    What does not fit is folded, in the columns that may be of any length; where that is not enough, the key
-    stands in a line of its own above the rest of its row, whole, so that it can be copied.
-    """
-    layout = _Layout(columns, rows, numbers)
-    line()
-    layout.print(columns)
-    line(" " + "─" * (layout.width - 1))
-    for row in rows:
-        if layout.above is not None:
-            line(f" {row[layout.above]}")
-        layout.print(row)
-    line()
-
-
-class _Layout:
-    """How wide each column is, and which one, if any, stands above the others."""
-
-    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> None:
-        self.numbers = {place for place, column in enumerate(columns) if column in numbers}
-        self.widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        self.above: int | None = None
-        self.gap = 2
-        folding = [place for place, column in enumerate(columns) if column in FOLDED]
-        self._fold(folding)
-        if self.width > WIDTH and "key" in columns:
-            self.above = columns.index("key")
-            self.widths[self.above] = 0
-        if self.width > WIDTH:
-            self.gap = 1
-
-    @property
-    def width(self) -> int:
-        return sum(each + self.gap for each in self.widths if each) - self.gap + 1
-
-    def _fold(self, folding: Sequence[int]) -> None:
-        """Narrow the widest of the columns that may be folded, until all fit or they would be too narrow."""
-        while self.width > WIDTH and folding:
-            widest = max(folding, key=self.widths.__getitem__)
-            if self.widths[widest] <= NARROWEST:
-                return
-            self.widths[widest] -= 1
-
-    def print(self, cells: Sequence[str]) -> None:
-        folded = {
-            place: textwrap.wrap(cell, self.widths[place], break_on_hyphens=False) or [""]
-            for place, cell in enumerate(cells)
-            if place != self.above
-        }
-        for number in range(max(map(len, folded.values()), default=0)):
-            parts = []
-            for place, lines in folded.items():
-                part, width = lines[number] if number < len(lines) else "", self.widths[place]
-                parts.append(part.rjust(width) if place in self.numbers else part.ljust(width))
-            line((" " + (" " * self.gap).join(parts)).rstrip())
+def plural(number: int, one: str, many: str = "") -> str:
+    """Return a number with its noun: 1 row, 2,000 rows."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def span(seconds: float) -> str:
-    """A span in words, rounded as people would."""
+    """Return a duration, rounded as people would."""
     if seconds < 1:
         return "less than a second"
     for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
         if seconds >= 1.5 * size:
             return f"{round(seconds / size)} {unit}s"
-    return f"{round(seconds)} seconds"
+    return plural(round(seconds), "second")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
+    """Print a table that fits the terminal (80 columns without one) and cuts nothing off.
+
+    `numbers` names the columns that are aligned to the right. Long texts are folded. Where that is not enough, the
+    key goes on a line of its own above the rest of its row.
+    """
+    width = _terminal_width()
+    layout = _layout(columns, rows, numbers, width)
+    line()
+    layout.print(columns)
+    line(" " + "─" * (layout.width - 1))
+    for row in rows:
+        layout.print(row)
+    line()
+    if layout.is_folded:
+        line("Some values are folded to fit: a wider terminal or --json shows them whole.")
+
+
+def _terminal_width() -> int:
+    return max(shutil.get_terminal_size().columns, MIN_WIDTH)
+
+
+class _Layout:
+    """The columns' widths, the gap between them, and which column stands above the others, if any."""
+
+    def __init__(self, widths: list[int], numbers: set[int], gap: int, above: int | None) -> None:
+        self.widths, self.numbers, self.gap, self.above = widths, numbers, gap, above
+        self.is_folded = above is not None
+
+    @property
+    def width(self) -> int:
+        shown = [width for column, width in enumerate(self.widths) if column != self.above]
+        return sum(shown) + self.gap * (len(shown) - 1) + 1
+
+    def fold(self, width: int, key: int | None) -> None:
+        """Narrow the widest text column, except the key, until all fit or none can be narrowed further."""
+        texts = [column for column in range(len(self.widths)) if column not in {key, *self.numbers}]
+        while self.width > width and texts:
+            widest = max(texts, key=self.widths.__getitem__)
+            if self.widths[widest] <= NARROWEST:
+                return
+            self.widths[widest] -= 1
+
+    def print(self, cells: Sequence[str]) -> None:
+        if self.above is not None:
+            for part in wrap(cells[self.above], _terminal_width() - 1):
+                line(f" {part}")
+        shown = [column for column in range(len(cells)) if column != self.above]
+        folded = {column: wrap(cells[column], self.widths[column]) for column in shown}
+        height = max(map(len, folded.values()), default=0)
+        self.is_folded |= height > 1
+        for number in range(height):
+            parts = []
+            for column, lines in folded.items():
+                part = lines[number] if number < len(lines) else ""
+                align = part.rjust if column in self.numbers else part.ljust
+                parts.append(align(self.widths[column]))
+            line((" " + (" " * self.gap).join(parts)).rstrip())
+
+
+def _layout(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str], width: int
+) -> _Layout:
+    """Return the first of four layouts that fits, else the narrowest: with wide or narrow gaps, with the key above."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    right = {column for column, name in enumerate(columns) if name in numbers}
+    key = columns.index("key") if "key" in columns else None
+    for above in (None, key):
+        for gap in (2, 1):
+            layout = _Layout(list(widths), right, gap, above)
+            layout.fold(width, key)
+            if layout.width <= width:
+                return layout
+    return layout
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text at spaces; a word that is too long after its underscores, or anywhere where it has none."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+            continue
+        rest = word
+        while len(rest) > width:
+            cut = rest.rfind("_", 0, width) + 1 or width
+            lines.append(rest[:cut])
+            rest = rest[cut:]
+        lines.append(rest)
+    return lines or [""]
 
 
 @contextmanager
 def progress() -> Iterator[Callable[["Report"], None]]:
-    """A bar on a terminal, fed with the delivery's reports; elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("delivering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=Console(stderr=True, width=WIDTH), transient=True) as bar:
-        task = bar.add_task("delivering", total=None, left="")
+    """Show the progress of a delivery on a terminal; yields what takes its reports."""
+    with _bar("delivering", None, "MofNCompleteColumn") as update:
 
         def show(report: "Report") -> None:
+            if update is None:
+                return
             done = report.accepted_count + report.dead_count + report.bulk_done_count
+            total = done + report.pending_count - report.bulk_done_count
             lanes = [f"{name} {report.left[name]:,}" for name in report.left if report.left[name]]
-            left = f"{', '.join(lanes)}: {span(report.seconds_left)}"
-            bar.update(
-                task, completed=done, total=done + report.pending_count - report.bulk_done_count, left=left
-            )
+            update(completed=done, total=total, left=f"{', '.join(lanes)}: {span(report.seconds_left)}")
 
         yield show
 
 
 @contextmanager
 def bytes_read(file: BinaryIO, size: int | None) -> Iterator[Callable[[object], None]]:
-    """A bar on a terminal of how far a file is read, for each call of what is given; elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    """Show on a terminal how far a file is read; yields what is called after each piece."""
+    with _bar("reading", size, "DownloadColumn", "TimeRemainingColumn") as update:
 
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, width=WIDTH), transient=True) as bar:
-        task = bar.add_task("reading", total=size)
-        yield lambda _: bar.update(task, completed=file.tell() if size else None)
+        def show(_: object) -> None:
+            if update is not None and size:
+                update(completed=file.tell())
+
+        yield show
+
+
+@contextmanager
+def _bar(name: str, total: int | None, *columns: str) -> Iterator[Callable[..., None] | None]:
+    """Show a progress bar with these columns of rich; yields what updates it, or None without a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    import rich.console  # noqa: PLC0415  (slow to import)
+    import rich.progress  # noqa: PLC0415
+
+    console = rich.console.Console(stderr=True, width=_terminal_width())
+    more = [getattr(rich.progress, column)() for column in columns]
+    left = rich.progress.TextColumn("{task.fields[left]}")
+    with rich.progress.Progress(
+        name, rich.progress.BarColumn(), *more, left, console=console, transient=True
+    ) as bar:
+        task = bar.add_task(name, total=total, left="")
+        yield lambda **values: bar.update(task, **values)

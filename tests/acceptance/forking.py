@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 
 IMPORTED = (  # what the commands import when they run
-    "audience_sync.app", "audience_sync.cli.session", "audience_sync.intake", "audience_sync.history",
+    "audience_sync.app", "audience_sync.daemon", "audience_sync.intake", "audience_sync.history",
     "audience_sync.intake.files", "audience_sync.userpilot.client", "audience_sync.intake.server",
     "audience_sync.intake.http", "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres",
-    "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "rich.table", "rich.progress",
+    "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "rich.progress",
 )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ class Started:
 
 
 def serve(number):
-    from audience_sync.cli import calls, daemon, inspect, intake, main, operate, setup, sync  # noqa: F401, PLC0415
+    from audience_sync.cli import main  # noqa: PLC0415
 
     for name in IMPORTED:
         importlib.import_module(name)

@@ -31,7 +31,8 @@ def orders(request):
 def audiences(backend):
     """The demo's own queries; on PostgreSQL with its words for a day, and for one some days before."""
     found = {
-        each["name"]: each["sql"] for each in tomllib.loads(CONFIGURATION.format(url="", pace=1))["audiences"]
+        each["name"]: each["sql"]
+        for each in tomllib.loads(CONFIGURATION.format(url="", per_minute=1))["audiences"]
     }
     if backend == "sqlite":
         return found

@@ -113,7 +113,7 @@ def shop(company, backend, orders):
 @pytest.fixture
 def high_value(start, backend):
     """The configuration with the demo's audience of that name; on PostgreSQL with its word for a day."""
-    audiences = tomllib.loads(CONFIGURATION.format(url="", pace=1))["audiences"]
+    audiences = tomllib.loads(CONFIGURATION.format(url="", per_minute=1))["audiences"]
     [query] = [each["sql"] for each in audiences if each["name"] == "High Value Customers"]
     if backend == "postgresql":
         query = query.replace("date(:as_of)", "CAST(:as_of AS date)")
@@ -354,7 +354,7 @@ def test_a_retired_key_is_false_for_all_and_rests(start, people, sandbox):
     code, said = command.ended(resting)
     assert (code, "The key good was retired" in said) == (2, True), said
     code, said = command.ended(checking)
-    assert (code, "every key that was used is configured, or retired" in said) == (2, True), said
+    assert (code, "every key that was synced is configured or retired" in said) == (2, True), said
 
 
 def kept(url):

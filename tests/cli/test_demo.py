@@ -5,7 +5,7 @@ import pytest
 from audience_sync.cli import demo
 from audience_sync.errors import ConfigError
 
-CONFIGURATION = demo.CONFIGURATION.format(url="http://127.0.0.1:1/", pace=1)
+CONFIGURATION = demo.CONFIGURATION.format(url="http://127.0.0.1:1/", per_minute=1)
 
 
 def folder_with(tmp_path, **files):
@@ -38,6 +38,6 @@ def test_a_folder_that_is_new_or_empty_will_do(tmp_path):
 def test_what_is_somebody_elses_stays(tmp_path, files):
     folder = folder_with(tmp_path, **files)
     before = {path.name: path.read_text() for path in folder.iterdir()}
-    with pytest.raises(ConfigError, match="is there already and holds more than a demo, or none"):
+    with pytest.raises(ConfigError, match="exists and holds something other than an earlier demo"):
         demo._make_folder(folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == before

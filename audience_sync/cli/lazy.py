@@ -1,0 +1,34 @@
+"""The modules that commands work with, each imported when it is first used: `--help` must not wait for SQLAlchemy."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from audience_sync import app, daemon, history, intake, sandbox
+    from audience_sync.audiences import decisions, foreign, runs, statement
+    from audience_sync.calls import operations, validation
+    from audience_sync.cli import demo
+    from audience_sync.db import checks, engines, leases, migrate
+    from audience_sync.intake import files, http, server, writer
+    from audience_sync.queue import deliveries, destination, due
+    from audience_sync.retention import erasure
+    from audience_sync.userpilot import answers
+
+PACKAGES = {
+    "audience_sync": ("app", "daemon", "history", "intake", "sandbox"),
+    "audience_sync.audiences": ("decisions", "foreign", "runs", "statement"),
+    "audience_sync.calls": ("operations", "validation"),
+    "audience_sync.cli": ("demo",),
+    "audience_sync.db": ("checks", "engines", "leases", "migrate"),
+    "audience_sync.intake": ("files", "http", "server", "writer"),
+    "audience_sync.queue": ("deliveries", "destination", "due"),
+    "audience_sync.retention": ("erasure",),
+    "audience_sync.userpilot": ("answers",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for package, names in PACKAGES.items():
+        if name in names:
+            return importlib.import_module(f"{package}.{name}")
+    raise AttributeError(name)
