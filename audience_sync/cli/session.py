@@ -54,7 +54,7 @@ def open_app(context: typer.Context, *, migrated: bool = True) -> Iterator["App"
 
 @contextmanager
 def stoppable(app: "App") -> Iterator[None]:
-    """On SIGTERM, SIGINT or SIGHUP finish the requests in flight while delivering, and stop at once otherwise.
+    """Stop on SIGTERM, SIGINT or SIGHUP: while delivering after the requests in flight, otherwise at once.
 
     A second signal ends the process at once. SIGHUP stays ignored where `nohup` had ignored it.
     """
