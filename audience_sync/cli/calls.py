@@ -139,7 +139,9 @@ def import_(
         source, size = stack.enter_context(_source(file))
         on_bad = stack.enter_context(_bad_lines(set_aside, file))
         with output.bytes_read(source, size) as on_progress:
-            summary = lazy.files.import_calls(app, lazy.files.decompressed(source), on_bad, on_progress, beside=True)
+            summary = lazy.files.import_calls(
+                app, lazy.files.decompressed(source), on_bad, on_progress, beside=True
+            )
         if not as_json:
             _show(summary)
         report = sync.deliver_now(app) if deliver else None

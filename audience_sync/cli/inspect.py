@@ -199,8 +199,10 @@ def show(context: typer.Context, run_id: RunId, as_json: Json = False) -> None:
     for name in sync.CHANGES:
         if run[f"{name}_sample"]:
             output.line(f"{name}, for example: {', '.join(run[f'{name}_sample'])}")
+    if run["held_by"]:
+        output.line(f"held by: {run['held_by']}")
     if run["error"]:
-        output.line(f"{'held' if run['status'] == 'held' else 'error'}: {run['error']}")
+        output.line(f"{'reason' if run['held_by'] else 'error'}: {run['error']}")
 
 
 def members(
