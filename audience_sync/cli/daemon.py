@@ -73,8 +73,7 @@ def serve(
         _log_everything(app)
         if not http.is_loopback(host) and not app.settings.tracking.require_write_keys():
             raise ConfigError(
-                f"{host} can be reached from other machines: set [tracking] write_keys in {app.settings.path} first, "
-                "or listen on 127.0.0.1."
+                f"{host} can be reached from other machines: set [tracking] write_keys first, or listen on 127.0.0.1."
             )
 
         def stop(_number: int, _frame: FrameType | None) -> None:

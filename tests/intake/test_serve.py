@@ -109,7 +109,7 @@ def test_without_write_keys_it_stays_on_this_machine(start):
     code, said = start({})("serve", "--host", "0.0.0.0", "--port", "0")
     assert code == 2
     assert said == (
-        "audience-sync: 0.0.0.0 is open to other machines: set [tracking] write_keys first, or listen on "
+        "audience-sync: 0.0.0.0 can be reached from other machines: set [tracking] write_keys first, or listen on "
         "127.0.0.1.\n"
     )
 
@@ -152,7 +152,7 @@ def test_a_second_signal_ends_it_at_once(start, url):
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 1
         assert process.stderr.read() == (
-            "audience-sync: Stopped at once. What was answered is kept; the rest will be sent again.\n"
+            "audience-sync: Stopped at once. Calls that were answered are stored; clients send the others again.\n"
         )
     assert message_ids(url) == []
 
