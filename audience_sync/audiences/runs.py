@@ -179,6 +179,25 @@ def _start(
     return Run(lease, run_id, definition_id, definition, mode, as_of, last, options)
 
 
+def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Lease:
+    """Take the sole right to change a definition's members.
+
+    Raises:
+        Busy: another process has it.
+
+    """
+    lease = leases.acquire(connection, leases.of_definition(key), seconds)
+    if isinstance(lease, leases.Holder):
+        raise Busy(f"{key} is being synced by process {lease.pid} on {lease.host}: wait for it to end.")
+    return lease
+
+
+def retired_error(key: str) -> ConfigError:
+    return ConfigError(
+        f"The key {key} was retired and stays reserved: give the definition another one with `key = `."
+    )
+
+
 def _mode(options: RunOptions, last: records.Baseline) -> str:
     if options.users is not None:
         return "canary"
@@ -228,6 +247,49 @@ def _finish(connection: sa.Connection, run: Run, loading: Counter[str], clock: C
     return _Finished(result, held)
 
 
+def replace_held_run(connection: sa.Connection, definition_id: int, reason: str, now: dt.datetime) -> None:
+    """Reject the definition's held run, if it has one: a newer run computed the changes again."""
+    held = records.find_held_run(connection, definition_id)
+    if held is not None:
+        deliveries.cancel_run(connection, held.run_id, now, reason)
+        records.mark_rejected(connection, held.run_id, reason)
+
+
+def reason_to_hold(
+    definition: Definition,
+    last: records.Baseline,
+    diff: snapshot.Diff,
+    options: RunOptions,
+    *,
+    is_foreign: bool,
+) -> Held | None:
+    """Decide whether a person must approve the changes; `is_foreign`: the baseline is of another destination."""
+    if is_foreign and not (options.full and options.trigger == "manual"):
+        made_for = other_destination(definition.key)
+        return Held("fingerprint", f"The last sync of {definition.key} was {made_for}.")
+    limit = None
+    if not last.is_first and options.users is None:
+        limit = definition.guard.reason_to_hold(
+            last.member_count,
+            entered_count=diff.counts.entered,
+            exited_count=diff.counts.exited,
+            is_empty=diff.is_empty,
+        )
+    if options.hold:
+        return Held("hold", f"Held because --hold was given{f'; {limit}' if limit else ''}.")
+    return Held("guard", f"The guard holds it: {limit}.") if limit else None
+
+
+def settle_definition(
+    connection: sa.Connection, row: sa.Row[Any], destination: Destination, erased_count: int
+) -> None:
+    """Record after a commit which destination the baseline belongs to, and that erased members were counted."""
+    if row.fingerprint != destination.fingerprint:
+        foreign.adopt(connection, [row.definition_id], destination)
+    if erased_count:
+        records.set_forgotten_count(connection, row.definition_id, 0)
+
+
 def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
     """End the run as failed; False if the database does not even accept that."""
     if isinstance(error, AudienceSyncError):
@@ -269,68 +331,3 @@ def _log_finished(run: Run, finished: _Finished, seconds: float) -> None:
         **asdict(finished.result.counts),
         seconds=round(seconds, 3),
     )
-
-
-# Parts of a run that decisions.py and plan.py share.
-
-
-def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Lease:
-    """Take the sole right to change a definition's members.
-
-    Raises:
-        Busy: another process has it.
-
-    """
-    lease = leases.acquire(connection, leases.of_definition(key), seconds)
-    if isinstance(lease, leases.Holder):
-        raise Busy(f"{key} is being synced by process {lease.pid} on {lease.host}: wait for it to end.")
-    return lease
-
-
-def retired_error(key: str) -> ConfigError:
-    return ConfigError(
-        f"The key {key} was retired and stays reserved: give the definition another one with `key = `."
-    )
-
-
-def reason_to_hold(
-    definition: Definition,
-    last: records.Baseline,
-    diff: snapshot.Diff,
-    options: RunOptions,
-    *,
-    is_foreign: bool,
-) -> Held | None:
-    """Decide whether a person must approve the changes; `is_foreign`: the baseline is of another destination."""
-    if is_foreign and not (options.full and options.trigger == "manual"):
-        made_for = other_destination(definition.key)
-        return Held("fingerprint", f"The last sync of {definition.key} was {made_for}.")
-    limit = None
-    if not last.is_first and options.users is None:
-        limit = definition.guard.reason_to_hold(
-            last.member_count,
-            entered_count=diff.counts.entered,
-            exited_count=diff.counts.exited,
-            is_empty=diff.is_empty,
-        )
-    if options.hold:
-        return Held("hold", f"Held because --hold was given{f'; {limit}' if limit else ''}.")
-    return Held("guard", f"The guard holds it: {limit}.") if limit else None
-
-
-def replace_held_run(connection: sa.Connection, definition_id: int, reason: str, now: dt.datetime) -> None:
-    """Reject the definition's held run, if it has one: a newer run computed the changes again."""
-    held = records.find_held_run(connection, definition_id)
-    if held is not None:
-        deliveries.cancel_run(connection, held.run_id, now, reason)
-        records.mark_rejected(connection, held.run_id, reason)
-
-
-def settle_definition(
-    connection: sa.Connection, row: sa.Row[Any], destination: Destination, erased_count: int
-) -> None:
-    """Record after a commit which destination the baseline belongs to, and that erased members were counted."""
-    if row.fingerprint != destination.fingerprint:
-        foreign.adopt(connection, [row.definition_id], destination)
-    if erased_count:
-        records.set_forgotten_count(connection, row.definition_id, 0)

@@ -171,6 +171,68 @@ def diff(
     return Diff(_count_changes(connection), dict(+set_aside), is_empty)
 
 
+def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
+    """Fill the changes: who is in the snapshot, but not in the members; the reverse; and whose value differs."""
+    _create_changes(connection)
+    insert = "INSERT INTO {temp}audience_sync_changes "
+    members = "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1"
+    if definition_id is None or sql(connection, members, id=definition_id).first() is None:
+        sql(connection, insert + _all_entered(kind))
+        return
+    query = _anti_joins(kind) if is_sqlite(connection) else _full_join(kind)
+    sql(connection, insert + query, definition_id=definition_id)
+    if not is_sqlite(connection):
+        sql(connection, "ANALYZE pg_temp.audience_sync_changes")
+
+
+def _create_changes(connection: sa.Connection) -> None:
+    columns = "user_id {id}, change text, value text, entered_run_id bigint, old_value text"
+    create_temp_table(connection, CHANGES, columns, unique_ids=True)
+
+
+def _all_entered(kind: Kind) -> str:
+    value, where = ("low", " WHERE low IS NOT NULL") if kind is Kind.TRAIT else ("NULL", "")
+    return f"SELECT user_id, 'entered', {value}, NULL, NULL FROM {{temp}}audience_sync_snapshot{where}"
+
+
+def _anti_joins(kind: Kind) -> str:
+    """Return SQLite's query, which looks up ids by the primary keys of both tables."""
+    snapshot, members = "{temp}audience_sync_snapshot s", "{our}members m"
+    is_member, same_user = "m.definition_id = :definition_id", "m.user_id = s.user_id"
+    value, is_usable = ("s.low", " AND s.low IS NOT NULL") if kind is Kind.TRAIT else ("NULL", "")
+    entered = (
+        f"SELECT s.user_id, 'entered', {value}, NULL, NULL FROM {snapshot} "
+        f"WHERE NOT EXISTS (SELECT 1 FROM {members} WHERE {is_member} AND {same_user}){is_usable}"
+    )
+    exited = (
+        f"SELECT m.user_id, 'exited', NULL, m.entered_run_id, m.value FROM {members} "
+        f"WHERE {is_member} AND NOT EXISTS (SELECT 1 FROM {snapshot} WHERE {same_user})"
+    )
+    changed = (  # CROSS JOIN is SQLite's way to fix the order of the loops
+        f"SELECT m.user_id, 'changed', s.low, m.entered_run_id, m.value FROM {snapshot} "
+        f"CROSS JOIN {members} WHERE {is_member} AND {same_user} AND s.low <> m.value"
+    )
+    return " UNION ALL ".join([entered, exited, changed] if kind is Kind.TRAIT else [entered, exited])
+
+
+def _full_join(kind: Kind) -> str:
+    """Return PostgreSQL's query.
+
+    It runs with the session's own work_mem: a hash in small batches, which fit the processor's cache, is a third faster.
+    """
+    value, old_value, differs = "NULL", "NULL", "s.user_id IS NULL OR m.user_id IS NULL"
+    if kind is Kind.TRAIT:
+        value, old_value = "s.low", "m.value"
+        differs = "s.user_id IS NULL OR (m.user_id IS NULL AND s.low IS NOT NULL) OR s.low <> m.value"
+    return (
+        "SELECT coalesce(s.user_id, m.user_id), CASE WHEN m.user_id IS NULL THEN 'entered' "
+        f"WHEN s.user_id IS NULL THEN 'exited' ELSE 'changed' END, {value}, m.entered_run_id, {old_value} "
+        "FROM {temp}audience_sync_snapshot s FULL JOIN "
+        "(SELECT user_id, value, entered_run_id FROM {our}members WHERE definition_id = :definition_id) m "
+        f"ON m.user_id = s.user_id WHERE {differs}"
+    )
+
+
 def _set_aside_ids(connection: sa.Connection, table: str) -> Counter[str]:
     """Remove ids that cannot be sent from a table; count their rows in the snapshot by reason."""
     needs_check, reason = values.POSTGRESQL_NEEDS_CHECK, values.POSTGRESQL_INVALID_REASON
@@ -233,68 +295,6 @@ def _leave_out(connection: sa.Connection, where: str, **parameters: Any) -> int:
 def _count_changes(connection: sa.Connection) -> ChangeCounts:
     rows = sql(connection, "SELECT change, count(*) FROM {temp}audience_sync_changes GROUP BY change")
     return ChangeCounts(**{change: int(count) for change, count in rows})
-
-
-def _create_changes(connection: sa.Connection) -> None:
-    columns = "user_id {id}, change text, value text, entered_run_id bigint, old_value text"
-    create_temp_table(connection, CHANGES, columns, unique_ids=True)
-
-
-def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
-    """Fill the changes: who is in the snapshot, but not in the members; the reverse; and whose value differs."""
-    _create_changes(connection)
-    insert = "INSERT INTO {temp}audience_sync_changes "
-    members = "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1"
-    if definition_id is None or sql(connection, members, id=definition_id).first() is None:
-        sql(connection, insert + _all_entered(kind))
-        return
-    query = _anti_joins(kind) if is_sqlite(connection) else _full_join(kind)
-    sql(connection, insert + query, definition_id=definition_id)
-    if not is_sqlite(connection):
-        sql(connection, "ANALYZE pg_temp.audience_sync_changes")
-
-
-def _all_entered(kind: Kind) -> str:
-    value, where = ("low", " WHERE low IS NOT NULL") if kind is Kind.TRAIT else ("NULL", "")
-    return f"SELECT user_id, 'entered', {value}, NULL, NULL FROM {{temp}}audience_sync_snapshot{where}"
-
-
-def _anti_joins(kind: Kind) -> str:
-    """Return SQLite's query, which looks up ids by the primary keys of both tables."""
-    snapshot, members = "{temp}audience_sync_snapshot s", "{our}members m"
-    is_member, same_user = "m.definition_id = :definition_id", "m.user_id = s.user_id"
-    value, is_usable = ("s.low", " AND s.low IS NOT NULL") if kind is Kind.TRAIT else ("NULL", "")
-    entered = (
-        f"SELECT s.user_id, 'entered', {value}, NULL, NULL FROM {snapshot} "
-        f"WHERE NOT EXISTS (SELECT 1 FROM {members} WHERE {is_member} AND {same_user}){is_usable}"
-    )
-    exited = (
-        f"SELECT m.user_id, 'exited', NULL, m.entered_run_id, m.value FROM {members} "
-        f"WHERE {is_member} AND NOT EXISTS (SELECT 1 FROM {snapshot} WHERE {same_user})"
-    )
-    changed = (  # CROSS JOIN is SQLite's way to fix the order of the loops
-        f"SELECT m.user_id, 'changed', s.low, m.entered_run_id, m.value FROM {snapshot} "
-        f"CROSS JOIN {members} WHERE {is_member} AND {same_user} AND s.low <> m.value"
-    )
-    return " UNION ALL ".join([entered, exited, changed] if kind is Kind.TRAIT else [entered, exited])
-
-
-def _full_join(kind: Kind) -> str:
-    """Return PostgreSQL's query.
-
-    It runs with the session's own work_mem: a hash in small batches, which fit the processor's cache, is a third faster.
-    """
-    value, old_value, differs = "NULL", "NULL", "s.user_id IS NULL OR m.user_id IS NULL"
-    if kind is Kind.TRAIT:
-        value, old_value = "s.low", "m.value"
-        differs = "s.user_id IS NULL OR (m.user_id IS NULL AND s.low IS NOT NULL) OR s.low <> m.value"
-    return (
-        "SELECT coalesce(s.user_id, m.user_id), CASE WHEN m.user_id IS NULL THEN 'entered' "
-        f"WHEN s.user_id IS NULL THEN 'exited' ELSE 'changed' END, {value}, m.entered_run_id, {old_value} "
-        "FROM {temp}audience_sync_snapshot s FULL JOIN "
-        "(SELECT user_id, value, entered_run_id FROM {our}members WHERE definition_id = :definition_id) m "
-        f"ON m.user_id = s.user_id WHERE {differs}"
-    )
 
 
 def exit_everyone(connection: sa.Connection, definition_id: int) -> ChangeCounts:
