@@ -46,9 +46,8 @@ from audience_sync.queue.requests import ClaimedRequest, EndedRequest
 
 NEVER_SENT = "left before anything was sent"
 PROCESS_ENDED = "The process ended before the answer came"
-BY_SUBJECT_INDEX = (
-    "d.status IN ('pending', 'sending')"  # so that SQLite takes ix_deliveries_unsettled for `d`
-)
+# A condition of ix_deliveries_unsettled, so that SQLite uses that index for `d`.
+BY_SUBJECT_INDEX = "d.status IN ('pending', 'sending')"
 _PENDING_CALLS = "status = 'pending' AND class = 'call' AND action IN ('identify', 'track', 'company')"
 _HELD_RUNS = "SELECT run_id FROM {our}runs WHERE status = 'held'"
 _HELD_BUT_NOT_BY_RUN = f"status = 'held' AND (run_id IS NULL OR run_id NOT IN ({_HELD_RUNS}))"

@@ -21,7 +21,7 @@ MADE_FOR_ANOTHER = "made for another destination than the one that is configured
 
 
 def other_destination(key: str = "KEY") -> str:
-    """Say that something was made for another destination, and what to do; a clause without its subject."""
+    """Return the clause that something was made for another destination, and what to do; its subject comes before."""
     return (
         f"{MADE_FOR_ANOTHER}. For a new environment, run `audience-sync sync {key} --full`, which sends everything "
         "there; for the same environment with a new API key or address, run "
@@ -31,7 +31,7 @@ def other_destination(key: str = "KEY") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """An endpoint and its API key, which the fingerprint (a hash) stands for; None while there is no key."""
+    """An endpoint and its API key. The fingerprint, a hash, stands for both; it is None while there is no key."""
 
     fingerprint: str | None = None
 
@@ -54,7 +54,7 @@ class Destination:
 def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
     """Return whether this destination may have accepted anything.
 
-    It has not where its key was refused before the first delivery: then any other destination may take its place.
+    One whose key was refused before the first delivery has not, so any other destination may take its place.
     """
     if stopped(connection) is None:
         return True

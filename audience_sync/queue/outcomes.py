@@ -120,7 +120,7 @@ class Retries:
     tracks_at_most_once: bool = False
 
 
-def decide(
+def decide_settlements(
     ordered: Sequence[Delivery], answer: Answer, now: dt.datetime, retries: Retries
 ) -> list[Settlement]:
     """Decide the next state of each delivery of a request that was answered."""

@@ -403,7 +403,7 @@ class Worker:
         self._learn(claimed.action, answer)
         settings = self.settings
         retries = outcomes.Retries(self.chance, settings.grace, settings.tracks_at_most_once)
-        settlements = outcomes.decide(claimed.deliveries, answer, now, retries)
+        settlements = outcomes.decide_settlements(claimed.deliveries, answer, now, retries)
         final = [each.status for each in settlements if each.status is not outcomes.Status.PENDING]
         self.report.request_count += 1
         self.report.accepted_count += final.count(outcomes.Status.ACCEPTED)

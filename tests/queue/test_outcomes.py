@@ -35,7 +35,7 @@ def answer(outcome, error="words"):
 
 def settle(deliveries, outcome, **retries):
     policy = outcomes.Retries(random.Random(1), **retries)
-    return outcomes.decide(deliveries, answer(outcome), NOW, policy)
+    return outcomes.decide_settlements(deliveries, answer(outcome), NOW, policy)
 
 
 def statuses(deliveries, outcome, **retries):
