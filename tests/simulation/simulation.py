@@ -118,7 +118,7 @@ class Simulation:
 
     def run(self):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engines, "now", lambda _: self.timeline.now())
+            patch.setattr(leases, "now", lambda _: self.timeline.now())
             patch.setattr(leases, "_is_gone", self._is_gone)
             patch.setattr(engines, "BUSY_SECONDS", 0)  # a lease lasts as long on both databases
             patch.setattr(crash, "at", self._at)
