@@ -18,7 +18,7 @@ from audience_sync.audiences.definition import Definition
 from audience_sync.clock import Clock, SystemClock
 from audience_sync.db import engines, migrate
 from audience_sync.errors import ConfigError
-from audience_sync.queue import bulk, due, split, worker
+from audience_sync.queue import bulk, due, progress, split, worker
 from audience_sync.queue.destination import Destination, try_to_resume
 from audience_sync.queue.pace import WINDOW_SECONDS
 from audience_sync.retention import pruning
@@ -143,11 +143,11 @@ class App:
         self,
         run_ids: Sequence[int] = (),
         call_ids: Sequence[int] = (),
-        on_progress: Callable[[worker.Report], None] = lambda _: None,
+        on_progress: Callable[[progress.Report], None] = lambda _: None,
         *,
         stop: threading.Event | None = None,
         is_gathering: Callable[[], bool] = lambda: False,
-    ) -> worker.Report:
+    ) -> progress.Report:
         """Deliver what is due; next: queue/worker.py.
 
         Deliveries for another destination are held first. `stop` ends this delivery only. While `is_gathering`,
@@ -158,12 +158,12 @@ class App:
             held_count = foreign.hold_foreign(connection, self.destination, self.clock.now())
             is_empty = not due.is_anything_pending(connection)
         if is_empty:
-            return worker.Report(held_count=held_count)
+            return progress.Report(held_count=held_count)
         with self.client() as client:
             if reason := try_to_resume(self.engine, client):
                 with engines.read(self.engine) as connection:
                     pending_count = due.pending_count(connection)
-                return worker.Report(pending_count=pending_count, stopped=reason, held_count=held_count)
+                return progress.Report(pending_count=pending_count, stopped=reason, held_count=held_count)
             self.is_delivering = True
             try:
                 started = self.clock.monotonic()
@@ -188,7 +188,7 @@ class App:
     def _worker(
         self,
         client: "Client",
-        on_progress: Callable[[worker.Report], None],
+        on_progress: Callable[[progress.Report], None],
         stop: threading.Event,
         is_gathering: Callable[[], bool],
     ) -> worker.Worker:
@@ -197,7 +197,7 @@ class App:
         return worker.Worker(
             self.engine,
             client,
-            worker.Settings(
+            worker.DeliverySettings(
                 per_minute={
                     "identify": destination.identify_per_minute,
                     "track": destination.track_per_minute,
@@ -206,7 +206,7 @@ class App:
                 build=build,
                 tracks_at_most_once=destination.track_policy == "at_most_once",
                 fingerprint=destination.fingerprint,
-                jobs=bulk.Settings(
+                jobs=bulk.BulkSettings(
                     row=lambda user_id, body: payloads.bulk_row(build("identify", user_id, body)[1]),
                     rows_per_minute=destination.bulk_rows_per_minute,
                     rows_per_job=destination.rows_per_job,

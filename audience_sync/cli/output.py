@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 from audience_sync.clock import isoformat
 
 if TYPE_CHECKING:
-    from audience_sync.queue.worker import Report
+    from audience_sync.queue.progress import Report
 
 MIN_WIDTH = 40
 NARROWEST = 16  # of a column that is folded

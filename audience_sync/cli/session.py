@@ -16,7 +16,7 @@ from audience_sync.errors import Busy, ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from audience_sync.app import App
-    from audience_sync.queue.worker import Report
+    from audience_sync.queue.progress import Report
 
 HELD = 3  # the exit code when a run is held
 

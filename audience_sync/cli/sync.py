@@ -12,8 +12,8 @@ from audience_sync.errors import Busy, ConfigError
 if TYPE_CHECKING:
     from audience_sync.app import App
     from audience_sync.audiences.plan import Plan
+    from audience_sync.queue.progress import Report
     from audience_sync.queue.split import Forecast
-    from audience_sync.queue.worker import Report
 
 PRUNE_SECONDS = 1.0  # each command that sent something removes some of the expired rows
 CHANGES = ("entered", "exited", "changed")
@@ -217,6 +217,7 @@ def deliver_now(app: "App", run_ids: Sequence[int] = (), call_ids: Sequence[int]
 
 
 def _delivery(report: "Report | None", pending: int) -> dict[str, int]:
+    from audience_sync.queue.progress import Report
     return {
         "accepted_count": report.accepted_count if report else 0,
         "dead_count": report.dead_count if report else 0,

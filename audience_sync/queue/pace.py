@@ -1,31 +1,32 @@
-"""How fast a lane may go: its limit over any 60 seconds, and what it learned from refusals. Pure but for time."""
+"""The pace of each lane: its limit over any 60 seconds, and what it learned from refusals. Pure but for time.
 
+All times are monotonic seconds, except `now` where a slow-down is written to or read from the database.
+"""
+
+import datetime as dt
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 WINDOW_SECONDS = 60.0
-THROTTLED_SECONDS = (
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-    30.0,
-)  # Userpilot's advice, where it sends no Retry-After, is up to 8
+THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # without Retry-After, Userpilot advises up to 8
 LONGEST_PAUSE_SECONDS = 900.0
 FAILURES_BEFORE_PAUSE = 5
+REFUSALS_BEFORE_PAUSE = 5
 MIN_SPEED_FACTOR = 0.05  # of the limit
-PUSH_SECONDS = 1.0  # what a lane that stood still may catch up on pushes
+MIN_JOB_SPEED_FACTOR = 0.25  # of the configured speed of jobs
+PUSH_SECONDS = 1.0  # of unused pace that pushes may catch up on
+SLOW_DOWN_LASTS = dt.timedelta(hours=1)
 _ROUNDING = 1e-6
 
 
 @dataclass(slots=True)
 class Lane:
-    """One lane's pace; all times are monotonic seconds.
+    """The pace of a live lane.
 
-    A request counts from its start until a window after its end: however late within that span the server saw
-    it, no window of the server's holds more than the limit.
+    A request counts from its start until a window after its end. Whenever within that span the server sees it, no
+    window of the server's holds more than the limit.
     """
 
     per_minute: int
@@ -50,13 +51,13 @@ class Lane:
         return self.limit / self.window_seconds
 
     def room(self, now: float, *, push: bool = False) -> int:
-        """How many requests may start now; pushes are spread evenly."""
+        """Return how many requests may start now; pushes are spread evenly."""
         while self.ended and self.ended[0] + self.window_seconds + _ROUNDING <= now:
             self.ended.popleft()
         if now < self.paused_until:
             return 0
         free = self.limit - self.in_flight - len(self.ended)
-        if self.pause_level or self.throttle_streak:  # one request tries whether all is well again
+        if self.pause_level or self.throttle_streak:  # one request at a time, until one succeeds
             free = min(free, 1 - self.in_flight)
         if push:
             self._earn(now)
@@ -64,7 +65,7 @@ class Lane:
         return max(0, free)
 
     def wait_seconds(self, now: float, *, push: bool = False) -> float:
-        """How long until there is room; infinite where that is for a request in flight to decide."""
+        """Return the seconds until there is room; infinite if that depends on a request in flight."""
         if self.room(now, push=push):
             return 0.0
         wait = max(0.0, self.paused_until - now)
@@ -94,7 +95,7 @@ class Lane:
             self.reason = ""
 
     def throttled(self, now: float, retry_after_seconds: float | None) -> bool:
-        """Slow down; False for the further refusals of one burst."""
+        """Slow down; return False for the other refusals of the same burst."""
         if now < self.paused_until:
             return False
         step = THROTTLED_SECONDS[min(self.throttle_streak, len(THROTTLED_SECONDS) - 1)]
@@ -106,12 +107,12 @@ class Lane:
         return True
 
     def wait(self, until: float, reason: str) -> None:
-        """Start nothing until then."""
+        """Start nothing before this moment."""
         if until > self.paused_until:
             self.paused_until, self.reason = until, reason
 
     def failed(self, now: float, reason: str) -> bool:
-        """Count a failure; True where the lane pauses because nothing gets through."""
+        """Count a failure; return True if the lane pauses because too many requests in a row failed."""
         self.failure_streak += 1
         if self.failure_streak < FAILURES_BEFORE_PAUSE or now < self.paused_until:
             return False
@@ -125,3 +126,86 @@ class Lane:
         earned = (now - self._credited_at) * self.per_second if math.isfinite(self._credited_at) else 0.0
         self._credit = min(most, self._credit + earned)
         self._credited_at = now
+
+
+@dataclass(slots=True)
+class BulkPace:
+    """The pace of the bulk lane: how large the next job may be, when it may start, and how fast jobs are."""
+
+    rows_per_minute: int
+    rows_per_job: int  # 0: no new jobs
+    factor: float = 1.0
+    paused_until: float = -math.inf
+    reason: str = ""
+    is_foreign_job_running: bool = False
+    rows_per_second: float = field(init=False)
+    most_rows: int = field(init=False)  # of the next job; few while a refused row is searched for
+    _rows_cap: int = field(init=False)  # below rows_per_job where jobs of that size were too large
+    _pause_count: int = 0  # since a job last completed
+    _refusal_count: int = 0  # since an upload was last accepted
+    _consecutive_accepts: int = 0
+
+    def __post_init__(self) -> None:
+        self.rows_per_second = self.rows_per_minute / 60
+        self.most_rows = self._rows_cap = self.rows_per_job
+
+    def may_start(self, now: float) -> bool:
+        return self.rows_per_job > 0 and not self.is_paused(now)
+
+    def is_paused(self, now: float) -> bool:
+        return self.is_foreign_job_running or self.paused_until > now
+
+    def pause(self, now: float, reason: str, seconds: float | None = None) -> float:
+        """Pause for so long, or twice as long as the last time; return the seconds."""
+        self._pause_count += 1
+        if seconds is None:
+            seconds = min(2.0 ** min(self._pause_count, 10), LONGEST_PAUSE_SECONDS)
+        self.paused_until, self.reason = now + seconds, reason
+        return seconds
+
+    def wait_for_foreign_job(self, until: float, reason: str) -> None:
+        """Start nothing while a job of somebody else runs; `until` is when to look again."""
+        self.is_foreign_job_running, self.reason = True, reason
+        self.paused_until = max(self.paused_until, until)
+
+    def accepted(self) -> None:
+        """Allow larger jobs again once two uploads in a row were accepted: neither half holds the refused row."""
+        self._refusal_count, self.reason = 0, ""
+        self._consecutive_accepts += 1
+        if self._consecutive_accepts >= 2:
+            self.most_rows = min(self._rows_cap, 2 * self.most_rows)
+
+    def refused(self, row_count: int, *, is_too_large: bool) -> bool:
+        """Halve the next job, until a refused row is alone; return whether it is time to pause."""
+        self._refusal_count, self._consecutive_accepts = self._refusal_count + 1, 0
+        self.most_rows = self._rows_cap if row_count == 1 else row_count // 2
+        if is_too_large and row_count > 1:
+            self._rows_cap = self.most_rows
+        return self._refusal_count >= REFUSALS_BEFORE_PAUSE
+
+    def completed(self) -> None:
+        self._pause_count = 0
+
+    def measured(self, rows_per_second: float) -> None:
+        """Take over a job's speed, within reason: the end of a job may have been noticed very late."""
+        self.rows_per_second = max(rows_per_second, self.rows_per_minute / 60 * MIN_JOB_SPEED_FACTOR)
+
+
+def slow_down(lane: Lane | BulkPace, monotonic: float, now: dt.datetime) -> dict[str, Any] | None:
+    """Describe a lane that is paused or slower than its limit, for `status` and for the next process."""
+    if lane.factor == 1.0 and lane.paused_until <= monotonic:
+        return None
+    paused_until = now + dt.timedelta(seconds=max(-1.0, lane.paused_until - monotonic))
+    return {
+        "factor": round(lane.factor, 3),
+        "paused_until": paused_until.isoformat(),
+        "reason": lane.reason,
+    }
+
+
+def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now: dt.datetime) -> None:
+    """Slow a lane down as a process before this one did, unless that was long ago."""
+    paused_until = dt.datetime.fromisoformat(stored["paused_until"])
+    if paused_until > now - SLOW_DOWN_LASTS:
+        lane.factor, lane.reason = stored["factor"], stored["reason"]
+        lane.paused_until = monotonic + (paused_until - now).total_seconds()

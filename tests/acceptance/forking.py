@@ -192,7 +192,7 @@ def become(order, ends, main):
         importlib.reload(crash)
         leases._PROCESS = uuid.uuid4().hex
         if seconds := os.environ.get("TEST_WINDOW_SECONDS"):
-            worker.Settings = partial(worker.Settings, window_seconds=float(seconds))
+            worker.DeliverySettings = partial(worker.DeliverySettings, window_seconds=float(seconds))
         sys.argv = ["audience-sync", *order["arguments"]]
         main()
         code = 0

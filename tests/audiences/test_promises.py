@@ -17,7 +17,7 @@ from audience_sync.audiences import decisions, runs
 from audience_sync.db import engines
 from audience_sync.queue import destination
 from audience_sync.queue.destination import Destination
-from audience_sync.queue.worker import Settings, Worker
+from audience_sync.queue.worker import DeliverySettings, Worker
 
 USERS = ["ann", "bob", "cy"]
 FAULTS = st.sampled_from(["500", "400", "401", "429", "drop before", "drop after"])
@@ -161,7 +161,7 @@ class Machine(RuleBasedStateMachine):
         return Worker(
             self.world.engine,
             self.userpilot,
-            Settings(PACE, self.userpilot.build, poll_seconds=60),
+            DeliverySettings(PACE, self.userpilot.build, poll_seconds=60),
             self.world.clock,
             chance=random.Random(self.seed),
             on_progress=on_progress,

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from audience_sync.clock import SystemClock
 from audience_sync.db import engines
 from audience_sync.db.tables import deliveries, leases, requests
-from audience_sync.queue.worker import Settings, Worker
+from audience_sync.queue.worker import DeliverySettings, Worker
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.client import Client
 
@@ -189,7 +189,7 @@ def settings_of(**changes):
         "grace": dt.timedelta(seconds=0.05),
         "poll_seconds": 0.02,
     }
-    return Settings(**(defaults | changes))
+    return DeliverySettings(**(defaults | changes))
 
 
 @pytest.fixture

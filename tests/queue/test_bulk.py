@@ -32,7 +32,7 @@ def work(hand_queue, clock, userpilot):
     def make(*, per_job=10_000, live=LIVE, rows=ROWS, on_progress=lambda _: None, **changes):
         settings = settings_of(
             per_minute={"identify": live, "track": LIVE, "company": LIVE},
-            jobs=bulk.Settings(row=row, rows_per_minute=rows, rows_per_job=per_job),
+            jobs=bulk.BulkSettings(row=row, rows_per_minute=rows, rows_per_job=per_job),
             **({"poll_seconds": 1.0} | changes),
         )
         return Worker(hand_queue.engine, userpilot, settings, clock, on_progress=on_progress)
@@ -421,14 +421,14 @@ def test_users_who_wait_for_another_attempt_are_not_gathered_over_and_over(
     for number in range(400):
         hand_queue.add(f"u{number}", {"plan": "pro"}, attempt_count=1, next_attempt_at=later)
     hand_queue.fill(400, kind="push")
-    begin, begun = store.begin, []
+    begin, begun = store.create_job, []
 
     def count(*given):
         begun.append(clock.seconds)
         assert len(begun) <= clock.seconds + 10
         return begin(*given)
 
-    monkeypatch.setattr(store, "begin", count)
+    monkeypatch.setattr(store, "create_job", count)
     work().deliver()
     assert hand_queue.counts() == {"accepted": 800}
 

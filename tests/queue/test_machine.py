@@ -18,7 +18,7 @@ from audience_sync.db.tables import deliveries, destination, leases, requests
 from audience_sync.queue import deliveries as life
 from audience_sync.queue import destination as destinations
 from audience_sync.queue.outcomes import SUPERSEDED
-from audience_sync.queue.worker import Settings, Worker
+from audience_sync.queue.worker import DeliverySettings, Worker
 
 USERS = st.sampled_from(["u1", "u2", "u3"])
 FAULTS = st.sampled_from(["500", "401", "429", "drop before", "drop after"])
@@ -83,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         return Worker(
             self.queue.engine,
             self.server,
-            Settings(pace, self.server.build, poll_seconds=60),
+            DeliverySettings(pace, self.server.build, poll_seconds=60),
             self.clock,
             chance=random.Random(self.seed),
             on_progress=on_progress,

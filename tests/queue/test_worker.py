@@ -640,5 +640,5 @@ def test_a_process_that_stood_still_sends_nothing_that_it_claimed_before(
     row = hand_queue.row(delivery_id)
     assert (row.status, row.error) == (
         "pending",
-        "Not sent: this process stood still, and another may be in its place",
+        "Not sent: this process was suspended, and another may have taken over",
     )

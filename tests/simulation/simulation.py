@@ -20,8 +20,8 @@ from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings, records, validation
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
-from audience_sync.queue import bulk, destination, due, gather, jobs, split
-from audience_sync.queue.worker import Settings, Worker
+from audience_sync.queue import bulk, destination, due, jobs, split
+from audience_sync.queue.worker import DeliverySettings, Worker
 from audience_sync.sandbox.state import JobFault, RefusalError
 from audience_sync.userpilot import payloads
 from tests.conftest import SCHEMA
@@ -90,12 +90,12 @@ class Simulation:
         def build(action, subject_id, body):
             return payloads.build(action, subject_id, body, booleans="native", nested="flatten")
 
-        self.settings = Settings(
+        self.settings = DeliverySettings(
             self.limits,
             build,
             tracks_at_most_once=chance.random() < 0.4,
             poll_seconds=chance.choice([5.0, 20.0, 60.0]),
-            jobs=bulk.Settings(
+            jobs=bulk.BulkSettings(
                 row=lambda user_id, body: payloads.bulk_row(build("identify", user_id, body)[1]),
                 rows_per_minute=3 * live,
                 rows_per_job=per_job,
@@ -123,7 +123,7 @@ class Simulation:
             patch.setattr(engines, "BUSY_SECONDS", 0)  # a lease lasts as long on both databases
             patch.setattr(crash, "at", self._at)
             patch.setattr(split, "SMALLEST_JOB", 10)
-            patch.setattr(gather, "USERS_PER_TRANSACTION", 20)
+            patch.setattr(bulk, "USERS_PER_TRANSACTION", 20)
             patch.setattr(bulk, "MEASURED_ROWS", 15)
             patch.setattr(jobs, "SETTLED_PER_TRANSACTION", 15)
             self._patch = patch
