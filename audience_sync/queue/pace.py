@@ -138,6 +138,7 @@ class BulkPace:
     paused_until: float = -math.inf
     reason: str = ""
     is_foreign_job_running: bool = False
+    gather_at: float = -math.inf  # no job is begun before
     rows_per_second: float = field(init=False)
     most_rows: int = field(init=False)  # of the next job; few while a refused row is searched for
     _rows_cap: int = field(init=False)  # below rows_per_job where jobs of that size were too large
@@ -178,6 +179,7 @@ class BulkPace:
     def refused(self, row_count: int, *, is_too_large: bool) -> bool:
         """Halve the next job, until a refused row is alone; return whether it is time to pause."""
         self._refusal_count, self._consecutive_accepts = self._refusal_count + 1, 0
+        self.gather_at = -math.inf
         self.most_rows = self._rows_cap if row_count == 1 else row_count // 2
         if is_too_large and row_count > 1:
             self._rows_cap = self.most_rows

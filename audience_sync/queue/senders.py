@@ -1,4 +1,4 @@
-"""A few threads that send. What they bring back is taken in by the one thread that decides."""
+"""A few threads that send requests; the thread that decides collects their replies."""
 
 import contextlib
 import queue
@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
-SIGNAL_POLL_SECONDS = 0.2  # the longest wait, so that a signal is seen
-TOGETHER_SECONDS = 0.003  # between two answers that are taken in at once: a transaction costs more than that
-Brought = TypeVar("Brought")
+SIGNAL_POLL_SECONDS = 0.2  # the longest wait, so that signals are handled
+TOGETHER_SECONDS = 0.003  # between replies that are collected together: a transaction costs more than that
+ReplyT = TypeVar("ReplyT")
 
 
-class Senders(Generic[Brought]):
-    """`start` gives a thread something to do, `collect` takes what was brought back since."""
+class Senders(Generic[ReplyT]):
+    """`start` gives a thread a request to send; `collect` returns the replies since then."""
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="send")
-        self._brought: queue.SimpleQueue[Brought] = queue.SimpleQueue()
-        self._out = 0  # errands that are not collected
+        self._replies: queue.SimpleQueue[ReplyT] = queue.SimpleQueue()
+        self._open = 0  # requests whose reply is not collected
 
     def __enter__(self) -> Self:
         return self
@@ -25,22 +25,22 @@ class Senders(Generic[Brought]):
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def start(self, errand: Callable[[], Brought]) -> None:
-        """Run it, which must not raise, in a thread."""
-        self._out += 1
-        self._pool.submit(lambda: self._brought.put(errand()))
+    def start(self, send: Callable[[], ReplyT]) -> None:
+        """Call `send`, which must not raise, in a thread."""
+        self._open += 1
+        self._pool.submit(lambda: self._replies.put(send()))
 
-    def collect(self, seconds: float) -> list[Brought]:
-        """All that is there; while nothing is, wait for the first, a fifth of a second at most, and those close behind."""
-        brought = list(self._rest())
-        if not brought and seconds > 0:
+    def collect(self, seconds: float) -> list[ReplyT]:
+        """Return the replies that have come; if there are none, wait 0.2 s at most for one and those close behind."""
+        replies = list(self._ready())
+        if not replies and seconds > 0:
             with contextlib.suppress(queue.Empty):
-                brought.append(self._brought.get(timeout=min(seconds, SIGNAL_POLL_SECONDS)))
-                while len(brought) < self._out:
-                    brought.append(self._brought.get(timeout=TOGETHER_SECONDS))
-        self._out -= len(brought)
-        return brought
+                replies.append(self._replies.get(timeout=min(seconds, SIGNAL_POLL_SECONDS)))
+                while len(replies) < self._open:
+                    replies.append(self._replies.get(timeout=TOGETHER_SECONDS))
+        self._open -= len(replies)
+        return replies
 
-    def _rest(self) -> Iterator[Brought]:
-        while not self._brought.empty():
-            yield self._brought.get()
+    def _ready(self) -> Iterator[ReplyT]:
+        while not self._replies.empty():
+            yield self._replies.get()

@@ -1,15 +1,17 @@
-"""How a backlog of users is divided between the live lane and bulk jobs, and how long that takes. Pure."""
+"""The division of a backlog of users between the live lane and bulk jobs, and how long it takes. Pure."""
 
 from dataclasses import dataclass
 
-SMALLEST_JOB = 100  # rows: fewer are not worth the wait for a job's end
-LAST_ROWS = 2_000  # of a backlog's last job: it corrects the division, and is soon written down
+SMALLEST_JOB = (
+    100  # rows: the end of a smaller job takes longer to notice than the live lane takes to send them
+)
+LAST_ROWS = 2_000  # of a backlog's last job: it corrects the division, and is settled quickly
 BURST_PER_SECOND = 80.0  # eight requests at a time, each answered within 0.1 s
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What each lane takes: the live one so many users in any window, bulk jobs so many rows a second.
+    """Limits of both lanes: `live_limit` users in any window, and the rows that jobs take.
 
     `rows_per_job` 0: there are no bulk jobs.
     """
@@ -20,30 +22,29 @@ class Pace:
     rows_per_job: int = 0
 
 
-def job_rows(waiting: int, at_once: int, pace: Pace, start_seconds: float = 0.0) -> int:
-    """How many of the users that wait go into the next job, so that both lanes end together; 0: none is worth it.
+def job_rows(waiting: int, burst: int, pace: Pace, start_seconds: float = 0.0) -> int:
+    """Return how many of the waiting users go into the next job, so that both lanes end together; 0: no job.
 
-    What the live lane takes at once never goes by bulk: `at_once` is how many it may burst now. `start_seconds`:
-    until the job before has ended.
+    The live lane can send `burst` users at once; these never go by bulk. The job starts in `start_seconds`.
     """
-    if waiting <= at_once or not pace.rows_per_job:
+    if waiting <= burst or not pace.rows_per_job:
         return 0
     then = waiting - start_seconds * pace.live_per_second
     fair = then * pace.rows_per_second / (pace.rows_per_second + pace.live_per_second)
-    rows = int(min(fair, waiting - at_once, pace.rows_per_job))
+    rows = int(min(fair, waiting - burst, pace.rows_per_job))
     if 2 * LAST_ROWS < rows < pace.rows_per_job:
         rows -= LAST_ROWS
     return rows if rows >= min(SMALLEST_JOB, pace.rows_per_job) else 0
 
 
-def live_share(rows: int, at_once: int, pace: Pace, start_seconds: float = 0.0) -> int:
-    """How many users the live lane takes until a job of so many rows, begun after so long, is worked off."""
-    return max(at_once, int((start_seconds + rows / pace.rows_per_second) * pace.live_per_second))
+def live_share(rows: int, burst: int, pace: Pace, start_seconds: float = 0.0) -> int:
+    """Return how many users the live lane sends until a job of so many rows has ended."""
+    return max(burst, int((start_seconds + rows / pace.rows_per_second) * pace.live_per_second))
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """`request_count` holds the `job_count` uploads, which hold `row_count` users."""
+    """`request_count` includes the `job_count` uploads, which carry `row_count` users."""
 
     request_count: int
     row_count: int
@@ -52,14 +53,14 @@ class Forecast:
 
 
 def forecast(pushes: int, changes: int, pace: Pace) -> Forecast:
-    """How so many users would be sent, by lanes that stood still: changes burst into the empty window."""
-    waiting, at_once = pushes + changes, min(changes, pace.live_limit)
+    """Estimate how so many users are sent by idle lanes; changes burst into the empty window."""
+    waiting, burst = pushes + changes, min(changes, pace.live_limit)
     requests = rows_sent = jobs = 0
     seconds = 0.0
-    while rows := job_rows(waiting, at_once, pace):
-        live = min(live_share(rows, at_once, pace), waiting - rows)
+    while rows := job_rows(waiting, burst, pace):
+        live = min(live_share(rows, burst, pace), waiting - rows)
         requests, rows_sent, jobs = requests + live + 1, rows_sent + rows, jobs + 1
         seconds += rows / pace.rows_per_second
-        waiting, at_once = waiting - rows - live, 0
-    seconds += min(waiting, at_once) / BURST_PER_SECOND + max(0, waiting - at_once) / pace.live_per_second
+        waiting, burst = waiting - rows - live, 0
+    seconds += min(waiting, burst) / BURST_PER_SECOND + max(0, waiting - burst) / pace.live_per_second
     return Forecast(requests + waiting, rows_sent, jobs, seconds)

@@ -10,6 +10,7 @@ from audience_sync.db import engines
 from audience_sync.db.tables import bulk_jobs, deliveries
 from audience_sync.queue import bulk, destination
 from audience_sync.queue import jobs as store
+from audience_sync.queue.job_answers import STALLED_JOB_SECONDS
 from audience_sync.queue.worker import Worker
 from audience_sync.sandbox.state import JobFault
 from audience_sync.userpilot import payloads
@@ -194,7 +195,7 @@ def test_a_job_that_never_ends_is_given_up(hand_queue, clock, userpilot, work):
     assert len(userpilot.told("vip")) == 400
     (job,) = jobs(hand_queue.engine)
     assert (job.status, job.state) == ("lost", "mystery")
-    assert bulk.STALLED_JOB_SECONDS < clock.seconds < 2 * bulk.STALLED_JOB_SECONDS + 600
+    assert STALLED_JOB_SECONDS < clock.seconds < 2 * STALLED_JOB_SECONDS + 600
 
 
 def test_an_unknown_state_counts_as_running(hand_queue, userpilot, work):

@@ -20,7 +20,7 @@ from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings, records, validation
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
-from audience_sync.queue import bulk, destination, due, jobs, split
+from audience_sync.queue import bulk, destination, due, job_answers, jobs, split
 from audience_sync.queue.worker import DeliverySettings, Worker
 from audience_sync.sandbox.state import JobFault, RefusalError
 from audience_sync.userpilot import payloads
@@ -124,7 +124,7 @@ class Simulation:
             patch.setattr(crash, "at", self._at)
             patch.setattr(split, "SMALLEST_JOB", 10)
             patch.setattr(bulk, "USERS_PER_TRANSACTION", 20)
-            patch.setattr(bulk, "MEASURED_ROWS", 15)
+            patch.setattr(job_answers, "MEASURED_ROWS", 15)
             patch.setattr(jobs, "SETTLED_PER_TRANSACTION", 15)
             self._patch = patch
             self._settle_in()

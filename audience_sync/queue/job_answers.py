@@ -1,0 +1,171 @@
+"""What answers about bulk jobs mean: the counterpart of outcomes.py. Touches no database.
+
+| event | the job's users |
+| --- | --- |
+| completed | are accepted |
+| failed, or completed with rows missing | are sent by the live lane, which gets an answer for each |
+| refused (400, 422), or too large (413) | are queued again; the next job has half as many rows; a single row goes live |
+| 409: another job is running | are queued again; no upload until the list of jobs shows none running |
+| 429, 5xx, no connection, no such endpoint | are queued again; the lane pauses, each time twice as long |
+| no answer to the upload | wait: the job is looked up by its file name; if no job runs, the live lane sends them |
+| an unknown state, or no end | wait until there has been no progress for long; then the live lane sends them |
+| Userpilot no longer knows the job | are sent by the live lane |
+"""
+
+import datetime as dt
+import logging
+from dataclasses import dataclass
+
+from audience_sync import logs
+from audience_sync.clock import Clock
+from audience_sync.queue.jobs import Job, JobRequest, JobStatus, parse_job, parse_jobs
+from audience_sync.queue.pace import LONGEST_PAUSE_SECONDS, BulkPace
+from audience_sync.userpilot.answers import Answer, Outcome
+
+log = logging.getLogger(__name__)
+
+FOREIGN_JOB_POLL_SECONDS = 15.0
+SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 30.0
+STALLED_JOB_SECONDS = 1800.0  # without any progress; more for large jobs
+MOST_MISSES = 3  # answers in a row that do not know a job
+MEASURED_ROWS = 1_000  # of a job whose speed is measured: in shorter ones the overhead counts too much
+_NO_ENDPOINT = {404, 405, 501}
+
+
+@dataclass(frozen=True, slots=True)
+class JobAnswers:
+    """Reads answers into a job and the lane's pace; an upload without an answer may still arrive within `grace`."""
+
+    pace: BulkPace
+    clock: Clock
+    grace: dt.timedelta
+
+    def read(self, request: JobRequest, job: Job, answer: Answer) -> None:
+        match request.kind:
+            case "upload":
+                job.upload = answer
+                self._read_upload(job, answer)
+            case "poll":
+                self._read_poll(job, answer)
+            case "list":
+                self._read_list(job, answer)
+
+    def _read_upload(self, job: Job, answer: Answer) -> None:
+        error, status = answer.error or "no answer", parse_job(answer.document)
+        match answer.outcome:
+            case Outcome.ACCEPTED if status.job_id:
+                self.pace.accepted()
+                self._update_status(job, status.job_id, status)
+            case Outcome.ACCEPTED | Outcome.UNKNOWN:
+                job.error = answer.error or "Userpilot accepted the upload and named no job"
+                job.poll_at = self.clock.monotonic() + self.grace.total_seconds()  # it may still arrive
+            case Outcome.REFUSED if answer.status_code == 409:
+                job.end("dropped", error)
+                self._wait_for_foreign_job(f"Another bulk job is running: {error}")
+            case Outcome.REFUSED if answer.status_code not in _NO_ENDPOINT:
+                self._refused(job, answer, error)
+            case outcome:
+                job.end("dropped", error)
+                if outcome is not Outcome.UNAUTHORISED:
+                    self._pause(error, answer.retry_after_seconds)
+
+    def _refused(self, job: Job, answer: Answer, error: str) -> None:
+        """Halve the next job, until the row that was refused is alone: the live lane then gets an answer for it."""
+        job.end("failed" if job.row_count == 1 else "dropped", error)
+        logs.event(log, logging.WARNING, "bulk job refused", rows=job.row_count)
+        if self.pace.refused(job.row_count, is_too_large=answer.status_code == 413):
+            self._pause(error)
+
+    def _read_poll(self, job: Job, answer: Answer) -> None:
+        monotonic = self.clock.monotonic()
+        if answer.outcome is Outcome.ACCEPTED and isinstance(answer.document, dict):
+            self._update_status(job, job.job_id or "", parse_job(answer.document))
+        elif answer.status_code == 404:
+            job.miss_count += 1
+            job.poll_at = monotonic + FOREIGN_JOB_POLL_SECONDS
+            if job.miss_count >= MOST_MISSES:
+                job.end("lost", "Userpilot no longer knows the bulk job")
+                self._wait_for_foreign_job("a bulk job that Userpilot no longer knows may still run")
+        else:
+            wait = answer.retry_after_seconds or 2 * max(self._poll_seconds(job), 1.0)
+            job.poll_at = monotonic + min(wait, LONGEST_PAUSE_SECONDS)
+
+    def _read_list(self, job: Job, answer: Answer) -> None:
+        """Find the job of an upload that was not answered."""
+        job.poll_at = self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS
+        listed = parse_jobs(answer)
+        if listed is None:
+            return
+        mine = next((status for status in listed if status.filename == job.filename), None)
+        if mine is not None and mine.job_id:
+            self._update_status(job, mine.job_id, JobStatus())  # the list has no counts of rows
+            job.poll_at = self.clock.monotonic()
+        elif not any(status.is_running for status in listed):
+            job.end("lost", job.error or "The process ended before the answer came")
+
+    def read_list_of_others(self, answer: Answer) -> None:
+        listed = parse_jobs(answer)
+        if listed is None:
+            self.pace.is_foreign_job_running = False  # the answer to the next upload says whether one runs
+            self._pause(answer.error or "the list of jobs cannot be read", answer.retry_after_seconds)
+        elif any(status.is_running for status in listed):
+            self.pace.wait_for_foreign_job(
+                self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS, self.pace.reason
+            )
+        else:
+            self.pace.is_foreign_job_running, self.pace.reason = False, ""
+
+    def _update_status(self, job: Job, job_id: str, status: JobStatus) -> None:
+        """Take over what Userpilot says of a job; what it leaves out stays as it was."""
+        completed = job.completed_count if status.completed_rows is None else status.completed_rows
+        if (status.state, completed, job_id) != (job.state, job.completed_count, job.job_id):
+            job.moved_at = self.clock.monotonic()
+        job.status, job.job_id, job.state, job.completed_count = "running", job_id, status.state, completed
+        job.error, job.miss_count = None, 0
+        job.poll_at = self.clock.monotonic() + self._poll_seconds(job)
+        if status.state == "completed":
+            self._completed(job, status)
+        elif status.state == "failed":
+            job.end("failed", "Userpilot's bulk job failed")
+            self._pause("a bulk job failed")
+        if job.is_over:
+            logs.event(
+                log,
+                logging.INFO if job.is_completed else logging.WARNING,
+                f"bulk job {job.status}",
+                rows=job.row_count,
+                request_id=job.request_id,
+                seconds=round(self.clock.monotonic() - job.submitted_at, 1),
+            )
+
+    def _completed(self, job: Job, status: JobStatus) -> None:
+        counts = [count for count in (status.total_rows, status.completed_rows) if count is not None]
+        least = min(counts, default=job.row_count)
+        if least < job.row_count:
+            job.end("failed", f"Userpilot's bulk job completed {least} of {job.row_count} rows")
+            self._pause("a bulk job completed with rows missing")
+            return
+        job.end("completed")
+        self.pace.completed()
+        if job.row_count >= MEASURED_ROWS:
+            self.pace.measured(job.row_count / max(0.001, self.clock.monotonic() - job.submitted_at))
+
+    def give_up_stalled(self, job: Job) -> None:
+        """End a job that has shown no progress for too long."""
+        patience = max(STALLED_JOB_SECONDS, 4 * job.row_count / self.pace.rows_per_second)
+        if self.clock.monotonic() - job.moved_at > patience:
+            job.end("lost", f"Given up: the bulk job showed no progress for {round(patience / 60)} minutes")
+            self._wait_for_foreign_job("a bulk job that was given up may still run")
+
+    def _poll_seconds(self, job: Job) -> float:
+        """Return the seconds until the next poll: fewer when the end is near."""
+        left = job.ends_at(self.pace.rows_per_second) - self.clock.monotonic()
+        return min(LONGEST_POLL_SECONDS, max(SHORTEST_POLL_SECONDS, left / 2 if left > 0 else -left / 20))
+
+    def _wait_for_foreign_job(self, reason: str) -> None:
+        self.pace.wait_for_foreign_job(self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS, reason)
+        logs.event(log, logging.WARNING, "bulk lane waits for another job")
+
+    def _pause(self, reason: str, seconds: float | None = None) -> None:
+        seconds = self.pace.pause(self.clock.monotonic(), reason, seconds)
+        logs.event(log, logging.WARNING, "bulk lane pauses", seconds=seconds)
