@@ -5,7 +5,7 @@
 The sandbox, fresh for each line and in a process of its own, has the documented limits times the multiple, and our
 settings say the same. Ours is what a sync left in the queue, delivered by App.deliver in a process of its own, whose
 peak memory is taken. The connector's calls are spread evenly. Its way, and ours by the live lane alone, are taken
-over a part of the users: users a second are compared, and a user counts when all audiences of it are told.
+over a part of the users: users a second are compared, and a user counts when all audiences of it are accepted.
 Pushes are spread evenly, too, so there is no opening window to leave out; changes burst into it.
 """
 
@@ -76,7 +76,7 @@ class Line:
     way: str
     users: int
     seconds: float
-    told: int  # requests, and rows of bulk jobs
+    sent: int  # requests, and rows of bulk jobs
     statuses: Counter
     megabytes: float = 0.0
 
@@ -122,8 +122,8 @@ def line(way, users, url, seconds, megabytes=0.0):
     counts = ask(url, "_sandbox/counts")
     rows = sum(job["total_rows"] for job in ask(url, "v1/background_jobs"))
     statuses = sum((Counter(each) for each in counts.values()), Counter())
-    told = sum(counts["POST /v1/identify"].values()) + rows
-    return Line(way, users, seconds, told, statuses, megabytes)
+    sent = sum(counts["POST /v1/identify"].values()) + rows
+    return Line(way, users, seconds, sent, statuses, megabytes)
 
 
 # The connector's way.
@@ -250,7 +250,7 @@ def show(title, lines, multiple):
         "users/s",
         "of the limits",
         "times",
-        "told/user",
+        "sent/user",
         "429",
         "409",
         "MB",
@@ -266,7 +266,7 @@ def show(title, lines, multiple):
             f"{each.users_per_second:.1f}",
             f"{share(each, multiple):.1%}",
             f"{times(each, lines):.2f}",
-            f"{each.told / each.users:.3f}",
+            f"{each.sent / each.users:.3f}",
             f"{each.statuses['429']}",
             f"{each.statuses['409']}",
             f"{each.megabytes:.0f}" if each.megabytes else "",
@@ -276,25 +276,25 @@ def show(title, lines, multiple):
 
 def share(each, multiple):
     """Of what both lanes may take together, requests and rows."""
-    return each.told / each.seconds / ((LIVE + BULK) * multiple / 60)
+    return each.sent / each.seconds / ((LIVE + BULK) * multiple / 60)
 
 
 def times(each, lines):
     return each.users_per_second / lines[0].users_per_second
 
 
-def targets(settings, found, multiple):
+def targets(settings, results, multiple):
     """(what, figure, whether it is reached) of each."""
     one, five, _, _ = settings
     for setting, least in ((one, 3.88), (five, 19.4)):
-        for each in found[setting][2::2]:
+        for each in results[setting][2::2]:
             where = f"{setting.title}, {each.way}"
             figure = share(each, multiple)
             yield f"{where}: 97 % of both limits", f"{figure:.1%}", figure >= 0.97
-            figure = times(each, found[setting])
+            figure = times(each, results[setting])
             yield f"{where}: {least} times the connector's way", f"{figure:.2f}", figure >= least
-    mine = [each for lines in found.values() for each in lines[1:]]
-    yield "one request or row a user", "", all(each.told == each.users for each in mine)
+    mine = [each for lines in results.values() for each in lines[1:]]
+    yield "one request or row a user", "", all(each.sent == each.users for each in mine)
     refused = sum(each.statuses["429"] + each.statuses["409"] for each in mine)
     yield "no 429 and no 409", f"{refused}", not refused
     most = max(each.megabytes for each in mine)
@@ -321,11 +321,11 @@ def main():
     print(
         f"{options.multiple} times the documented limits; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}."
     )
-    found = {}
+    results = {}
     for setting in settings:
-        found[setting] = list(measure(setting, options.multiple, options.part, names))
-        show(setting.title, found[setting], options.multiple)
-    reached = list(targets(settings, found, options.multiple))
+        results[setting] = list(measure(setting, options.multiple, options.part, names))
+        show(setting.title, results[setting], options.multiple)
+    reached = list(targets(settings, results, options.multiple))
     due = Setting("500 due", 500, members=10_000)
     for name in names:
         with databases(name) as database:

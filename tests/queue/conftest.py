@@ -146,10 +146,10 @@ class Queue:
 
 
 class HeldSenders:
-    """Senders in one thread: what was started is sent when it is collected."""
+    """Senders in one thread: requests are sent when their replies are collected."""
 
     def __init__(self, clock):
-        self.clock, self.errands = clock, []
+        self.clock, self.sends = clock, []
 
     def __enter__(self):
         return self
@@ -157,12 +157,12 @@ class HeldSenders:
     def __exit__(self, *_):
         pass
 
-    def start(self, errand):
-        self.errands.append(errand)
+    def start(self, send):
+        self.sends.append(send)
 
     def collect(self, _seconds):
-        brought, self.errands = [errand() for errand in self.errands], []
-        return brought
+        replies, self.sends = [send() for send in self.sends], []
+        return replies
 
 
 @pytest.fixture

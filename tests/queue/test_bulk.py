@@ -1,4 +1,4 @@
-"""Both lanes on a backlog, in a clock's time: whatever becomes of a job, no user is forgotten."""
+"""Both lanes work off a backlog, in a clock's time: however a job ends, no user is forgotten."""
 
 import datetime as dt
 from collections import Counter
@@ -52,9 +52,9 @@ def jobs(engine):
         return list(connection.execute(sa.select(bulk_jobs).order_by(bulk_jobs.c.request_id)))
 
 
-def assert_all_told_once(queue, userpilot, count):
+def assert_all_accepted_once(queue, userpilot, count):
     assert queue.counts() == {"accepted": count}
-    assert len(userpilot.told("vip")) == count
+    assert len(userpilot.values_of("vip")) == count
     assert sum(len(lines) for lines in userpilot.state.history.values()) == count
 
 
@@ -63,7 +63,7 @@ def test_a_push_goes_by_both_lanes_which_end_together(hand_queue, clock, userpil
 
     report = work().deliver()
 
-    assert_all_told_once(hand_queue, userpilot, 800)
+    assert_all_accepted_once(hand_queue, userpilot, 800)
     ((status, rows),) = userpilot.uploads()
     assert (status, rows) == (202, pytest.approx(600, abs=10))
     assert clock.seconds == pytest.approx(100, rel=0.03)
@@ -79,7 +79,7 @@ def test_a_push_goes_by_both_lanes_which_end_together(hand_queue, clock, userpil
 def test_a_long_push_takes_the_combined_limit(hand_queue, clock, userpilot, work):
     hand_queue.fill(2_400, kind="push")
     work(per_job=400).deliver()
-    assert_all_told_once(hand_queue, userpilot, 2_400)
+    assert_all_accepted_once(hand_queue, userpilot, 2_400)
     assert 2_400 / clock.seconds >= 0.97 * (LIVE + ROWS) / 60
     assert userpilot.refusals(429) == userpilot.refusals(409) == 0
     assert max(rows for _, rows in userpilot.uploads()) == 400
@@ -90,7 +90,7 @@ def test_small_work_never_goes_by_bulk(hand_queue, userpilot, work, kind, count)
     hand_queue.fill(count, kind=kind)
     work().deliver()
     assert userpilot.uploads() == []
-    assert_all_told_once(hand_queue, userpilot, count)
+    assert_all_accepted_once(hand_queue, userpilot, count)
 
 
 def test_changes_burst_and_the_rest_goes_by_bulk(hand_queue, clock, userpilot, work):
@@ -104,7 +104,7 @@ def test_bulk_is_switched_off(hand_queue, userpilot, work):
     hand_queue.fill(140, kind="push")
     work(per_job=0).deliver()
     assert userpilot.uploads() == []
-    assert_all_told_once(hand_queue, userpilot, 140)
+    assert_all_accepted_once(hand_queue, userpilot, 140)
 
 
 def test_a_users_values_are_one_row_and_the_overwritten_ones_are_cancelled(hand_queue, userpilot, work):
@@ -113,7 +113,7 @@ def test_a_users_values_are_one_row_and_the_overwritten_ones_are_cancelled(hand_
     hand_queue.add("u199", {"active": True}, kind="push")
     work().deliver()
     assert hand_queue.counts() == {"accepted": 201, "cancelled": 200}
-    assert [rows for _, rows in userpilot.uploads()] == [149]  # one was under way when the job was begun
+    assert [rows for _, rows in userpilot.uploads()] == [149]  # one was in flight when the job began
     last = hand_queue.rows(deliveries.c.subject_id == "u199")
     assert [(each.status, each.error) for each in last] == [
         ("cancelled", "superseded by a newer value"), ("accepted", None), ("accepted", None),
@@ -161,19 +161,19 @@ def test_the_real_pace_of_jobs_is_learned(hand_queue, clock, userpilot, work):
     userpilot.limit(bulk_rows_per_minute=120)
     hand_queue.fill(2_400, kind="push")
     work(per_job=200).deliver()
-    assert_all_told_once(hand_queue, userpilot, 2_400)
+    assert_all_accepted_once(hand_queue, userpilot, 2_400)
     assert 2_400 / clock.seconds >= 0.9 * (LIVE + 120) / 60
 
 
-# What may become of a job.
+# How a job may end.
 
 
-def test_what_a_failed_job_held_is_told_by_the_live_lane(hand_queue, userpilot, work):
+def test_what_a_failed_job_held_is_sent_by_the_live_lane(hand_queue, userpilot, work):
     userpilot.state.job_faults.append(JobFault(outcome="failed", after_rows=100))
     hand_queue.fill(400, kind="push")
     work().deliver()
     assert hand_queue.counts() == {"accepted": 400}
-    assert len(userpilot.told("vip")) == 400
+    assert len(userpilot.values_of("vip")) == 400
     assert jobs(hand_queue.engine)[0].status == "failed"
 
 
@@ -182,7 +182,7 @@ def test_a_job_that_completed_with_rows_missing_forgets_nobody(hand_queue, userp
     hand_queue.fill(400, kind="push")
     work().deliver()
     assert hand_queue.counts() == {"accepted": 400}
-    assert len(userpilot.told("vip")) == 400
+    assert len(userpilot.values_of("vip")) == 400
     first = jobs(hand_queue.engine)[0]
     assert (first.status, first.error) == ("failed", "Userpilot's bulk job completed 150 of 299 rows")
 
@@ -192,7 +192,7 @@ def test_a_job_that_never_ends_is_given_up(hand_queue, clock, userpilot, work):
     hand_queue.fill(400, kind="push")
     work(poll_seconds=10.0).deliver()
     assert hand_queue.counts() == {"accepted": 400}
-    assert len(userpilot.told("vip")) == 400
+    assert len(userpilot.values_of("vip")) == 400
     (job,) = jobs(hand_queue.engine)
     assert (job.status, job.state) == ("lost", "mystery")
     assert STALLED_JOB_SECONDS < clock.seconds < 2 * STALLED_JOB_SECONDS + 600
@@ -202,10 +202,10 @@ def test_an_unknown_state_counts_as_running(hand_queue, userpilot, work):
     userpilot.state.job_faults.append(JobFault(state="mystery"))
     hand_queue.fill(400, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 400)
+    assert_all_accepted_once(hand_queue, userpilot, 400)
 
 
-def test_a_job_that_userpilot_does_not_know_any_more(hand_queue, userpilot, work):
+def test_a_job_that_userpilot_no_longer_knows(hand_queue, userpilot, work):
     hand_queue.fill(400, kind="push")
     forgotten = []
 
@@ -215,28 +215,28 @@ def test_a_job_that_userpilot_does_not_know_any_more(hand_queue, userpilot, work
 
     work(on_progress=forget).deliver()
     assert hand_queue.counts() == {"accepted": 400}
-    assert len(userpilot.told("vip")) == 400
+    assert len(userpilot.values_of("vip")) == 400
     assert jobs(hand_queue.engine)[0].status == "lost"
 
 
-def test_while_somebody_elses_job_runs_the_live_lane_works_on(hand_queue, clock, userpilot, work):
+def test_the_live_lane_goes_on_while_a_job_of_somebody_else_runs(hand_queue, clock, userpilot, work):
     userpilot.state.start_other_job(600)  # 100 s
     hand_queue.fill(1_200, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 1_200)
+    assert_all_accepted_once(hand_queue, userpilot, 1_200)
     assert userpilot.refusals(409) == 1
     assert len(userpilot.uploads()) >= 2
     assert clock.seconds < 1_200 / 8 + 110
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 404])
-def test_an_upload_that_is_put_off_gives_its_users_back(hand_queue, userpilot, work, status):
+def test_an_upload_that_must_be_repeated_gives_its_users_back(hand_queue, userpilot, work, status):
     fault = {"path": "/v1/users/bulk_identify", "status": status, "times": 2}
     userpilot.faults.add(fault)
     hand_queue.fill(800, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 800)
-    assert Counter(found for found, _ in userpilot.uploads())[status] == 2
+    assert_all_accepted_once(hand_queue, userpilot, 800)
+    assert Counter(status for status, _ in userpilot.uploads())[status] == 2
     assert all(row.attempt_count == 1 for row in hand_queue.rows())
 
 
@@ -244,19 +244,19 @@ def test_too_large_an_upload_is_halved(hand_queue, userpilot, work):
     userpilot.limit(bulk_rows_per_request=160)
     hand_queue.fill(1_200, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 1_200)
-    statuses = Counter(found for found, _ in userpilot.uploads())
+    assert_all_accepted_once(hand_queue, userpilot, 1_200)
+    statuses = Counter(status for status, _ in userpilot.uploads())
     assert statuses[413] <= 4
 
 
 @pytest.mark.parametrize("place", [40, 100, 199])
 def test_a_refused_row_is_found_by_halving(hand_queue, userpilot, work, place):
-    """400 for every job that holds the user, and for the user alone: the rest is delivered."""
+    """Userpilot answers 400 to every request with this user; all others are delivered."""
     refuse_rows_of(userpilot, f"u{place}")
     hand_queue.fill(200, kind="push")
     work(live=12).deliver()
     assert hand_queue.counts() == {"accepted": 199, "dead": 1}
-    assert len(userpilot.told("vip")) == 199
+    assert len(userpilot.values_of("vip")) == 199
     assert sum(status == 400 for status, _ in userpilot.uploads()) <= 9
 
 
@@ -278,35 +278,29 @@ def refuse_rows_of(userpilot, user_id):
 
 @pytest.mark.parametrize("drop", ["before", "after"])
 @pytest.mark.parametrize("is_bare", [False, True])
-def test_an_upload_whose_answer_never_came(hand_queue, userpilot, work, drop, is_bare):
+def test_an_upload_without_an_answer(hand_queue, userpilot, work, drop, is_bare):
     userpilot.limit(bare_jobs=is_bare)
     userpilot.faults.add({"path": "/v1/users/bulk_identify", "drop": drop, "times": 1})
     hand_queue.fill(400, kind="push")
     work().deliver()
     assert hand_queue.counts() == {"accepted": 400}
-    assert len(userpilot.told("vip")) == 400
-    if drop == "after" and not is_bare:  # found by its file's name, and followed
-        assert_all_told_once(hand_queue, userpilot, 400)
+    assert len(userpilot.values_of("vip")) == 400
+    if drop == "after" and not is_bare:  # found by its file name, and followed
+        assert_all_accepted_once(hand_queue, userpilot, 400)
         assert jobs(hand_queue.engine)[0].status == "completed"
 
 
-def test_a_job_that_is_found_by_its_files_name_is_asked_how_many_rows_it_completed(
-    hand_queue, userpilot, work
-):
-    userpilot.state.job_faults.append(
-        JobFault(outcome="short", after_rows=10)
-    )  # over before it is looked for
+def test_a_job_found_by_its_file_name_is_asked_how_many_rows_it_completed(hand_queue, userpilot, work):
+    userpilot.state.job_faults.append(JobFault(outcome="short", after_rows=10))  # over before we look for it
     userpilot.faults.add({"path": "/v1/users/bulk_identify", "drop": "after", "times": 1})
     hand_queue.fill(400, kind="push")
     work().deliver()
-    assert len(userpilot.told("vip")) == 400
+    assert len(userpilot.values_of("vip")) == 400
     first = jobs(hand_queue.engine)[0]
     assert (first.status, first.error) == ("failed", "Userpilot's bulk job completed 10 of 299 rows")
 
 
-def test_an_upload_that_comes_after_its_time_out_is_looked_for_when_it_has_come(
-    hand_queue, clock, userpilot, work
-):
+def test_an_upload_that_arrives_after_its_time_out_is_looked_for_later(hand_queue, clock, userpilot, work):
     upload, late = userpilot.upload, []
 
     def late_upload(*request):
@@ -324,23 +318,23 @@ def test_an_upload_that_comes_after_its_time_out_is_looked_for_when_it_has_come(
     clock.sleep = sleep
     hand_queue.fill(400, kind="push")
     work(poll_seconds=0.2).deliver()
-    assert_all_told_once(hand_queue, userpilot, 400)
+    assert_all_accepted_once(hand_queue, userpilot, 400)
     assert [job.status for job in jobs(hand_queue.engine)] == ["completed"]
 
 
-def test_a_process_that_comes_after_follows_the_job(hand_queue, clock, userpilot, work):
+def test_the_next_process_follows_the_job(hand_queue, clock, userpilot, work):
     hand_queue.fill(400, kind="push")
     first = work(on_progress=lambda _: first.stop.set() if userpilot.uploads() else None)
     first.deliver()
     assert hand_queue.counts()["sending"] == 299
     clock.sleep(30)
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 400)
+    assert_all_accepted_once(hand_queue, userpilot, 400)
     (job,) = jobs(hand_queue.engine)
     assert job.status == "completed"
 
 
-def test_a_refused_key_leaves_the_job_to_who_comes_after(hand_queue, userpilot, work):
+def test_a_refused_key_leaves_the_job_to_the_next_process(hand_queue, userpilot, work):
     userpilot.faults.add({"path": "/v1/background_jobs/*", "status": 401, "times": 1})
     hand_queue.fill(400, kind="push")
     report = work().deliver()
@@ -349,10 +343,10 @@ def test_a_refused_key_leaves_the_job_to_who_comes_after(hand_queue, userpilot, 
     with engines.write(hand_queue.engine) as connection:
         destination.resume(connection)
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 400)
+    assert_all_accepted_once(hand_queue, userpilot, 400)
 
 
-def test_rows_that_are_not_fit_go_live(hand_queue, userpilot, work):
+def test_rows_that_cannot_be_written_go_live(hand_queue, userpilot, work):
     hand_queue.fill(400, kind="push")
     hand_queue.add("u399", {"story": "x" * 70_000}, kind="push")
     work().deliver()
@@ -377,7 +371,7 @@ def test_an_answer_that_names_no_job_is_none(hand_queue, userpilot, work, answer
     userpilot.faults.add(fault)
     hand_queue.fill(200, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 200)
+    assert_all_accepted_once(hand_queue, userpilot, 200)
 
 
 @pytest.mark.parametrize(
@@ -389,10 +383,10 @@ def test_a_poll_that_makes_no_sense_is_asked_again(hand_queue, userpilot, work, 
     userpilot.faults.add({"path": "/v1/background_jobs/*", "status": 200, "body": answer, "times": 3})
     hand_queue.fill(200, kind="push")
     work().deliver()
-    assert_all_told_once(hand_queue, userpilot, 200)
+    assert_all_accepted_once(hand_queue, userpilot, 200)
 
 
-# Limits that are other than the settings say.
+# Limits that differ from the settings.
 
 
 @pytest.mark.parametrize(
@@ -435,7 +429,7 @@ def test_users_who_wait_for_another_attempt_are_not_gathered_over_and_over(
 
 
 class Slow(HeldSenders):
-    """Answers come at once; once `stop` is set, after three looks."""
+    """Replies come at once; once `stop` is set, at the fourth attempt to collect them."""
 
     def __init__(self, clock, stop):
         super().__init__(clock)
@@ -446,9 +440,9 @@ class Slow(HeldSenders):
             self.waits.append(seconds)
             self.clock.sleep(seconds)
             return []
-        brought = super().collect(seconds)
+        replies = super().collect(seconds)
         self.clock.sleep(0.05)
-        return brought
+        return replies
 
 
 def test_a_process_that_ends_waits_for_its_last_answer_and_not_for_its_job(

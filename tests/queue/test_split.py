@@ -10,7 +10,7 @@ USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, row
 
 
 @pytest.mark.parametrize(
-    ("waiting", "at_once", "rows"),
+    ("waiting", "burst", "rows"),
     [
         (0, 0, 0),
         (600, 600, 0),  # the live lane sends them in a burst
@@ -25,8 +25,8 @@ USERPILOT = Pace(live_limit=600, live_per_second=10.0, rows_per_second=30.0, row
         (100_000, 600, 10_000),
     ],
 )
-def test_the_next_job(waiting, at_once, rows):
-    assert job_rows(waiting, at_once, USERPILOT) == rows
+def test_the_next_job(waiting, burst, rows):
+    assert job_rows(waiting, burst, USERPILOT) == rows
 
 
 def test_without_bulk_jobs_the_live_lane_sends_everything():
@@ -36,27 +36,27 @@ def test_without_bulk_jobs_the_live_lane_sends_everything():
 
 @given(
     waiting=st.integers(0, 50_000),
-    at_once=st.integers(0, 600),
+    burst=st.integers(0, 600),
     rows_per_second=st.floats(1, 100),
     rows_per_job=st.integers(1, 10_000),
 )
-def test_both_lanes_end_together(waiting, at_once, rows_per_second, rows_per_job):
+def test_both_lanes_end_together(waiting, burst, rows_per_second, rows_per_job):
     pace = Pace(600, 10.0, rows_per_second, rows_per_job)
-    rows = job_rows(waiting, at_once, pace)
+    rows = job_rows(waiting, burst, pace)
     assert 0 <= rows <= min(waiting, rows_per_job)
     if rows and rows < rows_per_job:
         shortened = rows + LAST_ROWS if rows > LAST_ROWS else rows  # the rest is for the last job
-        assert any(ends_with_the_live_lane(waiting, job, at_once, pace) for job in {rows, shortened})
-        assert waiting - rows >= at_once
+        assert any(ends_with_the_live_lane(waiting, job, burst, pace) for job in {rows, shortened})
+        assert waiting - rows >= burst
         assert waiting - rows + 1 >= rows / rows_per_second * pace.live_per_second
 
 
-def ends_with_the_live_lane(waiting, rows, at_once, pace):
+def ends_with_the_live_lane(waiting, rows, burst, pace):
     """Check that nothing is left when the job ends, and that the live lane was not idle before."""
     rest = waiting - rows
     a_row_more = 2 + pace.live_per_second / pace.rows_per_second  # a job has whole rows
-    is_busy = rest >= at_once and rest + 1 >= rows / pace.rows_per_second * pace.live_per_second
-    return is_busy and rest - live_share(rows, at_once, pace) <= a_row_more
+    is_busy = rest >= burst and rest + 1 >= rows / pace.rows_per_second * pace.live_per_second
+    return is_busy and rest - live_share(rows, burst, pace) <= a_row_more
 
 
 def test_a_forecast_uses_both_lanes():

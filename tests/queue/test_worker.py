@@ -124,16 +124,16 @@ def test_calls_go_first_then_changes_then_pushes(queue, worker_of, sandbox):
     assert kinds == ["call"] * 3 + ["change"] * 3 + ["push"] * 3
 
 
-def test_a_call_overtakes_a_long_push_that_is_under_way(queue, worker_of, sandbox):
+def test_a_call_is_sent_before_the_rest_of_a_long_push(queue, worker_of, sandbox):
     queue.fill(60, kind="push")
     added = []
 
-    def hand_in(report):
+    def add_call(report):
         if report.request_count >= 5 and not added:
             added.append(queue.add("caller", {"a": 1}))
 
     worker_of(
-        per_minute={"identify": 60, "track": 1, "company": 1}, window_seconds=1, on_progress=hand_in
+        per_minute={"identify": 60, "track": 1, "company": 1}, window_seconds=1, on_progress=add_call
     ).deliver()
 
     users = [user for user, _ in log(sandbox)]
@@ -366,7 +366,7 @@ def test_a_delivery_is_given_up_after_eight_attempts_and_four_hours(hand_queue, 
     assert row.settled_at - row.first_attempt_at >= dt.timedelta(hours=4)
 
 
-def test_very_many_overtaken_values_of_one_company_are_no_trouble(hand_queue, clock, worker_of, sandbox):
+def test_very_many_superseded_values_of_one_company_are_cancelled(hand_queue, clock, worker_of, sandbox):
     now, count = clock.now(), 70_000  # more than PostgreSQL takes as parameters
     hand_queue.add("acme", {"plan": "pro"}, action="company", at=now, status="accepted", request_id=1,
                    settled_at=now)  # fmt: skip
@@ -422,11 +422,11 @@ def test_after_an_unknown_outcome_the_users_next_value_waits(queue, worker_of, s
     queue.add("u1", {"plan": "free"})
     added = []
 
-    def hand_in(_report):
+    def add_call(_report):
         if not added:
             added.append(queue.add("u1", {"plan": "pro"}))
 
-    worker_of(grace=dt.timedelta(seconds=0.3), on_progress=hand_in).deliver()
+    worker_of(grace=dt.timedelta(seconds=0.3), on_progress=add_call).deliver()
 
     first, second = sandbox.state.requests
     assert second.monotonic - first.monotonic >= 0.3
@@ -594,18 +594,18 @@ def test_a_full_window_is_waited_for_without_spinning(hand_queue, clock, worker_
 
 def test_the_progress_tells_what_is_left(queue, worker_of):
     queue.fill(50)
-    told = []
+    reports = []
 
     worker_of(
         per_minute={"identify": 6_000, "track": 1, "company": 1},
-        on_progress=lambda report: told.append(
+        on_progress=lambda report: reports.append(
             (report.accepted_count, report.pending_count, report.seconds_left)
         ),
     ).deliver()
 
-    assert all(accepted + pending == 50 for accepted, pending, _ in told)
-    assert told[-1] == (50, 0, 0.0)
-    _, pending, seconds = told[0]
+    assert all(accepted + pending == 50 for accepted, pending, _ in reports)
+    assert reports[-1] == (50, 0, 0.0)
+    _, pending, seconds = reports[0]
     assert seconds == pytest.approx(pending / 100)
 
 
@@ -623,7 +623,7 @@ class Standstill(HeldSenders):
     """Senders of a process that stands still between its claims and its requests."""
 
     def collect(self, seconds):
-        if self.errands:
+        if self.sends:
             self.clock.sleep(400)
         return super().collect(seconds)
 

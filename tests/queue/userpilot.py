@@ -58,7 +58,7 @@ class LocalUserpilot:
             body = b"" if content is None else json.dumps(content).encode()
             return judge(status, headers, body, cut=False, secret=KEY, now=self.clock.now())
 
-    def told(self, property_name):
+    def values_of(self, property_name):
         """Return a property by user."""
         users = self.state.users.items()
         return {

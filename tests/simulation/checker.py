@@ -1,8 +1,8 @@
-"""What must be true after a simulation. It believes the sandbox's history and log, and the database, and nothing else.
+"""Checks of what must be true after a simulation, from the sandbox's history and log and the database alone.
 
 The rules allow these exceptions:
-- a user in a job that Userpilot denied while it ran on may hold a job's old value;
-- a request that came when nobody waited for it any more counts in Userpilot's window though not in ours, and
+- a user in a job that Userpilot forgot while it ran on may hold a job's old value;
+- a request that arrived after its sender had given up counts in Userpilot's window but not in ours, and
   where the wall clock jumped ahead before a restart, our window is shorter than it should be;
 - with at most once, a track whose request may have been applied dies.
 """
@@ -20,15 +20,15 @@ LANE_PATHS = {"/v1/identify": "identify", "/v1/track": "track"}
 
 
 def check(simulation):
-    found = Findings(simulation)
-    found.check_accounts()
-    found.check_truth()
-    found.check_order()
-    found.check_received()
-    found.check_repeats()
-    found.check_pace()
-    found.check_runs()
-    found.check_tracks()
+    findings = Findings(simulation)
+    findings.check_accounts()
+    findings.check_truth()
+    findings.check_order()
+    findings.check_received()
+    findings.check_repeats()
+    findings.check_pace()
+    findings.check_runs()
+    findings.check_tracks()
 
 
 class Findings:
@@ -43,24 +43,24 @@ class Findings:
             self.deliveries, self.requests = rows(tables.deliveries), rows(tables.requests)
             self.jobs, self.runs, self.calls = rows(tables.bulk_jobs), rows(tables.runs), rows(tables.calls)
             self.members, self.definitions = rows(tables.members), rows(tables.definitions)
-        self.told = defaultdict(list)  # (user, name): each value and its request's number, in order
+        self.history = defaultdict(list)  # (user, name): each value and its request's number, in order
         for user, lines in self.state.history.items():
             for name, value, number in lines:
-                self.told[user, name].append((value, number))
+                self.history[user, name].append((value, number))
         self.carried = self._match_requests()  # our request's id: the number of the sandbox's
 
     def _match_requests(self):
         numbers = {entry.x_request_id: entry.number for entry in self.state.requests}
         uploads = {filename: number for number, filename in self.simulation.network.uploads.items()}
         files = {job.request_id: job.filename for job in self.jobs if job.status == "completed"}
-        found = {}
+        carried = {}
         for request in self.requests:
             if request.lane == "bulk":
                 if request.request_id in files:
-                    found[request.request_id] = uploads.get(files[request.request_id])
+                    carried[request.request_id] = uploads.get(files[request.request_id])
             elif request.status_code is not None and request.status_code < 300 and request.error is None:
-                found[request.request_id] = numbers[request.x_request_id]
-        return found
+                carried[request.request_id] = numbers[request.x_request_id]
+        return carried
 
     def check_accounts(self):
         """Each delivery is accepted, or dead or cancelled with a reason; each call is there once."""
@@ -94,27 +94,27 @@ class Findings:
                     user,
                     definition.key,
                     value,
-                    self.told[user, definition.key],
+                    self.history[user, definition.key],
                 )
 
     def check_order(self):
-        """What was told, repeats aside, came true in this order; of calls: was handed in, by timestamp and arrival."""
+        """Values came true in the order of the history, repeats aside; those of calls, by timestamp and arrival."""
         places = {}
         for each in self.deliveries:
             if each.call_id is not None and each.action == "identify":
                 for name, value in each.body.items():
                     places[each.subject_id, name, value] = (each.value_at, each.delivery_id, each.status)
-        for (user, name), lines in sorted(self.told.items()):
+        for (user, name), lines in sorted(self.history.items()):
             if user in self.simulation.excused:
                 continue
             values = [value for value, _ in itertools.groupby(value for value, _ in lines)]
             if name in {"plan", "city"}:
-                told = [places[user, name, value] for value in values]
-                assert told == sorted(told), (user, name, lines)
+                sent = [places[user, name, value] for value in values]
+                assert sent == sorted(sent), (user, name, lines)
                 accepted = [
                     at for (*whose, _), at in places.items() if whose == [user, name] and at[2] == "accepted"
                 ]
-                assert told[-1][:2] >= max(accepted, default=told[-1])[:2], (user, name, lines)
+                assert sent[-1][:2] >= max(accepted, default=sent[-1])[:2], (user, name, lines)
             else:
                 kind = next(each.kind for each in self.simulation.definitions if each.key == name)
                 first = [False] if kind is Kind.AUDIENCE else [None]
@@ -122,7 +122,7 @@ class Findings:
                 assert all(any(value == each for each in true) for value in values), (user, name, lines)
 
     def check_received(self):
-        """The request of an accepted delivery told it: at least one of its traits, or its event."""
+        """The request of an accepted delivery carried at least one of its traits, or its event."""
         events = {(event["request"], event["user_id"], event["event_name"]) for event in self.state.events}
         for each in self.deliveries:
             if each.status != "accepted":
@@ -132,13 +132,14 @@ class Findings:
             if each.action == "track":
                 assert (number, each.subject_id, each.body["event_name"]) in events, each
             else:
-                told = [
-                    (value, number) in self.told[each.subject_id, name] for name, value in each.body.items()
+                sent = [
+                    (value, number) in self.history[each.subject_id, name]
+                    for name, value in each.body.items()
                 ]
-                assert any(told), (each, number)
+                assert any(sent), (each, number)
 
     def check_repeats(self):
-        """Without trouble nothing is told twice; with trouble only what was in flight when it struck."""
+        """Nothing is sent twice, except what was in flight when something failed."""
         simulation = self.simulation
         known = set(self.carried.values())
         applied = {
@@ -148,13 +149,13 @@ class Findings:
         assert len(applied - known) <= most
         accepted = {each.request_id for each in self.deliveries if each.status == "accepted"}
         assert self.carried.keys() <= accepted, "a request that nothing was accepted for"
-        told, asked = Counter(), Counter()
-        for (user, name), lines in self.told.items():
-            told[user, name] = sum(number in known for _, number in lines)
+        sent, asked = Counter(), Counter()
+        for (user, name), lines in self.history.items():
+            sent[user, name] = sum(number in known for _, number in lines)
         for each in self.deliveries:
             if each.status == "accepted" and each.action == "identify":
                 asked.update((each.subject_id, name) for name in each.body)
-        assert told <= asked, told - asked
+        assert sent <= asked, sent - asked
 
     def check_pace(self):
         """Userpilot refused nothing for its number that the simulation did not."""
@@ -183,7 +184,7 @@ class Findings:
                 assert run.member_count == last + run.entered_count - run.exited_count, run
                 last = run.member_count
                 held = run.entered_count + run.changed_count
-                # A full run tells nothing of those who left unheard.
+                # A full run sends nothing about users who left before anything was sent.
                 is_right = made >= held if run.mode == "full" else made == held + run.exited_count
                 assert is_right, (run, made)
             held = sum(each.definition_id == definition.definition_id for each in self.members)

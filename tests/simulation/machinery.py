@@ -1,4 +1,4 @@
-"""What a simulation has in place of time, threads, the network and processes: all of it in one thread, by one seed."""
+"""A simulation's time, threads, network and processes: all of them in one thread, from one seed."""
 
 import datetime as dt
 import heapq
@@ -15,7 +15,7 @@ from tests.conftest import SCHEMA
 from tests.queue.userpilot import LocalUserpilot
 
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-LATEST = 2.5  # seconds after which no request comes any more: within the grace
+LATEST = 2.5  # seconds after which no late request arrives: less than the grace
 ROUGH = [
     "drop before",
     "drop after",
@@ -36,7 +36,7 @@ class Killed(BaseException):
 
 
 class Timeline:
-    """A clock that only waiting moves: what is due meanwhile happens at its time, in the place of whoever waits.
+    """A clock that only waiting moves; actions that are due meanwhile run at their time, inside the wait.
 
     The wall clock may be set; the monotonic one never goes back.
     """
@@ -69,8 +69,8 @@ class Timeline:
 
 
 @dataclass
-class Trouble:
-    """At the nth passing of a point the database fails, or the process dies."""
+class Failure:
+    """The database fails, or the process dies, when a point is passed for the nth time."""
 
     point: str
     left: int
@@ -81,7 +81,7 @@ class Trouble:
 
 
 def open_database(url, reach):
-    """The engine of all processes; `reach` is told of every statement and commit, and may raise."""
+    """The engine of all processes; `reach` is called at every statement and commit, and may raise."""
     engine = engines.open_own(url, SCHEMA)
     commit = engine.dialect.do_commit
 
@@ -100,23 +100,23 @@ def open_database(url, reach):
 
         @sa.event.listens_for(engine, "connect")
         def connect(connection, _record):
-            connection.execute("PRAGMA synchronous = OFF")  # nobody pulls the plug
+            connection.execute("PRAGMA synchronous = OFF")  # the machine never loses power
             connection.execute(
                 "PRAGMA busy_timeout = 100"
-            )  # in one thread nobody gives a lock back meanwhile
+            )  # in one thread no lock is released while another waits
 
     return engine
 
 
 class Process:
-    """Once dead it reaches nothing more; while asleep its threads are, too."""
+    """A process. Once dead it does nothing more; while it is asleep, so are its threads."""
 
     def __init__(self, name, database_error, note):
         self.name, self._error, self._note = name, database_error, note
-        self.trouble = None
-        self.had_trouble = self.is_dead = self.is_asleep = False
+        self.failure = None
+        self.had_failure = self.is_dead = self.is_asleep = False
         self.worker = None
-        self.frozen = []  # what its threads will do when it wakes
+        self.frozen = []  # actions of its threads, for when it wakes
 
     @property
     def is_awake(self):
@@ -125,15 +125,15 @@ class Process:
     def reach(self, point):
         if self.is_dead:
             raise Killed
-        trouble = self.trouble
-        if trouble is None or trouble.point != point:
+        failure = self.failure
+        if failure is None or failure.point != point:
             return
-        trouble.left -= 1
-        if trouble.left > 0:
+        failure.left -= 1
+        if failure.left > 0:
             return
-        self.trouble, self.had_trouble = None, True
-        self._note(f"{self.name}: {trouble}")
-        if trouble.kills:
+        self.failure, self.had_failure = None, True
+        self._note(f"{self.name}: {failure}")
+        if failure.kills:
             self.is_dead = True
             raise Killed
         error = self._error("the server went away")
@@ -142,7 +142,7 @@ class Process:
 
 
 class Wire:
-    """In place of a worker's threads: a request comes some time after it was begun, its answer after that."""
+    """Senders of a worker: a request arrives some time after its start, its answer some time later."""
 
     def __init__(self, process, timeline, chance, network):
         self._process, self._timeline, self._chance, self._network = process, timeline, chance, network
@@ -156,32 +156,32 @@ class Wire:
         while self._under_way and not self._process.is_dead:
             self._timeline.wait(60, lambda: not self._under_way)
 
-    def start(self, errand):
+    def start(self, send):
         self._under_way += 1
-        self._soon(errand)
+        self._soon(send)
 
-    def _soon(self, errand):
+    def _soon(self, send):
         longest = LATEST if self._chance.random() < 0.1 else 0.2
-        self._timeline.after(self._chance.uniform(0.01, longest), partial(self._arrive, errand))
+        self._timeline.after(self._chance.uniform(0.01, longest), partial(self._arrive, send))
 
     def collect(self, seconds):
         if not self._unread and seconds > 0:
             self._timeline.wait(seconds, lambda: self._unread)
-        brought, self._unread = self._unread, []
-        return brought
+        reply, self._unread = self._unread, []
+        return reply
 
-    def _arrive(self, errand):
+    def _arrive(self, send):
         if not self._process.is_awake and self._chance.random() < 0.5:  # it had not been sent yet
-            self._process.frozen.append(partial(self._soon, errand))
+            self._process.frozen.append(partial(self._soon, send))
             return
         with self._network.straying(not self._process.is_awake):
-            brought = errand()
+            reply = send()
         longest = 20.0 if self._chance.random() < 0.1 else 0.3
-        self._timeline.after(self._chance.uniform(0.01, longest), partial(self._bring, brought))
+        self._timeline.after(self._chance.uniform(0.01, longest), partial(self._receive, reply))
 
-    def _bring(self, brought):
+    def _receive(self, reply):
         self._under_way -= 1
-        self._unread.append(brought)
+        self._unread.append(reply)
 
 
 @dataclass(frozen=True)
@@ -211,14 +211,14 @@ class Line:
 
 
 class Network:
-    """The way to Userpilot, in this weather; it knows which answers were not Userpilot's own."""
+    """The network to Userpilot, in some weather; it records which answers were not Userpilot's own."""
 
     def __init__(self, timeline, chance, note, **limits):
         self.userpilot = LocalUserpilot(timeline, **limits)
         self.weather, self.roughness = [], 0.0
         self.poisoned = set()  # users
         self.injected = set()  # numbers of requests that a fault answered
-        self.strays = set()  # numbers of requests that came when nobody waited for them
+        self.strays = set()  # numbers of requests that arrived after their sender had given up
         self.late_uploads = 0  # so many of the next
         self.unsure_count = 0  # answers that left open whether the request was applied
         self.uploads = {}  # number: the upload's filename
@@ -292,8 +292,8 @@ class Network:
         if self._is_straying:
             self.strays.add(number)
         answer = ask()
-        told = f"{answer.status_code} {answer.outcome}{' stray' if self._is_straying else ''}"
-        self._note(f"{number} {path.removeprefix('v1/')}: {kind or ''} {told}")
+        outcome = f"{answer.status_code} {answer.outcome}{' stray' if self._is_straying else ''}"
+        self._note(f"{number} {path.removeprefix('v1/')}: {kind or ''} {outcome}")
         return answer
 
     def _fault(self, kind):

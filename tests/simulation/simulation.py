@@ -1,6 +1,6 @@
 """One seed, one run: people, definitions, calls, syncs and workers, and all that may go wrong meanwhile.
 
-Each seed takes some kinds of trouble and leaves the others out; of eight seeds about one has none at all. When the
+Each seed takes some kinds of failure and leaves out the others; about one seed in eight has none. When the
 storm is over, everything is synced and delivered; what must be true then, checker.py says.
 """
 
@@ -27,12 +27,12 @@ from audience_sync.userpilot import payloads
 from tests.conftest import SCHEMA
 from tests.simulation.machinery import (
     ROUGH,
+    Failure,
     Killed,
     Line,
     Network,
     Process,
     Timeline,
-    Trouble,
     Wire,
     open_database,
 )
@@ -60,7 +60,7 @@ class Simulation:
         self.processes = []  # those that live, the innermost is awake
         self.interruption_count = 0  # deaths, naps, and failures of the database
         self.forward_jumps = []
-        self.excused = set()  # users of jobs that Userpilot denied while they ran
+        self.excused = set()  # users of jobs that Userpilot forgot while they ran
         self._nap_at = None
         self.messages = set()  # ids of the calls that were taken
         self._numbers = itertools.count(1)
@@ -226,11 +226,11 @@ class Simulation:
             if process.worker is not None:
                 self.follow_up("", self.users[:: self.chance.choice([1, 3])])
         except DatabaseError:
-            if not process.had_trouble:
+            if not process.had_failure:
                 raise
             self.note(f"{process.name} gives up")
         finally:
-            self.interruption_count += process.had_trouble
+            self.interruption_count += process.had_failure
             process.is_dead = True
             self.processes.pop()
             if outer is not None:
@@ -257,7 +257,7 @@ class Simulation:
     def sync(self, *, full=False, users=None):
         self.note(f"sync{' full' if full else ''}{f' {users}' if users else ''}")
         with self.process("sync") as process:
-            process.trouble = self._armed(DEATHS_OF_SYNCS, 60)
+            process.failure = self._armed(DEATHS_OF_SYNCS, 60)
             for definition in self.definitions:
                 moments = runs.resolve_as_of(self.engine, [definition], None, self.timeline.now())
                 order = runs.RunOptions(full=full, users=users)
@@ -268,7 +268,7 @@ class Simulation:
 
     def deliver(self):
         with self.process("worker") as process:
-            process.trouble = self._armed(DEATHS_OF_WORKERS, 300)
+            process.failure = self._armed(DEATHS_OF_WORKERS, 300)
             with engines.write(self.engine) as connection:
                 if destination.stopped(connection):
                     destination.resume(connection)
@@ -282,11 +282,11 @@ class Simulation:
                 open_senders=lambda: Wire(process, self.timeline, self.chance, self.network),
             )
             report = process.worker.deliver()
-            told = (
+            counts = (
                 f"{report.accepted_count} accepted, {report.dead_count} dead, {report.pending_count} pending"
             )
             self.note(
-                f"{process.name}: {told}{', left' * report.is_left}{', stopped' * bool(report.stopped)}"
+                f"{process.name}: {counts}{', left' * report.is_left}{', stopped' * bool(report.stopped)}"
             )
 
     def _armed(self, deaths, statements):
@@ -295,7 +295,7 @@ class Simulation:
             return None
         kills = self.chance.choice(kinds) == "deaths"
         point = self.chance.choice(DEATHS_OF_ALL + (deaths if kills else []))
-        return Trouble(point, self.chance.randint(1, statements if point == "statement" else 10), kills)
+        return Failure(point, self.chance.randint(1, statements if point == "statement" else 10), kills)
 
     # What happens meanwhile.
 
@@ -340,7 +340,7 @@ class Simulation:
         self.sync(full=users is None and self.chance.random() < 0.15, users=users)
 
     def follow_up(self, path, users):
-        """Soon after it became unsure what these users were told, they move, or more calls of them come."""
+        """Move these users, or make more calls of theirs, soon after the outcome of a request became unknown."""
         if self.kinds:
             is_track = path.endswith("track")
             act = partial(self.call, users=users) if is_track else partial(self.move_and_sync, users)
@@ -360,13 +360,13 @@ class Simulation:
                 raw |= {"type": "identify", "traits": dict.fromkeys(names, f"{number}{poison}")}
             raws.append(raw)
         self.note(f"calls {[raw['messageId'] for raw in raws]}")
-        while not self._hand_in(raws):
+        while not self._submit(raws):
             pass
 
-    def _hand_in(self, raws):
+    def _submit(self, raws):
         """Until all are taken: a repeat has the same message id."""
         with self.process("application") as process:
-            process.trouble = self._armed([], 40)
+            process.failure = self._armed([], 40)
             for raw in raws:
                 moment = self.timeline.now()
                 call = validation.parse_call(raw, received_at=moment, new_id=str)
@@ -409,7 +409,7 @@ class Simulation:
         self.network.weather = []
 
     def jump(self):
-        """Set the wall clock. One that jumps ahead during a grace ends it: what nobody waits for is let come first."""
+        """Set the wall clock, but not during a grace, which a jump ahead would end."""
         if self.timeline.seconds < self.network.settled_at:
             self.timeline.after(3, self.jump)
             return
@@ -420,7 +420,7 @@ class Simulation:
             self.forward_jumps.append(self.timeline.seconds)
 
     def break_job(self):
-        """That a job fell short, nobody can see where Userpilot tells no counts."""
+        """Make the next job fail. Without counts of rows, a job that fell short cannot be noticed."""
         state = self.network.userpilot.state
         outcomes = ["failed", "hangs"] if state.limits.bare_jobs else ["failed", "hangs", "short"]
         outcome = self.chance.choice(outcomes)
@@ -439,7 +439,7 @@ class Simulation:
         self.note("somebody else's job")
 
     def forget_jobs(self):
-        """What a job tells that runs on though Userpilot denied it, nobody can put right."""
+        """Make Userpilot forget its jobs; one that runs on may send old values, which is excused."""
         state = self.network.userpilot.state
         running = state._running
         if running is not None:
@@ -448,15 +448,15 @@ class Simulation:
         state.forget_jobs()
 
     def fail_database(self):
-        self._arm(Trouble(self.chance.choice(DEATHS_OF_ALL), self.chance.randint(1, 30), kills=False))
+        self._arm(Failure(self.chance.choice(DEATHS_OF_ALL), self.chance.randint(1, 30), kills=False))
 
     def kill(self):
         point = self.chance.choice(DEATHS_OF_ALL + DEATHS_OF_WORKERS)
-        self._arm(Trouble(point, self.chance.randint(1, 30 if point == "statement" else 8), kills=True))
+        self._arm(Failure(point, self.chance.randint(1, 30 if point == "statement" else 8), kills=True))
 
-    def _arm(self, trouble):
+    def _arm(self, failure):
         if self.processes:
-            self.processes[-1].trouble = trouble
+            self.processes[-1].failure = failure
 
     def nap(self):
         """Whatever runs stands still, now or at a point, long enough for another to take its place or not."""
