@@ -217,7 +217,6 @@ def deliver_now(app: "App", run_ids: Sequence[int] = (), call_ids: Sequence[int]
 
 
 def _delivery(report: "Report | None", pending: int) -> dict[str, int]:
-    from audience_sync.queue.progress import Report
     return {
         "accepted_count": report.accepted_count if report else 0,
         "dead_count": report.dead_count if report else 0,
