@@ -52,6 +52,21 @@ SECTIONS = (
         "What a call sends beside the presets, at most 50 with them.",
     ),
 )
+# Of names that have no line of their own in the starter, or no room for a comment.
+MEANINGS = {
+    ("sources", "url"): "The database; SQLite and PostgreSQL are tested, others need SQLAlchemy's driver",
+    ("logging", "format"): "Lines of text, or one JSON object a line",
+    ("logging", "level"): "The lowest level that is logged",
+    ("audiences", "name"): "Its name; the key is made from it",
+    ("audiences", "sql"): "One query that returns `user_id`, for a trait also `value`",
+    ("mappings", "name"): "Its name, for messages",
+    ("mappings", "action"): "What it sends",
+    ("mappings", "trigger"): "Which calls it matches, in Segment's FQL",
+    (
+        "mappings",
+        "fields",
+    ): "How the action is filled, by Segment's directives; other fields as in the presets",
+}
 INTRODUCTION = """\
 # Configuration
 
@@ -75,7 +90,7 @@ def configuration() -> str:
     parts = [NOTE, INTRODUCTION]
     for name, title, struct, text in SECTIONS:
         rows = ["name | default | meaning | value", "--- | --- | --- | ---"]
-        rows += [" | ".join(row) for row in _options(struct, comments[name])]
+        rows += [" | ".join(row) for row in _options(name, struct, comments[name])]
         parts.append(f"## {title}\n\n{text}\n\n" + "".join(f"| {row} |\n" for row in rows))
     return "\n".join(parts)
 
@@ -93,19 +108,23 @@ def starter_comments() -> dict[str, dict[str, str]]:
     return comments
 
 
-def _options(struct: Any, comments: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
+def _options(section: str, struct: Any, comments: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
     """The cells of each name: itself, its default, its meaning, the values that it takes."""
     inherited = struct.__base__.__struct_fields__
     for field in msgspec.structs.fields(struct):
         if field.name not in inherited:
-            default = "" if field.default is None else f"`{_toml(field.default)}`"
-            meaning = _sentence(comments.get(field.name, ""))
-            yield (
-                f"`{field.name}`",
-                "required" if field.required else default,
-                _cell(meaning),
-                _cell(_expected(field.type)),
-            )
+            meaning = MEANINGS.get((section, field.name)) or _sentence(comments.get(field.name, ""))
+            if not meaning:
+                sys.exit(f"{STARTER}: {section}: {field.name} has no comment, which is its documentation")
+            yield f"`{field.name}`", _default(field), _cell(meaning), _cell(_expected(field.type))
+
+
+def _default(field: Any) -> str:
+    if field.name == "api_key":  # set when the section is read
+        return '`"${USERPILOT_API_KEY}"`'
+    if field.required:
+        return "required"
+    return "" if field.default in (None, msgspec.NODEFAULT) else f"`{_toml(field.default)}`"
 
 
 def _toml(value: Any) -> str:
