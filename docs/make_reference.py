@@ -7,8 +7,6 @@ The configuration's names, types and defaults come from the settings schema, the
 starter configuration. The commands come from the command line itself.
 """
 
-import importlib
-import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +16,6 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 import typer
 
-from audience_sync import cli
 from audience_sync.cli.main import app
 from audience_sync.settings import schema
 
@@ -158,8 +155,6 @@ def _cell(text: str) -> str:
 
 
 def commands() -> str:
-    for module in pkgutil.iter_modules(cli.__path__):
-        importlib.import_module(f"audience_sync.cli.{module.name}")
     program: Any = typer.main.get_command(app)
     parts = [NOTE, "# Command line\n", _usage("audience-sync", program), _parameters(program)]
     parts.append("See also [exit codes](exit-codes.md) and [the documents of `--json`](json-output.md).\n")

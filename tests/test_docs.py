@@ -6,9 +6,7 @@ print into the pages.
 """
 
 import ast
-import importlib
 import os
-import pkgutil
 import re
 import shutil
 import socket
@@ -22,7 +20,7 @@ import pytest
 import sqlalchemy as sa
 import typer
 
-from audience_sync import cli, errors, settings
+from audience_sync import errors, settings
 from audience_sync.cli.main import app
 from audience_sync.db import dialects, engines, tables
 from audience_sync.queue import deliveries
@@ -332,8 +330,6 @@ def commands_in(text):
 
 
 def known_commands():
-    for module in pkgutil.iter_modules(cli.__path__):
-        importlib.import_module(f"audience_sync.cli.{module.name}")
     return typer.main.get_command(app)
 
 
