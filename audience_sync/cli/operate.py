@@ -117,7 +117,7 @@ def retry(
             f"{queued} queued again. `audience-sync deliver` or the daemon sends what is in the queue."
         )
     else:
-        output.line("Nothing was queued again: there is no such dead delivery.")
+        output.line("There are no dead deliveries." if all_dead else "Nothing was queued again.")
     if retried.refusals and not all_dead:
         raise typer.Exit(1)
 
@@ -137,7 +137,7 @@ def discard(
     with session.open_app(context) as app, lazy.engines.write(app.engine) as connection:
         count = lazy.deliveries.discard(connection, ids, app.clock.now())
     total = len(set(ids))
-    output.line(f"{count:,} of {output.plural(total, 'delivery', 'deliveries')} cancelled.")
+    output.line(f"{count:,} of {total:,} deliveries cancelled.")
     if count:
         output.line(
             "If an audience or trait sent them, `audience-sync sync KEY --full` sends its values again."

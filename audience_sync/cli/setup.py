@@ -88,7 +88,7 @@ def _try(name: str, action: Callable[[], str]) -> bool:
     try:
         output.line(f"ok     {name}: {action()}")
     except AudienceSyncError as error:
-        output.line(f"wrong  {name}: {error}")
+        output.line(f"wrong  {name}: {str(error).removeprefix(f'{name.rsplit(maxsplit=1)[-1]}: ')}")
         return False
     return True
 

@@ -176,3 +176,41 @@ def test_a_key_stays_as_it_was_stored_at_first_use(program, url):
         ("vips", "changes"), ("spent_in_all", "changes"),
     ]  # fmt: skip
     assert [each["key"] for each in program.document("list")] == ["vips", "spent_in_all"]
+
+
+def test_duplicates_that_an_earlier_release_stored_are_not_set_aside(program, url):
+    program("sync", "vips")
+    engine = engines.open_own(url, "audience_sync")
+    with engines.write(engine) as connection:
+        dialects.sql(connection, """UPDATE {our}runs SET set_aside = '{"duplicate": 2, "null": 1}'""")
+    engine.dispose()
+    [run] = program.document("history")
+    assert run["set_aside_count"] == 1
+    assert program.document("show", "1")["set_aside"] == {"null": 1}
+    assert "duplicate" not in program("show", "1")
+
+
+def test_a_sync_that_collapses_duplicates_says_nothing_of_rows(program, url):
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM people WHERE user_id IS NULL")
+        connection.exec_driver_sql("INSERT INTO people VALUES ('a', 20)")
+    engine.dispose()
+    output = program("sync", "vips")
+    assert "row" not in output
+    assert "Deliveries: 2 accepted, 0 still pending (2 requests to Userpilot)." in output
+
+
+def test_a_failed_run_needs_attention_until_one_succeeds(program, url):
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE people RENAME TO persons")
+    program("sync", "vips", code=1)
+    [failed] = program.document("status")["failed_runs"]
+    assert (failed["run_id"], failed["key"], failed["status"]) == (1, "vips", "failed")
+    assert "- The last run of vips (1) failed." in program("status")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE persons RENAME TO people")
+    engine.dispose()
+    program("sync", "vips")
+    assert program("status").startswith("Nothing needs attention.\n")
