@@ -13,7 +13,6 @@ PENDING = {
     "sandbox",
     "soak",
     "tests",
-    "userpilot",
 }
 CATCH_ALL = {"told", "found", "kept", "heard"}
 OPENS_WITH_A_CLAUSE = re.compile(

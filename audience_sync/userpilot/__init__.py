@@ -1,1 +1,1 @@
-"""Userpilot's HTTP API: the payloads, the client, and what its answers mean."""
+"""Userpilot's HTTP API: payloads, the HTTP client, and the meaning of its answers."""

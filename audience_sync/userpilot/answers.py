@@ -1,4 +1,4 @@
-"""What an answer of Userpilot means for the delivery; pure."""
+"""The meaning of an HTTP answer for the deliveries of its request; pure."""
 
 import json
 import re
@@ -11,19 +11,19 @@ from functools import lru_cache
 from typing import Any
 
 MAX_ERROR_LENGTH = 500
-MAX_TEXT_LENGTH = 65_536  # of a body that is looked at for words; the rest is not worth the memory
+MAX_TEXT_LENGTH = 65_536  # of a body that is searched for a message
 MAX_REQUEST_ID_LENGTH = 200
 MAX_RETRY_AFTER_SECONDS = 900.0
-SHORTEST_SECRET = 12  # a shorter one is a toy, which job ids may hold by chance
+MIN_SECRET_LENGTH = 12  # a shorter one is no real key, and a job id may contain it by chance
 
 
 class Outcome(StrEnum):
-    ACCEPTED = "accepted"  # 2xx: taken in, which is not stored
+    ACCEPTED = "accepted"  # 2xx: not necessarily stored
     THROTTLED = "throttled"
     UNAUTHORISED = "unauthorised"
     REFUSED = "refused"  # the same request would be refused again
     FAILED = "failed"  # not applied: try again
-    UNKNOWN = "unknown"  # maybe applied: try again where a repeat does no harm
+    UNKNOWN = "unknown"  # perhaps applied: try again where a repeat does no harm
 
 
 _BY_CLASS = {2: Outcome.ACCEPTED, 3: Outcome.FAILED, 4: Outcome.REFUSED, 5: Outcome.FAILED}
@@ -35,16 +35,17 @@ _BY_STATUS = {
     425: Outcome.FAILED,
     429: Outcome.THROTTLED,
     501: Outcome.REFUSED,
-    502: Outcome.UNKNOWN,  # a gateway lost sight of a request that it may have passed on
+    502: Outcome.UNKNOWN,  # a gateway may have passed the request on before it failed
     504: Outcome.UNKNOWN,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`error` is in the API's own words where it has any; `retry_after_seconds` is its wish, 0 to 900.
+    """Result of one request.
 
-    `document` is the JSON of an accepted answer's body; None where that is empty, was cut off or is no JSON.
+    `error` quotes the API's message where there is one; `retry_after_seconds` is what the API asks for, 0 to 900.
+    `document` is the JSON of an accepted answer's body, or None if that is empty, cut off or not JSON.
     """
 
     outcome: Outcome
@@ -58,27 +59,27 @@ class Answer:
 def judge(
     status_code: int, headers: Mapping[str, str], body: bytes, *, cut: bool, secret: str, now: datetime
 ) -> Answer:
-    """What the answer means. `headers` are asked for in lower case; `cut`: the body went on beyond `body`.
+    """Decide the outcome of an answer. `headers` are read in lower case; `cut`: `body` is only its beginning.
 
-    `secret` is taken out of whatever the server said: some repeat a request's headers in their errors.
+    `secret` is removed from all texts: some servers repeat a request's headers in their errors.
     """
     outcome = _outcome(status_code)
-    found = _json(body)
+    document = _json(body)
     error = None
-    if outcome is Outcome.ACCEPTED and not _is_success(headers, body, found, cut=cut):
+    if outcome is Outcome.ACCEPTED and not _is_success(headers, body, document, cut=cut):
         outcome = Outcome.UNKNOWN
-        error = f"HTTP {status_code}, but the body is not Userpilot's: {_words(body, found)}"
+        error = f"HTTP {status_code}, but the body is not Userpilot's: {_message(body, document)}"
     elif outcome is not Outcome.ACCEPTED:
-        error = _words(body, found).strip() or f"HTTP {status_code} without a message"
-    quotes_secret = len(secret) >= SHORTEST_SECRET and secret.encode() in body
-    may_keep = outcome is Outcome.ACCEPTED and not cut and not quotes_secret
+        error = _message(body, document).strip() or f"HTTP {status_code} without a message"
+    quotes_secret = len(secret) >= MIN_SECRET_LENGTH and secret.encode() in body
+    has_document = outcome is Outcome.ACCEPTED and document is not _NOT_JSON and not cut and not quotes_secret
     return Answer(
         outcome=outcome,
         status_code=status_code,
         x_request_id=one_line(headers.get("x-request-id", ""), MAX_REQUEST_ID_LENGTH, secret) or None,
         error=one_line(error, MAX_ERROR_LENGTH, secret) if error else None,
         retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
-        document=found if may_keep and found is not _NOT_JSON else None,
+        document=document if has_document else None,
     )
 
 
@@ -86,14 +87,14 @@ def _outcome(status_code: int) -> Outcome:
     return _BY_STATUS.get(status_code) or _BY_CLASS.get(status_code // 100, Outcome.UNKNOWN)
 
 
-def _is_success(headers: Mapping[str, str], body: bytes, found: Any, *, cut: bool) -> bool:
-    """Whether the body of a 2xx is empty or JSON; a proxy's or a login page is neither."""
+def _is_success(headers: Mapping[str, str], body: bytes, document: Any, *, cut: bool) -> bool:
+    """Return whether the body of a 2xx is empty or JSON, unlike the page of a proxy or a login form."""
     text = body.strip()
     if not text:
         return True
     if "html" in headers.get("content-type", "").lower() or text.startswith(b"<"):
         return False
-    return cut or found is not _NOT_JSON
+    return cut or document is not _NOT_JSON
 
 
 _NOT_JSON = object()
@@ -110,36 +111,36 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _words(body: bytes, found: Any) -> str:
-    """What an error body says: `{"errors": [{"error_code", "error", "message", "details"}]}`, or as it is."""
-    if isinstance(found, dict):
-        errors = found.get("errors")
+def _message(body: bytes, document: Any) -> str:
+    """Text of an error: from `{"errors": [{"error_code", "error", "message", "details"}]}`, or the whole body."""
+    if isinstance(document, dict):
+        errors = document.get("errors")
         entries = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
-        told = "; ".join(filter(None, map(_entry_words, entries or [found])))
-        if told:
-            return told
+        message = "; ".join(filter(None, map(_entry_message, entries or [document])))
+        if message:
+            return message
     return body.decode("utf-8", "replace")
 
 
-def _entry_words(entry: dict[str, Any]) -> str:
+def _entry_message(entry: dict[str, Any]) -> str:
     values = (entry.get(name) for name in ("error_code", "error", "message", "details"))
     return ": ".join(dict.fromkeys(value for value in values if isinstance(value, str) and value))
 
 
 def one_line(text: str, max_length: int, secret: str) -> str:
-    """The text without the secret, as every database and terminal takes it."""
-    open_text = _spellings(secret).sub("[API key]", text)[:MAX_TEXT_LENGTH]
-    printable = "".join(character if character.isprintable() else " " for character in open_text)
+    """Remove the secret and what databases and terminals do not accept, and shorten the text to one line."""
+    without_secret = _spellings(secret).sub("[API key]", text)[:MAX_TEXT_LENGTH]
+    printable = "".join(character if character.isprintable() else " " for character in without_secret)
     return " ".join(printable.split())[:max_length]
 
 
 @lru_cache(maxsize=4)
 def _spellings(secret: str) -> re.Pattern[str]:
-    """The secret as it is, and as JSON, URLs and HTML write it."""
-    return re.compile("".join(map(_spelled, secret)), re.IGNORECASE)
+    """Pattern of the secret as it is, and as JSON, URLs and HTML escape it."""
+    return re.compile("".join(map(_character_pattern, secret)), re.IGNORECASE)
 
 
-def _spelled(character: str) -> str:
+def _character_pattern(character: str) -> str:
     code = f"{ord(character):x}"
     forms = (
         rf"\\?{re.escape(character)}",
@@ -152,9 +153,9 @@ def _spelled(character: str) -> str:
 
 
 def retry_after(value: str | None, *, now: datetime) -> float | None:
-    """Seconds to wait, from 0 to 900; None if the header is missing or makes no sense.
+    """Parse a Retry-After header into seconds from 0 to 900; None if it is missing or invalid.
 
-    Userpilot documents no Retry-After; honour one all the same.
+    Userpilot documents no Retry-After, but a proxy may send one.
     """
     text = (value or "").strip()
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):

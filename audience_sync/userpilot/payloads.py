@@ -1,4 +1,4 @@
-"""The requests of Userpilot's API as data; where they go is the client's business."""
+"""Payloads of Userpilot's API, built from deliveries; client.py sends them."""
 
 import json
 from enum import StrEnum
@@ -21,12 +21,11 @@ class Action(StrEnum):
 def build(
     action: str, subject_id: str, body: dict[str, Any], *, booleans: str, nested: str
 ) -> tuple[str, dict[str, Any]]:
-    """The path below the endpoint and the payload for one delivery.
+    """Build the path below the endpoint and the payload of one delivery.
 
-    `body` is the metadata of a user (with the id of the user's company under COMPANY) or of a company, or of a
-    track `{"event_name": …, "metadata": …}`, where metadata may be missing and is then not sent. `booleans` is
-    native or string, `nested` flatten or json.
-    ValueError if the action is none of Action.
+    `body` is the metadata of a user (with the id of the user's company under COMPANY) or of a company. For a
+    track it is `{"event_name": …, "metadata": …}`, where metadata is optional. `booleans` is native or string,
+    `nested` flatten or json. ValueError if the action is unknown.
     """
     match Action(action):
         case Action.IDENTIFY:
@@ -48,12 +47,12 @@ def build(
 
 
 def bulk_row(payload: dict[str, Any]) -> bytes | None:
-    """The line of an NDJSON upload to v1/users/bulk_identify that says what this identify payload says.
+    """Convert an identify payload to a line of an NDJSON upload to v1/users/bulk_identify.
 
-    None where the row is better sent alone, since a bulk job reports no error of a single row: an id that is
-    empty or no string, a company with members beside its id, a value that is no primitive, NaN or infinite,
-    text that UTF-8 cannot write, and sizes beyond 500 properties, 255 characters a name and 65,535 a value.
-    The sizes are figures of third parties: we found none on Userpilot's own pages.
+    None if the payload has to be sent alone, because a bulk job reports no errors of single rows: an id that is
+    empty or not a string, a company with more than an id, a value that is not a primitive, NaN or infinity, text
+    that UTF-8 cannot encode, and more than 500 properties, 255 characters in a name or 65,535 in a value.
+    The limits are third-party figures; Userpilot documents none.
     """
     match payload:
         case {"user_id": str(user_id), "metadata": dict(metadata), **rest} if user_id and _fits(metadata):

@@ -1,25 +1,25 @@
-"""Userpilot takes strings, numbers, booleans and null only: what becomes of objects and lists, and of text that is JSON."""
+"""Conversion of objects and lists to properties: Userpilot accepts strings, numbers, booleans and null only."""
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MOST_IN_NAMES = 1_000_000  # characters
+MAX_NAMES_LENGTH = 1_000_000  # characters of all flattened names together
 
 
 def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
-    """The metadata in primitives; nothing is dropped. `nested` is flatten or json.
+    """Convert metadata to primitives; nothing is dropped. `nested` is flatten or json.
 
-    flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. A key
-    of a definition never holds a dot, so no flattened name can pass for one. Empty objects and lists become
-    "{}" and "[]". Where two names meet, the one written with less nesting keeps it, and the others get "~2",
-    "~3" behind theirs: `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`, in whatever order.
-    json: an object or a list becomes compact JSON in a string; so it does where its flattened names would be much
-    longer than a call may be, as those of a long list under a long name.
+    flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. A
+    definition's key never contains a dot, so no flattened name equals one. Empty objects and lists become "{}"
+    and "[]". If two names collide, the least nested one stays, and the others get the suffixes "~2", "~3":
+    `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`, whatever the order.
+    json: each object or list becomes a string of compact JSON. Flattening falls back to this if the names would
+    be too long together, as for a long list under a long name.
     """
     if nested == "flatten":
         leaves = {path: value for name, value in metadata.items() for path, value in _leaves((name,), value)}
-        if sum(len(part) + 1 for path in leaves for part in path) > MOST_IN_NAMES:
+        if sum(len(part) + 1 for path in leaves for part in path) > MAX_NAMES_LENGTH:
             nested = "json"
     if nested == "json":
         return {name: _text(value) if _is_nested(value) else value for name, value in metadata.items()}
@@ -43,11 +43,11 @@ def _names(paths: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], str]:
     taken: set[str] = set()
     names = {}
     for path in sorted(paths, key=lambda path: (len(path), path)):
-        name = wanted = ".".join(path)
+        name = joined = ".".join(path)
         number = 1
         while name in taken or (number > 1 and name in plain):
             number += 1
-            name = f"{wanted}~{number}"
+            name = f"{joined}~{number}"
         taken.add(name)
         names[path] = name
     return names
