@@ -1,48 +1,48 @@
-"""A local Userpilot look-alike: the documented endpoints, limits and jobs, and faults on demand.
+"""A local Userpilot with the documented endpoints, limits and bulk jobs.
 
-It shares no code with the rest of this project, so that a misreading of the API cannot agree with itself.
+It shares no code with the rest of this project, so that one misreading of the API cannot hide in both.
 """
 
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
-from audience_sync.sandbox.faults import Faults
-from audience_sync.sandbox.server import Server
-from audience_sync.sandbox.state import JobFault, Limits, State
+from audience_sync.sandbox.server import Handler, Server
+from audience_sync.sandbox.state import Limits, State
 
-__all__ = ["JobFault", "Limits", "Sandbox", "State"]
+__all__ = ["Limits", "Sandbox", "State"]
 
 
 class Sandbox:
-    """A server on loopback. `stop` and `start` again is an outage: port, state, log and faults stay.
+    """A server on loopback. `stop` and a later `start` simulate an outage: port, state and log survive it.
 
-    `monotonic` and `wall` (unix seconds) may be set by hand; a fault's delay is always real time.
+    `monotonic` and `wall` (unix seconds) are its clocks. Subclasses may replace the state and the handler.
     """
+
+    state_type: ClassVar[type[State]] = State
+    handler_type: ClassVar[type[Handler]] = Handler
 
     def __init__(
         self,
         port: int = 0,
         api_key: str = "sandbox",
         limits: Limits = Limits(),  # noqa: B008 (frozen)
-        host: str = "127.0.0.1",
         *,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.state = State(api_key, limits, monotonic, wall)
-        self.faults = Faults()
-        self._host, self._port = host, port
+        self.state = self.state_type(api_key, limits, monotonic, wall)
+        self._port = port
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def url(self) -> str:
-        """With the trailing slash. Binds the port when it is not bound yet."""
+        """URL with a trailing slash; binds the port if necessary."""
         if self._port == 0:
             self._bind()
-        return f"http://{self._host}:{self._port}/"
+        return f"http://127.0.0.1:{self._port}/"
 
     def start(self) -> Self:
         if self._thread is None:
@@ -52,7 +52,7 @@ class Sandbox:
         return self
 
     def serve_forever(self) -> None:
-        """Serves until it is interrupted, or stopped by another thread."""
+        """Serve until interrupted, or stopped by another thread."""
         self.start()
         try:
             if self._thread is not None:
@@ -61,7 +61,7 @@ class Sandbox:
             self.stop()
 
     def stop(self) -> None:
-        """Returns when the port is closed and every connection is cut; requests that wait are not applied."""
+        """Close the port and every connection; requests that are waiting are not applied."""
         (server, thread), self._server, self._thread = (self._server, self._thread), None, None
         if server is not None:
             if thread is not None:
@@ -72,7 +72,7 @@ class Sandbox:
 
     def _bind(self) -> Server:
         if self._server is None:
-            self._server = Server((self._host, self._port), self.state, self.faults)
+            self._server = Server(("127.0.0.1", self._port), self.state, self.handler_type)
             self._port = self._server.server_port
         return self._server
 

@@ -1,4 +1,4 @@
-"""Userpilot's endpoints: what is refused, with which status, and what an accepted request does."""
+"""Userpilot's endpoints: the checks of each request, and the effect of an accepted one."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from audience_sync.sandbox.state import JOB_PATH, Entry, Job, RefusalError, State
+from audience_sync.sandbox.state import JOB_PATH, Entry, RefusalError, State
 
 API_VERSION = "2020-09-22"
 REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
@@ -21,7 +21,7 @@ REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A request's body as far as it could be read. `value` of a multipart upload is the list of its rows."""
+    """A request's body. `value` is its JSON, or the rows of a multipart upload; `problem` says why it cannot be read."""
 
     value: Any = None
     problem: str | None = None
@@ -30,40 +30,40 @@ class Body:
 
 
 def answer(state: State, entry: Entry, headers: Message, body: Body) -> tuple[int, Any]:
-    """The status and the body; None is no body at all."""
+    """Apply a request; return the status and the body, None for an empty one."""
     try:
-        return 200 if entry.method == "GET" else 202, _act(state, entry, headers, body)
+        return 200 if entry.method == "GET" else 202, _apply(state, entry, headers, body)
     except (RefusalError, msgspec.ValidationError) as refusal:
         status = getattr(refusal, "status", 400)
         return status, errors(status, str(refusal))
 
 
-def _act(state: State, entry: Entry, headers: Message, body: Body) -> Any:
+def _apply(state: State, entry: Entry, headers: Message, body: Body) -> Any:
     if headers.get("Authorization") != f"Token {state.api_key}":
         raise RefusalError(401, "the API key is missing or wrong")
     path = JOB_PATH if entry.path.startswith(JOB_PATH) else entry.path
     if (entry.method, path) not in _ENDPOINTS:
         raise RefusalError(404, f"no such endpoint: {entry.method} {entry.path}")
-    lane, shape, act = _ENDPOINTS[entry.method, path]
+    lane, schema, act = _ENDPOINTS[entry.method, path]
     if lane in _VERSIONED and headers.get("X-API-Version") != API_VERSION:
         raise RefusalError(400, f"X-API-Version must be {API_VERSION}")
     if lane is not None:
         state.admit(lane, entry)
-    return act(state, entry, body if shape is None else _read(body, shape))
+    return act(state, entry, body if schema is None else _convert(body, schema))
 
 
 def errors(status: int, message: str) -> dict[str, list[dict[str, str]]]:
-    kind = REASONS.get(status, "Error").lower().replace(" ", "_")
-    return {"errors": [{"details": message, "error": kind, "error_code": str(status), "message": message}]}
+    error = REASONS.get(status, "Error").lower().replace(" ", "_")
+    return {"errors": [{"details": message, "error": error, "error_code": str(status), "message": message}]}
 
 
 def read_body(content_type: str, raw: bytes) -> Body:
     head = b"Content-Type: " + (content_type or "text/plain").encode("latin-1") + b"\r\n\r\n"
-    kind = _kind(head)
+    content_type = _content_type(head)
     try:
-        if kind == "application/json":
+        if content_type == "application/json":
             return Body(_parse(raw), size=len(raw))
-        if kind == "multipart/form-data":
+        if content_type == "multipart/form-data":
             return _read_multipart(message_from_bytes(head + raw))
         problem = "Content-Type must be application/json"
     except (ValueError, RecursionError) as error:
@@ -71,8 +71,8 @@ def read_body(content_type: str, raw: bytes) -> Body:
     return Body(raw[:1000].decode(errors="replace") if raw else None, problem, size=len(raw))
 
 
-@lru_cache  # it is the same for nearly all, and takes as long as all else that is read
-def _kind(head: bytes) -> str:
+@lru_cache  # parsing it takes as long as the rest of the request, and most requests have the same
+def _content_type(head: bytes) -> str:
     return message_from_bytes(head).get_content_type()
 
 
@@ -82,7 +82,7 @@ _Properties = dict[str, str | int | float | bool | None]
 
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True):
-    """Userpilot may well ignore an unknown member; here it is a mistake that should be seen."""
+    """Userpilot may ignore an unknown member; here it is refused, so that the mistake is seen."""
 
 
 class _Identify(_Strict):
@@ -115,68 +115,58 @@ def _identify(state: State, entry: Entry, body: _Identify) -> None:
     state.identify(entry.number, body.user_id, body.metadata, company)
 
 
-def _bulk(kind: str, row: Any) -> "_Act":
-    def act(state: State, entry: Entry, body: Body) -> dict[str, Any]:
-        limits = state.limits
-        if body.size > limits.bulk_bytes_per_request:
-            raise RefusalError(413, f"{body.size} bytes; {limits.bulk_bytes_per_request} are the most")
-        rows = body.value if body.filename is not None else _only(kind, _read(body, dict[str, Any]))
-        if isinstance(rows, list) and len(rows) > limits.bulk_rows_per_request:
-            raise RefusalError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
-        msgspec.convert(rows, Annotated[list[row], _NOT_EMPTY])
-        return _shown(state, state.start_job(entry.number, kind, rows, body.filename, body.size))
-
-    return act
+def _bulk_identify(state: State, entry: Entry, body: Body) -> dict[str, Any]:
+    limits = state.limits
+    if body.size > limits.bulk_bytes_per_request:
+        raise RefusalError(413, f"{body.size} bytes; {limits.bulk_bytes_per_request} are the most")
+    rows = body.value if body.filename is not None else _users(_convert(body, dict[str, Any]))
+    if isinstance(rows, list) and len(rows) > limits.bulk_rows_per_request:
+        raise RefusalError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
+    msgspec.convert(rows, Annotated[list[_UserRow], _NOT_EMPTY])
+    return state.describe(state.start_job(entry.number, rows, body.filename, body.size))
 
 
-def _delete(kind: str) -> "_Act":
-    def act(state: State, _: Entry, body: dict[str, Any]) -> None:
-        state.delete(kind, msgspec.convert(_only(kind, body), Annotated[list[_Id], _NOT_EMPTY]))
-
-    return act
+def _delete_users(state: State, _: Entry, body: dict[str, Any]) -> None:
+    state.delete_users(msgspec.convert(_users(body), Annotated[list[_Id], _NOT_EMPTY]))
 
 
 def _job(state: State, entry: Entry, _: Body) -> dict[str, Any]:
     job = state.jobs.get(unquote(entry.path.removeprefix(JOB_PATH)))
     if job is None:
         raise RefusalError(404, "no such job")
-    return _shown(state, job, completed_rows=job.completed_rows)
+    return state.describe(job, completed_rows=job.completed_rows)
 
 
-def _shown(state: State, job: Job, **more: int) -> dict[str, Any]:
-    fields = job.fields() | more
-    return {name: fields[name] for name in ("job_id", "status")} if state.limits.bare_jobs else fields
+def _jobs(state: State, *_: Any) -> list[dict[str, Any]]:
+    return [state.describe(job) for job in state.jobs.values()]
 
 
-_Act = Callable[[State, Entry, Any], Any]  # what it returns is the answer's body
 _VERSIONED = {"identify", "track", "delete"}
-# The lane, the body's shape, what it does.
-_ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, _Act]] = {
+# The lane, the schema of the body, and the function that applies it and returns the answer's body.
+_ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, Callable[[State, Entry, Any], Any]]] = {
     ("POST", "/v1/identify"): ("identify", _Identify, _identify),
     ("POST", "/v1/track"): ("track", _Track,
         lambda state, entry, body: state.track(entry.number, body.user_id, body.event_name, body.metadata)),
     ("POST", "/v1/companies/identify"): ("company", _Company,
         lambda state, _, body: state.identify_company(body.company_id, body.metadata)),
-    ("POST", "/v1/users/bulk_identify"): ("upload", None, _bulk("users", _UserRow)),
-    ("POST", "/v1/companies/bulk_identify"): ("upload", None, _bulk("companies", _Company)),
-    ("GET", "/v1/background_jobs"): ("poll", None, lambda state, *_: [_shown(state, job) for job in state.jobs.values()]),
+    ("POST", "/v1/users/bulk_identify"): ("upload", None, _bulk_identify),
+    ("GET", "/v1/background_jobs"): ("poll", None, _jobs),
     ("GET", JOB_PATH): ("poll", None, _job),
-    ("DELETE", "/v1/users"): ("delete", dict[str, Any], _delete("users")),
-    ("DELETE", "/v1/companies"): ("delete", dict[str, Any], _delete("companies")),
+    ("DELETE", "/v1/users"): ("delete", dict[str, Any], _delete_users),
     ("GET", "/v1/validate"): (None, None, lambda *_: {}),
 }  # fmt: skip
 
 
-def _read(body: Body, shape: Any) -> Any:
+def _convert(body: Body, schema: Any) -> Any:
     if body.problem is not None or body.filename is not None:
         raise RefusalError(400, body.problem or "Content-Type must be application/json")
-    return msgspec.convert(body.value, shape)
+    return msgspec.convert(body.value, schema)
 
 
-def _only(kind: str, body: dict[str, Any]) -> Any:
-    if body.keys() != {kind}:
-        raise RefusalError(400, f"{kind} is needed, and nothing else")
-    return body[kind]
+def _users(body: dict[str, Any]) -> Any:
+    if body.keys() != {"users"}:
+        raise RefusalError(400, "users is needed, and nothing else")
+    return body["users"]
 
 
 def _parse(raw: bytes) -> Any:

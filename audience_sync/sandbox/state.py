@@ -1,12 +1,12 @@
-"""What Userpilot would hold, and how fast it takes it in. No HTTP here; time comes in as two callables."""
+"""The data that Userpilot would hold, its rate limits and bulk jobs. No HTTP; the clocks are two callables."""
 
 import math
 import threading
 import uuid
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -23,12 +23,9 @@ class RefusalError(Exception):
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The `*_per_minute` of requests hold for any `window_seconds`; tests shorten the window.
+    """Userpilot's limits: requests per window of `window_seconds`, and the size and speed of bulk jobs.
 
-    `bulk_rows_per_minute` is the speed of a job, in rows a true minute. With `bare_jobs` an answer tells of a job
-    no more than its `job_id` and `status`: Userpilot promises nothing else. What Userpilot does not say: whether
-    uploads, their rows, polls of jobs and company calls (`*_count`) take places among the identifies.
-    `others_per_minute` of the identifies' places are taken by other clients of the key, evenly over the window.
+    `bulk_rows_per_minute` is the speed of a job in real minutes, whatever the window.
     """
 
     identify_per_minute: _Count = 600
@@ -38,59 +35,42 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bulk_rows_per_request: _Count = 10_000
     bulk_bytes_per_request: _Count = 50_000_000
     window_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
-    bare_jobs: bool = False
-    uploads_count: bool = False
-    rows_count: bool = False
-    polls_count: bool = False
-    companies_count: bool = False
-    others_per_minute: _Count = 0
-
-
-class JobFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What becomes of one job, somebody else's too: no more than its first `after_rows` rows are worked off, and then
-    it is `failed`, is completed (`short`), or `hangs` for ever. `completed` is a job that goes well.
-
-    `state` is shown for as long as it runs.
-    """
-
-    outcome: Literal["failed", "short", "hangs", "completed"] = "completed"
-    after_rows: _Count = 0
-    state: str | None = None
 
 
 class Job(msgspec.Struct):
     job_id: str
-    kind: str  # users or companies
-    rows: list[dict[str, Any]]  # none, where the job is somebody else's
+    rows: list[dict[str, Any]]
     total_rows: int
-    number: int  # of the request that brought it
+    number: int  # of the request that uploaded it
     filename: str | None
     file_size: int
     submitted_at: float
-    fault: JobFault
-    worked: float = 0.0  # rows, with the fraction that is under way
+    progress: float = 0.0  # in rows, with the fraction of the current one
     completed_rows: int = 0
     start_time: float | None = None
     end_time: float | None = None
 
     @property
     def last_row(self) -> int:
-        """How many rows will ever be worked off."""
-        whole = self.fault.outcome == "completed"
-        return self.total_rows if whole else min(self.fault.after_rows, self.total_rows)
+        """Number of rows that will be applied before the job ends."""
+        return self.total_rows
+
+    @property
+    def is_finished(self) -> bool:
+        return self.completed_rows == self.last_row
 
     @property
     def status(self) -> str:
         if self.end_time is not None:
-            return "failed" if self.fault.outcome == "failed" else "completed"
-        return self.fault.state or ("queued" if self.start_time is None else "processing")
+            return "completed"
+        return "queued" if self.start_time is None else "processing"
 
     def fields(self) -> dict[str, Any]:
-        """As Userpilot lists it; `completed_rows` comes only where one job is asked for."""
+        """Members of the job in Userpilot's list of jobs."""
         return {
             "job_id": self.job_id,
             "status": self.status,
-            "type": f"{self.kind}_bulk_identify",
+            "type": "users_bulk_identify",
             "filename": self.filename,
             "file_size": self.file_size,
             "total_rows": self.total_rows,
@@ -101,7 +81,7 @@ class Job(msgspec.Struct):
 
 
 class Entry(msgspec.Struct):
-    """A line of the request log. `status` is None while it is under way, and when nothing was answered."""
+    """A line of the request log; `status` is None until the request is answered."""
 
     number: int
     method: str
@@ -113,27 +93,25 @@ class Entry(msgspec.Struct):
     company_id: str | None = None
     status: int | None = None
     applied: bool = False
-    fault: str | None = None
     x_request_id: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
-
-    @property
-    def endpoint(self) -> str:
-        return f"{self.method} {JOB_PATH + '*' if self.path.startswith(JOB_PATH) else self.path}"
 
 
 class State:
-    """Whoever calls holds `lock`, and has jobs and deletions move on by `advance` before anything else."""
+    """Callers hold `lock`, and call `advance` first to bring jobs and deletions up to date."""
+
+    entry_type: ClassVar[type[Entry]] = Entry
+    job_type: ClassVar[type[Job]] = Job
 
     def __init__(
         self, api_key: str, limits: Limits, monotonic: Callable[[], float], wall: Callable[[], float]
     ) -> None:
         self.api_key, self.limits = api_key, limits
         self.lock = threading.RLock()
-        self.job_faults: list[JobFault] = []  # each job that is started takes the first
         self._monotonic, self._wall = monotonic, wall
         self.reset()
 
     def reset(self) -> None:
+        """Forget users, jobs, the log and the used places; the key and the limits stay."""
         self.users: dict[str, dict[str, Any]] = {}
         self.companies: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
@@ -142,54 +120,44 @@ class State:
         self.deletions: list[dict[str, Any]] = []
         self._deletions_due_at = math.inf
         self.requests: list[Entry] = []
-        self._counts: dict[str, Counter[int | None]] = defaultdict(Counter)
         self.history: dict[str, list[tuple[str, Any, int]]] = {}
         self._windows: dict[str, deque[float]] = {}
         self._advanced_at = self._monotonic()
 
     def receive(self, method: str, path: str, body: Any) -> Entry:
-        """Puts the request on the log at once, so that one that is never answered is there too."""
-        entry = Entry(len(self.requests) + 1, method, path, body, self._wall(), self._monotonic())
+        """Log a request before it is applied, so that the log also has those that are never answered."""
+        entry = self.entry_type(len(self.requests) + 1, method, path, body, self._wall(), self._monotonic())
         if isinstance(body, dict):
             entry.user_id, entry.company_id = _text(body, "user_id"), _text(body, "company_id")
         self.requests.append(entry)
-        self._counts[entry.endpoint][None] += 1
         return entry
 
-    def answered(self, entry: Entry, status: int) -> None:
-        entry.status = status
-        self._counts[entry.endpoint].update({None: -1, status: 1})
-
     def admit(self, lane: str, entry: Entry) -> None:
-        """A place in each window that the request counts in, or in none. One refused later (a 400) keeps them."""
-        names = self._counted_in(lane)
+        """Take a place in each window that the request counts in; RefusalError 429 if one is full.
+
+        A request that is refused later, with a 400, has used its places.
+        """
+        names = self.windows_of(lane)
         for name in names:
-            places, seconds = self._places(name)
-            if len(self._window(name, entry.monotonic)) >= places:
+            places, seconds = self.places(name)
+            if len(self.window(name, entry.monotonic)) >= places:
                 raise RefusalError(429, f"more than {places} {name} requests in {seconds:g} seconds")
         for name in names:
             self._windows[name].append(entry.monotonic)
 
-    def _counted_in(self, lane: str) -> list[str]:
-        match lane:
-            case "upload":
-                return ["identify"] * self.limits.uploads_count
-            case "poll":
-                return ["identify"] * self.limits.polls_count
-            case "company":
-                return ["company"] + ["identify"] * self.limits.companies_count
-        return [lane]
+    def windows_of(self, lane: str) -> list[str]:
+        """Windows that a request counts in; the documentation limits neither uploads nor polls."""
+        return [] if lane in {"upload", "poll"} else [lane]
 
-    def _places(self, name: str) -> tuple[int, float]:
-        """How many a window has, and for how many seconds each is taken."""
+    def places(self, name: str) -> tuple[int, float]:
+        """Places of a window, and the seconds for which each is taken."""
         if name == "delete":
             return 1, DELETION_WINDOW_SECONDS
-        others = self.limits.others_per_minute if name == "identify" else 0
-        return getattr(self.limits, f"{name}_per_minute") - others, self.limits.window_seconds
+        return getattr(self.limits, f"{name}_per_minute"), self.limits.window_seconds
 
-    def _window(self, name: str, now: float) -> deque[float]:
-        """When those places were taken that are not free again; it slides."""
-        window, (_, seconds) = self._windows.setdefault(name, deque()), self._places(name)
+    def window(self, name: str, now: float) -> deque[float]:
+        """Times at which the places were taken that are still in use; the window slides."""
+        window, (_, seconds) = self._windows.setdefault(name, deque()), self.places(name)
         while window and window[0] <= now - seconds:
             window.popleft()
         return window
@@ -211,56 +179,39 @@ class State:
         event = {"user_id": user_id, "event_name": event_name, "metadata": metadata, "request": number}
         self.events.append(event | {"received_at": self._wall(), "user_known": user_id in self.users})
 
-    def start_job(
-        self, number: int, kind: str, rows: list[dict[str, Any]], filename: str | None, size: int
-    ) -> Job:
+    def start_job(self, number: int, rows: list[dict[str, Any]], filename: str | None, size: int) -> Job:
         if self._running is not None:
             raise RefusalError(409, f"the job {self._running.job_id} is still running")
-        fault = self.job_faults.pop(0) if self.job_faults else JobFault()
         job_id = f"bulk:jobs:sandbox:{uuid.uuid4()}"
-        job = Job(job_id, kind, rows, len(rows), number, filename, size, self._wall(), fault)
+        job = self.job_type(job_id, rows, len(rows), number, filename, size, self._wall())
         self.jobs[job_id] = self._running = job
         return job
 
-    def start_other_job(self, rows: int) -> Job:
-        """A job of somebody else who uses the key. What its rows would write is not kept."""
-        with self.lock:
-            self.advance()
-            job = self.start_job(0, "users", [], None, 0)
-            job.total_rows = rows
-            return job
+    def describe(self, job: Job, **more: int) -> dict[str, Any]:
+        """Members of a job in an answer; `more` where a single job is asked for."""
+        return job.fields() | more
 
-    def forget_jobs(self) -> None:
-        """No job is known by its id any more; a running one is still worked off, and keeps others out."""
-        with self.lock:
-            self.jobs = {}
-
-    def delete(self, kind: str, ids: list[str]) -> None:
+    def delete_users(self, ids: list[str]) -> None:
         now = datetime.fromtimestamp(self._wall(), UTC)
         due = now.replace(hour=DELETIONS_HOUR, minute=0, second=0, microsecond=0)
         due += timedelta(days=due <= now)
         times = {"requested_at": now.timestamp(), "due_at": due.timestamp(), "done_at": None}
-        self.deletions.append({"kind": kind, "ids": ids} | times)
+        self.deletions.append({"ids": ids} | times)
         self._deletions_due_at = min(self._deletions_due_at, due.timestamp())
 
-    def set_limits(self, limits: Limits) -> None:
-        with self.lock:
-            self.advance()  # what is worked off so far was at the old speed
-            self.limits = limits
-
-    def advance(self, *, delete_now: bool = False) -> None:
-        """Works the running job off up to now, and carries deletions out that are due."""
+    def advance(self) -> None:
+        """Apply the rows of the running job that are due by now, and the deletions that are due."""
         since, self._advanced_at = self._advanced_at, self._monotonic()
         if self._running is not None:
             self._work(self._running, since, self._advanced_at)
-        if delete_now or self._deletions_due_at <= self._wall():  # all that are open: it is the same hour
+        if self._deletions_due_at <= self._wall():  # then all open ones are due: they share the hour
             for deletion in self.deletions:
                 if deletion["done_at"] is None:
                     self._carry_out(deletion)
             self._deletions_due_at = math.inf
 
     def snapshot(self) -> dict[str, Any]:
-        """Shares the inner objects with the state, so serialize it under the lock."""
+        """Return all data; the inner objects are the state's own, so serialize it under the lock."""
         return {
             "users": self.users,
             "companies": self.companies,
@@ -269,41 +220,24 @@ class State:
             "deletions": self.deletions,
         }
 
-    def counts(self) -> dict[str, Counter[int | None]]:
-        """How many requests of the log got which status, by endpoint; None as in an entry."""
-        return {endpoint: +statuses for endpoint, statuses in self._counts.items()}
-
     def _work(self, job: Job, since: float, now: float) -> None:
-        speed, before = self.limits.bulk_rows_per_minute / 60, job.worked
-        job.worked += (now - since) * speed
-        done = min(int(job.worked + 1e-6), job.last_row)  # 1e-6: 60 s at 1,800 a minute are 1,800 rows
+        job.progress += (now - since) * self.limits.bulk_rows_per_minute / 60
+        done = min(int(job.progress + 1e-6), job.last_row)  # 1e-6: 60 s at 1,800 a minute are 1,800 rows
         for row in job.rows[job.completed_rows : done]:
-            if job.kind == "companies":
-                self.identify_company(row["company_id"], row.get("metadata", {}))
-            else:
-                company = {"id": row["company_id"]} if "company_id" in row else None
-                self.identify(job.number, row["user_id"], row.get("metadata", {}), company)
-        if self.limits.rows_count:
-            moments = (since + (row + 1 - before) / speed for row in range(job.completed_rows, done))
-            self._window("identify", now).extend(moments)
+            company = {"id": row["company_id"]} if "company_id" in row else None
+            self.identify(job.number, row["user_id"], row.get("metadata", {}), company)
         job.completed_rows = done
         if done and job.start_time is None:
             job.start_time = self._wall()
-        if done == job.last_row and job.fault.outcome != "hangs":
+        if job.is_finished:
             job.end_time, self._running = self._wall(), None
 
     def _carry_out(self, deletion: dict[str, Any]) -> None:
-        """A user's events go with the user; history and log stay, they are for checking."""
+        """Delete users with their events; history and log stay."""
         deletion["done_at"] = self._wall()
         ids = set(deletion["ids"])
-        if deletion["kind"] == "users":
-            self.users = {name: user for name, user in self.users.items() if name not in ids}
-            self.events = [event for event in self.events if event["user_id"] not in ids]
-            return
-        self.companies = {name: company for name, company in self.companies.items() if name not in ids}
-        for user in self.users.values():
-            if user["company_id"] in ids:
-                user["company_id"] = None
+        self.users = {name: user for name, user in self.users.items() if name not in ids}
+        self.events = [event for event in self.events if event["user_id"] not in ids]
 
 
 def _merge(properties: dict[str, Any], metadata: dict[str, Any]) -> None:
