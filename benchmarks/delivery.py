@@ -32,7 +32,8 @@ from rich.table import Table
 
 from audience_sync.app import open_app
 from audience_sync.db import dialects, engines
-from audience_sync.sandbox import Limits, Sandbox
+from audience_sync.sandbox import Limits
+from tests.faulty_sandbox import FaultySandbox
 
 SPAWN = multiprocessing.get_context("spawn")
 LIVE, BULK = 600, 1800  # a minute, documented
@@ -90,7 +91,7 @@ class Line:
 
 def serve(pipe, multiple):
     limits = Limits(identify_per_minute=LIVE * multiple, bulk_rows_per_minute=BULK * multiple)
-    with Sandbox(limits=limits) as sandbox:
+    with FaultySandbox(limits=limits) as sandbox:
         gc.freeze()
         gc.disable()  # its log only grows
         pipe.send(sandbox.url)

@@ -25,7 +25,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from audience_sync.sandbox import Limits, Sandbox
+from audience_sync.sandbox import Limits
+from tests.faulty_sandbox import FaultySandbox
 
 PER_MINUTE = 1_000_000
 SQL = "SELECT user_id FROM customers WHERE vip = 1"
@@ -46,7 +47,7 @@ sql = "{sql}"
 
 def serve(pipe):
     limits = Limits(identify_per_minute=PER_MINUTE)
-    with Sandbox(limits=limits) as sandbox:
+    with FaultySandbox(limits=limits) as sandbox:
         pipe.send(sandbox.url)
         pipe.recv()
 

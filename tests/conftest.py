@@ -16,8 +16,9 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from audience_sync.db import engines, migrate
-from audience_sync.sandbox import Limits, Sandbox
+from audience_sync.sandbox import Limits
 from audience_sync.userpilot.answers import Answer, Outcome
+from tests.faulty_sandbox import FaultySandbox
 
 SCHEMA = "audience_sync"
 
@@ -133,7 +134,7 @@ def engine(url):
 @pytest.fixture
 def sandbox():
     """A local Userpilot without limits that a test would notice."""
-    with Sandbox(limits=Limits(**FAST)) as running:
+    with FaultySandbox(limits=Limits(**FAST)) as running:
         yield running
 
 

@@ -368,7 +368,7 @@ class Scene:
                 yield f"runs are {unfit}"
             if dialects.sql(connection, "SELECT 1 FROM {our}bulk_jobs WHERE settled_at IS NULL").first():
                 yield "a bulk job is not settled"
-        if refused := sum(counts[429] for counts in self._sandbox.state.counts().values()):
+        if refused := sum(entry.status == 429 for entry in self._sandbox.state.requests):
             yield f"{refused} requests were beyond the limit"
         if dialects.is_sqlite(self._engine):
             with closing(sqlite3.connect(self._engine.url.database)) as file:

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from audience_sync.sandbox import Limits, Sandbox
+from audience_sync.sandbox import Limits
+from tests.faulty_sandbox import FaultySandbox
 from tests.waiting import until
 
 USERS = 2_000
@@ -14,7 +15,7 @@ PACE = {"identify_per_minute": 1_200, "bulk_rows_per_minute": 36_000}
 
 @pytest.fixture
 def sandbox():
-    with Sandbox(limits=Limits(**PACE)) as running:
+    with FaultySandbox(limits=Limits(**PACE)) as running:
         yield running
 
 

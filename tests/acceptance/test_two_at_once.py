@@ -135,7 +135,7 @@ def test_a_deliver_beside_a_sync(start, company, seats, sandbox):
 
 def test_processes_share_one_limit(start, company, seats, sandbox):
     limit = 40
-    sandbox.state.limits = Limits(identify_per_minute=limit)
+    sandbox.state.set_limits(Limits(identify_per_minute=limit))
     command = start({"Taken": TAKEN}, identify_per_minute=limit, bulk=False)
     assert command("sync")[0] == 0
     move(company, seats, range(SEATS))

@@ -12,9 +12,9 @@ from audience_sync.queue import bulk, destination
 from audience_sync.queue import jobs as store
 from audience_sync.queue.job_answers import STALLED_JOB_SECONDS
 from audience_sync.queue.worker import Worker
-from audience_sync.sandbox.state import JobFault
 from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Answer, Outcome
+from tests.faulty_sandbox import JobFault
 from tests.queue.conftest import HeldSenders, settings_of
 from tests.queue.userpilot import LocalUserpilot
 

@@ -6,11 +6,9 @@ from email.message import Message
 
 import msgspec
 
-from audience_sync.sandbox import Limits
 from audience_sync.sandbox.api import API_VERSION, Body, answer
-from audience_sync.sandbox.faults import Faults
-from audience_sync.sandbox.state import State
 from audience_sync.userpilot.answers import Answer, Outcome, judge
+from tests.faulty_sandbox import FaultyState, Limits
 
 KEY = "sandbox"
 
@@ -20,8 +18,8 @@ class LocalUserpilot:
 
     def __init__(self, clock, **limits):
         self.clock = clock
-        self.state = State(KEY, Limits(**limits), clock.monotonic, lambda: clock.now().timestamp())
-        self.faults = Faults()
+        self.state = FaultyState(KEY, Limits(**limits), clock.monotonic, lambda: clock.now().timestamp())
+        self.faults = self.state.faults
         self.lock = threading.Lock()
         self._headers = Message()
         self._headers["Authorization"] = f"Token {KEY}"

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from audience_sync.sandbox import Sandbox
+from tests.faulty_sandbox import FaultySandbox
 
 
 class Clock:
@@ -58,7 +58,7 @@ def clock():
 
 @pytest.fixture
 def sandbox(clock):
-    with Sandbox(monotonic=clock.monotonic, wall=clock.wall) as running:
+    with FaultySandbox(monotonic=clock.monotonic, wall=clock.wall) as running:
         yield running
 
 

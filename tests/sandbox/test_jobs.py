@@ -2,7 +2,7 @@
 
 import pytest
 
-from audience_sync.sandbox import JobFault
+from tests.faulty_sandbox import JobFault
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_job_hangs_and_keeps_others_out(client, clock, upload, poll):
     _, job = upload(2)
     clock.seconds = 86_400
     assert poll(job) == ("processing", 2, None)
-    assert client.status("POST", "/v1/companies/bulk_identify", {"companies": [{"company_id": "c"}]}) == 409
+    assert client.status("POST", "/v1/users/bulk_identify", {"users": [{"user_id": "u"}]}) == 409
     assert users(client) == ["u0", "u1"]
 
 

@@ -58,7 +58,7 @@ def test_track_of_an_unknown_user_is_accepted_and_noted(client):
         ("/v1/users/bulk_identify", {"users": []}),
         ("/v1/users/bulk_identify", {"users": [{"user_id": "u"}, {"user_id": 2}]}),
         ("/v1/users/bulk_identify", {"users": [{"user_id": "u", "company": {"id": "c"}}]}),
-        ("/v1/companies/bulk_identify", {"companies": [{"user_id": "u"}]}),
+        ("/v1/users/bulk_identify", {"users": [{"company_id": "c"}]}),
     ],
 )
 def test_what_is_malformed_is_refused_and_changes_nothing(client, path, body):
@@ -126,8 +126,8 @@ def test_a_running_job_overwrites_what_came_after_it(client, clock):
 
 
 def test_a_new_speed_holds_from_now_on(client, clock):
-    rows = [{"company_id": f"c{number}"} for number in range(100)]
-    client.send("POST", "/v1/companies/bulk_identify", {"companies": rows})
+    rows = [{"user_id": f"u{number}"} for number in range(100)]
+    client.send("POST", "/v1/users/bulk_identify", {"users": rows})
     clock.seconds = 1
     client.control("POST", "limits", {"bulk_rows_per_minute": 0})
     clock.seconds = 1000
@@ -139,7 +139,7 @@ def test_a_job_is_worked_off_at_its_speed_one_at_a_time(client, clock):
     rows = [{"user_id": f"u{number}", "metadata": {"vip": True}} for number in range(60)]
     status, job = client.send("POST", "/v1/users/bulk_identify", {"users": rows})
     assert (status, job["status"], job["total_rows"]) == (202, "queued", 60)
-    assert client.status("POST", "/v1/companies/bulk_identify", {"companies": [{"company_id": "c"}]}) == 409
+    assert client.status("POST", "/v1/users/bulk_identify", {"users": [{"user_id": "u"}]}) == 409
     clock.seconds = 1
     path = f"/v1/background_jobs/{job['job_id']}"
     answer = client.send("GET", path)[1]
@@ -148,7 +148,7 @@ def test_a_job_is_worked_off_at_its_speed_one_at_a_time(client, clock):
     clock.seconds = 2
     assert client.send("GET", path.replace(":", "%3A"))[1]["status"] == "completed"
     assert [item["job_id"] for item in client.send("GET", "/v1/background_jobs")[1]] == [job["job_id"]]
-    assert client.status("POST", "/v1/companies/bulk_identify", {"companies": [{"company_id": "c"}]}) == 202
+    assert client.status("POST", "/v1/users/bulk_identify", {"users": [{"user_id": "u"}]}) == 202
     assert client.status("GET", "/v1/background_jobs/none") == 404
 
 
@@ -179,15 +179,6 @@ def test_too_many_rows_or_bytes(client):
     huge = [{"user_id": "u", "metadata": {"a": "x" * 100_000}}]
     assert client.status("POST", "/v1/users/bulk_identify", {"users": huge}) == 413
     assert client.status("POST", "/v1/users/bulk_identify", {"users": rows[:2]}) == 202
-
-
-def test_a_deleted_company_leaves_its_users(client):
-    company = {"id": "c1"}
-    client.status("POST", "/v1/identify", {"user_id": "u1", "company": company})
-    assert client.status("DELETE", "/v1/companies", {"companies": ["c1"]}) == 202
-    client.control("POST", "deletions")
-    state = client.control("GET", "state")
-    assert (state["users"]["u1"]["company_id"], state["companies"]) == (None, {})
 
 
 def test_deletions_wait_for_two_in_the_morning(client, clock):

@@ -22,9 +22,10 @@ from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
 from audience_sync.queue import bulk, destination, due, job_answers, jobs, split
 from audience_sync.queue.worker import DeliverySettings, Worker
-from audience_sync.sandbox.state import JobFault, RefusalError
+from audience_sync.sandbox.state import RefusalError
 from audience_sync.userpilot import payloads
 from tests.conftest import SCHEMA
+from tests.faulty_sandbox import JobFault
 from tests.simulation.machinery import (
     ROUGH,
     Failure,
