@@ -10,7 +10,6 @@ import pytest
 PENDING = {
     "benchmarks",
     "queue",
-    "sandbox",
     "soak",
     "tests",
 }
