@@ -10,7 +10,6 @@ import pytest
 PENDING = {
     "benchmarks",
     "queue",
-    "soak",
     "tests",
 }
 CATCH_ALL = {"told", "found", "kept", "heard"}
