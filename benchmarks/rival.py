@@ -1,6 +1,6 @@
-"""The script that a team runs from cron where it has no tool: what `script.py` compares audience-sync to.
+"""A script that a team without a tool runs from cron: `script.py` compares audience-sync to it.
 
-It is meant to be a good one: it sends changes only, keeps the pace, tries again, and remembers whom it told.
+It is a careful one: it sends changes only, keeps the pace, retries, and remembers the members it has sent.
     0 */2 * * * rival.py --database shop.db --sql "SELECT …" --property vips --state vips.json
 """
 
@@ -68,11 +68,13 @@ class Userpilot:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tell Userpilot who is in an audience, and who left it.")
+    parser = argparse.ArgumentParser(description="Send Userpilot the changes of an audience.")
     parser.add_argument("--database", required=True, help="an SQLite file or postgresql://…")
     parser.add_argument("--sql", required=True, help="gives the user ids of the members")
     parser.add_argument("--property", required=True)
-    parser.add_argument("--state", type=Path, required=True, help="the members as they were told last")
+    parser.add_argument(
+        "--state", type=Path, required=True, help="a file with the members that were sent last"
+    )
     parser.add_argument("--endpoint", default="https://analytex.userpilot.io/")
     parser.add_argument("--per-minute", type=int, default=600)
     arguments = parser.parse_args()
@@ -84,7 +86,7 @@ def main():
     print(f"{len(now)} members, {len(changes)} changes")
 
     userpilot = Userpilot(arguments.endpoint, os.environ["USERPILOT_API_KEY"], arguments.per_minute)
-    told, failed = set(before), 0
+    sent, failed = set(before), 0
     for number, (user_id, value) in enumerate(changes, 1):
         try:
             userpilot.identify(user_id, **{arguments.property: value})
@@ -92,10 +94,10 @@ def main():
             print(f"{user_id}: {error}", file=sys.stderr)
             failed += 1
         else:
-            (told.add if value else told.discard)(user_id)
+            (sent.add if value else sent.discard)(user_id)
         if number % 1000 == 0:
             print(f"{number} of {len(changes)}")
-    write_state(arguments.state, told)
+    write_state(arguments.state, sent)
     print(f"{len(changes) - failed} sent, {failed} failed")
     return 1 if failed else 0
 

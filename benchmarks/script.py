@@ -1,7 +1,7 @@
-"""audience-sync beside the script that a team runs from cron (rival.py): the same work, as commands, to the sandbox.
+"""audience-sync compared with a script from cron (rival.py): the same work, sent to the sandbox.
 
-python benchmarks/script.py [--users N]: speed and memory, then what is true after a kill, errors and an empty table.
-The sandbox runs in a process of its own with its limits lifted; what is wrong or repeated is read from its log.
+python benchmarks/script.py [--users N]: speed and memory, then the data after a kill, after errors and with an empty
+table. The sandbox runs in its own process without limits; wrong and repeated values are counted from its log.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def control(url, method, name, body=None):
 
 
 def is_running(process):
-    """Leaves the end of it to wait4, as Popen.poll does not."""
+    """Check without reaping the process, which is left to wait4."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
@@ -74,7 +74,7 @@ class Ran:
 
 
 class Contest:
-    """One contestant in a folder of its own, with a fresh source of `users` members and a fresh sandbox."""
+    """One contestant in its own folder, with a fresh source of `users` members and an empty sandbox."""
 
     def __init__(self, name, url, users):
         self.name, self.url = name, url
@@ -102,12 +102,12 @@ class Contest:
 
     def members(self):
         connection = sqlite3.connect(self.folder / "shop.db")
-        found = {user_id for (user_id,) in connection.execute(SQL)}
+        members = {user_id for (user_id,) in connection.execute(SQL)}
         connection.close()
-        return found
+        return members
 
     def change(self, count):
-        """Half of them leave, chosen by chance, and as many new ones come."""
+        """Let `count` / 2 random members leave, and as many new ones enter."""
         leaving = self.random.sample(sorted(self.members()), count // 2)
         self.source("UPDATE customers SET vip = 0 WHERE user_id = ?", [(user_id,) for user_id in leaving])
         coming = range(self.newest, self.newest + count - count // 2)
@@ -117,19 +117,19 @@ class Contest:
     def command(self):
         if self.name == "audience-sync":
             return [sys.executable, "-m", "audience_sync", "--config", "audience_sync.toml", "sync", "--json"]
-        words = {
+        options = {
             "database": "shop.db",
             "sql": SQL,
             "property": "vips",
             "state": "vips.json",
             "endpoint": self.url,
         }
-        words["per-minute"] = str(PER_MINUTE)
-        options = [text for name, value in words.items() for text in (f"--{name}", value)]
-        return [sys.executable, str(Path(__file__).parent / "rival.py"), *options]
+        options["per-minute"] = str(PER_MINUTE)
+        arguments = [text for name, value in options.items() for text in (f"--{name}", value)]
+        return [sys.executable, str(Path(__file__).parent / "rival.py"), *arguments]
 
     def run(self, kill_at=None):
-        """One run of the command; `kill_at`: it is killed once the sandbox has got so many requests."""
+        """Run the command once; `kill_at`: kill it when the sandbox has received this many requests."""
         before = self.request_count()
         environ = os.environ | {
             "USERPILOT_API_KEY": "sandbox",
@@ -145,9 +145,7 @@ class Contest:
                     process.kill()
                     break
                 time.sleep(0.005)
-            _, status, usage = os.wait4(
-                process.pid, 0
-            )  # of this one child; getrusage tells the largest of all
+            _, status, usage = os.wait4(process.pid, 0)  # of this child; getrusage gives the maximum of all
             seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         return Ran(process.returncode, seconds, usage.ru_maxrss / 1024, self.request_count() - before)
@@ -156,27 +154,27 @@ class Contest:
         return len(control(self.url, "GET", "requests"))
 
     def wrong_count(self):
-        """Users of whom Userpilot believes what the source does not say."""
-        told = {
+        """Count the users whose value at Userpilot is not the source's."""
+        users_in = {
             user
-            for user, each in control(self.url, "GET", "state")["users"].items()
-            if each["properties"]["vips"]
+            for user, data in control(self.url, "GET", "state")["users"].items()
+            if data["properties"]["vips"]
         }
-        return len(told ^ self.members())
+        return len(users_in ^ self.members())
 
     def repeated_count(self):
-        """Requests that told Userpilot what it had been told last."""
+        """Count the requests that repeated a user's last value."""
         history = control(self.url, "GET", "history").values()
-        return sum(first[1] == second[1] for each in history for first, second in pairwise(each))
+        return sum(first[1] == second[1] for lines in history for first, second in pairwise(lines))
 
-    def told_false_count(self):
+    def false_count(self):
         return sum(
-            not each["properties"]["vips"] for each in control(self.url, "GET", "state")["users"].values()
+            not user["properties"]["vips"] for user in control(self.url, "GET", "state")["users"].values()
         )
 
 
 def measure(name, url, users):
-    """The rows of the table: what was measured, and the figure."""
+    """Rows of the table: the measurement and its figure."""
     changes = users // 100
     with Contest(name, url, users) as contest:
         for title, change in ((f"First sync of {users:,} users", 0), (f"Then {changes:,} changes", changes)):
@@ -191,7 +189,7 @@ def measure(name, url, users):
     with Contest(name, url, users) as contest:
         yield f"Killed half-way, then {changes:,} changes", None
         if contest.run(kill_at=users // 2).exit_code != -signal.SIGKILL:
-            sys.exit(f"{name} was done before it could be killed: use more --users")
+            sys.exit(f"{name} ended before it could be killed: use more --users")
         contest.change(changes)
         ran = contest.run()
         yield "  time of the second run", f"{ran.seconds:.1f} s"
@@ -202,7 +200,7 @@ def measure(name, url, users):
         yield "  users wrong after another run", f"{contest.wrong_count():,}"
     some = users // 5  # the script waits a second after each failure
     with Contest(name, url, some) as contest:
-        yield f"Every 10th request a 500, {some:,} users", None
+        yield f"Every 10th request gets a 500, {some:,} users", None
         control(url, "POST", "faults", {"path": "/v1/identify", "every": 10, "status": 500})
         ran = contest.run()
         yield "  time", f"{ran.seconds:.1f} s"
@@ -214,7 +212,7 @@ def measure(name, url, users):
         contest.run()
         contest.source("DELETE FROM customers")
         ran = contest.run()
-        yield "  users told they left", f"{contest.told_false_count():,}"
+        yield "  users sent as having left", f"{contest.false_count():,}"
         yield "  exit code", f"{ran.exit_code}"
 
 
@@ -231,7 +229,7 @@ def main():
     pipe.send("stop")
     process.join()
 
-    table = Table("", *figures, title="audience-sync beside a script from cron", width=78)
+    table = Table("", *figures, title="audience-sync compared with a script from cron", width=78)
     for column in table.columns[1:]:
         column.justify = "right"
     for (title, first), (_, second) in zip(*figures.values(), strict=True):

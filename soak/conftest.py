@@ -1,4 +1,4 @@
-"""Long tests, and those that need root or strace: `make soak`. Their fixtures are those of the other tests."""
+"""Long tests, and tests that need root or strace (`make soak`), with the fixtures of the other tests."""
 
 import itertools
 import shutil
@@ -10,7 +10,7 @@ pytest_plugins = ["tests.conftest", "tests.acceptance.conftest"]
 
 @pytest.fixture
 def fresh_url(tmp_path, request):
-    """Makes the URLs of migrated databases."""
+    """fresh_url(backend) creates a migrated database and returns its URL."""
     numbers = itertools.count()
 
     def make(backend):

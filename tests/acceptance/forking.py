@@ -1,7 +1,7 @@
-"""Starts `audience-sync` as processes of their own, without paying its imports for each of them.
+"""Fast starts of `audience-sync`: a server that has imported everything forks a process for each start.
 
-A server that has imported everything forks one for each start: a process with its own pid, environment, pipes and
-signals, which can be stopped and killed like any other. `Started` stands for it, as subprocess.Popen would.
+The process has its own pid, environment, pipes and signals, and can be stopped and killed like any other.
+`Started` represents it, as subprocess.Popen would.
 """
 
 import array
@@ -29,7 +29,7 @@ IMPORTED = (  # what the commands import when they run
 
 
 class Forker:
-    """The server, seen from the tests."""
+    """The tests' side of the server."""
 
     def __init__(self):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -39,7 +39,7 @@ class Forker:
         self._codes = {}
 
     def start(self, arguments, environ, **streams):
-        """A process with these arguments after the program's name; `streams` as for subprocess.Popen."""
+        """Start a process with these arguments; `streams` as for subprocess.Popen."""
         pipes = {name: os.pipe() for name in ("stdout", "stderr") if streams.get(name) == subprocess.PIPE}
         ends = [pipes[name][1] if name in pipes else streams[name].fileno() for name in ("stdout", "stderr")]
         order = json.dumps(
@@ -49,21 +49,21 @@ class Forker:
         for _, end in pipes.values():
             os.close(end)
         while True:
-            told = json.loads(self._socket.recv(1000))
-            if "started" in told:
-                self._codes.pop(told["started"], None)  # of a process that had this pid before
+            message = json.loads(self._socket.recv(1000))
+            if "started" in message:
+                self._codes.pop(message["started"], None)  # of a process that had this pid before
                 break
-            self._codes[told["pid"]] = told["code"]
+            self._codes[message["pid"]] = message["code"]
         opened = {name: os.fdopen(end, "r", encoding="utf-8") for name, (end, _) in pipes.items()}
-        return Started(self, told["started"], opened)
+        return Started(self, message["started"], opened)
 
     def code(self, pid, timeout):
-        """The exit code of a process, negative for the signal that ended it; None where it runs on."""
+        """Exit code of a process, negative for the signal that ended it; None while it runs."""
         self._socket.settimeout(timeout)
         with contextlib.suppress(TimeoutError, BlockingIOError):
             while pid not in self._codes:
-                told = json.loads(self._socket.recv(1000))
-                self._codes[told["pid"]] = told["code"]
+                message = json.loads(self._socket.recv(1000))
+                self._codes[message["pid"]] = message["code"]
         self._socket.settimeout(None)
         return self._codes.get(pid)
 
@@ -105,8 +105,8 @@ class Started:
             os.kill(self.pid, number)
 
     def communicate(self, timeout=None):
-        """What it wrote to its pipes, (stdout, stderr); None where it has none."""
-        said = dict.fromkeys(self._streams, b"")
+        """Return its output, (stdout, stderr); None where there is no pipe."""
+        output = dict.fromkeys(self._streams, b"")
         with selectors.DefaultSelector() as selector:
             for name, stream in self._streams.items():
                 selector.register(stream.fileno(), selectors.EVENT_READ, name)
@@ -116,11 +116,11 @@ class Started:
                     raise subprocess.TimeoutExpired("audience-sync", timeout)
                 for key, _ in ready:
                     chunk = os.read(key.fd, 65536)
-                    said[key.data] += chunk
+                    output[key.data] += chunk
                     if not chunk:
                         selector.unregister(key.fd)
         self.wait(timeout)
-        return tuple(said[name].decode() if name in said else None for name in ("stdout", "stderr"))
+        return tuple(output[name].decode() if name in output else None for name in ("stdout", "stderr"))
 
 
 def serve(number):
@@ -128,7 +128,7 @@ def serve(number):
 
     for name in IMPORTED:
         importlib.import_module(name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the test run's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test run
     wake, alarm = os.pipe()
     os.set_blocking(alarm, False)
     signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
@@ -146,7 +146,7 @@ def serve(number):
 
 
 def report(orders):
-    """Tell of the processes that have ended."""
+    """Send the exit codes of the processes that have ended."""
     with contextlib.suppress(ChildProcessError):
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -156,7 +156,7 @@ def report(orders):
 
 
 def take(orders, main):
-    """Start what the next order says; False where the tests have gone."""
+    """Start the next process; return False when the tests have ended."""
     order, ends, _, _ = socket.recv_fds(orders, 1_000_000, 2)
     if not order:
         return False
@@ -171,7 +171,7 @@ def take(orders, main):
 
 
 def become(order, ends, main):
-    """Be the program from here on, as if it had just been started; with $TEST_WINDOW_SECONDS its minute is shorter."""
+    """Run the program in the forked process; $TEST_WINDOW_SECONDS shortens its minute."""
     from audience_sync import crash  # noqa: PLC0415
     from audience_sync.db import leases  # noqa: PLC0415
     from audience_sync.queue import worker  # noqa: PLC0415
@@ -188,7 +188,7 @@ def become(order, ends, main):
         os.chdir(order["cwd"])
         os.environ.clear()
         os.environ.update(order["environ"])
-        faulthandler.enable()  # on SIGABRT it tells where its threads are
+        faulthandler.enable()  # on SIGABRT it prints the stacks of its threads
         importlib.reload(crash)
         leases._PROCESS = uuid.uuid4().hex
         if seconds := os.environ.get("TEST_WINDOW_SECONDS"):

@@ -1,7 +1,7 @@
-"""Kills `audience-sync` while a company's people move, lets it start again, and tells what that cost.
+"""Kills `audience-sync` while its audiences change, starts it again, and measures the consequences.
 
-A `Scene` is a company with a database and a sandbox of its own. Each kill on it is checked as soon as a new process
-has everything accepted: the sandbox holds what is true, and nothing was ever turned back.
+A `Scene` is a company with its own database and sandbox. Each kill is checked when a new process has everything
+accepted: the sandbox has the current values, and no value ever went back.
 """
 
 import itertools
@@ -34,13 +34,13 @@ OPEN = "SELECT count(*) FROM {our}deliveries WHERE status NOT IN ('accepted', 'c
 
 @dataclass(frozen=True)
 class Company:
-    """How many users there are and how many of them move between two syncs; how fast they may be told."""
+    """A company: its users, how many of them change between two syncs, and the limits of its destination."""
 
     users: int
     moves: int
     identify_per_minute: int
     bulk_rows_per_job: int
-    window_seconds: float = 60.0  # what stands for the minute: nobody wants to wait for a true one
+    window_seconds: float = 60.0  # length of the limits' minute; a test cannot wait for a real one
 
     def limits(self):
         return Limits(
@@ -57,21 +57,21 @@ WITH_JOBS = Company(100, 90, 20, 15, window_seconds=3.0)  # each sync has jobs, 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is killed: `command`, at `points` of audience_sync.crash in turn; without any, at random instants."""
+    """A kind of kill: of `command`, at each of `points` of audience_sync.crash in turn, or at random moments."""
 
-    told: str  # in the README's table
-    share: int  # of a hundred kills
+    label: str  # in the README's table
+    share: int  # kills of a hundred
     points: tuple[str, ...] = ()
     command: str = "sync"
     company: Company = WITH_JOBS
-    longest_seconds: float = 2.0  # a random instant is not later than this
+    longest_seconds: float = 2.0  # the latest random moment
 
 
 def passings(**counts):
     return tuple(f"{point}:{number}" for point, numbers in counts.items() for number in numbers)
 
 
-KINDS = {  # of the run's points, the second and third passing are the second and third definition
+KINDS = {  # a run passes each point once for each of the three definitions
     "run": Kind(
         "computing and committing a run", 15, company=SMALL,
         points=passings(run_started=(1, 2, 3), snapshot_computed=(1, 2, 3), changes_written=(1, 2, 3),
@@ -94,9 +94,10 @@ KINDS = {  # of the run's points, the second and third passing are the second an
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one kill did. `lost`: values of users that were not told; `turned_back`: that were told an older one.
+    """The consequences of one kill.
 
-    Repeated are requests, and rows of bulk jobs, that told a user nothing new.
+    `lost` counts values that Userpilot does not have, `turned_back` those that went back to an older one. The
+    repeated requests, and rows of bulk jobs, contained nothing new for a user.
     """
 
     at: str
@@ -105,7 +106,7 @@ class Outcome:
     turned_back: int
     repeated_requests: int
     repeated_rows: int
-    wrong: tuple[str, ...]  # whatever else is not as it should be
+    wrong: tuple[str, ...]  # all other mistakes
 
     @property
     def is_good(self):
@@ -137,7 +138,7 @@ sql = "SELECT user_id, moved AS value FROM people"
 
 
 class People:
-    """The company's table, and all that was ever true of each user in it."""
+    """The company's table, and every value that each user has had in it."""
 
     def __init__(self, url, company, chance):
         self._engine = sa.create_engine(url)
@@ -154,7 +155,7 @@ class People:
         self._note()
 
     def move(self):
-        """Some enter and some leave; `moved` only ever grows."""
+        """Let some users enter and some leave; `moved` only grows."""
         users = self._chance.sample(self.users, self._moves)
         for user in users:
             row = self._rows[user]
@@ -179,22 +180,22 @@ class People:
             "moved": row["moved"],
         }
 
-    def lost(self, told):
-        """How many values are other than what users were told; who never entered need not have been told."""
+    def count_lost(self, users):
+        """Count the current values that differ from those at Userpilot; a user who never entered may be missing."""
         count = 0
         for user in self.users:
-            properties = {"in": False, "often_in": False} | told.get(user, {"properties": {}})["properties"]
+            properties = {"in": False, "often_in": False} | users.get(user, {"properties": {}})["properties"]
             count += sum(properties.get(key) != value for key, value in self._now(user).items())
         return count
 
-    def turned_back(self, history):
-        """How many properties were told values, repeats aside, that did not come true in this order."""
+    def count_turned_back(self, history):
+        """Count the properties whose values at Userpilot, without repeats, are in another order than they were true."""
         count = 0
         for (user, key), values in self._truths.items():
             lines = history.get(user, [])
-            told = [value for value, _ in itertools.groupby(value for name, value, _ in lines if name == key)]
+            sent = [value for value, _ in itertools.groupby(value for name, value, _ in lines if name == key)]
             true = iter(values if key == "moved" else [False, *values])
-            count += not all(any(value == each for each in true) for value in told)
+            count += not all(any(value == each for each in true) for value in sent)
         return count
 
     def close(self):
@@ -202,18 +203,18 @@ class People:
 
 
 def nothing_new(history):
-    """The requests, once for each user whom they told nothing new."""
+    """Numbers of requests with nothing new, once for each such user."""
     for lines in history.values():
         last = {}
-        for number, told in itertools.groupby(lines, key=lambda line: line[2]):
-            values = {name: value for name, value, _ in told}
+        for number, group in itertools.groupby(lines, key=lambda line: line[2]):
+            values = {name: value for name, value, _ in group}
             if values.items() <= last.items():
                 yield number
             last |= values
 
 
 class Scene:
-    """A company with its database and its sandbox, at which processes are killed."""
+    """A company with its database and sandbox, whose processes are killed."""
 
     def __init__(self, url, folder, company, forker, sandbox, seed):
         self._chance = random.Random(seed)
@@ -233,11 +234,11 @@ class Scene:
             ),
             encoding="utf-8",
         )
-        code, said = self._run()
-        assert code == 0, said
+        code, output = self._run()
+        assert code == 0, output
 
     def kill(self, kind, number):
-        """The `number`th kill of a kind."""
+        """Carry out the `number`th kill of a kind."""
         if kind.points:
             at = kind.points[number % len(kind.points)]
             self._kill_at(at)
@@ -248,17 +249,17 @@ class Scene:
         if kind.command == "daemon":
             wrong, seconds = self._recover_daemon(killed_at)
         else:
-            if number % 2:  # what the killed process left behind is outdated when the next one comes
+            if number % 2:  # the work of the killed process is outdated when the next one starts
                 self._people.move()
                 killed_at = time.monotonic()
-            code, said = self._run()
+            code, output = self._run()
             seconds = time.monotonic() - killed_at
-            wrong = [] if code == 0 else [said]
+            wrong = [] if code == 0 else [output]
         repeated = self._count_repeated()
         return Outcome(
             at,
             seconds,
-            lost=self._people.lost(self._state()["users"]),
+            lost=self._people.count_lost(self._state()["users"]),
             turned_back=max(turned_back, self._turned_back()),
             repeated_requests=repeated["requests"],
             repeated_rows=repeated["rows"],
@@ -272,21 +273,21 @@ class Scene:
 
     def _run(self, crash_at=None):
         with self._start("sync", crash_at=crash_at) as process:
-            said = process.communicate(timeout=RECOVERED_WITHIN_SECONDS)
-        return process.returncode, "".join(said)
+            output = process.communicate(timeout=RECOVERED_WITHIN_SECONDS)
+        return process.returncode, "".join(output)
 
     def _kill_at(self, point):
-        """At a passing of the point; where a sync has not so many of them, at that of a later sync."""
+        """Kill a sync at this passing of the point; a later sync if the first does not get there."""
         for _ in range(SYNCS_TO_REACH_A_POINT):
             self._people.move()
-            code, said = self._run(crash_at=point)
+            code, output = self._run(crash_at=point)
             if code == -signal.SIGKILL:
                 return
-            assert code == 0, (point, code, said)
-        raise AssertionError((point, "was not reached", said))
+            assert code == 0, (point, code, output)
+        raise AssertionError((point, "was not reached", output))
 
     def _kill_somewhere(self, kind):
-        """At a random instant; where the process was done by then, again at an earlier one."""
+        """Kill at a random moment; if the process had ended by then, try again at an earlier one."""
         longest = kind.longest_seconds
         while True:
             self._people.move()
@@ -296,37 +297,37 @@ class Scene:
             with self._start(kind.command) as process:
                 time.sleep(seconds)
                 process.send_signal(signal.SIGKILL)
-                said = "".join(process.communicate(timeout=RECOVERED_WITHIN_SECONDS))
+                output = "".join(process.communicate(timeout=RECOVERED_WITHIN_SECONDS))
             if process.returncode == -signal.SIGKILL:
                 return f"{seconds:.3f} s"
-            assert process.returncode == 0, said
+            assert process.returncode == 0, output
             longest = seconds
 
     def _make_due(self):
-        """Of every definition the newest slot is due."""
+        """Make the newest slot of every definition due."""
         with engines.write(self._engine) as connection:
             dialects.sql(connection, "DELETE FROM {our}schedule_slots")
             dialects.sql(connection, "UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")
 
     def _recover_daemon(self, killed_at):
-        """Another daemon, until it shows a sign of life and all is told; then it is asked to end."""
-        last_beat = self._ask(HEARTBEAT)
+        """Run another daemon until it has a heartbeat and everything is accepted, then stop it."""
+        last_heartbeat = self._ask(HEARTBEAT)
         with self._start("daemon") as process:
-            while not (is_told := self._ask(HEARTBEAT) != last_beat and self._is_told()):
+            while not (is_done := self._ask(HEARTBEAT) != last_heartbeat and self._is_done()):
                 if time.monotonic() > killed_at + RECOVERED_WITHIN_SECONDS:
                     break
                 time.sleep(0.05)
             seconds = time.monotonic() - killed_at
             process.send_signal(signal.SIGTERM)
             try:
-                said = process.communicate(timeout=RECOVERED_WITHIN_SECONDS)
+                output = process.communicate(timeout=RECOVERED_WITHIN_SECONDS)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGABRT)
-                said = process.communicate(timeout=RECOVERED_WITHIN_SECONDS)
-        return ["".join(said)] if process.returncode or not is_told else [], seconds
+                output = process.communicate(timeout=RECOVERED_WITHIN_SECONDS)
+        return ["".join(output)] if process.returncode or not is_done else [], seconds
 
-    def _is_told(self):
-        if self._people.lost(self._state()["users"]):
+    def _is_done(self):
+        if self._people.count_lost(self._state()["users"]):
             return False
         return self._ask(OPEN) == 0
 
@@ -341,40 +342,40 @@ class Scene:
 
     def _turned_back(self):
         with self._sandbox.state.lock:
-            return self._people.turned_back(self._sandbox.state.history)
+            return self._people.count_turned_back(self._sandbox.state.history)
 
     def _count_repeated(self):
-        """How many requests and rows since the last count told a user nothing new."""
+        """Count the requests and rows since the last count that contained nothing new for a user."""
         state = self._sandbox.state
         with state.lock:
             uploads = {job.number for job in state.jobs.values()}
-            found = Counter(
+            repeated = Counter(
                 "rows" if number in uploads else "requests" for number in nothing_new(state.history)
             )
-        new, self._repeated = found - self._repeated, found
+        new, self._repeated = repeated - self._repeated, repeated
         return new
 
     def _wrongs(self):
-        """What is not as it should be when all is told."""
+        """Describe each mistake, once everything is accepted."""
         with engines.read(self._engine) as connection:
 
             def statuses(table):
                 rows = dialects.sql(connection, f"SELECT DISTINCT status FROM {{our}}{table}")
                 return set(rows.scalars())
 
-            if unfit := statuses("deliveries") - {"accepted", "cancelled"}:
-                yield f"deliveries are {unfit}"
-            if unfit := statuses("runs") - {"succeeded", "abandoned"}:
-                yield f"runs are {unfit}"
+            if unexpected := statuses("deliveries") - {"accepted", "cancelled"}:
+                yield f"deliveries are {unexpected}"
+            if unexpected := statuses("runs") - {"succeeded", "abandoned"}:
+                yield f"runs are {unexpected}"
             if dialects.sql(connection, "SELECT 1 FROM {our}bulk_jobs WHERE settled_at IS NULL").first():
                 yield "a bulk job is not settled"
         if refused := sum(entry.status == 429 for entry in self._sandbox.state.requests):
             yield f"{refused} requests were beyond the limit"
         if dialects.is_sqlite(self._engine):
             with closing(sqlite3.connect(self._engine.url.database)) as file:
-                found = file.execute("PRAGMA integrity_check").fetchall()
-            if found != [("ok",)]:
-                yield f"integrity_check: {found}"
+                rows = file.execute("PRAGMA integrity_check").fetchall()
+            if rows != [("ok",)]:
+                yield f"integrity_check: {rows}"
 
     def close(self):
         self._people.close()
@@ -392,7 +393,7 @@ def opened(url, folder, company, forker, seed):
 
 
 def kill_all(kind, count, new_url, folder, forkers):
-    """So many kills, on a scene for each forker at a time: a scene mostly waits. Outcomes as they come."""
+    """Carry out `count` kills, on as many scenes at a time as there are forkers; return their outcomes."""
     free = queue.SimpleQueue()
     for forker in forkers:
         free.put(forker)
@@ -408,8 +409,8 @@ def kill_all(kind, count, new_url, folder, forkers):
 
     parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
     with ThreadPoolExecutor(len(forkers)) as pool:
-        found = list(pool.map(play, parts, [new_url() for _ in parts]))
-    return list(itertools.chain(*found))
+        outcomes = list(pool.map(play, parts, [new_url() for _ in parts]))
+    return list(itertools.chain(*outcomes))
 
 
 BACKENDS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
@@ -420,14 +421,14 @@ HEAD = (
 
 
 def row(name, backend, outcomes):
-    """Of the README's table."""
+    """A row of the README's table."""
 
     def total(count):
         return f"{sum(getattr(each, count) for each in outcomes):,}"
 
     seconds = [each.seconds for each in outcomes]
     cells = [
-        KINDS[name].told,
+        KINDS[name].label,
         BACKENDS[backend],
         f"{len(outcomes):,}",
         total("lost"),

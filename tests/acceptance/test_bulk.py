@@ -1,4 +1,4 @@
-"""Both lanes by the command line: planned, sent, watched and cut short."""
+"""Single requests and bulk jobs through the command line: planned, sent, followed and interrupted."""
 
 import signal
 from collections import Counter
@@ -28,8 +28,10 @@ def command(start, company):
 
 
 def assert_all_true(sandbox, users=USERS):
-    told = sandbox.state.snapshot()["users"]
-    assert Counter(str(user["properties"]) for user in told.values()) == {"{'in': True, 'also': True}": users}
+    users_now = sandbox.state.snapshot()["users"]
+    assert Counter(str(user["properties"]) for user in users_now.values()) == {
+        "{'in': True, 'also': True}": users
+    }
 
 
 def paths(sandbox):
@@ -38,9 +40,9 @@ def paths(sandbox):
 
 def test_a_plan_names_what_the_sync_then_does(command, sandbox):
     planned = command.document("plan")["delivery"]
-    code, said = command("plan")
+    code, output = command("plan")
     assert code == 0
-    assert f"one of them a bulk job of {planned['bulk_row_count']:,} rows" in said
+    assert f"one of them a bulk job of {planned['bulk_row_count']:,} rows" in output
 
     delivery = command.document("sync")["delivery"]
 
@@ -64,17 +66,17 @@ def test_a_job_under_way_is_shown_and_followed_by_the_next_process(command, sand
     status = wait_for_job(command)
     assert status["lanes"]["bulk"]["reason"].startswith("a job of ")
     assert status["bulk_job"]["row_count"] == status["lanes"]["bulk"]["sent_last_minute"] > 1_000
-    code, said = command("status")
+    code, output = command("status")
     assert code == 0
-    assert "a job of " in said
+    assert "a job of " in output
     syncing.send_signal(signal.SIGTERM)
-    code, said = command.ended(syncing)
-    assert code == 1, said
+    code, output = command.ended(syncing)
+    assert code == 1, output
     sandbox.state.set_limits(Limits(**PACE))
 
-    code, said = command("deliver")
+    code, output = command("deliver")
 
-    assert code == 0, said
+    assert code == 0, output
     assert_all_true(sandbox)
     assert paths(sandbox)["/v1/users/bulk_identify", 202] == 1
     assert command.document("status")["bulk_job"] is None
@@ -93,7 +95,7 @@ def wait_for_job(command):
     return statuses[-1]
 
 
-def test_the_version_before_takes_a_job_for_a_request_that_was_cut_off(command, sandbox):
+def test_the_previous_version_treats_a_job_as_a_request_without_an_answer(command, sandbox):
     sandbox.state.set_limits(Limits(**PACE | {"bulk_rows_per_minute": 1_800}))
     syncing = command.popen("sync")
     wait_for_job(command)
@@ -103,8 +105,8 @@ def test_the_version_before_takes_a_job_for_a_request_that_was_cut_off(command, 
     assert command("db", "upgrade")[0] == 0
     sandbox.state.set_limits(Limits(identify_per_minute=1_000_000))
     command.path.write_text(command.path.read_text().replace("1200", "100000"))
-    code, said = command("deliver")
-    assert code == 0, said
+    code, output = command("deliver")
+    assert code == 0, output
     assert_all_true(sandbox)
 
 

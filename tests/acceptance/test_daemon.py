@@ -1,4 +1,4 @@
-"""Daemons as real processes: signals, a hung definition, two at once, and one that slept through its lease."""
+"""Daemons as real processes: signals, a hung definition, two at once, and one suspended until its lease expired."""
 
 import contextlib
 import itertools
@@ -39,7 +39,7 @@ def own(engine):
 
 @pytest.fixture
 def make_due(own):
-    """Makes the newest slot of every definition due: it was first seen years ago, and no slot was taken since."""
+    """Makes the newest slot of every definition due, as if it were years old and no slot had been taken."""
 
     def back_date(command):
         assert command("sync", "--no-deliver")[0] in {0, 1}
@@ -51,7 +51,7 @@ def make_due(own):
 
 @pytest.fixture
 def log(tmp_path):
-    """A file for what a daemon logs."""
+    """A file for a daemon's log."""
     with (tmp_path / "daemon.log").open("w+") as file:
         yield file
 
@@ -68,13 +68,13 @@ def runs(command, trigger="schedule"):
 
 def stop(command, process, sent=signal.SIGTERM):
     process.send_signal(sent)
-    code, said = command.ended(process)
-    assert code == 0, said
-    return said
+    code, output = command.ended(process)
+    assert code == 0, output
+    return output
 
 
 def suspend(daemon, engine):
-    """Stop the process at a moment at which it holds no lock that others would wait for."""
+    """Suspend the process at a moment when it holds no lock that others would wait for."""
 
     def is_free():
         daemon.send_signal(signal.SIGSTOP)
@@ -96,7 +96,7 @@ def holds_no_lock(engine):
         return True
     with engines.read(
         engine
-    ) as connection:  # who locks a row of a table, locks the table in one of these modes too
+    ) as connection:  # a lock on a row is also a lock on its table, in one of these modes
         count = dialects.sql(
             connection,
             "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation "
@@ -120,10 +120,10 @@ def test_a_daemon_catches_up_delivers_and_stops(start, company, make_due, sandbo
     status = command.document("status")
     assert status["daemon"]["is_alive"] is True
     assert [each["key"] for each in status["next_slots"]] == ["in"]
-    said = stop(command, daemon)
+    output = stop(command, daemon)
     assert runs(command) == [("in", "succeeded")]
-    assert '"message": "run succeeded"' in said
-    assert '"message": "daemon stopped"' in said
+    assert '"message": "run succeeded"' in output
+    assert '"message": "daemon stopped"' in output
     assert len({entry.user_id for entry in sandbox.state.requests}) == len(sandbox.state.requests)
 
 
@@ -157,8 +157,8 @@ def test_two_daemons_and_a_sync_run_a_slot_once(start, company, make_due, sandbo
     make_due(command)
     company("UPDATE people SET is_in = 0 WHERE number < 10")
     daemons = [command.popen("daemon") for _ in range(2)]
-    code, said = command("sync")
-    assert code in {0, 75}, said
+    code, output = command("sync")
+    assert code in {0, 75}, output
     succeeded = [("high", "succeeded"), ("in", "succeeded"), ("low", "succeeded")]
     until(lambda: len(members(sandbox)) == 30 and sorted(runs(command)) == succeeded)
     for daemon in daemons:
@@ -183,7 +183,7 @@ def test_sighup_takes_a_valid_configuration_and_refuses_an_invalid_one(start, ma
     command.path.write_text(good.replace('"In"', '"Others"'))
     daemon.send_signal(signal.SIGHUP)
     until(lambda: "others" in [row.key for row in own("SELECT key FROM {our}definitions")])
-    own("UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")  # so that its slot is due
+    own("UPDATE {our}definitions SET created_at = '2020-01-01 00:00:00.000000'")  # makes its slot due
     until(lambda: ("others", "succeeded") in runs(command))
     stop(command, daemon)
     assert "configuration reloaded" in logged(log)
@@ -251,8 +251,8 @@ def test_a_scheduled_run_is_held_and_logged(start, company, make_due, sandbox):
     company("DELETE FROM people")
     daemon = command.popen("daemon")
     until(lambda: runs(command) == [("in", "held")])
-    said = stop(command, daemon)
-    assert re.search(r"run held by guard run_id=2 key=in .*exited=40", said)
+    output = stop(command, daemon)
+    assert re.search(r"run held by guard run_id=2 key=in .*exited=40", output)
     (held,) = command.document("status")["held_runs"]
     assert (held["key"], held["held_by"]) == ("in", "guard")
     assert len(members(sandbox)) == 40

@@ -1,4 +1,4 @@
-"""How commands end: by signals, without their streams, without their parent; and what is left then."""
+"""The end of commands: by signals, without their streams, without their parent; and the state they leave."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ PEOPLE = "SELECT user_id FROM people"
 REAL = {
     "preexec_fn": lambda: None,
     "environ": {"PYTHONUNBUFFERED": ""},
-}  # an interpreter of its own, to its end
+}  # an interpreter of its own
 SLOW = {"path": "/v1/identify", "delay_seconds": 25}  # longer than any test waits
 
 pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
@@ -37,65 +37,65 @@ def full():
 
 @pytest.fixture
 def unread():
-    """A pipe whose reader has left, as `| head` leaves."""
+    """A pipe whose reader has closed it, as `| head` does."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as file:
         yield file
 
 
-def told(sandbox):
+def user_count(sandbox):
     return len(sandbox.state.snapshot()["users"])
 
 
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
 def test_work_needs_no_open_streams(command, sandbox, closed):
     process = command.popen("sync", **REAL | {"preexec_fn": lambda: [os.close(number) for number in closed]})
-    code, said = command.ended(process)
-    assert (code, told(sandbox)) == (0, MANY), said
+    code, output = command.ended(process)
+    assert (code, user_count(sandbox)) == (0, MANY), output
 
 
-def test_a_reader_who_left_changes_neither_work_nor_exit_code(command, sandbox, unread):
-    code, said = command("sync", stdout=unread, **REAL)
-    assert (code, told(sandbox)) == (0, MANY), said
-    assert "pipe" not in said.lower()
+def test_a_closed_pipe_changes_neither_work_nor_exit_code(command, sandbox, unread):
+    code, output = command("sync", stdout=unread, **REAL)
+    assert (code, user_count(sandbox)) == (0, MANY), output
+    assert "pipe" not in output.lower()
     sandbox.state.api_key = "another"
-    code, said = command("sync", "--full", stdout=unread, **REAL)
-    assert (code, "api_key" in said) == (1, True), said
+    code, output = command("sync", "--full", stdout=unread, **REAL)
+    assert (code, "api_key" in output) == (1, True), output
 
 
-def test_a_log_that_cannot_be_written_ends_no_work(command, sandbox, full, unread):
+def test_a_log_that_cannot_be_written_does_not_end_the_work(command, sandbox, full, unread):
     assert command("sync", stderr=full, **REAL)[0] == 0
-    assert told(sandbox) == MANY
+    assert user_count(sandbox) == MANY
     assert command("sync", "--full", stderr=unread, **REAL)[0] == 0
     assert len(sandbox.state.requests) == 2 * MANY
 
 
-def test_output_that_cannot_be_written_is_said(command, sandbox, full):
-    code, said = command("sync", stdout=full, **REAL)
-    assert (code, "No space left on device" in said) == (1, True), said
-    assert told(sandbox) == MANY
+def test_output_that_cannot_be_written_is_reported(command, sandbox, full):
+    code, output = command("sync", stdout=full, **REAL)
+    assert (code, "No space left on device" in output) == (1, True), output
+    assert user_count(sandbox) == MANY
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_a_delivery_finish_what_is_in_flight(start, command, sandbox, number):
     command = start({"In": PEOPLE}, identify_per_minute=60)
-    heard = {
+    handlers = {
         "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    }  # whatever started these tests
-    process = command.popen("sync", **REAL | heard)
-    until(lambda: told(sandbox) > 1)
+    }  # even if the test run ignores it
+    process = command.popen("sync", **REAL | handlers)
+    until(lambda: user_count(sandbox) > 1)
     process.send_signal(number)
-    code, said = command.ended(process)
-    assert code == 1, said
-    assert told(sandbox) < MANY
-    assert "What is pending is tried again" in said
+    code, output = command.ended(process)
+    assert code == 1, output
+    assert user_count(sandbox) < MANY
+    assert "What is pending is tried again" in output
     statuses = [each["status"] for each in command.document("deliveries")]
-    assert sorted(statuses) == ["accepted"] * told(sandbox) + ["pending"] * (MANY - told(sandbox))
+    assert sorted(statuses) == ["accepted"] * user_count(sandbox) + ["pending"] * (MANY - user_count(sandbox))
     assert command.document("status")["deliverer"] is None
 
 
-def test_nohup_is_obeyed(command, sandbox):
+def test_nohup_works(command, sandbox):
     sandbox.faults.add(SLOW | {"delay_seconds": 1, "times": 1})
     process = command.popen(
         "sync", **REAL | {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
@@ -103,7 +103,7 @@ def test_nohup_is_obeyed(command, sandbox):
     until(lambda: sandbox.state.requests)
     process.send_signal(signal.SIGHUP)
     assert command.ended(process)[0] == 0
-    assert told(sandbox) == MANY
+    assert user_count(sandbox) == MANY
 
 
 @pytest.mark.parametrize("name", ["sync", "daemon"])
@@ -118,18 +118,18 @@ def test_a_second_signal_ends_at_once(start, command, sandbox, name):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
-    code, said = command.ended(process)
-    assert code == 1, said
+    code, output = command.ended(process)
+    assert code == 1, output
     assert time.monotonic() - began < SLOW["delay_seconds"]  # no answer was waited for
-    assert "Nothing is lost" in said
+    assert "Nothing is lost" in output
     sandbox.faults.clear()
-    sandbox.stop()  # what it still has of those requests is not applied
+    sandbox.stop()  # requests that it still has are not applied
     sandbox.start()
     until(lambda: command("deliver")[0] == 0)
-    assert told(sandbox) == MANY
+    assert user_count(sandbox) == MANY
 
 
-def test_the_death_of_the_parent_ends_no_work(command, sandbox):
+def test_the_death_of_the_parent_does_not_end_the_work(command, sandbox):
     sandbox.faults.add(SLOW | {"delay_seconds": 1, "times": 8})
     called = [sys.executable, "-m", "audience_sync", "--config", str(command.path), "sync"]
     parent = subprocess.Popen(
@@ -139,6 +139,6 @@ def test_the_death_of_the_parent_ends_no_work(command, sandbox):
     parent.kill()
     parent.stdout.close()
     parent.wait()
-    until(lambda: told(sandbox) == MANY)
+    until(lambda: user_count(sandbox) == MANY)
     until(lambda: command.document("status")["deliverer"] is None)
     assert [each["status"] for each in command.document("deliveries")] == ["accepted"] * MANY

@@ -1,4 +1,4 @@
-"""Faults of what we stand on, with real processes: servers that restart, networks that fall silent, locks, full disks."""
+"""Faults of databases, networks and disks, with real processes."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from tests.acceptance.faults import (
     assert_never_partial,
     impatient,
     locked,
-    told,
+    users_in,
     wanted,
 )
 from tests.waiting import until
@@ -35,22 +35,22 @@ def test_a_restart_of_the_server_loses_nothing(here, own_server, sandbox):
     command = here({"In": EVERYONE})
     sandbox.faults.add({"path": "/v1/identify", "delay_seconds": 0.1})
     delivering = command.popen("sync")
-    until(lambda: len(told(sandbox)) >= 10)
+    until(lambda: len(users_in(sandbox)) >= 10)
     own_server.control("restart")
-    code, said = command.ended(delivering)
-    assert code == 0, said
-    assert told(sandbox) == wanted(range(USERS))
+    code, output = command.ended(delivering)
+    assert code == 0, output
+    assert users_in(sandbox) == wanted(range(USERS))
     assert len(sandbox.state.requests) <= USERS + IN_FLIGHT
 
     here.run("UPDATE people SET is_in = 0 WHERE number < 20")
     computing = here({"In": SLOWLY}).popen("sync")
     until(lambda: command.document("history")[0]["status"] == "running")
     own_server.control("restart")
-    code, said = command.ended(computing)
-    assert code in {1, 2}, said
-    assert re.search("cannot be used|database failed", said)
+    code, output = command.ended(computing)
+    assert code in {1, 2}, output
+    assert re.search("cannot be used|database failed", output)
     assert here({"In": EVERYONE})("sync")[0] == 0
-    assert told(sandbox) == wanted(range(20, USERS))
+    assert users_in(sandbox) == wanted(range(20, USERS))
     assert_never_partial(command, {USERS, USERS - 20})
 
 
@@ -80,7 +80,7 @@ def endless_statements(engine):
 
 
 @POSTGRESQL
-def test_a_role_without_temporary_tables_is_told_before_it_needs_them(start, url, postgres):
+def test_check_reports_a_role_without_temporary_tables(start, url, postgres):
     command = start({})
     database = sa.make_url(url).database
     role = f"role_of_{database}"
@@ -96,9 +96,9 @@ def test_a_role_without_temporary_tables_is_told_before_it_needs_them(start, url
             connection.exec_driver_sql(f"GRANT {what} audience_sync TO {role}")
     engine.dispose()
     command.path.write_text(command.path.read_text().replace("postgres:@", f"{role}@", 1))
-    code, said = command("check")
-    assert (code, "WRONG database: its role may not create temporary tables" in said) == (2, True), said
-    postgres.run(re.search("GRANT .*", said)[0])
+    code, output = command("check")
+    assert (code, "WRONG database: its role may not create temporary tables" in output) == (2, True), output
+    postgres.run(re.search("GRANT .*", output)[0])
     assert "ok    database" in command("check")[1]
 
 
@@ -122,7 +122,7 @@ def test_a_delivery_goes_on_after_a_silence(through, sandbox):
     sandbox.faults.add({"path": "/v1/identify", "delay_seconds": 0.3})
     command = through({"In": EVERYONE})
     process = command.popen("sync")
-    until(lambda: len(told(sandbox)) >= 10)
+    until(lambda: len(users_in(sandbox)) >= 10)
     through.proxy.fall_silent()
     began = time.monotonic()
     line = next(line for line in process.stderr if "cannot be used" in line)
@@ -131,8 +131,8 @@ def test_a_delivery_goes_on_after_a_silence(through, sandbox):
         time.monotonic() - began < 60
     )  # tcp_user_timeout is 3 s here, and keepalives would take as long again
     through.proxy.speak_again()
-    code, said = command.ended(process)
-    assert (code, told(sandbox)) == (0, wanted(range(USERS))), said
+    code, output = command.ended(process)
+    assert (code, users_in(sandbox)) == (0, wanted(range(USERS))), output
     assert len(sandbox.state.requests) <= USERS + IN_FLIGHT
 
 
@@ -143,21 +143,21 @@ def test_a_lock_is_waited_for(start, engine, sandbox):
         process = command.popen("sync")
         time.sleep(2)
         assert process.poll() is None
-    code, said = command.ended(process)
-    assert (code, told(sandbox)) == (0, wanted(range(USERS))), said
+    code, output = command.ended(process)
+    assert (code, users_in(sandbox)) == (0, wanted(range(USERS))), output
 
 
 @pytest.mark.usefixtures("people")
-def test_a_lock_that_stays_is_said(start, engine, sandbox, url, backend):
+def test_a_lock_that_stays_is_reported(start, engine, sandbox, url, backend):
     command = impatient(start({"In": EVERYONE}), url, backend)
     assert command("sync", "--no-deliver")[0] == 0
     with locked(engine):
         for name in ("sync", "deliver"):
-            code, said = command(name)
-            assert code in {1, 2}, said
-            assert "Another program holds its lock" in said
+            code, output = command(name)
+            assert code in {1, 2}, output
+            assert "Another program holds its lock" in output
     assert command("deliver")[0] == 0
-    assert told(sandbox) == wanted(range(USERS))
+    assert users_in(sandbox) == wanted(range(USERS))
 
 
 @SQLITE
@@ -172,11 +172,11 @@ def test_a_disk_that_is_full_at_any_write_of_a_delivery_loses_nothing(start, san
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-        code, said = command("deliver", preexec_fn=fill_disk)
-        assert (code, "check the disk's free space" in said) == (2, True), said
+        code, output = command("deliver", preexec_fn=fill_disk)
+        assert (code, "check the disk's free space" in output) == (2, True), output
         assert len(sandbox.state.requests) <= IN_FLIGHT * (number + 1)
     assert command("deliver")[0] == 0
-    assert told(sandbox) == wanted(range(USERS))
+    assert users_in(sandbox) == wanted(range(USERS))
     assert [each["status"] for each in command.document("deliveries")] == ["accepted"] * USERS
 
 
@@ -193,24 +193,24 @@ def test_five_upgrades_at_once_are_one(start, url, backend, tmp_path, request):
         processes = [command.popen("db", "upgrade") for _ in range(5)]
         until(lambda: are_waiting(processes))
     for process in processes:
-        code, said = command.ended(process)
-        assert (code, migrate.HEAD in said) == (0, True), said
+        code, output = command.ended(process)
+        assert (code, migrate.HEAD in output) == (0, True), output
     assert migrate.current(engine) == migrate.HEAD
     assert command.document("history") == []
     engine.dispose()
 
 
 def open_files(pid):
-    found = set()
+    paths = set()
     for each in Path(f"/proc/{pid}/fd").glob("*"):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            found.add(str(each.readlink()))
-    return found
+        with contextlib.suppress(OSError):  # closed in the meantime
+            paths.add(str(each.readlink()))
+    return paths
 
 
 @contextlib.contextmanager
 def holding_upgrades(engine):
-    """Nobody may begin; what is given tells whether these processes have all come to that."""
+    """Keep upgrades from beginning; the result checks whether these processes all wait for that."""
     if dialects.is_sqlite(engine):
         with contextlib.closing(sqlite3.connect(engine.url.database, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -249,8 +249,8 @@ UNFIT = ["", " \t", "x" * 256, "y" * 1_000_000, None]
 @pytest.mark.parametrize("name", ["two\\nlines", "\\u202eright to left"])
 @SQLITE
 def test_a_name_that_no_table_can_show_is_refused(start, name):
-    code, said = start({name: EVERYONE})("sync")
-    assert (code, "one line without control characters" in said) == (2, True), said
+    code, output = start({name: EVERYONE})("sync")
+    assert (code, "one line without control characters" in output) == (2, True), output
 
 
 def test_names_and_ids_are_only_text(start, company, sandbox):
@@ -258,8 +258,8 @@ def test_names_and_ids_are_only_text(start, company, sandbox):
     company("INSERT INTO ids VALUES (:user)", *[{"user": each} for each in (*IDS, *IDS, *UNFIT)])
     audiences = {json.dumps(name)[1:-1]: "SELECT user_id FROM ids" for name in NAMES}
     command = start(audiences)
-    code, said = command("sync")
-    assert code == 0, said
+    code, output = command("sync")
+    assert code == 0, output
     users = sandbox.state.snapshot()["users"]
     assert users.keys() == set(IDS)
     assert all(each["properties"] == dict.fromkeys(NAMES.values(), True) for each in users.values())

@@ -1,4 +1,4 @@
-"""The demo's audiences on its real orders, every day of June 2011, beside sets in plain Python over the CSV file."""
+"""The demo's audiences on its real orders for every day of June 2011, compared with sets in plain Python."""
 
 import csv
 import datetime as dt
@@ -18,7 +18,7 @@ COLUMNS = {"sqlite": "ordered_on text, total_gbp real", "postgresql": "ordered_o
 
 @pytest.fixture(scope="module")
 def orders(request):
-    """(user id, day, pence) of each order; credit notes have no order here."""
+    """(user id, day, pence) of each order, without credit notes."""
     path = request.config.rootpath / "audience_sync" / "demo_data" / "orders.csv.gz"
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         return [
@@ -29,22 +29,22 @@ def orders(request):
 
 @pytest.fixture
 def audiences(backend):
-    """The demo's own queries; on PostgreSQL with its words for a day, and for one some days before."""
-    found = {
+    """The demo's queries; on PostgreSQL with its expressions for days."""
+    queries = {
         each["name"]: each["sql"]
         for each in tomllib.loads(CONFIGURATION.format(url="", per_minute=1))["audiences"]
     }
     if backend == "sqlite":
-        return found
+        return queries
     day = r"date\(:as_of(?:, '-(\d+) days')?\)"
     return {
         name: re.sub(day, lambda match: f"(CAST(:as_of AS date) - {match[1] or 0})", query)
-        for name, query in found.items()
+        for name, query in queries.items()
     }
 
 
 def expected(orders, day):
-    """The members of each audience at the start of a day."""
+    """Members of each audience at the start of a day."""
     known = [order for order in orders if order[1] <= day]
     newest, spent = defaultdict(lambda: dt.date.min), defaultdict(int)
     for user, ordered_on, pence in known:
@@ -76,7 +76,7 @@ def test_every_day_is_as_plain_python_says(orders, audiences, start, company, ba
             key: (len(now[key]), len(now[key] - before[key]), len(before[key] - now[key])) for key in KEYS
         }, day
         ever = {key: ever[key] | now[key] for key in KEYS}
-        assert told(sandbox) == {
+        assert audience(sandbox) == {
             user: {key: user in now[key] for key in KEYS if user in ever[key]}
             for user in set().union(*ever.values())
         }, day
@@ -84,5 +84,5 @@ def test_every_day_is_as_plain_python_says(orders, audiences, start, company, ba
     assert all(len(members) > 300 for members in ever.values())
 
 
-def told(sandbox):
+def audience(sandbox):
     return {user: each["properties"] for user, each in sandbox.state.snapshot()["users"].items()}

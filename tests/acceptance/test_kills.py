@@ -1,6 +1,6 @@
-"""kill -9, a hundred times on each database: nothing is lost, and nothing that was told goes back in time.
+"""kill -9, a hundred times on each database: no change is lost, and no value goes back in time.
 
-At every named point, at random instants, of `sync` and of the daemon; `make soak` does it for thousands.
+`sync` and the daemon are killed at every named point and at random moments; `make soak` adds thousands of kills.
 """
 
 import pytest
@@ -16,5 +16,5 @@ def test_no_kill_loses_anything_or_turns_it_back(kind, new_url, tmp_path, forker
     assert all(each.repeated_rows <= KINDS[kind].company.bulk_rows_per_job for each in outcomes), outcomes
 
 
-def test_they_are_a_hundred():
+def test_the_kinds_add_up_to_a_hundred_kills():
     assert sum(kind.share for kind in KINDS.values()) == 100

@@ -1,4 +1,4 @@
-"""What a person does around a sync: hold, approve, reject, try on a few, move house, retire, forget, restore."""
+"""An operator's tasks: hold, approve, reject, canary, change the destination, retire, forget, restore."""
 
 import csv
 import datetime as dt
@@ -20,25 +20,25 @@ COLUMNS = {"sqlite": "ordered_on text, total_gbp real", "postgresql": "ordered_o
 
 
 def documents(command, *calls):
-    """The exit code and the JSON document of each command; they run together."""
+    """Exit code and JSON document of each command; they run at the same time."""
     processes = [command.popen(*arguments, "--json") for arguments in calls]
-    found = []
+    results = []
     for process in processes:
         with process:
             out, err = process.communicate(timeout=100)
         assert "Traceback" not in err
         assert out, err
-        found.append((process.returncode, json.loads(out)))
-    return found
+        results.append((process.returncode, json.loads(out)))
+    return results
 
 
 def ended(command, *calls):
-    """The exit code of each command, and all that it said; they run together."""
+    """Exit code and output of each command; they run at the same time."""
     return [command.ended(process) for process in [command.popen(*arguments) for arguments in calls]]
 
 
 def sync(command, *arguments):
-    """The exit code, and the one run."""
+    """Exit code and run of a sync of one definition."""
     [(code, done)] = documents(command, ("sync", *arguments))
     [run] = done["runs"]
     return code, run
@@ -49,7 +49,7 @@ def counts(run):
 
 
 def sent(sandbox, after=0):
-    """(user, properties) of every Identify, by user."""
+    """(user, properties) of every Identify, sorted by user."""
     entries = sandbox.state.requests[after:]
     return sorted(
         ((each.body["user_id"], each.body["metadata"]) for each in entries if each.path == "/v1/identify"),
@@ -57,15 +57,15 @@ def sent(sandbox, after=0):
     )
 
 
-def told(sandbox, key):
-    """The audience as Userpilot has it."""
+def audience(sandbox, key):
+    """The audience at Userpilot: each user's value."""
     users = sandbox.state.snapshot()["users"]
     return {user: each["properties"][key] for user, each in users.items() if key in each["properties"]}
 
 
 @pytest.fixture
 def people(url):
-    """Writes the table that the audience is computed from; no connection stays open."""
+    """Writes the table that the audience is computed from, and leaves no connection open."""
     engine = sa.create_engine(url, poolclass=sa.NullPool)
 
     def write(*users):
@@ -80,8 +80,8 @@ def people(url):
 
 @pytest.fixture
 def good(start):
-    """The configuration with one audience, and what else is said."""
-    return lambda **said: start({"Good": GOOD}, **said)
+    """A configuration with one audience, and further lines."""
+    return lambda **output: start({"Good": GOOD}, **output)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def orders(request):
 
 @pytest.fixture
 def shop(company, backend, orders):
-    """The company's table of orders, with a copy to mend it from."""
+    """The company's table of orders, with a copy to repair it from."""
     company(f"CREATE TABLE orders (number integer, user_id text, {COLUMNS[backend]})")
     day = "CAST(:day AS date)" if backend == "postgresql" else ":day"
     rows = [
@@ -112,7 +112,7 @@ def shop(company, backend, orders):
 
 @pytest.fixture
 def high_value(start, backend):
-    """The configuration with the demo's audience of that name; on PostgreSQL with its word for a day."""
+    """A configuration with the demo's audience of that name; on PostgreSQL with its expression for a day."""
     audiences = tomllib.loads(CONFIGURATION.format(url="", per_minute=1))["audiences"]
     [query] = [each["sql"] for each in audiences if each["name"] == "High Value Customers"]
     if backend == "postgresql":
@@ -121,7 +121,7 @@ def high_value(start, backend):
 
 
 def expected(orders, day):
-    """The high value customers at the start of a day of June 2011."""
+    """High value customers at the start of a day of June 2011."""
     spent = Counter()
     for user, ordered_on, pence in orders:
         if ordered_on <= dt.date(2011, 6, day):
@@ -139,7 +139,7 @@ def mend(shop):
 
 
 def held_by_guard(command, sandbox, day, before, now, why):
-    """A sync to `now` is held, sends nothing, and is explained; its run id."""
+    """Check that a sync to `now` is held, sends nothing and gives a reason; return its run id."""
     seen = len(sandbox.state.requests)
     entered, exited = now - before, before - now
     code, run = sync(command, *on(day))
@@ -160,7 +160,7 @@ def test_the_guard_on_real_orders(orders, shop, high_value, sandbox):
     command, day = high_value, {number: expected(orders, number) for number in (1, 2, 3, 6)}
     assert [len(members) for members in day.values()] == [305, 307, 309, 310]
     assert sync(command, *on(1))[0] == 0
-    assert told(sandbox, HIGH) == dict.fromkeys(day[1], True)
+    assert audience(sandbox, HIGH) == dict.fromkeys(day[1], True)
 
     shop("DELETE FROM orders WHERE (number & 1) = 1")
     half = expected(orders[::2], 2)
@@ -169,7 +169,7 @@ def test_the_guard_on_real_orders(orders, shop, high_value, sandbox):
     mend(shop)
     code, run = sync(command, *on(2))
     assert (code, run["status"], counts(run)) == (0, "succeeded", (307, 2, 0, 2))
-    assert told(sandbox, HIGH) == dict.fromkeys(day[2], True)
+    assert audience(sandbox, HIGH) == dict.fromkeys(day[2], True)
 
     shop("DELETE FROM orders")
     empty = "the snapshot is empty, and max_exit_ratio is 0.5"
@@ -178,7 +178,7 @@ def test_the_guard_on_real_orders(orders, shop, high_value, sandbox):
     mend(shop)
     code, run = sync(command, *on(3))
     assert (code, run["status"], counts(run)) == (0, "succeeded", (309, 2, 0, 2))
-    assert told(sandbox, HIGH) == dict.fromkeys(day[3], True)
+    assert audience(sandbox, HIGH) == dict.fromkeys(day[3], True)
 
     shop("INSERT INTO orders SELECT number, 'copy of ' || user_id, ordered_on, total_gbp FROM orders")
     doubled = day[6] | {f"copy of {user}" for user in day[6]}
@@ -190,7 +190,7 @@ def test_the_guard_on_real_orders(orders, shop, high_value, sandbox):
     (code, _), (_, runs) = documents(command, ("deliver",), ("history",))
     assert code == 0
     assert sent(sandbox, seen) == [(user, {HIGH: True}) for user in sorted(doubled - day[3])]
-    assert told(sandbox, HIGH) == dict.fromkeys(doubled, True)
+    assert audience(sandbox, HIGH) == dict.fromkeys(doubled, True)
 
     assert [(run["status"], run["member_count"], run["error"]) for run in runs] == [
         ("succeeded", 620, None),
@@ -202,7 +202,7 @@ def test_the_guard_on_real_orders(orders, shop, high_value, sandbox):
     ]
 
 
-def test_a_held_plan_is_applied_as_it_was_made(good, people, sandbox):
+def test_a_held_run_is_applied_as_it_was_computed(good, people, sandbox):
     command = good()
     people("ann", "bob", "cid")
     assert sync(command)[0] == 0
@@ -219,24 +219,24 @@ def test_a_held_plan_is_applied_as_it_was_made(good, people, sandbox):
         ("dan", {"good": True}),
         ("eve", {"good": True}),
     ]
-    (code, said), (unknown, said_of_unknown) = ended(command, ("approve", "2"), ("approve", "99"))
-    assert (code, "Run 2 is succeeded, not held" in said) == (2, True), said
+    (code, output), (unknown, said_of_unknown) = ended(command, ("approve", "2"), ("approve", "99"))
+    assert (code, "Run 2 is succeeded, not held" in output) == (2, True), output
     assert (unknown, "There is no run 99" in said_of_unknown) == (2, True), said_of_unknown
     assert len(sandbox.state.requests) == 7
 
 
-def test_a_held_plan_that_another_commit_overtook_must_be_made_again(good, people, sandbox):
+def test_a_held_run_is_outdated_by_another_commit(good, people, sandbox):
     command = good()
     people("ann", "bob")
     assert sync(command, "--hold")[0] == 3
     assert sync(command, "good", "--user", "ann")[0] == 0
-    code, said = command("approve", "1")
+    code, output = command("approve", "1")
     assert sent(sandbox) == [("ann", {"good": True})]
-    assert "`audience-sync sync good --hold` again" in said
+    assert "`audience-sync sync good --hold` again" in output
     assert code == 1
 
 
-def test_a_canary_tells_only_its_users(good, people, sandbox):
+def test_a_canary_sends_only_its_users(good, people, sandbox):
     command = good()
     people("u1", "u2", "u3", "u4", "u5")
     code, run = sync(command, "good", "--user", "u1", "--user", "u2")
@@ -245,8 +245,8 @@ def test_a_canary_tells_only_its_users(good, people, sandbox):
 
     without_key = command.popen("sync", "--user", "u1")
     planned = command.document("plan")
-    code, said = command.ended(without_key)
-    assert (code, "audience-sync sync KEY --user USER_ID" in said) == (2, True), said
+    code, output = command.ended(without_key)
+    assert (code, "audience-sync sync KEY --user USER_ID" in output) == (2, True), output
     assert planned["delivery"]["request_count"] == 3
     assert planned["definitions"] == [
         {
@@ -291,11 +291,11 @@ def test_another_key_holds_all_until_it_is_accepted(good, people, sandbox):
     assert "audience-sync check --accept-destination" in run["error"]
     assert sent(sandbox) == [("ann", {"good": True}), ("bob", {"good": True})]
     held = command.document("deliveries", "--status", "held")
-    found = sorted((each["subject_id"], each["run_id"]) for each in held)
-    assert found == [("ann", 3), ("cid", 2), ("dan", 3)]
+    subjects = sorted((each["subject_id"], each["run_id"]) for each in held)
+    assert subjects == [("ann", 3), ("cid", 2), ("dan", 3)]
 
-    code, said = command("check", "--accept-destination")
-    assert code == 0, said
+    code, output = command("check", "--accept-destination")
+    assert code == 0, output
     assert sync(command)[0] == 0
     assert sent(sandbox) == [
         ("ann", {"good": False}),
@@ -304,10 +304,10 @@ def test_another_key_holds_all_until_it_is_accepted(good, people, sandbox):
         ("cid", {"good": True}),
         ("dan", {"good": True}),
     ]
-    assert told(sandbox, "good") == {"ann": False, "bob": True, "cid": True, "dan": True}
+    assert audience(sandbox, "good") == {"ann": False, "bob": True, "cid": True, "dan": True}
 
 
-def test_a_new_environment_is_told_everything_and_nothing_of_the_old_queue(good, people, sandbox):
+def test_a_new_environment_receives_everything_and_nothing_of_the_old_queue(good, people, sandbox):
     people("ann", "bob", "cid")
     command = good()
     assert sync(command)[0] == 0
@@ -324,12 +324,12 @@ def test_a_new_environment_is_told_everything_and_nothing_of_the_old_queue(good,
         once = Counter(user for user, _ in sent(other))
         assert set(once.values()) == {1}
         assert "guest" not in once
-        found = {"ann": True, "bob": True, "cid": True, "dan": False} | told(other, "good")
-        assert found == {"ann": False, "bob": True, "cid": False, "dan": False, "eve": True}
+        values = {"ann": True, "bob": True, "cid": True, "dan": False} | audience(other, "good")
+        assert values == {"ann": False, "bob": True, "cid": False, "dan": False, "eve": True}
     assert len(sandbox.state.requests) == seen
 
 
-def test_a_retired_key_is_false_for_all_and_rests(start, people, sandbox):
+def test_a_retired_key_is_false_for_everyone_and_stays_reserved(start, people, sandbox):
     spend = f'[[traits]]\nname = "Spend"\nsql = "SELECT user_id, 5 AS value FROM ({GOOD}) AS members"'
     people("ann", "bob")
     assert start({"Good": GOOD}, extra=spend)("sync")[0] == 0
@@ -339,9 +339,9 @@ def test_a_retired_key_is_false_for_all_and_rests(start, people, sandbox):
     checking = command.popen("check")
     states = {each["key"]: each["state"] for each in command.document("list")}
     assert states == {"good": "enabled", "spend": "not configured"}
-    code, said = command.ended(checking)
-    assert (code, "not in the configuration any more: spend." in said) == (0, True), said
-    assert "audience-sync retire KEY" in said
+    code, output = command.ended(checking)
+    assert (code, "not in the configuration any more: spend." in output) == (0, True), output
+    assert "audience-sync retire KEY" in output
 
     assert [code for code, _ in ended(command, ("retire", "good"), ("retire", "spend"))] == [0, 0]
     assert len(sent(sandbox)) == 2
@@ -351,27 +351,27 @@ def test_a_retired_key_is_false_for_all_and_rests(start, people, sandbox):
     resting, checking = command.popen("sync", "good"), command.popen("check")
     states = {each["key"]: each["state"] for each in command.document("list")}
     assert states == {"good": "retired", "spend": "retired"}
-    code, said = command.ended(resting)
-    assert (code, "The key good was retired" in said) == (2, True), said
-    code, said = command.ended(checking)
-    assert (code, "every key that was synced is configured or retired" in said) == (2, True), said
+    code, output = command.ended(resting)
+    assert (code, "The key good was retired" in output) == (2, True), output
+    code, output = command.ended(checking)
+    assert (code, "every key that was synced is configured or retired" in output) == (2, True), output
 
 
-def kept(url):
-    """All that our tables hold, as text."""
+def contents(url):
+    """Contents of our tables as text."""
     engine = sa.create_engine(url, poolclass=sa.NullPool)
     schema = None if engine.dialect.name == "sqlite" else "audience_sync"
     with engine.connect() as connection:
         tables = set(sa.inspect(connection).get_table_names(schema=schema)) - {"people"}
-        found = {}
+        texts = {}
         for table in tables:
             rows = connection.exec_driver_sql(f"SELECT * FROM {f'{schema}.' if schema else ''}{table}")
-            found[table] = "\n".join(sorted(str(tuple(row)) for row in rows))
-    return found
+            texts[table] = "\n".join(sorted(str(tuple(row)) for row in rows))
+    return texts
 
 
 def mentions(url, user):
-    return sorted(table for table, text in kept(url).items() if user in text)
+    return sorted(table for table, text in contents(url).items() if user in text)
 
 
 def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
@@ -382,10 +382,10 @@ def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
     assert mentions(url, "erase-me") == ["calls", "deliveries", "events", "members", "profiles"]
 
     sandbox.faults.add({"path": "/v1/users", "status": 500, "headers": {"retry-after": "0.1"}})
-    before = kept(url)
-    code, said = command("forget", "erase-me")
-    assert (code, "nothing was changed" in said) == (1, True), said
-    assert kept(url) == before
+    before = contents(url)
+    code, output = command("forget", "erase-me")
+    assert (code, "nothing was changed" in output) == (1, True), output
+    assert contents(url) == before
     assert sandbox.state.deletions == []
 
     sandbox.faults.clear()
@@ -399,20 +399,20 @@ def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
     assert (code, run["status"], counts(run)) == (0, "succeeded", (2, 0, 1, 0))
     asked = command.popen("identify", "erase-me", "--trait", "plan=pro")
     assert command.document("show", str(run["run_id"]))["set_aside"] == {"forgotten": 1}
-    code, said = command.ended(asked)
-    assert (code, "ignored: the user was forgotten" in said) == (0, True), said
+    code, output = command.ended(asked)
+    assert (code, "ignored: the user was forgotten" in output) == (0, True), output
 
     assert command("forget", "erase-me", "--allow-return")[0] == 0
     code, run = sync(command)
     assert (code, run["set_aside_count"], counts(run)) == (0, 1, (2, 0, 0, 0))
     assert mentions(url, "erase-me") == []
     assert len(sandbox.state.requests) == seen
-    assert told(sandbox, "good") == {"ann": True, "bob": True}
+    assert audience(sandbox, "good") == {"ann": True, "bob": True}
 
 
 @pytest.fixture
 def back_up(url, backend, tmp_path, request):
-    """Copies the database, the company's tables too; what it returns puts the copy back."""
+    """Copies the database with the company's tables; the result is a function that restores the copy."""
 
     def copy_file():
         shutil.copy(tmp_path / "own.db", tmp_path / "copy.db")
@@ -446,7 +446,7 @@ def test_a_full_sync_is_right_after_an_old_backup_was_restored(good, people, san
     people("always", "joined", "returned", "new")
     code, run = sync(command, "--full")
     assert (code, run["run_id"], run["mode"]) == (0, 3, "full")
-    assert told(sandbox, "good") == {
+    assert audience(sandbox, "good") == {
         "always": True,
         "joined": True,
         "returned": True,
@@ -467,9 +467,9 @@ def test_a_full_sync_is_right_though_the_backup_held_a_queue_that_was_sent_since
     assert sync(command, "--no-deliver")[0] == 0
     restore = back_up()
     assert command("deliver")[0] == 0
-    assert told(sandbox, "good") == {"ann": True, "bob": True}
+    assert audience(sandbox, "good") == {"ann": True, "bob": True}
     restore()
     people("ann")
-    assert command("deliver")[0] == 0  # the copy cannot know whether what it holds as pending was told
+    assert command("deliver")[0] == 0  # the copy has deliveries as pending that were sent since
     assert sync(command, "--full")[0] == 0
-    assert told(sandbox, "good") == {"ann": True, "bob": False}
+    assert audience(sandbox, "good") == {"ann": True, "bob": False}

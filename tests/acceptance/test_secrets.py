@@ -1,7 +1,7 @@
-"""Canary secrets and users, driven through every failure: Userpilot hears of them, and no secret is left anywhere.
+"""Canary secrets and users pass through every failure; no secret may appear anywhere but in requests to Userpilot.
 
-All that can be seen of a command becomes a file in the test's folder: what it said, its place in the list of
-processes, the tables as text, beside the files that it wrote itself. Then all of these are searched.
+Everything visible of a command becomes a file in the test's folder: its output, its line in the list of processes
+and the tables as text, beside the files that it writes itself. All of these are searched.
 """
 
 import itertools
@@ -23,10 +23,10 @@ KEY = "canary-key/7f3a+b9=="
 SECRETS = (b"canary-key", b"canary-password", b"canary-source-password")
 USERS = [f"canary-user-{number}" for number in range(70, 80)]
 OF_USERS = ("canary-user", "canary-trait")
-REPEATED = (  # what a server may answer that repeats the request
+REPEATED = (  # answers of a server that repeats the request
     f"POST /v1/identify, Authorization: Token {KEY}, user_id canary-user-77, plan canary-trait-88"
 )
-NOBODY = "http://127.0.0.1:1/"  # listens there
+NOBODY = "http://127.0.0.1:1/"  # no server listens there
 CONFIGURATION = """
 [database]
 url = "{url}"
@@ -46,8 +46,8 @@ sql = "SELECT user_id FROM people"
 name = "Plan"
 sql = "SELECT user_id, plan AS value FROM people"
 """
-NONSENSE = '{"identify": {"paused_until": "canary-user-77"}}'  # no moment
-BREAKS = {  # what breaks delivery with an error that tells of a user, and what mends it
+NONSENSE = '{"identify": {"paused_until": "canary-user-77"}}'  # not a time
+BREAKS = {  # statements that break delivery with an error that contains a user, and their remedies
     "sqlite": (
         f"INSERT INTO destination (destination_id, slow_downs) VALUES (1, '{NONSENSE}')",
         "UPDATE destination SET slow_downs = '{}'",
@@ -57,7 +57,7 @@ BREAKS = {  # what breaks delivery with an error that tells of a user, and what 
         "ALTER TABLE audience_sync.deliveries DROP CONSTRAINT mine",
     ),
 }
-COMPUTING = {  # is a definition under way
+COMPUTING = {  # counts definitions under way
     "sqlite": "SELECT count(*) FROM runs JOIN definitions USING (definition_id) WHERE key = 'slow'",
     "postgresql": (
         "SELECT count(*) FROM pg_stat_activity "
@@ -74,13 +74,16 @@ source = "shop"
 sql = "SELECT user_id FROM people"
 """
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S.*")
-TO_A_PERSON = ("audience-sync: ", "Stopping: ")  # what a command says last, or to a signal: not of the log
+TO_A_PERSON = (
+    "audience-sync: ",
+    "Stopping: ",
+)  # the last line of a command, or its answer to a signal: not part of the log
 
 
 @dataclass(frozen=True)
 class Running:
     process: subprocess.Popen
-    path: Path  # of what it says, without the suffix
+    path: Path  # of its output, without the suffix
 
     @property
     def out(self):
@@ -91,7 +94,7 @@ class Running:
         return self.path.with_suffix(".err").read_text(encoding="utf-8")
 
     def until(self, seen):
-        """Wait for it to be seen, while the process runs."""
+        """Wait until the text appears, while the process runs."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not seen():
             assert self.process.poll() is None, self.err
@@ -103,7 +106,7 @@ class Running:
         self.until(lambda: text in self.err)
 
     def is_no_log(self):
-        """Its last words are a traceback for people."""
+        """Its output ends in a traceback for people."""
         self.path.with_suffix(".err").rename(self.path.with_suffix(".traceback"))
 
     def end(self, signal_number=None):
@@ -114,7 +117,7 @@ class Running:
 
 @dataclass
 class Witness:
-    """Runs the command line, and keeps all that can be seen of it below `folder`."""
+    """Runs the command line, and stores everything visible of it below `folder`."""
 
     folder: Path
     url: str
@@ -129,7 +132,7 @@ class Witness:
         self.write("audience_sync.toml", text + more)
 
     def write(self, name, text):
-        """A configuration; commands read it from now on."""
+        """Write a configuration, which commands use from now on."""
         self.configuration = self.folder / name
         self.configuration.write_text(text, encoding="utf-8")
         self._written.add(self.configuration)
@@ -146,15 +149,15 @@ class Witness:
         return Running(process, path)
 
     def __call__(self, *arguments, **environ):
-        """The exit code."""
+        """Run a command and return its exit code."""
         return self.begin(*arguments, **environ).end()
 
     def together(self, *commands):
-        """The exit codes of commands that do not wait for one another."""
+        """Run commands at the same time and return their exit codes."""
         return [each.end() for each in [self.begin(*command.split()) for command in commands]]
 
     def dump(self, engine, backend):
-        """Every table of ours as text."""
+        """Store each of our tables as text."""
         schema = "audience_sync" if backend == "postgresql" else None
         names = sa.inspect(engine).get_table_names(schema=schema)
         assert {"runs", "deliveries", "requests", "calls", "destination"} <= set(names)
@@ -165,13 +168,13 @@ class Witness:
                 (self.folder / "seen" / f"table-{name}.txt").write_text(text, encoding="utf-8")
 
     def assert_silent(self):
-        found = self.leaks()
-        assert found == [], "\n".join(found)
+        problems = self.leaks()
+        assert problems == [], "\n".join(problems)
 
     def leaks(self):
-        """Where a secret is, and each line of a log that tells of a user or is not as it should be."""
+        """List each file with a secret, and each line of a log that names a user or is malformed."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
-        found = [
+        problems = [
             f"{path.relative_to(self.folder)} holds {secret.decode()}"
             for path in files
             for secret in SECRETS
@@ -179,18 +182,18 @@ class Witness:
         ]
         for path in (path for path in files if path.suffix == ".err"):
             by_itself = path.stem.endswith("-daemon")
-            said = path.read_text(encoding="utf-8")
-            if "Traceback" in said:
-                found.append(f"{path.name} ends in a traceback: {said.splitlines()[-1]}")
+            output = path.read_text(encoding="utf-8")
+            if "Traceback" in output:
+                problems.append(f"{path.name} ends in a traceback: {output.splitlines()[-1]}")
                 continue
-            for line in said.splitlines():
+            for line in output.splitlines():
                 if line.startswith(TO_A_PERSON) and not by_itself:
                     continue
                 if any(word in line for word in OF_USERS):
-                    found.append(f"{path.name} logs a user: {line}")
+                    problems.append(f"{path.name} logs a user: {line}")
                 if not LOG_LINE.fullmatch(line) and not is_json_event(line):
-                    found.append(f"{path.name} has a line that is no event: {line}")
-        return found
+                    problems.append(f"{path.name} has a line that is not an event: {line}")
+        return problems
 
 
 def is_json_event(line):
@@ -202,11 +205,11 @@ def is_json_event(line):
 
 
 def events(process, message, *names):
-    """The events of that message, from lines of JSON; each has these members."""
-    found = [json.loads(line) for line in process.err.splitlines() if line.startswith("{")]
-    found = [event for event in found if event["message"] == message]
-    assert all(event.keys() >= set(names) for event in found), found
-    return found
+    """Events with this message, from lines of JSON; each has these members."""
+    matching = [json.loads(line) for line in process.err.splitlines() if line.startswith("{")]
+    matching = [event for event in matching if event["message"] == message]
+    assert all(event.keys() >= set(names) for event in matching), matching
+    return matching
 
 
 def scalar(engine, statement):
@@ -233,7 +236,7 @@ def make_witness(tmp_path, environ):
 
 @pytest.fixture
 def witness(make_witness, url, company, sandbox):
-    """On a database whose address holds a password, with a table of users; its key is the sandbox's."""
+    """A witness on a database whose URL contains a password, with a table of users and the sandbox's key."""
     company("CREATE TABLE people (user_id text, plan text)")
     company("INSERT INTO people VALUES (:user, 'canary-trait-88')", *[{"user": user} for user in USERS])
     sandbox.state.api_key = KEY
@@ -310,7 +313,7 @@ def test_definitions_that_fail(witness, sandbox, engine, backend):
     assert syncing.end() == 1
     failed = {event["key"] for event in events(syncing, "run failed", "run_id", "seconds", "error")}
     assert failed - {"no_number"} == {"far", "no_table", "no_query", "no_column"}
-    assert ("no_number" in failed) == (backend == "postgresql")  # which quotes canary-trait-88
+    assert ("no_number" in failed) == (backend == "postgresql")  # its error quotes canary-trait-88
     counts = ("run_id", "key", "seconds", "entered", "exited", "changed")
     assert [
         {name: event[name] for name in ("level", *counts) if name != "seconds"}
@@ -350,7 +353,7 @@ def test_crashes(witness, sandbox, company, engine, backend):
     for point in ("changes_written", "after_send"):
         assert witness("sync", AUDIENCE_SYNC_CRASH_AT=point) == -signal.SIGKILL
         witness.dump(engine, backend)
-        witness.assert_silent()  # with what the dead process left behind, its journal too
+        witness.assert_silent()  # including files of the dead process, such as its journal
     our = engine.get_execution_options()["our"]
     company(f"INSERT INTO {our}destination (destination_id, slow_downs) VALUES (1, '{NONSENSE}')")
     broken = witness.begin("deliver")
@@ -409,7 +412,7 @@ def test_daemon(witness, sandbox, company, engine, backend):
 
 @pytest.fixture
 def refused(make_witness, tmp_path):
-    """Writes configurations that differ from a good one, and runs a command with each: exit code 2, and no secret."""
+    """Runs a command with each changed configuration; checks for exit code 2 and no secret."""
     witness = make_witness(f"sqlite:///{tmp_path}/own.db")
     good = SHOP + CONFIGURATION.format(url=witness.url, endpoint=NOBODY, per_minute=600, form="text")
 
@@ -423,8 +426,8 @@ def refused(make_witness, tmp_path):
                 running[-2].end()
         codes = {change: each.end() for change, each in zip(changes, running, strict=True)}
         ended_otherwise = [f"exit code {code}: {change}" for change, code in codes.items() if code != 2]
-        found = witness.leaks() + ended_otherwise
-        assert found == [], "\n".join(found)
+        problems = witness.leaks() + ended_otherwise
+        assert problems == [], "\n".join(problems)
 
     return run
 
@@ -445,11 +448,11 @@ def test_configurations_with_a_secret_beside_the_mistake(refused):
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}é"])
-def test_keys_that_are_no_keys(refused, key):
+def test_invalid_keys(refused, key):
     refused("deliver", ("= 600", "= 500"), key=key)
 
 
-def test_addresses_of_databases_with_a_password(refused):
+def test_database_urls_with_a_password(refused):
     at, scheme = 'url = "sqlite:', "postgresql+psycopg://"
     refused(
         "status",
@@ -466,7 +469,7 @@ def test_addresses_of_databases_with_a_password(refused):
     )
 
 
-def test_addresses_of_sources_with_a_password(refused):
+def test_source_urls_with_a_password(refused):
     at, scheme = (
         "postgresql+psycopg://reader:canary-source-password@127.0.0.1:1/shop",
         "postgresql+psycopg://",

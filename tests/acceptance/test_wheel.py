@@ -1,4 +1,4 @@
-"""The wheel, installed outside the checkout: a working program with its migrations and data inside."""
+"""The wheel, installed outside the checkout, contains a working program with its migrations and data."""
 
 import contextlib
 import sqlite3
@@ -8,9 +8,9 @@ import tomllib
 
 
 def run(*arguments, **options):
-    found = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200, **options)
-    assert found.returncode == 0, found.stdout + found.stderr
-    return found.stdout
+    process = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200, **options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def test_the_installed_wheel_works(tmp_path, repository, environ):

@@ -7,7 +7,7 @@ from tests.faulty_sandbox import FaultySandbox
 
 
 class Clock:
-    """Set by hand; starts at 2026-01-01T00:00:00Z."""
+    """A clock that tests set; it starts at 2026-01-01T00:00:00Z."""
 
     def __init__(self):
         self.seconds = 0.0

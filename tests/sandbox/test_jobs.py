@@ -1,4 +1,4 @@
-"""Jobs that go wrong, jobs of somebody else, and jobs that the API tells little or nothing of."""
+"""Jobs that go wrong, jobs of another client, and jobs with few or no details."""
 
 import pytest
 
@@ -58,14 +58,14 @@ def test_a_job_completes_short_of_its_rows(client, clock, upload, poll):
     assert (users(client)[-1], job["total_rows"]) == ("u58", 60)
 
 
-def test_no_job_is_shorter_than_its_rows_are_many(client, clock, upload, poll):
+def test_a_job_ends_at_its_last_row(client, clock, upload, poll):
     client.control("POST", "job_faults", {"outcome": "short", "after_rows": 100})
     _, job = upload()
     clock.seconds = 2
     assert poll(job) == ("completed", 60, "2026-01-01T00:00:02Z")
 
 
-def test_a_job_hangs_and_keeps_others_out(client, clock, upload, poll):
+def test_a_hanging_job_blocks_others(client, clock, upload, poll):
     client.control("POST", "job_faults", {"outcome": "hangs", "after_rows": 2})
     _, job = upload(2)
     clock.seconds = 86_400
@@ -106,7 +106,7 @@ def test_job_faults_are_checked_outlive_a_reset_and_can_be_cleared(sandbox, clie
     assert sandbox.state.job_faults == []
 
 
-def test_a_job_of_somebody_else_keeps_ours_out(sandbox, client, clock, upload, poll):
+def test_a_job_of_another_client_blocks_ours(sandbox, client, clock, upload, poll):
     job = client.control("POST", "other_job", {"rows": 60})
     assert (job["status"], job["total_rows"], upload()[0]) == ("queued", 60, 409)
     clock.seconds = 1
@@ -121,14 +121,14 @@ def test_a_job_of_somebody_else_keeps_ours_out(sandbox, client, clock, upload, p
     assert upload()[0] == 202
 
 
-def test_a_job_of_somebody_else_waits_for_ours(client, upload):
+def test_our_job_blocks_one_of_another_client(client, upload):
     upload()
     assert client.status("POST", "/_sandbox/other_job", {"rows": 1}) == 409
     for body in ({}, {"rows": -1}, {"count": 1}):
         assert client.status("POST", "/_sandbox/other_job", body) == 400
 
 
-def test_bare_jobs_are_an_id_and_a_status(client, clock, upload):
+def test_bare_jobs_have_an_id_and_a_status_only(client, clock, upload):
     client.control("POST", "limits", {"bare_jobs": True})
     _, job = upload()
     bare = {"job_id": job["job_id"], "status": "queued"}
@@ -139,7 +139,7 @@ def test_bare_jobs_are_an_id_and_a_status(client, clock, upload):
     assert client.send("GET", "/v1/background_jobs") == (200, [bare])
 
 
-def test_forgotten_jobs_are_unknown_and_go_on(client, clock, upload):
+def test_forgotten_jobs_are_unknown_and_continue(client, clock, upload):
     ids = [upload()[1]["job_id"]]
     clock.seconds = 2
     ids.append(upload()[1]["job_id"])

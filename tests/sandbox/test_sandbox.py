@@ -61,7 +61,7 @@ def test_track_of_an_unknown_user_is_accepted_and_noted(client):
         ("/v1/users/bulk_identify", {"users": [{"company_id": "c"}]}),
     ],
 )
-def test_what_is_malformed_is_refused_and_changes_nothing(client, path, body):
+def test_a_malformed_request_is_refused_and_changes_nothing(client, path, body):
     status, answer = client.send("POST", path, body)
     assert status == 400
     assert set(answer["errors"][0]) == {"details", "error", "error_code", "message"}
@@ -125,7 +125,7 @@ def test_a_running_job_overwrites_what_came_after_it(client, clock):
     assert client.control("GET", "history") == {"u1": [["vip", True, 2], ["vip", False, 1]]}
 
 
-def test_a_new_speed_holds_from_now_on(client, clock):
+def test_a_new_speed_applies_from_now_on(client, clock):
     rows = [{"user_id": f"u{number}"} for number in range(100)]
     client.send("POST", "/v1/users/bulk_identify", {"users": rows})
     clock.seconds = 1
@@ -135,7 +135,7 @@ def test_a_new_speed_holds_from_now_on(client, clock):
     assert client.status("POST", "/_sandbox/limits", {"bulk_speed": 1}) == 400
 
 
-def test_a_job_is_worked_off_at_its_speed_one_at_a_time(client, clock):
+def test_jobs_run_at_their_speed_one_at_a_time(client, clock):
     rows = [{"user_id": f"u{number}", "metadata": {"vip": True}} for number in range(60)]
     status, job = client.send("POST", "/v1/users/bulk_identify", {"users": rows})
     assert (status, job["status"], job["total_rows"]) == (202, "queued", 60)
@@ -292,7 +292,7 @@ def test_a_fault_strikes_every_nth(client):
         ({"garbage": True}, http.client.BadStatusLine, True),
     ],
 )
-def test_a_fault_leaves_no_answer(client, effect, error, applied):
+def test_a_fault_can_prevent_the_answer(client, effect, error, applied):
     client.control("POST", "faults", effect | {"user_id": "u1"})
     with pytest.raises(error):
         client.identify("u1")
@@ -304,7 +304,7 @@ def test_a_fault_leaves_no_answer(client, effect, error, applied):
 
 
 @pytest.mark.parametrize(("effect", "applied"), [("delay_seconds", False), ("delay_after_seconds", True)])
-def test_a_fault_is_late(client, effect, applied):
+def test_a_fault_delays_the_answer(client, effect, applied):
     client.control("POST", "faults", {"path": "/v1/*", effect: 60})
     client.connection.close()
     client.connection.timeout = 0.2

@@ -1,4 +1,4 @@
-"""What takes places in the identifies' window, where Userpilot does not say whether it does."""
+"""Requests that may count among the identifies: Userpilot does not document whether they do."""
 
 import pytest
 
@@ -7,7 +7,7 @@ ROWS = {"users": [{"user_id": f"row{number}"} for number in range(60)]}
 
 @pytest.fixture
 def fill(client):
-    """Identifies until one is refused; tells how many were not."""
+    """Identifies until one is refused; returns how many were accepted."""
 
     def fill():
         count = 0
@@ -61,11 +61,11 @@ def test_polls_can_count(client, clock, fill):
     assert fill() == 3
 
 
-def test_rows_can_count_each_when_it_is_worked_off(client, clock, fill):
+def test_rows_can_count_when_they_are_applied(client, clock, fill):
     client.control("POST", "limits", {"identify_per_minute": 40, "rows_count": True})
     assert upload(client) == 202
     clock.seconds = 1
-    assert fill() == 10  # 30 rows are worked off
+    assert fill() == 10  # 30 rows are applied
     clock.seconds = 60.5
     assert fill() == 0  # the window is overfull: 45 rows, 10 identifies
     clock.seconds = 61.01
@@ -73,7 +73,7 @@ def test_rows_can_count_each_when_it_is_worked_off(client, clock, fill):
     assert len(client.control("GET", "state")["users"]) == 61
 
 
-def test_rows_that_nobody_watched_were_worked_off_in_their_time(client, clock, fill):
+def test_rows_count_at_the_time_when_they_were_due(client, clock, fill):
     client.control("POST", "limits", {"identify_per_minute": 40, "rows_count": True})
     assert upload(client) == 202
     clock.seconds = 0.5
@@ -82,7 +82,7 @@ def test_rows_that_nobody_watched_were_worked_off_in_their_time(client, clock, f
     assert fill() == 14  # 15 rows in the first half second, then one a second: 20.5 … 45.5 are in the window
 
 
-def test_rows_that_are_never_worked_off_take_no_places(client, clock, fill):
+def test_rows_that_are_never_applied_take_no_places(client, clock, fill):
     client.control("POST", "limits", {"identify_per_minute": 40, "rows_count": True})
     client.control("POST", "job_faults", {"outcome": "hangs", "after_rows": 25})
     assert upload(client) == 202
@@ -90,7 +90,7 @@ def test_rows_that_are_never_worked_off_take_no_places(client, clock, fill):
     assert fill() == 15
 
 
-def test_rows_of_somebody_else_count_too(client, clock, fill):
+def test_rows_of_another_client_count_too(client, clock, fill):
     client.control("POST", "limits", {"identify_per_minute": 40, "rows_count": True})
     client.control("POST", "other_job", {"rows": 60})
     clock.seconds = 1

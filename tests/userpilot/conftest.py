@@ -1,4 +1,4 @@
-"""A server of raw sockets, which answers as badly as a test wants."""
+"""A server of raw sockets, whose answers a test scripts byte by byte."""
 
 import contextlib
 import socket
@@ -20,7 +20,7 @@ REQUESTS = {
 
 
 def answering(answer):
-    """Every request gets this answer."""
+    """A script that gives every request this answer."""
 
     def script(server, peer):
         while server.read_request(peer):
@@ -30,7 +30,7 @@ def answering(answer):
 
 
 def then_close(answer):
-    """The first request gets this answer, and the connection ends."""
+    """A script that gives the first request this answer, and ends the connection."""
 
     def script(server, peer):
         server.read_request(peer)
@@ -59,7 +59,7 @@ class Server:
         self.url = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}/"
 
     def read_request(self, peer):
-        """The next request, or an empty one when the client has gone."""
+        """Return the next request, empty when the client has closed the connection."""
         request = b""
         while b"\r\n\r\n" not in request:
             chunk = peer.recv(65536)
@@ -111,7 +111,7 @@ class Server:
 
 @pytest.fixture(params=REQUESTS)
 def ask(request):
-    """ask(client) makes a request, of each kind in turn."""
+    """ask(client) makes a request: one test for each kind."""
     return REQUESTS[request.param]
 
 

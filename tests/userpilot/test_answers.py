@@ -26,7 +26,7 @@ def judged(status_code, body=b"", *, cut=False, **headers):
         ([101, 502, 504, 600, 999], Outcome.UNKNOWN),
     ],
 )
-def test_a_status_tells_the_outcome(status_codes, outcome):
+def test_the_status_decides_the_outcome(status_codes, outcome):
     assert {judged(status_code).outcome for status_code in status_codes} == {outcome}
 
 
@@ -50,7 +50,7 @@ def test_the_document_is_the_json_of_an_accepted_answer(body, document):
     assert judged(200, body).document == document
 
 
-def test_what_was_cut_off_or_not_accepted_has_no_document():
+def test_an_answer_that_was_cut_off_or_not_accepted_has_no_document():
     assert judged(200, b"[1]", cut=True).document is None
     assert judged(400, b"{}").document is None
     assert judged(200, b"{}", content_type="text/html").document is None
@@ -60,7 +60,7 @@ def test_two_answers_that_differ_in_their_documents_alone_are_equal():
     assert judged(200, b"[1]") == judged(200, b"[2]")
 
 
-def test_a_2xx_that_calls_itself_html_is_unknown():
+def test_a_2xx_of_type_html_is_unknown():
     answer = judged(200, b'"x"', content_type="text/HTML; charset=utf-8")
     assert answer.error == 'HTTP 200, but the body is not Userpilot\'s: "x"'
 
@@ -71,7 +71,7 @@ def test_a_2xx_that_was_cut_is_accepted_unless_it_is_a_page():
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "message"),
     [
         (
             b'{"errors":[{"error_code":"E1","error":"Bad","message":"No user_id","details":"No user_id"}]}',
@@ -90,8 +90,8 @@ def test_a_2xx_that_was_cut_is_accepted_unless_it_is_a_page():
         (b'{"message":"you sent k\\u0033y"}', "you sent [API key]"),
     ],
 )
-def test_an_error_is_in_the_apis_own_words(body, words):
-    assert judged(400, body).error == words
+def test_an_error_quotes_the_api(body, message):
+    assert judged(400, body).error == message
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The bulk endpoint: a file goes up, and its jobs are asked for."""
+"""The bulk endpoint: uploads of files and polls of their jobs."""
 
 import json
 import threading
@@ -75,7 +75,7 @@ def test_a_job_is_uploaded_and_followed_to_its_end():
         assert sandbox.state.users["u1"]["properties"] == {"vip": True}
 
 
-def test_ten_thousand_rows_of_5_kb_go_up_whole():
+def test_ten_thousand_rows_of_5_kb_are_uploaded():
     rows = b"".join(
         json.dumps({"user_id": f"u{number}", "metadata": {"a": "x" * 4_900}}).encode() + b"\n"
         for number in range(10_000)
@@ -92,7 +92,7 @@ def test_a_list_of_jobs_may_be_long(serve, size):
         assert client.get("v1/background_jobs").document == ["a" * (size - 4)]
 
 
-def test_an_answer_that_is_longer_than_its_bound_has_no_document(serve):
+def test_an_answer_longer_than_its_bound_has_no_document(serve):
     long = serve(answering(response(200, b"[1]" + b" " * 70_000)))
     too_long = serve(answering(response(200, b"[1]" + b" " * 4 * 1024 * 1024)))
     with Client(long.url, KEY) as client:

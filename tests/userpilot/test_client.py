@@ -76,7 +76,7 @@ def test_each_of_many_requests_has_its_own_deadline(serve):
     assert time.monotonic() - started < 30  # one after another, the slow ones alone would take 40
 
 
-def test_a_client_goes_on_after_an_answer_was_cut_off(serve):
+def test_a_client_is_usable_after_an_answer_was_cut_off(serve):
     def script(server, peer):
         if server.read_request(peer) and len(server.requests) == 1:
             server.stopped.wait(60)
@@ -103,21 +103,21 @@ def test_a_payload_with_a_lone_surrogate_is_refused_unsent(serve):
     assert server.requests == []
 
 
-def test_the_key_is_taken_out_of_what_the_server_says(serve):
-    told = json.dumps({"errors": [{"message": f"bad header: Token {KEY}"}]}).replace("/", "\\/").encode()
-    answer = send(serve(answering(response(400, told, f"x-request-id: {KEY}"))))
+def test_the_key_is_removed_from_the_answer(serve):
+    body = json.dumps({"errors": [{"message": f"bad header: Token {KEY}"}]}).replace("/", "\\/").encode()
+    answer = send(serve(answering(response(400, body, f"x-request-id: {KEY}"))))
     assert answer.error == "bad header: Token [API key]"
     assert answer.x_request_id == "[API key]"
 
 
-def test_the_key_is_taken_out_of_garbage(serve):
+def test_the_key_is_removed_from_garbage(serve):
     answer = send(serve(then_close(f"Token {KEY}\r\n\r\n".encode())))
     assert answer.outcome is Outcome.UNKNOWN
     assert KEY not in answer.error
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a\nb", "ключ", " a"])
-def test_a_key_that_no_header_takes_is_a_config_error_that_does_not_show_it(key):
+def test_an_invalid_key_is_a_config_error_that_does_not_show_it(key):
     with pytest.raises(ConfigError, match="the API key is empty, or holds spaces"):
         Client("https://analytex.userpilot.io/", key)
 
@@ -126,13 +126,13 @@ def test_a_key_that_no_header_takes_is_a_config_error_that_does_not_show_it(key)
     "endpoint",
     ["", "analytex.userpilot.io", "ftp://a.b/", "https://", "https://me:pw@a.b/", "https://a.b/?q=1"],
 )
-def test_an_endpoint_that_cannot_be_used_is_a_config_error(endpoint):
+def test_an_invalid_endpoint_is_a_config_error(endpoint):
     with pytest.raises(ConfigError, match="endpoint") as raised:
         Client(endpoint, KEY)
     assert "pw" not in str(raised.value).replace("password", "")
 
 
-def test_a_ca_file_that_cannot_be_read_is_a_config_error(tmp_path):
+def test_an_unreadable_ca_file_is_a_config_error(tmp_path):
     (tmp_path / "empty.pem").touch()
     for name in ("missing.pem", "empty.pem"):
         with pytest.raises(ConfigError, match=name):
@@ -145,7 +145,7 @@ def test_proxies_of_the_environment_are_not_used(serve, monkeypatch):
     assert send(serve(answering(ACCEPTED))).outcome is Outcome.ACCEPTED
 
 
-def test_cookies_are_neither_kept_nor_sent(serve):
+def test_cookies_are_neither_stored_nor_sent(serve):
     server = serve(answering(response(202, b"", "set-cookie: a=b; Path=/")))
     with Client(server.url, KEY) as client:
         client.send("v1/track", {})
@@ -164,7 +164,7 @@ def test_retry_after_reaches_the_answer(serve):
     assert (answer.outcome, answer.retry_after_seconds) == (Outcome.THROTTLED, 7.0)
 
 
-def test_a_connection_that_the_server_ends_is_let_go(serve):
+def test_a_connection_that_the_server_ends_is_closed(serve):
     gone = threading.Event()
 
     def script(server, peer):
@@ -180,7 +180,7 @@ def test_a_connection_that_the_server_ends_is_let_go(serve):
         assert gone.wait(60)
 
 
-def test_a_closed_client_says_so(serve):
+def test_a_closed_client_raises(serve):
     client = Client(serve(answering(ACCEPTED)).url, KEY)
     client.close()
     client.close()

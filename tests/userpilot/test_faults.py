@@ -1,4 +1,4 @@
-"""Whatever a server or the network does: an answer in time, in bounded memory, that says what may have happened."""
+"""Faults of servers and networks: each gives an answer in time, in bounded memory, with the right outcome."""
 
 import contextlib
 import gzip
@@ -31,7 +31,7 @@ def taking(least, most):
 
 @contextlib.contextmanager
 def allocating(most):
-    """At no time more bytes than this at once, the test's own server included."""
+    """Check that never more than `most` bytes are allocated, by the test's own server included."""
     tracemalloc.start()
     try:
         yield
@@ -42,7 +42,7 @@ def allocating(most):
 
 @pytest.fixture
 def serve_from_process():
-    """Runs code in a process that has a listener; whoever stops itself there is gone without a word."""
+    """Runs code in a process with a listener; a process that suspends itself vanishes from the network silently."""
     processes = []
 
     def start(code, *arguments):
@@ -105,7 +105,7 @@ def test_a_flood_of_interim_answers_ends_at_the_deadline(serve_from_process, ask
         assert ask(client).outcome is Outcome.UNKNOWN
 
 
-def test_an_interim_answer_is_passed_over(serve, ask):
+def test_an_interim_answer_is_skipped(serve, ask):
     with client_of(serve(answering(b"HTTP/1.1 100 Continue\r\n\r\n" + ACCEPTED))) as client:
         assert ask(client) == Answer(Outcome.ACCEPTED, 202, "r-1", None, None)
 
@@ -122,7 +122,7 @@ def test_an_endless_list_in_pieces_of_a_byte_ends_at_the_deadline(serve):
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(200, Outcome.ACCEPTED), (400, Outcome.REFUSED)])
-def test_an_endless_body_is_left_and_judged_by_its_status(serve, ask, status, outcome):
+def test_an_endless_body_is_cut_off_and_judged_by_its_status(serve, ask, status, outcome):
     def script(server, peer):
         server.read_request(peer)
         peer.sendall(f'HTTP/1.1 {status} X\r\n\r\n{{"a":"'.encode())
@@ -136,7 +136,7 @@ def test_an_endless_body_is_left_and_judged_by_its_status(serve, ask, status, ou
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(200, Outcome.UNKNOWN), (400, Outcome.REFUSED)])
-def test_a_bomb_of_gzip_stays_packed(serve, ask, bomb, status, outcome):
+def test_a_gzip_bomb_is_not_unpacked(serve, ask, bomb, status, outcome):
     server = serve(answering(response(status, bomb, "content-encoding: gzip", "content-type: text/html")))
     with client_of(server) as client, taking(0, 30), allocating(6 * MB):
         answer = ask(client)
@@ -150,7 +150,7 @@ def bomb():
     return gzip.compress(b"[" + b" " * 100_000_000 + b"]", 1)
 
 
-# Peers that are gone without a word
+# Peers that vanish silently
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def bomb():
     ["", "HTTP/1.1 202 Acc", 'HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\n{"a":'],
     ids=["before", "head", "body"],
 )
-def test_a_server_that_stands_still_in_its_answer_is_unknown_at_the_deadline(serve_from_process, ask, start):
+def test_a_server_that_stops_in_its_answer_is_unknown_at_the_deadline(serve_from_process, ask, start):
     code = "peer.recv(65536); peer.sendall(sys.argv[1].encode()); os.kill(os.getpid(), signal.SIGSTOP)"
     url = serve_from_process(code, start)
     client = Client(url, KEY, deadline_seconds=0.3, upload_seconds=0.3)
@@ -168,7 +168,7 @@ def test_a_server_that_stands_still_in_its_answer_is_unknown_at_the_deadline(ser
 
 
 @pytest.mark.parametrize("read_bytes", [0, 100_000], ids=["from-the-start", "half-way"])
-def test_a_server_that_stands_still_in_an_upload_is_unknown_at_the_deadline(serve_from_process, read_bytes):
+def test_a_server_that_stops_in_an_upload_is_unknown_at_the_deadline(serve_from_process, read_bytes):
     code = "[peer.recv(1000) for _ in range(int(sys.argv[1]) // 1000)]; os.kill(os.getpid(), signal.SIGSTOP)"
     url = serve_from_process(code, str(read_bytes))
     rows = b"x" * 5 * MB
@@ -208,7 +208,7 @@ def test_an_upload_that_is_refused_before_it_was_read_is_refused(serve, stays):
     assert (answer.outcome, answer.status_code, answer.error) == (Outcome.REFUSED, 413, "too large")
 
 
-# Answers that break off or are none
+# Broken answers
 
 
 def test_a_reset_is_unknown(serve, ask):
@@ -257,7 +257,7 @@ def test_a_refusal_whose_body_breaks_off_is_still_a_refusal(serve, ask):
 
 
 @pytest.mark.parametrize("fault", [{"drop": "after"}, {"garbage": True}], ids=["drop", "garbage"])
-def test_what_is_applied_and_not_answered_is_unknown(sandbox, ask, fault):
+def test_a_request_that_is_applied_and_not_answered_is_unknown(sandbox, ask, fault):
     sandbox.faults.add(fault)
     with Client(sandbox.url, "sandbox") as client:
         assert ask(client).outcome is Outcome.UNKNOWN
@@ -265,7 +265,7 @@ def test_what_is_applied_and_not_answered_is_unknown(sandbox, ask, fault):
     assert entry.applied is (entry.method == "POST")
 
 
-def test_what_is_dropped_unapplied_is_unknown_as_well(sandbox, ask):
+def test_a_request_that_is_dropped_unapplied_is_unknown_as_well(sandbox, ask):
     sandbox.faults.add({"drop": "before"})
     with Client(sandbox.url, "sandbox") as client:
         assert ask(client).outcome is Outcome.UNKNOWN
@@ -310,7 +310,7 @@ def test_a_connection_that_ended_between_two_requests_is_replaced(serve, ask, li
     assert (len(server.requests), server.connection_count) == (2, 2)
 
 
-def test_what_follows_an_answer_is_not_taken_for_the_next_one(serve, ask):
+def test_bytes_after_an_answer_are_not_the_next_answer(serve, ask):
     def script(server, peer):
         server.read_request(peer)
         peer.sendall(ACCEPTED + b'{"job_id":"1"}')
@@ -322,7 +322,7 @@ def test_what_follows_an_answer_is_not_taken_for_the_next_one(serve, ask):
 
 
 def test_an_answer_that_comes_to_an_idle_connection_ends_it(serve, ask):
-    """A proxy sends 408 before it closes a connection that it is tired of."""
+    """A proxy sends 408 before it closes an idle connection."""
     gone, answered = threading.Event(), threading.Event()
 
     def script(server, peer):
@@ -341,7 +341,7 @@ def test_an_answer_that_comes_to_an_idle_connection_ends_it(serve, ask):
     assert server.connection_count == 2
 
 
-# Statuses, headers and bodies that are well-formed and no good
+# Well-formed answers that are errors
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_an_answer_that_comes_to_an_idle_connection_ends_it(serve, ask):
         (504, Outcome.UNKNOWN),
     ],
 )
-def test_a_server_in_trouble_is_to_be_tried_again(serve, ask, status, outcome):
+def test_a_server_error_can_be_retried(serve, ask, status, outcome):
     with client_of(serve(answering(response(status, b"<h1>oops</h1>")))) as client:
         assert ask(client) == Answer(outcome, status, None, "<h1>oops</h1>", None)
 
@@ -374,7 +374,7 @@ def test_a_server_in_trouble_is_to_be_tried_again(serve, ask, status, outcome):
     ],
     ids=["seconds", "past", "huge", "negative", "garbage", "digits", "two", "none"],
 )
-def test_any_retry_after_of_a_429_is_a_wish_within_bounds(serve, ask, header, seconds):
+def test_retry_after_of_a_429_is_bounded(serve, ask, header, seconds):
     throttled = b"HTTP/1.1 429 X\r\ncontent-length: 0\r\n" + header + b"\r\n\r\n"
     with client_of(serve(answering(throttled))) as client:
         answer = ask(client)
@@ -391,7 +391,7 @@ def test_any_retry_after_of_a_429_is_a_wish_within_bounds(serve, ask, header, se
     ],
     ids=["empty", "errors", "malformed", "html"],
 )
-def test_a_2xx_is_taken_if_it_is_empty_or_json(serve, ask, body, outcome, document):
+def test_a_2xx_is_accepted_if_it_is_empty_or_json(serve, ask, body, outcome, document):
     with client_of(serve(answering(response(200, body)))) as client:
         answer = ask(client)
     assert (answer.outcome, answer.document) == (outcome, document)
@@ -421,7 +421,7 @@ def test_no_path_leads_to_another_host(serve, path):
     assert elsewhere.connection_count == 0
 
 
-def test_nobody_listening_is_failed(ask):
+def test_a_refused_connection_is_failed(ask):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with Client(f"http://127.0.0.1:{port}", KEY) as client:
@@ -455,14 +455,14 @@ def black_hole():
 
 @pytest.fixture
 def resolving(monkeypatch):
-    """Gives every name these addresses."""
+    """Makes every name resolve to these addresses."""
 
     def to(*addresses):
-        found = [
+        results = [
             (socket.AF_INET6 if ":" in at[0] else socket.AF_INET, socket.SOCK_STREAM, 6, "", at)
             for at in addresses
         ]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: results)
 
     return to
 
@@ -481,7 +481,7 @@ def test_behind_a_black_hole_the_next_address_is_tried(black_hole, resolving, se
         assert ask(client).outcome is Outcome.ACCEPTED
 
 
-def test_a_connection_that_comes_after_the_deadline_carries_nothing(black_hole, resolving, serve, ask):
+def test_nothing_is_sent_on_a_connection_made_after_the_deadline(black_hole, resolving, serve, ask):
     server = serve(answering(ACCEPTED))
     port = int(server.url.rsplit(":", 1)[1].strip("/"))
     resolving(black_hole, black_hole, ("127.0.0.1", port))
@@ -495,7 +495,7 @@ def test_a_connection_that_comes_after_the_deadline_carries_nothing(black_hole, 
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::ffff:127.0.0.1"])
-def test_a_name_that_leads_to_a_private_network_is_not_spoken_to(address, serve, resolving, ask):
+def test_nothing_is_sent_to_a_private_network(address, serve, resolving, ask):
     server = serve(answering(ACCEPTED))
     resolving((address, int(server.url.rsplit(":", 1)[1].strip("/"))))
     with Client("http://analytex.userpilot.io/", KEY, only_public=True) as client, taking(0, 30):

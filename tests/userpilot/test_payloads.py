@@ -32,7 +32,7 @@ def test_a_company():
     )
 
 
-def test_a_track_has_metadata_only_if_it_was_given():
+def test_a_track_has_metadata_only_if_the_delivery_has():
     assert built("track", {"event_name": "Bought"}) == ("v1/track", {"user_id": "u1", "event_name": "Bought"})
     assert built("track", {"event_name": "Bought", "metadata": {"a": {"b": 1}}}) == (
         "v1/track",
@@ -79,7 +79,7 @@ def test_the_company_of_a_bulk_row_is_flat():
     [{f"p{number}": 1 for number in range(500)}, {"n" * 255: 1}, {"a": "v" * 65_535}, {"a": "😀" * 65_535}],
     ids=["properties", "name", "value", "emoji"],
 )
-def test_a_bulk_row_at_its_limits_is_fit(metadata):
+def test_a_bulk_row_at_the_limits(metadata):
     assert json.loads(row(metadata))["metadata"] == metadata
 
 
@@ -110,7 +110,7 @@ def test_a_bulk_row_at_its_limits_is_fit(metadata):
         "object",
     ],
 )
-def test_a_row_that_a_job_might_lose_without_a_word_is_not_fit(metadata):
+def test_a_payload_that_a_job_might_lose_has_no_bulk_row(metadata):
     assert row(metadata) is None
 
 
@@ -130,7 +130,7 @@ def test_a_row_that_a_job_might_lose_without_a_word_is_not_fit(metadata):
         {"user_id": "u1", "metadata": {}, "company": None},
     ],
 )
-def test_a_payload_that_is_no_plain_identify_has_no_bulk_row(payload):
+def test_a_payload_other_than_a_plain_identify_has_no_bulk_row(payload):
     assert bulk_row(payload) is None
 
 
@@ -150,7 +150,7 @@ bodies = st.tuples(texts, st.dictionaries(texts, values, max_size=5), st.none() 
 
 
 @given(st.lists(bodies, min_size=1, max_size=20), st.sampled_from(["flatten", "json"]))
-def test_what_is_fit_for_a_job_is_taken_by_it_as_the_identify_would_be(bulk_sandbox, users, nested):
+def test_a_job_accepts_every_bulk_row_with_the_values_of_its_identify(bulk_sandbox, users, nested):
     sandbox, client = bulk_sandbox
     payloads = [
         build("identify", user_id, body, booleans="native", nested=nested)[1]
@@ -162,8 +162,8 @@ def test_what_is_fit_for_a_job_is_taken_by_it_as_the_identify_would_be(bulk_sand
         return
     answer = client.upload("v1/users/bulk_identify", "users.ndjson", b"".join(line for _, line in rows))
     assert (answer.status_code, answer.document["total_rows"]) == (202, len(rows)), answer
-    taken = sandbox.state.jobs[answer.document["job_id"]].rows
-    assert taken == [
+    job_rows = sandbox.state.jobs[answer.document["job_id"]].rows
+    assert job_rows == [
         {"user_id": payload["user_id"], "metadata": payload["metadata"]}
         | ({"company_id": payload["company"]["id"]} if "company" in payload else {})
         for payload, _ in rows

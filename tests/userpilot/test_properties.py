@@ -58,10 +58,10 @@ def test_the_order_of_the_properties_does_not_matter(metadata, rng: random.Rando
     assert primitives(dict(items), "flatten") == primitives(metadata, "flatten")
 
 
-def test_what_would_become_far_longer_by_its_names_is_json():
+def test_flattening_with_very_long_names_falls_back_to_json():
     metadata = {"k" * 15_000: [1] * 7_500, "plain": True}
-    found = primitives(metadata, "flatten")
-    assert found == {"k" * 15_000: f"[{','.join('1' * 7_500)}]", "plain": True}
+    properties = primitives(metadata, "flatten")
+    assert properties == {"k" * 15_000: f"[{','.join('1' * 7_500)}]", "plain": True}
 
 
 @pytest.mark.parametrize(
@@ -79,5 +79,5 @@ def test_what_would_become_far_longer_by_its_names_is_json():
         ("[" * 100_000, "[" * 100_000),
     ],
 )
-def test_text_that_is_json_is_what_it_holds(text, value):
+def test_json_or_text(text, value):
     assert json_or_text(text) == value

@@ -1,4 +1,4 @@
-"""TLS that is no good is a failure to connect: the key and the request have not left."""
+"""Bad TLS is a failure to connect: neither the key nor the request is sent."""
 
 import socket
 import ssl
@@ -22,13 +22,13 @@ def accepting(server, peer):
 
 
 def asked(ask, url, seconds=30.0, **options):
-    """The answer of a server that speaks TLS, or should."""
+    """Answer of a server over https."""
     url = url.replace("http:", "https:")
     with Client(url, KEY, deadline_seconds=seconds, upload_seconds=seconds, **options) as client:
         return ask(client)
 
 
-def test_a_certificate_of_an_own_authority_is_good_with_ca_file(serve, tls_for, ca_file):
+def test_ca_file_adds_a_private_authority(serve, tls_for, ca_file):
     server = serve(accepting, tls=tls_for("127.0.0.1"))
     with Client(server.url, KEY, ca_file=ca_file) as client:
         assert [client.send("v1/track", {}).outcome for _ in range(3)] == [Outcome.ACCEPTED] * 3
@@ -44,7 +44,7 @@ def test_a_certificate_of_an_unknown_authority_is_failed(serve, tls_for, ask):
 
 
 @pytest.mark.parametrize(
-    ("name", "begins", "ends", "words"),
+    ("name", "begins", "ends", "reason"),
     [
         ("127.0.0.1", 2019, 2020, "certificate has expired"),
         ("127.0.0.1", 2090, 2091, "certificate is not yet valid"),
@@ -52,12 +52,14 @@ def test_a_certificate_of_an_unknown_authority_is_failed(serve, tls_for, ask):
     ],
     ids=["expired", "too-early", "wrong-host"],
 )
-def test_a_bad_certificate_is_failed_in_clear_words(serve, tls_for, ca_file, ask, name, begins, ends, words):
+def test_a_bad_certificate_is_failed_with_the_reason(
+    serve, tls_for, ca_file, ask, name, begins, ends, reason
+):
     dates = {"not_before": datetime(begins, 1, 1, tzinfo=UTC), "not_after": datetime(ends, 1, 1, tzinfo=UTC)}
     server = serve(accepting, tls=tls_for(name, **dates))
     answer = asked(ask, server.url, ca_file=ca_file)
     assert answer.outcome is Outcome.FAILED
-    assert words in answer.error
+    assert reason in answer.error
     assert server.requests == []
 
 
