@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from audience_sync.sandbox.state import JOB_PATH, Entry, RefusalError, State
+from audience_sync.sandbox.state import JOB_PATH, Entry, RefusedError, State
 
 API_VERSION = "2020-09-22"
 REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
@@ -33,20 +33,20 @@ def answer(state: State, entry: Entry, headers: Message, body: Body) -> tuple[in
     """Apply a request; return the status and the body, None for an empty one."""
     try:
         return 200 if entry.method == "GET" else 202, _apply(state, entry, headers, body)
-    except (RefusalError, msgspec.ValidationError) as refusal:
+    except (RefusedError, msgspec.ValidationError) as refusal:
         status = getattr(refusal, "status", 400)
         return status, errors(status, str(refusal))
 
 
 def _apply(state: State, entry: Entry, headers: Message, body: Body) -> Any:
     if headers.get("Authorization") != f"Token {state.api_key}":
-        raise RefusalError(401, "the API key is missing or wrong")
+        raise RefusedError(401, "the API key is missing or wrong")
     path = JOB_PATH if entry.path.startswith(JOB_PATH) else entry.path
     if (entry.method, path) not in _ENDPOINTS:
-        raise RefusalError(404, f"no such endpoint: {entry.method} {entry.path}")
+        raise RefusedError(404, f"no such endpoint: {entry.method} {entry.path}")
     lane, schema, act = _ENDPOINTS[entry.method, path]
     if lane in _VERSIONED and headers.get("X-API-Version") != API_VERSION:
-        raise RefusalError(400, f"X-API-Version must be {API_VERSION}")
+        raise RefusedError(400, f"X-API-Version must be {API_VERSION}")
     if lane is not None:
         state.admit(lane, entry)
     return act(state, entry, body if schema is None else _convert(body, schema))
@@ -118,10 +118,10 @@ def _identify(state: State, entry: Entry, body: _Identify) -> None:
 def _bulk_identify(state: State, entry: Entry, body: Body) -> dict[str, Any]:
     limits = state.limits
     if body.size > limits.bulk_bytes_per_request:
-        raise RefusalError(413, f"{body.size} bytes; {limits.bulk_bytes_per_request} are the most")
+        raise RefusedError(413, f"{body.size} bytes; {limits.bulk_bytes_per_request} are the most")
     rows = body.value if body.filename is not None else _users(_convert(body, dict[str, Any]))
     if isinstance(rows, list) and len(rows) > limits.bulk_rows_per_request:
-        raise RefusalError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
+        raise RefusedError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
     msgspec.convert(rows, Annotated[list[_UserRow], _NOT_EMPTY])
     return state.describe(state.start_job(entry.number, rows, body.filename, body.size))
 
@@ -133,7 +133,7 @@ def _delete_users(state: State, _: Entry, body: dict[str, Any]) -> None:
 def _job(state: State, entry: Entry, _: Body) -> dict[str, Any]:
     job = state.jobs.get(unquote(entry.path.removeprefix(JOB_PATH)))
     if job is None:
-        raise RefusalError(404, "no such job")
+        raise RefusedError(404, "no such job")
     return state.describe(job, completed_rows=job.completed_rows)
 
 
@@ -159,13 +159,13 @@ _ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, Callable[[State, Entry,
 
 def _convert(body: Body, schema: Any) -> Any:
     if body.problem is not None or body.filename is not None:
-        raise RefusalError(400, body.problem or "Content-Type must be application/json")
+        raise RefusedError(400, body.problem or "Content-Type must be application/json")
     return msgspec.convert(body.value, schema)
 
 
 def _users(body: dict[str, Any]) -> Any:
     if body.keys() != {"users"}:
-        raise RefusalError(400, "users is needed, and nothing else")
+        raise RefusedError(400, "users is needed, and nothing else")
     return body["users"]
 
 

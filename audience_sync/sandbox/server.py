@@ -21,7 +21,7 @@ from urllib.parse import parse_qs
 import msgspec
 
 from audience_sync.sandbox import api
-from audience_sync.sandbox.state import Entry, RefusalError, State
+from audience_sync.sandbox.state import Entry, RefusedError, State
 
 FRAMING_BYTES = 65_536  # of a multipart upload, around its file
 
@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
                 content = self.inspect(f"{self.command} {name}", parse_qs(query), body.value)
                 content = json.dumps(content, default=msgspec.structs.asdict).encode()
             self.send(200, content)
-        except RefusalError as error:
+        except RefusedError as error:
             self.send(error.status, api.errors(error.status, str(error)))
         except ValueError as error:
             self.send(400, api.errors(400, str(error)))

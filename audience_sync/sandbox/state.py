@@ -16,7 +16,7 @@ JOB_PATH = "/v1/background_jobs/"
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class RefusalError(Exception):
+class RefusedError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
@@ -133,7 +133,7 @@ class State:
         return entry
 
     def admit(self, lane: str, entry: Entry) -> None:
-        """Take a place in each window that the request counts in; RefusalError 429 if one is full.
+        """Take a place in each window that the request counts in; RefusedError 429 if one is full.
 
         A request that is refused later, with a 400, has used its places.
         """
@@ -141,7 +141,7 @@ class State:
         for name in names:
             places, seconds = self.places(name)
             if len(self.window(name, entry.monotonic)) >= places:
-                raise RefusalError(429, f"more than {places} {name} requests in {seconds:g} seconds")
+                raise RefusedError(429, f"more than {places} {name} requests in {seconds:g} seconds")
         for name in names:
             self._windows[name].append(entry.monotonic)
 
@@ -181,7 +181,7 @@ class State:
 
     def start_job(self, number: int, rows: list[dict[str, Any]], filename: str | None, size: int) -> Job:
         if self._running is not None:
-            raise RefusalError(409, f"the job {self._running.job_id} is still running")
+            raise RefusedError(409, f"the job {self._running.job_id} is still running")
         job_id = f"bulk:jobs:sandbox:{uuid.uuid4()}"
         job = self.job_type(job_id, rows, len(rows), number, filename, size, self._wall())
         self.jobs[job_id] = self._running = job

@@ -22,7 +22,7 @@ from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
 from audience_sync.queue import bulk, destination, due, job_answers, jobs, split
 from audience_sync.queue.worker import DeliverySettings, Worker
-from audience_sync.sandbox.state import RefusalError
+from audience_sync.sandbox.state import RefusedError
 from audience_sync.userpilot import payloads
 from tests.conftest import SCHEMA
 from tests.faulty_sandbox import JobFault
@@ -435,7 +435,7 @@ class Simulation:
     def start_other_job(self):
         try:
             self.network.userpilot.state.start_other_job(self.chance.choice([10, 200]))
-        except RefusalError:
+        except RefusedError:
             return
         self.note("somebody else's job")
 
