@@ -1,4 +1,4 @@
-"""What answers about bulk jobs mean: the counterpart of outcomes.py. Touches no database.
+"""Read the answers about bulk jobs: the counterpart of outcomes.py. Touches no database.
 
 | event | the job's users |
 | --- | --- |

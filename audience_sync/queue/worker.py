@@ -66,7 +66,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class DeliverySettings:
-    """What the worker needs of the configuration. Tests shorten the grace, the window and the poll.
+    """Settings of the worker. Tests shorten the grace, the window and the poll.
 
     `build` makes the path and the payload of a request from its action, subject and body.
     """
@@ -83,7 +83,7 @@ class DeliverySettings:
 
 @dataclass(frozen=True, slots=True)
 class _Cycle:
-    """What a cycle's transaction decided."""
+    """Decisions of a cycle, for after its commit."""
 
     claims: list[requests.ClaimedRequest]
     settled_by_jobs: Counter[str]
@@ -204,7 +204,7 @@ class Worker:
             self._delay_tracks()
 
     def _delay_tracks(self) -> None:
-        """Let the events after one that is not repeated wait for the grace, in which it may still arrive."""
+        """Hold back further events during the grace: one that is not repeated may still arrive."""
         self._lanes["track"].wait(self.clock.monotonic() + self.settings.grace.total_seconds(), _TRACKS_WAIT)
 
     def _work(self, lease: leases.Lease) -> bool:
@@ -474,9 +474,9 @@ class Worker:
         """Write the lanes' slow-downs when a pause begins or ends, and at the end of the work."""
         now, monotonic = self.clock.now(), self.clock.monotonic()
         slow_downs = {
-            name: found
+            name: slow_down
             for name, lane in self._paces()
-            if (found := pace.slow_down(lane, monotonic, now)) is not None
+            if (slow_down := pace.slow_down(lane, monotonic, now)) is not None
         }
         state = {
             (name, lane.paused_until > monotonic, lane.reason)
