@@ -29,7 +29,7 @@ from audience_sync.clock import Clock
 from audience_sync.queue import deliveries, due, job_answers, jobs, outcomes, split
 from audience_sync.queue.destination import MADE_FOR_ANOTHER
 from audience_sync.queue.job_answers import JobAnswers
-from audience_sync.queue.jobs import Job, JobRequest
+from audience_sync.queue.jobs import BulkJob, JobRequest
 from audience_sync.queue.pace import BulkPace, Lane
 from audience_sync.userpilot.answers import Answer
 
@@ -86,7 +86,7 @@ class Transaction:
 class _Task:
     """A generator and what it waits for; `job` is None for the one that watches the jobs of other clients."""
 
-    job: Job | None
+    job: BulkJob | None
     steps: Generator[Wait, Answer, None]
     wait: Wait = NOW
 
@@ -132,10 +132,10 @@ class BulkLane:
             self._tasks.append(_Task(job, self._life(job)))
         self._tasks.append(_Task(None, self._watch_foreign_jobs()))
 
-    def _job(self, row: sa.Row[Any], monotonic: float, now: dt.datetime) -> Job:
+    def _job(self, row: sa.Row[Any], monotonic: float, now: dt.datetime) -> BulkJob:
         seconds = max(0.0, (now - row.submitted_at).total_seconds()) if row.submitted_at else 0.0
         is_unsure = row.status == "uploading"  # it may still arrive
-        return Job(
+        return BulkJob(
             row.request_id,
             row.filename,
             row.status,
@@ -208,11 +208,11 @@ class BulkLane:
         return max(wait, SHORTEST_WAIT_SECONDS) if wait > 0 else 0.0
 
     @property
-    def under_way(self) -> Job | None:
+    def under_way(self) -> BulkJob | None:
         return next((job for job in self._jobs if job.is_under_way), None)
 
     @property
-    def _jobs(self) -> list[Job]:
+    def _jobs(self) -> list[BulkJob]:
         return [task.job for task in self._tasks if task.job is not None]
 
     def rates(self) -> split.Pace:
@@ -236,7 +236,7 @@ class BulkLane:
 
     # The life of a job.
 
-    def _life(self, job: Job, users: list[str] | None = None) -> Generator[Wait, Answer, None]:
+    def _life(self, job: BulkJob, users: list[str] | None = None) -> Generator[Wait, Answer, None]:
         """Take users into a job, upload it, follow it to its end and settle its deliveries."""
         request = self._request_about(job)
         if users is not None:
@@ -260,7 +260,7 @@ class BulkLane:
         self._record(job)
         yield from self._settle(job)
 
-    def _request_about(self, job: Job | None) -> JobRequest | None:
+    def _request_about(self, job: BulkJob | None) -> JobRequest | None:
         """Return the request in flight if it is about this job."""
         return self._request if self._request is not None and self._request.job is job else None
 
@@ -310,7 +310,7 @@ class BulkLane:
                 burst = len(users)
         return users, min(burst, room)
 
-    def _gather(self, job: Job, users: list[str]) -> Generator[Wait, Answer, bytearray]:
+    def _gather(self, job: BulkJob, users: list[str]) -> Generator[Wait, Answer, bytearray]:
         """Take the users' deliveries into a job, some in each transaction; return the content of its upload."""
         began_at, content = self.clock.monotonic(), bytearray()
         yield NOW
@@ -326,14 +326,14 @@ class BulkLane:
         self._gather_seconds = (self.clock.monotonic() - began_at) / max(1, job.row_count)
         return content
 
-    def _is_enough(self, job: Job, left: int, began_at: float) -> bool:
+    def _is_enough(self, job: BulkJob, left: int, began_at: float) -> bool:
         """Return whether to start with a part of a long job, because no other runs meanwhile."""
         if self.under_way is not None or job.row_count < split.SMALLEST_JOB:
             return False
         is_long = job.row_count + left >= FIRST_ROWS
         return is_long and self.clock.monotonic() - began_at >= START_SECONDS
 
-    def _take(self, job: Job, users: list[str], content: bytearray) -> bool:
+    def _take(self, job: BulkJob, users: list[str], content: bytearray) -> bool:
         """Take the idle ones of these users into a job; return False when its upload is full."""
         connection, now, is_full = self._transaction.connection, self._transaction.now, False
         ids: list[int] = []
@@ -364,7 +364,7 @@ class BulkLane:
         except Exception:  # noqa: BLE001  (concerns this user alone; the live lane records the error)
             return None
 
-    def _wait_for_start(self, job: Job) -> Generator[Wait, Answer, None]:
+    def _wait_for_start(self, job: BulkJob) -> Generator[Wait, Answer, None]:
         """Wait for the end of the job before; give the users back if that takes too long, or the lane pauses."""
         give_up_at = self.clock.monotonic() + READY_SECONDS
         while self._is_occupied() and not self._transaction.is_ending and self.clock.monotonic() < give_up_at:
@@ -375,12 +375,12 @@ class BulkLane:
             pause = OCCUPIED_SECONDS if self._is_occupied() else BACKLOG_SECONDS
             self.pace.gather_at = self.clock.monotonic() + pause
 
-    def _started(self, job: Job) -> None:
+    def _started(self, job: BulkJob) -> None:
         job.status, job.is_ready = "uploading", False
         job.submitted_at = job.moved_at = self.clock.monotonic()
         logs.event(log, logging.INFO, "bulk job sent", rows=job.row_count, request_id=job.request_id)
 
-    def _next_request(self, job: Job) -> Generator[Wait, Answer, JobRequest | None]:
+    def _next_request(self, job: BulkJob) -> Generator[Wait, Answer, JobRequest | None]:
         """Wait until it is time to ask about the job; return None if it is given up for lack of progress."""
         while True:
             self._answers.give_up_stalled(job)
@@ -393,10 +393,10 @@ class BulkLane:
             else:
                 return JobRequest("poll" if job.job_id else "list", job)
 
-    def _record(self, job: Job) -> None:
+    def _record(self, job: BulkJob) -> None:
         jobs.record(self._transaction.connection, job, self._transaction.now)
 
-    def _settle(self, job: Job) -> Generator[Wait, Answer, None]:
+    def _settle(self, job: BulkJob) -> Generator[Wait, Answer, None]:
         """Settle the deliveries of a job that is over, some in each transaction."""
         while True:
             while self._next_to_settle() is not job:
@@ -419,7 +419,7 @@ class BulkLane:
             yield NOW
         jobs.finish_job(transaction.connection, job.request_id, transaction.now)
 
-    def _next_to_settle(self) -> Job | None:
+    def _next_to_settle(self) -> BulkJob | None:
         """Choose a job that gives its users back before a completed one, which can wait until the next is sent."""
         over = min((job for job in self._jobs if job.is_over), key=lambda job: job.is_completed, default=None)
         if over is None or not over.is_completed or self._transaction.is_ending:

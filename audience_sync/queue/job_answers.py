@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from audience_sync import logs
 from audience_sync.clock import Clock
-from audience_sync.queue.jobs import Job, JobRequest, JobStatus, parse_job, parse_jobs
+from audience_sync.queue.jobs import BulkJob, JobRequest, JobStatus, parse_job, parse_jobs
 from audience_sync.queue.pace import LONGEST_PAUSE_SECONDS, BulkPace
 from audience_sync.userpilot.answers import Answer, Outcome
 
@@ -40,7 +40,7 @@ class JobAnswers:
     clock: Clock
     grace: dt.timedelta
 
-    def read(self, request: JobRequest, job: Job, answer: Answer) -> None:
+    def read(self, request: JobRequest, job: BulkJob, answer: Answer) -> None:
         match request.kind:
             case "upload":
                 job.upload = answer
@@ -50,7 +50,7 @@ class JobAnswers:
             case "list":
                 self._read_list(job, answer)
 
-    def _read_upload(self, job: Job, answer: Answer) -> None:
+    def _read_upload(self, job: BulkJob, answer: Answer) -> None:
         error, status = answer.error or "no answer", parse_job(answer.document)
         match answer.outcome:
             case Outcome.ACCEPTED if status.job_id:
@@ -69,14 +69,14 @@ class JobAnswers:
                 if outcome is not Outcome.UNAUTHORISED:
                     self._pause(error, answer.retry_after_seconds)
 
-    def _refused(self, job: Job, answer: Answer, error: str) -> None:
+    def _refused(self, job: BulkJob, answer: Answer, error: str) -> None:
         """Halve the next job, until the row that was refused is alone: the live lane then gets an answer for it."""
         job.end("failed" if job.row_count == 1 else "dropped", error)
         logs.event(log, logging.WARNING, "bulk job refused", rows=job.row_count)
         if self.pace.refused(job.row_count, is_too_large=answer.status_code == 413):
             self._pause(error)
 
-    def _read_poll(self, job: Job, answer: Answer) -> None:
+    def _read_poll(self, job: BulkJob, answer: Answer) -> None:
         monotonic = self.clock.monotonic()
         if answer.outcome is Outcome.ACCEPTED and isinstance(answer.document, dict):
             self._update_status(job, job.job_id or "", parse_job(answer.document))
@@ -90,7 +90,7 @@ class JobAnswers:
             wait = answer.retry_after_seconds or 2 * max(self._poll_seconds(job), 1.0)
             job.poll_at = monotonic + min(wait, LONGEST_PAUSE_SECONDS)
 
-    def _read_list(self, job: Job, answer: Answer) -> None:
+    def _read_list(self, job: BulkJob, answer: Answer) -> None:
         """Find the job of an upload that was not answered."""
         job.poll_at = self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS
         listed = parse_jobs(answer)
@@ -115,7 +115,7 @@ class JobAnswers:
         else:
             self.pace.is_foreign_job_running, self.pace.reason = False, ""
 
-    def _update_status(self, job: Job, job_id: str, status: JobStatus) -> None:
+    def _update_status(self, job: BulkJob, job_id: str, status: JobStatus) -> None:
         """Take over what Userpilot says of a job; what it leaves out stays as it was."""
         completed = job.completed_count if status.completed_rows is None else status.completed_rows
         if (status.state, completed, job_id) != (job.state, job.completed_count, job.job_id):
@@ -138,7 +138,7 @@ class JobAnswers:
                 seconds=round(self.clock.monotonic() - job.submitted_at, 1),
             )
 
-    def _completed(self, job: Job, status: JobStatus) -> None:
+    def _completed(self, job: BulkJob, status: JobStatus) -> None:
         counts = [count for count in (status.total_rows, status.completed_rows) if count is not None]
         least = min(counts, default=job.row_count)
         if least < job.row_count:
@@ -150,14 +150,14 @@ class JobAnswers:
         if job.row_count >= MEASURED_ROWS:
             self.pace.measured(job.row_count / max(0.001, self.clock.monotonic() - job.submitted_at))
 
-    def give_up_stalled(self, job: Job) -> None:
+    def give_up_stalled(self, job: BulkJob) -> None:
         """End a job that has shown no progress for too long."""
         patience = max(STALLED_JOB_SECONDS, 4 * job.row_count / self.pace.rows_per_second)
         if self.clock.monotonic() - job.moved_at > patience:
             job.end("lost", f"Given up: the bulk job showed no progress for {round(patience / 60)} minutes")
             self._wait_for_foreign_job("a bulk job that was given up may still run")
 
-    def _poll_seconds(self, job: Job) -> float:
+    def _poll_seconds(self, job: BulkJob) -> float:
         """Return the seconds until the next poll: fewer when the end is near."""
         left = job.ends_at(self.pace.rows_per_second) - self.clock.monotonic()
         return min(LONGEST_POLL_SECONDS, max(SHORTEST_POLL_SECONDS, left / 2 if left > 0 else -left / 20))

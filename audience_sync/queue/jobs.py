@@ -25,7 +25,7 @@ SETTLED_PER_TRANSACTION = 2_000  # deliveries that a transaction settles at most
 
 
 @dataclass(slots=True)
-class Job:
+class BulkJob:
     """A job that is not settled. Its status is one of those in tables.py; times are monotonic seconds."""
 
     request_id: int
@@ -87,7 +87,7 @@ class JobRequest:
     """A request about a job; `job` is None when it is about jobs of others."""
 
     kind: Literal["upload", "poll", "list"]
-    job: Job | None
+    job: BulkJob | None
     content: bytes = b""
 
     def send(self, sender: JobSender) -> Answer:
@@ -142,14 +142,14 @@ def parse_jobs(answer: Answer) -> list[JobStatus] | None:
     return [parse_job(document) for document in answer.document]
 
 
-def create_job(connection: sa.Connection, fingerprint: str | None, epoch: int, now: dt.datetime) -> Job:
+def create_job(connection: sa.Connection, fingerprint: str | None, epoch: int, now: dt.datetime) -> BulkJob:
     """Insert a job without rows, and the request of its upload."""
     filename = f"audience-sync-{uuid.uuid4().hex}.ndjson"
     inserted = connection.execute(
         tables.requests.insert().values(lane="bulk", epoch=epoch, started_at=now, delivery_count=0)
     )
     (request_id,) = inserted.inserted_primary_key or (0,)
-    job = Job(int(request_id), filename)
+    job = BulkJob(int(request_id), filename)
     connection.execute(
         tables.bulk_jobs.insert().values(
             request_id=request_id,
@@ -179,7 +179,7 @@ def begin_upload(connection: sa.Connection, request_id: int, now: dt.datetime) -
     )
 
 
-def record(connection: sa.Connection, job: Job, now: dt.datetime) -> None:
+def record(connection: sa.Connection, job: BulkJob, now: dt.datetime) -> None:
     """Write what is known of a job, and how its upload ended."""
     update_job(connection, job.request_id, **job.columns, ended_at=now if job.is_over else None)
     if job.upload is not None:
