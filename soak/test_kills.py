@@ -1,4 +1,4 @@
-"""Thousands of kills: $SOAK_KILLS on each database, 2,000 unless set. Prints the README's table."""
+"""Thousands of kills: $SOAK_KILLS on each database, 2,000 unless set. Prints the table of docs/explanation/promises.md."""
 
 import itertools
 import os

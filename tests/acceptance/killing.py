@@ -59,7 +59,7 @@ WITH_JOBS = Company(100, 90, 20, 15, window_seconds=3.0)  # each sync has jobs, 
 class Kind:
     """A kind of kill: of `command`, at each of `points` of audience_sync.crash in turn, or at random moments."""
 
-    label: str  # in the README's table
+    label: str  # in the table of kills
     share: int  # kills of a hundred
     points: tuple[str, ...] = ()
     command: str = "sync"
@@ -421,7 +421,7 @@ HEAD = (
 
 
 def row(name, backend, outcomes):
-    """A row of the README's table."""
+    """A row of the table of kills in docs/explanation/promises.md."""
 
     def total(count):
         return f"{sum(getattr(each, count) for each in outcomes):,}"
