@@ -89,7 +89,7 @@ def test_a_signal_lets_a_delivery_finish_what_is_in_flight(start, command, sandb
     code, output = command.ended(process)
     assert code == 1, output
     assert user_count(sandbox) < MANY
-    assert "What is pending is tried again" in output
+    assert "continues with the pending ones" in output
     statuses = [each["status"] for each in command.document("deliveries")]
     assert sorted(statuses) == ["accepted"] * user_count(sandbox) + ["pending"] * (MANY - user_count(sandbox))
     assert command.document("status")["deliverer"] is None

@@ -74,10 +74,8 @@ source = "shop"
 sql = "SELECT user_id FROM people"
 """
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S.*")
-TO_A_PERSON = (
-    "audience-sync: ",
-    "Stopping: ",
-)  # the last line of a command, or its answer to a signal: not part of the log
+# The last line of a command, and its answer to a signal, are not part of the log.
+TO_A_PERSON = ("audience-sync: ", "Stopping after the requests in flight.")
 
 
 @dataclass(frozen=True)
