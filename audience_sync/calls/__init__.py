@@ -1,5 +1,5 @@
-"""Identify, track and group calls: what makes one valid, what it sends to Userpilot, and how it is stored.
+"""Identify, track and group calls: their validation, what they send to Userpilot, and how they are stored.
 
-A call passes through `validation`, `mappings` (with `directives` and `fql`) and `records`, in this order. Only
-`records` uses the database; it queues the deliveries by `queue.deliveries`.
+A call passes through `validation`, `mappings` (with `directives` and `fql`) and `records`, in this order. The first
+two do not use the database. Next: queue/deliveries.py, which queues the deliveries.
 """

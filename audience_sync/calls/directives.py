@@ -1,8 +1,9 @@
 """Segment's mapping directives, checked when the configuration loads and resolved against calls.
 
-An object with one `@` key is a directive; everything else is a fixed value, member by member. A value that is missing
-from a call drops its key; in a list it becomes null, so that the others keep their places (as in Segment).
-Where Segment's engine follows JavaScript's truthiness and conversions, this follows JSON's types.
+An object whose only key begins with `@` is a directive. Anything else is a fixed value, whose members may be
+directives. A key whose value is missing from the call is left out; in a list, a missing item becomes null, so that
+the other items keep their positions (as in Segment). Segment's engine follows JavaScript's truthiness and
+conversions; this one follows JSON's types.
 """
 
 import math
@@ -30,14 +31,15 @@ _Resolve: TypeAlias = Callable[[Document], Any]
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A checked mapping, for any number of calls."""
+    """A compiled mapping."""
 
     _resolve: _Resolve
 
     def resolve(self, document: Document) -> Any:
-        """Build the value from a call's document, or return MISSING. Do not change it: it may share parts with both.
+        """Build the value for a call's document, or return MISSING.
 
-        Raises CallError if the document is too deep or its numbers are too long to become text.
+        The value may share parts with the document and the mapping: do not modify it. Raises CallError if the
+        document is nested too deeply, or a number is too long to become text.
         """
         try:
             return self._resolve(document)
@@ -46,7 +48,7 @@ class Template:
 
 
 def compile_template(value: Any, where: str = "") -> Template:
-    """Check a mapping from the configuration. Raises ConfigError that begins with the place: `fields.name: …`."""
+    """Compile a mapping from the configuration. Raises ConfigError, which begins with the place: `fields.name: …`."""
     return Template(_compile(value, where, MAX_LEVELS))
 
 
@@ -87,7 +89,7 @@ def _directive(value: dict[str, Any], where: str, levels: int) -> _Resolve:
     return _DIRECTIVES[name](value[name], _at(where, name), levels - 1)
 
 
-# The directives: each checks its argument and returns a function that resolves it
+# Each directive has a function that checks its argument and returns a function that resolves it.
 
 
 def _path(argument: Any, where: str, _levels: int) -> _Resolve:
@@ -187,9 +189,6 @@ _DIRECTIVES: dict[str, Callable[[Any, str, int], _Resolve]] = {
 _UNSUPPORTED = {"@replace", "@arrayPath", "@transform", "@excludeWhenNull", "@liquid"}
 
 
-# Resolving
-
-
 def _walk(value: Any, steps: list[str | int]) -> Any:
     for step in steps:
         if isinstance(value, dict):
@@ -228,9 +227,6 @@ def _leaves(value: Any, name: str, separator: str, kinds: tuple[type, ...]) -> I
 
 def _decode(value: Any) -> Any:
     return json_or_text(value) if isinstance(value, str) else value
-
-
-# Checking the configuration
 
 
 def _steps(path: str, where: str) -> list[str | int]:

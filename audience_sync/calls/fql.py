@@ -1,7 +1,7 @@
 """Triggers in Segment's filter query language (FQL): parsed into a tree, then compiled into a condition on calls.
 
 The language is as documented at https://segment.com/docs/api/public-api/fql/, even where Segment's engine differs.
-The page leaves some questions open; these are the answers here:
+Where that page leaves a question open, the answer here is:
 - Only `true` is true. Any other condition (null, 1, "yes", an object) is false, and `!` makes it true.
 - A missing field is null. An argument of the wrong type counts as null.
 - Text in quotes is literal: a backslash has a meaning for `match` only.
@@ -76,7 +76,7 @@ Document: TypeAlias = Mapping[str, Any]
 
 
 def parse_trigger(text: str) -> Expression:
-    """Parse a trigger into a tree that keeps its grouping: `(a and b) and c` differs from `a and b and c`.
+    """Parse a trigger into a tree that preserves its grouping: `(a and b) and c` differs from `a and b and c`.
 
     Raises ConfigError with the line, the column, an excerpt, and what was expected there.
     """
@@ -97,9 +97,9 @@ def parse_trigger(text: str) -> Expression:
 
 
 def compile_trigger(expression: Expression) -> Callable[[Document], bool]:
-    """Compile an expression into a condition on a call's JSON document, which never raises.
+    """Compile an expression into a condition on a call's JSON document.
 
-    The condition is false for a document whose values are too deep or too large to compare or convert.
+    The condition never raises. It is false if a value is nested too deeply or is too large to compare or convert.
     """
     condition = _condition(expression)
 
@@ -161,7 +161,7 @@ _KEYWORDS = {"and", "or", "in", "null", "true", "false", "not"}
 
 
 def _reserved(name: str) -> str | None:
-    """Say why this cannot be a field; None if it can. Keywords are reserved in any case, so that AND is not a field."""
+    """Return why a name cannot be a field, or None if it can. Keywords are reserved in upper case too, such as AND."""
     word = name.lower()
     if word not in _KEYWORDS or name in _KEYWORDS - {"not"}:
         return None

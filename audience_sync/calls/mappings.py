@@ -1,7 +1,7 @@
-"""Mappings: what a call sends to Userpilot. Each mapping whose trigger matches builds the fields of an action.
+"""Mappings decide what a call sends to Userpilot: each one whose trigger matches builds the fields of an action.
 
-The presets are mappings like those of the configuration. They send what Segment's own Userpilot destination sends;
-docs/reference/segment-differences.md names the differences.
+The presets work like the configuration's mappings. They send the same as Segment's own Userpilot destination;
+docs/reference/segment-differences.md lists the differences. Next: records.py.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -33,9 +33,8 @@ _USER = {
     }
 }
 _TRAITS = {"createdAt": {"@path": "$.traits.createdAt"}, "traits": {"@path": "$.traits"}}
-FIELDS: dict[
-    str, dict[str, Any]
-] = {  # of each action, and the defaults of those that a mapping does not name
+# The fields of each action, with the defaults of those that a mapping leaves out.
+FIELDS: dict[str, dict[str, Any]] = {
     "identifyUser": {"userId": _USER, **_TRAITS},
     "identifyCompany": {"groupId": {"@path": "$.groupId"}, "userId": _USER, **_TRAITS},
     "trackEvent": {"userId": _USER, "name": {"@path": "$.event"}, "properties": {"@path": "$.properties"}},
@@ -44,10 +43,10 @@ FIELDS: dict[
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A delivery that a call asks for.
+    """A delivery of a call.
 
-    `body` is the metadata of a user or a company; COMPANY in a user's is the id of the company that the user is in.
-    For a track it is the event_name and metadata.
+    `body` is the metadata of a user or a company, and the id of a user's company under COMPANY; for a track it is
+    event_name and metadata.
     """
 
     action: Action
@@ -57,7 +56,7 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The deliveries of a call; `left_out` are traits that must not be sent, `problems` say why something is not sent."""
+    """The deliveries of a call, the traits that must not be sent, and the reasons why something is not sent."""
 
     outgoing: list[Outgoing] = field(default_factory=list)
     left_out: dict[str, Any] = field(default_factory=dict)
@@ -74,11 +73,11 @@ class Mapping:
     action: str
     matches: Callable[[dict[str, Any]], bool]
     fields: directives.Template
-    makes_values: bool = False  # that are not in the call, so that they need a check
+    makes_values: bool = False  # whether a value may differ from the call's, and must be checked again
 
 
 def compile_mapping(name: str, action: str, trigger: str, fields: dict[str, Any]) -> Mapping:
-    """Compile a mapping of the configuration; fields that it does not name are filled as in the presets.
+    """Compile a mapping of the configuration; fields that it leaves out are filled as in the presets.
 
     Raises:
         ConfigError: the trigger or a field is wrong; the message says where.
@@ -89,8 +88,9 @@ def compile_mapping(name: str, action: str, trigger: str, fields: dict[str, Any]
     known = FIELDS[action]
     for field_name in fields:
         if field_name not in known:
-            hint = did_you_mean(field_name, known)
-            raise ConfigError(f"fields: {action} has no field {field_name[:60]!a}: {hint}")
+            raise ConfigError(
+                f"fields: {action} has no field {field_name[:60]!a}: {did_you_mean(field_name, known)}"
+            )
     template = directives.compile_template({**known, **fields}, "fields")
     try:
         matches = fql.compile_trigger(fql.parse_trigger(trigger))
@@ -118,8 +118,8 @@ PRESETS = (
 def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection[str]) -> Decision:
     """Collect the deliveries of the mappings that match a call.
 
-    `reserved_keys` are the keys of definitions: only their runs set these properties of users. A mapping that fails
-    adds a problem and stops no other.
+    `reserved_keys` are the keys of definitions: only their runs may set these properties of users. A mapping that
+    fails adds a problem and does not stop the others.
     """
     decision = Decision()
     if not _is_for_us(call.document.get("integrations") or {}):
@@ -147,7 +147,7 @@ def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection
 
 
 def _is_for_us(integrations: dict[str, Any]) -> bool:
-    """Userpilot's own entry overrides All; an object of options means true (as in Segment)."""
+    """Return whether the call is for Userpilot. Its own entry overrides All; an object means true (as in Segment)."""
     own = [integrations[name] for name in NAMES if integrations.get(name) is not None]
     return own[0] is not False if own else integrations.get("All") is not False
 
@@ -157,7 +157,7 @@ def _identify_user(fields: dict[str, Any]) -> list[Outgoing]:
 
 
 def _identify_company(fields: dict[str, Any]) -> list[Outgoing]:
-    """Send the company's traits and, if the call names a user, that the user is in the company."""
+    """Send the company's traits and, if the call names a user, the user's company."""
     company_id = _id(fields, "groupId", MAX_GROUP_ID_LENGTH)
     outgoing = [Outgoing(Action.COMPANY, company_id, _metadata(fields))]
     if fields.get("userId") is not None:

@@ -1,4 +1,4 @@
-"""The forms of a call: valid, prepared to be stored, and the receipt for it."""
+"""The types of a call: `Call` (validated), `PreparedCall` (ready to be stored) and `Receipt` (its outcome)."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,9 +17,9 @@ class CallType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that passed validation; `timestamp` is aware, in UTC.
+    """A valid call; `timestamp` is aware, in UTC.
 
-    `document` is the call in Segment's fields, as triggers and mappings read it: ids are strings.
+    `document` is the call in Segment's fields, which triggers and mappings read; its ids are strings.
     """
 
     type: CallType
@@ -58,7 +58,7 @@ class PreparedDelivery(NamedTuple):
 
 
 class PreparedCall(NamedTuple):
-    """A call and its deliveries as text, ready to be written."""
+    """A call with its deliveries, as the text that is stored."""
 
     message_id: str
     type: str

@@ -1,7 +1,7 @@
 """FQL's operators and functions on JSON values.
 
-They take any arguments. They raise only at Python's own limits: RecursionError for thousands of levels, ValueError for
-thousands of digits.
+They take arguments of any type, and raise only at Python's own limits: RecursionError for thousands of levels,
+ValueError for thousands of digits.
 """
 
 import json
@@ -89,7 +89,7 @@ def _type(value: Any) -> str:
 
 
 def _bool(value: Any) -> bool:
-    """Return false for null, zero, empty values, and the texts "false" and "0"; true for the rest."""
+    """Return false for null, zero, empty values, and the texts "false" and "0"; otherwise true."""
     return bool(value) and value not in ("false", "0")
 
 
@@ -98,7 +98,7 @@ def _string(value: Any) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number unchanged, the text of a JSON number as that number, null for the rest."""
+    """Return a number unchanged, the text of a JSON number as that number, otherwise null."""
     if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", value):
         value = json.loads(value)
     return value if _is_number(value) and abs(value) < math.inf else None

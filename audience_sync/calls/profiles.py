@@ -1,8 +1,9 @@
-"""Profiles, companies and events, as calls describe them; definitions may read their tables."""
+"""Profiles, companies and events, built from calls; definitions may read their tables."""
 
 import datetime as dt
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import sqlalchemy as sa
 
@@ -23,18 +24,27 @@ class _EventRow(NamedTuple):
 
 
 class _MembershipRow(NamedTuple):
-    """The company that a user is in."""
-
     user_id: str
-    company_id: str | None
+    company_id: str
     company_at: str
+
+
+class _Observation(NamedTuple):
+    """The time and the traits of a call about a user or a company; `traits` may be empty."""
+
+    at: str
+    traits: str
+
+
+_Observations: TypeAlias = defaultdict[str, list[_Observation]]  # by the id of the user or the company
 
 
 def update_profiles(
     connection: sa.Connection, new: Mapping[int, PreparedCall], received_at: dt.datetime
 ) -> None:
-    """Update profiles and companies, and add events, from new calls by their ids; skip calls of erased users."""
-    users, companies = _Observations(), _Observations()
+    """Update profiles and companies and add events, from new calls by call id; skip calls of erased users."""
+    users: _Observations = defaultdict(list)
+    companies: _Observations = defaultdict(list)
     memberships: dict[str, _MembershipRow] = {}
     event_rows: list[_EventRow] = []
     received = rows.moment(received_at)
@@ -42,9 +52,10 @@ def update_profiles(
         user = call.subject_id
         if user is None:  # erased
             continue
-        users.add(user, call.timestamp, call.traits if call.type == CallType.IDENTIFY else "")
+        traits = call.traits if call.type == CallType.IDENTIFY else ""
+        users[user].append(_Observation(call.timestamp, traits))
         if call.type == CallType.GROUP and call.group_id is not None:
-            companies.add(call.group_id, call.timestamp, call.traits)
+            companies[call.group_id].append(_Observation(call.timestamp, call.traits))
             if user not in memberships or memberships[user].company_at <= call.timestamp:
                 memberships[user] = _MembershipRow(user, call.group_id, call.timestamp)
         elif call.type == CallType.TRACK:
@@ -71,46 +82,26 @@ def update_profiles(
     rows.insert(connection, tables.events, _EventRow._fields, event_rows)
 
 
-class _Observation(NamedTuple):
-    at: str
-    traits: str
-
-
-class _Observations:
-    """Times and traits that calls gave of users, or of companies, by id."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, list[str]] = {}
-        self.traits: dict[str, list[_Observation]] = {}
-
-    def add(self, subject: str, at: str, traits: str) -> None:
-        self.times.setdefault(subject, []).append(at)
-        if traits:
-            self.traits.setdefault(subject, []).append(_Observation(at, traits))
-
-
 def _merge(
     connection: sa.Connection, table: sa.Table, key: sa.Column[str], observations: _Observations
 ) -> None:
     """Merge traits into rows: the newest timestamp of each wins; a null removes the trait and leaves its time."""
-    rows.insert(  # which also locks existing rows
+    rows.insert(  # this also locks existing rows
         connection,
         table,
         (key.name, "traits", "trait_times", "first_seen_at", "last_seen_at"),
-        [
-            (subject, "{}", "{}", min(times), max(times))
-            for subject, times in sorted(observations.times.items())
-        ],
+        [(subject, "{}", "{}", min(seen).at, max(seen).at) for subject, seen in sorted(observations.items())],
         f"ON CONFLICT ({key.name}) DO UPDATE SET {_SEEN}",
     )
-    if not observations.traits:
+    with_traits = [subject for subject, seen in observations.items() if any(each.traits for each in seen)]
+    if not with_traits:
         return
     stored = connection.execute(
         sa.select(key.label("subject"), table.c.traits, table.c.trait_times).where(
-            is_among(connection, key, observations.traits)
+            is_among(connection, key, with_traits)
         )
     )
-    merged = [_merged(row, observations.traits[row.subject]) for row in stored]
+    merged = [_merged(row, observations[row.subject]) for row in stored]
     rows.update(connection, table, (key.name, "traits", "trait_times"), merged)
 
 
@@ -121,9 +112,9 @@ THEN excluded.last_seen_at ELSE t.last_seen_at END"""
 
 def _merged(row: sa.Row[Any], observations: Sequence[_Observation]) -> rows.Row:
     traits, times = row.traits, row.trait_times
-    for observation in sorted(observations, key=lambda each: each.at):
+    for observation in sorted(observations, key=lambda observation: observation.at):
         stamp = f"{observation.at.replace(' ', 'T')}+00:00"
-        for name, value in from_json(observation.traits).items():
+        for name, value in from_json(observation.traits or "{}").items():
             if times.get(name, "") <= stamp:
                 times[name] = stamp
                 traits[name] = value

@@ -1,6 +1,6 @@
-"""Storing calls, with the deliveries that they queue; many are stored by a few statements.
+"""Storage of calls, with the deliveries that they queue; a few statements store any number of calls.
 
-Next: queue/deliveries.py. What calls say of users and companies is stored by `profiles`.
+`profiles` stores what the calls say about users and companies. Next: queue/deliveries.py.
 """
 
 import datetime as dt
@@ -20,17 +20,8 @@ from audience_sync.retention import erasure
 from audience_sync.userpilot.payloads import Action
 
 FORGOTTEN = "the user was forgotten"
-_FIELDS = {
-    "type",
-    "messageId",
-    "userId",
-    "anonymousId",
-    "groupId",
-    "event",
-    "timestamp",
-}  # with columns of their own
-
-
+# The fields that have columns of their own.
+_FIELDS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}
 _COLUMNS = (
     "message_id", "type", "user_id", "anonymous_id", "group_id", "event", "body", "timestamp", "reason", "left_out",
 )  # fmt: skip
@@ -71,11 +62,11 @@ def save_calls(
     fingerprint: str | None,
     user_by_user: bool = False,
 ) -> list[Receipt]:
-    """Store calls and what they say of users and companies, and queue their deliveries; a known message id is skipped.
+    """Store calls, update profiles and companies, and queue the deliveries; skip calls whose message id is known.
 
-    Of an erased user's call only the message id, type and times are stored.
-    `user_by_user`: queue the deliveries sorted by user, and only each user's own in the order of the calls. A database
-    stores many at once sooner that way, as it touches each page of an index by user once.
+    Only the message id, type and times of an erased user's call are stored. `user_by_user` queues the deliveries
+    sorted by user, so that only each user's own are in the order of the calls. A large batch is stored faster that
+    way, because each page of an index by user is touched once.
     """
     erasure.block_erasures(connection)
     unique: dict[str, PreparedCall] = {}
@@ -112,11 +103,8 @@ def save_calls(
 
 def _users(call: PreparedCall) -> Iterator[str]:
     """User ids in a call and in its deliveries."""
-    if call.user_id is not None:
-        yield call.user_id
-    if call.anonymous_id is not None:
-        yield call.anonymous_id
-    yield from (each.subject_id for each in call.deliveries if each.action != Action.COMPANY)
+    yield from (user_id for user_id in (call.user_id, call.anonymous_id) if user_id is not None)
+    yield from (delivery.subject_id for delivery in call.deliveries if delivery.action != Action.COMPANY)
 
 
 def _without_users(call: PreparedCall, erased: Collection[str]) -> PreparedCall:
@@ -134,7 +122,9 @@ def _without_users(call: PreparedCall, erased: Collection[str]) -> PreparedCall:
     if call.anonymous_id in erased:
         call = call._replace(anonymous_id=None)
     deliveries = tuple(
-        each for each in call.deliveries if each.action == Action.COMPANY or each.subject_id not in erased
+        delivery
+        for delivery in call.deliveries
+        if delivery.action == Action.COMPANY or delivery.subject_id not in erased
     )
     if len(deliveries) == len(call.deliveries):
         return call
@@ -149,9 +139,7 @@ def _insert_calls(
     received = rows.moment(received_at)
     call_rows = [
         (*_column_values(call), call_ids[message_id], "accepted" if call.deliveries else "ignored", received)
-        for message_id, call in sorted(
-            prepared.items()
-        )  # in one order, as other processes lock the same message ids
+        for message_id, call in sorted(prepared.items())  # all processes lock message ids in this order
     ]
     inserted_count = rows.insert(
         connection,
@@ -170,7 +158,7 @@ def _insert_calls(
 
 def _free_ids(connection: sa.Connection, count: int) -> Iterable[int]:
     """Return ids for new calls, ascending."""
-    if is_sqlite(connection):  # in a write transaction: no other connection writes now
+    if is_sqlite(connection):  # no other connection writes during this write transaction
         last = sql(connection, "SELECT max(seq) FROM sqlite_sequence WHERE name = 'calls'").scalar() or 0
         return range(last + 1, last + 1 + count)
     ids: Sequence[int] | None = sql(
@@ -196,7 +184,9 @@ def _call_ids(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str
 
 
 def _by_user(deliveries: Sequence[CallDelivery]) -> list[CallDelivery]:
-    """Sort by user; companies and their users come first, in the order of the calls: a company precedes its users."""
+    """Sort by user, but put companies and their users first, in the order of the calls: a company precedes its users."""
     group_calls = {delivery.call_id for delivery in deliveries if delivery.action == Action.COMPANY}
     linked = {delivery.subject_id for delivery in deliveries if delivery.call_id in group_calls}
-    return sorted(deliveries, key=lambda each: "" if each.subject_id in linked else each.subject_id)
+    return sorted(
+        deliveries, key=lambda delivery: "" if delivery.subject_id in linked else delivery.subject_id
+    )

@@ -1,4 +1,4 @@
-"""Validation of a call: Segment's rules, and the limits of JSON and of the databases."""
+"""Validation of a call: Segment's rules, and the limits of JSON and of the databases. Next: mappings.py."""
 
 import json
 import math
@@ -17,9 +17,9 @@ MAX_CALL_BYTES = 32 * 1024
 MAX_ID_LENGTH = 255
 MAX_GROUP_ID_LENGTH = 500
 MAX_MESSAGE_ID_LENGTH = 100
-MAX_EVENT_LENGTH = 500  # much longer ones fit into no index of PostgreSQL
+MAX_EVENT_LENGTH = 500  # PostgreSQL cannot index much longer text
 MAX_LEVELS = 20  # of objects and lists; the call itself is the first
-MAX_NUMBER_BITS = 1023  # the range of a double: most readers of JSON take no larger number
+MAX_NUMBER_BITS = 1023  # the range of a double: most JSON parsers accept no larger number
 _OBJECTS = ("traits", "properties", "context", "integrations")
 _TYPES = {call_type.value: call_type for call_type in CallType}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -32,7 +32,7 @@ def decode_json(text: bytes) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        return json.loads(text)  # it also takes lone surrogates and NaN, which validation names
+        return json.loads(text)  # accepts lone surrogates and NaN, so that validation can name them
     except (ValueError, RecursionError):
         raise CallError("not valid JSON") from None
 
@@ -46,13 +46,9 @@ def parse_call(
 ) -> Call:
     """Check a call in Segment's camel-case fields.
 
-    `timestamp` may also be a datetime; a naive one is UTC. `sent_at` is the time on the sender's clock when it sent
-    the call: it corrects the call's times by the clock's error (Segment's rule: receivedAt - (sentAt -
-    originalTimestamp)).
-
-    Raises:
-        CallError: the message names the field and what is wrong with it.
-
+    `timestamp` may also be a datetime; a naive one is UTC. `sent_at` is the time at which the call was sent, by the
+    sender's clock: it corrects that clock's error in the call's time (Segment's rule: receivedAt - (sentAt -
+    originalTimestamp)). Raises CallError, which names the field and what is wrong with it.
     """
     if not isinstance(raw, Mapping):
         raise CallError("a call must be a JSON object")
@@ -72,7 +68,8 @@ def parse_call(
     if call_type is CallType.ALIAS and not document.get("previousId"):
         raise CallError("previousId is required in an alias call")
     for name in _OBJECTS:
-        _check_object(document, name)
+        if not isinstance(document.get(name), dict | None):
+            raise CallError(f"{name} must be an object")
     return Call(
         type=call_type,
         message_id=_message_id(document.get("messageId")) or new_id(),
@@ -102,7 +99,7 @@ def _call_type(value: object) -> CallType:
 
 
 def read_id(document: dict[str, Any], name: str, max_length: int) -> str | None:
-    """Return the id in a field, None if it is absent; the field holds it as a string from then on."""
+    """Return the id in a field, None if it is absent, and make the field a string."""
     value = document.get(name)
     if value is None:
         return None
@@ -141,13 +138,8 @@ def _event(value: object) -> str:
     return value
 
 
-def _check_object(document: Mapping[str, Any], name: str) -> None:
-    if document.get(name) is not None and not isinstance(document[name], dict):
-        raise CallError(f"{name} must be an object")
-
-
 def _timestamp(document: Mapping[str, Any], received_at: datetime, sent_at: datetime | None) -> datetime:
-    """Return when the call happened, at most `received_at`: a clock ahead of ours would outdate all later calls."""
+    """Return when the call happened, at most `received_at`: a time in the future would make later calls look old."""
     timestamp = read_time(document, "timestamp")
     original = read_time(document, "originalTimestamp") or timestamp
     if sent_at is None:
@@ -181,14 +173,14 @@ def check_json(document: dict[str, Any]) -> None:
 def _encoded(document: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(document)
-    except (TypeError, ValueError, OverflowError):  # what msgspec does not encode
+    except (TypeError, ValueError, OverflowError):  # msgspec does not encode every JSON value
         return compact_json(document).encode()
 
 
 def _check_values(document: dict[str, Any]) -> None:
     """Check all nested values, level by level.
 
-    Each value takes at least one byte: that limit stops structures that contain themselves before they are encoded.
+    Each value takes at least one byte, so the size limit also ends the walk of a structure that contains itself.
     """
     level, budget, layer = 1, MAX_CALL_BYTES, [document]
     texts: list[str] = []
