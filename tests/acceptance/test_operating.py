@@ -392,7 +392,7 @@ def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
     assert command("forget", "erase-me")[0] == 0
     assert [deletion["ids"] for deletion in sandbox.state.deletions] == [["erase-me"]]
     assert mentions(url, "erase-me") == []
-    sandbox.state.advance(delete_now=True)
+    sandbox.state.delete_now()
 
     seen = len(sandbox.state.requests)
     code, run = sync(command)
