@@ -1,4 +1,4 @@
-"""Who may import whom, and who writes which table, as read from the code."""
+"""Which package may import which, and which writes which table, as read from the code."""
 
 import ast
 import re

@@ -234,7 +234,7 @@ REFUSED = [
     ("[logging]\nformat = 's3cret'", "[logging]: format: expected text or json"),
     ("[logging]\nlevel = 's3cret'", "[logging]: level: expected debug or info or warning or error"),
     *((f'[database]\nschema = "{each}"', SCHEMA) for each in ("S3cret", "s3cret\\n", "s3cret" * 11, "1a")),
-    # files that are no TOML; the parser's own words differ between versions of Python
+    # files that are no TOML; the parser's messages differ between versions of Python
     (b"[" * 5000, "not valid TOML: "),
     (b"a = " + b"[" * 5000, "not valid TOML: "),
     (b"a = " + b"9" * 5000, "not valid TOML: "),

@@ -104,7 +104,7 @@ class Machine(RuleBasedStateMachine):
         finally:
             self.crash_at(None)
         self.was_faulty |= full
-        self.waiting.pop(key, None)  # a newer run knows better
+        self.waiting.pop(key, None)  # a newer run replaces it
         self._commit(key, before | after, after)
 
     def _commit(self, key, users, after):

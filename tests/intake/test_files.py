@@ -174,7 +174,9 @@ def test_of_many_bad_lines_only_the_first_are_listed(import_file):
     code, said = import_file(b"{\n" * 30)
     assert code == 1  # none of them is a call
     assert said.count("not valid JSON") == 20
-    assert "And 10 more lines that are no calls: --set-aside PATH writes all of them." in said
+    assert (
+        "And 10 more lines that are not valid calls: --set-aside PATH writes all of them to a file." in said
+    )
 
 
 @SQLITE
@@ -292,9 +294,9 @@ def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monk
 
 
 @SQLITE
-@pytest.mark.parametrize(("seconds", "told"), [(60, [6]), (0, [2, 4, 6])], ids=["together", "apart"])
+@pytest.mark.parametrize(("seconds", "counts"), [(60, [6]), (0, [2, 4, 6])], ids=["together", "apart"])
 def test_other_connections_can_write_between_transactions(
-    make_app, users, engine, tmp_path, monkeypatch, seconds, told
+    make_app, users, engine, tmp_path, monkeypatch, seconds, counts
 ):
     monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     monkeypatch.setattr(files, "LOCK_SECONDS", seconds)
@@ -309,7 +311,7 @@ def test_other_connections_can_write_between_transactions(
 
     with (tmp_path / "calls").open("rb") as file:
         files.import_calls(make_app(), files.decompressed(file), pytest.fail, on_progress)
-    assert seen == told
+    assert seen == counts
 
 
 @SQLITE
@@ -351,8 +353,8 @@ def test_deliveries_of_a_user_are_queued_in_the_order_of_the_file(import_file, q
     assert import_file(b"\n".join(lines))[0] == 0
     found = queued("d.subject_id, c.event", "track")
     for user in ("ann", "bob", "cleo"):
-        told = [name for each, name in zip(users, names, strict=True) if each == user]
-        assert [name for each, name in found if each == user] == told
+        sent_names = [name for each, name in zip(users, names, strict=True) if each == user]
+        assert [name for each, name in found if each == user] == sent_names
 
 
 def test_a_company_is_queued_before_its_users(import_file, queued):
@@ -371,10 +373,10 @@ def test_a_company_is_queued_before_its_users(import_file, queued):
     lines = [json.dumps(each).encode() for pair in zip(groups, others, strict=False) for each in pair]
     assert import_file(b"\n".join(lines))[0] == 0
     found = queued("d.action, d.subject_id, c.group_id, c.user_id", "group")
-    told = [(each["groupId"], each["userId"]) for each in groups]
+    members = [(each["groupId"], each["userId"]) for each in groups]
     assert found == [
         row
-        for group, user in told
+        for group, user in members
         for row in (("company", group, group, user), ("identify", user, group, user))
     ]
 

@@ -286,7 +286,7 @@ def test_two_servers_with_the_same_calls_store_each_once(start, url):
 
         def send(share):
             together.wait()
-            told = []
+            verdicts = []
             for number in share:
                 port = one if number % 2 else other
                 answered = client.post(
@@ -296,15 +296,15 @@ def test_two_servers_with_the_same_calls_store_each_once(start, url):
                     timeout=60,
                 )
                 assert answered.status_code == 200, answered.text
-                told += answered.json()["calls"]
-            return told
+                verdicts += answered.json()["calls"]
+            return verdicts
 
         with ThreadPoolExecutor(8) as pool:
             shares = [range(first, 2 * len(batches), 8) for first in range(8)]
-            told = [verdict for each in pool.map(send, shares) for verdict in each]
+            verdicts = [verdict for each in pool.map(send, shares) for verdict in each]
     once = dict.fromkeys((f"m{number}" for number in range(400)), 1)
-    assert Counter(each["messageId"] for each in told if each["status"] == "accepted") == once
-    assert {each["status"] for each in told} == {"accepted", "repeated"}
+    assert Counter(each["messageId"] for each in verdicts if each["status"] == "accepted") == once
+    assert {each["status"] for each in verdicts} == {"accepted", "repeated"}
     assert Counter(message_ids(url)) == once
     engine = engines.open_own(url, SCHEMA)
     with engines.read(engine) as connection:

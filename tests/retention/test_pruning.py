@@ -259,7 +259,7 @@ def test_a_user_is_shown_without_pruned_rows(store):
 
 
 def past_members(store, *finished):
-    """Add past members, each of whom left in a run of its own."""
+    """Add past members who each left in a different run."""
     for days in finished:
         run = store.run(finished=days)
         interval = {"definition_id": 1, "user_id": f"user {run}", "entered_run_id": 0, "exited_run_id": run}

@@ -231,7 +231,7 @@ RULES = [
     ("a null context does no harm", 3, as_if(without_null_context)),
     ("a week date is a date", 8, as_if(with_plain_date, with_week_date)),
     ("a deletion is a command, not a call", 41, refused_if(lambda call: call["type"] == "delete")),
-    ("a call says whom it is about", 10, refused_if(is_about_nobody)),
+    ("a call names its user", 10, refused_if(is_about_nobody)),
     ("an id is not empty", 36, refused_if(lambda call: "" in ids(call).values())),
     ("an id is a string or a number", 60, refused_if(has_a_strange_id)),
     ("an id has at most 255 characters, a company's 500", 50, refused_if(has_a_long_id)),

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audience_sync.calls.operations import json_or_text
 from audience_sync.userpilot.properties import primitives
 
 
@@ -62,22 +61,3 @@ def test_flattening_with_very_long_names_falls_back_to_json():
     metadata = {"k" * 15_000: [1] * 7_500, "plain": True}
     properties = primitives(metadata, "flatten")
     assert properties == {"k" * 15_000: f"[{','.join('1' * 7_500)}]", "plain": True}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("12", 12),
-        ('"12"', "12"),
-        ("null", None),
-        ('{"a": [true]}', {"a": [True]}),
-        ("pro", "pro"),
-        ("", ""),
-        ("NaN", "NaN"),
-        ("-Infinity", "-Infinity"),
-        ("1e400", "1e400"),
-        ("[" * 100_000, "[" * 100_000),
-    ],
-)
-def test_json_or_text(text, value):
-    assert json_or_text(text) == value
