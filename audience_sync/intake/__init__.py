@@ -1,12 +1,12 @@
-"""Identify, track and group calls from Python; each is committed when its function returns.
+"""Identify, track and group calls from Python; a call is committed when its function returns.
 
     with open_app() as app:
         intake.identify(app, "u1", {"plan": "pro"})
         intake.track(app, "u1", "Order Completed", {"total": 12.5})
         app.deliver()
 
-`app.deliver()` sends what is due, and so do `sync` and `daemon` in any process. Calls also come from files (`files`)
-and over HTTP (`server`, `http`, `writer`). All of them use the functions below. Next: calls/records.py.
+`app.deliver()` sends what is due; so do the commands `sync`, `deliver` and `daemon`, in any process. Calls also come
+from files (`files`) and over HTTP (`server`, `http`, `writer`), by the same functions. Next: calls/records.py.
 """
 
 import datetime as dt
@@ -72,7 +72,7 @@ def submit(app: App, raw: Mapping[str, Any]) -> Receipt:
 
 
 class Preparer:
-    """Validates calls and decides what they send, by the mappings of a configuration."""
+    """Validates calls and applies the mappings of a configuration."""
 
     def __init__(self, settings: Settings) -> None:
         presets = mappings.PRESETS if settings.destination.presets else ()
@@ -82,14 +82,14 @@ class Preparer:
     def prepare(
         self, raw: Mapping[str, Any], *, received_at: dt.datetime, sent_at: dt.datetime | None = None
     ) -> PreparedCall:
-        """Do all that needs no database; a call without a message id gets one. Raises CallError, as parse_call."""
+        """Prepare a call without using the database; give it a message id if it has none. Errors as for parse_call."""
         call = validation.parse_call(raw, received_at=received_at, sent_at=sent_at, new_id=_new_id)
         decision = mappings.decide(call, self._mappings, reserved_keys=self._reserved_keys)
         return records.prepare_call(call, decision)
 
 
 def save(app: App, calls: Sequence[PreparedCall]) -> list[Receipt]:
-    """Store calls and queue their deliveries in one transaction; the receipts are in the order of the calls."""
+    """Store calls and queue their deliveries in one transaction; return receipts in the order of the calls."""
     with engines.write(app.engine) as connection:
         return save_within(connection, app, calls)
 
@@ -97,13 +97,12 @@ def save(app: App, calls: Sequence[PreparedCall]) -> list[Receipt]:
 def save_within(
     connection: sa.Connection, app: App, calls: Sequence[PreparedCall], *, user_by_user: bool = False
 ) -> list[Receipt]:
-    """Do the same in a transaction of the caller. `user_by_user` as for records.save_calls."""
-    destination = app.settings.destination
+    """Do the same as `save` in the caller's transaction; `user_by_user` as for records.save_calls."""
     return records.save_calls(
         connection,
         calls,
         received_at=app.clock.now(),
-        fingerprint=destination.fingerprint or None,
+        fingerprint=app.destination.fingerprint,
         user_by_user=user_by_user,
     )
 

@@ -1,7 +1,7 @@
-"""Import of calls from a file: one JSON object a line (NDJSON), plain or gzip, of any size.
+"""Import of calls from a file of any size: one JSON object a line (NDJSON), plain or gzip.
 
-A line without a message id gets one made from its bytes. So importing a file again adds nothing, and two equal lines
-are one call. In a file of more than one piece a second process prepares the calls while this one stores them.
+A line without a message id gets one that is derived from its bytes. So importing a file again adds nothing, and two
+equal lines are one call. A second process may prepare the calls while this one stores them. Next: intake/__init__.py.
 """
 
 import gzip

@@ -1,6 +1,6 @@
-"""The tracking API: Segment's HTTP API, so that Segment's libraries only need another host.
+"""The tracking API: Segment's HTTP API, which Segment's libraries can use when their host is set to this server.
 
-A request is answered after its calls are committed. Besides Segment's `success` the answer holds a verdict for each
+A request is answered after its calls are committed. Besides Segment's `success`, the answer has a verdict for each
 call: accepted, ignored (stored, with the reason), repeated (a known message id) or refused. Next: intake/writer.py.
 """
 
@@ -38,20 +38,20 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
-MAX_MERGED_BYTES = 4 * 1024 * 1024  # the fields that a batch shares, counted for each of its calls
+MAX_MERGED_BYTES = 4 * 1024 * 1024  # of the fields that a batch shares, counted once for each of its calls
 MAX_READ_BYTES = (
     4 * MAX_BATCH_BYTES
-)  # of a body that is too large: most senders read the answer only after sending
-MAX_WAITING_CALLS = 20_000  # more are waiting only if the writer is stuck, and their senders may have gone
+)  # of a body that is too large: most senders send all before they read an answer
+MAX_WAITING_CALLS = 20_000  # more wait only if the writer is stuck, and then their senders may be gone
 BODY_SECONDS = 30.0  # to receive a whole body
-RETRY_SECONDS = 5  # after the database could not be used
+RETRY_SECONDS = 5  # until a sender may try again after the database failed
 HEALTH_SECONDS = 5.0
 _BROWSER_HEADERS = {"origin", "sec-fetch-site"}
 _MERGED = ("context", "integrations")  # fields of a batch that are merged into each of its calls
 
 
 class RefusalError(Exception):
-    """A request that is refused as a whole."""
+    """The request is refused as a whole."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -64,14 +64,14 @@ class RefusalError(Exception):
 
 @dataclass(slots=True)
 class CallRate:
-    """Limits calls per second. A burst of one second's calls passes, and any batch whose first call fits."""
+    """Limits calls per second. One second's calls may arrive at once; a batch passes if its first call does."""
 
     per_second: int
     clock: Clock
     _free_at: float = 0.0
 
     def take(self, count: int) -> float:
-        """Return 0 and count the calls if they may pass, else the seconds to wait before another attempt."""
+        """Count the calls and return 0 if they may pass; else return the seconds to wait before another attempt."""
         now = self.clock.monotonic()
         wait = max(self._free_at, now) - now - 1.0
         if wait > 0:
@@ -82,7 +82,7 @@ class CallRate:
 
 @dataclass(slots=True)
 class TrackingApi:
-    """The API of an application. `writer` must run while the API is served."""
+    """The API of an app; `writer` must run while the API is served."""
 
     app: App
     writer: Writer
@@ -107,9 +107,8 @@ class TrackingApi:
                 Route("/openapi.json", self._openapi, methods=["GET"]),
             ]
         )
-        application.router.redirect_slashes = (
-            False  # a redirect follows the Host header, and so would the calls
-        )
+        # A redirect would send the calls to whatever host the Host header names.
+        application.router.redirect_slashes = False
         return application
 
     async def _post(self, request: Request) -> Response:
@@ -123,7 +122,7 @@ class TrackingApi:
         except RefusalError as refusal:
             return refusal.response()
         except ClientDisconnect:
-            return Response(status_code=499)  # which nobody reads
+            return Response(status_code=499)  # the sender is gone
         except DatabaseError as error:
             logs.event(log, logging.ERROR, "calls could not be stored", error=str(error))
             message = "the database cannot be used: try again"
@@ -146,7 +145,7 @@ class TrackingApi:
         return JSONResponse({"success": True, "calls": await self._accept(batch, document)})
 
     async def _accept(self, raws: Sequence[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Store the valid calls; return a verdict for each call, in order. `shared` is the batch's document."""
+        """Store the valid calls; return a verdict for each call, in order. `shared` is a batch's document, or empty."""
         if self.writer.waiting_count >= MAX_WAITING_CALLS:
             raise RefusalError(503, "the database is behind: try again", {"Retry-After": str(RETRY_SECONDS)})
         if wait := self.rate.take(len(raws)):
@@ -177,10 +176,8 @@ class TrackingApi:
         except CallError as error:
             return error
 
-    # Senders and bodies
-
     def _check_sender(self, request: Request) -> None:
-        """Check the Authorization header; without write keys admit only programs on this machine, and no browser."""
+        """Check the Authorization header; without write keys, admit only local programs other than browsers."""
         if self._write_keys:
             if "Authorization" in request.headers and not self._is_write_key(_basic_user(request)):
                 raise RefusalError(401, "the write key is not known", {"WWW-Authenticate": "Basic"})
@@ -188,12 +185,12 @@ class TrackingApi:
             raise RefusalError(403, "without [tracking] write_keys only programs on this machine may send")
 
     def _is_write_key(self, value: object) -> bool:
-        """Compare with every key, in constant time."""
+        """Compare the value with every write key, in constant time."""
         given = value.encode(errors="replace") if isinstance(value, str) else b""
         return sum(hmac.compare_digest(given, key.encode()) for key in self._write_keys) > 0
 
     async def _document(self, request: Request, max_bytes: int) -> dict[str, Any]:
-        """Read the body; without an Authorization header it must hold the write key."""
+        """Read the body; without an Authorization header it must contain the write key."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await _body(request, max_bytes)
@@ -210,10 +207,8 @@ class TrackingApi:
             raise RefusalError(401, "the write key is missing or not known", {"WWW-Authenticate": "Basic"})
         return document
 
-    # Health and description
-
     async def _health(self, _request: Request) -> Response:
-        """Answer 200 while the database and the writer work; calls that could not be stored were answered 503."""
+        """Answer 200 while the database and the writer work, else 503."""
         try:
             heartbeat = await asyncio.wait_for(asyncio.to_thread(self._last_heartbeat), HEALTH_SECONDS)
         except (DatabaseError, TimeoutError):
@@ -243,7 +238,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _host(request: Request) -> str:
-    """Return the Host header's host; starlette's own reading replaces an unreadable one by our address."""
+    """Return the host of the Host header; starlette would return our own address for an invalid one."""
     try:
         return urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
     except ValueError:
@@ -261,7 +256,7 @@ def _basic_user(request: Request) -> str | None:
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    """Read and decompress the body; at most `max_bytes` are held in memory, whatever is sent."""
+    """Read and decompress the body; never hold more than `max_bytes` of it in memory."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in {"identity", "gzip", ""}:
         raise RefusalError(400, "Content-Encoding must be gzip, or absent")
@@ -296,9 +291,6 @@ def _too_large(max_bytes: int) -> RefusalError:
     return RefusalError(413, message, {"Connection": "close"})  # the rest of the body is not read
 
 
-# Calls of a batch
-
-
 def _check_shared(document: Mapping[str, Any], count: int) -> None:
     shared = {name: document.get(name) for name in _MERGED}
     try:
@@ -319,7 +311,7 @@ def _sent_at(shared: Mapping[str, Any]) -> dt.datetime | None:
 
 
 def _merge_shared(raw: dict[str, Any], shared: Mapping[str, Any]) -> None:
-    """Add the shared fields to a call, whose own members win."""
+    """Add the shared fields to a call; its own members take precedence."""
     for name in _MERGED:
         own, common = raw.get(name), shared.get(name)
         if isinstance(common, dict) and isinstance(own, dict | None):

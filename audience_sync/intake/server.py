@@ -1,4 +1,4 @@
-"""The HTTP server of the tracking API: limits on connections and on slow senders, and an orderly end.
+"""The HTTP server of the tracking API: it limits connections and slow senders, and shuts down gracefully.
 
 Next: intake/http.py, which answers the requests.
 """
@@ -19,17 +19,19 @@ from audience_sync.stopping import Stop
 
 MAX_CONNECTIONS = 500  # each may hold a batch in memory; further ones are answered 503
 MAX_REFUSED = (
-    100  # connections that get this answer at a time; further ones are cut off, or files would run out
+    100  # connections beyond those that are answered 503; further ones are cut off, to save descriptors
 )
 HEAD_SECONDS = 10.0  # for the head of a request
-REQUEST_SECONDS = 40.0  # for the rest of it, even if nothing reads it: longer than the API waits for a body
+REQUEST_SECONDS = (
+    40.0  # for the rest of it, even if the API does not read it: longer than the API's own limit
+)
 ANSWER_SECONDS = 30.0  # for the sender to read its answer
-IDLE_SECONDS = 65  # longer than the usual load balancer's
+IDLE_SECONDS = 65  # longer than load balancers usually keep a connection
 SHUTDOWN_SECONDS = 30
 
 
 class TimedProtocol(H11Protocol):
-    """Cuts off slow connections; uvicorn alone would wait for them without end."""
+    """Cuts off slow connections; uvicorn alone would wait for them forever."""
 
     _receive_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -50,10 +52,10 @@ class TimedProtocol(H11Protocol):
         self._set_receive_timer()
 
     def _set_receive_timer(self) -> None:
-        """Give each part of a request its time from where it begins, however often a few bytes of it arrive."""
+        """Start the timer when a part of a request begins; further bytes of the same part do not extend it."""
         state: Any = self.conn.their_state
         if state is h11.IDLE and self.timeout_keep_alive_task is not None:
-            state = None  # between two requests, which uvicorn times
+            state = None  # uvicorn limits the time between two requests
         if state is self._timed_state:
             return
         self._timed_state = state
@@ -84,7 +86,7 @@ class TimedProtocol(H11Protocol):
 
 
 class TrackingServer(uvicorn.Server):
-    """Ends when `stop` is set, after it has answered the requests in flight."""
+    """Ends when `stop` is set, after the requests in flight are answered."""
 
     def __init__(self, application: Starlette, stop: Stop) -> None:
         super().__init__(
@@ -118,9 +120,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = addresses[0]
         return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while ")[
-            0
-        ]  # repeats the address
+        text = str(getattr(error, "strerror", None) or error)
+        reason = text.partition(" (while ")[0]  # the rest repeats the address
         raise ConfigError(
             f"{host}, port {port}, cannot be used: {reason}. Choose others with --host and --port."
         ) from error

@@ -1,6 +1,6 @@
-"""Calls of many requests in one transaction: while one is committed, the next calls gather.
+"""The writer commits the calls of many requests in one transaction; during a commit, the next calls gather.
 
-A commit costs about the same for one call as for a thousand. So the pace holds under load, and a single call waits for
+A commit takes about as long for one call as for a thousand. So throughput rises with the load, and a call waits for
 two commits at most. Next: `save` in intake/__init__.py.
 """
 
@@ -9,7 +9,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import sqlalchemy as sa
@@ -29,7 +28,7 @@ class _Batch:
 
 
 class Writer:
-    """A thread that commits batches in the order of `submit`; when its `with` block ends, all are committed."""
+    """A thread that commits batches in the order of `submit`; at the end of the `with` block all are committed."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -41,9 +40,7 @@ class Writer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._waiting.put(None)
         self._thread.join()
 
@@ -57,9 +54,9 @@ class Writer:
         return self._count
 
     def submit(self, calls: Sequence[PreparedCall]) -> "Future[list[Receipt]]":
-        """Queue a batch; the future holds the receipts once all calls are committed, or the error if none is."""
+        """Queue a batch; its future gets the receipts when all calls are committed, or the error if none is."""
         batch = _Batch(calls)
-        batch.future.set_running_or_notify_cancel()  # so that a caller cannot cancel it
+        batch.future.set_running_or_notify_cancel()  # from now on the caller cannot cancel it
         with self._lock:
             self._count += len(calls)
         self._waiting.put(batch)
@@ -73,13 +70,13 @@ class Writer:
             if error is None:
                 continue
             is_divisible = len(batches) > 1 and not _is_unavailable(error)
-            for batch in batches:  # perhaps only one of them is at fault
+            for batch in batches:  # only one of them may be at fault
                 batch_error = self._commit([batch]) if is_divisible else error
                 if batch_error is not None:
                     batch.future.set_exception(batch_error)
 
     def _next(self) -> tuple[list[_Batch], bool]:
-        """Wait for a batch, then take all that wait; the flag says whether the end has come."""
+        """Wait for a batch, then take all that are queued; the flag says whether the end follows."""
         batches: list[_Batch] = []
         count = 0
         while count < MAX_CALLS:
@@ -109,5 +106,5 @@ class Writer:
 
 
 def _is_unavailable(error: Exception) -> bool:
-    """An unusable database fails for every batch: trying each would multiply the wait."""
+    """Return whether every batch would fail, so that trying each one would only take longer."""
     return isinstance(error, DatabaseError) and isinstance(error.__cause__, sa.exc.OperationalError)
