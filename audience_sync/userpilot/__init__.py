@@ -1,1 +1,1 @@
-"""Userpilot's HTTP API: payloads, the HTTP client, and the meaning of its answers."""
+"""Userpilot's HTTP API: `payloads` builds requests, `client` sends them, `answers` decides what an answer means."""

@@ -14,7 +14,7 @@ MAX_ERROR_LENGTH = 500
 MAX_TEXT_LENGTH = 65_536  # of a body that is searched for a message
 MAX_REQUEST_ID_LENGTH = 200
 MAX_RETRY_AFTER_SECONDS = 900.0
-MIN_SECRET_LENGTH = 12  # a shorter one is no real key, and a job id may contain it by chance
+MIN_SECRET_LENGTH = 12  # a shorter one is not a real key, and might occur in a job id by chance
 
 
 class Outcome(StrEnum):
@@ -44,8 +44,8 @@ _BY_STATUS = {
 class Answer:
     """Result of one request.
 
-    `error` quotes the API's message where there is one; `retry_after_seconds` is what the API asks for, 0 to 900.
-    `document` is the JSON of an accepted answer's body, or None if that is empty, cut off or not JSON.
+    `error` quotes the API's message if there is one; `retry_after_seconds` is the pause that the API asks for, 0 to
+    900. `document` is the JSON of an accepted answer's body, or None if the body is empty, cut off or not JSON.
     """
 
     outcome: Outcome
@@ -59,11 +59,11 @@ class Answer:
 def judge(
     status_code: int, headers: Mapping[str, str], body: bytes, *, cut: bool, secret: str, now: datetime
 ) -> Answer:
-    """Decide the outcome of an answer. `headers` are read in lower case; `cut`: `body` is only its beginning.
+    """Decide the outcome of an answer. `headers` have lower-case names; `cut` means that `body` is only its beginning.
 
     `secret` is removed from all texts: some servers repeat a request's headers in their errors.
     """
-    outcome = _outcome(status_code)
+    outcome = _BY_STATUS.get(status_code) or _BY_CLASS.get(status_code // 100, Outcome.UNKNOWN)
     document = _json(body)
     error = None
     if outcome is Outcome.ACCEPTED and not _is_success(headers, body, document, cut=cut):
@@ -81,10 +81,6 @@ def judge(
         retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
         document=document if has_document else None,
     )
-
-
-def _outcome(status_code: int) -> Outcome:
-    return _BY_STATUS.get(status_code) or _BY_CLASS.get(status_code // 100, Outcome.UNKNOWN)
 
 
 def _is_success(headers: Mapping[str, str], body: bytes, document: Any, *, cut: bool) -> bool:
@@ -112,7 +108,7 @@ def _no_constant(name: str) -> None:
 
 
 def _message(body: bytes, document: Any) -> str:
-    """Text of an error: from `{"errors": [{"error_code", "error", "message", "details"}]}`, or the whole body."""
+    """Text of an error: from `{"errors": [{"error_code", "error", "message", "details"}]}`, else the whole body."""
     if isinstance(document, dict):
         errors = document.get("errors")
         entries = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
@@ -128,7 +124,7 @@ def _entry_message(entry: dict[str, Any]) -> str:
 
 
 def one_line(text: str, max_length: int, secret: str) -> str:
-    """Remove the secret and what databases and terminals do not accept, and shorten the text to one line."""
+    """Remove the secret and all unprintable characters, and shorten the text to one line."""
     without_secret = _spellings(secret).sub("[API key]", text)[:MAX_TEXT_LENGTH]
     printable = "".join(character if character.isprintable() else " " for character in without_secret)
     return " ".join(printable.split())[:max_length]

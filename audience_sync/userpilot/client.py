@@ -1,7 +1,7 @@
 """The HTTP client of Userpilot's API.
 
-It returns an Answer for every request, within the deadline once connected and in bounded memory; the API key
-appears in none of them. It never repeats a request: the queue decides that (queue/outcomes.py).
+Every request returns an Answer, within the deadline once connected, and in bounded memory. No Answer contains the API
+key. The client never repeats a request: queue/outcomes.py decides what happens next.
 """
 
 import io
@@ -39,10 +39,10 @@ class _Bounds:
 class Client:
     """Sends requests from any number of threads.
 
-    `ca_file` names certificate authorities beside the system's. `deadline_seconds` bounds a request from its
-    start to the last byte of its answer, and `upload_seconds` bounds an upload; `connect_seconds` is for each
-    address of the host, and for the TLS handshake. `only_public`: nothing is sent to an address of a private
-    network. ConfigError if the endpoint, the key or the file cannot be used.
+    `ca_file` adds certificate authorities to the system's. `deadline_seconds` limits a request, from its start to the
+    last byte of its answer; `upload_seconds` does so for an upload, `connect_seconds` for the attempt at each address
+    of the host and for the TLS handshake. With `only_public`, nothing is sent to an address of a private network.
+    Raises ConfigError if the endpoint, the key or the file cannot be used.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Client:
     ) -> None:
         self._base = _base(endpoint)
         self._api_key = _checked_key(api_key)
-        self._usual = _Bounds(deadline_seconds, MAX_BODY_BYTES)
-        self._of_list = _Bounds(deadline_seconds, MAX_LIST_BYTES)
-        self._of_upload = _Bounds(upload_seconds, MAX_BODY_BYTES)
+        self._bounds = _Bounds(deadline_seconds, MAX_BODY_BYTES)
+        self._list_bounds = _Bounds(deadline_seconds, MAX_LIST_BYTES)
+        self._upload_bounds = _Bounds(upload_seconds, MAX_BODY_BYTES)
         context = _ssl_context(ca_file)
         self._http = httpx.Client(
             headers={
@@ -93,30 +93,30 @@ class Client:
     def send(self, path: str, payload: dict[str, Any]) -> Answer:
         """POST the payload to the path below the endpoint, once.
 
-        Every failure is in the answer; only a closed client raises (RuntimeError).
+        The answer holds every failure; only a closed client raises (RuntimeError).
         """
         return self._write("POST", path, payload)
 
     def upload(self, path: str, filename: str, content: bytes) -> Answer:
-        """POST the NDJSON as the part `file` of a form, once; every failure is in the answer."""
-        # A file is sent in pieces; bytes would be copied whole for each piece that the network takes.
+        """POST the NDJSON as the part `file` of a form, once; the answer holds every failure."""
+        # httpx sends a file in pieces. Bytes would be copied as a whole for each piece that the network takes.
         part = (filename, io.BytesIO(content), "application/x-ndjson")
-        return self._request("POST", path, self._of_upload, files={"file": part})
+        return self._request("POST", path, self._upload_bounds, files={"file": part})
 
     def get(self, path: str) -> Answer:
-        """GET the path below the endpoint, quoted where necessary; the answer's document holds up to 4 MB."""
-        return self._request("GET", path, self._of_list)
+        """GET the path below the endpoint, which is quoted where necessary; an answer may have 4 MB."""
+        return self._request("GET", path, self._list_bounds)
 
     def delete_user(self, user_id: str) -> Answer:
-        """Ask for the deletion of a user, which Userpilot carries out at 02:00 UTC; at most one request in 2 s."""
+        """Request the deletion of a user, which Userpilot carries out at 02:00 UTC; it allows one request in 2 s."""
         return self._write("DELETE", "v1/users", {"users": [user_id]})
 
     def validate(self) -> Answer:
-        """Ask whether the key is good: accepted, unauthorised, or 404, which says nothing about the key."""
-        return self._request("GET", "v1/validate", self._usual)
+        """Check the key: the answer is accepted, unauthorised, or 404, which proves nothing about the key."""
+        return self._request("GET", "v1/validate", self._bounds)
 
     def close(self) -> None:
-        """Refuse further requests, and close the connections when the last request under way has ended."""
+        """Refuse further requests, and close the connections when the last request in flight has ended."""
         self._closed = True
         self._count_active(0)
 
@@ -135,7 +135,7 @@ class Client:
             message = f"the payload cannot be written as JSON in UTF-8 ({type(error).__name__}): not sent"
             return Answer(Outcome.REFUSED, None, None, message, None)
         headers = {"Content-Type": "application/json"}
-        return self._request(method, path, self._usual, content=content, headers=headers)
+        return self._request(method, path, self._bounds, content=content, headers=headers)
 
     def _request(self, method: str, path: str, bounds: _Bounds, **parts: Any) -> Answer:
         if self._closed:
@@ -157,7 +157,7 @@ class Client:
                     body += chunk
                     if len(body) > bounds.body_bytes:
                         break
-                    exchange.seconds_left()  # a chunk may be a byte, and thousands of them come with one read
+                    exchange.seconds_left()  # one read may yield thousands of chunks of a byte
         except (httpcore.ProtocolError, OSError, ValueError) as error:
             text = _describe(error, exchange, bounds.seconds)
             problem = one_line(text, MAX_ERROR_LENGTH, self._api_key)
@@ -175,7 +175,7 @@ class Client:
             secret=self._api_key,
             now=datetime.now(UTC),
         )
-        # A status other than 2xx says enough, even when its body is incomplete.
+        # A status other than 2xx is enough to decide, even if the body is incomplete.
         if problem and answer.outcome in {Outcome.ACCEPTED, Outcome.UNKNOWN}:
             return Answer(Outcome.UNKNOWN, answer.status_code, answer.x_request_id, problem, None)
         return answer

@@ -10,6 +10,7 @@ COMPANY = "@company"  # in a user's body: the id of the user's company
 MAX_PROPERTIES = 500
 MAX_NAME_LENGTH = 255
 MAX_VALUE_LENGTH = 65_535
+_PLAIN = (bool, int, float, type(None))
 
 
 class Action(StrEnum):
@@ -23,9 +24,9 @@ def build(
 ) -> tuple[str, dict[str, Any]]:
     """Build the path below the endpoint and the payload of one delivery.
 
-    `body` is the metadata of a user (with the id of the user's company under COMPANY) or of a company. For a
-    track it is `{"event_name": …, "metadata": …}`, where metadata is optional. `booleans` is native or string,
-    `nested` flatten or json. ValueError if the action is unknown.
+    `body` is the metadata of a user (with the id of the user's company under COMPANY) or of a company; for a track it
+    is `{"event_name": …, "metadata": …}`, where metadata is optional. `booleans` is native or string, `nested`
+    flatten or json. Raises ValueError if the action is unknown.
     """
     match Action(action):
         case Action.IDENTIFY:
@@ -49,10 +50,10 @@ def build(
 def bulk_row(payload: dict[str, Any]) -> bytes | None:
     """Convert an identify payload to a line of an NDJSON upload to v1/users/bulk_identify.
 
-    None if the payload has to be sent alone, because a bulk job reports no errors of single rows: an id that is
-    empty or not a string, a company with more than an id, a value that is not a primitive, NaN or infinity, text
-    that UTF-8 cannot encode, and more than 500 properties, 255 characters in a name or 65,535 in a value.
-    The limits are third-party figures; Userpilot documents none.
+    Return None if the payload must be sent alone, because a bulk job does not report errors of single rows: for an
+    id that is empty or not a string, a company with more than an id, a value that is not a primitive, NaN or infinity,
+    text that UTF-8 cannot encode, and more than 500 properties, 255 characters in a name or 65,535 in a value. The
+    limits are third-party figures; Userpilot documents none.
     """
     match payload:
         case {"user_id": str(user_id), "metadata": dict(metadata), **rest} if user_id and _fits(metadata):
@@ -73,13 +74,9 @@ def bulk_row(payload: dict[str, Any]) -> bytes | None:
 def _fits(metadata: dict[str, Any]) -> bool:
     return len(metadata) <= MAX_PROPERTIES and all(
         len(name) <= MAX_NAME_LENGTH
-        and (len(value) <= MAX_VALUE_LENGTH if isinstance(value, str) else _is_plain(value))
+        and (len(value) <= MAX_VALUE_LENGTH if isinstance(value, str) else isinstance(value, _PLAIN))
         for name, value in metadata.items()
     )
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float)
 
 
 def _properties(metadata: dict[str, Any], booleans: str, nested: str) -> dict[str, Any]:

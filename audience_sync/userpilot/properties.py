@@ -1,4 +1,4 @@
-"""Conversion of objects and lists to properties: Userpilot accepts strings, numbers, booleans and null only."""
+"""Conversion of nested values to properties: Userpilot accepts only strings, numbers, booleans and null."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,12 @@ MAX_NAMES_LENGTH = 1_000_000  # characters of all flattened names together
 def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
     """Convert metadata to primitives; nothing is dropped. `nested` is flatten or json.
 
-    flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. A
-    definition's key never contains a dot, so no flattened name equals one. Empty objects and lists become "{}"
-    and "[]". If two names collide, the least nested one stays, and the others get the suffixes "~2", "~3":
-    `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`, whatever the order.
-    json: each object or list becomes a string of compact JSON. Flattening falls back to this if the names would
-    be too long together, as for a long list under a long name.
+    flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. A definition's
+    key never contains a dot, so no flattened name equals one. Empty objects and lists become "{}" and "[]". If names
+    collide, the least nested one stays, and the others get the suffixes "~2", "~3", whatever their order:
+    `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`.
+    json: each object or list becomes a string of compact JSON. Flattening falls back to this if all names together
+    would be too long, as for a long list under a long name.
     """
     if nested == "flatten":
         leaves = {path: value for name, value in metadata.items() for path, value in _leaves((name,), value)}

@@ -1,8 +1,8 @@
 """The transport of the HTTP client: one deadline for a whole request, and no connection to a private network.
 
-An HTTP library's timeouts apply to each read and write, so an answer sent a byte at a time would never end.
-Here every connect, TLS handshake, read and write gets the time that is left of its request's deadline. httpcore
-hands a request's timeouts to the connection's stream as they are, so the request's Exchange travels in their place.
+The timeouts of HTTP libraries apply to each read and write, so an answer sent a byte at a time would never end. Here
+every connect, TLS handshake, read and write gets the time that is left until its request's deadline. httpcore passes a
+request's timeouts to the connection's stream unchanged; the request's Exchange is passed in their place.
 """
 
 import ipaddress
@@ -16,41 +16,41 @@ from typing import Any
 import httpcore
 import httpx
 
-KEEPALIVE_SECONDS = 5.0  # of an idle connection; a gateway may drop an older one without a word
+KEEPALIVE_SECONDS = 5.0  # of an idle connection; a gateway may drop an older one silently
 
 
 class Exchange:
     """A request and its answer, which must be complete `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
-        self.sent = False  # whether any of the request may have left
+        self.sent = False  # whether a part of the request may have been sent
         self._ends_at = time.monotonic() + seconds
-        self._has_looked = False
+        self._has_read_late = False
 
     @property
     def is_over(self) -> bool:
         return time.monotonic() >= self._ends_at
 
     def seconds_left(self) -> float:
-        """Return the seconds until the deadline; TimeoutError if it has passed."""
+        """Return the seconds until the deadline. Raises TimeoutError if it has passed."""
         seconds = self._ends_at - time.monotonic()
         if seconds <= 0:
             raise TimeoutError
         return seconds
 
     def seconds_to_read(self) -> float:
-        """Return the seconds left, and once 0 after the deadline: an answer may have arrived during a long write."""
-        if self.is_over and not self._has_looked:
-            self._has_looked = True
+        """Do the same, but return 0 once after the deadline: an answer may have arrived during a long write."""
+        if self.is_over and not self._has_read_late:
+            self._has_read_late = True
             return 0.0
         return self.seconds_left()
 
 
 class Transport(httpx.BaseTransport):
-    """A pool of connections, as many as there are requests at a time, for requests with the extension `exchange`.
+    """A pool of connections, one for each concurrent request; requests carry their Exchange as an extension.
 
-    `connect_seconds` bounds the attempt at each address of a host, and the TLS handshake. `only_public` refuses
-    addresses of private networks. Raises OSError, ValueError (a host that IDNA cannot write) and
+    `connect_seconds` limits the attempt at each address of a host, and the TLS handshake. `only_public` refuses
+    addresses of private networks. Raises OSError, ValueError (for a host name that IDNA cannot encode) and
     httpcore.ProtocolError.
     """
 
@@ -72,8 +72,7 @@ class Transport(httpx.BaseTransport):
                 extensions={"timeout": {"connect": exchange, "read": exchange, "write": exchange}},
             )
         )
-        body = _Body(response.stream)
-        return httpx.Response(response.status, headers=response.headers, stream=body)
+        return httpx.Response(response.status, headers=response.headers, stream=_Body(response.stream))
 
     def close(self) -> None:
         self._pool.close()
@@ -151,7 +150,7 @@ class _Stream(httpcore.NetworkStream):
         except OSError as error:
             if not timeout.sent:
                 raise
-            # After this error httpcore reads on: a server may refuse an upload before it has read all of it.
+            # After a WriteError httpcore still reads: a server may refuse an upload before it has read all of it.
             raise httpcore.WriteError(error) from error
 
     def read(self, max_bytes: int, timeout: Any = None) -> bytes:
@@ -162,7 +161,7 @@ class _Stream(httpcore.NetworkStream):
         self._socket.close()
 
     def get_extra_info(self, info: str) -> Any:
-        """Return whether an idle connection is readable: closed by the server, or sent what nobody asked for."""
+        """Return whether an idle connection is readable: the server closed it, or sent data without a request."""
         if info != "is_readable":
             return None
         descriptor = self._socket.fileno()
