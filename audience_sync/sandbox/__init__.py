@@ -15,9 +15,9 @@ __all__ = ["Limits", "Sandbox", "State"]
 
 
 class Sandbox:
-    """A server on loopback. `stop` and a later `start` simulate an outage: port, state and log survive it.
+    """A server on loopback. `stop` and a later `start` simulate an outage; the port, state and log survive it.
 
-    `monotonic` and `wall` (unix seconds) are its clocks. Subclasses may replace the state and the handler.
+    `monotonic` and `wall` (Unix seconds) are its clocks. Subclasses may replace the state and the handler.
     """
 
     state_type: ClassVar[type[State]] = State
@@ -39,7 +39,7 @@ class Sandbox:
 
     @property
     def url(self) -> str:
-        """URL with a trailing slash; binds the port if necessary."""
+        """The URL, with a trailing slash; the port is bound if necessary."""
         if self._port == 0:
             self._bind()
         return f"http://127.0.0.1:{self._port}/"
@@ -61,7 +61,7 @@ class Sandbox:
             self.stop()
 
     def stop(self) -> None:
-        """Close the port and every connection; requests that are waiting are not applied."""
+        """Close the port and every connection; waiting requests are not applied."""
         (server, thread), self._server, self._thread = (self._server, self._thread), None, None
         if server is not None:
             if thread is not None:

@@ -1,4 +1,4 @@
-"""Userpilot's endpoints: the checks of each request, and the effect of an accepted one."""
+"""Userpilot's endpoints: they check each request, and apply an accepted one to the state."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ REASONS: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A request's body. `value` is its JSON, or the rows of a multipart upload; `problem` says why it cannot be read."""
+    """A request's body. `value` is its JSON, or a multipart upload's rows; `problem` says why it cannot be read."""
 
     value: Any = None
     problem: str | None = None
@@ -71,7 +71,7 @@ def read_body(content_type: str, raw: bytes) -> Body:
     return Body(raw[:1000].decode(errors="replace") if raw else None, problem, size=len(raw))
 
 
-@lru_cache  # parsing it takes as long as the rest of the request, and most requests have the same
+@lru_cache  # parsing takes as long as the rest of the request, and most requests have the same type
 def _content_type(head: bytes) -> str:
     return message_from_bytes(head).get_content_type()
 
@@ -82,7 +82,7 @@ _Properties = dict[str, str | int | float | bool | None]
 
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True):
-    """Userpilot may ignore an unknown member; here it is refused, so that the mistake is seen."""
+    """An unknown member is refused, so that the mistake is seen; Userpilot may ignore it."""
 
 
 class _Identify(_Strict):
@@ -137,10 +137,6 @@ def _job(state: State, entry: Entry, _: Body) -> dict[str, Any]:
     return state.describe(job, completed_rows=job.completed_rows)
 
 
-def _jobs(state: State, *_: Any) -> list[dict[str, Any]]:
-    return [state.describe(job) for job in state.jobs.values()]
-
-
 _VERSIONED = {"identify", "track", "delete"}
 # The lane, the schema of the body, and the function that applies it and returns the answer's body.
 _ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, Callable[[State, Entry, Any], Any]]] = {
@@ -150,7 +146,8 @@ _ENDPOINTS: dict[tuple[str, str], tuple[str | None, Any, Callable[[State, Entry,
     ("POST", "/v1/companies/identify"): ("company", _Company,
         lambda state, _, body: state.identify_company(body.company_id, body.metadata)),
     ("POST", "/v1/users/bulk_identify"): ("upload", None, _bulk_identify),
-    ("GET", "/v1/background_jobs"): ("poll", None, _jobs),
+    ("GET", "/v1/background_jobs"): ("poll", None,
+        lambda state, *_: [state.describe(job) for job in state.jobs.values()]),
     ("GET", JOB_PATH): ("poll", None, _job),
     ("DELETE", "/v1/users"): ("delete", dict[str, Any], _delete_users),
     ("GET", "/v1/validate"): (None, None, lambda *_: {}),

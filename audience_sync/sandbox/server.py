@@ -1,4 +1,4 @@
-"""HTTP for the sandbox: connections, and endpoints of its own to look inside.
+"""The sandbox's HTTP server, with endpoints of its own that show the state:
 
 | endpoint | answers |
 | --- | --- |
@@ -37,11 +37,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, handler_type)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks DNS for the host's name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name in DNS
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def close_all(self) -> None:
-        """Close the port and all connections: a stopped server must not answer on a kept-alive one."""
+        """Close the port and all connections, so that a stopped server does not answer on a kept-alive one."""
         self.stopping.set()
         self.server_close()
         for connection in list(self.connections):
@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.server.connections.add(self.connection)
-        if self.server.stopping.is_set():  # accepted while the other connections were being closed
+        if self.server.stopping.is_set():  # this one was accepted while the others were being closed
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         size = int(length)
         if size > self.server.state.limits.bulk_bytes_per_request + FRAMING_BYTES:
-            for start in range(0, size, 1 << 20):  # read it, or the client might not receive the answer
+            for start in range(0, size, 1 << 20):  # an unread body might keep the answer from the client
                 self.rfile.read(min(1 << 20, size - start))
             return api.Body(None, "the body is too large", size=size)
         return api.read_body(self.headers.get("Content-Type", ""), self.rfile.read(size))
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         return status, answer
 
     def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        """Send a body of JSON; bytes are sent as they are, and None is an empty body."""
+        """Send the body as JSON; bytes are sent unchanged, and None is an empty body."""
         content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"HTTP/1.1 {status} {api.REASONS.get(status, 'Unknown')}", f"content-length: {len(content)}"]
         if content:
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, api.errors(404, str(error)))
 
     def inspect(self, call: str, query: dict[str, list[str]], body: Any) -> Any:  # noqa: ARG002 (for subclasses)
-        """Answer a request below /_sandbox/; LookupError if there is none of this name."""
+        """Answer a request below /_sandbox/. Raises LookupError if there is no such endpoint."""
         state = self.server.state
         match call:
             case "GET state":

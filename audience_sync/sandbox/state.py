@@ -1,4 +1,4 @@
-"""The data that Userpilot would hold, its rate limits and bulk jobs. No HTTP; the clocks are two callables."""
+"""The data that Userpilot would hold, its rate limits and bulk jobs, without HTTP; the clocks are two callables."""
 
 import math
 import threading
@@ -23,9 +23,9 @@ class RefusedError(Exception):
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Userpilot's limits: requests per window of `window_seconds`, and the size and speed of bulk jobs.
+    """Userpilot's limits: requests in a window of `window_seconds`, and the size and speed of bulk jobs.
 
-    `bulk_rows_per_minute` is the speed of a job in real minutes, whatever the window.
+    `bulk_rows_per_minute` is a job's speed in real minutes, whatever the window.
     """
 
     identify_per_minute: _Count = 600
@@ -45,14 +45,14 @@ class Job(msgspec.Struct):
     filename: str | None
     file_size: int
     submitted_at: float
-    progress: float = 0.0  # in rows, with the fraction of the current one
+    progress: float = 0.0  # in rows, including a fraction of the current one
     completed_rows: int = 0
     start_time: float | None = None
     end_time: float | None = None
 
     @property
     def last_row(self) -> int:
-        """Number of rows that will be applied before the job ends."""
+        """The number of rows that the job applies before it ends."""
         return self.total_rows
 
     @property
@@ -111,7 +111,7 @@ class State:
         self.reset()
 
     def reset(self) -> None:
-        """Forget users, jobs, the log and the used places; the key and the limits stay."""
+        """Delete users, jobs, the log and the windows' contents; the key and the limits stay."""
         self.users: dict[str, dict[str, Any]] = {}
         self.companies: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
@@ -125,7 +125,7 @@ class State:
         self._advanced_at = self._monotonic()
 
     def receive(self, method: str, path: str, body: Any) -> Entry:
-        """Log a request before it is applied, so that the log also has those that are never answered."""
+        """Log a request before it is applied, so that the log includes requests that are never answered."""
         entry = self.entry_type(len(self.requests) + 1, method, path, body, self._wall(), self._monotonic())
         if isinstance(body, dict):
             entry.user_id, entry.company_id = _text(body, "user_id"), _text(body, "company_id")
@@ -133,9 +133,9 @@ class State:
         return entry
 
     def admit(self, lane: str, entry: Entry) -> None:
-        """Take a place in each window that the request counts in; RefusedError 429 if one is full.
+        """Count the request in each of its windows. Raises RefusedError 429 if one is full.
 
-        A request that is refused later, with a 400, has used its places.
+        A request that is refused with 400 later still counts.
         """
         names = self.windows_of(lane)
         for name in names:
@@ -146,17 +146,17 @@ class State:
             self._windows[name].append(entry.monotonic)
 
     def windows_of(self, lane: str) -> list[str]:
-        """Windows that a request counts in; the documentation limits neither uploads nor polls."""
+        """Windows in which a request counts; the documentation limits neither uploads nor polls."""
         return [] if lane in {"upload", "poll"} else [lane]
 
     def places(self, name: str) -> tuple[int, float]:
-        """Places of a window, and the seconds for which each is taken."""
+        """The number of requests that a window admits, and its length in seconds."""
         if name == "delete":
             return 1, DELETION_WINDOW_SECONDS
         return getattr(self.limits, f"{name}_per_minute"), self.limits.window_seconds
 
     def window(self, name: str, now: float) -> deque[float]:
-        """Times at which the places were taken that are still in use; the window slides."""
+        """Times of the requests that still count in this sliding window."""
         window, (_, seconds) = self._windows.setdefault(name, deque()), self.places(name)
         while window and window[0] <= now - seconds:
             window.popleft()
@@ -188,7 +188,7 @@ class State:
         return job
 
     def describe(self, job: Job, **more: int) -> dict[str, Any]:
-        """Members of a job in an answer; `more` where a single job is asked for."""
+        """Members of a job in an answer; `more` are those of the answer about a single job."""
         return job.fields() | more
 
     def delete_users(self, ids: list[str]) -> None:
@@ -204,7 +204,7 @@ class State:
         since, self._advanced_at = self._advanced_at, self._monotonic()
         if self._running is not None:
             self._work(self._running, since, self._advanced_at)
-        if self._deletions_due_at <= self._wall():  # then all open ones are due: they share the hour
+        if self._deletions_due_at <= self._wall():  # all open deletions are due at the same hour
             for deletion in self.deletions:
                 if deletion["done_at"] is None:
                     self._carry_out(deletion)
