@@ -1,7 +1,8 @@
-"""The configuration: find the file, read it, and check all of it.
+"""The configuration: `load` finds the file, reads it and checks all of it.
 
-Every error is a ConfigError that names the file, the section, the name and what to do; no message repeats a value,
-which may be a secret. Imports stay light, because every command starts here.
+Every error is a ConfigError that names the file, the section, the name and what to do. No message repeats a value,
+which may be a secret. `schema` has the names, types and defaults; `sections` checks one table. Imports stay light,
+because every command loads the configuration.
 """
 
 import glob
@@ -37,7 +38,7 @@ _NAMES = ("include", "database", "sources", "destination", "logging", "tracking"
 
 class Settings(Table, frozen=True):
     path: Path
-    folder: Path  # what relative paths are relative to
+    folder: Path  # relative paths start here
     database: DatabaseSettings
     sources: dict[str, SourceSettings]
     destination: DestinationSettings
@@ -48,7 +49,7 @@ class Settings(Table, frozen=True):
 
 
 def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
-    """The configuration file: the one asked for, the environment's, or the first of the usual paths that exists."""
+    """Return the path: the given one, the environment's, or the first of the usual ones that exists."""
     if path is None and environ.get(VARIABLE):
         path = Path(environ[VARIABLE])
     if path is not None:
@@ -63,7 +64,7 @@ def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
-    """The checked settings, with variables taken from `environ` and relative paths made absolute."""
+    """Return the checked settings; `environ` supplies the variables, and relative paths become absolute."""
     path = absolute(Path(), find(path, environ, Path()))
     folder = path.parent.parent if path.parent.name == "config" else path.parent
     top = Section(path, "the file", environ)
@@ -100,13 +101,13 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
 
 
 def _included(top: Section, patterns: Any, folder: Path) -> Iterator[tuple[Section, dict[str, Any]]]:
-    """The other files with their documents."""
+    """Yield the included files with their documents, each file once."""
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         top.fail('include: expected a list of strings, such as ["audiences/*.toml"]')
     seen = {top.path}
     for pattern in patterns:
         expanded = top.expand("include", pattern)
-        files = sorted(glob.glob(expanded, root_dir=folder, recursive=True))  # noqa: PTH207  (takes absolute ones)
+        files = sorted(glob.glob(expanded, root_dir=folder, recursive=True))  # noqa: PTH207  (it accepts absolute patterns)
         if not files and not glob.has_magic(expanded):
             top.fail(f"include: there is no file {shown(pattern)} in {folder}")
         for path in (absolute(folder, file) for file in files):
@@ -118,7 +119,7 @@ def _included(top: Section, patterns: Any, folder: Path) -> Iterator[tuple[Secti
 
 
 def _tables(files: list[tuple[Section, dict[str, Any]]], name: str) -> Iterator[tuple[Section, Any]]:
-    """The tables `[[name]]` of all files."""
+    """Yield the tables `[[name]]` of all files."""
     for file, document in files:
         tables = document.get(name, [])
         if not isinstance(tables, list):
@@ -160,9 +161,9 @@ def _destination(section: Section, table: Any, folder: Path) -> DestinationSetti
 
 
 def with_stored_keys(settings: Settings, stored: Mapping[tuple[str, str], list[str]]) -> Settings:
-    """The settings with the keys that were stored when each definition was first used: a key is derived only once.
+    """Replace each derived key by the one that was stored when the definition was first used.
 
-    `stored` are the keys by kind and name, in the order of their first use.
+    `stored` has the keys by kind and name, in the order of their first use.
 
     Raises:
         ConfigError: two definitions would now have the same key.

@@ -1,4 +1,4 @@
-"""Definitions and mappings, made from their tables in the configuration."""
+"""Definitions and mappings, built from their tables in the configuration."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -22,7 +22,7 @@ from audience_sync.settings.schema import (
 from audience_sync.settings.sections import Section
 from audience_sync.suggest import did_you_mean, shown
 
-# Userpilot's own properties: an audience of that name would overwrite them with true and false.
+# Userpilot's own properties: an audience with such a key would overwrite them with true and false.
 _USERPILOT_OWN = {
     Kind.AUDIENCE: {"name", "email", "created_at", "signed_up_at", "first_seen_at", "last_seen_at"},
     Kind.TRAIT: {"first_seen_at", "last_seen_at"},
@@ -72,7 +72,7 @@ def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) 
 
 
 def _schedule(section: Section, name: str, text: str, timezone: str) -> schedule.Schedule | None:
-    """The schedule; None for an empty text."""
+    """Parse a schedule; return None for an empty text."""
     try:
         return schedule.parse_schedule(text, timezone) if text.strip() else None
     except ConfigError as error:
@@ -80,7 +80,7 @@ def _schedule(section: Section, name: str, text: str, timezone: str) -> schedule
 
 
 def with_stored_key(definition: Definition, stored: list[str]) -> Definition:
-    """The definition with the newest of the keys that are stored for its name, unless the file sets one."""
+    """Give a definition the newest key that is stored for its name, unless the file sets a key."""
     if not definition.is_key_derived or not stored or definition.key in stored:
         return definition
     return replace(definition, key=stored[-1])

@@ -1,4 +1,4 @@
-"""The tables of the configuration file: their names, types and defaults, and what messages say is expected."""
+"""The tables of the configuration file: names, types and defaults, and the descriptions that messages show."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ import msgspec
 
 from audience_sync.errors import MissingVariable
 
-# Messages say "expected" and then the description.
+# Messages show a description after "expected".
 Span = Annotated[
     str,
     msgspec.Meta(
@@ -46,11 +46,11 @@ Fields = Annotated[dict[str, Any], msgspec.Meta(description="a table of an actio
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Secret:
-    """A key that not every command needs: if its environment variable is missing, only `require` fails."""
+    """A key that only some commands need: if its environment variable is missing, only `require` fails."""
 
     value: str | None
-    problem: str = ""  # the message for a missing one
-    pattern: ClassVar[str] = r"[!-~]+"  # what a header can carry
+    problem: str = ""  # the message if the value is missing
+    pattern: ClassVar[str] = r"[!-~]+"  # the characters that a header can carry
 
     def require(self) -> str:
         if self.value is None:
@@ -74,9 +74,9 @@ WriteKeys = Annotated[
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    later: ClassVar[tuple[str, ...]] = ()  # names that a later release brings
+    later: ClassVar[tuple[str, ...]] = ()  # names that a later release will accept
 
-    def __repr__(self) -> str:  # the fields hold secrets, and a repr ends in logs and tracebacks
+    def __repr__(self) -> str:  # fields hold secrets, and a repr may be logged or printed in a traceback
         return f"{type(self).__name__}(…)"
 
     def __rich_repr__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -122,13 +122,13 @@ class DestinationSettings(Table, frozen=True):
 
     @property
     def is_public(self) -> bool:
-        """The endpoint is one of Userpilot's own hosts, which have public addresses."""
+        """Return whether the endpoint is on Userpilot's own hosts, which have public addresses."""
         host = urlsplit(self.endpoint).hostname or ""
         return not self.allow_custom_endpoint and f".{host}".endswith(".userpilot.io")
 
     @property
     def rows_per_job(self) -> int:
-        """0: no bulk jobs."""
+        """Rows of a bulk job; 0 if bulk jobs are switched off."""
         return self.bulk_rows_per_job if self.bulk else 0
 
     @property
@@ -147,7 +147,7 @@ class MappingSettings(Table, frozen=True):
 
 
 class TrackingSettings(Table, frozen=True):
-    """The tracking API. Without write keys it listens on this machine only."""
+    """The tracking API, which listens on this machine only if there are no write keys."""
 
     write_keys: WriteKeys = ()
     calls_per_second: PerMinute = 1000
@@ -179,7 +179,7 @@ class DefinitionSettings(DefaultSettings, frozen=True, kw_only=True):
 
 
 def span_seconds(span: str) -> float:
-    """The length of a span; infinite for "forever"."""
+    """Return the length of a span, which is infinite for "forever"."""
     if span == "forever":
         return math.inf
     count, unit = span.split(" ")

@@ -1,4 +1,4 @@
-"""One section of the configuration file: variables, unknown names and types; every message names file and section."""
+"""One section of the configuration: its variables, names and types are checked; errors name the file and section."""
 
 import os
 import re
@@ -40,13 +40,15 @@ class Section:
                 self.fail(f"unknown name {shown(name)}: {did_you_mean(name, known)}")
 
     def convert(self, table: Any, shape: type[_T]) -> _T:
-        """Check the table against its shape and replace its variables."""
+        """Replace the variables in a table, and check its names and types."""
         self.check_names(table, shape.__struct_fields__, shape.later)
         types = {field.name: field.type for field in msgspec.structs.fields(shape)}
         try:
             values = {name: self._value(name, value, types[name]) for name, value in table.items()}
             return msgspec.convert(values, shape)
-        except msgspec.ValidationError as error:  # its message may repeat the value: use the name only
+        except (
+            msgspec.ValidationError
+        ) as error:  # the message may repeat the value: take only the name from it
             match = re.search(r"field `(\w+)`|`\$\.(\w+)", str(error))
             name = next(filter(None, match.groups()), "") if match else ""
             missing = "" if name in table else "missing: "
@@ -90,7 +92,7 @@ class Section:
         for match in _VARIABLE.finditer(value):
             expanded += value[end : match.start()]
             text = self._variable(name, match[1])
-            if name == "url" and expanded:  # a part of a URL; a variable at its beginning is a URL itself
+            if name == "url" and expanded:  # a part of a URL; at the beginning a variable is a whole URL
                 is_path = expanded.startswith("sqlite")
                 text = quote(text, safe="/" if is_path else "", errors="surrogateescape")
             expanded += text
@@ -106,14 +108,14 @@ class Section:
 
 
 def _secret_type(kind: Any) -> type[Secret] | None:
-    """The type of secret that a field holds, in a tuple or by itself."""
+    """Return the type of secret that a field holds, alone or in a tuple; None if it holds none."""
     if isinstance(kind, type) and issubclass(kind, Secret):
         return kind
     return next(filter(None, map(_secret_type, get_args(kind))), None)
 
 
 def expected(kind: Any) -> str:
-    """The description of a field's type."""
+    """Describe a field's type, for messages."""
     for part in (kind, *get_args(kind)):
         if isinstance(part, msgspec.Meta) and part.description:
             return part.description
@@ -127,7 +129,6 @@ def expected(kind: Any) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The TOML document in a file."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

@@ -1,4 +1,4 @@
-"""Database URLs and the endpoint: what is accepted, and the one form in which the program uses each."""
+"""Database URLs and the endpoint: they are checked and brought into the one form that the program uses."""
 
 import ipaddress
 import re
@@ -9,10 +9,7 @@ from audience_sync.settings.sections import Section, absolute
 
 
 def database_url(section: Section, url: str, folder: Path) -> str:
-    """The URL with the driver for PostgreSQL, and an SQLite file made absolute.
-
-    It is not parsed further: SQLAlchemy has rules of its own.
-    """
+    """Add the driver to a PostgreSQL URL, and make an SQLite file absolute; SQLAlchemy parses the rest."""
     scheme, separator, rest = url.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9_]*(\+[a-z0-9_]+)?", scheme):
         section.fail("url: expected a database URL, such as sqlite:///FILE")
@@ -32,7 +29,7 @@ def database_url(section: Section, url: str, folder: Path) -> str:
 
 
 def _check_network(section: Section, rest: str) -> None:
-    """Refuse a URL in which a part of the password would be read as host, port or option: those are shown."""
+    """Refuse a URL in which a part of the password would be read as host, port or option, which messages show."""
     authority, _, after = rest.partition("/")
     host = authority.rpartition("@")[2]
     if authority.count("@") > 1 or not re.fullmatch(r"(\[[^\]]*\]|[^:\[]*)(:\d*)?", host):
@@ -47,7 +44,7 @@ def _check_network(section: Section, rest: str) -> None:
 
 
 def normalize_endpoint(section: Section, endpoint: str, *, custom: bool) -> str:
-    """The endpoint with a lower-case host, no default port, and one slash at the end."""
+    """Return the endpoint with a lower-case host, without a default port, and with one slash at the end."""
     message = "endpoint: expected https://HOST/, without credentials, query or fragment"
     if not re.fullmatch(r"[!-~]+", endpoint) or any(character in endpoint for character in "@?#\\"):
         section.fail(message)
@@ -71,7 +68,7 @@ def normalize_endpoint(section: Section, endpoint: str, *, custom: bool) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    """Recognise plain forms only: 127.1 and 2130706433 also mean loopback, but disguise it."""
+    """Recognise plain forms only: 127.1 and 2130706433 also mean loopback, but hide it from the reader."""
     try:
         return host in {"localhost", "::1"} or ipaddress.IPv4Address(host).is_loopback
     except ValueError:
