@@ -1,3 +1,3 @@
-"""audience-sync keeps audiences computed in a database true in Userpilot."""
+"""audience-sync computes audiences in a database and keeps them up to date in Userpilot."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,7 @@
-"""The composition root: settings in, wired objects out."""
+"""The App connects the settings, the database, the clock and Userpilot's client for commands, daemon and `intake`.
+
+It adds no rules of its own. Next: audiences/runs.py for a sync, queue/worker.py for a delivery.
+"""
 
 import contextlib
 import datetime as dt
@@ -35,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class App:
-    """The settings, the database and the clock that commands share; also what applications pass to `intake`."""
+    """The settings, the database and the clock that one program uses; `open_app` makes one."""
 
     settings: Settings
     engine: sa.Engine
@@ -71,7 +74,7 @@ class App:
         return [definition for definition in enabled if definition.key not in self.retired]
 
     def load_keys(self) -> None:
-        """Give each definition the key that its name had when it was first used, and read which keys are retired."""
+        """Load the keys under which the definitions were first used, and the keys that are retired."""
         with engines.read(self.engine) as connection:
             rows = records.all_definitions(connection)
         stored: dict[tuple[str, str], list[str]] = {}
@@ -111,7 +114,7 @@ class App:
         trigger: str = "manual",
         slot_at: dt.datetime | None = None,
     ) -> int:
-        """Run a definition as `runs.sync` does; return the run's id."""
+        """Run a definition by `runs.sync`; return the run's id."""
         options = runs.RunOptions(
             full=full,
             hold=hold,
@@ -148,10 +151,10 @@ class App:
         stop: threading.Event | None = None,
         is_gathering: Callable[[], bool] = lambda: False,
     ) -> progress.Report:
-        """Deliver what is due; next: queue/worker.py.
+        """Hold the deliveries for another destination, then deliver what is due.
 
-        Deliveries for another destination are held first. `stop` ends this delivery only. While `is_gathering`,
-        changes wait for more changes of the same users, which other runs are about to commit.
+        `stop` ends this delivery only. While `is_gathering`, changes wait for the changes of the same users that
+        other runs are about to commit.
         """
         self.settings.destination.require_api_key()
         with engines.write(self.engine) as connection:
@@ -220,7 +223,7 @@ class App:
         )
 
     def prune(self, seconds: float = 5.0) -> dict[str, int]:
-        """Remove rows that are older than the settings keep them; return how many of each table."""
+        """Delete rows that are older than the settings allow; return the number for each table."""
         database = self.settings.database
         retention = pruning.Retention(
             calls=span_seconds(database.keep_calls),
@@ -231,7 +234,7 @@ class App:
         return pruning.prune(self.engine, retention, self.clock.now(), seconds=seconds)
 
     def reloaded(self) -> "App":
-        """Return an app with the configuration file as it is now, on the same database.
+        """Return an app for the same database with the configuration file read again.
 
         Raises:
             ConfigError: the file is invalid, or names another database.
@@ -241,9 +244,9 @@ class App:
         before, after = self.settings.database, settings.database
         if (before.url, before.schema) != (after.url, after.schema):
             raise ConfigError(f"{settings.path}: to use another [database], restart the daemon.")
-        again = App(settings, self.engine, self.clock, self.stop)
-        again.load_keys()
-        return again
+        app = App(settings, self.engine, self.clock, self.stop)
+        app.load_keys()
+        return app
 
     def close(self) -> None:
         for engine in (self.engine, *self._sources.values()):
@@ -252,7 +255,7 @@ class App:
 
 @contextlib.contextmanager
 def open_app(path: Path | None = None, *, migrated: bool = True) -> Iterator[App]:
-    """Read the configuration and open the database; an empty database gets its tables.
+    """Read the configuration and open the database; create the tables in an empty one.
 
     Raises:
         ConfigError: the configuration is invalid.

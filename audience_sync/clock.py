@@ -1,4 +1,4 @@
-"""The clock that code takes as an argument, so that tests can set the time."""
+"""The clock, which is passed as an argument so that tests can set the time."""
 
 import time
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ class Clock(Protocol):
         """The wall-clock time, aware, in UTC."""
 
     def monotonic(self) -> float:
-        """Seconds of a clock that never goes back."""
+        """The seconds of a clock that never goes back."""
 
     def sleep(self, seconds: float) -> None: ...
 
@@ -27,5 +27,5 @@ class SystemClock:
 
 
 def isoformat(moment: datetime) -> str:
-    """ISO 8601 with Z, the form of every time that we print: 2011-06-01T00:00:00Z."""
+    """Format a time as we always print it: 2011-06-01T00:00:00Z."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -1,7 +1,8 @@
-"""The daemon: runs definitions when their slots are due, delivers, reloads the configuration, and stops on request.
+"""The daemon runs definitions when their slots are due, delivers, reloads the configuration, and stops on request.
 
-APScheduler only ticks. Each tick decides from the database what is due, so missed ticks, clock changes, restarts and
-other daemons do no harm. Each run has its own thread, and one thread delivers.
+APScheduler only ticks. Each tick reads from the database what is due, so missed ticks, clock changes, restarts and
+other daemons do no harm. Each run has its own thread, and one thread delivers. Next: audiences/slots.py, which
+decides what is due; app.py, which runs and delivers.
 """
 
 import datetime as dt
@@ -26,13 +27,15 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 5.0
 QUEUE_POLL_SECONDS = 1.0  # also how often requests to stop or reload, and the clock, are checked
-MAX_RECENT_RUNS = 4  # started within LONG_RUN_SECONDS; longer runs no longer hold up other definitions
+MAX_RECENT_RUNS = (
+    4  # started within LONG_RUN_SECONDS; a run that takes longer does not hold up other definitions
+)
 LONG_RUN_SECONDS = 10.0
 STOPPED_SECONDS = 300.0  # between two checks whether a refused key works again
 IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent
 PRUNE_SECONDS = 3600.0
 ENDING_SECONDS = 60.0  # a request may take half of it
-CLOCK_SECONDS = 2.0  # when the wall clock moves further than this against the monotonic one, it was set
+CLOCK_SECONDS = 2.0  # the wall clock was set if it moves further than this against the monotonic clock
 
 
 def in_thread(name: str, work: Callable[[], None]) -> None:
@@ -45,12 +48,12 @@ def _log_error(error: AudienceSyncError, event: str = "failed") -> None:
 
 @dataclass(slots=True)
 class Daemon:
-    """`open_again` reads the configuration again; `start` begins a run's work in a thread (tests run it at once)."""
+    """`open_again` reads the configuration again; `start` starts a run in a thread (tests run it at once)."""
 
     app: App
     open_again: Callable[[App], App]
     start: Callable[[str, Callable[[], None]], None] = in_thread
-    # Signal handlers set these. They are plain values, because a handler may interrupt a holder of an event's lock.
+    # Signal handlers set these. They are not events, because a handler may interrupt code that holds an event's lock.
     stop_requested: bool = False
     reload_requested: bool = False
     _running: dict[str, float] = field(default_factory=dict)  # key: monotonic start
@@ -79,7 +82,7 @@ class Daemon:
                     self.reload()
                 if abs(self._clock_offset() - offset) > CLOCK_SECONDS:
                     offset = self._clock_offset()
-                    # After the clock was set back, the next tick would be that far away.
+                    # If the clock was set back an hour, the next tick would be an hour away.
                     ticker.reschedule_job("tick", trigger=interval)
                     logs.event(log, logging.WARNING, "the clock was set")
         finally:
@@ -119,7 +122,7 @@ class Daemon:
             _log_error(error)
 
     def _recent_count(self) -> int:
-        """The number of runs that started recently."""
+        """The number of runs that started in the last LONG_RUN_SECONDS and have not ended."""
         since = self.app.clock.monotonic() - LONG_RUN_SECONDS
         return sum(started > since for started in list(self._running.values()))
 
@@ -148,7 +151,7 @@ class Daemon:
         try:
             with engines.write(app.engine) as connection:
                 slots.give_back(connection, slot)
-        except DatabaseError as error:  # the slot stays without a run, and is taken over after a minute
+        except DatabaseError as error:  # a slot without a run is taken again after a minute
             _log_error(error)
 
     def _deliver_repeatedly(self) -> None:
@@ -163,7 +166,7 @@ class Daemon:
                 self.app.stop.wait(TICK_SECONDS)
 
     def deliver(self) -> None:
-        """Deliver what is due; wait for runs that started together, so that a user's changes go into one request."""
+        """Deliver what is due; wait for runs that started together, so that one request carries a user's changes."""
         self._pause_delivery.clear()
         app = self.app
         if app.stop.is_set() or app.clock.monotonic() < self._deliver_at:
@@ -174,7 +177,7 @@ class Daemon:
         report = app.deliver(stop=self._pause_delivery, is_gathering=lambda: self._recent_count() > 0)
         if report.stopped:
             self._deliver_at = app.clock.monotonic() + STOPPED_SECONDS
-        elif report.is_left or not report.request_count:  # another process delivers, or a lane pauses
+        elif report.is_left or not report.request_count:  # another process delivers, or a lane is paused
             self._deliver_at = app.clock.monotonic() + IDLE_SECONDS
 
     def reload(self) -> None:
@@ -186,5 +189,5 @@ class Daemon:
             _log_error(error, "configuration refused; the previous one stays in use")
             return
         self._deliver_at = 0.0
-        self._pause_delivery.set()  # it starts again with the new key and limits
+        self._pause_delivery.set()  # delivery starts again with the new key and limits
         logs.event(log, logging.INFO, "configuration reloaded", definitions=len(self.app.definitions()))

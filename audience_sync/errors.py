@@ -1,4 +1,4 @@
-"""The errors that the program raises; their messages are written for people.
+"""The errors that the program raises.
 
 AudienceSyncError
 ├── ConfigError          the configuration, the command line or a credential
@@ -7,14 +7,15 @@ AudienceSyncError
 ├── DatabaseError        our own database cannot be used
 ├── SourceError          a source cannot be reached or read
 ├── CallError            a call that is not valid
-├── NotApproved          a held run cannot be committed any more: compute it again
-├── NotForgotten         Userpilot refused or did not answer a deletion
+├── NotApproved          a held run can no longer be committed: compute it again
+├── NotForgotten         Userpilot refused a deletion or did not answer
 ├── Busy                 another process is syncing the definition
 └── LeaseLost            another process took over the lease; this one has written nothing
 
 Interrupted              a signal asked this process to stop (a BaseException)
 
-A message says what happened, where, and what to do next. It never contains a secret. `exit_code` is the command's.
+A message says what happened, where, and what to do next, and never contains a secret. A command that ends with an
+error exits with its `exit_code`.
 """
 
 

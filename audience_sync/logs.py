@@ -2,7 +2,7 @@
 
 docs/reference/log-events.md lists every event with its fields; a test compares it with the code.
 
-An exception is logged with its type and where it arose. The message is added for our own errors only: a driver's
+An exception is logged with its type and traceback. Only our own errors are logged with their message: a driver's
 message quotes the row ("Key (user_id)=(17850) already exists"), even where SQLAlchemy hides parameters.
 """
 
@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 
 from audience_sync.errors import AudienceSyncError
 
-# Libraries that log URLs, statements and every tick: warnings only.
+# Libraries that log URLs, statements or every tick; only their warnings are logged.
 QUIET = ("alembic", "apscheduler", "httpcore", "httpx", "sqlalchemy", "uvicorn")
 
 
 def configure(format: str = "text", level: str = "info") -> None:  # noqa: A002  (its name in the configuration)
-    """Log from `level` on to standard error, as `text` or `json`; the last call takes effect."""
+    """Log messages of at least this level to standard error, as `text` or `json`; a later call replaces this one."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if format == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""Ask the threads of this process to end, and interrupt what they wait for."""
+"""The stop request of a process: its threads end, and what they wait for is interrupted."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ class Stop(threading.Event):
 
     @contextmanager
     def interrupting(self, interrupt: Callable[[], object]) -> Iterator[None]:
-        """Call `interrupt` if the event is set inside the block, or already is; any thread may do so."""
+        """Call `interrupt` when the event is set during the block, or if it is already set, from whichever thread."""
         with self._lock:
             self._interrupts.append(interrupt)
             if self.is_set():

@@ -1,11 +1,11 @@
-"""Suggestions for unknown names, for error messages."""
+"""Hints about unknown names in error messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """Suggest the nearest known name; where none is near, return `otherwise` or list the known names."""
+    """Suggest the nearest known name; if none is near, return `otherwise` or list the known names."""
     names = list(known)
     nearest = difflib.get_close_matches(name[:60], names, n=1, cutoff=0.5)
     if nearest:
@@ -16,5 +16,5 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) 
 
 
 def shown(name: str) -> str:
-    """Return the name as a message can show it: at most 60 characters, all printable."""
+    """Return the name as messages show it: at most 60 characters, all printable."""
     return name if len(name) <= 60 and name.isprintable() else ascii(name[:60])
