@@ -8,7 +8,7 @@ import datetime as dt
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,9 +55,7 @@ class App:
     def definitions(self, keys: Sequence[str] = ()) -> list[Definition]:
         """Return the enabled definitions, or those with these keys.
 
-        Raises:
-            ConfigError: a key belongs to no definition, or was retired.
-
+        Raises ConfigError if a key belongs to no definition, or was retired.
         """
         by_key = {definition.key: definition for definition in self.settings.definitions}
         for key in keys:
@@ -70,8 +68,9 @@ class App:
                 raise runs.retired_error(key)
         if keys:
             return [by_key[key] for key in dict.fromkeys(keys)]
-        enabled = [definition for definition in by_key.values() if definition.enabled]
-        return [definition for definition in enabled if definition.key not in self.retired]
+        return [
+            definition for key, definition in by_key.items() if definition.enabled and key not in self.retired
+        ]
 
     def load_keys(self) -> None:
         """Load the keys under which the definitions were first used, and the keys that are retired."""
@@ -98,7 +97,7 @@ class App:
         destination = self.settings.destination
         return Client(
             destination.endpoint,
-            destination.require_api_key(),
+            destination.api_key.require(),
             ca_file=destination.ca_file,
             only_public=destination.is_public,
         )
@@ -107,22 +106,10 @@ class App:
         self,
         definition: Definition,
         as_of: dt.datetime,
-        *,
-        full: bool = False,
-        hold: bool = False,
-        users: Sequence[str] = (),
-        trigger: str = "manual",
-        slot_at: dt.datetime | None = None,
+        options: runs.RunOptions = runs.RunOptions(),  # noqa: B008  (frozen)
     ) -> int:
-        """Run a definition by `runs.sync`; return the run's id."""
-        options = runs.RunOptions(
-            full=full,
-            hold=hold,
-            users=tuple(users) or None,
-            trigger=trigger,
-            slot_at=slot_at,
-            destination=self.destination,
-        )
+        """Run a definition for the configured destination; return the run's id."""
+        options = replace(options, destination=self.destination)
         source = partial(self.source, definition)
         return runs.sync(self.engine, definition, as_of, self.clock, options, source=source, stop=self.stop)
 
@@ -156,7 +143,7 @@ class App:
         `stop` ends this delivery only. While `is_gathering`, changes wait for the changes of the same users that
         other runs are about to commit.
         """
-        self.settings.destination.require_api_key()
+        self.settings.destination.api_key.require()
         with engines.write(self.engine) as connection:
             held_count = foreign.hold_foreign(connection, self.destination, self.clock.now())
             is_empty = not due.is_anything_pending(connection)
@@ -170,8 +157,8 @@ class App:
             self.is_delivering = True
             try:
                 started = self.clock.monotonic()
-                working = self._worker(client, on_progress, stop or self.stop, is_gathering)
-                report = working.deliver(run_ids, call_ids)
+                delivering = self._worker(client, on_progress, stop or self.stop, is_gathering)
+                report = delivering.deliver(run_ids, call_ids)
                 report.held_count = held_count
                 if report.request_count:
                     logs.event(
@@ -236,9 +223,7 @@ class App:
     def reloaded(self) -> "App":
         """Return an app for the same database with the configuration file read again.
 
-        Raises:
-            ConfigError: the file is invalid, or names another database.
-
+        Raises ConfigError if the file is invalid, or names another database.
         """
         settings = load(self.settings.path)
         before, after = self.settings.database, settings.database
@@ -257,10 +242,7 @@ class App:
 def open_app(path: Path | None = None, *, migrated: bool = True) -> Iterator[App]:
     """Read the configuration and open the database; create the tables in an empty one.
 
-    Raises:
-        ConfigError: the configuration is invalid.
-        DatabaseError: the database cannot be used, or its version is too old.
-
+    Raises ConfigError if the configuration is invalid, and DatabaseError if the database cannot be used or is too old.
     """
     settings = load(path)
     app = App(settings, engines.open_own(settings.database.url, settings.database.schema))

@@ -131,7 +131,8 @@ class Daemon:
         try:
             now = app.clock.now()
             as_of = runs.resolve_as_of(app.engine, [slot.definition], None, now)[key]
-            app.sync(slot.definition, as_of, full=slot.full, trigger="schedule", slot_at=slot.slot_at)
+            options = runs.RunOptions(full=slot.full, trigger="schedule", slot_at=slot.slot_at)
+            app.sync(slot.definition, as_of, options)
             is_done = True
         except (Busy, Interrupted) as error:
             logs.event(log, logging.INFO, f"slot given back ({type(error).__name__})", key=key)

@@ -183,7 +183,7 @@ def test_a_month_of_a_daemon(life):
 def test_a_run_held_on_request_makes_its_slots_wait(life):
     life.live_until("2026-03-15 12:00")
     (definition,) = life.daemon.app.definitions()
-    held = life.daemon.app.sync(definition, life.clock.now(), hold=True)
+    held = life.daemon.app.sync(definition, life.clock.now(), runs.RunOptions(hold=True))
     life.live_until("2026-03-17 12:00")
     assert [each["status"] for each in life.history()] == ["succeeded", "held"]
     with engines.read(life.daemon.app.engine) as connection:

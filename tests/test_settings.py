@@ -507,7 +507,7 @@ def test_a_missing_api_key_is_an_error_only_for_what_sends(load, tmp_path, text,
     destination = load(text, environ).destination
     assert (destination.api_key.value, destination.fingerprint) == (None, "")
     with pytest.raises(MissingVariable) as error:
-        destination.require_api_key()
+        destination.api_key.require()
     assert str(error.value) == f"{tmp_path}/audience_sync.toml: [destination]: api_key: {why}"
 
 
@@ -525,8 +525,8 @@ def test_a_missing_write_key_is_an_error_only_for_what_serves(load, tmp_path):
 
 def test_the_api_key_comes_from_the_environment_unless_set(load, refused):
     environ = {"USERPILOT_API_KEY": "NX-1", "OTHER": "NX-2"}
-    assert load("", environ).destination.require_api_key() == "NX-1"
-    assert load("destination.api_key = '${OTHER}'", environ).destination.require_api_key() == "NX-2"
+    assert load("", environ).destination.api_key.require() == "NX-1"
+    assert load("destination.api_key = '${OTHER}'", environ).destination.api_key.require() == "NX-2"
     assert refused("", {"USERPILOT_API_KEY": "s3cret\n"}) == KEY
 
 

@@ -79,9 +79,7 @@ class Mapping:
 def compile_mapping(name: str, action: str, trigger: str, fields: dict[str, Any]) -> Mapping:
     """Compile a mapping of the configuration; fields that it leaves out are filled as in the presets.
 
-    Raises:
-        ConfigError: the trigger or a field is wrong; the message says where.
-
+    Raises ConfigError if the trigger or a field is wrong; the message says where.
     """
     from audience_sync.calls import fql  # noqa: PLC0415  (loading its grammar is slow, and presets need none)
 

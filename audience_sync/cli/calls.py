@@ -79,7 +79,7 @@ def group(
 def _submit(context: typer.Context, call: dict[str, Any], *, no_deliver: bool) -> None:
     with session.open_app(context) as app, session.stoppable(app):
         if not no_deliver:
-            app.settings.destination.require_api_key()
+            app.settings.destination.api_key.require()
         receipt = lazy.intake.submit(app, call)
         if receipt.ignored:
             output.line(f"Call {receipt.call_id} is stored and ignored: {receipt.ignored}.")
@@ -135,7 +135,7 @@ def import_(
         app = stack.enter_context(session.open_app(context))
         stack.enter_context(session.stoppable(app))
         if deliver:
-            app.settings.destination.require_api_key()
+            app.settings.destination.api_key.require()
         source, size = stack.enter_context(_source(file))
         on_bad = stack.enter_context(_bad_lines(set_aside, file))
         with output.bytes_read(source, size) as on_progress:

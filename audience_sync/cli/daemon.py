@@ -28,12 +28,12 @@ def daemon(context: typer.Context) -> None:
 
     def reopen(before: "App") -> "App":
         after = before.reloaded()
-        after.settings.destination.require_api_key()
+        after.settings.destination.api_key.require()
         _log_everything(after)
         return after
 
     with session.open_app(context) as app:
-        app.settings.destination.require_api_key()
+        app.settings.destination.api_key.require()
         _log_everything(app)
         running = lazy.daemon.Daemon(app, reopen)
 

@@ -133,18 +133,18 @@ def sync(
         raise ConfigError("--user commits at once, so it cannot be combined with --hold: leave one out.")
     with session.open_app(context) as app, session.stoppable(app):
         if not no_deliver:
-            app.settings.destination.require_api_key()
+            app.settings.destination.api_key.require()
         definitions = app.definitions(keys or ())
         if not definitions:
             raise ConfigError(
                 f"{app.settings.path} has no enabled definition: add one under [[audiences]] or [[traits]]."
             )
         moments = lazy.runs.resolve_as_of(app.engine, definitions, session.parse_time(as_of), app.clock.now())
+        options = lazy.runs.RunOptions(full=full, hold=hold, users=tuple(user or ()) or None)
         run_ids, busy = [], False
         for definition in definitions:
             try:
-                as_of_run = moments[definition.key]
-                run_ids.append(app.sync(definition, as_of_run, full=full, hold=hold, users=user or ()))
+                run_ids.append(app.sync(definition, moments[definition.key], options))
             except Busy as error:
                 busy = True
                 output.warn(f"audience-sync: {error}")

@@ -36,9 +36,7 @@ _FIELDS = {
 def identify(app: App, user_id: str, traits: Mapping[str, Any] | None = None, **fields: Any) -> Receipt:
     """Set traits of a user. `fields`: message_id, timestamp (aware datetime), context, integrations.
 
-    Raises:
-        CallError: the call is not valid; nothing was stored.
-
+    Raises CallError if the call is not valid; nothing was stored.
     """
     raw = {"type": "identify", "userId": user_id, "traits": dict(traits or {})}
     return submit(app, raw | _in_camel_case(fields))
@@ -63,9 +61,7 @@ def group(
 def submit(app: App, raw: Mapping[str, Any]) -> Receipt:
     """Store a call in Segment's form, `{"type", "userId", "traits", "messageId", …}`, and queue its deliveries.
 
-    Raises:
-        CallError: the call is not valid; nothing was stored.
-
+    Raises CallError if the call is not valid; nothing was stored.
     """
     call = Preparer(app.settings).prepare(raw, received_at=app.clock.now())
     return save(app, [call])[0]

@@ -163,11 +163,8 @@ def _destination(section: Section, table: Any, folder: Path) -> DestinationSetti
 def with_stored_keys(settings: Settings, stored: Mapping[tuple[str, str], list[str]]) -> Settings:
     """Replace each derived key by the one that was stored when the definition was first used.
 
-    `stored` has the keys by kind and name, in the order of their first use.
-
-    Raises:
-        ConfigError: two definitions would now have the same key.
-
+    `stored` has the keys by kind and name, in the order of their first use. Raises ConfigError if two definitions would
+    now have the same key.
     """
     built = tuple(
         definitions.with_stored_key(definition, stored.get((definition.kind, definition.name), []))

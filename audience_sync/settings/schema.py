@@ -117,9 +117,6 @@ class DestinationSettings(Table, frozen=True):
     track_policy: Literal["at_least_once", "at_most_once"] = "at_least_once"
     presets: bool = True
 
-    def require_api_key(self) -> str:
-        return self.api_key.require()
-
     @property
     def is_public(self) -> bool:
         """Return whether the endpoint is on Userpilot's own hosts, which have public addresses."""

@@ -76,12 +76,7 @@ class Section:
         return secret(value)
 
     def expand(self, name: str, value: Any) -> Any:
-        """Replace `${NAME}` in a string; other values are returned unchanged.
-
-        Raises:
-            MissingVariable: a variable is not set.
-
-        """
+        """Replace `${NAME}` in a string; return other values unchanged. Raises MissingVariable for an unset variable."""
         if not isinstance(value, str):
             return value
         if "\0" in value:
