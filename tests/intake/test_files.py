@@ -193,7 +193,8 @@ def test_an_unwritable_path_for_bad_lines_is_an_error_before_anything_is_importe
 def test_bad_lines_never_overwrite_the_file(import_file, users, tmp_path):
     code, said = import_file(ANN + b"\n{", "--set-aside", f"{tmp_path}/./calls")
     assert code == 2
-    assert said == f"audience-sync: {tmp_path}/calls is the file itself: write the bad lines to another.\n"
+    message = f"{tmp_path}/calls is the file to import: name another file for --set-aside."
+    assert said == f"audience-sync: {message}\n"
     assert ((tmp_path / "calls").read_bytes(), users()) == (ANN + b"\n{", [])
 
 
@@ -216,7 +217,7 @@ def test_ignored_calls_are_counted_apart(import_file):
     code, said = import_file(ANN + b'\n{"type": "page", "userId": "ann"}')
     assert (code, said.splitlines()[0]) == (
         0,
-        "2 lines: 1 accepted, 1 ignored (`audience-sync calls --status ignored` says why).",
+        "2 lines: 1 accepted, 1 ignored (`audience-sync calls --status ignored` shows the reasons).",
     )
 
 
