@@ -148,12 +148,12 @@ CASES = [(f"{place}\n{name} = 's3cret'", name) for place, names in LATER.items()
 
 @pytest.mark.parametrize(("text", "name"), CASES)
 def test_a_name_of_a_later_release_says_so(refused, text, name):
-    assert refused(text).partition(": ")[2] == f"not yet: {name} belongs to a later release; remove it"
+    assert refused(text).partition(": ")[2] == f"{name} is not supported yet: remove it"
 
 
 TABLE = "expected a table of names and values"
 RATE = "[destination]: track_per_minute: expected a whole number from 1 to 1000000"
-SCHEMA = "[database]: schema: expected lower-case letters, digits and underscores, no digit first, at most 63"
+SCHEMA = "[database]: schema: expected at most 63 lower-case letters, digits and underscores, not starting with a digit"
 KEY = "[destination]: api_key: expected printable ASCII without spaces or line ends, and not empty"
 SPAN = '[defaults]: timeout: expected a span, such as "30 seconds", "10 minutes" or "2 hours"'
 WRITE_KEYS = (
@@ -168,7 +168,7 @@ trigger = "type = 'track'"
 """
 ACTION = "[[mappings]] Mine: action: expected identifyUser or identifyCompany or trackEvent"
 DIRECTIVE = "[[mappings]] Mine: fields.name: unknown directive @pat: did you mean @path?"
-TOO_MANY = "the file: mappings: there are 48, and a destination holds 50, the presets counted: leave 1 out"
+TOO_MANY = "the file: mappings: there are 48, but a destination takes 50, including the presets: remove 1"
 NO_ENDPOINT = "[destination]: endpoint: expected https://HOST/, without credentials, query or fragment"
 REFUSED = [
     # the tracking API and the mappings
@@ -182,7 +182,7 @@ REFUSED = [
     (MAPPING.format("fields = {name = {'@pat' = 'x'}}"), DIRECTIVE),
     (MAPPING.format("").replace("type = 'track'", "type ="), "[[mappings]] Mine: trigger: line 1, column "),
     (MAPPING.format("").replace("trackEvent", "s3cret"), ACTION),
-    (MAPPING.format("") * 2, "the file: mappings: 2 of them are called Mine: give each a name of its own"),
+    (MAPPING.format("") * 2, "the file: mappings: 2 of them are called Mine: give each its own name"),
     ("".join(MAPPING.format("").replace("Mine", f"M{n}") for n in range(48)), TOO_MANY),
     # unknown names, with the nearest
     ("[databse]", "the file: unknown name databse: did you mean database?"),
@@ -192,8 +192,8 @@ REFUSED = [
     ("[sources.shop]\nuri = 's3cret'", "[sources.shop]: unknown name uri: did you mean url?"),
     ("[defaults]\nscedule = 's3cret'", "[defaults]: unknown name scedule: did you mean schedule?"),
     # schedules, guards and spans
-    ("[defaults]\nmax_exit_ratio = -1", "[defaults]: max_exit_ratio: expected a number from 0 on, such as 0.5"),
-    ("[defaults]\nguard_above = 1.5", "[defaults]: guard_above: expected a whole number from 0 on"),
+    ("[defaults]\nmax_exit_ratio = -1", "[defaults]: max_exit_ratio: expected a number of at least 0, such as 0.5"),
+    ("[defaults]\nguard_above = 1.5", "[defaults]: guard_above: expected a whole number of at least 0"),
     ("[database]\nkeep_calls = 's3cret'",
      '[database]: keep_calls: expected a span, such as "90 days", or "forever"'),
     (TRAIT + "schedule = '@reboot'", "[[traits]] A: schedule: "),
@@ -253,18 +253,18 @@ REFUSED = [
       for each in ("s3cret", "", "a\\u0000s3cret")),
     ("[database]\nurl = 'mysql://u:s3cret@h/d'", "[database]: url: expected sqlite:///FILE or postgresql://"),
     ("[database]\nurl = 'sqlite://s3cret.db'", "[database]: url: an SQLite file takes three slashes"),
-    *((f"[database]\nurl = 'sqlite:{each}'", "[database]: url: a database in memory forgets what was sent")
+    *((f"[database]\nurl = 'sqlite:{each}'", "[database]: url: an in-memory database loses its record of what was sent")
       for each in ("//", "///", "///:memory:", "///file:x?mode=memory&uri=true")),
     # keys that collide, are empty, malformed, or Userpilot's own
     *((AUDIENCE + f"[[{kind}]]\nname = 'vips!'\nsql = 'SELECT 1'",
-       "the file: VIPs and vips! have one key, vips: give one of them another with `key = `")
+       "the file: VIPs and vips! have the same key, vips: give one of them another with `key = `")
       for kind in ("audiences", "traits")),
-    (AUDIENCE + TRAIT + "key = 'vips'", "the file: VIPs and A have one key, vips: "),
+    (AUDIENCE + TRAIT + "key = 'vips'", "the file: VIPs and A have the same key, vips: "),
     ("[[audiences]]\nname = '注文'\nsql = 's'", "[[audiences]] 注文: no key can be derived from the name"),
     *((TRAIT + f"key = '{key}'", "[[traits]] A: a key consists of lower-case letters") for key in ("", "V I P")),
-    *((AUDIENCE + f"key = '{key}'", f"[[audiences]] VIPs: {key} is a property of Userpilot's own")
+    *((AUDIENCE + f"key = '{key}'", f"[[audiences]] VIPs: {key} is one of Userpilot's own properties")
       for key in ("name", "email", "created_at", "signed_up_at", "first_seen_at", "last_seen_at")),
-    *((f"[[traits]]\nname = '{name}'\nsql = 's'", f"[[traits]] {name}: {key} is a property of Userpilot's own")
+    *((f"[[traits]]\nname = '{name}'\nsql = 's'", f"[[traits]] {name}: {key} is one of Userpilot's own properties")
       for name, key in (("First Seen at", "first_seen_at"), ("Last seen at!", "last_seen_at"))),
     ('[[audiences]]\nname = "a\\nb"\nsql = "s"', r"[[audiences]] 'a\nb': name: expected one line without control"),
     # what is no endpoint, with permission or without

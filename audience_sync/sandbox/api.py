@@ -118,10 +118,10 @@ def _identify(state: State, entry: Entry, body: _Identify) -> None:
 def _bulk_identify(state: State, entry: Entry, body: Body) -> dict[str, Any]:
     limits = state.limits
     if body.size > limits.bulk_bytes_per_request:
-        raise RefusedError(413, f"{body.size} bytes; {limits.bulk_bytes_per_request} are the most")
+        raise RefusedError(413, f"{body.size} bytes; at most {limits.bulk_bytes_per_request} are allowed")
     rows = body.value if body.filename is not None else _users(_convert(body, dict[str, Any]))
     if isinstance(rows, list) and len(rows) > limits.bulk_rows_per_request:
-        raise RefusedError(413, f"{len(rows)} rows; {limits.bulk_rows_per_request} are the most")
+        raise RefusedError(413, f"{len(rows)} rows; at most {limits.bulk_rows_per_request} are allowed")
     msgspec.convert(rows, Annotated[list[_UserRow], _NOT_EMPTY])
     return state.describe(state.start_job(entry.number, rows, body.filename, body.size))
 
@@ -162,7 +162,7 @@ def _convert(body: Body, schema: Any) -> Any:
 
 def _users(body: dict[str, Any]) -> Any:
     if body.keys() != {"users"}:
-        raise RefusedError(400, "users is needed, and nothing else")
+        raise RefusedError(400, "the body must contain users and nothing else")
     return body["users"]
 
 

@@ -145,7 +145,7 @@ def _database(section: Section, table: Any, folder: Path) -> DatabaseSettings:
         section.fail("url: expected sqlite:///FILE or postgresql://USER@HOST/DATABASE")
     if url in {"sqlite://", "sqlite:///"} or ":memory:" in url or "mode=memory" in url:
         section.fail(
-            "url: a database in memory forgets what was sent: name a file: sqlite:///audience_sync.db"
+            "url: an in-memory database loses its record of what was sent: name a file: sqlite:///audience_sync.db"
         )
     return database
 

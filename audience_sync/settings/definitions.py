@@ -67,7 +67,9 @@ def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) 
     except ConfigError as error:
         section.fail(str(error))
     if key in _USERPILOT_OWN[kind]:
-        section.fail(f"{key} is a property of Userpilot's own: give the definition another key with `key = `")
+        section.fail(
+            f"{key} is one of Userpilot's own properties: give the definition another key with `key = `"
+        )
     return key
 
 
@@ -92,7 +94,7 @@ def check_unique(path: Path, definitions: Iterable[Definition]) -> None:
         key = definition.key
         if key in names:
             raise ConfigError(
-                f"{path}: the file: {shown(names[key])} and {shown(definition.name)} have one key, {key}: "
+                f"{path}: the file: {shown(names[key])} and {shown(definition.name)} have the same key, {key}: "
                 "give one of them another with `key = `"
             )
         names[key] = definition.name
@@ -110,9 +112,9 @@ def check_mappings(file: Section, built: Collection[mappings.Mapping], *, with_p
     limit = mappings.MAX_MAPPINGS - (len(mappings.PRESETS) if with_presets else 0)
     if len(built) > limit:
         file.fail(
-            f"mappings: there are {len(built)}, and a destination holds {mappings.MAX_MAPPINGS}"
-            f"{', the presets counted' if with_presets else ''}: leave {len(built) - limit} out"
+            f"mappings: there are {len(built)}, but a destination takes {mappings.MAX_MAPPINGS}"
+            f"{', including the presets' if with_presets else ''}: remove {len(built) - limit}"
         )
     for name, count in Counter(mapping.name for mapping in built).items():
         if count > 1:
-            file.fail(f"mappings: {count} of them are called {shown(name)}: give each a name of its own")
+            file.fail(f"mappings: {count} of them are called {shown(name)}: give each its own name")

@@ -26,8 +26,8 @@ KeepSpan = Annotated[
         description='a span, such as "90 days", or "forever"',
     ),
 ]
-Ratio = Annotated[float, msgspec.Meta(ge=0, description="a number from 0 on, such as 0.5")]
-Count = Annotated[int, msgspec.Meta(ge=0, description="a whole number from 0 on")]
+Ratio = Annotated[float, msgspec.Meta(ge=0, description="a number of at least 0, such as 0.5")]
+Count = Annotated[int, msgspec.Meta(ge=0, description="a whole number of at least 0")]
 PerMinute = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
 RowsPerJob = Annotated[
     int,
@@ -37,7 +37,7 @@ SchemaName = Annotated[
     str,
     msgspec.Meta(
         pattern=r"^[a-z_][a-z0-9_]{0,62}\Z",
-        description="lower-case letters, digits and underscores, no digit first, at most 63",
+        description="at most 63 lower-case letters, digits and underscores, not starting with a digit",
     ),
 ]
 Text = Annotated[str, msgspec.Meta(pattern=r"\S", description="a string that is not empty")]

@@ -35,7 +35,7 @@ class Section:
             self.fail("expected a table of names and values")
         for name in table:
             if name in later:
-                self.fail(f"not yet: {name} belongs to a later release; remove it")
+                self.fail(f"{name} is not supported yet: remove it")
             if name not in known:
                 self.fail(f"unknown name {shown(name)}: {did_you_mean(name, known)}")
 
@@ -135,7 +135,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "not a path"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes: divide it with `include`")
+        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes: split it with `include`")
     try:
         return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -35,7 +35,7 @@ def _check_network(section: Section, rest: str) -> None:
     if authority.count("@") > 1 or not re.fullmatch(r"(\[[^\]]*\]|[^:\[]*)(:\d*)?", host):
         section.fail(
             "url: expected SCHEME://USER:PASSWORD@HOST:PORT/DATABASE; write @ : / ? # in a password as %40 %3A "
-            "%2F %3F %23, or take the password from a variable of its own: USER:${DB_PASSWORD}@HOST"
+            "%2F %3F %23, or take the password from its own variable: USER:${DB_PASSWORD}@HOST"
         )
     if "%3a" in host.lower() and not host.startswith("["):
         section.fail("url: a variable holds both host and port: use two, ${HOST}:${PORT}")

@@ -196,7 +196,7 @@ def _base(endpoint: str) -> str:
 def _checked_key(api_key: str) -> str:
     # The library's own error would quote the header, key and all.
     if not api_key or not all("!" <= character <= "~" for character in api_key):
-        raise ConfigError("the API key is empty, or holds spaces or characters that no key has")
+        raise ConfigError("the API key is empty, or contains spaces or characters that a key cannot have")
     return api_key
 
 

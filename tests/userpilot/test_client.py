@@ -118,7 +118,7 @@ def test_the_key_is_removed_from_garbage(serve):
 
 @pytest.mark.parametrize("key", ["", "a b", "a\nb", "ключ", " a"])
 def test_an_invalid_key_is_a_config_error_that_does_not_show_it(key):
-    with pytest.raises(ConfigError, match="the API key is empty, or holds spaces"):
+    with pytest.raises(ConfigError, match="the API key is empty, or contains spaces"):
         Client("https://analytex.userpilot.io/", key)
 
 
