@@ -27,9 +27,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 5.0
 QUEUE_POLL_SECONDS = 1.0  # also how often requests to stop or reload, and the clock, are checked
-MAX_RECENT_RUNS = (
-    4  # started within LONG_RUN_SECONDS; a run that takes longer does not hold up other definitions
-)
+MAX_RECENT_RUNS = 4  # started within LONG_RUN_SECONDS: longer runs do not hold up other definitions
 LONG_RUN_SECONDS = 10.0
 STOPPED_SECONDS = 300.0  # between two checks whether a refused key works again
 IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent
