@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class App:
-    """The settings, the database and the clock that one program uses; `open_app` makes one."""
+    """The settings, the database and the clock of a program. `open_app` makes one; the functions of `intake` take it."""
 
     settings: Settings
     engine: sa.Engine

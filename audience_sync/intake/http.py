@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
 MAX_MERGED_BYTES = 4 * 1024 * 1024  # of the fields that a batch shares, counted once for each of its calls
-MAX_READ_BYTES = (
-    4 * MAX_BATCH_BYTES
-)  # of a body that is too large: many senders read no answer before its end
+MAX_READ_BYTES = 4 * MAX_BATCH_BYTES  # of too large a body: many senders send all of it first
 MAX_WAITING_CALLS = 20_000  # more wait only if the writer is stuck, and then their senders may be gone
 BODY_SECONDS = 30.0  # to receive a whole body
 RETRY_SECONDS = 5  # until a sender may try again after the database failed

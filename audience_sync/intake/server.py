@@ -18,9 +18,7 @@ from audience_sync.errors import ConfigError
 from audience_sync.stopping import Stop
 
 MAX_CONNECTIONS = 500  # each may hold a batch in memory; further ones are answered 503
-MAX_REFUSED = (
-    100  # connections beyond those that are answered 503; further ones are cut off, to save descriptors
-)
+MAX_REFUSED = 100  # connections beyond those, answered 503 at a time; further ones are cut off
 HEAD_SECONDS = 10.0  # for the head of a request
 REQUEST_SECONDS = (
     40.0  # for the rest of it, even if the API does not read it: longer than the API's own limit
