@@ -20,9 +20,7 @@ from audience_sync.stopping import Stop
 MAX_CONNECTIONS = 500  # each may hold a batch in memory; further ones are answered 503
 MAX_REFUSED = 100  # connections beyond those, answered 503 at a time; further ones are cut off
 HEAD_SECONDS = 10.0  # for the head of a request
-REQUEST_SECONDS = (
-    40.0  # for the rest of it, even if the API does not read it: longer than the API's own limit
-)
+REQUEST_SECONDS = 40.0  # for the rest, even if the API does not read it; longer than the API's BODY_SECONDS
 ANSWER_SECONDS = 30.0  # for the sender to read its answer
 IDLE_SECONDS = 65  # longer than load balancers usually keep a connection
 SHUTDOWN_SECONDS = 30
