@@ -1,6 +1,6 @@
-"""Commit a run: the new baseline, and a delivery for each change in {temp}audience_sync_changes.
+"""Commit a run: write the new baseline, and a delivery for each change in {temp}audience_sync_changes.
 
-The caller's transaction makes the two one. From here on the deliveries are the queue's: queue/worker.py sends them.
+The caller's transaction commits both together. The path goes on in the queue, with queue/deliveries.py.
 """
 
 import datetime as dt
@@ -20,10 +20,10 @@ _CHANGES = "FROM {temp}audience_sync_changes"
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The writes of a run.
+    """A run whose changes are committed or held.
 
-    `origin`: the run, its definition and destination. `everyone`: deliveries for all current and past members, not
-    for the changes alone. `users`: if given, the only users concerned.
+    `everyone`: send a value to all current and past members, not only to those who changed. `users`: if given, send
+    to these only.
     """
 
     origin: deliveries.RunOrigin
@@ -34,13 +34,13 @@ class Commit:
     users: tuple[str, ...] | None = None
 
     def body(self, *, left: str, value: str) -> str:
-        """Return the SQL expression of a delivery's body; `left` is a condition. Keys need no quoting."""
-        gone, held = ("false", "'true'") if self.kind is Kind.AUDIENCE else ("null", value)
-        return f"'{{\"{self.key}\": ' || CASE WHEN {left} THEN '{gone}' ELSE {held} END || '}}'"
+        """Return the SQL expression for a body; `left` is the condition of having left. Keys need no quoting."""
+        absent, present = ("false", "'true'") if self.kind is Kind.AUDIENCE else ("null", value)
+        return f"'{{\"{self.key}\": ' || CASE WHEN {left} THEN '{absent}' ELSE {present} END || '}}'"
 
     @property
     def exit_body(self) -> str:
-        """Body, as text, for a user who left."""
+        """The body, as text, for a user who left."""
         return f'{{"{self.key}": {"false" if self.kind is Kind.AUDIENCE else "null"}}}'
 
 
@@ -63,7 +63,7 @@ def hold_changes(connection: sa.Connection, run: Commit, counts: ChangeCounts) -
 
 
 def commit_held(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
-    """Commit a held run: release its deliveries, from which the table of changes was made."""
+    """Commit a held run, whose deliveries the changes were loaded from: release these."""
     if counts.exited and _cancel_never_sent(connection, run):
         users = "SELECT user_id FROM {temp}audience_sync_never_sent"
         deliveries.cancel_run(connection, run.origin.run_id, run.now, deliveries.NEVER_SENT, users)
@@ -113,7 +113,7 @@ WHERE o.delivery_id = (SELECT min(u.delivery_id) FROM {temp}audience_sync_never_
        WHERE p.definition_id = :definition_id AND p.user_id = o.subject_id AND p.entered_run_id = o.run_id))
   AND NOT EXISTS (SELECT 1 FROM {our}past_members p WHERE p.definition_id = :definition_id
                   AND p.user_id = o.subject_id AND p.exited_run_id = o.run_id)"""
-# An exit that is pending implies an entry that was sent, though it may be pruned.
+# A pending exit implies that the entry was sent, even if its delivery was pruned.
 _WAS_ATTEMPTED = """SELECT 1 FROM {our}deliveries d
 WHERE d.subject_id = audience_sync_never_sent.user_id AND d.definition_id = :definition_id
   AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead')
@@ -127,15 +127,17 @@ def _cancel_never_sent(connection: sa.Connection, run: Commit) -> bool:
     """
     columns = "user_id {id}, delivery_id bigint, PRIMARY KEY (user_id, delivery_id)"
     create_temp_table(connection, "never_sent", columns)
-    pending = sql(  # locks them, so that no worker claims them from here on; on SQLite ours is the only lock
-        connection,
-        "INSERT INTO {temp}audience_sync_never_sent SELECT d.subject_id, d.delivery_id "
-        f"{_CHANGES} c JOIN {{our}}deliveries d ON d.subject_id = c.user_id "
-        f"WHERE c.change = 'exited' AND {deliveries.BY_SUBJECT_INDEX} AND d.status = 'pending' "
-        "AND d.action = 'identify' AND d.definition_id = :definition_id"
-        + ("" if is_sqlite(connection) else " FOR UPDATE OF d"),
-        definition_id=run.origin.definition_id,
-    ).rowcount
+    pending = (
+        sql(  # locks them, so that no worker claims them; on SQLite this transaction has the only write lock
+            connection,
+            "INSERT INTO {temp}audience_sync_never_sent SELECT d.subject_id, d.delivery_id "
+            f"{_CHANGES} c JOIN {{our}}deliveries d ON d.subject_id = c.user_id "
+            f"WHERE c.change = 'exited' AND {deliveries.BY_SUBJECT_INDEX} AND d.status = 'pending' "
+            "AND d.action = 'identify' AND d.definition_id = :definition_id"
+            + ("" if is_sqlite(connection) else " FOR UPDATE OF d"),
+            definition_id=run.origin.definition_id,
+        ).rowcount
+    )
     if not pending:
         return False
     sent = sql(
@@ -156,13 +158,13 @@ def _enqueue_changes(connection: sa.Connection, run: Commit, *, has_never_sent: 
     if not has_never_sent:
         _enqueue(connection, run, Status.PENDING, _CHANGES)
         return
-    is_one = "change = 'exited' AND user_id IN (SELECT user_id FROM {temp}audience_sync_never_sent)"
-    _enqueue(connection, run, Status.PENDING, f"{_CHANGES} WHERE NOT ({is_one})")
-    _enqueue(connection, run, Status.CANCELLED, f"{_CHANGES} WHERE {is_one}")
+    was_never_sent = "change = 'exited' AND user_id IN (SELECT user_id FROM {temp}audience_sync_never_sent)"
+    _enqueue(connection, run, Status.PENDING, f"{_CHANGES} WHERE NOT ({was_never_sent})")
+    _enqueue(connection, run, Status.CANCELLED, f"{_CHANGES} WHERE {was_never_sent}")
 
 
 def _enqueue_everyone(connection: sa.Connection, run: Commit, status: Status) -> None:
-    """Queue the values of the members as they will be, and of past members, except those who were never sent."""
+    """Queue the value of each member after this run, and of each past member who was ever sent one."""
     of_left = "d.subject_id = p.user_id AND d.definition_id = :definition_id AND d.status <> 'held'"
     changed = f"SELECT 1 {_CHANGES} c WHERE c.user_id ="
     mine = "WHERE definition_id = :definition_id"

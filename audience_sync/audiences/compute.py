@@ -1,7 +1,8 @@
 """Compute a definition into a temporary table: on our own database, or streamed from a source.
 
 `ready_sql` and `eligible_sql` run on the same database as the definition itself. Every query runs in a transaction
-with a deadline; on a source, and on SQLite everywhere, the database also enforces that it only reads.
+with a deadline. On a source, and always on SQLite, the database itself enforces that the query only reads. The rows go
+into the tables of snapshot.py.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ SQL = "SQL"
 FETCH_ROWS = 20_000
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
 PROGRESS_STEPS = (
-    20_000  # SQLite's virtual machine steps between two checks of the deadline: some milliseconds
+    20_000  # steps of SQLite's virtual machine (some milliseconds) between checks of the deadline
 )
 _QUERY_ACTIONS = {
     sqlite3.SQLITE_SELECT,
@@ -38,8 +39,7 @@ _QUERY_ACTIONS = {
 }
 _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
-# Errors that are not the definition's fault: SQLSTATE classes (connection, resources, operator, system) and the
-# codes of SQLite.
+# Errors that the definition did not cause: SQLSTATE classes (connection, resources, operator, system), SQLite's codes.
 _SERVER_STATES = ("08", "53", "57", "58", "XX")
 _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
 
@@ -51,7 +51,7 @@ class _Query:
     definition: Definition
     name: str  # as messages call it
     text: str
-    columns: tuple[str, ...]  # that it must return
+    columns: tuple[str, ...]  # those that it must return
     as_of: dt.datetime | None  # None: it does not use :as_of
     source: sa.Engine | None
     deadline: float  # monotonic seconds
@@ -68,10 +68,10 @@ def compute(
     """Fill the snapshot table, and the eligible table where the definition has an `eligible_sql`.
 
     `connection` is to our own database, outside a transaction. Returns how many rows of a source were set aside
-    while they were loaded, by reason; the diff finds the others.
+    while they were loaded, by reason; the diff counts the others.
 
     Raises:
-        DefinitionError: a query is invalid, took too long, or said that the source is not ready.
+        DefinitionError: a query is invalid or took too long, or `ready_sql` did not return true.
         SourceError: the source cannot be reached.
         Interrupted: a signal, or `stop`, ended it.
 
@@ -138,7 +138,7 @@ def _compute_own(connection: sa.Connection, table: str, query: _Query) -> None:
 
 
 def _result_columns(connection: sa.Connection, query: _Query) -> list[values.Column]:
-    """The columns that the query returns; their types on PostgreSQL."""
+    """Return the query's columns; on PostgreSQL with their types."""
     result = _execute(connection, f"SELECT * FROM ({query.text}) AS definition LIMIT 0", query)
     description: Any = result.cursor.description if result.cursor else ()
     columns = [(column[0], column[1]) for column in description]
@@ -158,10 +158,10 @@ def _result_columns(connection: sa.Connection, query: _Query) -> list[values.Col
 
 
 def _batches(query: _Query, set_aside: Counter[str]) -> Generator[list[values.Row]]:
-    """Yield an empty batch once the source runs the query, then its rows; one batch is in memory."""
+    """Yield an empty batch once the source has answered, then batches of rows, of which one is in memory."""
     with _reading_source(query) as reading:
         _authorize(reading, query)
-        if reading.dialect.name == "postgresql":  # the plan is for all rows, not for the first ones
+        if reading.dialect.name == "postgresql":  # plan for reading all rows
             reading.exec_driver_sql("SET LOCAL cursor_tuple_fraction = 1")
         reading.execution_options(stream_results=True)
         with closing(_execute(reading, query.text, query)) as result:
@@ -169,7 +169,9 @@ def _batches(query: _Query, set_aside: Counter[str]) -> Generator[list[values.Ro
             _check_columns(query, names)
             positions = [names.index(name) for name in query.columns]
             yield []
-            batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy fetched it to learn the columns
+            batch: Sequence[Sequence[Any]] = result.fetchmany(
+                1
+            )  # the one that SQLAlchemy has already fetched
             while batch:
                 if time.monotonic() > query.deadline:
                     raise DefinitionError(_timeout_message(query.definition))
@@ -178,7 +180,7 @@ def _batches(query: _Query, set_aside: Counter[str]) -> Generator[list[values.Ro
 
 
 def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
-    """Fetch rows from the driver itself: SQLAlchemy's rows would double the time of everything here."""
+    """Fetch rows directly from the driver: SQLAlchemy's row objects would double the time of loading."""
     try:
         rows: Sequence[Sequence[Any]] = cursor.fetchmany(FETCH_ROWS)
     except connection.dialect.loaded_dbapi.Error as error:
@@ -206,7 +208,7 @@ def _execute(connection: sa.Connection, text: str, query: _Query) -> sa.CursorRe
 
 
 def _parameter(connection: sa.Connection, query: _Query) -> sa.BindParameter[Any] | None:
-    """The value of `:as_of` as the database wants it; None where the query does not use it."""
+    """Return the parameter `:as_of` in the database's form; None if the query does not use it."""
     if query.as_of is None:
         return None
     utc = query.as_of.astimezone(dt.UTC)
@@ -237,7 +239,7 @@ def _reading_source(query: _Query) -> Iterator[sa.Connection]:
 
 
 def _authorize(connection: sa.Connection, query: _Query) -> None:
-    """Prepare the query, on SQLite, under an authorizer that allows nothing but reading."""
+    """Prepare the query under an authorizer that allows only reading (SQLite only)."""
     if not dialects.is_sqlite(connection):
         return
     raw: Any = connection.connection.dbapi_connection
@@ -265,13 +267,13 @@ def _authorize(connection: sa.Connection, query: _Query) -> None:
 
 
 def _ignoring_closed() -> contextlib.AbstractContextManager[None]:
-    """Suppress the error of resetting a connection of SQLite that a signal closed in the middle of a statement."""
+    """Ignore that a signal closed SQLite's connection in the middle of a statement."""
     return contextlib.suppress(sqlite3.ProgrammingError)
 
 
 @contextmanager
 def _limits(connection: sa.Connection, query: _Query) -> Iterator[None]:
-    """End the statement that runs when the deadline passes or the process is asked to stop."""
+    """Interrupt a statement when the deadline passes or the process is asked to stop."""
     raw: Any = connection.connection.dbapi_connection
     deadline, stop = query.deadline, query.stop
     match connection.dialect.name:
@@ -297,7 +299,7 @@ def _limits(connection: sa.Connection, query: _Query) -> Iterator[None]:
 
 
 def _end_with_our_process(connection: sa.Connection) -> None:
-    """Have PostgreSQL (14 and later, not on Windows) end our statement if this process dies."""
+    """Make PostgreSQL (14 and later, not on Windows) end the statement if this process dies."""
     with contextlib.suppress(sa.exc.DBAPIError), connection.begin_nested():
         connection.exec_driver_sql(
             f"SELECT pg_catalog.set_config(name, '{CLIENT_CHECK_SECONDS}s', true) FROM pg_catalog.pg_settings "
@@ -307,7 +309,7 @@ def _end_with_our_process(connection: sa.Connection) -> None:
 
 @contextmanager
 def _translated_errors(query: _Query) -> Iterator[None]:
-    """Turn a driver's error into the definition's or the source's; errors of our own database stay as they are."""
+    """Turn a driver's error into a DefinitionError or SourceError; errors of our own database pass unchanged."""
     definition = query.definition
     try:
         yield

@@ -1,6 +1,6 @@
 """Decisions about a definition: approve or reject its held run, or retire its key.
 
-Like a run, each ends with deliveries in the queue, which queue/worker.py sends.
+Approving and retiring queue deliveries, as a run does; queue/worker.py sends them.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, destination: Destinati
         with _lease(connection, held.key):
             row = records.lock_definition(connection, held.definition_id)
             last = records.load_baseline(connection, held.key)
-            run = _held_run(connection, run_id)  # read again: from here on nobody else changes it
+            run = _held_run(connection, run_id)  # read again: no other process can change it now
             is_foreign = destination.is_foreign(connection, row.fingerprint)
             _check_approvable(run, last, destination, is_foreign=is_foreign)
             kind = Kind(run.kind)
@@ -66,13 +66,13 @@ def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
     """
     with engines.write(engine) as connection:
         records.lock_definition(connection, _held_run(connection, run_id).definition_id)
-        _held_run(connection, run_id)  # checked again: from here on nobody else changes it
+        _held_run(connection, run_id)  # checked again: no other process can change it now
         deliveries.cancel_run(connection, run_id, clock.now(), "rejected by hand")
         records.mark_rejected(connection, run_id, "It was rejected by hand.")
 
 
 def retire(engine: sa.Engine, key: str, clock: Clock, destination: Destination) -> int:
-    """Queue false (a trait: null) to everyone who holds the key, then reserve it; return the id of that run.
+    """Queue false (for a trait: null) for everyone who holds the key, then reserve it; return the id of that run.
 
     Raises:
         ConfigError: the key was never used, or is retired already.

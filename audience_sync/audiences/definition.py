@@ -23,7 +23,7 @@ class Kind(StrEnum):
 class Guard:
     """Limits beyond which a run is held for approval, as shares of the last snapshot's size.
 
-    `above`: the guard looks only at definitions whose last snapshot had at least this many members.
+    `above`: the guard applies if the last snapshot had at least this many members.
     """
 
     above: int = 100
@@ -33,10 +33,10 @@ class Guard:
     def reason_to_hold(
         self, last_count: int, *, entered_count: int, exited_count: int, is_empty: bool
     ) -> str | None:
-        """Return the limit that a run exceeds, or None. Not meant for a first run.
+        """Return a sentence about the limit that a run exceeds, or None. The caller lets first runs pass.
 
-        `last_count` is the size of the last snapshot. `is_empty`: the new snapshot has no rows, which counts as
-        everyone exiting even where rows were set aside.
+        `last_count` is the size of the last snapshot. `is_empty`: the new snapshot has no rows. That counts as
+        everyone exiting, even if rows were set aside.
         """
         if last_count < self.above:
             return None
@@ -86,7 +86,9 @@ def key_from_name(name: str) -> str:
 
     """
     if len(name) > MAX_KEY_LENGTH:  # checked first: inflection's expressions take quadratic time
-        raise ConfigError(f"a name has at most {MAX_KEY_LENGTH} characters, this one {len(name)}: shorten it")
+        raise ConfigError(
+            f"a name has at most {MAX_KEY_LENGTH} characters, this one has {len(name)}: shorten it"
+        )
     separated = _NEW_WORD.sub("_", inflection.transliterate(name))
     key = re.sub(r"[-_]+", "_", inflection.parameterize(separated, "_")).strip("_")
     if not key:

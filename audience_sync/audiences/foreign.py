@@ -1,6 +1,6 @@
-"""Definitions whose baseline belongs to another destination: hold what they have pending, or adopt it.
+"""Hold the deliveries of definitions whose baseline belongs to another destination, or move them to this one.
 
-A definition without a fingerprint is taken as made for the first destination that becomes known.
+A definition without a fingerprint gets that of the first destination that is known.
 """
 
 import datetime as dt
@@ -15,10 +15,10 @@ from audience_sync.queue.destination import MADE_FOR_ANOTHER, Destination
 
 
 def hold_foreign(connection: sa.Connection, destination: Destination, now: dt.datetime) -> int:
-    """Hold what is pending for other destinations, and release what was held and is for this one.
+    """Hold pending deliveries for other destinations, and release held ones for this destination.
 
-    Returns how many deliveries are held for that reason. A definition's deliveries are for the destination of its
-    baseline, so the queue is read only for definitions with another one.
+    Returns how many deliveries are held for other destinations. A definition's deliveries are for the destination of
+    its baseline, so the queue is read only for definitions with another one.
     """
     if destination.fingerprint is None:
         return 0
@@ -39,7 +39,7 @@ def adopt(connection: sa.Connection, definition_ids: list[int], destination: Des
 
 
 def accept_destination(connection: sa.Connection, destination: Destination) -> list[str]:
-    """Make this the destination of everything: it is the old one with a new key or address. Return the keys moved."""
+    """Move everything to this destination, the old one with a new key or address; return the definitions' keys."""
     if destination.fingerprint is None:
         return []
     moved = foreign_keys(connection, destination)
@@ -50,7 +50,7 @@ def accept_destination(connection: sa.Connection, destination: Destination) -> l
 
 
 def foreign_keys(connection: sa.Connection, destination: Destination) -> list[str]:
-    """Return the keys whose members were sent to another destination, in their order."""
+    """Return the keys whose members were sent to another destination, sorted."""
     if destination.fingerprint is None:
         return []
     rows = records.of_other_destinations(connection, destination.fingerprint)

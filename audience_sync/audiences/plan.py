@@ -16,7 +16,7 @@ SAMPLED = ("entered", "exited")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The changes that a sync of a definition would make; `samples` are user ids of each change, in their order."""
+    """The changes that a sync of a definition would make; `samples` are user ids of each change, sorted."""
 
     key: str
     member_count: int
@@ -43,6 +43,8 @@ def plan(
     """Plan a sync of definitions, each given with its source."""
     plans = []
     with snapshot.connection_with_temp_tables(engine) as connection:
+        with connection.begin():
+            snapshot.create_affected(connection)
         for definition, source in definitions:
             compute(connection, definition, as_of_by_key[definition.key], source)
             with connection.begin():

@@ -26,7 +26,7 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class ChangeCounts:
-    """Numbers of users who enter, exit and, of a trait, get another value."""
+    """Numbers of users who enter, who exit, and whose trait gets another value."""
 
     entered: int = 0
     exited: int = 0
@@ -58,12 +58,14 @@ def register_definition(connection: sa.Connection, definition: Definition, now: 
         if row.name != definition.name:
             _update_definition(connection, row.definition_id, name=definition.name)
         return int(row.definition_id)
-    inserted = connection.execute(
-        definitions.insert().values(
-            key=definition.key, name=definition.name, kind=definition.kind.value, created_at=now
-        )
-    )
-    return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # never None for a table with a key
+    columns = {
+        "key": definition.key,
+        "name": definition.name,
+        "kind": definition.kind.value,
+        "created_at": now,
+    }
+    insert = definitions.insert().values(columns).returning(definitions.c.definition_id)
+    return int(connection.execute(insert).scalar_one())
 
 
 def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
@@ -83,14 +85,14 @@ def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
 
 
 def of_other_destinations(connection: sa.Connection, fingerprint: str) -> Sequence[sa.Row[Any]]:
-    """Return the definitions whose baseline does not belong to this destination, or to none yet."""
+    """Return the definitions whose baseline belongs to another destination, or to none yet."""
     return connection.execute(sa.select(definitions).where(_is_of_other(fingerprint))).all()
 
 
 def set_fingerprint(
     connection: sa.Connection, fingerprint: str, definition_ids: Sequence[int] | None = None
 ) -> None:
-    """Make this the destination of every definition's baseline, or of these definitions'."""
+    """Make this the destination of the baselines of all definitions, or of these."""
     some = sa.true() if definition_ids is None else definitions.c.definition_id.in_(definition_ids)
     update = definitions.update().where(some, _is_of_other(fingerprint))
     connection.execute(update.values(fingerprint=fingerprint))
@@ -163,18 +165,16 @@ def start_run(
         .where(runs.c.definition_id == definition_id, runs.c.status == "running")
         .values(status="abandoned", finished_at=now, error="Its process ended before it was done.")
     )
-    inserted = connection.execute(
-        runs.insert().values(
-            definition_id=definition_id,
-            mode=mode,
-            trigger=trigger,
-            status="running",
-            as_of=as_of,
-            started_at=now,
-            baseline_run_id=baseline_run_id,
-        )
+    insert = runs.insert().values(
+        definition_id=definition_id,
+        mode=mode,
+        trigger=trigger,
+        status="running",
+        as_of=as_of,
+        started_at=now,
+        baseline_run_id=baseline_run_id,
     )
-    return int(inserted.inserted_primary_key[0])  # type: ignore[index]  # never None for a table with a key
+    return int(connection.execute(insert.returning(runs.c.run_id)).scalar_one())
 
 
 def mark_succeeded(connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime) -> None:

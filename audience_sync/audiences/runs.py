@@ -5,8 +5,8 @@
 1. `_start` takes the definition's lease and begins the run (records.py).
 2. `compute` runs the SQL into the snapshot table, here or from a source (compute.py).
 3. `_finish` does the rest in one transaction: it compares the snapshot with the members (snapshot.py), then commits the
-   new baseline and its deliveries (commit.py). It holds the changes for approval (decisions.py) instead when the guard
-   trips, the destination changed, or --hold was given.
+   new baseline and its deliveries (commit.py). If the guard trips, the destination has changed, or --hold was given, it
+   holds the deliveries instead, until somebody approves or rejects the run (decisions.py).
 
 The committed deliveries are pending in the queue. The path goes on in queue/worker.py, which sends them.
 """
@@ -34,7 +34,7 @@ from audience_sync.stopping import Stop
 
 log = logging.getLogger(__name__)
 
-COMMIT_SECONDS = 120.0  # of a lease, beyond the definition's own timeout
+COMMIT_SECONDS = 120.0  # the lease lasts this much longer than the definition's timeout
 REPLACED = "Replaced by run"
 
 
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The cause for which a run is held: `by` is hold, guard or fingerprint, `reason` a sentence."""
+    """The reason for holding a run: `by` is hold, guard or fingerprint, `reason` a sentence."""
 
     by: str
     reason: str
@@ -85,10 +85,10 @@ class _Finished:
 def resolve_as_of(
     engine: sa.Engine, definitions: Sequence[Definition], as_of: dt.datetime | None, now: dt.datetime
 ) -> dict[str, dt.datetime]:
-    """Return the moment of each definition's run, by key: not in the future, not before its last committed run.
+    """Return the moment of each definition's run, by key.
 
     Raises:
-        ConfigError: the given moment is one of those.
+        ConfigError: `as_of` is in the future, or before the last committed run of a definition.
 
     """
     if as_of is not None and as_of > now:
@@ -206,10 +206,10 @@ def _mode(options: RunOptions, last: records.Baseline) -> str:
     return "first" if last.is_first else "changes"
 
 
-def _finish(connection: sa.Connection, run: Run, loading: Counter[str], clock: Clock) -> _Finished:
+def _finish(connection: sa.Connection, run: Run, set_aside: Counter[str], clock: Clock) -> _Finished:
     """Diff, then commit the new baseline with its deliveries, or hold the changes; end the run. One transaction.
 
-    `loading`: rows that were set aside while the snapshot was loaded, by reason.
+    `set_aside`: rows that were set aside while the snapshot was loaded, by reason.
     """
     options, definition = run.options, run.definition
     with engines.begin_write(connection):
@@ -217,7 +217,7 @@ def _finish(connection: sa.Connection, run: Run, loading: Counter[str], clock: C
         now = clock.now()
         diff = snapshot.diff(connection, run.definition_id, definition, now, options.users)
         erased_count = row.forgotten_count if options.users is None else 0
-        set_aside = loading + Counter(diff.set_aside)
+        set_aside += Counter(diff.set_aside)
         result = records.RunResult.after(run.last, diff.counts, erased_count, set_aside)
         replace_held_run(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
         is_foreign = options.destination.is_foreign(connection, row.fingerprint)
@@ -291,7 +291,7 @@ def settle_definition(
 
 
 def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
-    """End the run as failed; False if the database does not even accept that."""
+    """Record the run as failed; return False if the database does not accept even that."""
     if isinstance(error, AudienceSyncError):
         message = str(error)
     elif isinstance(error, sa.exc.DBAPIError):

@@ -62,7 +62,7 @@ class Cron:
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
         """Return the latest slot with after < slot <= until."""
-        # After clocks go back, by a day at most, later local times than the current one are already slots.
+        # When clocks have gone back (by a day at most), local times later than now are already past slots.
         newest = until.astimezone(self.zone).toordinal() + 1
         oldest = after.astimezone(self.zone).toordinal()
         for day in self._days(range(newest, oldest - 1, -1)):

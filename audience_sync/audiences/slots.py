@@ -1,8 +1,8 @@
-"""Due slots, and taking them, decided from the schedules and the slots that the database has as taken.
+"""Decide which slots are due, from the schedules and the slots taken so far, and take them.
 
-After downtime only the newest missed slot runs, as a full run if any missed slot was a full one. A definition that was
-never scheduled starts with the first slot after it was first seen. While a definition has a run held by
-`sync --hold`, none of its slots is due. Taking a slot is an insert, so only one of two daemons gets it.
+After downtime only the newest missed slot runs, as a full run if any missed slot was a full one. A new definition
+starts with the first slot after its row was inserted. While a definition has a run held by `sync --hold`, none of its
+slots is due. Taking a slot is an insert, so only one of two daemons gets it.
 """
 
 import datetime as dt
@@ -18,7 +18,7 @@ from audience_sync.db import engines, leases
 from audience_sync.db.dialects import sql
 from audience_sync.db.tables import runs, schedule_slots
 
-CUT_OFF_AFTER = dt.timedelta(minutes=1)  # a taken slot that has no run by then lost its process
+CUT_OFF_AFTER = dt.timedelta(minutes=1)  # if a taken slot has no run by then, its process is gone
 LATE_AFTER = dt.timedelta(minutes=2)
 
 
@@ -37,7 +37,7 @@ class Slot:
 class Outlook:
     """A definition's next slot; None without a schedule.
 
-    `is_late`: an earlier slot is past and not taken. `waits`: no slot is due before a held run is decided.
+    `is_late`: an earlier slot was not taken. `waits`: no slot is due until somebody decides about a held run.
     """
 
     next_at: dt.datetime | None
@@ -76,7 +76,7 @@ def take_due(
 
 
 def _due(connection: sa.Connection, definition: Definition, now: dt.datetime) -> Slot | None:
-    """The newest missed slot, or the last one if its run was cut off and nobody holds the lease any more."""
+    """Return the newest missed slot, or the last one if its run was cut off and its lease is free."""
     definition_id = records.register_definition(connection, definition, now)
     row = records.find_definition(connection, definition.key)
     if row is None or row.retired_at is not None or _waits(connection, definition_id):
@@ -95,7 +95,7 @@ def _due(connection: sa.Connection, definition: Definition, now: dt.datetime) ->
 
 
 def _take(connection: sa.Connection, slot: Slot, now: dt.datetime) -> bool:
-    """Insert the slot, or take it over from a process that is gone; False if another process has it."""
+    """Insert the slot, or take it over from a process that is gone; return False if another process has it."""
     inserted = sql(
         connection,
         "INSERT INTO {our}schedule_slots (definition_id, slot_at, taken_at) "
@@ -130,7 +130,7 @@ def _waits(connection: sa.Connection, definition_id: int) -> bool:
 
 
 def _last(connection: sa.Connection, definition_id: int, now: dt.datetime) -> sa.Row[Any] | None:
-    """The newest slot that was taken, with its run's status. Slots after `now` come from a clock that was wrong."""
+    """Return the newest taken slot with its run's status. Slots after `now` come from a clock that was wrong."""
     return connection.execute(
         sa.select(schedule_slots, runs.c.status)
         .join(runs, runs.c.run_id == schedule_slots.c.run_id, isouter=True)
@@ -148,7 +148,7 @@ def _last_before(connection: sa.Connection, definition_id: int, slot_at: dt.date
 
 
 def _is_cut_off(slot: sa.Row[Any], now: dt.datetime) -> bool:
-    """Tell whether the slot's run did not start or did not end; the lease says whether its process is alive."""
+    """Return whether the slot's run did not start or did not end; the lease shows whether its process is alive."""
     if slot.run_id is None:
         return bool(slot.taken_at < now - CUT_OFF_AFTER)
     return slot.status in {"running", "abandoned"}

@@ -1,12 +1,13 @@
 """The snapshot of a definition and its diff with the members, in set-based SQL.
 
-Everything is in temporary tables of one connection, called {temp}audience_sync_NAME:
+It works with temporary tables of one connection, called {temp}audience_sync_NAME:
 
-    snapshot  user_id, row_count; of a trait also low and high, the smallest and the greatest canonical value
+    snapshot  user_id, row_count; for a trait also low and high, the smallest and the greatest canonical value
     eligible  user_id, row_count
-    changes   user_id, change (entered, exited, changed), value; of a member also entered_run_id and old_value
+    changes   user_id, change (entered, exited, changed), value; for a member also entered_run_id and old_value
+    affected  user_id, is_push: the users of several definitions' changes, for plan.py
 
-Our own tables are only read here: commit.py writes them from the changes.
+This module only reads our permanent tables. commit.py writes them, from the changes.
 """
 
 import datetime as dt
@@ -25,12 +26,12 @@ from audience_sync.db import engines
 from audience_sync.db.dialects import copy_rows, create_temp_table, drop_temp_table, is_sqlite, sql
 
 SNAPSHOT, ELIGIBLE, CHANGES = "snapshot", "eligible", "changes"
-WORK_MEMORY = "128MB"  # a hash of one or two million ids
+WORK_MEMORY = "128MB"  # enough to hash one or two million ids
 
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """The changes, counted, and how many rows of the snapshot were set aside, by reason."""
+    """Counts of the changes, and of the rows of the snapshot that were set aside, by reason."""
 
     counts: ChangeCounts
     set_aside: dict[str, int]
@@ -62,7 +63,7 @@ def fill_from_query(
     columns: Sequence[values.Column],
     as_of: sa.BindParameter[Any] | None,
 ) -> None:
-    """Fill a temporary table from a query on our own database, as a subquery: no row travels.
+    """Fill a temporary table from a query on our own database, as a subquery, so that no row leaves the database.
 
     `query` is bound text that returns `columns`: user_id and, for a trait, value; `as_of` is its parameter, if any.
     """
@@ -81,7 +82,7 @@ def fill_from_rows(
     columns: Sequence[str],
     batches: Iterable[Sequence[values.Row]],
 ) -> None:
-    """Fill a temporary table from a source's rows in canonical form; one batch is in memory."""
+    """Fill a temporary table from a source's rows in canonical form, with one batch in memory."""
     create_temp_table(connection, "rows", ", ".join(f"{name} {{id}}" for name in columns))
     rows = f"{'temp' if is_sqlite(connection) else 'pg_temp'}.audience_sync_rows"
     if is_sqlite(connection):
@@ -102,7 +103,7 @@ def _group_into(
     expressions: Sequence[str],
     as_of: sa.BindParameter[Any] | None = None,
 ) -> None:
-    """Create a table with one row for each user id of the source, in the fastest way of each database."""
+    """Create a table with one row for each user id of the source, in the way that is fastest on each database."""
     user_id, value = (*expressions, "")[:2]
     if is_sqlite(connection):
         values.register_functions(connection)
@@ -122,7 +123,7 @@ def _group_into(
 
 
 def _sorted_upsert(table: str, source: str, user_id: str, value: str) -> str:
-    """Return SQLite's statement that groups rows: sorted, with an upsert, it takes two thirds of GROUP BY's time."""
+    """Return SQLite's statement that groups rows: a sorted upsert takes two thirds of the time of GROUP BY."""
     low_high = f", {value} AS low, {value} AS high" if value else ""
     merge = (
         ", low = coalesce(min(low, excluded.low), low, excluded.low), "
@@ -135,7 +136,7 @@ def _sorted_upsert(table: str, source: str, user_id: str, value: str) -> str:
 
 
 def _raise_work_memory(connection: sa.Connection) -> None:
-    """Give this transaction of PostgreSQL at least the memory that a hash of the ids takes."""
+    """Give this transaction of PostgreSQL enough memory to hash the ids."""
     sql(
         connection,
         "SELECT set_config('work_mem', :memory, true) "
@@ -154,7 +155,7 @@ def diff(
     """Fill the changes from the snapshot and the members; `definition_id` is None before the first run.
 
     Ids and values that cannot be used, users who are not eligible to enter and users who were erased are set aside.
-    `users`: the only ones whose changes count.
+    `users`: leave out the changes of everyone else.
     """
     if definition.kind is Kind.TRAIT:
         set_aside = _set_aside_ids(connection, SNAPSHOT) | _set_aside_values(connection)
@@ -172,7 +173,7 @@ def diff(
 
 
 def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
-    """Fill the changes: who is in the snapshot, but not in the members; the reverse; and whose value differs."""
+    """Fill the changes: users only in the snapshot, users only among the members, users whose value differs."""
     _create_changes(connection)
     insert = "INSERT INTO {temp}audience_sync_changes "
     members = "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1"
@@ -254,9 +255,9 @@ def _set_aside_ids(connection: sa.Connection, table: str) -> Counter[str]:
 
 
 def _set_aside_values(connection: sa.Connection) -> Counter[str]:
-    """Set the values of users whose trait is not one primitive value to null; count these users by reason.
+    """Clear the value of each user whose trait is not one primitive value; count these users by reason.
 
-    The users stay in the snapshot, and the comparison skips them: an unusable value does not mean that a user left.
+    They stay in the snapshot, and the comparison skips them: an unusable value does not mean that a user left.
     """
     sql(connection, "DELETE FROM {temp}audience_sync_snapshot WHERE low IS NULL")
     conditions = {"not_primitive": f"low = '{values.NOT_PRIMITIVE}'", "unequal_values": "low <> high"}
@@ -279,7 +280,7 @@ def _leave_out_ineligible(connection: sa.Connection) -> int:
 
 
 def _leave_out_erased(connection: sa.Connection, now: dt.datetime) -> int:
-    """Remove users who were erased and may not return yet; return how many. They are not members, so they enter."""
+    """Remove erased users who may not return yet; return how many. They are not members, so they enter."""
     where = "WHERE returns_at IS NULL OR returns_at > :now"
     if sql(connection, f"SELECT 1 FROM {{our}}forgotten {where} LIMIT 1", now=now).first() is None:
         return 0
@@ -312,7 +313,7 @@ def exit_everyone(connection: sa.Connection, definition_id: int) -> ChangeCounts
 def load_held_changes(
     connection: sa.Connection, run_id: int, definition_id: int, key: str, kind: Kind
 ) -> ChangeCounts:
-    """Fill the changes with what the deliveries of a held run would change in the members."""
+    """Fill the changes from the deliveries of a held run, compared with the members."""
     _create_changes(connection)
     prefix = f'{{"{key}": '
     deliveries = (
@@ -344,9 +345,12 @@ def sample(connection: sa.Connection, change: str, limit: int = 5) -> list[str]:
     return list(sql(connection, query, change=change, limit=limit).scalars())
 
 
+def create_affected(connection: sa.Connection) -> None:
+    create_temp_table(connection, "affected", "user_id {id} NOT NULL, is_push integer NOT NULL")
+
+
 def add_affected(connection: sa.Connection, *, is_push: bool) -> None:
-    """Remember the users of these changes, beside those of other definitions on this connection."""
-    _create_affected(connection)
+    """Add the users of the changes to the affected ones."""
     sql(
         connection,
         "INSERT INTO {temp}audience_sync_affected SELECT user_id, :is_push FROM {temp}audience_sync_changes",
@@ -355,8 +359,7 @@ def add_affected(connection: sa.Connection, *, is_push: bool) -> None:
 
 
 def count_affected(connection: sa.Connection) -> Affected:
-    """Count the remembered users together with those who have pending identifies."""
-    _create_affected(connection)
+    """Count the affected users together with those who have pending identifies."""
     query = (
         "SELECT count(*), coalesce(sum(is_push), 0) FROM (SELECT user_id, min(is_push) AS is_push FROM ("
         "SELECT user_id, is_push FROM {temp}audience_sync_affected UNION ALL "
@@ -365,9 +368,3 @@ def count_affected(connection: sa.Connection) -> Affected:
     )
     user_count, push_count = sql(connection, query).one()
     return Affected(int(user_count), int(push_count))
-
-
-def _create_affected(connection: sa.Connection) -> None:
-    create_temp_table(
-        connection, "affected", "user_id {id} NOT NULL, is_push integer NOT NULL", if_missing=True
-    )

@@ -1,8 +1,7 @@
 """The SQL of a definition: check that it is one query that only reads, and bind `:as_of`.
 
-The author of a definition is trusted, so these checks guard against mistakes. Behind them stand read-only
-transactions, the database's roles, and the authorizer of SQLite (compute.py). sqlglot is imported where it is used,
-because the import takes 0.2 s.
+The author of a definition is trusted: these checks guard against mistakes. Read-only transactions, the database's roles
+and SQLite's authorizer (compute.py) guard as well. sqlglot is imported where it is used, because its import takes 0.2 s.
 """
 
 import logging
@@ -54,8 +53,8 @@ class BoundText:
 def check(sql: str, dialect: str) -> list[str]:
     """Return warnings about a definition's SQL.
 
-    `dialect` is the name of SQLAlchemy's dialect: `sqlite`, `postgresql`. SQL that sqlglot cannot parse is a
-    warning, because the database may well understand it.
+    `dialect` is the name of SQLAlchemy's dialect: `sqlite`, `postgresql`. SQL that sqlglot cannot parse is only
+    a warning, because the database may understand it.
 
     Raises:
         DefinitionError: the SQL is not exactly one query that only reads.
@@ -119,7 +118,7 @@ def bind(sql: str, dialect: str) -> BoundText:
 
 
 def _parameters(sql: str, tokens: "list[Token]") -> Iterator[int]:
-    """Yield where `:as_of` stands; any other name after a colon is an error, except in an array's slice."""
+    """Yield the positions of `:as_of`. Any other name after a colon is an error, except in an array slice."""
     depth = 0
     for token in tokens:
         kind = token.token_type.name
@@ -137,7 +136,7 @@ def _parameters(sql: str, tokens: "list[Token]") -> Iterator[int]:
 
 
 def _tokenize(sql: str, dialect: str) -> "list[Token]":
-    """Return the tokens, without the semicolons at the end; comments are no tokens."""
+    """Return the tokens, without comments and without semicolons at the end."""
     import sqlglot  # noqa: PLC0415
 
     try:
@@ -158,7 +157,7 @@ def _sqlglot_dialect(dialect: str) -> str | None:
 
 
 def _check_structure(sql: str, tokens: "list[Token]") -> None:
-    """Check that the tokens are one statement whose parentheses match; sqlglot may be unable to parse it."""
+    """Check that this is one statement with matching parentheses, even if sqlglot cannot parse it."""
     if not tokens:
         raise DefinitionError("the SQL is empty: write one SELECT")
     depth = 0
@@ -176,7 +175,7 @@ def _check_structure(sql: str, tokens: "list[Token]") -> None:
 
 
 def _check_unparsed(tokens: "list[Token]") -> None:
-    """Check what can be checked of SQL that sqlglot cannot parse: how it begins, and the functions it calls."""
+    """Check the first word, and the functions, of SQL that sqlglot cannot parse."""
     texts = [token.text.lower() for token in tokens if token.token_type.name != "L_PAREN"]
     if texts[:1] and texts[0] not in _QUERY_STARTS:
         raise DefinitionError(_NO_QUERY)

@@ -2,7 +2,8 @@
 
 A value's canonical text is JSON, and equal texts are equal values: a whole number that fits 64 bits is written as an
 integer, any other number with 15 significant digits. '!' stands for a value that is not a primitive, and sorts before
-all others. The expressions of SQL come first, then the same rules for rows that a driver returns.
+all others. The SQL expressions come first, with the Python functions that SQLite calls in rare cases; then the same
+rules for rows that a source's driver returns.
 """
 
 import datetime as dt
@@ -39,7 +40,7 @@ class Column:
 
 
 def canonical_number(raw: float | Decimal) -> str:
-    if isinstance(raw, float) and 1e-4 <= abs(raw) < 1e14:  # the common case, answered fast
+    if isinstance(raw, float) and 1e-4 <= abs(raw) < 1e14:  # the common case, for speed
         return f"{raw:.15g}"
     if not math.isfinite(raw):
         return NOT_PRIMITIVE
@@ -76,7 +77,7 @@ def invalid_reason(raw: str | bytes) -> str | None:
 
 
 def register_functions(connection: sa.Connection) -> None:
-    """Register the functions that SQLite's expressions call for the few values that need them.
+    """Register the functions that the SQLite expressions call for a few values.
 
     SQLite's own printf is wrong in the fifteenth digit, and its text may contain any bytes.
     """
@@ -91,7 +92,7 @@ _SQLITE_REAL = (
     f"CASE WHEN {{0}} >= -{_LIMIT}.0 AND {{0}} < {_LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
     "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_canonical_number({0}) END"
 )
-# A primary key takes no null, so blobs stand for ids that are not text: x'' for null, x'00' for binary.
+# A primary key cannot hold null, so blobs stand for ids that are not text: x'' for null, x'00' for binary.
 SQLITE_ID = f"""
 CASE typeof(user_id)
   WHEN 'text' THEN user_id
@@ -123,7 +124,7 @@ CASE WHEN user_id IS NULL THEN 'null'
 
 
 def postgresql_id(column: Column) -> str:
-    """Return the expression of an id's canonical text; PostgreSQL's columns have types, so the type decides."""
+    """Return the expression for an id's canonical text, which depends on the type of the column."""
     match column.category, column.type_name:
         case "N", "numeric":
             text = (
@@ -138,7 +139,7 @@ def postgresql_id(column: Column) -> str:
 
 
 def postgresql_value(column: Column) -> str:
-    """Return the expression of a value's canonical text."""
+    """Return the expression for a value's canonical text."""
     match column.category, column.type_name:
         case ("B", _) | ("N", "int2" | "int4" | "int8"):
             text = "CAST(value AS text)"
@@ -180,7 +181,7 @@ def extra_float_digits(columns: Sequence[Column]) -> int:
 
 
 def can_be_id(column: Column) -> bool:
-    """Tell whether a column of this PostgreSQL type can hold user ids."""
+    """Return whether a column of this PostgreSQL type can hold user ids."""
     return column.category in {"", "S", "N", "E", "X"} or column.type_name in {"uuid", "citext"}
 
 

@@ -1,11 +1,11 @@
-"""The questions that `check` asks of our own database and of sources."""
+"""Checks of our own database and of sources, for the command `check`."""
 
 import sqlalchemy as sa
 
 from audience_sync.db import dialects, engines
 from audience_sync.errors import DatabaseError, SourceError
 
-_MAY_STAGE = (
+_MAY_CREATE_TEMP_TABLES = (
     "SELECT has_database_privilege(current_database(), 'TEMPORARY'), current_database(), current_user"
 )
 _MAY_WRITE = (
@@ -25,8 +25,8 @@ def check_own(engine: sa.Engine, schema: str) -> str:
         if dialects.is_sqlite(connection):
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
             return f"SQLite, journal mode {mode}"
-        may_stage, database, role = connection.exec_driver_sql(_MAY_STAGE).one()
-    if not may_stage:
+        is_allowed, database, role = connection.exec_driver_sql(_MAY_CREATE_TEMP_TABLES).one()
+    if not is_allowed:
         raise DatabaseError(
             "the role may not create temporary tables, which syncs and large imports need. Run: "
             f"GRANT TEMPORARY ON DATABASE {database} TO {role}"

@@ -47,20 +47,20 @@ def _clause(
 def is_among(
     connection: sa.Connection, column: sa.Column[str], values: Iterable[str]
 ) -> sa.ColumnElement[bool]:
-    """IN. PostgreSQL gets one array, because thousands of parameters cost more than the rows they select."""
+    """Return an IN condition. PostgreSQL gets one array, because thousands of parameters cost more than their rows."""
     if is_sqlite(connection):
         return column.in_(list(values))
     return column == sa.any_(sa.literal(list(values), postgresql.ARRAY(sa.Text)))
 
 
 def chunks(ids: Collection[Id]) -> Iterator[Sequence[Id]]:
-    """The ids without duplicates, in parts that fit into one statement."""
+    """Split the ids, without duplicates, into parts that fit into one statement."""
     unique = list(dict.fromkeys(ids))
     return (unique[start : start + CHUNK] for start in range(0, len(unique), CHUNK))
 
 
 def now(connection: sa.Connection) -> dt.datetime:
-    """The database's clock; on SQLite that is this machine's."""
+    """Return the time by the database's clock; on SQLite, by this machine's."""
     if is_sqlite(connection):
         return dt.datetime.now(dt.UTC)
     moment: dt.datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
@@ -68,25 +68,19 @@ def now(connection: sa.Connection) -> dt.datetime:
 
 
 def create_temp_table(
-    connection: sa.Connection,
-    name: str,
-    columns: str,
-    *,
-    unique_ids: bool = False,
-    if_missing: bool = False,
+    connection: sa.Connection, name: str, columns: str, *, unique_ids: bool = False
 ) -> None:
-    """Create {temp}audience_sync_NAME, in place of one that is there (`if_missing`: keep that one).
+    """Create {temp}audience_sync_NAME, in place of an older one.
 
     In `columns`, `{id}` is the type of a user id: text that compares byte by byte. With `unique_ids` SQLite keeps
     the rows in the order of the one id column and refuses duplicates; PostgreSQL, which joins by hash, gets no index.
     """
     is_keyed = unique_ids and is_sqlite(connection)
     id_type = "text" if is_sqlite(connection) else 'text COLLATE "C"'
-    if not if_missing:
-        drop_temp_table(connection, name)
+    drop_temp_table(connection, name)
     sql(
         connection,
-        f"CREATE TEMPORARY TABLE {'IF NOT EXISTS ' if if_missing else ''}audience_sync_{name} "
+        f"CREATE TEMPORARY TABLE audience_sync_{name} "
         f"({columns.replace('{id}', 'text PRIMARY KEY' if is_keyed else id_type)})"
         f"{' WITHOUT ROWID' if is_keyed else ''}",
     )
@@ -102,7 +96,7 @@ def copy_rows(
     batches: Iterable[Sequence[Sequence[Any]]],
     columns: str = "",
 ) -> None:
-    """Write rows by PostgreSQL's COPY; one batch is in memory as text.
+    """Write rows by PostgreSQL's COPY, with one batch in memory as text.
 
     `table` is the whole name, `columns` a list in parentheses. Values are text without NUL, numbers or None.
     """
@@ -111,7 +105,7 @@ def copy_rows(
             copy.write(_copy_text(batch))
 
 
-# What separates values, ends a row and stands for NULL, while the values themselves are escaped.
+# These separate values, end a row and stand for NULL while the values themselves are escaped.
 _VALUE_END, _ROW_END, _NULL = "\0t", "\0n", "\0z"
 _COPY_ESCAPES = (
     ("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r"),
@@ -132,7 +126,7 @@ def _copy_text(rows: Sequence[Sequence[Any]]) -> str:
 
 @contextmanager
 def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
-    """Run PostgreSQL's COPY FROM STDIN; gives the object to `write` text to. Errors are SQLAlchemy's, as elsewhere."""
+    """Run PostgreSQL's COPY FROM STDIN; yield the object to `write` text to. Errors are SQLAlchemy's, as elsewhere."""
     raw: Any = connection.connection.dbapi_connection
     kind = connection.dialect.loaded_dbapi.Error
     try:
@@ -157,7 +151,7 @@ def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
 
 
 def cancel(raw: Any) -> None:
-    """Ask PostgreSQL to end the statement that a connection waits for; do nothing if there is none or no answer."""
+    """Ask PostgreSQL to end the connection's running statement, if there is one; ignore a failure."""
     with contextlib.suppress(Exception):
         if raw.info.transaction_status.name == "ACTIVE":
             raw.cancel_safe(timeout=CANCEL_SECONDS)

@@ -1,7 +1,7 @@
 """Engines, read and write transactions, and database errors that say what to do.
 
-`read` and `write` are the only ways to our own database. On SQLite a write transaction begins with BEGIN IMMEDIATE:
-one that reads first and then writes fails at once, whatever the busy timeout is (SQLITE_BUSY_SNAPSHOT).
+`read` and `write` are the only ways to our own database. On SQLite a write transaction begins with BEGIN IMMEDIATE,
+because one that reads before it writes may fail at once, whatever the busy timeout is (SQLITE_BUSY_SNAPSHOT).
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from audience_sync.errors import DatabaseError, SourceError
 
 # Longer than our longest transaction: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
-# When the network drops silently, both sides notice within about a minute. The server must, too: it would keep the
-# locks of the abandoned transaction. In seconds, except tcp_user_timeout: milliseconds without an acknowledgement of
-# sent data, which keepalives do not cover.
+# Both sides notice within about a minute that the network is gone. Until the server does, it keeps the locks of the
+# abandoned transaction. tcp_user_timeout, in milliseconds, is for sent data that is not acknowledged, which keepalives
+# do not cover; the others are in seconds.
 _POSTGRESQL_ARGUMENTS = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -43,7 +43,7 @@ _SQLITE_PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = 
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON text."""
+    """Return compact JSON text."""
     try:
         return msgspec.json.encode(value).decode()
     except (TypeError, ValueError, OverflowError):  # such as an integer beyond 64 bits
@@ -51,7 +51,7 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """The value of a text that `to_json` wrote."""
+    """Return the value of a text that `to_json` wrote."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):
@@ -62,7 +62,7 @@ _JSON: dict[str, Any] = {"json_serializer": to_json, "json_deserializer": from_j
 
 
 def wal_is_safe(version: tuple[int, int, int]) -> bool:
-    """Tell whether this SQLite is free of the WAL-reset bug (sqlite.org/wal.html#walresetbug).
+    """Return whether this SQLite is free of the WAL-reset bug (sqlite.org/wal.html#walresetbug).
 
     Fixed in 3.51.3, and in the branches 3.50.7 and 3.44.6.
     """
@@ -70,7 +70,7 @@ def wal_is_safe(version: tuple[int, int, int]) -> bool:
 
 
 def parse_url(text: str) -> sa.URL:
-    """The URL with every part percent-decoded; SQLAlchemy 2.0 leaves host and database encoded, 2.1 the host."""
+    """Parse a URL and decode all its parts; SQLAlchemy 2.0 leaves host and database percent-encoded, 2.1 the host."""
     url = sa.make_url(text)
     if url.database and sa.make_url("x:///%41").database != "A":
         url = url.set(database=unquote(url.database))
@@ -101,7 +101,7 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
             **options,
             hide_parameters=True,
             pool_pre_ping=True,
-            max_overflow=-1,  # a long run keeps one connection, and must not keep the others out
+            max_overflow=-1,  # a long run keeps one connection, which must not block the others
             connect_args=arguments | {"options": f"{_POSTGRESQL_OPTIONS} {options_of_url}"},
         )
     except ImportError as error:
@@ -128,18 +128,14 @@ def open_source(name: str, url: str) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite":
             return _open_sqlite_source(parsed)
         if parsed.get_backend_name() == "postgresql":
-            return _open_postgresql_source(parsed)
+            # Numbers in its JSON stay exact, as they do where our own database computes with them.
+            return open_postgresql(parsed, json_deserializer=partial(json.loads, parse_float=Decimal))
         return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
         raise SourceError(
             f"The source {name} cannot be opened: {type(error).__name__}. Is its url right, and is the Python "
             "driver that it names installed?"
         ) from error
-
-
-def _open_postgresql_source(url: sa.URL) -> sa.Engine:
-    """Open a source. Numbers in its JSON stay exact, as they do where our own database computes with them."""
-    return open_postgresql(url, json_deserializer=partial(json.loads, parse_float=Decimal))
 
 
 def _open_sqlite_source(url: sa.URL) -> sa.Engine:
@@ -184,7 +180,7 @@ def _open_sqlite(url: sa.URL, **options: Any) -> sa.Engine:
 
 
 def _create_private(database: str | None) -> None:
-    """Create a missing file readable by its owner only: it will hold user ids. Opening it reports any failure."""
+    """Create a missing file for its owner only, as it will hold user ids. Opening it later reports any failure."""
     if database and not database.startswith((":", "file:")):
         with contextlib.suppress(OSError):
             os.close(os.open(database, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -227,7 +223,7 @@ def plain_errors(engine: sa.Engine) -> Iterator[None]:
 
 
 def reason(error: sa.exc.DBAPIError) -> str:
-    """The driver's message on one line, without the statement and its values.
+    """Return the driver's message on one line, without the statement and its values.
 
     For PostgreSQL only the primary message: the details quote rows.
     """

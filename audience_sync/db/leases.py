@@ -1,7 +1,8 @@
 """Leases: only one process at a time may work the queue, or sync a definition.
 
 A lease is a row whose epoch grows each time the lease changes hands. A worker renews it inside each of its
-transactions: one that slept until its lease expired sees another epoch there, and its transaction writes nothing.
+transactions. If the worker was suspended and another process has taken the lease, the epoch differs and the transaction
+is rolled back.
 """
 
 import datetime as dt
@@ -43,7 +44,7 @@ def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Hol
     """Take a lease that is free, has expired, or belongs to a dead process on this host; else return its holder."""
     row = _locked(connection, name)
     if row is None:
-        # Of two processes that both see no row, the second waits here for the first, and then sees its row.
+        # If two processes see no row, the second waits here for the first, and then sees its row.
         sql(
             connection,
             "INSERT INTO {our}leases (name, epoch) VALUES (:name, 0) ON CONFLICT (name) DO NOTHING",
@@ -74,13 +75,13 @@ def _locked(connection: sa.Connection, name: str) -> sa.Row[tuple[object, ...]] 
 
 
 def holder(connection: sa.Connection, name: str) -> Holder | None:
-    """The live holder of a lease, if there is one."""
+    """Return the live holder of a lease, if there is one."""
     row = connection.execute(sa.select(leases).where(leases.c.name == name)).one_or_none()
     return None if row is None else _live_holder(row, now(connection))
 
 
 def holders(connection: sa.Connection) -> list[Holder]:
-    """The live holders of all leases, in the order of the leases' names."""
+    """Return the live holders of all leases, in the order of the leases' names."""
     moment = now(connection)
     rows = connection.execute(sa.select(leases).order_by(leases.c.name))
     return [live for row in rows if (live := _live_holder(row, moment)) is not None]
@@ -121,7 +122,7 @@ def _is_gone(row: sa.Row[tuple[object, ...]]) -> bool:
         return False
     if (
         row.pid == os.getpid()
-    ):  # another thread of ours, or a process that had this pid before us (as in a container)
+    ):  # a thread of this process, or an earlier process with its pid (as in a container)
         return not str(row.owner).startswith(_PROCESS)
     return not _process_is_alive(row.pid)
 
@@ -131,6 +132,6 @@ def _process_is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it belongs to another user
+        pass
     return True

@@ -22,7 +22,7 @@ _LOCK = 4_710_226_013  # the key of PostgreSQL's advisory lock for migrations; a
 
 
 def current(engine: sa.Engine) -> str | None:
-    """The revision of the database; None if it has none of our tables.
+    """Return the revision of the database; None if it has none of our tables.
 
     Raises:
         DatabaseError: it cannot be reached, or it has a table with one of our names but no version.
@@ -77,7 +77,7 @@ def downgrade(engine: sa.Engine, revision: str) -> None:
 
 
 def script_folder() -> Path:
-    """The folder of the migrations: in a wheel inside the package, in a checkout beside it."""
+    """Return the folder of the migrations: in a wheel inside the package, in a checkout beside it."""
     package = Path(audience_sync.__file__).parent
     shipped = package / "_migrations"
     return shipped if shipped.is_dir() else package.parent / "migrations"
@@ -101,9 +101,9 @@ def _run(engine: sa.Engine, direction: str, revision: str) -> None:
 
 @contextmanager
 def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
-    """Switch enforcement off on SQLite: batch mode rebuilds tables, which would delete the rows that refer to them.
+    """Switch foreign keys off on SQLite: batch mode rebuilds tables, which would delete the rows that refer to them.
 
-    The pragma has no effect inside a transaction, and SQLAlchemy would begin one: the driver's connection runs it.
+    The pragma has no effect inside a transaction, so it runs on the driver's connection, where SQLAlchemy begins none.
     """
     if not dialects.is_sqlite(connection):
         yield

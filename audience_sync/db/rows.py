@@ -1,8 +1,8 @@
 """Insert and update many rows of one table, in the fastest way of each database.
 
-SQLite takes some hundred rows in a statement: it prepares the lists in CHECK constraints anew for each statement,
-which costs more than a row. PostgreSQL takes rows in a JSON document, and many of them by COPY. Values are text,
-numbers or None; `moment` and `engines.to_json` turn other values into text.
+SQLite gets several hundred rows in a statement, because it builds the lists in CHECK constraints anew for each
+statement, which costs more than a row. PostgreSQL gets rows in a JSON document, and many of them by COPY. Values are
+text, numbers or None; `moment` and `engines.to_json` turn other values into text.
 """
 
 import datetime as dt
@@ -19,8 +19,8 @@ from sqlalchemy.dialects import postgresql
 from audience_sync.db.dialects import copy_rows, is_sqlite
 from audience_sync.db.tables import UtcDateTime
 
-COPY_FROM = 1_000  # from so many rows on, COPY is worth its round trips
-ROWS_PER_STATEMENT = 500  # of SQLite, which takes 32,766 values
+COPY_FROM = 1_000  # rows, from which on COPY is worth its round trips
+ROWS_PER_STATEMENT = 500  # on SQLite, where a statement has at most 32,766 values
 Row = tuple[Any, ...]
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
 _ONE_DOCUMENT = msgspec.json.Encoder()
@@ -77,9 +77,9 @@ def update(
     rows: Sequence[Row],
     where: str = "true",
 ) -> int:
-    """Find each row by the first column, set the other columns; return how many rows were changed.
+    """Update rows: the first column is the key, the others are set; return how many rows were changed.
 
-    `where` restricts them further; in it `t` is the table, and `{name}` the new value of a column.
+    `where` is a further condition, in which `t` is the table and `{name}` the new value of a column.
     """
     if not rows:
         return 0
@@ -103,7 +103,7 @@ def _assignments(columns: tuple[str, ...], values: Mapping[str, str], where: str
 def _as_source(
     connection: sa.Connection, table: sa.Table, columns: tuple[str, ...], rows: Sequence[Row]
 ) -> Iterator[tuple[str, dict[str, str], tuple[str, ...]]]:
-    """Make the rows a source of a PostgreSQL statement: its FROM item, each column's value, the parameters."""
+    """Give rows to a PostgreSQL statement; yield its FROM item, each column's expression, and the parameters."""
     values = _casts(table, columns)
     if len(rows) < COPY_FROM:
         document = _ONE_DOCUMENT.encode([dict(zip(columns, row, strict=True)) for row in rows]).decode()
@@ -138,7 +138,7 @@ def _cast(kind: sa.types.TypeEngine[Any], value: str) -> str:
 
 
 def _copy(connection: sa.Connection, table: str, columns: tuple[str, ...], rows: Sequence[Row]) -> None:
-    connection.exec_driver_sql("SET LOCAL timezone = 'UTC'")  # for moments, whatever the URL's options are
+    connection.exec_driver_sql("SET LOCAL timezone = 'UTC'")  # the text of moments has no zone
     # PostgreSQL stores one batch while we format the next.
     batches = (rows[start : start + COPY_FROM] for start in range(0, len(rows), COPY_FROM))
     copy_rows(connection, table, batches, f"({_quoted(columns)})")

@@ -1,7 +1,7 @@
 """Our tables, as the newest migration leaves them.
 
-The large ones (members, past_members, deliveries) have no foreign keys: PostgreSQL would call a trigger for each row,
-and one statement writes their rows in the transaction of the run that they belong to.
+The large ones (members, past_members, deliveries) have no foreign keys: PostgreSQL would call a trigger for each row.
+They need none, because their rows are written in the transaction of the run or call that they belong to.
 """
 
 import datetime as dt
@@ -239,7 +239,7 @@ bulk_jobs = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("submitted_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
-    sa.Column("settled_at", UtcDateTime),  # when its last delivery was
+    sa.Column("settled_at", UtcDateTime),  # when its last delivery was settled
     sa.Column("error", sa.Text),
     # gathering: its users are being chosen; uploading: sent, not answered yet; completed, failed: as Userpilot reported;
     # dropped: Userpilot never received it; lost: its outcome is unknown.

@@ -1,4 +1,4 @@
-"""Erasure of users: their rows are deleted, and the hash of the id keeps them from coming back by accident."""
+"""Erase users: delete their rows, and store the hash of the id, so that later runs and calls leave them out."""
 
 import datetime as dt
 import hashlib
@@ -49,7 +49,7 @@ def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clo
 def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
     """Erase a user here; return how many memberships that ended.
 
-    Each of these counts as an exit of its definition's next run.
+    Each of these counts as an exit in its definition's next run.
     """
     if not is_sqlite(connection):
         sql(connection, "SELECT pg_advisory_xact_lock(:lock)", lock=_LOCK)
@@ -109,7 +109,7 @@ def _delete_deliveries(connection: sa.Connection, user_id: str) -> None:
 def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
     """Allow an erased user to be sent again, once Userpilot has carried out the deletion.
 
-    Returns from when on, or None if the user was not erased.
+    Returns the moment of that, or None if the user was not erased.
     """
     mine = forgotten.c.user_hash == user_hash(user_id)
     row = connection.execute(sa.select(forgotten).where(mine)).one_or_none()
@@ -121,13 +121,13 @@ def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
 
 
 def block_erasures(connection: sa.Connection) -> None:
-    """Keep other processes from erasing until this transaction ends, so that they find the rows that it writes."""
+    """Delay erasures by other processes until this transaction ends, so that they see the rows it writes."""
     if not is_sqlite(connection):
         sql(connection, "SELECT pg_advisory_xact_lock_shared(:lock)", lock=_LOCK)
 
 
 def forgotten_among(connection: sa.Connection, user_ids: Iterable[str], now: dt.datetime) -> set[str]:
-    """Return those of the users who are erased. The ids are not read if nobody is."""
+    """Return those of the users who are erased; `user_ids` is not read if nobody is."""
     if not connection.execute(sa.select(sa.exists(sa.select(forgotten.c.user_hash)))).scalar_one():
         return set()
     by_hash = {user_hash(user_id): user_id for user_id in user_ids}
@@ -139,7 +139,7 @@ def forgotten_among(connection: sa.Connection, user_ids: Iterable[str], now: dt.
                 sa.or_(forgotten.c.returns_at.is_(None), forgotten.c.returns_at > now),
             )
         )
-        erased.update(by_hash[each] for each in hashes.scalars())
+        erased.update(by_hash[row.user_hash] for row in hashes)
     return erased
 
 

@@ -1,7 +1,7 @@
-"""Deletion of old rows, in small transactions. Runs keep the counts of their deliveries, so history still adds up.
+"""Delete old rows, in small transactions. Runs keep the counts of their deliveries, so the history still adds up.
 
-Never deleted: deliveries that are held, pending, being sent or dead (a later run or a person may retry them), and
-rows that these refer to. Runs, members, profiles, companies and events stay.
+Deliveries that are held, pending, sending or dead (a later run or a person may retry them) are never deleted, nor are
+the rows that they refer to. Runs, members, profiles, companies and events stay.
 """
 
 import datetime as dt
@@ -28,15 +28,16 @@ from audience_sync.queue.due import prefer_index_scans
 
 CHUNK = 1_000  # rows that a transaction deletes at most
 STRETCH = 20_000  # rows that it reads at most, because reading a row is faster than deleting it
-LONGEST_SECONDS = 100 * 365 * 86_400  # more is forever: SQLite compares years of four digits
+LONGEST_SECONDS = 100 * 365 * 86_400  # longer spans are forever: SQLite compares years of four digits
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
     """Time spans, in seconds, for which rows are kept; `math.inf` is forever.
 
-    It starts when a call was received, a delivery settled, a request started (likewise bulk jobs and schedule slots),
-    and when the run ended in which a past member left. Requests are needed for an hour: they hold the pace.
+    A span begins when the call was received, the delivery was settled, the request started, or the run ended in which
+    the past member left. The span for requests also holds for bulk jobs and schedule slots; it must be an hour at
+    least, because pacing reads recent requests.
     """
 
     calls: float
@@ -57,7 +58,7 @@ class _Part:
 _BEFORE = sa.bindparam("before", type_=UtcDateTime())
 _SETTLED = deliveries.c.status.in_(("accepted", "cancelled"))  # not dead ones, which may be retried
 _dead = deliveries.alias()
-_SUPERSEDES_DEAD = sa.exists().where(  # the reason why an older dead one must not be retried
+_SUPERSEDES_DEAD = sa.exists().where(  # because of it an older dead delivery must not be retried
     _dead.c.subject_id == deliveries.c.subject_id,
     _dead.c.status == "dead",
     _dead.c.delivery_id < deliveries.c.delivery_id,
@@ -96,7 +97,7 @@ def prune(
     """Delete old rows; return how many of each table.
 
     The tables take turns until nothing is left, or until a round ends after `seconds`: with 0 there is one round.
-    The next call continues. Each turn is a write transaction that others wait for less than a tenth of a second.
+    The next call deletes the rest. Each turn is a write transaction that blocks others for less than 0.1 s.
     """
     spans = {
         deliveries: retention.deliveries,
@@ -126,7 +127,7 @@ def prune(
 
 
 def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
-    """Go through a table by its key and delete old rows; yield how many in each transaction.
+    """Go through a table by its key and delete old rows; yield how many each transaction deleted.
 
     A transaction covers one stretch of the table at most. Where a column rises with the key, the walk ends after the
     stretch in which that column reaches `before`.
@@ -154,7 +155,7 @@ def _delete(
 ) -> int:
     """Delete rows, and add deliveries to the counts of their runs.
 
-    What was deleted is counted, because two processes may want to delete the same rows at once.
+    Only rows that this statement deleted are counted: another process may delete some of them first.
     """
     deletion = table.delete().where(where)
     if table is not deliveries:
