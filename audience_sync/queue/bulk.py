@@ -1,4 +1,4 @@
-"""The bulk lane: jobs of thousands of users. Userpilot works on one job at a time; each is followed until it is settled.
+"""The bulk lane: jobs of thousands of users. Userpilot runs one job at a time; each is followed until it is settled.
 
 `BulkLane._life` is the life of a job from top to bottom. It is a generator that runs inside the worker's transactions
 and yields what it waits for:
@@ -7,10 +7,12 @@ and yields what it waits for:
 - COMMIT: go on as soon as this transaction is committed, outside of any transaction;
 - a request: send it when this transaction is committed, and go on with its answer in a transaction.
 
-`resume` starts the lives of unsettled jobs again, after a restart and after a transaction that failed: they go on where
-the status of the job says. What a transaction may take back is therefore either a local variable of a life or set after
-COMMIT. While a job runs, the next one is gathered shortly before its end, and the one before is settled piece by piece,
-so that the live lane never waits. A user is in one place at a time: deliveries in a job are `sending`.
+After a restart or a failed transaction, `resume` starts the generators of unsettled jobs anew, each at the job's status.
+Whatever a failed transaction would undo is therefore a local variable of the generator, or set after COMMIT. While a
+job runs, the previous one is settled piece by piece, so that the live lane never waits, and shortly before its end the
+next one is gathered. A user is in one place at a time: deliveries in a job are `sending`.
+
+jobs.py has the rows and the requests, job_answers.py says what an answer means, split.py how many users go into a job.
 """
 
 import datetime as dt
@@ -35,15 +37,15 @@ from audience_sync.userpilot.answers import Answer
 
 log = logging.getLogger(__name__)
 
-FIRST_ROWS = 2_000  # of a job that starts while none runs: it starts before all of a long queue is gathered
-START_SECONDS = 0.1  # of gathering while no job runs; then the job starts with what it has
-AHEAD_SECONDS = 2.0  # before the end of a job at the latest, the next one is gathered
+FIRST_ROWS = 2_000  # limit of a job that starts while none runs, so that it starts soon
+START_SECONDS = 0.1  # limit of gathering while no job runs; then the job starts with the users it has
+AHEAD_SECONDS = 2.0  # the next job is gathered at least this long before the end of a job
 READY_SECONDS = 10.0  # a job that cannot start within this time gives its users back
-OCCUPIED_SECONDS = 15.0  # after a job that could not start, until the next is gathered
+OCCUPIED_SECONDS = 15.0  # the pause after a job that could not start, until the next is gathered
 BACKLOG_SECONDS = 1.0  # between two checks of the length of the queue
-MOST_USERS = 50_000  # that are read from the queue
+MOST_USERS = 50_000  # read from the queue at a time
 MOST_BYTES = 20_000_000  # of an upload; Userpilot accepts 50 MB
-USERS_PER_TRANSACTION = 200  # that a transaction takes into a job, so that the live lane hardly waits
+USERS_PER_TRANSACTION = 200  # taken into a job, few enough that the live lane hardly waits
 SHORTEST_WAIT_SECONDS = 0.01  # a wait shorter than a clock's tick would never end
 NOW, NEVER = -math.inf, math.inf
 
@@ -58,9 +60,9 @@ Wait = float | JobRequest | After
 
 @dataclass(frozen=True, slots=True)
 class BulkSettings:
-    """`row` writes a user's merged traits as a line of the upload; None if only the live lane can send them.
+    """Settings of the lane. With `rows_per_job` 0 no job is started; those that run are followed to their end.
 
-    `rows_per_job` 0: no new jobs; those that run are followed to their end.
+    `row` returns a user's merged traits as a line of the upload, or None if only the live lane can send them.
     """
 
     row: Callable[[str, dict[str, Any]], bytes | None] = lambda *_: None
@@ -84,7 +86,7 @@ class Transaction:
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    """A generator and what it waits for; `job` is None for the one that watches the jobs of other clients."""
+    """A generator and what it waits for; `job` is None for the one that watches other clients' jobs."""
 
     job: BulkJob | None
     steps: Generator[Wait, Answer, None]
@@ -93,7 +95,7 @@ class _Task:
 
 @dataclass(slots=True)
 class BulkLane:
-    """The worker calls `step` in each transaction, and `committed` after it. `live` sends to the other users."""
+    """The worker calls `step` in each transaction, and `committed` after it. `live` is the lane for the other users."""
 
     settings: BulkSettings
     clock: Clock
@@ -103,9 +105,9 @@ class BulkLane:
     _tasks: list[_Task] = field(default_factory=list)
     _transaction: Transaction = field(init=False)
     _settled: Counter[str] = field(default_factory=Counter)  # deliveries by status, in this transaction
-    _request: JobRequest | None = None  # that is in flight
-    _answer: Answer | None = None  # to it, until it is read
-    _gather_seconds: float = 0.0  # that the last job took for each row
+    _request: JobRequest | None = None  # the one in flight
+    _answer: Answer | None = None  # its answer, until a transaction reads it
+    _gather_seconds: float = 0.0  # the time that gathering the last job took for each row
     _live_only: set[str] = field(default_factory=set)  # users whose row cannot be written
 
     def __post_init__(self) -> None:
@@ -113,7 +115,7 @@ class BulkLane:
         self._answers = JobAnswers(self.pace, self.clock, self.settings.grace)
 
     def resume(self, connection: sa.Connection, now: dt.datetime) -> None:
-        """Follow every unsettled job from where it is, after a restart or a transaction that failed.
+        """Follow every unsettled job from its status on, after a restart or a failed transaction.
 
         Jobs that were being gathered are given up: it is unknown which of their rows are in the database.
         """
@@ -158,7 +160,7 @@ class BulkLane:
             if self._answer is not None and task.wait is self._request:
                 answer, self._request, self._answer = self._answer, None, None
                 self._go_on(task, answer)
-        if self._answer is not None:  # to a request about a job that was given up meanwhile
+        if self._answer is not None:  # its job was given up meanwhile
             self._request = self._answer = None
         is_time = self.clock.monotonic() >= max(self.pace.gather_at, self._ahead_at())
         if is_time and transaction.may_start and self._may_gather():
@@ -176,8 +178,8 @@ class BulkLane:
         self._request = next((wait for wait in waits if isinstance(wait, JobRequest)), None)
         return self._request
 
-    def take_in(self, answer: Answer) -> None:
-        """Keep the answer to the request in flight for the next transaction."""
+    def receive(self, answer: Answer) -> None:
+        """Store the answer to the request in flight for the next transaction."""
         self._answer = answer
 
     def _go_on(self, task: _Task, answer: Answer | None = None) -> None:
@@ -199,7 +201,7 @@ class BulkLane:
         return self.is_asking or any(wait != NEVER for wait in waits)
 
     def wait_seconds(self) -> float:
-        """Return the seconds until a transaction has something to do here; infinite if that depends on an answer."""
+        """Return the seconds until the next transaction is needed; infinite if that depends on an answer."""
         monotonic = self.clock.monotonic()
         moments = [task.wait for task in self._tasks if isinstance(task.wait, float)]
         if self._may_gather() and self._ahead_at() > monotonic:
@@ -216,7 +218,7 @@ class BulkLane:
         return [task.job for task in self._tasks if task.job is not None]
 
     def rates(self) -> split.Pace:
-        """Return what each lane takes, for dividing a backlog."""
+        """Return the pace of both lanes, for dividing a backlog."""
         rows = 0 if self.pace.is_paused(self.clock.monotonic()) else self.settings.rows_per_job
         return split.Pace(self.live.limit, self.live.per_second, self.pace.rows_per_second, rows)
 
@@ -248,7 +250,7 @@ class BulkLane:
                 self._started(job)
                 request = JobRequest("upload", job, bytes(content))
         elif job.is_under_way:
-            self._record(job)  # a transaction that failed may have taken it back
+            self._record(job)  # a failed transaction may have undone it
         while job.is_under_way:
             request = request or (yield from self._next_request(job))
             if request is not None:
@@ -281,23 +283,23 @@ class BulkLane:
         self._go_on(task)
 
     def _next_users(self, monotonic: float) -> list[str]:
-        """Return users for the next job. The oldest are left to the live lane, which sends them meanwhile."""
+        """Return users for the next job, except the oldest, whom the live lane sends meanwhile."""
         transaction = self._transaction
         room = max(0, self.live.room(monotonic) - transaction.live_count)
         pace, start_seconds = self.rates(), self.seconds_left()
-        if self.under_way is None:  # the first job starts soon; the next is gathered meanwhile
+        if self.under_way is None:  # the first job starts soon; the next is gathered while it runs
             pace = replace(pace, rows_per_job=min(pace.rows_per_job, FIRST_ROWS))
         live_share = split.live_share(pace.rows_per_job, room, pace, start_seconds)
         waiting, burst = self._waiting(min(MOST_USERS, pace.rows_per_job + live_share + 1), room)
         rows = split.job_rows(len(waiting), burst, pace, start_seconds)
         if not rows:
             return []
-        fit = [user for user, was_tried in waiting.items() if not was_tried and user not in self._live_only]
+        fit = [user for user, attempted in waiting.items() if not attempted and user not in self._live_only]
         live_count = split.live_share(rows, burst, pace, start_seconds) - (len(waiting) - len(fit))
         return fit[max(0, live_count) :][: min(rows, self.pace.most_rows)]
 
     def _waiting(self, limit: int, room: int) -> tuple[dict[str, bool], int]:
-        """Return the users who are due, with whether one was tried before, and how many of them go live at once."""
+        """Return the users who are due, each with whether it was attempted, and how many the live lane takes at once."""
         transaction, users, burst = self._transaction, dict[str, bool](), 0
         for delivery_class in due.CLASSES:
             left = limit - len(users)
@@ -327,14 +329,14 @@ class BulkLane:
         return content
 
     def _is_enough(self, job: BulkJob, left: int, began_at: float) -> bool:
-        """Return whether to start with a part of a long job, because no other runs meanwhile."""
+        """Return whether to start a long job with only a part of its users, because no other job runs."""
         if self.under_way is not None or job.row_count < split.SMALLEST_JOB:
             return False
         is_long = job.row_count + left >= FIRST_ROWS
         return is_long and self.clock.monotonic() - began_at >= START_SECONDS
 
     def _take(self, job: BulkJob, users: list[str], content: bytearray) -> bool:
-        """Take the idle ones of these users into a job; return False when its upload is full."""
+        """Take those of the users who are idle into a job; return False when its upload is full."""
         connection, now, is_full = self._transaction.connection, self._transaction.now, False
         ids: list[int] = []
         superseded: list[int] = []
@@ -365,7 +367,7 @@ class BulkLane:
             return None
 
     def _wait_for_start(self, job: BulkJob) -> Generator[Wait, Answer, None]:
-        """Wait for the end of the job before; give the users back if that takes too long, or the lane pauses."""
+        """Wait for the end of the previous job; give the users back if that takes too long or the lane pauses."""
         give_up_at = self.clock.monotonic() + READY_SECONDS
         while self._is_occupied() and not self._transaction.is_ending and self.clock.monotonic() < give_up_at:
             yield give_up_at
@@ -420,7 +422,7 @@ class BulkLane:
         jobs.finish_job(transaction.connection, job.request_id, transaction.now)
 
     def _next_to_settle(self) -> BulkJob | None:
-        """Choose a job that gives its users back before a completed one, which can wait until the next is sent."""
+        """Choose jobs that give users back before completed ones, which can wait until the next job is sent."""
         over = min((job for job in self._jobs if job.is_over), key=lambda job: job.is_completed, default=None)
         if over is None or not over.is_completed or self._transaction.is_ending:
             return over
@@ -438,7 +440,7 @@ class BulkLane:
         return may_start and not is_gathering and not self._transaction.is_ending
 
     def _ahead_at(self) -> float:
-        """Return when the next job is to be gathered: half as long again as that takes before the end of this one."""
+        """Return when to gather the next job: 1.5 times the time that takes, before the end of the current job."""
         job = self.under_way
         if job is None:
             return NOW

@@ -24,7 +24,8 @@
 | held, pending, dead | cancelled | discarded                                              | discard                      |
 
 Each transition is guarded by the status that it comes from. `assign_destination` and `assign_calls` change no status.
-What may be claimed is in due.py; what an answer means, in outcomes.py. Every function runs in its caller's transaction.
+Every function runs in its caller's transaction. The path goes on in worker.py, which claims, sends and settles; due.py
+says which deliveries it may claim, and outcomes.py what an answer means.
 """
 
 import datetime as dt
@@ -46,7 +47,7 @@ from audience_sync.queue.requests import ClaimedRequest, EndedRequest
 
 NEVER_SENT = "left before anything was sent"
 PROCESS_ENDED = "The process ended before the answer came"
-# A condition of ix_deliveries_unsettled, so that SQLite uses that index for `d`.
+# The condition of ix_deliveries_unsettled, so that SQLite uses that index for `d`.
 BY_SUBJECT_INDEX = "d.status IN ('pending', 'sending')"
 _PENDING_CALLS = "status = 'pending' AND class = 'call' AND action IN ('identify', 'track', 'company')"
 _HELD_RUNS = "SELECT run_id FROM {our}runs WHERE status = 'held'"
@@ -81,7 +82,7 @@ def enqueue_calls(
 
 @dataclass(frozen=True, slots=True)
 class RunOrigin:
-    """The run, and what all its deliveries have in common. `fingerprint` stands for the destination."""
+    """The values that all deliveries of a run have in common. `fingerprint` stands for the destination."""
 
     run_id: int
     definition_id: int
@@ -101,8 +102,8 @@ def enqueue(
 ) -> None:
     """Queue an identify for each row of a query.
 
-    `source` is the query from its FROM on, with a column `user_id`; `body` is an SQL expression of JSON text over
-    its columns. Both may use the parameters. Status `cancelled` is for users who left before anything was sent.
+    `source` is the query from its FROM on, with a column `user_id`; `body` is an SQL expression over its columns that
+    gives JSON text. Both may use the parameters. Status `cancelled` is for users who left before anything was sent.
     """
     is_cancelled = status is Status.CANCELLED
     json_body = f"({body})" if is_sqlite(connection) else f"CAST({body} AS json)"
@@ -140,8 +141,8 @@ def choose_next(
     trimmed = [outcomes.without_superseded(group, newer) for group in chosen]
     superseded = [delivery_id for group in trimmed for delivery_id in group.superseded]
     for ids in chunks(superseded):
-        given: dict[str, Any] = {"ids": list(ids), "now": now, "error": SUPERSEDED}
-        _move(connection, "status = 'pending'", "cancelled", _SETTLED, "delivery_id IN :ids", **given)
+        values: dict[str, Any] = {"ids": list(ids), "now": now, "error": SUPERSEDED}
+        _move(connection, "status = 'pending'", "cancelled", _SETTLED, "delivery_id IN :ids", **values)
     return [group.left for group in trimmed if group.left]
 
 
@@ -238,7 +239,7 @@ def recover(
     tracks_at_most_once: bool,
     known_request_ids: Collection[int] = (),
 ) -> Recovered:
-    """Queue again what a process that is gone was sending: Userpilot may or may not have applied it.
+    """Queue again the deliveries that a process was sending when it ended; Userpilot may have applied them or not.
 
     Requests that are known to be under way keep their deliveries, and so do bulk jobs.
     """
@@ -275,8 +276,8 @@ def start_in_job(
 ) -> None:
     """Put pending deliveries into a bulk job.
 
-    They are `sending` until the job is settled, so that no other lane sends to their users. Only those that a newer
-    value in the same row supersedes have an `error` meanwhile.
+    They are `sending` until the job is settled, so that no other lane sends to their users. Until then, an `error`
+    marks those that are superseded by a newer value in the same row.
     """
     lists = {"ids": json.dumps(list(ids)), "superseded_ids": json.dumps(list(superseded_ids))}
     chosen, superseded = (_list(connection, name) for name in lists)
@@ -293,14 +294,14 @@ def start_in_job(
 
 
 def _list(connection: sa.Connection, name: str) -> str:
-    """Return a query for the ids in a parameter that is a JSON list; IN :name takes too many parameters."""
+    """Return a query for the ids in a parameter that is a JSON list; IN :name would be too many parameters."""
     if is_sqlite(connection):
         return f"(SELECT value FROM json_each(:{name}))"
     return f"(SELECT CAST(value AS bigint) FROM json_array_elements_text(CAST(:{name} AS json)))"
 
 
 def is_in_job(request_id: int) -> sa.ColumnElement[bool]:
-    """Return the condition for the deliveries in a bulk job, by the index of what is being sent."""
+    """Return the condition for the deliveries in a bulk job, in the form that the index of `sending` ones matches."""
     return sa.and_(deliveries.c.request_id == request_id, SENDING)
 
 
@@ -329,12 +330,12 @@ def settle_job(
 
 def _after_job(job_status: str, error: str | None, now: dt.datetime, grace: dt.timedelta) -> dict[str, Any]:
     if job_status == "completed":
-        is_superseded = deliveries.c.error.is_not(None)  # whatever an older version wrote there
+        is_superseded = deliveries.c.error.is_not(None)  # older versions wrote other texts
         status = sa.case((is_superseded, "cancelled"), else_="accepted")
         return {"status": status, "error": sa.case((is_superseded, SUPERSEDED)), "settled_at": now}
     pending = {"status": "pending", "error": error}
     match job_status:
-        case "dropped":  # that was no attempt, so they may go into a bulk job again
+        case "dropped":  # not an attempt, so they may go into a bulk job again
             return pending | {"attempt_count": deliveries.c.attempt_count - 1, "first_attempt_at": None}
         case "failed":
             return pending | {"next_attempt_at": now}
@@ -348,7 +349,7 @@ def _after_job(job_status: str, error: str | None, now: dt.datetime, grace: dt.t
 def _move(
     connection: sa.Connection, before: str, after: str, assignments: str, where: str, **parameters: Any
 ) -> int:
-    """Change the status of deliveries from `before`, a condition; return how many."""
+    """Change the status of the deliveries for which both conditions hold; return how many."""
     statement = f"UPDATE {{our}}deliveries SET status = '{after}', {assignments} WHERE {before} AND {where}"
     return sql(connection, statement, **parameters).rowcount
 
@@ -395,21 +396,21 @@ def revive(
 
 
 def cancel_foreign(connection: sa.Connection, origin: RunOrigin, now: dt.datetime) -> None:
-    """Cancel what older runs made for other destinations than this run's, which sends everything to its own."""
+    """Cancel older runs' deliveries for other destinations; this run sends everything to its own."""
     before = "status IN ('held', 'pending', 'dead')"
     where = "definition_id = :definition_id AND fingerprint <> :fingerprint AND run_id <> :run_id"
-    given: dict[str, Any] = {"definition_id": origin.definition_id, "run_id": origin.run_id, "now": now}
-    given |= {"fingerprint": origin.fingerprint, "error": "made for another destination"}
-    _move(connection, before, "cancelled", _SETTLED, where, **given)
+    values: dict[str, Any] = {"definition_id": origin.definition_id, "run_id": origin.run_id, "now": now}
+    values |= {"fingerprint": origin.fingerprint, "error": "made for another destination"}
+    _move(connection, before, "cancelled", _SETTLED, where, **values)
 
 
 def hold_definitions(
     connection: sa.Connection, fingerprint: str, definition_ids: list[int], reason: str
 ) -> None:
-    """Hold what these definitions have pending for other destinations than this one."""
+    """Hold the pending deliveries of these definitions that are for other destinations."""
     where = "fingerprint <> :fingerprint AND definition_id IN :ids"
-    given: dict[str, Any] = {"fingerprint": fingerprint, "ids": definition_ids, "error": reason}
-    _move(connection, "status = 'pending'", "held", _HELD, where, **given)
+    values: dict[str, Any] = {"fingerprint": fingerprint, "ids": definition_ids, "error": reason}
+    _move(connection, "status = 'pending'", "held", _HELD, where, **values)
 
 
 def hold_calls(connection: sa.Connection, other: str, reason: str) -> None:
@@ -418,7 +419,7 @@ def hold_calls(connection: sa.Connection, other: str, reason: str) -> None:
 
 
 def release_own(connection: sa.Connection, fingerprint: str, now: dt.datetime) -> int:
-    """Queue what was held and is for this destination, except by held runs; return how many others stay held."""
+    """Queue held deliveries for this destination, except those of held runs; return how many others stay held."""
     where = "fingerprint = :fingerprint"
     _move(connection, _HELD_BUT_NOT_BY_RUN, "pending", _DUE_NOW, where, fingerprint=fingerprint, now=now)
     count = f"SELECT count(*) FROM {{our}}deliveries WHERE {_HELD_BUT_NOT_BY_RUN}"
@@ -428,17 +429,19 @@ def release_own(connection: sa.Connection, fingerprint: str, now: dt.datetime) -
 def assign_destination(
     connection: sa.Connection, fingerprint: str, definition_ids: list[int] | None = None
 ) -> None:
-    """Make this the destination of all deliveries that are not settled, or of those of these definitions."""
-    where, given = f"status IN ('held', 'pending', 'sending', 'dead') AND {_IS_OTHER}", {}
+    """Make this the destination of the deliveries, of all or these definitions, that may still be sent."""
+    where, values = f"status IN ('held', 'pending', 'sending', 'dead') AND {_IS_OTHER}", {}
     if definition_ids is not None:
-        where, given = f"{where} AND definition_id IN :ids", {"ids": definition_ids}
-    _assign(connection, fingerprint, where, **given)
+        where, values = f"{where} AND definition_id IN :ids", {"ids": definition_ids}
+    _assign(connection, fingerprint, where, **values)
 
 
 def assign_calls(connection: sa.Connection, fingerprint: str, other: str | None) -> None:
     """Make this the destination of pending deliveries of calls that were made for another one, or for none."""
-    same, given = ("fingerprint IS NULL", {}) if other is None else ("fingerprint = :other", {"other": other})
-    _assign(connection, fingerprint, f"{_PENDING_CALLS} AND {same}", **given)
+    same, values = (
+        ("fingerprint IS NULL", {}) if other is None else ("fingerprint = :other", {"other": other})
+    )
+    _assign(connection, fingerprint, f"{_PENDING_CALLS} AND {same}", **values)
 
 
 def _assign(connection: sa.Connection, fingerprint: str, where: str, **parameters: Any) -> None:
@@ -475,8 +478,8 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
         refusals += reasons.values()
         retried = [delivery_id for delivery_id in chunk if delivery_id not in reasons]
         if retried:
-            where, given = "delivery_id IN :ids", {"ids": retried, "now": now}
-            count += _move(connection, "status = 'dead'", "pending", _DUE_ANEW, where, **given)
+            where, values = "delivery_id IN :ids", {"ids": retried, "now": now}
+            count += _move(connection, "status = 'dead'", "pending", _DUE_ANEW, where, **values)
     return Retried(count, refusals)
 
 
@@ -484,8 +487,8 @@ def discard(connection: sa.Connection, ids: Collection[int], now: dt.datetime) -
     """Cancel dead and pending deliveries, and held ones unless their run is held; return how many."""
     before = f"(status IN ('dead', 'pending') OR ({_HELD_BUT_NOT_BY_RUN}))"
     assignments = "settled_at = :now, error = COALESCE(error || '; ', '') || :reason, quiet_until = NULL"
-    given: dict[str, Any] = {"now": now, "reason": "discarded by hand"}
+    values: dict[str, Any] = {"now": now, "reason": "discarded by hand"}
     return sum(
-        _move(connection, before, "cancelled", assignments, "delivery_id IN :ids", ids=list(chunk), **given)
+        _move(connection, before, "cancelled", assignments, "delivery_id IN :ids", ids=list(chunk), **values)
         for chunk in chunks(ids)
     )

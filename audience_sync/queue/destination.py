@@ -5,7 +5,6 @@ until a person decides; the messages below say how.
 """
 
 import datetime as dt
-import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +20,7 @@ MADE_FOR_ANOTHER = "made for another destination than the one that is configured
 
 
 def other_destination(key: str = "KEY") -> str:
-    """Return the clause that something was made for another destination, and what to do; its subject comes before."""
+    """Return the end of a sentence about something that was made for another destination, with what to do."""
     return (
         f"{MADE_FOR_ANOTHER}. For a new environment, run `audience-sync sync {key} --full`, which sends everything "
         "there; for the same environment with a new API key or address, run "
@@ -36,7 +35,7 @@ class Destination:
     fingerprint: str | None = None
 
     def is_foreign(self, connection: sa.Connection, fingerprint: str | None) -> bool:
-        """Return whether what was made for a fingerprint must not be sent here."""
+        """Return whether deliveries that were made for a fingerprint must not be sent here."""
         is_other = self.fingerprint and fingerprint and fingerprint != self.fingerprint
         return bool(is_other) and has_accepted(connection, fingerprint or "")
 
@@ -54,7 +53,7 @@ class Destination:
 def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
     """Return whether this destination may have accepted anything.
 
-    One whose key was refused before the first delivery has not, so any other destination may take its place.
+    If its key was refused before the first delivery, it has not, and any other destination may take its place.
     """
     if stopped(connection) is None:
         return True
@@ -77,7 +76,7 @@ class Stopped(NamedTuple):
 
 
 def stopped(connection: sa.Connection) -> Stopped | None:
-    """Return since when and why nothing is sent; None if it is."""
+    """Return since when and why nothing is sent; None if the destination is not stopped."""
     row = connection.execute(sa.select(destination)).one_or_none()
     return None if row is None or row.stopped_at is None else Stopped(row.stopped_at, row.stopped_reason)
 
@@ -112,7 +111,7 @@ def slow_downs(connection: sa.Connection) -> dict[str, Any]:
 
 
 def set_slow_downs(connection: sa.Connection, lanes: dict[str, Any]) -> None:
-    _set_destination(connection, slow_downs=json.loads(json.dumps(lanes)))
+    _set_destination(connection, slow_downs=lanes)
 
 
 def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:

@@ -1,4 +1,4 @@
-"""Queries: deliveries that may be claimed, that are superseded, and that wait. deliveries.py changes them.
+"""Queries for deliveries: which may be claimed, which are superseded, which wait. deliveries.py changes them.
 
 A subject is a user or a company. Its deliveries wait while one of them is being sent, and after an unknown outcome.
 Every function runs in its caller's transaction.
@@ -20,8 +20,8 @@ LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order in which they are claimed
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the user's first identify
 
-# The subject is busy, or an isolated newer value must be sent before this one. Of the deliveries that are due, the
-# first stands for the subject, however many it has.
+# The subject is busy, or an isolated newer value must be sent before this one, or another delivery that is due already
+# stands for the subject: one is enough, however many there are.
 _WAITS = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
   AND b.status IN ('pending', 'sending') AND (b.status = 'sending' OR b.quiet_until > :now
     OR (b.alone AND b.next_attempt_at > :now AND (b.value_at > d.value_at
@@ -55,12 +55,12 @@ def refresh_statistics(connection: sa.Connection) -> None:
 
 
 def not_by_index(column: sa.Column[str]) -> sa.ColumnElement[str]:
-    """The column as an expression that matches no index that begins with it."""
+    """Return the column as an expression that no index matches."""
     return column.concat("")
 
 
 def _pending_by_full_index() -> sa.ColumnElement[bool]:
-    """Pending, in a form that no partial index matches, but the status column of a full one does."""
+    """Return the condition for pending in a form that matches a status column of an index, but no partial index."""
     return deliveries.c.status.in_(("pending", ""))
 
 
@@ -78,7 +78,7 @@ def subjects_due(
 ) -> list[str]:
     """Return subjects that may be sent to now, each once, oldest first.
 
-    `fingerprint`: only deliveries for this destination, or for none in particular.
+    `fingerprint`: only deliveries for this destination, and those for none in particular.
     """
     rows = _due(connection, "d.subject_id", action, delivery_class, now, limit, fingerprint)
     return list(dict.fromkeys(rows.scalars()))
@@ -86,7 +86,7 @@ def subjects_due(
 
 @dataclass(frozen=True, slots=True)
 class DueUser:
-    """A user who is due. Users with an attempt behind them use the live lane, where each answer concerns one user."""
+    """A user who is due. After an attempt, only the live lane sends to a user: there, an answer concerns one user."""
 
     user_id: str
     was_attempted: bool
@@ -131,7 +131,7 @@ def _due(
 
 
 def idle_users(connection: sa.Connection, users: list[str], now: dt.datetime) -> list[str]:
-    """Return the users of these with no request under way, no attempt behind them and no grace to wait for."""
+    """Return those of the users who have no request under way, no earlier attempt and no grace to wait for."""
     busy = sql(
         connection,
         "SELECT DISTINCT d.subject_id FROM {our}deliveries d WHERE d.subject_id IN :users AND d.action = 'identify' "
@@ -150,7 +150,7 @@ def pending_of(
     now: dt.datetime,
     fingerprint: str | None = None,
 ) -> list[list[Delivery]]:
-    """Return the pending deliveries of each subject, as they will be once claimed; of tracks only the first.
+    """Return the pending deliveries of each subject, as they will be once claimed; for tracks, only the first.
 
     Leaves out a subject if another process is changing one of its deliveries.
     """
@@ -221,7 +221,7 @@ def superseded_traits(
     values: Sequence[Delivery | sa.Row[Any]],
     statuses: Collection[Status] = _ALL_BUT_HELD,
 ) -> dict[int, frozenset[str]]:
-    """Return the traits, by delivery, of which the subject has a newer value in one of the statuses."""
+    """Return, by delivery, the traits for which the subject has a newer value in one of the statuses."""
     by_subject: dict[tuple[str, str], list[Any]] = {}
     for value in values:
         if value.action != "track":
@@ -296,7 +296,7 @@ def _age(value: Any) -> tuple[dt.datetime, int]:
 
 @dataclass(frozen=True, slots=True)
 class DueMoment:
-    """A moment to come at which a delivery of this action and class may be due."""
+    """A future moment at which a delivery of this action and class may be due."""
 
     action: str
     delivery_class: str

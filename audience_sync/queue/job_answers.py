@@ -1,4 +1,4 @@
-"""Read the answers about bulk jobs: the counterpart of outcomes.py. Touches no database.
+"""Read the answers about bulk jobs, as outcomes.py does those of the live lanes; nothing here uses the database.
 
 | event | the job's users |
 | --- | --- |
@@ -8,7 +8,7 @@
 | 409: another job is running | are queued again; no upload until the list of jobs shows none running |
 | 429, 5xx, no connection, no such endpoint | are queued again; the lane pauses, each time twice as long |
 | no answer to the upload | wait: the job is looked up by its file name; if no job runs, the live lane sends them |
-| an unknown state, or no end | wait until there has been no progress for long; then the live lane sends them |
+| an unknown state, or no end | wait until the job has made no progress for long; then the live lane sends them |
 | Userpilot no longer knows the job | are sent by the live lane |
 """
 
@@ -27,14 +27,16 @@ log = logging.getLogger(__name__)
 FOREIGN_JOB_POLL_SECONDS = 15.0
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 30.0
 STALLED_JOB_SECONDS = 1800.0  # without any progress; more for large jobs
-MOST_MISSES = 3  # answers in a row that do not know a job
-MEASURED_ROWS = 1_000  # of a job whose speed is measured: in shorter ones the overhead counts too much
+MOST_MISSES = 3  # answers in a row that say that a job is unknown
+MEASURED_ROWS = (
+    1_000  # the least rows of a job whose speed is measured: in smaller ones the overhead dominates
+)
 _NO_ENDPOINT = {404, 405, 501}
 
 
 @dataclass(frozen=True, slots=True)
 class JobAnswers:
-    """Reads answers into a job and the lane's pace; an upload without an answer may still arrive within `grace`."""
+    """Update a job and the lane's pace from answers. An upload without an answer may still arrive within `grace`."""
 
     pace: BulkPace
     clock: Clock
@@ -116,7 +118,7 @@ class JobAnswers:
             self.pace.is_foreign_job_running, self.pace.reason = False, ""
 
     def _update_status(self, job: BulkJob, job_id: str, status: JobStatus) -> None:
-        """Take over what Userpilot says of a job; what it leaves out stays as it was."""
+        """Update a job from Userpilot's description; the values that it leaves out stay as they were."""
         completed = job.completed_count if status.completed_rows is None else status.completed_rows
         if (status.state, completed, job_id) != (job.state, job.completed_count, job.job_id):
             job.moved_at = self.clock.monotonic()

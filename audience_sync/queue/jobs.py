@@ -1,7 +1,7 @@
-"""Bulk jobs: their rows in the database, the requests about them, and how Userpilot describes them.
+"""Bulk jobs: their rows in the database, the requests about them, and Userpilot's descriptions of them.
 
-From when it is gathered until it is settled, a job's deliveries are `sending`, so that no other request carries their
-users. Functions that take a connection run in their caller's transaction.
+From being gathered to being settled, a job's deliveries are `sending`, so that no other request carries their users.
+Functions that take a connection run in their caller's transaction.
 """
 
 import datetime as dt
@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from audience_sync import crash
 from audience_sync.db import tables
 from audience_sync.queue import deliveries
+from audience_sync.queue.requests import record_requests
 from audience_sync.userpilot.answers import Answer, Outcome
 
 UPLOAD_PATH = "v1/users/bulk_identify"
@@ -36,7 +37,7 @@ class BulkJob:
     upload: Answer | None = None  # the answer to its upload
     submitted_at: float = 0.0
     job_id: str | None = None
-    state: str | None = None  # as Userpilot calls it
+    state: str | None = None  # as Userpilot reports it
     completed_count: int | None = None
     moved_at: float = 0.0  # when an answer last showed progress
     poll_at: float = 0.0
@@ -84,7 +85,7 @@ class JobSender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """A request about a job; `job` is None when it is about jobs of others."""
+    """A request about a job; `job` is None when it is about other clients' jobs."""
 
     kind: Literal["upload", "poll", "list"]
     job: BulkJob | None
@@ -105,7 +106,7 @@ class JobRequest:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """Userpilot's description of a job, without values that are unusable or that a database would refuse."""
+    """Userpilot's description of a job, without values that the database would refuse."""
 
     job_id: str | None = None
     filename: str | None = None
@@ -145,11 +146,8 @@ def parse_jobs(answer: Answer) -> list[JobStatus] | None:
 def create_job(connection: sa.Connection, fingerprint: str | None, epoch: int, now: dt.datetime) -> BulkJob:
     """Insert a job without rows, and the request of its upload."""
     filename = f"audience-sync-{uuid.uuid4().hex}.ndjson"
-    inserted = connection.execute(
-        tables.requests.insert().values(lane="bulk", epoch=epoch, started_at=now, delivery_count=0)
-    )
-    (request_id,) = inserted.inserted_primary_key or (0,)
-    job = BulkJob(int(request_id), filename)
+    (request_id,) = record_requests(connection, "bulk", epoch, [0], now)
+    job = BulkJob(request_id, filename)
     connection.execute(
         tables.bulk_jobs.insert().values(
             request_id=request_id,
@@ -180,7 +178,7 @@ def begin_upload(connection: sa.Connection, request_id: int, now: dt.datetime) -
 
 
 def record(connection: sa.Connection, job: BulkJob, now: dt.datetime) -> None:
-    """Write what is known of a job, and how its upload ended."""
+    """Write the state of a job, and how its upload ended."""
     update_job(connection, job.request_id, **job.columns, ended_at=now if job.is_over else None)
     if job.upload is not None:
         ended = {
@@ -211,15 +209,15 @@ def assign_jobs(connection: sa.Connection, fingerprint: str) -> None:
 
 def finish_job(connection: sa.Connection, request_id: int, now: dt.datetime) -> None:
     """Mark a job as settled; delete it if it was never uploaded."""
-    never = sa.and_(tables.bulk_jobs.c.request_id == request_id, tables.bulk_jobs.c.submitted_at.is_(None))
-    if connection.execute(tables.bulk_jobs.delete().where(never)).rowcount:
+    never_uploaded = (tables.bulk_jobs.c.request_id == request_id, tables.bulk_jobs.c.submitted_at.is_(None))
+    if connection.execute(tables.bulk_jobs.delete().where(*never_uploaded)).rowcount:
         connection.execute(tables.requests.delete().where(tables.requests.c.request_id == request_id))
     else:
         update_job(connection, request_id, settled_at=now)
 
 
 def unsettled_jobs(connection: sa.Connection) -> list[sa.Row[Any]]:
-    """Rows of the jobs that are not settled, oldest first."""
+    """Return the rows of the jobs that are not settled, oldest first."""
     query = sa.select(tables.bulk_jobs).where(tables.bulk_jobs.c.settled_at.is_(None))
     return list(connection.execute(query.order_by(tables.bulk_jobs.c.request_id)))
 

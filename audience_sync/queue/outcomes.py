@@ -32,7 +32,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A delivery as it is once it is claimed: `attempt_count` includes that attempt."""
+    """A delivery as it is once claimed: `attempt_count` includes that attempt."""
 
     delivery_id: int
     action: str
@@ -68,7 +68,7 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
 
     After a merged request was refused, its deliveries are isolated: sent one by one, so that only the refused one
     dies. The newest is sent first, and the older ones wait for it: an attempt before the refusal may have been
-    applied, and a value at Userpilot must not be replaced by an older one. What it supersedes needs no request then.
+    applied, and a value at Userpilot must not be replaced by an older one. What the newest supersedes needs no request.
     """
     ordered = sorted(pending, key=lambda delivery: (delivery.value_at, delivery.delivery_id))
     waiting = [n for n, each in enumerate(ordered, 1) if each.isolated and each.next_attempt_at > now]
@@ -85,7 +85,7 @@ class Trimmed:
 
 
 def without_superseded(ordered: Sequence[Delivery], newer: Mapping[int, Collection[str]]) -> Trimmed:
-    """Remove the traits of which Userpilot has accepted newer values; `newer` names them by delivery."""
+    """Remove the traits for which Userpilot has accepted newer values; `newer` names them by delivery."""
     left, superseded = [], []
     for delivery in ordered:
         removed = newer.get(delivery.delivery_id, ())
@@ -179,5 +179,5 @@ def _retry(delivery: Delivery, answer: Answer, now: dt.datetime, retries: Retrie
 
 
 def backoff_seconds(attempt_count: int, chance: random.Random) -> float:
-    """Return a random wait (full jitter) of up to 1 s, a limit that doubles with each attempt up to 15 minutes."""
+    """Return a random wait (full jitter). Its limit is 1 s, and doubles with each attempt up to 15 minutes."""
     return chance.uniform(0, min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(attempt_count - 1, 20)))

@@ -1,6 +1,6 @@
-"""The pace of each lane: its limit over any 60 seconds, and what it learned from refusals. Pure but for time.
+"""The pace of each lane: its limit over any 60 seconds, and how it slows down after refusals.
 
-All times are monotonic seconds, except `now` where a slow-down is written to or read from the database.
+All times are arguments, in monotonic seconds, except `now` where a slow-down is written to or read from the database.
 """
 
 import datetime as dt
@@ -25,8 +25,8 @@ _ROUNDING = 1e-6
 class Lane:
     """The pace of a live lane.
 
-    A request counts from its start until a window after its end. Whenever within that span the server sees it, no
-    window of the server's holds more than the limit.
+    A request counts from its start until a window after its end. The server receives it somewhere in between,
+    so no window of the server's holds more requests than the limit.
     """
 
     per_minute: int
@@ -95,7 +95,7 @@ class Lane:
             self.reason = ""
 
     def throttled(self, now: float, retry_after_seconds: float | None) -> bool:
-        """Slow down; return False for the other refusals of the same burst."""
+        """Slow down; return False, and do nothing, for the other refusals of the same burst."""
         if now < self.paused_until:
             return False
         step = THROTTLED_SECONDS[min(self.throttle_streak, len(THROTTLED_SECONDS) - 1)]
@@ -165,7 +165,7 @@ class BulkPace:
         return seconds
 
     def wait_for_foreign_job(self, until: float, reason: str) -> None:
-        """Start nothing while a job of somebody else runs; `until` is when to look again."""
+        """Start nothing while another client's job runs; `until` is when to check again."""
         self.is_foreign_job_running, self.reason = True, reason
         self.paused_until = max(self.paused_until, until)
 
@@ -189,7 +189,7 @@ class BulkPace:
         self._pause_count = 0
 
     def measured(self, rows_per_second: float) -> None:
-        """Take over a job's speed, within reason: the end of a job may have been noticed very late."""
+        """Use a job's measured speed, down to a limit: the end of a job may have been noticed very late."""
         self.rows_per_second = max(rows_per_second, self.rows_per_minute / 60 * MIN_JOB_SPEED_FACTOR)
 
 
@@ -198,15 +198,11 @@ def slow_down(lane: Lane | BulkPace, monotonic: float, now: dt.datetime) -> dict
     if lane.factor == 1.0 and lane.paused_until <= monotonic:
         return None
     paused_until = now + dt.timedelta(seconds=max(-1.0, lane.paused_until - monotonic))
-    return {
-        "factor": round(lane.factor, 3),
-        "paused_until": paused_until.isoformat(),
-        "reason": lane.reason,
-    }
+    return {"factor": round(lane.factor, 3), "paused_until": paused_until.isoformat(), "reason": lane.reason}
 
 
 def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now: dt.datetime) -> None:
-    """Slow a lane down as a process before this one did, unless that was long ago."""
+    """Slow a lane down as an earlier process did, unless that was long ago."""
     paused_until = dt.datetime.fromisoformat(stored["paused_until"])
     if paused_until > now - SLOW_DOWN_LASTS:
         lane.factor, lane.reason = stored["factor"], stored["reason"]

@@ -1,4 +1,4 @@
-"""The progress of a process that delivers: what it has done, and estimates of what is left."""
+"""The progress of a process that delivers: its work so far, and estimates of the rest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,13 @@ MEASURED_SECONDS = 20.0  # of work, after which its pace is a better estimate th
 
 @dataclass(slots=True)
 class Report:
-    """The work of one process; `is_left` if another one does it, `stopped` is why the destination is.
+    """The work of one process.
 
-    `held_count` deliveries wait because they were made for another destination.
+    `is_left`: another process does the rest. `stopped`: the reason why the destination is stopped. `held_count`:
+    deliveries that wait because they were made for another destination.
 
-    While the work goes on, `pending_count` (of the whole queue), `left` (by lane; of bulk rows) and `seconds_left`
-    are estimates: what other processes add is counted at the end.
+    Until the end, `pending_count` (of the whole queue), `left` (by lane; rows for bulk) and `seconds_left` are
+    estimates, which leave out what other processes add.
     """
 
     accepted_count: int = 0

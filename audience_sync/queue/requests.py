@@ -1,6 +1,6 @@
-"""Rows of HTTP requests: each is recorded before it is sent, and completed after. They also keep the pace.
+"""Rows of HTTP requests: each is recorded before it is sent, and completed after. After a restart they hold the pace.
 
-The uploads of bulk jobs are requests, too: jobs.py. Every function runs in its caller's transaction.
+The uploads of bulk jobs are requests, too (jobs.py). Every function runs in its caller's transaction.
 """
 
 import datetime as dt
@@ -29,7 +29,7 @@ class ClaimedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
-    """A request that was answered, or never will be, and the next states of its deliveries."""
+    """A request that was answered or given up, and the next states of its deliveries."""
 
     request_id: int
     ended_at: dt.datetime
@@ -87,7 +87,7 @@ _END = (
 
 
 def end_lost_requests(connection: sa.Connection, ids: sa.Select[int], now: dt.datetime, error: str) -> None:
-    """End those of the requests that have no end: nobody waits for their answers any more."""
+    """End those of the requests that have no end: no process waits for their answers any more."""
     connection.execute(
         tables.requests.update()
         .where(tables.requests.c.ended_at.is_(None), tables.requests.c.request_id.in_(ids))

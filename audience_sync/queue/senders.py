@@ -31,7 +31,7 @@ class Senders(Generic[ReplyT]):
         self._pool.submit(lambda: self._replies.put(send()))
 
     def collect(self, seconds: float) -> list[ReplyT]:
-        """Return the replies that have come; if there are none, wait 0.2 s at most for one and those close behind."""
+        """Return the replies so far; if there are none, wait up to 0.2 s for one and for those close behind it."""
         replies = list(self._ready())
         if not replies and seconds > 0:
             with contextlib.suppress(queue.Empty):

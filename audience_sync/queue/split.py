@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-SMALLEST_JOB = (
-    100  # rows: the end of a smaller job takes longer to notice than the live lane takes to send them
-)
+SMALLEST_JOB = 100  # rows; the live lane sends fewer in less time than it takes to notice the end of a job
 LAST_ROWS = 2_000  # of a backlog's last job: it corrects the division, and is settled quickly
 BURST_PER_SECOND = 80.0  # eight requests at a time, each answered within 0.1 s
 
@@ -44,7 +42,7 @@ def live_share(rows: int, burst: int, pace: Pace, start_seconds: float = 0.0) ->
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """`request_count` includes the `job_count` uploads, which carry `row_count` users."""
+    """An estimate. `request_count` includes `job_count` uploads, which carry `row_count` users."""
 
     request_count: int
     row_count: int
@@ -53,7 +51,7 @@ class Forecast:
 
 
 def forecast(pushes: int, changes: int, pace: Pace) -> Forecast:
-    """Estimate how so many users are sent by idle lanes; changes burst into the empty window."""
+    """Estimate how idle lanes send so many users; changes burst into the empty window."""
     waiting, burst = pushes + changes, min(changes, pace.live_limit)
     requests = rows_sent = jobs = 0
     seconds = 0.0

@@ -1,10 +1,10 @@
 """Work the queue: one process at a time claims, one thread decides, a few threads send.
 
-This is where the queue goes on after a run or a call has committed its deliveries (`deliveries.py`). Each cycle of
-`Worker._work` is one transaction: renew the lease, settle what was answered, claim what may start (`due.py` says what
-is next, `pace.py` when). Requests are recorded before they are sent, so that after a crash the next process knows what
-may have reached Userpilot. `senders.py` sends them to `userpilot/`; `outcomes.py` decides what the answers mean. Long
-backlogs of users also go by bulk jobs (`bulk.py`), as part of the same transactions.
+The path goes on here once a run or a call has committed its deliveries (deliveries.py). Each cycle of `Worker._work` is
+one transaction: renew the lease, settle answered requests, claim deliveries (due.py says which, pace.py how many).
+Requests are recorded (requests.py) before they are sent, so that after a crash the next process knows what may have
+reached Userpilot. The threads of senders.py send them with userpilot/client.py, and outcomes.py decides what the answers
+mean. Long backlogs of users are also sent by bulk jobs (bulk.py), in the same transactions.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ MAX_IN_FLIGHT = 8
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 IDLE_EXIT_SECONDS = 60.0  # the worker waits for what becomes due within this time
-QUEUE_POLL_SECONDS = 0.2  # how soon something new in the queue is noticed
+QUEUE_POLL_SECONDS = 0.2  # how soon new deliveries in the queue are noticed
 SHORTEST_WAIT_SECONDS = 0.01
-MANY = 10_000  # deliveries
+LARGE_BACKLOG = 10_000  # deliveries
 RECONNECT_SECONDS = (0.5, 2.0, 8.0)
 QUEUES = tuple(itertools.product(due.LANES, due.CLASSES))
 
@@ -68,7 +68,7 @@ class Reply:
 class DeliverySettings:
     """Settings of the worker. Tests shorten the grace, the window and the poll.
 
-    `build` makes the path and the payload of a request from its action, subject and body.
+    `build` returns the path and the payload of a request for its action, subject and body.
     """
 
     per_minute: dict[str, int]
@@ -83,7 +83,7 @@ class DeliverySettings:
 
 @dataclass(frozen=True, slots=True)
 class _Cycle:
-    """Decisions of a cycle, for after its commit."""
+    """The decisions of a cycle's transaction, which are carried out after its commit."""
 
     claims: list[requests.ClaimedRequest]
     settled_by_jobs: Counter[str]
@@ -94,9 +94,9 @@ class _Cycle:
 
 @dataclass(slots=True)
 class Worker:
-    """Deliver what is due. `stop` asks it to wait for the requests in flight and to end.
+    """Deliver what is due. Setting `stop` makes the worker wait for the requests in flight and end.
 
-    While `is_gathering`, more changes of the same users are about to be committed: only calls are sent.
+    While `is_gathering`, more changes of the same users are about to be committed, so only calls are sent.
     """
 
     engine: sa.Engine
@@ -112,7 +112,7 @@ class Worker:
     _lanes: dict[str, pace.Lane] = field(default_factory=dict)
     _bulk: BulkLane = field(init=False)
     _in_flight: dict[int, requests.ClaimedRequest] = field(default_factory=dict)
-    _poll_at: dict[tuple[str, str], float] = field(default_factory=dict)  # when to look at a queue again
+    _poll_at: dict[tuple[str, str], float] = field(default_factory=dict)  # when to query a queue again
     _turn: int = 0
     _progress: Progress = field(default_factory=Progress)
     _slow_downs: set[tuple[str, bool, str]] = field(default_factory=set)  # as they were last recorded
@@ -120,8 +120,8 @@ class Worker:
     def deliver(self, run_ids: Collection[int] = (), call_ids: Collection[int] = ()) -> Report:
         """Work until nothing is due and nothing becomes due within 60 s.
 
-        While another process has the lease: wait until it has claimed the deliveries of these runs and calls,
-        then leave them to it.
+        If another process has the lease, wait until it has claimed the deliveries of these runs and calls, then leave
+        the rest to it.
         """
         while not self._is_ending():
             lease = self._acquire()
@@ -159,7 +159,7 @@ class Worker:
         return waiting
 
     def _take_over(self, connection: sa.Connection) -> None:
-        """Start from what the processes before this one left in the database."""
+        """Start from the state that earlier processes left in the database."""
         now, monotonic, window = self.clock.now(), self.clock.monotonic(), self.settings.window_seconds
         self._in_flight, self._poll_at = {}, {}
         self._lanes = {name: pace.Lane(self.settings.per_minute[name], window) for name in due.LANES}
@@ -174,10 +174,10 @@ class Worker:
         self._slow_downs = {(name, False, stored["reason"]) for name, stored in slow_downs.items()}
         self._bulk.resume(connection, now)
         self._progress = Progress(due.pending_counts(connection), monotonic)
-        if sum(self._progress.pending.values()) > MANY:
+        if sum(self._progress.pending.values()) > LARGE_BACKLOG:
             due.refresh_statistics(connection)
         stopped = destination.stopped(connection)
-        self.report.stopped = stopped and stopped[1]
+        self.report.stopped = stopped and stopped.reason
 
     def _paces(self) -> list[tuple[str, pace.Lane | pace.BulkPace]]:
         return [*self._lanes.items(), ("bulk", self._bulk.pace)]
@@ -204,7 +204,7 @@ class Worker:
             self._delay_tracks()
 
     def _delay_tracks(self) -> None:
-        """Hold back further events during the grace: one that is not repeated may still arrive."""
+        """Delay further events by the grace: one that is not repeated may still arrive."""
         self._lanes["track"].wait(self.clock.monotonic() + self.settings.grace.total_seconds(), _TRACKS_WAIT)
 
     def _work(self, lease: leases.Lease) -> bool:
@@ -227,7 +227,7 @@ class Worker:
                     if cycle.is_over:
                         break
                     wait = min(cycle.wait_seconds, self._bulk.wait_seconds(), RENEW_SECONDS)
-                    ended = self._take_in(self._collect(senders, wait))
+                    ended = self._evaluate(self._collect(senders, wait))
         except LeaseLost as lost:
             log.warning("%s", lost)
             self.report.is_left = True
@@ -239,7 +239,7 @@ class Worker:
         crash.at("lease_released")
         if self._is_ending():
             return False
-        with engines.read(self.engine) as connection:  # what comes after this is left to other processes
+        with engines.read(self.engine) as connection:  # later deliveries are left to other processes
             self.report.pending_count = due.pending_count(connection)
             return self._idle_seconds(connection) < math.inf
 
@@ -249,7 +249,7 @@ class Worker:
     # A cycle.
 
     def _cycle(self, lease: leases.Lease, ended: list[requests.EndedRequest]) -> _Cycle:
-        """Run a cycle's transaction; after the connection to a server broke, once more."""
+        """Run a cycle's transaction; repeat it if the connection to the server broke."""
         pauses = list(RECONNECT_SECONDS)
         while True:
             try:
@@ -301,7 +301,7 @@ class Worker:
         return _Cycle(claimed, settled_by_jobs, send_by, wait, is_over)
 
     def _committed(self, cycle: _Cycle) -> JobRequest | None:
-        """Take note of what a transaction did; return the request about a bulk job that is to be sent."""
+        """Update the worker's state after a commit; return the request about a bulk job that is to be sent."""
         for claimed in cycle.claims:
             self._in_flight[claimed.request_id] = claimed
             self._lanes[claimed.action].start(push=claimed.is_push)
@@ -312,7 +312,7 @@ class Worker:
         return job_request
 
     def _claim(self, connection: sa.Connection, epoch: int) -> list[requests.ClaimedRequest]:
-        """Claim what may start now: calls before changes before pushes, the lanes in turn, each within its limit."""
+        """Claim what may start now: calls, then changes, then pushes; the lanes in turn, each within its limit."""
         claimed: list[requests.ClaimedRequest] = []
         now, monotonic, fingerprint = self.clock.now(), self.clock.monotonic(), self.settings.fingerprint
         self._turn += 1
@@ -373,14 +373,14 @@ class Worker:
     # Sending, in a thread.
 
     def _send(self, request: requests.ClaimedRequest | JobRequest, send_by: float) -> Reply:
-        """Send a request, unless the lease may have expired: the same users may have been sent newer values."""
+        """Send a request, unless the lease may have expired: another process may have sent newer values."""
         if self.clock.monotonic() > send_by:
             return Reply(request, _NOT_SENT)
         try:
             if isinstance(request, JobRequest):
                 return Reply(request, request.send(self.sender))
             return Reply(request, self._send_claimed(request))
-        except Exception as error:  # noqa: BLE001  (the last one in the thread: it becomes the request's error)
+        except Exception as error:  # noqa: BLE001  (it becomes the request's error; nothing else in the thread catches it)
             return Reply(
                 request, Answer(Outcome.UNKNOWN, None, None, f"{type(error).__name__} while sending", None)
             )
@@ -410,12 +410,12 @@ class Worker:
             if not is_asking:
                 self.clock.sleep(min(left, self.settings.poll_seconds))
 
-    def _take_in(self, replies: list[Reply]) -> list[requests.EndedRequest]:
-        """Learn from the answers; return what the next transaction is to settle."""
+    def _evaluate(self, replies: list[Reply]) -> list[requests.EndedRequest]:
+        """Adapt to the answers; return the requests that the next transaction settles."""
         ended = []
         for reply in replies:
             if isinstance(reply.request, JobRequest):
-                self._bulk.take_in(reply.answer)
+                self._bulk.receive(reply.answer)
                 self._stop_if_unauthorised(reply.answer)
                 self.report.request_count += reply.request.kind == "upload"
             else:
@@ -423,14 +423,14 @@ class Worker:
         return ended
 
     def _end(self, claimed: requests.ClaimedRequest, answer: Answer) -> requests.EndedRequest:
-        """Decide what an answer means; only the database is left to do, so that its transaction can be repeated."""
+        """Decide what an answer means, outside of the transaction that settles it, which may be repeated."""
         now, settings = self.clock.now(), self.settings
         del self._in_flight[claimed.request_id]
         self._lanes[claimed.action].end(self.clock.monotonic())
-        self._learn(claimed.action, answer)
+        self._adjust_pace(claimed.action, answer)
         retries = outcomes.Retries(self.chance, settings.grace, settings.tracks_at_most_once)
         settlements = outcomes.decide_settlements(claimed.deliveries, answer, now, retries)
-        final = [each.status for each in settlements if each.status is not outcomes.Status.PENDING]
+        final = [end.status for end in settlements if end.status is not outcomes.Status.PENDING]
         self.report.request_count += 1
         self.report.accepted_count += final.count(outcomes.Status.ACCEPTED)
         self.report.dead_count += final.count(outcomes.Status.DEAD)
@@ -444,7 +444,7 @@ class Worker:
             claimed.request_id, now, answer.status_code, answer.x_request_id, answer.error, settlements
         )
 
-    def _learn(self, name: str, answer: Answer) -> None:
+    def _adjust_pace(self, name: str, answer: Answer) -> None:
         """Slow the lane down, or speed it up again."""
         lane, monotonic = self._lanes[name], self.clock.monotonic()
         changed = False
