@@ -1,8 +1,8 @@
 """Compute a definition into a temporary table: on our own database, or streamed from a source.
 
 `ready_sql` and `eligible_sql` run on the same database as the definition itself. Every query runs in a transaction
-with a deadline. On a source, and always on SQLite, the database itself enforces that the query only reads. The rows go
-into the tables of snapshot.py.
+with a deadline. On a source, and always on SQLite, the database itself enforces that the query only reads. snapshot.py
+has the tables that the rows go into, values.py the canonical text of ids and values.
 """
 
 import contextlib

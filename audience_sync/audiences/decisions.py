@@ -111,7 +111,7 @@ def retire(engine: sa.Engine, key: str, clock: Clock, destination: Destination) 
             commit(connection, Commit(origin, key, Kind(row.kind), now), counts)
             result = records.RunResult.after(last, counts, row.forgotten_count, {})
             records.mark_succeeded(connection, run_id, result, now)
-            records.set_forgotten_count(connection, row.definition_id, 0)
+            records.reset_forgotten_count(connection, row.definition_id)
             records.mark_retired(connection, row.definition_id, now)
     return run_id
 

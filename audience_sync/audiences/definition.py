@@ -1,4 +1,4 @@
-"""A definition: what computes an audience or a trait, its key, and the guard on its runs."""
+"""A definition: the query of an audience or a trait, its key, and the guard on its runs, which start in runs.py."""
 
 import re
 from dataclasses import dataclass

@@ -107,9 +107,9 @@ def mark_retired(connection: sa.Connection, definition_id: int, now: dt.datetime
     _update_definition(connection, definition_id, retired_at=now)
 
 
-def set_forgotten_count(connection: sa.Connection, definition_id: int, count: int) -> None:
-    """Set how many members were erased since the last run; they count as exits of the next one."""
-    _update_definition(connection, definition_id, forgotten_count=count)
+def reset_forgotten_count(connection: sa.Connection, definition_id: int) -> None:
+    """Record that the members who were erased since the last run have been counted as exits."""
+    _update_definition(connection, definition_id, forgotten_count=0)
 
 
 def _update_definition(connection: sa.Connection, definition_id: int, **values: Any) -> None:

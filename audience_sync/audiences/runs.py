@@ -3,12 +3,13 @@
 `sync` reads from top to bottom:
 
 1. `_start` takes the definition's lease and begins the run (records.py).
-2. `compute` runs the SQL into the snapshot table, here or from a source (compute.py).
+2. `compute` checks the SQL (statement.py) and runs it into the snapshot table, here or from a source (compute.py).
 3. `_finish` does the rest in one transaction: it compares the snapshot with the members (snapshot.py), then commits the
    new baseline and its deliveries (commit.py). If the guard trips, the destination has changed, or --hold was given, it
    holds the deliveries instead, until somebody approves or rejects the run (decisions.py).
 
-The committed deliveries are pending in the queue. The path goes on in queue/worker.py, which sends them.
+records.py has the rows of definitions and runs. The committed deliveries are pending in the queue, which is explained in
+queue/deliveries.py; queue/worker.py sends them.
 """
 
 import datetime as dt
@@ -287,7 +288,7 @@ def settle_definition(
     if row.fingerprint != destination.fingerprint:
         foreign.adopt(connection, [row.definition_id], destination)
     if erased_count:
-        records.set_forgotten_count(connection, row.definition_id, 0)
+        records.reset_forgotten_count(connection, row.definition_id)
 
 
 def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:

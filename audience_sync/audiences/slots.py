@@ -2,7 +2,7 @@
 
 After downtime only the newest missed slot runs, as a full run if any missed slot was a full one. A new definition
 starts with the first slot after its row was inserted. While a definition has a run held by `sync --hold`, none of its
-slots is due. Taking a slot is an insert, so only one of two daemons gets it.
+slots is due. Taking a slot is an insert, so only one of two daemons gets it. daemon.py runs the slots that it takes.
 """
 
 import datetime as dt

@@ -338,11 +338,9 @@ def load_held_changes(
     return _count_changes(connection)
 
 
-def sample(connection: sa.Connection, change: str, limit: int = 5) -> list[str]:
-    query = (
-        "SELECT user_id FROM {temp}audience_sync_changes WHERE change = :change ORDER BY user_id LIMIT :limit"
-    )
-    return list(sql(connection, query, change=change, limit=limit).scalars())
+def sample(connection: sa.Connection, change: str) -> list[str]:
+    query = "SELECT user_id FROM {temp}audience_sync_changes WHERE change = :change ORDER BY user_id LIMIT 5"
+    return list(sql(connection, query, change=change).scalars())
 
 
 def create_affected(connection: sa.Connection) -> None:

@@ -86,7 +86,7 @@ def open_own(url: str, schema: str) -> sa.Engine:
     """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
-        return _open_sqlite(parsed, **_JSON).execution_options(our="")
+        return _open_sqlite(parsed).execution_options(our="")
     engine = open_postgresql(parsed, **_JSON)
     return engine.execution_options(our=f'"{schema}".', schema=schema, schema_translate_map={None: schema})
 
@@ -155,14 +155,14 @@ def _open_sqlite_source(url: sa.URL) -> sa.Engine:
     return engine
 
 
-def _open_sqlite(url: sa.URL, **options: Any) -> sa.Engine:
+def _open_sqlite(url: sa.URL) -> sa.Engine:
     if url.database and url.database != ":memory:" and not Path(url.database).parent.is_dir():
         raise DatabaseError(
             f"The folder of the database file {url.database} does not exist: create it, or change [database] url."
         )
     _create_private(url.database)
     waits = {} if "timeout" in url.query else {"timeout": BUSY_SECONDS}
-    engine = sa.create_engine(url, **options, hide_parameters=True, max_overflow=-1, connect_args=waits)
+    engine = sa.create_engine(url, **_JSON, hide_parameters=True, max_overflow=-1, connect_args=waits)
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info[:3]) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")

@@ -300,14 +300,16 @@ class BulkLane:
 
     def _waiting(self, limit: int, room: int) -> tuple[dict[str, bool], int]:
         """Return the users who are due, each with whether it was attempted, and how many the live lane takes at once."""
-        transaction, users, burst = self._transaction, dict[str, bool](), 0
+        transaction, fingerprint = self._transaction, self.settings.fingerprint
+        users, burst = dict[str, bool](), 0
         for delivery_class in due.CLASSES:
             left = limit - len(users)
             if left > 0:
-                for user in due.users_due(
-                    transaction.connection, delivery_class, transaction.now, left, self.settings.fingerprint
-                ):
-                    users[user.user_id] = users.get(user.user_id, False) or user.was_attempted
+                some = due.subjects_due(
+                    transaction.connection, "identify", delivery_class, transaction.now, left, fingerprint
+                )
+                for user_id, was_attempted in some.items():
+                    users[user_id] = users.get(user_id, False) or was_attempted
             if delivery_class != "push":
                 burst = len(users)
         return users, min(burst, room)

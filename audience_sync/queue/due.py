@@ -75,51 +75,22 @@ def subjects_due(
     now: dt.datetime,
     limit: int,
     fingerprint: str | None = None,
-) -> list[str]:
-    """Return subjects that may be sent to now, each once, oldest first.
+) -> dict[str, bool]:
+    """Return the subjects that may be sent to now, oldest first, each with whether it was attempted before.
 
-    `fingerprint`: only deliveries for this destination, and those for none in particular.
+    After an attempt, only the live lane sends to a user, because there an answer concerns one user. `fingerprint`:
+    only deliveries for this destination, and those for none in particular.
     """
-    rows = _due(connection, "d.subject_id", action, delivery_class, now, limit, fingerprint)
-    return list(dict.fromkeys(rows.scalars()))
-
-
-@dataclass(frozen=True, slots=True)
-class DueUser:
-    """A user who is due. After an attempt, only the live lane sends to a user: there, an answer concerns one user."""
-
-    user_id: str
-    was_attempted: bool
-
-
-def users_due(
-    connection: sa.Connection, delivery_class: str, now: dt.datetime, limit: int, fingerprint: str | None
-) -> list[DueUser]:
-    """Return users with an identify of this class that may be sent now, oldest first."""
-    columns = f"d.subject_id, {_WAS_ATTEMPTED} AS was_attempted"
-    rows = _due(connection, columns, "identify", delivery_class, now, limit, fingerprint)
-    return [DueUser(row.subject_id, bool(row.was_attempted)) for row in rows]
-
-
-def _due(
-    connection: sa.Connection,
-    columns: str,
-    action: str,
-    delivery_class: str,
-    now: dt.datetime,
-    limit: int,
-    fingerprint: str | None,
-) -> sa.CursorResult[*tuple[Any, ...]]:
-    """Select columns of the delivery `d` that stands for each subject that is due, oldest first."""
     waits = _TRACK_WAITS if action == "track" else _WAITS
     parameters: dict[str, Any] = {"patience": now - FIRST_IDENTIFY_WAIT} if action == "track" else {}
     ours = ""
     if fingerprint is not None:
         ours = "AND (d.fingerprint = :fingerprint OR d.fingerprint IS NULL) "
         parameters["fingerprint"] = fingerprint
-    return sql(
+    rows = sql(
         connection,
-        f"SELECT {columns} FROM {{our}}deliveries d WHERE d.action = :action AND d.class = :class "
+        f"SELECT d.subject_id, {_WAS_ATTEMPTED} AS was_attempted FROM {{our}}deliveries d "
+        "WHERE d.action = :action AND d.class = :class "
         f"AND d.status = 'pending' AND d.next_attempt_at <= :now AND NOT {waits} {ours}"
         "ORDER BY d.next_attempt_at, d.delivery_id LIMIT :limit",
         **{"class": delivery_class},
@@ -128,6 +99,10 @@ def _due(
         limit=limit,
         **parameters,
     )
+    subjects: dict[str, bool] = {}
+    for row in rows:
+        subjects[row.subject_id] = subjects.get(row.subject_id, False) or bool(row.was_attempted)
+    return subjects
 
 
 def idle_users(connection: sa.Connection, users: list[str], now: dt.datetime) -> list[str]:

@@ -1,6 +1,7 @@
 """Decide which deliveries of a user form the next request, and what its answer means for each of them. Pure.
 
-Many deliveries of one user or company are merged into one request.
+Many deliveries of one user or company are merged into one request. The path ends when the worker stores the decisions
+with `deliveries.settle`.
 """
 
 import datetime as dt

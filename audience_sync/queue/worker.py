@@ -68,7 +68,7 @@ class Reply:
 class DeliverySettings:
     """Settings of the worker. Tests shorten the grace, the window and the poll.
 
-    `build` returns the path and the payload of a request for its action, subject and body.
+    `build` returns a request's path and payload (userpilot/payloads.py) for its action, subject and body.
     """
 
     per_minute: dict[str, int]
@@ -331,7 +331,7 @@ class Worker:
             )
             if room <= 0 or self._poll_at.get((name, delivery_class), -math.inf) > monotonic:
                 continue
-            subjects = due.subjects_due(connection, name, delivery_class, now, room, fingerprint)
+            subjects = list(due.subjects_due(connection, name, delivery_class, now, room, fingerprint))
             chosen = deliveries.choose_next(connection, name, subjects, now, fingerprint) if subjects else []
             if chosen:
                 claimed += deliveries.claim(connection, name, epoch, chosen, now, is_push=is_push)

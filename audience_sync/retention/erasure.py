@@ -2,7 +2,6 @@
 
 import datetime as dt
 import hashlib
-from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -11,8 +10,9 @@ import sqlalchemy as sa
 from audience_sync.clock import Clock
 from audience_sync.db import engines
 from audience_sync.db.dialects import chunks, is_sqlite, sql
-from audience_sync.db.tables import definitions, deliveries, forgotten, requests, runs
+from audience_sync.db.tables import definitions, deliveries, forgotten, requests
 from audience_sync.errors import NotForgotten
+from audience_sync.retention.pruning import delete_deliveries
 from audience_sync.userpilot.answers import Answer, Outcome
 
 DELETION_ATTEMPTS = 4
@@ -85,7 +85,6 @@ def _end_memberships(connection: sa.Connection, user_id: str) -> int:
 
 
 def _delete_deliveries(connection: sa.Connection, user_id: str) -> None:
-    """Delete a user's deliveries. Their runs keep the counts; what was not settled counts as cancelled."""
     mine = sa.and_(deliveries.c.subject_id == user_id, deliveries.c.action != "company")
     request_ids = sa.select(deliveries.c.request_id).where(mine)
     connection.execute(  # Userpilot's error messages may quote the id
@@ -93,17 +92,7 @@ def _delete_deliveries(connection: sa.Connection, user_id: str) -> None:
         .where(requests.c.request_id.in_(request_ids), requests.c.error.is_not(None))
         .values(error=None)
     )
-    deleted = connection.execute(
-        deliveries.delete().where(mine).returning(deliveries.c.run_id, deliveries.c.status)
-    ).all()
-    counts = Counter(
-        (row.run_id, row.status if row.status in {"accepted", "dead"} else "cancelled")
-        for row in deleted
-        if row.run_id is not None
-    )
-    for (run_id, status), count in sorted(counts.items()):  # every process locks runs in this order
-        column = runs.c[f"{status}_count"]
-        connection.execute(runs.update().where(runs.c.run_id == run_id).values({column: column + count}))
+    delete_deliveries(connection, deliveries.delete().where(mine))
 
 
 def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:

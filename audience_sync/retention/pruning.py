@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -153,31 +154,37 @@ def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
 def _delete(
     connection: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool], before: dt.datetime
 ) -> int:
-    """Delete rows, and add deliveries to the counts of their runs.
-
-    Only rows that this statement deleted are counted: another process may delete some of them first.
-    """
+    """Delete rows; return how many this statement deleted, as another process may delete some of them first."""
     deletion = table.delete().where(where)
-    if table is not deliveries:
-        return connection.execute(deletion, {"before": before}).rowcount
+    if table is deliveries:
+        return delete_deliveries(connection, deletion, before=before)
+    return connection.execute(deletion, {"before": before}).rowcount
+
+
+def delete_deliveries(connection: sa.Connection, deletion: sa.Delete, **parameters: Any) -> int:
+    """Delete deliveries and add them to the counts of their runs; those that are not settled count as cancelled."""
     returning = deletion.returning(deliveries.c.run_id, deliveries.c.status)
-    deleted = connection.execute(returning, {"before": before}).all()
-    counts = Counter((row.run_id, row.status) for row in deleted)
-    run_ids = sorted({row.run_id for row in deleted if row.run_id is not None})
-    updates = [
-        {"id": run_id, "accepted": counts[run_id, "accepted"], "cancelled": counts[run_id, "cancelled"]}
-        for run_id in run_ids
-    ]
-    if updates:
+    deleted = connection.execute(returning, parameters).all()
+    counts = Counter(
+        (row.run_id, row.status if row.status in {"accepted", "dead"} else "cancelled") for row in deleted
+    )
+    run_ids = sorted(
+        {row.run_id for row in deleted if row.run_id is not None}
+    )  # the order of every process's locks
+    if run_ids:
+        updates = [{"id": run_id} | {name: counts[run_id, name] for name in _COUNTED} for run_id in run_ids]
         connection.execute(_ADD_TO_RUN, updates)
     return len(deleted)
 
 
+_COUNTED = ("accepted", "dead", "cancelled")
 _ADD_TO_RUN = (
     runs.update()
     .where(runs.c.run_id == sa.bindparam("id"))
     .values(
-        accepted_count=runs.c.accepted_count + sa.bindparam("accepted", type_=sa.BigInteger),
-        cancelled_count=runs.c.cancelled_count + sa.bindparam("cancelled", type_=sa.BigInteger),
+        {
+            f"{name}_count": runs.c[f"{name}_count"] + sa.bindparam(name, type_=sa.BigInteger)
+            for name in _COUNTED
+        }
     )
 )
