@@ -34,7 +34,8 @@ class Commit:
     users: tuple[str, ...] | None = None
 
     def body(self, *, left: str, value: str) -> str:
-        """Return the SQL expression for a body; `left` is the condition of having left. Keys need no quoting."""
+        """Return the SQL expression for a body; `left` is a condition that holds for users who left."""
+        # Keys need no quoting.
         absent, present = ("false", "'true'") if self.kind is Kind.AUDIENCE else ("null", value)
         return f"'{{\"{self.key}\": ' || CASE WHEN {left} THEN '{absent}' ELSE {present} END || '}}'"
 
@@ -165,20 +166,20 @@ def _enqueue_changes(connection: sa.Connection, run: Commit, *, has_never_sent: 
 
 def _enqueue_everyone(connection: sa.Connection, run: Commit, status: Status) -> None:
     """Queue the value of each member after this run, and of each past member who was ever sent one."""
-    of_left = "d.subject_id = p.user_id AND d.definition_id = :definition_id AND d.status <> 'held'"
+    of_past_member = "d.subject_id = p.user_id AND d.definition_id = :definition_id AND d.status <> 'held'"
     changed = f"SELECT 1 {_CHANGES} c WHERE c.user_id ="
-    mine = "WHERE definition_id = :definition_id"
+    of_definition = "WHERE definition_id = :definition_id"
     everyone = (
         f"FROM (SELECT user_id, change, value {_CHANGES} WHERE change <> 'exited' "
         "UNION ALL SELECT m.user_id, 'entered', m.value FROM {our}members m "
-        f"{mine} AND NOT EXISTS ({changed} m.user_id) "
+        f"{of_definition} AND NOT EXISTS ({changed} m.user_id) "
         "UNION ALL SELECT p.user_id, 'exited', NULL FROM (SELECT user_id FROM {our}past_members "
-        f"{mine} UNION SELECT user_id {_CHANGES} WHERE change = 'exited') p "
-        f"WHERE NOT EXISTS (SELECT 1 FROM {{our}}members m {mine} AND m.user_id = p.user_id "
+        f"{of_definition} UNION SELECT user_id {_CHANGES} WHERE change = 'exited') p "
+        f"WHERE NOT EXISTS (SELECT 1 FROM {{our}}members m {of_definition} AND m.user_id = p.user_id "
         f"AND NOT EXISTS ({changed} m.user_id AND c.change = 'exited')) "
         f"AND NOT EXISTS ({changed} p.user_id AND c.change <> 'exited') "
-        f"AND (NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {of_left}) OR EXISTS (SELECT 1 FROM "
-        f"{{our}}deliveries d WHERE {of_left} AND (d.status <> 'cancelled' OR d.attempt_count > 0)))) AS everyone"
+        f"AND (NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {of_past_member}) OR EXISTS (SELECT 1 FROM "
+        f"{{our}}deliveries d WHERE {of_past_member} AND (d.status <> 'cancelled' OR d.attempt_count > 0)))) AS everyone"
     )
     _enqueue(connection, run, status, everyone + ("" if run.users is None else " WHERE user_id IN :users"))
 

@@ -28,9 +28,7 @@ from audience_sync.stopping import Stop
 SQL = "SQL"
 FETCH_ROWS = 20_000
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
-PROGRESS_STEPS = (
-    20_000  # steps of SQLite's virtual machine (some milliseconds) between checks of the deadline
-)
+PROGRESS_STEPS = 20_000  # of SQLite's virtual machine between checks of the deadline: some milliseconds
 _QUERY_ACTIONS = {
     sqlite3.SQLITE_SELECT,
     sqlite3.SQLITE_READ,
@@ -169,9 +167,7 @@ def _batches(query: _Query, set_aside: Counter[str]) -> Generator[list[values.Ro
             _check_columns(query, names)
             positions = [names.index(name) for name in query.columns]
             yield []
-            batch: Sequence[Sequence[Any]] = result.fetchmany(
-                1
-            )  # the one that SQLAlchemy has already fetched
+            batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy has already fetched it
             while batch:
                 if time.monotonic() > query.deadline:
                     raise DefinitionError(_timeout_message(query.definition))

@@ -133,8 +133,8 @@ def sync(
             crash.at("run_started")
             set_aside = compute(connection, definition, run.as_of, source(), stop)
             crash.at("snapshot_computed")
-            with engines.write(engine) as other:  # so that the commit has the lease's full time
-                leases.renew(other, run.lease)
+            with engines.write(engine) as renewal:  # so that the commit has the lease's full time
+                leases.renew(renewal, run.lease)
             finished = _finish(connection, run, set_aside, clock)
         except BaseException as error:
             connection.invalidate()  # a commit that failed may leave its transaction open, which locks the run's row
@@ -264,7 +264,7 @@ def reason_to_hold(
     *,
     is_foreign: bool,
 ) -> Held | None:
-    """Decide whether a person must approve the changes; `is_foreign`: the baseline is of another destination."""
+    """Decide whether a person must approve the changes; `is_foreign`: the baseline belongs to another destination."""
     if is_foreign and not (options.full and options.trigger == "manual"):
         made_for = other_destination(definition.key)
         return Held("fingerprint", f"The last sync of {definition.key} was {made_for}.")

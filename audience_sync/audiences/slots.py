@@ -61,7 +61,7 @@ def take_due(
     limit: int,
     running: Collection[str] = (),
 ) -> list[Slot]:
-    """Take at most `limit` due slots of these definitions; `running` are keys to pass over."""
+    """Take at most `limit` due slots of these definitions; `running` are keys to skip."""
     taken: list[Slot] = []
     with engines.write(engine) as connection:
         for definition in definitions:

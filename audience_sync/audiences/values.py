@@ -63,7 +63,7 @@ def canonical_string(raw: str | bytes) -> str:
 
 
 def invalid_reason(raw: str | bytes) -> str | None:
-    """Return the reason for which a text cannot be a user id, or None."""
+    """Return why a text cannot be a user id, or None."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
         text.encode()
@@ -111,7 +111,7 @@ CASE typeof(value)
 SQLITE_HASH = "audience_sync_user_hash(user_id)"
 POSTGRESQL_HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
 
-# A cheap condition for ids that need a closer check, and the reason for which one of them cannot be sent, or null.
+# A cheap condition for ids that need a closer check, and the reason why such an id cannot be sent, or null.
 SQLITE_NEEDS_CHECK = f"(user_id >= x'' OR user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"  # noqa: E501
 SQLITE_INVALID_REASON = """
 CASE WHEN user_id = x'' THEN 'null' WHEN user_id = x'00' THEN 'binary'
@@ -217,7 +217,7 @@ def canonical_rows(
 
 
 def _canonical_id(raw: Any) -> tuple[str, str | None]:
-    """Return an id's text and the reason for which it is invalid, or None."""
+    """Return an id's text, and why it is invalid, or None."""
     match raw:
         case None:
             return "", "null"

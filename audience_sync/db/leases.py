@@ -120,9 +120,7 @@ def _live_holder(row: sa.Row[tuple[object, ...]], moment: dt.datetime) -> Holder
 def _is_gone(row: sa.Row[tuple[object, ...]]) -> bool:
     if row.host != HOST:
         return False
-    if (
-        row.pid == os.getpid()
-    ):  # a thread of this process, or an earlier process with its pid (as in a container)
+    if row.pid == os.getpid():  # this process, or an earlier one with its pid (as in a container)
         return not str(row.owner).startswith(_PROCESS)
     return not _process_is_alive(row.pid)
 

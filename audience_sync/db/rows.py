@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql
 from audience_sync.db.dialects import copy_rows, is_sqlite
 from audience_sync.db.tables import UtcDateTime
 
-COPY_FROM = 1_000  # rows, from which on COPY is worth its round trips
+COPY_FROM = 1_000  # the least rows for which COPY is worth its round trips
 ROWS_PER_STATEMENT = 500  # on SQLite, where a statement has at most 32,766 values
 Row = tuple[Any, ...]
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -116,7 +116,7 @@ def _as_source(
     connection.exec_driver_sql("DELETE FROM pg_temp.audience_sync_new")
 
 
-# One table for all uses, and never dropped: creating it each time would leave dead rows in PostgreSQL's catalogs.
+# One table serves all uses and is never dropped: creating it each time would leave dead rows in PostgreSQL's catalogs.
 _NEW_COLUMNS = [f"value_{number}" for number in range(1, 17)]
 _CREATE_NEW = (
     f"CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_new ({', '.join(f'{name} text' for name in _NEW_COLUMNS)}) "

@@ -101,7 +101,7 @@ runs = sa.Table(
     sa.Column("set_aside", Json),  # {reason: count}
     sa.Column("error", sa.Text),
     sa.Column("baseline_run_id", Serial),  # the committed run that this one was compared with
-    # The outcomes of this run's deliveries that were pruned.
+    # Counts of the deliveries of this run that were deleted.
     sa.Column("accepted_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("dead_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("cancelled_count", sa.BigInteger, nullable=False, server_default="0"),
@@ -181,7 +181,7 @@ deliveries = sa.Table(
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("first_attempt_at", UtcDateTime),
     sa.Column("next_attempt_at", UtcDateTime, nullable=False),
-    sa.Column("quiet_until", UtcDateTime),  # after an unknown outcome the subject waits
+    sa.Column("quiet_until", UtcDateTime),  # the subject waits until then, after an unknown outcome
     sa.Column("settled_at", UtcDateTime),
     sa.Column("request_id", Serial),  # the last request that carried it
     sa.Column("error", sa.Text),
@@ -228,7 +228,7 @@ requests = sa.Table(
 bulk_jobs = sa.Table(
     "bulk_jobs",
     metadata,
-    sa.Column("request_id", Serial, primary_key=True, autoincrement=False),  # its upload
+    sa.Column("request_id", Serial, primary_key=True, autoincrement=False),  # the request of its upload
     sa.Column("filename", sa.Text, nullable=False),  # unique: identifies a job whose id was lost
     sa.Column("job_id", sa.Text),
     sa.Column("fingerprint", sa.Text),

@@ -27,10 +27,8 @@ log = logging.getLogger(__name__)
 FOREIGN_JOB_POLL_SECONDS = 15.0
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 30.0
 STALLED_JOB_SECONDS = 1800.0  # without any progress; more for large jobs
-MOST_MISSES = 3  # answers in a row that say that a job is unknown
-MEASURED_ROWS = (
-    1_000  # the least rows of a job whose speed is measured: in smaller ones the overhead dominates
-)
+MOST_MISSES = 3  # answers in a row that say the job is unknown
+MEASURED_ROWS = 1_000  # from this size on a job's speed is measured: in smaller ones overhead dominates
 _NO_ENDPOINT = {404, 405, 501}
 
 
@@ -98,9 +96,9 @@ class JobAnswers:
         listed = parse_jobs(answer)
         if listed is None:
             return
-        mine = next((status for status in listed if status.filename == job.filename), None)
-        if mine is not None and mine.job_id:
-            self._update_status(job, mine.job_id, JobStatus())  # the list has no counts of rows
+        ours = next((status for status in listed if status.filename == job.filename), None)
+        if ours is not None and ours.job_id:
+            self._update_status(job, ours.job_id, JobStatus())  # the list has no counts of rows
             job.poll_at = self.clock.monotonic()
         elif not any(status.is_running for status in listed):
             job.end("lost", job.error or "The process ended before the answer came")

@@ -41,7 +41,7 @@ class BulkJob:
     completed_count: int | None = None
     moved_at: float = 0.0  # when an answer last showed progress
     poll_at: float = 0.0
-    miss_count: int = 0  # answers in a row that did not know the job
+    miss_count: int = 0  # answers in a row that said the job is unknown
     error: str | None = None
 
     @property

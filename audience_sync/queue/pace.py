@@ -16,7 +16,7 @@ FAILURES_BEFORE_PAUSE = 5
 REFUSALS_BEFORE_PAUSE = 5
 MIN_SPEED_FACTOR = 0.05  # of the limit
 MIN_JOB_SPEED_FACTOR = 0.25  # of the configured speed of jobs
-PUSH_SECONDS = 1.0  # of unused pace that pushes may catch up on
+PUSH_SECONDS = 1.0  # of unused time that pushes may catch up on
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
 _ROUNDING = 1e-6
 

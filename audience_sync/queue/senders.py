@@ -2,7 +2,7 @@
 
 import contextlib
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
@@ -32,7 +32,9 @@ class Senders(Generic[ReplyT]):
 
     def collect(self, seconds: float) -> list[ReplyT]:
         """Return the replies so far; if there are none, wait up to 0.2 s for one and for those close behind it."""
-        replies = list(self._ready())
+        replies = []
+        while not self._replies.empty():
+            replies.append(self._replies.get())
         if not replies and seconds > 0:
             with contextlib.suppress(queue.Empty):
                 replies.append(self._replies.get(timeout=min(seconds, SIGNAL_POLL_SECONDS)))
@@ -40,7 +42,3 @@ class Senders(Generic[ReplyT]):
                     replies.append(self._replies.get(timeout=TOGETHER_SECONDS))
         self._open -= len(replies)
         return replies
-
-    def _ready(self) -> Iterator[ReplyT]:
-        while not self._replies.empty():
-            yield self._replies.get()

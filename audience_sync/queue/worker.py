@@ -335,7 +335,7 @@ class Worker:
             chosen = deliveries.choose_next(connection, name, subjects, now, fingerprint) if subjects else []
             if chosen:
                 claimed += deliveries.claim(connection, name, epoch, chosen, now, is_push=is_push)
-            if len(chosen) < room:  # longer where the query takes long
+            if len(chosen) < room:  # the pause is longer where the query is slow
                 pause = max(self.settings.poll_seconds, 5 * (self.clock.monotonic() - monotonic))
                 self._poll_at[name, delivery_class] = monotonic + pause
         return claimed
@@ -430,7 +430,7 @@ class Worker:
         self._adjust_pace(claimed.action, answer)
         retries = outcomes.Retries(self.chance, settings.grace, settings.tracks_at_most_once)
         settlements = outcomes.decide_settlements(claimed.deliveries, answer, now, retries)
-        final = [end.status for end in settlements if end.status is not outcomes.Status.PENDING]
+        final = [each.status for each in settlements if each.status is not outcomes.Status.PENDING]
         self.report.request_count += 1
         self.report.accepted_count += final.count(outcomes.Status.ACCEPTED)
         self.report.dead_count += final.count(outcomes.Status.DEAD)

@@ -73,9 +73,9 @@ def _end_memberships(connection: sa.Connection, user_id: str) -> int:
     count = 0
     for definition_id in connection.execute(locked).scalars().all():
         key = {"definition_id": definition_id, "user_id": user_id}
-        mine = "WHERE definition_id = :definition_id AND user_id = :user_id"
-        ended = sql(connection, f"DELETE FROM {{our}}members {mine}", **key).rowcount
-        sql(connection, f"DELETE FROM {{our}}past_members {mine}", **key)
+        where = "WHERE definition_id = :definition_id AND user_id = :user_id"
+        ended = sql(connection, f"DELETE FROM {{our}}members {where}", **key).rowcount
+        sql(connection, f"DELETE FROM {{our}}past_members {where}", **key)
         if ended:
             count += 1
             forgotten_count = definitions.c.forgotten_count + 1
@@ -85,14 +85,14 @@ def _end_memberships(connection: sa.Connection, user_id: str) -> int:
 
 
 def _delete_deliveries(connection: sa.Connection, user_id: str) -> None:
-    mine = sa.and_(deliveries.c.subject_id == user_id, deliveries.c.action != "company")
-    request_ids = sa.select(deliveries.c.request_id).where(mine)
+    is_of_user = sa.and_(deliveries.c.subject_id == user_id, deliveries.c.action != "company")
+    request_ids = sa.select(deliveries.c.request_id).where(is_of_user)
     connection.execute(  # Userpilot's error messages may quote the id
         requests.update()
         .where(requests.c.request_id.in_(request_ids), requests.c.error.is_not(None))
         .values(error=None)
     )
-    delete_deliveries(connection, deliveries.delete().where(mine))
+    delete_deliveries(connection, deliveries.delete().where(is_of_user))
 
 
 def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
@@ -100,12 +100,12 @@ def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
 
     Returns the moment of that, or None if the user was not erased.
     """
-    mine = forgotten.c.user_hash == user_hash(user_id)
-    row = connection.execute(sa.select(forgotten).where(mine)).one_or_none()
+    is_user = forgotten.c.user_hash == user_hash(user_id)
+    row = connection.execute(sa.select(forgotten).where(is_user)).one_or_none()
     if row is None:
         return None
     returns_at = next_deletions(row.forgotten_at)
-    connection.execute(forgotten.update().where(mine).values(returns_at=returns_at))
+    connection.execute(forgotten.update().where(is_user).values(returns_at=returns_at))
     return returns_at
 
 

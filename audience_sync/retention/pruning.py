@@ -168,9 +168,8 @@ def delete_deliveries(connection: sa.Connection, deletion: sa.Delete, **paramete
     counts = Counter(
         (row.run_id, row.status if row.status in {"accepted", "dead"} else "cancelled") for row in deleted
     )
-    run_ids = sorted(
-        {row.run_id for row in deleted if row.run_id is not None}
-    )  # the order of every process's locks
+    # Sorted, so that every process locks runs in the same order.
+    run_ids = sorted({row.run_id for row in deleted if row.run_id is not None})
     if run_ids:
         updates = [{"id": run_id} | {name: counts[run_id, name] for name in _COUNTED} for run_id in run_ids]
         connection.execute(_ADD_TO_RUN, updates)
