@@ -72,7 +72,7 @@ class Cron:
         return None
 
     def next(self, after: datetime) -> datetime:
-        """Return the first slot after a moment; `parse_schedule` accepts no expression without one."""
+        """Return the first slot after a moment. There is one: `parse_schedule` refuses expressions that are never due."""
         for day in self._days(itertools.count(after.astimezone(self.zone).toordinal())):
             if (passed := self._passed(day, after)) < len(self.times):
                 return self._slot(day, self.times[passed])
@@ -99,12 +99,10 @@ class Every:
     span: timedelta
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
-        """Return the latest slot with after < slot <= until."""
         slot = until - (until - _EPOCH) % self.span
         return slot if slot > after else None
 
     def next(self, after: datetime) -> datetime:
-        """Return the first slot after a moment."""
         return after - (after - _EPOCH) % self.span + self.span
 
 

@@ -24,8 +24,6 @@ LATE_AFTER = dt.timedelta(minutes=2)
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A taken slot of a definition."""
-
     definition: Definition
     definition_id: int
     slot_at: dt.datetime

@@ -43,7 +43,6 @@ _SQLITE_PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = 
 
 
 def to_json(value: Any) -> str:
-    """Return compact JSON text."""
     try:
         return msgspec.json.encode(value).decode()
     except (TypeError, ValueError, OverflowError):  # such as an integer beyond 64 bits
@@ -51,7 +50,6 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """Return the value of a text that `to_json` wrote."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):

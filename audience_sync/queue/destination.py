@@ -115,7 +115,6 @@ def set_slow_downs(connection: sa.Connection, lanes: dict[str, Any]) -> None:
 
 
 def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
-    """Record that the daemon is alive."""
     _set_destination(connection, heartbeat_at=now)
 
 

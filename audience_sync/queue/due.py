@@ -344,7 +344,6 @@ def are_waiting(
 
 
 def counts(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> dict[str, int]:
-    """Count deliveries by status."""
     return _count_by(connection, deliveries.c.status, *where)
 
 

@@ -60,30 +60,20 @@ _INSERT = tables.requests.insert().returning(tables.requests.c.request_id, sort_
 
 
 def end_requests(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
-    """Record how requests ended."""
     rows = [
         {
             "id": request.request_id,
-            "ended": request.ended_at,
-            "code": request.status_code,
-            "x_id": request.x_request_id,
-            "message": request.error,
+            "ended_at": request.ended_at,
+            "status_code": request.status_code,
+            "x_request_id": request.x_request_id,
+            "error": request.error,
         }
         for request in ended
     ]
     connection.execute(_END, rows)
 
 
-_END = (
-    tables.requests.update()
-    .where(tables.requests.c.request_id == sa.bindparam("id"))
-    .values(
-        ended_at=sa.bindparam("ended"),
-        status_code=sa.bindparam("code"),
-        x_request_id=sa.bindparam("x_id"),
-        error=sa.bindparam("message"),
-    )
-)
+_END = tables.requests.update().where(tables.requests.c.request_id == sa.bindparam("id"))
 
 
 def end_lost_requests(connection: sa.Connection, ids: sa.Select[int], now: dt.datetime, error: str) -> None:
