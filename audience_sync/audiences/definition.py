@@ -86,9 +86,7 @@ def key_from_name(name: str) -> str:
 
     """
     if len(name) > MAX_KEY_LENGTH:  # checked first: inflection's expressions take quadratic time
-        raise ConfigError(
-            f"a name has at most {MAX_KEY_LENGTH} characters, this one has {len(name)}: shorten it"
-        )
+        raise ConfigError(f"a name has at most {MAX_KEY_LENGTH} characters, this one {len(name)}: shorten it")
     separated = _NEW_WORD.sub("_", inflection.transliterate(name))
     key = re.sub(r"[-_]+", "_", inflection.parameterize(separated, "_")).strip("_")
     if not key:

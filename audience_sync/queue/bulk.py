@@ -283,7 +283,7 @@ class BulkLane:
         self._go_on(task)
 
     def _next_users(self, monotonic: float) -> list[str]:
-        """Return users for the next job, except the oldest, whom the live lane sends meanwhile."""
+        """Return users for the next job. It leaves out the oldest, which the live lane sends meanwhile."""
         transaction = self._transaction
         room = max(0, self.live.room(monotonic) - transaction.live_count)
         pace, start_seconds = self.rates(), self.seconds_left()
