@@ -44,9 +44,9 @@ def test_the_installed_wheel_works(tmp_path, repository, environ):
         database.execute("INSERT INTO orders VALUES ('u1', date('now'), 12.5), ('u2', '2020-01-01', 1)")
         database.commit()
     asked = program("sync", "--no-deliver")  # one member of the starter's audience, two values of its trait
-    assert "Waiting for `audience-sync deliver`: 3." in asked
+    assert "sends 3 deliveries in the queue." in asked
 
-    assert "31 syncs of 3 audiences" in program("demo", "months")
+    assert "31 syncs of three audiences" in program("demo", "months")
     asked = program("--config", "months/audience_sync.toml", "history", "at_risk")
     assert "succeeded" in asked
     assert "CC BY 4.0" in (install / "audience_sync" / "demo_data" / "ATTRIBUTION.txt").read_text()
