@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from audience_sync.db.alter import alter_table
+
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -11,7 +13,6 @@ depends_on = None
 SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 TIME = sa.String(26).with_variant(sa.DateTime(timezone=True), "postgresql")
 
-RUNNING = sa.text("status = 'running'")
 HELD = sa.text("status = 'held'")
 COUNTS = ("accepted_count", "dead_count", "cancelled_count")
 
@@ -73,7 +74,7 @@ def upgrade() -> None:
     op.add_column(
         "definitions", sa.Column("forgotten_count", sa.BigInteger(), server_default="0", nullable=False)
     )
-    with _runs() as runs:
+    with alter_table(_runs()) as runs:
         runs.add_column(sa.Column("baseline_run_id", SERIAL, nullable=True))
         for name in COUNTS:
             runs.add_column(sa.Column(name, sa.BigInteger(), server_default="0", nullable=False))
@@ -91,17 +92,18 @@ def downgrade() -> None:
     _drop_views()
     op.drop_index("ix_deliveries_held", "deliveries")
     op.drop_index("uq_runs_held", "runs")
-    with _runs(
+    later = (
         sa.Column("baseline_run_id", SERIAL),
         *(sa.Column(name, sa.BigInteger(), server_default="0", nullable=False) for name in COUNTS),
         sa.CheckConstraint("held_by IN ('hold', 'guard', 'fingerprint')", name=op.f("ck_runs_held_by")),
         sa.CheckConstraint("status <> 'held' OR held_by IS NOT NULL", name=op.f("ck_runs_held")),
-    ) as runs:
+    )
+    with alter_table(_runs(*later)) as runs:
         for name in ("held_by", "held"):
             runs.drop_constraint(op.f(f"ck_runs_{name}"), type_="check")
         for name in ("baseline_run_id", *COUNTS):
             runs.drop_column(name)
-    with op.batch_alter_table("definitions", copy_from=_definitions()) as definitions:
+    with alter_table(_definitions()) as definitions:
         definitions.drop_column("forgotten_count")
     op.drop_table("forgotten")
     op.drop_table("schedule_slots")
@@ -115,9 +117,9 @@ def _drop_views() -> None:
         op.execute(f"DROP VIEW {view}")
 
 
-def _runs(*later: sa.schema.SchemaItem) -> sa.schema.SchemaItem:
-    """The table `runs` for SQLite, which rebuilds it; `later` are the columns and constraints after the first migration."""
-    table = sa.Table(
+def _runs(*later: sa.schema.SchemaItem) -> sa.Table:
+    """The table `runs`; `later` are the columns and constraints after the first migration."""
+    return sa.Table(
         "runs",
         sa.MetaData(),
         sa.Column("run_id", SERIAL, nullable=False),
@@ -144,14 +146,9 @@ def _runs(*later: sa.schema.SchemaItem) -> sa.schema.SchemaItem:
             ["definition_id"], ["definitions.definition_id"], name="fk_runs_definition_id"
         ),
         sa.PrimaryKeyConstraint("run_id", name="pk_runs"),
-        sa.Index("ix_runs_definition_id", "definition_id", "run_id"),
-        sa.Index(
-            "uq_runs_running", "definition_id", unique=True, sqlite_where=RUNNING, postgresql_where=RUNNING
-        ),
         *later,
         sqlite_autoincrement=True,
     )
-    return op.batch_alter_table("runs", copy_from=table)
 
 
 def _definitions() -> sa.Table:

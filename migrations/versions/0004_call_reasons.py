@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from audience_sync.db.alter import alter_table
+
 revision = "0004"
 down_revision = "0003"
 branch_labels = None
@@ -45,6 +47,6 @@ def _replace(present: str, future: str) -> None:
         sa.UniqueConstraint("message_id", name="uq_calls_message_id"),
         sqlite_autoincrement=True,
     )
-    with op.batch_alter_table("calls", copy_from=table) as calls:
+    with alter_table(table) as calls:
         calls.drop_constraint(name, type_="check")
         calls.create_check_constraint(name, future)
