@@ -73,7 +73,10 @@ class App:
         ]
 
     def load_keys(self) -> None:
-        """Load the keys under which the definitions were first used, and the keys that are retired."""
+        """Load the keys under which the definitions were first used, and the keys that are retired.
+
+        Raises ConfigError if two definitions have the same key, or one the key of a definition of the other kind.
+        """
         with engines.read(self.engine) as connection:
             rows = records.all_definitions(connection)
         stored: dict[tuple[str, str], list[str]] = {}
@@ -81,6 +84,12 @@ class App:
             stored.setdefault((row.kind, row.name), []).append(row.key)
         self.settings = with_stored_keys(self.settings, stored)
         self.retired = {row.key for row in rows if row.retired_at is not None}
+        by_key = {row.key: row for row in rows}
+        for definition in self.settings.definitions:
+            try:
+                records.check_kind(definition, by_key.get(definition.key))
+            except ConfigError as error:
+                raise ConfigError(f"{self.settings.path}: {error}") from None
 
     def source(self, definition: Definition) -> sa.Engine | None:
         """Return the engine of a definition's source; None for our own database."""

@@ -66,6 +66,7 @@ def _plan(
     destination: Destination,
 ) -> Plan:
     row = records.find_definition(connection, definition.key)
+    records.check_kind(definition, row)
     diff = snapshot.diff(connection, row.definition_id if row else None, definition, now)
     result = records.RunResult.after(last, diff.counts, row.forgotten_count if row else 0, diff.set_aside)
     is_foreign = row is not None and destination.is_foreign(connection, row.fingerprint)

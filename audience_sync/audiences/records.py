@@ -9,6 +9,8 @@ import sqlalchemy as sa
 
 from audience_sync.audiences.definition import Definition
 from audience_sync.db.tables import definitions, runs
+from audience_sync.errors import ConfigError
+from audience_sync.suggest import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class RunResult:
 def register_definition(connection: sa.Connection, definition: Definition, now: dt.datetime) -> int:
     """Return the id of the definition's row, which is inserted at its first use."""
     row = find_definition(connection, definition.key)
+    check_kind(definition, row)
     if row is not None:
         if row.name != definition.name:
             _update_definition(connection, row.definition_id, name=definition.name)
@@ -70,6 +73,26 @@ def register_definition(connection: sa.Connection, definition: Definition, now: 
 
 def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
     return connection.execute(sa.select(definitions).where(definitions.c.key == key)).one_or_none()
+
+
+def check_kind(definition: Definition, row: sa.Row[Any] | None) -> None:
+    """Raise ConfigError if the key was first used for the other kind: `row` is the key's, None before its first use.
+
+    Userpilot keeps one property for a key, so its old values would stay beside values of another kind.
+    """
+    if row is None or row.kind == definition.kind:
+        return
+    kind, other = definition.kind.value, row.kind
+    message = (
+        f"[[{kind}s]] {shown(definition.name)}: the key {definition.key} belongs to the {other} {shown(row.name)} since "
+        f"{row.created_at:%Y-%m-%d}, and a key keeps its kind for good. Give the {kind} another key with `key = `"
+    )
+    if row.retired_at is not None:
+        raise ConfigError(f"{message}.")
+    raise ConfigError(
+        f"{message}; then `audience-sync retire {definition.key}` clears the values of the {other} at Userpilot, "
+        f"unless it goes on under [[{other}s]]."
+    )
 
 
 def lock_definition(connection: sa.Connection, definition_id: int) -> sa.Row[Any]:

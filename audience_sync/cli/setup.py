@@ -78,9 +78,9 @@ def _checks(app: "App", *, accept_destination: bool) -> Iterator[bool]:
         output.line(f"ok     destination: accepted for {', '.join(keys) or 'everything'}")
     if has_database:
         yield _try("destination", partial(_check_destination, app))
-        for definition in app.settings.definitions:
+        yield (has_keys := _try("keys", partial(_check_keys, app)))
+        for definition in app.settings.definitions if has_keys else ():
             yield _try(f"definition {definition.key}", partial(_check_definition, app, definition))
-        yield _try("keys", partial(_check_removed, app))
 
 
 def _try(name: str, action: Callable[[], str]) -> bool:
@@ -95,7 +95,6 @@ def _try(name: str, action: Callable[[], str]) -> bool:
 
 def _check_database(app: "App") -> str:
     lazy.migrate.ensure(app.engine)
-    app.load_keys()
     description = lazy.checks.check_own(app.engine, app.settings.database.schema)
     return f"{description}, version {lazy.migrate.HEAD} of our tables"
 
@@ -134,7 +133,8 @@ def _check_destination(app: "App") -> str:
     return "unchanged"
 
 
-def _check_removed(app: "App") -> str:
+def _check_keys(app: "App") -> str:
+    app.load_keys()
     with lazy.engines.read(app.engine) as connection:
         definitions = lazy.history.definitions(connection, app.settings, app.clock.now())
     keys = sorted(row["key"] for row in definitions if row["state"] == "not configured")

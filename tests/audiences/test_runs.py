@@ -10,11 +10,12 @@ import threading
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.audiences import runs
+from audience_sync.audiences import plan, runs
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import SystemClock
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, ConfigError, DatabaseError, DefinitionError, Interrupted
+from audience_sync.queue.destination import Destination
 
 TRUE, FALSE = '{"vips": true}', '{"vips": false}'
 
@@ -259,7 +260,7 @@ import datetime as dt, sys
 from audience_sync.clock import SystemClock
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines
-from audience_sync.audiences import runs
+from audience_sync.audiences import plan, runs
 engine = engines.open_own({str(world.engine.url.render_as_string(hide_password=False))!r}, "audience_sync")
 vips = Definition("vips", "vips", Kind.AUDIENCE, "SELECT user_id FROM people")
 runs.sync(engine, vips, dt.datetime(2026, 1, 1, tzinfo=dt.UTC), SystemClock())
@@ -403,3 +404,18 @@ def _wait_for_a_lock(world):
     with world.engine.connect() as connection:
         while not connection.execute(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar():
             connection.rollback()
+
+
+def test_a_run_and_a_plan_refuse_a_key_of_the_other_kind(world):
+    world.people(("ann", 1.0))
+    assert world.sync(world.audience(key="spend")).status == "succeeded"
+    message = (
+        "the key spend belongs to the audience spend since 2026-01-01, and a key keeps its kind for good"
+    )
+    with pytest.raises(ConfigError, match=message):
+        world.sync(world.trait())
+    now = world.clock.now()
+    with pytest.raises(ConfigError, match=message):
+        plan.plan(world.engine, [(world.trait(), None)], {"spend": now}, now, Destination())
+    assert world.query("SELECT count(*) FROM {our}runs") == [(1,)]
+    assert world.members("spend") == {"ann": None}
