@@ -116,6 +116,7 @@ schedule = "30 6 * * 1-5"
 timezone = "Europe/Berlin"
 guard_above = 10
 max_exit_ratio = 0.25
+max_change_ratio = 0.75
 eligible_sql = "SELECT user_id FROM known"
 [[audiences]]
 name = "A"
@@ -128,15 +129,16 @@ full_schedule = "@weekly"
 timezone = "UTC"
 guard_above = 0
 max_enter_ratio = 3
+max_change_ratio = 1
 eligible_sql = ""
 ready_sql = "SELECT true"
 """
     a, b = load(text).definitions
     assert (a.schedule, a.full_schedule) == (schedule.parse_schedule("30 6 * * 1-5", "Europe/Berlin"), None)
-    assert (a.guard, a.eligible_sql, a.ready_sql) == (Guard(10, 0.25, 1.0), "SELECT user_id FROM known", None)
+    assert (a.guard, a.eligible_sql, a.ready_sql) == (Guard(10, 0.25, 1.0, 0.75), "SELECT user_id FROM known", None)
     assert b.schedule == schedule.parse_schedule("every 5 minutes", "UTC")
     assert b.full_schedule == schedule.parse_schedule("0 0 * * 0", "UTC")
-    assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0), None, "SELECT true")
+    assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0, 1.0), None, "SELECT true")
 
 
 # Names of later releases. A release that brings one moves it to the tables above.
@@ -193,6 +195,9 @@ REFUSED = [
     ("[defaults]\nscedule = 's3cret'", "[defaults]: unknown name scedule: did you mean schedule?"),
     # schedules, guards and spans
     ("[defaults]\nmax_exit_ratio = -1", "[defaults]: max_exit_ratio: expected a number of at least 0, such as 0.5"),
+    ("[defaults]\nmax_change_ratio = 's3cret'",
+     "[defaults]: max_change_ratio: expected a number of at least 0, such as 0.5"),
+    ("[defaults]\nmax_change_ratio = nan", "[defaults]: max_change_ratio: expected a number of at least 0"),
     ("[defaults]\nguard_above = 1.5", "[defaults]: guard_above: expected a whole number of at least 0"),
     ("[database]\nkeep_calls = 's3cret'",
      '[database]: keep_calls: expected a span, such as "90 days", or "forever"'),

@@ -10,6 +10,7 @@ from audience_sync.audiences.schedule import Schedule
 from audience_sync.errors import ConfigError
 
 MAX_KEY_LENGTH = 200
+MIN_LOST = 10  # members of the last snapshot from which an empty one is held, whatever `above` is
 # A capital letter followed by two lower-case letters starts a word: OrderCompleted, HTTPServer. VIPs stays whole.
 _NEW_WORD = re.compile(r"(?<=[A-Za-z])(?=[A-Z][a-z]{2})")
 
@@ -23,22 +24,30 @@ class Kind(StrEnum):
 class Guard:
     """Limits beyond which a run is held for approval, as shares of the last snapshot's size.
 
-    `above`: the guard applies if the last snapshot had at least this many members.
+    `above`: the guard applies if the last snapshot had at least this many members. It also applies to an empty snapshot
+    if the last one had at least MIN_LOST members.
     """
 
     above: int = 100
     max_exit_ratio: float = 0.5
     max_enter_ratio: float = 1.0
+    max_change_ratio: float = 0.9
 
     def reason_to_hold(
-        self, last_count: int, *, entered_count: int, exited_count: int, is_empty: bool
+        self,
+        last_count: int,
+        *,
+        entered_count: int,
+        exited_count: int,
+        changed_count: int = 0,
+        is_empty: bool,
     ) -> str | None:
         """Return a sentence about the limit that a run exceeds, or None. The caller lets first runs pass.
 
-        `last_count` is the size of the last snapshot. `is_empty`: the new snapshot has no rows. That counts as
-        everyone exiting, even if rows were set aside.
+        `last_count` is the size of the last snapshot. `changed_count`: members whose trait gets another value.
+        `is_empty`: the new snapshot has no usable rows. That counts as everyone exiting.
         """
-        if last_count < self.above:
+        if last_count < (min(self.above, MIN_LOST) if is_empty else self.above):
             return None
         if is_empty:
             exited_count = last_count
@@ -49,6 +58,11 @@ class Guard:
             return (
                 f"{entered_count:,} users would enter beside {last_count:,} members, and max_enter_ratio is "
                 f"{self.max_enter_ratio:g}"
+            )
+        if changed_count > self.max_change_ratio * last_count:
+            return (
+                f"{changed_count:,} of {last_count:,} members would get another value, and max_change_ratio is "
+                f"{self.max_change_ratio:g}"
             )
         return None
 

@@ -274,6 +274,7 @@ def reason_to_hold(
             last.member_count,
             entered_count=diff.counts.entered,
             exited_count=diff.counts.exited,
+            changed_count=diff.counts.changed,
             is_empty=diff.is_empty,
         )
     if options.hold:

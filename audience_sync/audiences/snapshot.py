@@ -35,7 +35,7 @@ class Diff:
 
     counts: ChangeCounts
     set_aside: dict[str, int]
-    is_empty: bool  # the snapshot has no rows
+    is_empty: bool  # the snapshot has no row with a usable id
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +168,7 @@ def diff(
     set_aside["forgotten"] = _leave_out_erased(connection, now)
     if users is not None:
         _leave_out(connection, "user_id NOT IN :users", users=list(users))
-    is_empty = sql(connection, "SELECT 1 FROM {temp}audience_sync_snapshot LIMIT 1").first() is None
-    return Diff(_count_changes(connection), dict(+set_aside), is_empty)
+    return Diff(_count_changes(connection), dict(+set_aside), _is_empty(connection))
 
 
 def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
@@ -236,9 +235,7 @@ def _full_join(kind: Kind) -> str:
 
 def _set_aside_ids(connection: sa.Connection, table: str) -> Counter[str]:
     """Remove ids that cannot be sent from a table; count their rows in the snapshot by reason."""
-    needs_check, reason = values.POSTGRESQL_NEEDS_CHECK, values.POSTGRESQL_INVALID_REASON
-    if is_sqlite(connection):
-        needs_check, reason = values.SQLITE_NEEDS_CHECK, values.SQLITE_INVALID_REASON
+    needs_check, reason = _id_check(connection)
     suspects = f"FROM {{temp}}audience_sync_{table} WHERE {needs_check}"
     if table == CHANGES:
         suspects += " AND change = 'entered'"
@@ -252,6 +249,19 @@ def _set_aside_ids(connection: sa.Connection, table: str) -> Counter[str]:
     set_aside = Counter({name: int(count) for name, count in rows})
     sql(connection, f"DELETE {suspects} AND {reason} IS NOT NULL")
     return set_aside
+
+
+def _id_check(connection: sa.Connection) -> tuple[str, str]:
+    """Return a cheap condition for ids that need a closer check, and the reason why an id is invalid, or null."""
+    if is_sqlite(connection):
+        return values.SQLITE_NEEDS_CHECK, values.SQLITE_INVALID_REASON
+    return values.POSTGRESQL_NEEDS_CHECK, values.POSTGRESQL_INVALID_REASON
+
+
+def _is_empty(connection: sa.Connection) -> bool:
+    needs_check, reason = _id_check(connection)
+    usable = f"SELECT 1 FROM {{temp}}audience_sync_snapshot WHERE NOT {needs_check} OR {reason} IS NULL LIMIT 1"
+    return sql(connection, usable).first() is None
 
 
 def _set_aside_values(connection: sa.Connection) -> Counter[str]:

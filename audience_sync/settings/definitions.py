@@ -55,7 +55,12 @@ def build_definition(
         is_key_derived=settings.key is None,
         schedule=_schedule(section, "schedule", settings.schedule, settings.timezone),
         full_schedule=_schedule(section, "full_schedule", settings.full_schedule, settings.timezone),
-        guard=Guard(settings.guard_above, settings.max_exit_ratio, settings.max_enter_ratio),
+        guard=Guard(
+            settings.guard_above,
+            settings.max_exit_ratio,
+            settings.max_enter_ratio,
+            settings.max_change_ratio,
+        ),
         eligible_sql=settings.eligible_sql.strip() or None,
         ready_sql=settings.ready_sql.strip() or None,
     )

@@ -161,6 +161,7 @@ class DefaultSettings(Table, frozen=True):
     guard_above: Count = 100
     max_exit_ratio: Ratio = 0.5
     max_enter_ratio: Ratio = 1.0
+    max_change_ratio: Ratio = 0.9
     eligible_sql: str = ""
     ready_sql: str = ""
 

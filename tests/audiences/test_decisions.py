@@ -76,6 +76,61 @@ def test_the_guard_covers_traits(world):
     assert world.members("spend") == dict.fromkeys(FIVE, "1")
 
 
+TEN = [f"user{n}" for n in range(10)]
+
+
+@pytest.mark.parametrize("lost", [[], [None, "  ", "x" * 256]])
+@pytest.mark.parametrize("above", [11, 100, 1_000_000])
+def test_a_result_without_a_usable_row_is_held_whatever_guard_above_is(world, above, lost):
+    world.people(*TEN)
+    world.sync(world.audience())
+    world.people(*lost)
+    run = world.sync(world.audience(guard=Guard(above=above)))
+    why = "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."
+    assert (run.status, run.held_by, run.error) == ("held", "guard", why)
+    assert set(world.members()) == set(TEN)
+    assert world.sync(world.audience(guard=Guard(above=above, max_exit_ratio=1.0))).status == "succeeded"
+    assert world.members() == {}
+
+
+def test_a_small_definition_may_lose_everyone(world):
+    world.people(*TEN[:9])
+    world.sync(world.audience())
+    world.people()
+    assert world.sync(world.audience()).status == "succeeded"
+    world.people(*TEN)
+    world.sync(world.audience())
+    world.people("another")
+    assert world.sync(world.audience()).status == "succeeded"  # not empty, and fewer than guard_above
+
+
+@pytest.mark.parametrize("changed", [9, 10])
+def test_the_guard_covers_changed_values(world, changed):
+    world.people(*((user, 1.0) for user in TEN))
+    world.sync(world.trait(guard=Guard(above=10)))
+    world.people(*((user, 2.0 if n < changed else 1.0) for n, user in enumerate(TEN)))
+    definition = world.trait(guard=Guard(above=10))
+    now = world.clock.now()
+    planned = plan.plan(world.engine, [(definition, None)], {"spend": now}, now, Destination())
+    run = world.sync(definition)
+    if changed == 9:
+        assert (planned.plans[0].held, run.status) == (None, "succeeded")
+        return
+    reason = "The guard holds it: 10 of 10 members would get another value, and max_change_ratio is 0.9."
+    assert planned.plans[0].held == runs.Held("guard", reason)
+    assert (run.status, run.held_by, run.error, counts(run)) == ("held", "guard", reason, (10, 0, 0, 10))
+    assert set(world.members("spend").values()) == {"1"}
+    assert world.sync(world.trait(guard=Guard(above=11))).status == "succeeded"
+
+
+def test_changed_values_pass_where_the_definition_allows_them(world):
+    guard = Guard(above=10, max_change_ratio=1.0)
+    for value in (1.0, 2.0):
+        world.people(*((user, value) for user in TEN))
+        assert world.sync(world.trait(guard=guard)).status == "succeeded"
+    assert set(world.members("spend").values()) == {"2"}
+
+
 def test_approve_commits_exactly_what_was_held(known):
     known.people("ann", "zoe")
     run = known.sync(known.audience(guard=WARY))

@@ -39,7 +39,7 @@ from tests.simulation.machinery import (
 )
 
 KINDS = ["network", "outages", "keys", "poison", "clock", "jobs", "database", "deaths", "naps", "stops"]
-NO_GUARD = Guard(above=1_000_000_000)
+NO_GUARD = Guard(above=1_000_000_000, max_exit_ratio=1.0)
 DEFINITIONS = {
     "moved": (Kind.TRAIT, "SELECT user_id, moved AS value FROM people"),
     "in": (Kind.AUDIENCE, "SELECT user_id FROM people WHERE is_in = 1"),
