@@ -135,7 +135,11 @@ ready_sql = "SELECT true"
 """
     a, b = load(text).definitions
     assert (a.schedule, a.full_schedule) == (schedule.parse_schedule("30 6 * * 1-5", "Europe/Berlin"), None)
-    assert (a.guard, a.eligible_sql, a.ready_sql) == (Guard(10, 0.25, 1.0, 0.75), "SELECT user_id FROM known", None)
+    assert (a.guard, a.eligible_sql, a.ready_sql) == (
+        Guard(10, 0.25, 1.0, 0.75),
+        "SELECT user_id FROM known",
+        None,
+    )
     assert b.schedule == schedule.parse_schedule("every 5 minutes", "UTC")
     assert b.full_schedule == schedule.parse_schedule("0 0 * * 0", "UTC")
     assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0, 1.0), None, "SELECT true")

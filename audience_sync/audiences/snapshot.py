@@ -260,7 +260,9 @@ def _id_check(connection: sa.Connection) -> tuple[str, str]:
 
 def _is_empty(connection: sa.Connection) -> bool:
     needs_check, reason = _id_check(connection)
-    usable = f"SELECT 1 FROM {{temp}}audience_sync_snapshot WHERE NOT {needs_check} OR {reason} IS NULL LIMIT 1"
+    usable = (
+        f"SELECT 1 FROM {{temp}}audience_sync_snapshot WHERE NOT {needs_check} OR {reason} IS NULL LIMIT 1"
+    )
     return sql(connection, usable).first() is None
 
 

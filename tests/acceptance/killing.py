@@ -125,6 +125,7 @@ bulk_rows_per_job = {bulk_rows_per_job}
 [defaults]
 schedule = "0 0 * * *"
 guard_above = 1_000_000
+max_exit_ratio = 1.0
 [[audiences]]
 name = "In"
 sql = "SELECT user_id FROM people WHERE is_in = 1"
