@@ -69,12 +69,20 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
 
     After a merged request was refused, its deliveries are isolated: sent one by one, so that only the refused one
     dies. The newest is sent first, and the older ones wait for it: an attempt before the refusal may have been
-    applied, and a value at Userpilot must not be replaced by an older one. What the newest supersedes needs no request.
+    applied, and a value at Userpilot must not be replaced by an older one. For the same reason an isolated delivery
+    waits for newer ones that were attempted, though those are not isolated. What a newer value supersedes needs no
+    request.
     """
     ordered = sorted(pending, key=lambda delivery: (delivery.value_at, delivery.delivery_id))
     waiting = [n for n, each in enumerate(ordered, 1) if each.isolated and each.next_attempt_at > now]
     free = ordered[max(waiting, default=0) :]
-    return next(([delivery] for delivery in reversed(free) if delivery.isolated), free)
+    newest = max((n for n, each in enumerate(free) if each.isolated), default=None)
+    if newest is None:
+        return free
+    newer = free[newest + 1 :]
+    if any(delivery.attempt_count > 1 for delivery in newer):
+        return newer if any(delivery.next_attempt_at <= now for delivery in newer) else []
+    return [free[newest]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,17 @@ def test_of_isolated_deliveries_the_newest_is_sent_first_and_older_ones_wait():
     assert outcomes.select_next([older, fresh], NOW) == [older]
 
 
+def test_an_isolated_delivery_waits_for_newer_ones_that_may_have_been_applied():
+    later = NOW + dt.timedelta(minutes=5)
+    older = delivery(1, {"a": 1}, isolated=True)
+    tried, waiting = delivery(2, {"a": 2}, attempts=2), delivery(2, {"a": 2}, attempts=2, due=later)
+    fresh = delivery(3, {"b": 3})
+
+    assert outcomes.select_next([older, tried], NOW) == [tried]
+    assert outcomes.select_next([older, waiting], NOW) == []
+    assert outcomes.select_next([older, waiting, fresh], NOW) == [waiting, fresh]
+
+
 def test_superseded_traits_are_removed_and_so_are_deliveries_without_any_other():
     trimmed = outcomes.without_superseded(
         [delivery(1, {"a": 1, "b": 1}), delivery(2, {"a": 2}), delivery(3, {})], {1: {"a"}, 2: {"a", "z"}}

@@ -282,6 +282,19 @@ def test_a_value_that_waits_alone_does_not_hold_up_newer_ones(queue, worker_of, 
     assert properties(sandbox) == {"u1": {"b": 2}}
 
 
+def test_an_isolated_value_waits_for_a_newer_one_that_may_have_been_applied(queue, worker_of, sandbox):
+    later = queue.clock.now() + dt.timedelta(minutes=10)
+    queue.add("u1", {"a": 1}, alone=True)
+    queue.add("u1", {"a": 2}, attempt_count=1, next_attempt_at=later)
+    queue.add("u2", {"a": 1}, alone=True)
+    queue.add("u2", {"a": 2}, attempt_count=1)
+
+    worker_of().deliver()
+
+    assert queue.statuses() == ["pending", "pending", "cancelled", "accepted"]
+    assert properties(sandbox) == {"u2": {"a": 2}}
+
+
 def test_a_call_that_comes_late_does_not_bring_back_an_older_value(queue, worker_of, sandbox):
     now = queue.clock.now()
     queue.add("u1", {"plan": "pro", "city": "Ulm"}, at=now)
