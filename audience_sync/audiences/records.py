@@ -186,7 +186,11 @@ def start_run(
     connection.execute(
         runs.update()
         .where(runs.c.definition_id == definition_id, runs.c.status == "running")
-        .values(status="abandoned", finished_at=now, error="Its process ended before it was done.")
+        .values(
+            status="abandoned",
+            finished_at=now,
+            error="Its process ended before it was done, or another one took over.",
+        )
     )
     insert = runs.insert().values(
         definition_id=definition_id,

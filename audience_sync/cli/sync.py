@@ -124,8 +124,8 @@ def sync(
         audience-sync sync
         audience-sync sync at_risk --user me@example.org
 
-    Exit codes: 0 done, 1 a run failed or something was not delivered, 2 usage or configuration, 3 a run is held, 75
-    another process is syncing the definition.
+    Exit codes: 0 done, 1 a run failed or was abandoned, or something was not delivered, 2 usage or configuration, 3 a
+    run is held, 75 another process is syncing the definition.
     """
     if user and not keys:
         raise ConfigError("--user needs the definitions to try: run `audience-sync sync KEY --user USER_ID`.")
@@ -158,7 +158,9 @@ def sync(
         show_runs(runs)
         show_delivery(report, pending)
     statuses = {run["status"] for run in runs}
-    session.finish(report, failed="failed" in statuses, busy=busy, held="held" in statuses)
+    session.finish(
+        report, failed=bool(statuses & {"failed", "abandoned"}), busy=busy, held="held" in statuses
+    )
 
 
 def show_runs(runs: Sequence[dict[str, Any]]) -> None:

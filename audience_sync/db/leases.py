@@ -3,13 +3,21 @@
 A lease is a row whose epoch grows each time the lease changes hands. A worker renews it inside each of its
 transactions. If the worker was suspended and another process has taken the lease, the epoch differs and the transaction
 is rolled back.
+
+A lease is taken before it expires only if its holder is provably gone. Process ids prove that only within one process
+namespace: two containers may have the same hostname, and each has a process 1. So `host` also identifies the
+namespace, and `owner` ends with the start time of the process, because ids are reused.
 """
 
 import datetime as dt
+import hashlib
 import os
 import socket
+import sys
 import uuid
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -41,7 +49,7 @@ class Holder:
 
 
 def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Holder:
-    """Take a lease that is free, has expired, or belongs to a dead process on this host; else return its holder."""
+    """Take a lease that is free, has expired, or whose holder is provably gone; else return its holder."""
     row = _locked(connection, name)
     if row is None:
         # If two processes see no row, the second waits here for the first, and then sees its row.
@@ -55,14 +63,15 @@ def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Hol
     moment = now(connection)
     if (live := _live_holder(row, moment)) is not None:
         return live
-    lease = Lease(name, f"{_PROCESS}-{uuid.uuid4().hex}", row.epoch + 1, seconds)
+    pid = os.getpid()
+    lease = Lease(name, f"{_PROCESS}-{uuid.uuid4().hex} {pid}@{_started(pid)}", row.epoch + 1, seconds)
     connection.execute(
         leases.update()
         .where(leases.c.name == name)
         .values(
             owner=lease.owner,
-            host=HOST,
-            pid=os.getpid(),
+            host=_place(),
+            pid=pid,
             epoch=lease.epoch,
             expires_at=moment + dt.timedelta(seconds=seconds),
         )
@@ -114,18 +123,22 @@ def release(connection: sa.Connection, lease: Lease) -> None:
 def _live_holder(row: sa.Row[tuple[object, ...]], moment: dt.datetime) -> Holder | None:
     if row.owner is None or row.expires_at <= moment or _is_gone(row):
         return None
-    return Holder(row.host, row.pid)
+    return Holder(row.host.partition(" ")[0], row.pid)
 
 
 def _is_gone(row: sa.Row[tuple[object, ...]]) -> bool:
-    if row.host != HOST:
+    if row.host != _place():
         return False
-    if row.pid == os.getpid():  # this process, or an earlier one with its pid (as in a container)
-        return not str(row.owner).startswith(_PROCESS)
-    return not _process_is_alive(row.pid)
+    if row.pid == os.getpid():  # this process, or an earlier one with its id
+        return not row.owner.startswith(f"{_PROCESS}-")
+    pid, _, started = row.owner.partition(" ")[2].partition("@")
+    is_reused = (
+        pid == str(row.pid) and "" not in {started, _started(row.pid)} and started != _started(row.pid)
+    )
+    return is_reused or not _is_alive(row.pid)
 
 
-def _process_is_alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -133,3 +146,28 @@ def _process_is_alive(pid: int) -> bool:
     except PermissionError:  # it belongs to another user
         pass
     return True
+
+
+@cache
+def _place() -> str:
+    """Return the hostname and a hash of boot and process namespace: where a process id means one process."""
+    if sys.platform != "linux":  # has no process namespaces
+        return HOST
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116  (not a file)
+    except OSError:
+        namespace = _PROCESS  # unknown: no other process can be proved gone
+    return f"{HOST} {hashlib.sha256(namespace.encode()).hexdigest()[:16]}"
+
+
+def _started(pid: int) -> str:
+    """Return when a process started, in ticks since boot; "ended" for a zombie, empty if it is unknown."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):  # noqa: PTH115  (/proc shows another namespace)
+            return ""
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    state, *fields = status.rpartition(")")[2].split()
+    return "ended" if state in {"Z", "X"} else fields[18]

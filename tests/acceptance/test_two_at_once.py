@@ -1,15 +1,17 @@
 """Two commands at once, on both databases: one run per definition, one pace, no change lost or sent twice."""
 
+import contextlib
 import datetime as dt
 import itertools
 import random
 import signal
+import sqlite3
 import time
 
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.db.tables import requests
 from audience_sync.sandbox import Limits
 from tests.waiting import until
@@ -183,3 +185,22 @@ def test_a_run_of_a_dead_process_is_taken_over(start, seats, sandbox):
     assert runs[:2] == [("taken", "succeeded"), ("free", "abandoned")]
     assert runs[2:] == [("taken", "succeeded"), ("free", "succeeded"), ("low", "succeeded")]
     assert_up_to_date(sandbox, seats)
+
+
+def test_a_sync_whose_run_was_taken_over_fails(start, engine, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "shop.db", isolation_level=None)) as shop:
+        shop.execute("CREATE TABLE buyers AS SELECT 'u1' AS user_id")
+        extra = f'[sources.shop]\nurl = "sqlite:///{tmp_path}/shop.db"'
+        command = start({"Far": "SELECT user_id FROM buyers"}, extra=extra, source="shop")
+        shop.execute("BEGIN EXCLUSIVE")  # the first sync waits for this
+        first = command.popen("sync")
+        until(lambda: [run["status"] for run in command.document("history")] == ["running"])
+        with engines.write(engine) as connection:
+            dialects.sql(connection, "UPDATE {our}leases SET expires_at = '2020-01-01 00:00:00.000000'")
+        command = start({"Far": "SELECT 'u2' AS user_id"}, extra=extra)
+        assert command("sync")[0] == 0
+        shop.execute("ROLLBACK")
+    code, output = command.ended(first)
+    assert code == 1
+    assert "Run 1 of far abandoned: Its process ended before it was done, or another one took over." in output
+    assert command("members", "far") == (0, "u2\n")

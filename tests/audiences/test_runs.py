@@ -275,9 +275,9 @@ runs.sync(engine, vips, dt.datetime(2026, 1, 1, tzinfo=dt.UTC), SystemClock())
     run = world.sync(world.audience())
     assert (run.status, run.mode, run.member_count) == ("succeeded", "first", 1)
     assert world.query("SELECT status, error FROM {our}runs ORDER BY run_id") == [
-        ("abandoned", "Its process ended before it was done."),
-        ("abandoned", "Its process ended before it was done."),
-        ("abandoned", "Its process ended before it was done."),
+        ("abandoned", "Its process ended before it was done, or another one took over."),
+        ("abandoned", "Its process ended before it was done, or another one took over."),
+        ("abandoned", "Its process ended before it was done, or another one took over."),
         ("succeeded", None),
     ]
 

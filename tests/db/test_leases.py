@@ -1,14 +1,18 @@
 """Leases: one holder at a time, and how they change hands."""
 
 import datetime as dt
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import LeaseLost
+from tests.waiting import until
 
 LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
 
@@ -90,6 +94,79 @@ def test_a_process_that_had_our_pid_before_us_is_gone(take, change):
     take()
     change("owner = 'another process'")
     assert isinstance(take(), leases.Lease)
+
+
+@pytest.fixture
+def sleeper():
+    """The pid of another process that runs."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process.pid
+    process.communicate(b"\n")
+
+
+def test_a_process_that_runs_keeps_its_lease_and_an_earlier_one_with_its_id_is_gone(take, change, sleeper):
+    take()
+    change("pid = :pid, owner = 'p-1'", pid=sleeper)
+    assert take() == leases.Holder(leases.HOST, sleeper)
+    change(
+        "owner = :owner", owner=f"p-1 {sleeper}@5"
+    )  # seldom the truth, and skipped where it cannot be read
+    assert isinstance(take(), leases.Lease if sys.platform == "linux" else leases.Holder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a zombie is seen in /proc")
+def test_a_process_that_ended_and_was_not_waited_for_is_gone(take, change):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    until(lambda: "Z" in Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0])
+    take()
+    change("pid = :pid, owner = :owner", pid=process.pid, owner=f"p-1 {process.pid}@5")
+    assert isinstance(take(), leases.Lease)
+    process.wait()
+
+
+def test_a_process_of_an_earlier_release_on_a_host_of_our_name_keeps_its_lease(take, change):
+    take()
+    change("host = :host, owner = 'another process'", host=leases.HOST)
+    assert isinstance(take(), leases.Holder)
+
+
+IN_A_CONTAINER = """
+import os, sys
+from audience_sync.db import engines, leases
+engine = engines.open_own(sys.argv[1], "audience_sync")
+with engines.write(engine) as connection:
+    print(os.getpid(), type(leases.acquire(connection, "queue", 600.0)).__name__, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def container(url):
+    """container() takes the lease as process 1 of a process namespace of its own, and stays alive."""
+    command = ["unshare", "--pid", "--fork", "--kill-child"]
+    if os.geteuid():
+        command += ["--user", "--map-current-user"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("needs Linux with process namespaces")
+    running = []
+
+    def start(*more):
+        arguments = [*command, *more, sys.executable, "-c", IN_A_CONTAINER, url]
+        running.append(subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return running[-1].stdout.readline().split()
+
+    yield start
+    for process in running:
+        process.communicate("\n")
+
+
+@pytest.mark.parametrize("options", [(), ("--mount-proc",)], ids=["proc of the host", "proc of its own"])
+def test_two_containers_with_one_hostname_do_not_steal_each_others_lease(take, change, container, options):
+    assert container(*options) == ["1", "Lease"]
+    assert container(*options) == ["1", "Holder"]
+    assert take() == leases.Holder(leases.HOST, 1)  # nor does a process outside
+    change("expires_at = :past", past=LONG_AGO)
+    assert container(*options) == ["1", "Lease"]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known", "new"])
