@@ -156,7 +156,10 @@ calls = sa.Table(
     sa.Column("received_at", UtcDateTime, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("reason", sa.Text),
-    sa.Column("left_out", Json),  # traits with a definition's key: audiences belong to their runs
+    sa.Column(
+        "left_out", Json
+    ),  # traits that are not sent: those with a definition's key, or beyond the limits
+    sa.Column("corrected", Json),  # a list of texts: what was read otherwise than it was written
     sa.CheckConstraint("status IN ('accepted', 'ignored')", name="status"),
     sa.CheckConstraint("status <> 'ignored' OR reason IS NOT NULL", name="reason"),
     sqlite_autoincrement=True,
@@ -259,6 +262,7 @@ profiles = sa.Table(
     sa.Column("user_id", UserId, primary_key=True),
     sa.Column("traits", Document, nullable=False),
     sa.Column("trait_times", Document, nullable=False),  # {trait: the timestamp that set it}
+    sa.Column("sent_names", Json),  # {property of an object or list: [trait, when it vanished]}
     sa.Column("company_id", sa.Text),
     sa.Column("company_at", UtcDateTime),
     sa.Column("first_seen_at", UtcDateTime, nullable=False),
@@ -271,6 +275,7 @@ companies = sa.Table(
     sa.Column("company_id", UserId, primary_key=True),
     sa.Column("traits", Document, nullable=False),
     sa.Column("trait_times", Document, nullable=False),
+    sa.Column("sent_names", Json),
     sa.Column("first_seen_at", UtcDateTime, nullable=False),
     sa.Column("last_seen_at", UtcDateTime, nullable=False),
 )
