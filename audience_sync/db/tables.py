@@ -75,6 +75,7 @@ PENDING = sa.text("status = 'pending'")
 DEAD = sa.text("status = 'dead'")
 SENDING = sa.text("status = 'sending'")
 HELD = sa.text("status = 'held'")
+WAITING = sa.text("status IN ('held', 'dead')")  # until somebody decides, or a later run does
 UNSETTLED = sa.text("status IN ('pending', 'sending')")
 
 
@@ -203,7 +204,8 @@ deliveries = sa.Table(
     _partial_index("ix_deliveries_claim", PENDING, "action", "class", "next_attempt_at", "delivery_id"),
     _partial_index("ix_deliveries_sending", SENDING, "request_id"),
     _partial_index("ix_deliveries_unsettled", UNSETTLED, "subject_id", "action", "delivery_id"),
-    _partial_index("ix_deliveries_held", HELD, "run_id"),
+    _partial_index("ix_deliveries_held", HELD, "definition_id"),
+    _partial_index("ix_deliveries_waiting", WAITING, "subject_id"),
     _partial_index("ix_deliveries_dead", DEAD, "definition_id"),
     _partial_index("ix_deliveries_call_id", sa.text("call_id IS NOT NULL"), "call_id"),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),
@@ -303,6 +305,7 @@ destination = sa.Table(
     sa.Column("stopped_reason", sa.Text),
     sa.Column("slow_downs", Json, nullable=False),  # {lane: {factor, paused_until, reason}}
     sa.Column("heartbeat_at", UtcDateTime),
+    sa.Column("environments", Json),  # lists of fingerprints: keys and addresses of the same environment
     sa.CheckConstraint("destination_id = 1", name="one_row"),
     sa.CheckConstraint("(stopped_at IS NULL) = (stopped_reason IS NULL)", name="stopped"),
 )
