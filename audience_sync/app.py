@@ -234,7 +234,7 @@ class App:
 
         Raises ConfigError if the file is invalid, or names another database.
         """
-        settings = load(self.settings.path)
+        settings = load(self.settings.path, resolve_keys=False)
         before, after = self.settings.database, settings.database
         if (before.url, before.schema) != (after.url, after.schema):
             raise ConfigError(f"{settings.path}: to use another [database], restart the daemon.")
@@ -253,7 +253,7 @@ def open_app(path: Path | None = None, *, migrated: bool = True) -> Iterator[App
 
     Raises ConfigError if the configuration is invalid, and DatabaseError if the database cannot be used or is too old.
     """
-    settings = load(path)
+    settings = load(path, resolve_keys=False)
     app = App(settings, engines.open_own(settings.database.url, settings.database.schema))
     try:
         if migrated:

@@ -27,12 +27,20 @@ TRAIT = "[[traits]]\nname = 'A'\nsql = 's'\n"
 
 
 @pytest.fixture
-def load(tmp_path):
-    def load(text, environ=None, name="audience_sync.toml"):
+def write(tmp_path):
+    def write(text, name="audience_sync.toml"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return settings.load(path, environ or {})
+        return path
+
+    return write
+
+
+@pytest.fixture
+def load(write):
+    def load(text, environ=None, name="audience_sync.toml"):
+        return settings.load(write(text, name), environ or {})
 
     return load
 
@@ -143,6 +151,53 @@ ready_sql = "SELECT true"
     assert b.schedule == schedule.parse_schedule("every 5 minutes", "UTC")
     assert b.full_schedule == schedule.parse_schedule("0 0 * * 0", "UTC")
     assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0, 1.0), None, "SELECT true")
+
+
+OLD = [
+    ("Straße", "strae", "strasse"),
+    ("Łódź VIP", "odz_vip", "lodz_vip"),
+    ("VIP клиенты", "vip", None),
+    ("A\N{EN DASH}B", "ab", "a_b"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new"), OLD)
+def test_a_stored_key_stays_though_letters_were_lost_in_it(write, name, old, new):
+    unresolved = settings.load(write(f"[[audiences]]\nname = '{name}'\nsql = 's'"), {}, resolve_keys=False)
+    [definition] = settings.with_stored_keys(unresolved, {("audience", name): [old]}).definitions
+    assert (definition.key, definition.key_error) == (old, None)
+    if new:
+        assert settings.with_stored_keys(unresolved, {}).definitions[0].key == new
+        return
+    for stored in ({}, {("trait", name): [old]}, {("audience", "VIP"): ["vip"]}):
+        with pytest.raises(ConfigError, match=f"{name}: no key can be derived from the name"):
+            settings.with_stored_keys(unresolved, stored)
+
+
+def test_names_that_give_one_key_now_keep_the_keys_that_are_stored(write):
+    names = ("Straße", "Strasse")
+    path = write("\n".join(f"[[audiences]]\nname = '{name}'\nsql = 's'" for name in names))
+    unresolved = settings.load(path, {}, resolve_keys=False)
+    stored = {("audience", "Straße"): ["strae"], ("audience", "Strasse"): ["strasse"]}
+    assert [each.key for each in settings.with_stored_keys(unresolved, stored).definitions] == [
+        "strae",
+        "strasse",
+    ]
+    for partly in ({}, {("audience", "Strasse"): ["strasse"]}):
+        with pytest.raises(
+            ConfigError, match="Straße and Strasse have the same key, strasse: give one of them"
+        ):
+            settings.with_stored_keys(unresolved, partly)
+    with pytest.raises(ConfigError, match="Straße and Strasse have the same key"):
+        settings.load(path, {})
+
+
+def test_a_name_of_one_key_in_every_version_is_refused_before_the_database_is_read(write):
+    path = write(
+        "\n".join(f"[[audiences]]\nname = '{name}'\nsql = 's'" for name in ("Big spender", "big-spender"))
+    )
+    with pytest.raises(ConfigError, match="have the same key, big_spender"):
+        settings.load(path, {}, resolve_keys=False)
 
 
 # Names of later releases. A release that brings one moves it to the tables above.

@@ -1,8 +1,11 @@
 """A definition: the query of an audience or a trait, its key, and the guard on its runs, which start in runs.py."""
 
 import re
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import zip_longest
 
 import inflection
 
@@ -13,6 +16,13 @@ MAX_KEY_LENGTH = 200
 MIN_LOST = 10  # members of the last snapshot from which an empty one is held, whatever `above` is
 # A capital letter followed by two lower-case letters starts a word: OrderCompleted, HTTPServer. VIPs stays whole.
 _NEW_WORD = re.compile(r"(?<=[A-Za-z])(?=[A-Z][a-z]{2})")
+# Unicode's names tell how to write a Latin letter that has no decomposition, such as ø, ł and æ.
+_LETTERS = {"ENG": "NG", "ETH": "D", "SCHWA": "E", "SHARP S": "SS", "THORN": "TH"}
+_LATIN = re.compile(
+    r"LATIN (?P<case>CAPITAL|SMALL) (?:LETTER|LIGATURE) (?:AFRICAN |BARRED |DOTLESS |OPEN |SCRIPT )?"
+    rf"(?P<letters>[A-Z]{{1,2}}|{'|'.join(_LETTERS)})(?: WITH .+)?"
+)
+_MARKS = {"Mn", "Mc", "Me", "Cf"}
 
 
 class Kind(StrEnum):
@@ -73,6 +83,7 @@ class Definition:
 
     `source`: the name of a declared source; None is our own database. `is_key_derived`: the configuration sets no
     key, so the key stored at the name's first use applies, even if the rule that derives keys has changed since.
+    `key_error`: why no key can be derived now; only a stored one can be used.
     """
 
     key: str
@@ -83,6 +94,7 @@ class Definition:
     enabled: bool = True
     timeout_seconds: float = 600.0
     is_key_derived: bool = False
+    key_error: str | None = None
     schedule: Schedule | None = None
     full_schedule: Schedule | None = None
     guard: Guard = Guard()
@@ -93,21 +105,65 @@ class Definition:
 def key_from_name(name: str) -> str:
     """Return the snake_cased key of a name, the property that Userpilot sees.
 
-    `Order Completed Last 30days` becomes `order_completed_last_30days`, as in Segment's examples.
+    `Order Completed Last 30days` becomes `order_completed_last_30days`, as in Segment's examples, and `Straße` becomes
+    `strasse`. Letters of other alphabets than the Latin one are refused: how to transliterate them depends on the
+    language, and a key is for good.
 
     Raises:
-        ConfigError: the name is too long, or has no letter or digit to make a key of.
+        ConfigError: the name is too long, has a letter that is refused, or has no letter or digit at all.
 
     """
     if len(name) > MAX_KEY_LENGTH:  # checked first: inflection's expressions take quadratic time
         raise ConfigError(f"a name has at most {MAX_KEY_LENGTH} characters, this one {len(name)}: shorten it")
-    separated = _NEW_WORD.sub("_", inflection.transliterate(name))
-    key = re.sub(r"[-_]+", "_", inflection.parameterize(separated, "_")).strip("_")
+    key = _snake_case("".join(_transliterate(name)))
     if not key:
         raise ConfigError(
             f'no key can be derived from the name {name!r}: set one, for example key = "my_audience"'
         )
     return check_key(key)
+
+
+def older_key_from_name(name: str) -> str:
+    """Return the key that older versions derived: they left out letters such as ß and ł. Empty if they refused it."""
+    key = _snake_case(inflection.transliterate(name)) if len(name) <= MAX_KEY_LENGTH else ""
+    return key if len(key) <= MAX_KEY_LENGTH else ""
+
+
+def _snake_case(name: str) -> str:
+    separated = _NEW_WORD.sub("_", name)
+    return re.sub(r"[-_]+", "_", inflection.parameterize(separated, "_")).strip("_")
+
+
+def _transliterate(name: str) -> Iterator[str]:
+    """Yield ASCII for each character of a name."""
+    for character, following in zip_longest(name, name[1:], fillvalue=""):
+        parts = [_to_ascii(part) for part in unicodedata.normalize("NFKD", character)]
+        if None in parts:
+            raise ConfigError(
+                f"no key can be derived from the name {name!r}: {character} cannot be written with a to z. "
+                'Set a key, for example key = "my_audience"'
+            )
+        text = "".join(filter(None, parts))
+        is_title = len(text) > 1 and text.isupper() and following.islower()
+        yield text.capitalize() if is_title else text  # Æther is Aether, one word
+
+
+def _to_ascii(character: str) -> str | None:
+    """Return the ASCII for a decomposed character: nothing for a mark, a space for a symbol; None for a foreign letter."""
+    if character.isascii():
+        return character
+    category, unicode_name = unicodedata.category(character), unicodedata.name(character, "")
+    if category in _MARKS or unicode_name.startswith("MODIFIER LETTER"):
+        return ""
+    if category[0] not in "LN":
+        return " "
+    if (digit := unicodedata.digit(character, None)) is not None:
+        return str(digit)
+    latin = _LATIN.fullmatch(unicode_name)
+    if latin is None:
+        return None
+    letters = _LETTERS.get(latin["letters"], latin["letters"])
+    return letters if latin["case"] == "CAPITAL" else letters.lower()
 
 
 def check_key(key: str) -> str:

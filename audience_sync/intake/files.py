@@ -188,7 +188,8 @@ class Preparation:
         """Have the second process prepare the piece; if it died, prepare it here."""
         if self._pipe is None:
             self._pipe, other = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_work, args=(other, self._settings.path), daemon=True)
+            keys = {(each.kind, each.name): [each.key] for each in self._settings.definitions}
+            process = _SPAWN.Process(target=_work, args=(other, self._settings.path, keys), daemon=True)
             process.start()
             other.close()
         try:
@@ -203,8 +204,8 @@ def _block_interrupts() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-def _work(pipe: "Connection[Any, Any]", path: Path) -> None:
-    configured = settings.load(path)
+def _work(pipe: "Connection[Any, Any]", path: Path, keys: dict[tuple[str, str], list[str]]) -> None:
+    configured = settings.with_stored_keys(settings.load(path, resolve_keys=False), keys)
     while True:
         try:
             lines = msgspec.msgpack.decode(pipe.recv_bytes(), type=list[Line])

@@ -63,8 +63,13 @@ def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
     )
 
 
-def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Return the checked settings; `environ` supplies the variables, and relative paths become absolute."""
+def load(
+    path: Path | None = None, environ: Mapping[str, str] = os.environ, *, resolve_keys: bool = True
+) -> Settings:
+    """Return the checked settings; `environ` supplies the variables, and relative paths become absolute.
+
+    `resolve_keys=False` leaves it to `with_stored_keys` to check the keys, because the database may have others.
+    """
     path = absolute(Path(), find(path, environ, Path()))
     folder = path.parent.parent if path.parent.name == "config" else path.parent
     top = Section(path, "the file", environ)
@@ -94,10 +99,13 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
         for kind in Kind
         for section, table in _tables(files, f"{kind}s")
     )
-    definitions.check_unique(path, built)
     mapped = tuple(definitions.build_mapping(section, table) for section, table in _tables(files, "mappings"))
     definitions.check_mappings(top, mapped, with_presets=settings.destination.presets)
-    return msgspec.structs.replace(settings, definitions=built, mappings=mapped)
+    settings = msgspec.structs.replace(settings, definitions=built, mappings=mapped)
+    if resolve_keys:
+        return with_stored_keys(settings, {})
+    definitions.check_unique(path, built, older=True)
+    return settings
 
 
 def _included(top: Section, patterns: Any, folder: Path) -> Iterator[tuple[Section, dict[str, Any]]]:
@@ -163,8 +171,8 @@ def _destination(section: Section, table: Any, folder: Path) -> DestinationSetti
 def with_stored_keys(settings: Settings, stored: Mapping[tuple[str, str], list[str]]) -> Settings:
     """Replace each derived key by the one that was stored when the definition was first used.
 
-    `stored` has the keys by kind and name, in the order of their first use. Raises ConfigError if two definitions would
-    now have the same key.
+    `stored` has the keys by kind and name, in the order of their first use. Raises ConfigError if two definitions have
+    the same key, or if a name has no key.
     """
     built = tuple(
         definitions.with_stored_key(definition, stored.get((definition.kind, definition.name), []))

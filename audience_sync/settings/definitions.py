@@ -9,7 +9,14 @@ from typing import Any
 import msgspec
 
 from audience_sync.audiences import schedule
-from audience_sync.audiences.definition import Definition, Guard, Kind, check_key, key_from_name
+from audience_sync.audiences.definition import (
+    Definition,
+    Guard,
+    Kind,
+    check_key,
+    key_from_name,
+    older_key_from_name,
+)
 from audience_sync.calls import mappings
 from audience_sync.errors import ConfigError
 from audience_sync.settings.schema import (
@@ -44,8 +51,9 @@ def build_definition(
         section.fail("name: expected one line without control characters")
     if settings.source is not None and settings.source not in sources:
         section.fail(f"source: there is no such [sources.NAME]: {did_you_mean(settings.source, sources)}")
+    key, key_error = _key(section, settings, name, kind)
     return Definition(
-        key=_key(section, settings, name, kind),
+        key=key,
         name=name,
         kind=kind,
         sql=settings.sql,
@@ -53,6 +61,7 @@ def build_definition(
         enabled=settings.enabled,
         timeout_seconds=span_seconds(settings.timeout),
         is_key_derived=settings.key is None,
+        key_error=key_error,
         schedule=_schedule(section, "schedule", settings.schedule, settings.timezone),
         full_schedule=_schedule(section, "full_schedule", settings.full_schedule, settings.timezone),
         guard=Guard(
@@ -66,16 +75,21 @@ def build_definition(
     )
 
 
-def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) -> str:
+def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) -> tuple[str, str | None]:
+    """Return the key; and if it may be used only where an older version has stored it, the message otherwise."""
+    reserved = _USERPILOT_OWN[kind]
     try:
         key = key_from_name(name) if settings.key is None else check_key(settings.key)
     except ConfigError as error:
-        section.fail(str(error))
-    if key in _USERPILOT_OWN[kind]:
+        older = older_key_from_name(name) if settings.key is None else ""
+        if not older or older in reserved:
+            section.fail(str(error))
+        return older, section.message(str(error))
+    if key in reserved:
         section.fail(
             f"{key} is one of Userpilot's own properties: give the definition another key with `key = `"
         )
-    return key
+    return key, None
 
 
 def _schedule(section: Section, name: str, text: str, timezone: str) -> schedule.Schedule | None:
@@ -88,21 +102,28 @@ def _schedule(section: Section, name: str, text: str, timezone: str) -> schedule
 
 def with_stored_key(definition: Definition, stored: list[str]) -> Definition:
     """Give a definition the newest key that is stored for its name, unless the file sets a key."""
-    if not definition.is_key_derived or not stored or definition.key in stored:
+    if not definition.is_key_derived:
         return definition
-    return replace(definition, key=stored[-1])
+    if not stored:
+        if definition.key_error:
+            raise ConfigError(definition.key_error)
+        return definition
+    key = definition.key if definition.key in stored else stored[-1]
+    return replace(definition, key=key, key_error=None)
 
 
-def check_unique(path: Path, definitions: Iterable[Definition]) -> None:
-    names: dict[str, str] = {}
+def check_unique(path: Path, definitions: Iterable[Definition], *, older: bool = False) -> None:
+    """Refuse two definitions with one key. `older`: only if older versions gave them one key as well."""
+    names: dict[tuple[str, str], str] = {}
     for definition in definitions:
-        key = definition.key
-        if key in names:
+        key, name = definition.key, definition.name
+        stored = older_key_from_name(name) if older and definition.is_key_derived else key
+        if (key, stored) in names:
             raise ConfigError(
-                f"{path}: the file: {shown(names[key])} and {shown(definition.name)} have the same key, {key}: "
+                f"{path}: the file: {shown(names[key, stored])} and {shown(name)} have the same key, {key}: "
                 "give one of them another with `key = `"
             )
-        names[key] = definition.name
+        names[key, stored] = name
 
 
 def build_mapping(section: Section, table: Any) -> mappings.Mapping:

@@ -28,7 +28,10 @@ class Section:
         return Section(self.path, name, self.environ)
 
     def fail(self, message: str) -> Never:
-        raise ConfigError(f"{self.path}: {self.name}: {message}")
+        raise ConfigError(self.message(message))
+
+    def message(self, problem: str) -> str:
+        return f"{self.path}: {self.name}: {problem}"
 
     def check_names(self, table: Any, known: Iterable[str], later: Iterable[str] = ()) -> None:
         if not isinstance(table, dict):

@@ -178,6 +178,27 @@ def test_a_key_stays_as_it_was_stored_at_first_use(program, url):
     assert [each["key"] for each in program.document("list")] == ["vips", "spent_in_all"]
 
 
+def test_a_name_that_gives_no_key_any_more_keeps_the_stored_one(program, url, tmp_path):
+    program("sync")
+    engine = engines.open_own(url, "audience_sync")
+    with engines.write(engine) as connection:  # an earlier release left out the Cyrillic letters
+        dialects.sql(connection, "UPDATE {our}definitions SET name = 'Spent (всего)' WHERE key = 'spent'")
+    engine.dispose()
+    path = tmp_path / "audience_sync.toml"
+    path.write_text(path.read_text().replace('"Spent"', '"Spent (всего)"'), encoding="utf-8")
+    assert [run["key"] for run in program.document("sync")["runs"]] == ["vips", "spent"]
+    assert "definition spent" in program("check")
+    (tmp_path / "calls.ndjson").write_text(
+        '{"type": "identify", "userId": "a", "traits": {"spent": 1, "plan": "pro"}}\n' * 2
+    )
+    program("import", "calls.ndjson")
+    assert [call["left_out"] for call in program.document("calls")] == [{"spent": 1}]
+    path.write_text(path.read_text().replace('"Spent (всего)"', '"Spent (кроме)"'), encoding="utf-8")
+    for command in ("sync", "status", "list"):
+        program(command, code=2)
+    assert "к cannot be written with a to z. Set a key, for example key = " in program("check", code=2)
+
+
 def test_duplicates_that_an_earlier_release_stored_are_not_set_aside(program, url):
     program("sync", "vips")
     engine = engines.open_own(url, "audience_sync")
