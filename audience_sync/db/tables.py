@@ -102,6 +102,9 @@ runs = sa.Table(
     sa.Column("set_aside", Json),  # {reason: count}
     sa.Column("error", sa.Text),
     sa.Column("baseline_run_id", Serial),  # the committed run that this one was compared with
+    sa.Column(
+        "deliveries_run_id", Serial
+    ),  # while it is held: the replaced run whose held deliveries it took over
     # Counts of the deliveries of this run that were deleted.
     sa.Column("accepted_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("dead_count", sa.BigInteger, nullable=False, server_default="0"),
