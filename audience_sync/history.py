@@ -188,9 +188,11 @@ def _last_runs(connection: sa.Connection) -> dict[str, dict[str, Any]]:
 
 
 def _member_counts(connection: sa.Connection) -> dict[str, int]:
+    """The sizes of the last committed snapshots, without the members who were erased since."""
     committed = sa.select(sa.func.max(tables.runs.c.run_id)).where(tables.runs.c.status == "succeeded")
     query = _RUNS.where(tables.runs.c.run_id.in_(committed.group_by(tables.runs.c.definition_id)))
-    return {row.key: row.member_count for row in connection.execute(query)}
+    query = query.add_columns(tables.definitions.c.forgotten_count)
+    return {row.key: row.member_count - row.forgotten_count for row in connection.execute(query)}
 
 
 def definition_id(connection: sa.Connection, key: str) -> int | None:

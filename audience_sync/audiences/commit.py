@@ -39,17 +39,13 @@ class Commit:
         absent, present = ("false", "'true'") if self.kind is Kind.AUDIENCE else ("null", value)
         return f"'{{\"{self.key}\": ' || CASE WHEN {left} THEN '{absent}' ELSE {present} END || '}}'"
 
-    @property
-    def exit_body(self) -> str:
-        """The body, as text, for a user who left."""
-        return f'{{"{self.key}": {"false" if self.kind is Kind.AUDIENCE else "null"}}}'
-
 
 def commit(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
     """Write the new baseline and its deliveries."""
+    deliveries.release_older(connection, run.origin, run.now)
     has_never_sent = bool(counts.exited) and _cancel_never_sent(connection, run)
-    if run.everyone:  # users whose pending deliveries were just cancelled get none
-        _enqueue_everyone(connection, run, Status.PENDING)
+    if run.everyone:
+        _enqueue_everyone(connection, run, Status.PENDING, has_never_sent=has_never_sent)
     elif counts != ChangeCounts():
         _enqueue_changes(connection, run, has_never_sent=has_never_sent)
     _move_baseline(connection, run, counts)
@@ -58,7 +54,7 @@ def commit(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None
 def hold_changes(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
     """Store the changes as held deliveries; the baseline stays."""
     if run.everyone:
-        _enqueue_everyone(connection, run, Status.HELD)
+        _enqueue_everyone(connection, run, Status.HELD, has_never_sent=False)
     elif counts != ChangeCounts():
         _enqueue(connection, run, Status.HELD, _CHANGES)
 
@@ -68,7 +64,7 @@ def commit_held(connection: sa.Connection, run: Commit, counts: ChangeCounts) ->
     if counts.exited and _cancel_never_sent(connection, run):
         users = "SELECT user_id FROM {temp}audience_sync_never_sent"
         deliveries.cancel_run(connection, run.origin.run_id, run.now, deliveries.NEVER_SENT, users)
-    deliveries.release_run(connection, run.origin.run_id, run.now)
+    deliveries.release_run(connection, run.origin.run_id, run.now, run.origin.fingerprint)
     _move_baseline(connection, run, counts)
 
 
@@ -104,21 +100,26 @@ def _end_memberships(connection: sa.Connection, run: Commit) -> None:
     )
 
 
-# Older deliveries may be pruned. If the oldest pending one belongs to the run in which the user entered, and no value
-# of the user ended in that run, then whatever was sent before had already been reversed.
-_BEGINS_WITH_ENTRY = """
-SELECT 1 FROM {our}deliveries o JOIN {temp}audience_sync_changes c ON c.user_id = o.subject_id
-WHERE o.delivery_id = (SELECT min(u.delivery_id) FROM {temp}audience_sync_never_sent u
-                       WHERE u.user_id = audience_sync_never_sent.user_id)
-  AND (o.run_id = c.entered_run_id OR EXISTS (SELECT 1 FROM {our}past_members p
-       WHERE p.definition_id = :definition_id AND p.user_id = o.subject_id AND p.entered_run_id = o.run_id))
-  AND NOT EXISTS (SELECT 1 FROM {our}past_members p WHERE p.definition_id = :definition_id
-                  AND p.user_id = o.subject_id AND p.exited_run_id = o.run_id)"""
-# A pending exit implies that the entry was sent, even if its delivery was pruned.
-_WAS_ATTEMPTED = """SELECT 1 FROM {our}deliveries d
-WHERE d.subject_id = audience_sync_never_sent.user_id AND d.definition_id = :definition_id
-  AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead')
-       OR (d.status = 'pending' AND CAST(d.body AS text) = :exit_body))"""
+def _was_attempted(user: str, runs_of_entries: str) -> str:
+    """Return the condition that something may have been sent to a user for the key; `user` is an SQL expression.
+
+    Old deliveries are pruned. Each membership began with a delivery, so where that one is missing, it may have been sent.
+    `runs_of_entries` is a query for the runs (entered_run_id) in which the user's memberships began.
+    """
+    return (
+        f"(EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE d.subject_id = {user} AND d.definition_id = :definition_id "
+        "AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead'))) "
+        f"OR EXISTS (SELECT 1 FROM ({runs_of_entries}) AS entry WHERE NOT EXISTS (SELECT 1 FROM {{our}}deliveries d "
+        # + 0, because the index by run would find all users of a run.
+        f"WHERE d.subject_id = {user} AND d.run_id + 0 = entry.entered_run_id)))"
+    )
+
+
+def _past_entries(user: str) -> str:
+    return (
+        "SELECT p.entered_run_id FROM {our}past_members p "
+        f"WHERE p.definition_id = :definition_id AND p.user_id = {user}"
+    )
 
 
 def _cancel_never_sent(connection: sa.Connection, run: Commit) -> bool:
@@ -141,11 +142,11 @@ def _cancel_never_sent(connection: sa.Connection, run: Commit) -> bool:
     )
     if not pending:
         return False
+    user = "audience_sync_never_sent.user_id"
+    entries = f"{_past_entries(user)} UNION ALL SELECT c.entered_run_id {_CHANGES} c WHERE c.user_id = {user}"
     sent = sql(
         connection,
-        f"DELETE FROM {{temp}}audience_sync_never_sent WHERE EXISTS ({_WAS_ATTEMPTED}) "
-        f"OR NOT EXISTS ({_BEGINS_WITH_ENTRY})",
-        exit_body=run.exit_body,
+        f"DELETE FROM {{temp}}audience_sync_never_sent WHERE {_was_attempted(user, entries)}",
         definition_id=run.origin.definition_id,
     ).rowcount
     if sent == pending:
@@ -155,31 +156,35 @@ def _cancel_never_sent(connection: sa.Connection, run: Commit) -> bool:
     return True
 
 
+_NEVER_SENT = "change = 'exited' AND user_id IN (SELECT user_id FROM {temp}audience_sync_never_sent)"
+
+
 def _enqueue_changes(connection: sa.Connection, run: Commit, *, has_never_sent: bool) -> None:
     if not has_never_sent:
         _enqueue(connection, run, Status.PENDING, _CHANGES)
         return
-    was_never_sent = "change = 'exited' AND user_id IN (SELECT user_id FROM {temp}audience_sync_never_sent)"
-    _enqueue(connection, run, Status.PENDING, f"{_CHANGES} WHERE NOT ({was_never_sent})")
-    _enqueue(connection, run, Status.CANCELLED, f"{_CHANGES} WHERE {was_never_sent}")
+    _enqueue(connection, run, Status.PENDING, f"{_CHANGES} WHERE NOT ({_NEVER_SENT})")
+    _enqueue(connection, run, Status.CANCELLED, f"{_CHANGES} WHERE {_NEVER_SENT}")
 
 
-def _enqueue_everyone(connection: sa.Connection, run: Commit, status: Status) -> None:
-    """Queue the value of each member after this run, and of each past member who was ever sent one."""
-    of_past_member = "d.subject_id = p.user_id AND d.definition_id = :definition_id AND d.status <> 'held'"
-    changed = f"SELECT 1 {_CHANGES} c WHERE c.user_id ="
-    of_definition = "WHERE definition_id = :definition_id"
+def _enqueue_everyone(
+    connection: sa.Connection, run: Commit, status: Status, *, has_never_sent: bool
+) -> None:
+    """Queue the value of each member after this run, and of each past member who may ever have been sent one.
+
+    Users who leave in this run without having been sent anything get none.
+    """
+    of_definition = "definition_id = :definition_id"
+    not_changed = f"NOT EXISTS (SELECT 1 {_CHANGES} c WHERE c.user_id ="
+    sent = f"WHERE NOT ({_NEVER_SENT}) " if has_never_sent else ""
     everyone = (
-        f"FROM (SELECT user_id, change, value {_CHANGES} WHERE change <> 'exited' "
+        f"FROM (SELECT user_id, change, value {_CHANGES} {sent}"
         "UNION ALL SELECT m.user_id, 'entered', m.value FROM {our}members m "
-        f"{of_definition} AND NOT EXISTS ({changed} m.user_id) "
-        "UNION ALL SELECT p.user_id, 'exited', NULL FROM (SELECT user_id FROM {our}past_members "
-        f"{of_definition} UNION SELECT user_id {_CHANGES} WHERE change = 'exited') p "
-        f"WHERE NOT EXISTS (SELECT 1 FROM {{our}}members m {of_definition} AND m.user_id = p.user_id "
-        f"AND NOT EXISTS ({changed} m.user_id AND c.change = 'exited')) "
-        f"AND NOT EXISTS ({changed} p.user_id AND c.change <> 'exited') "
-        f"AND (NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {of_past_member}) OR EXISTS (SELECT 1 FROM "
-        f"{{our}}deliveries d WHERE {of_past_member} AND (d.status <> 'cancelled' OR d.attempt_count > 0)))) AS everyone"
+        f"WHERE m.{of_definition} AND {not_changed} m.user_id) "
+        "UNION ALL SELECT l.user_id, 'exited', NULL FROM "
+        f"(SELECT DISTINCT user_id FROM {{our}}past_members WHERE {of_definition}) l "
+        f"WHERE NOT EXISTS (SELECT 1 FROM {{our}}members m WHERE m.{of_definition} AND m.user_id = l.user_id) "
+        f"AND {not_changed} l.user_id) AND {_was_attempted('l.user_id', _past_entries('l.user_id'))}) AS everyone"
     )
     _enqueue(connection, run, status, everyone + ("" if run.users is None else " WHERE user_id IN :users"))
 

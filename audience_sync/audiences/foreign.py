@@ -46,6 +46,7 @@ def accept_destination(connection: sa.Connection, destination: Destination) -> l
     records.set_fingerprint(connection, destination.fingerprint)
     jobs.assign_jobs(connection, destination.fingerprint)
     deliveries.assign_destination(connection, destination.fingerprint)
+    deliveries.release_all(connection)
     return moved
 
 

@@ -37,11 +37,15 @@ class ChangeCounts:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """The outcome of a computation: the size of the snapshot, the changes, and the rows that were set aside, by reason."""
+    """The outcome of a computation: the size of the snapshot, the changes, and the rows that were set aside, by reason.
+
+    `erased_count`: those of the exits that get no delivery, because the user was erased.
+    """
 
     member_count: int
     counts: ChangeCounts
     set_aside: dict[str, int]
+    erased_count: int = 0
 
     @classmethod
     def after(
@@ -50,7 +54,7 @@ class RunResult:
         """Build a result. Members who were erased since the last run count as exits, beside the changes."""
         counts = replace(counts, exited=counts.exited + erased_count)
         member_count = last.member_count + counts.entered - counts.exited
-        return cls(member_count, counts, dict(sorted(set_aside.items())))
+        return cls(member_count, counts, dict(sorted(set_aside.items())), erased_count)
 
 
 def register_definition(connection: sa.Connection, definition: Definition, now: dt.datetime) -> int:
@@ -205,8 +209,12 @@ def start_run(
 
 
 def mark_succeeded(connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime) -> None:
-    """End a run; its lease protects it from other processes."""
-    _finish(connection, run_id, result, now, status="succeeded", error=None)
+    """End a run; its lease protects it from other processes.
+
+    Exits without a delivery count as cancelled, so that the deliveries add up to the changes.
+    """
+    cancelled = result.erased_count
+    _finish(connection, run_id, result, now, status="succeeded", error=None, cancelled_count=cancelled)
 
 
 def mark_held(

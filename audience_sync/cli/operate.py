@@ -56,6 +56,11 @@ def _show_queued(app: "App", run_id: int) -> None:
     counts = ", ".join(f"{run[f'{name}_count']:,} {name}" for name in ("entered", "exited", "changed"))
     queued = output.plural(run["pending_count"], "delivery", "deliveries")
     output.line(f"Run {run_id} of {run['key']} is committed: {counts}.")
+    if run["cancelled_count"]:
+        users = output.plural(run["cancelled_count"], "user")
+        output.line(
+            f"{users} of these left before anything was sent, or were erased: nothing is sent about them."
+        )
     output.line(f"{queued} queued. `audience-sync deliver` or the daemon sends what is in the queue.")
 
 

@@ -105,7 +105,7 @@ runs = sa.Table(
     sa.Column(
         "deliveries_run_id", Serial
     ),  # while it is held: the replaced run whose held deliveries it took over
-    # Counts of the deliveries of this run that were deleted.
+    # Counts of the deliveries of this run that were deleted; exits of erased users, which have none, are cancelled.
     sa.Column("accepted_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("dead_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("cancelled_count", sa.BigInteger, nullable=False, server_default="0"),

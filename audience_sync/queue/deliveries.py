@@ -8,6 +8,8 @@
 | -                   | cancelled | the user left before anything was sent                 | enqueue                      |
 | held                | pending   | its run is approved                                    | release_run                  |
 | held                | pending   | its destination is the configured one again            | release_own                  |
+| held                | pending   | its destination is accepted as the configured one      | release_all                  |
+| held                | pending   | its definition commits a newer run                     | release_older                |
 | held                | cancelled | its run is rejected, or replaced by a newer one        | cancel_run                   |
 | pending             | sending   | claimed for a request that is about to be sent         | claim, start_in_job          |
 | pending             | held      | made for another destination                           | hold_definitions, hold_calls |
@@ -24,6 +26,9 @@
 | held, pending, dead | cancelled | discarded                                              | discard                      |
 
 Each transition is guarded by the status that it comes from. `assign_destination` and `assign_calls` change no status.
+
+No release lets a value go back: what is held of a definition is released at its next commit at the latest, and of the
+pending values of a user the newest is sent.
 Every function runs in its caller's transaction. The path goes on in worker.py, which claims, sends and settles; due.py
 says which deliveries it may claim, and outcomes.py what an answer means.
 """
@@ -362,9 +367,28 @@ _DUE_ANEW = (
 )
 
 
-def release_run(connection: sa.Connection, run_id: int, now: dt.datetime) -> None:
-    """Queue the held deliveries of a run that was approved."""
-    _move(connection, "status = 'held'", "pending", _DUE_NOW, "run_id = :run_id", run_id=run_id, now=now)
+def release_run(
+    connection: sa.Connection, run_id: int, now: dt.datetime, fingerprint: str | None = None
+) -> None:
+    """Queue the held deliveries of a run that was approved, for this destination if it is known."""
+    where, values = "run_id = :run_id", {"run_id": run_id}
+    _release(connection, "status = 'held'", where, now, fingerprint, **values)
+
+
+def release_older(connection: sa.Connection, origin: RunOrigin, now: dt.datetime) -> None:
+    """Queue what is held of a definition's earlier runs, before a run commits newer values of it.
+
+    While an older value is held and a newer one is not, the newer one could be sent first.
+    """
+    where, values = "definition_id = :definition_id", {"definition_id": origin.definition_id}
+    _release(connection, _HELD_BUT_NOT_BY_RUN, where, now, origin.fingerprint, **values)
+
+
+def _release(
+    connection: sa.Connection, before: str, where: str, now: dt.datetime, fingerprint: str | None, **ids: int
+) -> None:
+    assignments = f"{_DUE_NOW}, fingerprint = COALESCE(CAST(:fingerprint AS text), fingerprint)"
+    _move(connection, before, "pending", assignments, where, now=now, fingerprint=fingerprint, **ids)
 
 
 def cancel_run(
@@ -424,6 +448,11 @@ def release_own(connection: sa.Connection, fingerprint: str, now: dt.datetime) -
     _move(connection, _HELD_BUT_NOT_BY_RUN, "pending", _DUE_NOW, where, fingerprint=fingerprint, now=now)
     count = f"SELECT count(*) FROM {{our}}deliveries WHERE {_HELD_BUT_NOT_BY_RUN}"
     return int(sql(connection, count).scalar_one())
+
+
+def release_all(connection: sa.Connection) -> None:
+    """Queue what is held for another destination, once that has been accepted as the configured one."""
+    _move(connection, _HELD_BUT_NOT_BY_RUN, "pending", "error = NULL", "true")
 
 
 def assign_destination(

@@ -1,6 +1,7 @@
 """Held runs, decisions about them, and the users who are left out of a run."""
 
 import datetime as dt
+from types import SimpleNamespace
 
 import pytest
 
@@ -458,6 +459,52 @@ def test_an_erased_user_is_an_exit_of_the_next_run_and_returns_only_when_allowed
     known.clock.sleep(2 * 3600)
     run = known.sync(known.audience())
     assert (counts(run), run.set_aside) == ((4, 1, 0, 0), {"forgotten": 1})
+
+
+def delivery_counts(world, run):
+    """Return the accepted, pending, dead and cancelled deliveries of a run, and the sum of its changes."""
+    with engines.read(world.engine) as connection:
+        [row] = history.run_rows(connection, ids=[run.run_id])
+    names = ("accepted", "pending", "dead", "cancelled")
+    changes = row["entered_count"] + row["exited_count"] + row["changed_count"]
+    return tuple(row[f"{name}_count"] for name in names), changes
+
+
+def forget(world, *users):
+    for user in users:
+        with engines.write(world.engine) as connection:
+            erasure.forget(connection, user, world.clock.now())
+
+
+def test_the_deliveries_of_a_run_add_up_to_its_changes_beside_erased_users(known):
+    forget(known, "ann")
+    known.people("cid", "dan", "eve", "zoe")
+    run = known.sync(known.audience())
+    assert counts(run) == (4, 1, 2, 0)
+    assert delivery_counts(known, run) == ((0, 2, 0, 1), 3)
+    forget(known, "cid", "zoe")
+    run = known.run(decisions.retire(known.engine, "vips", known.clock, Destination()))
+    assert counts(run) == (0, 0, 4, 0)
+    assert delivery_counts(known, run) == ((0, 2, 0, 2), 4)
+
+
+def test_an_approved_run_adds_up_beside_users_who_were_erased_while_it_was_held(known):
+    known.people("cid", "dan", "eve", "zoe", "yan")
+    run = known.sync(known.audience(), hold=True)
+    forget(known, "ann", "cid", "zoe")  # who would leave, stay and enter
+    decisions.approve(known.engine, run.run_id, known.clock, Destination())
+    run = known.run(run.run_id)
+    assert counts(run) == (3, 1, 3, 0)
+    assert delivery_counts(known, run) == ((0, 2, 0, 2), 4)
+    assert set(known.members()) == {"dan", "eve", "yan"}
+
+
+def test_the_list_of_definitions_counts_no_erased_members(known):
+    forget(known, "ann", "bob")
+    with engines.read(known.engine) as connection:
+        settings = SimpleNamespace(definitions=())
+        [row] = history.definitions(connection, settings, known.clock.now())
+    assert row["member_count"] == len(known.members()) == 3
 
 
 def test_a_held_run_shows_what_it_would_do(world):
