@@ -51,7 +51,10 @@ SECTIONS = (
 )
 # Of names that have no line of their own in the starter, or no room for a comment.
 MEANINGS = {
-    ("sources", "url"): "The database; SQLite and PostgreSQL are tested, others need SQLAlchemy's driver",
+    (
+        "sources",
+        "url",
+    ): "The database; others than SQLite and PostgreSQL need SQLAlchemy's driver and `experimental`",
     ("logging", "format"): "Lines of text, or one JSON object a line",
     ("logging", "level"): "The lowest level that is logged",
     ("audiences", "name"): "Its name; the key is made from it",

@@ -105,13 +105,17 @@ def test_every_name_of_a_definition_has_its_default_and_is_read(load, kind, name
     plain = {"name": "'VIPs'", "sql": "'s'"}
     for table, expected in ((plain, default), (plain | {name: value}, found)):
         lines = "\n".join(f"{key} = {each}" for key, each in table.items())
-        (definition,) = load(f"sources.shop.url = 'x://'\n[[{kind}s]]\n{lines}", {"T": "x"}).definitions
+        (definition,) = load(
+            f"sources.shop.url = 'sqlite:///shop.db'\n[[{kind}s]]\n{lines}", {"T": "x"}
+        ).definitions
         assert getattr(definition, {"timeout": "timeout_seconds"}.get(name, name)) == expected
         assert definition.kind == kind
 
 
 def test_defaults_and_sources_are_read(load):
-    text = "sources.shop.url = '${SHOP}'\ndefaults.timeout = '2 hours'\n" + AUDIENCE
+    text = (
+        "[sources.shop]\nurl = '${SHOP}'\nexperimental = true\n[defaults]\ntimeout = '2 hours'\n" + AUDIENCE
+    )
     found = load(text, {"SHOP": "mysql://h/d"})
     assert found.sources["shop"].url == "mysql://h/d"
     assert found.definitions[0].timeout_seconds == 7200.0
@@ -265,7 +269,7 @@ REFUSED = [
     (TRAIT + "timezone = 'Europe/Berln'", "[[traits]] A: schedule: "),
     ("[[audiences]]\nnaem = 's3cret'", "[[audiences]] number 1: unknown name naem: did you mean name?"),
     (TRAIT + "source_ = 's3cret'", "[[traits]] A: unknown name source_: did you mean source?"),
-    (TRAIT + "source = 'shp'\n[sources.shop]\nurl='x://'",
+    (TRAIT + "source = 'shp'\n[sources.shop]\nurl='sqlite:///x'",
      "[[traits]] A: source: there is no such [sources.NAME]: did you mean shop?"),
     (TRAIT + "source = 's3cret'", "[[traits]] A: source: there is no such [sources.NAME]: none is declared"),
     # wrong shapes and types, with what was expected
@@ -315,6 +319,25 @@ REFUSED = [
     ('[database]\nurl = "a\\u0000s3cret"', "[database]: url: holds a NUL character"),
     *((f"[database]\nurl = '{each}'", "[database]: url: expected a database URL")
       for each in ("s3cret", "", "a\\u0000s3cret")),
+    *((f"[sources.shop]\nurl = '{each}'{more}",
+       "[sources.shop]: url: sources other than SQLite and PostgreSQL are experimental")
+      for each in ("mysql://u:s3cret@h/d", "duckdb:///shop.db", "mssql+pyodbc:///?odbc_connect=s3cret", "x://")
+      for more in ("", "\nexperimental = false")),
+    *((f"[sources.shop]\nexperimental = true\nurl = '{each}://h/d'",
+       "[sources.shop]: url: write sqlite:// or postgresql://, without another driver")
+      for each in ("postgresql+psycopg2", "postgresql+asyncpg", "sqlite+aiosqlite", "sqlite+pysqlcipher")),
+    ("[sources.shop]\nurl = 'postgres://u:s3cret@h1:1,h2:2/d'", "[sources.shop]: url: write several hosts as options"),
+    *((f"[database]\nurl = 'postgres://u:s3cret@h/d?{each}'", f"[database]: url: {message}") for each, message in (
+        ("sslmod=require", "unknown option sslmod: did you mean sslmode?"),
+        ("autocommit=true", "unknown option autocommit: remove it"),
+        ("replication=database", "unknown option replication: "),
+        ("prepare_threshold=s3cret", "option prepare_threshold: expected a whole number, or"),
+        ("connect_timeout=s3cret", "option connect_timeout: expected a number of seconds"),
+        ("options=-E%20s3cret", "option options: expected -c NAME=VALUE"),
+        ("client_encoding=latin1", "option client_encoding: expected utf8"),
+    )),
+    ("[database]\nurl = 'sqlite:///own.db?timout=5'", "[database]: url: unknown option timout: did you mean timeout?"),
+    ("[database]\nurl = 'sqlite:///own.db?timeout=s3cret'", "[database]: url: option timeout: expected a number of sec"),
     ("[database]\nurl = 'mysql://u:s3cret@h/d'", "[database]: url: expected sqlite:///FILE or postgresql://"),
     ("[database]\nurl = 'sqlite://s3cret.db'", "[database]: url: an SQLite file takes three slashes"),
     *((f"[database]\nurl = 'sqlite:{each}'", "[database]: url: an in-memory database loses its record of what was sent")
@@ -433,10 +456,23 @@ def test_paths_are_relative_to_the_folder_above_one_called_config(load, tmp_path
     ("sqlite:////var/lib/x.db", "sqlite:////var/lib/x.db"),
     ("sqlite:///data/../x.db", "sqlite:///{}/x.db"),
     ("sqlite:///file:x.db?mode=ro&uri=true", "sqlite:///file:{}/x.db?mode=ro&uri=true"),
+    ("sqlite+pysqlite:///x.db", "sqlite:///{}/x.db"),
 ])  # fmt: skip
 def test_an_sqlite_file_becomes_absolute(load, tmp_path, url, absolute):
     found = load(f"database.url = '{url}'\nsources.s.url = '{url}'")
     assert found.database.url == found.sources["s"].url == absolute.format(tmp_path)
+
+
+@pytest.mark.parametrize(("url", "absolute"), [
+    ("duckdb:///shop.duckdb", "duckdb:///{}/shop.duckdb"),
+    ("duckdb:////var/shop.duckdb?a=b", "duckdb:////var/shop.duckdb?a=b"),
+    ("duckdb:///:memory:", "duckdb:///:memory:"),
+    ("duckdb:///md:shop", "duckdb:///md:shop"),
+    ("duckdb://", "duckdb://"),
+])  # fmt: skip
+def test_a_duckdb_file_becomes_absolute(load, tmp_path, url, absolute):
+    found = load(f"[sources.s]\nurl = '{url}'\nexperimental = true")
+    assert found.sources["s"].url == absolute.format(tmp_path)
 
 
 def test_included_files_follow_the_main_one_in_order(load, tmp_path):
@@ -625,7 +661,7 @@ def test_the_starter_loads_with_nothing_set_and_shows_the_defaults(load):
     assert [each.key for each in default.definitions] == ["order_completed_last_30days", "total_spend"]
     active, count = re.subn(r"^# ([a-z_]+ = |\[)", r"\1", STARTER.read_text(), flags=re.MULTILINE)
     assert count >= 15
-    found, default = load(active, {"SHOP_DATABASE_URL": "x://"}), load(STARTER.read_text())
+    found, default = load(active, {"SHOP_DATABASE_URL": "sqlite:///shop.db"}), load(STARTER.read_text())
     parts = attrgetter("destination", "database", "logging")
     assert parts(found) == parts(default)
     assert [

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 from audience_sync.errors import DefinitionError
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sqlglot import Token
 
 PARAMETER = ":as_of"
+SUPPORTED = (
+    "sqlite",
+    "postgresql",
+)  # the databases that enforce reading and time limits; others are experimental
 _NAME = re.compile(r":[\w$]+")
 
 # Functions that reach outside the query: files, other servers, sessions, locks, sequences, SQL in a string.
@@ -27,14 +31,23 @@ _DENIED = re.compile(
     r"|lo_(?:import|export|creat|create|open|unlink|put|from_bytea|truncate\w*)|lowrite|dblink\w*|set_config|nextval|setval"
     r"|(?:query|table|cursor|schema|database)_to_xml\w*"
     r"|load_extension|writefile|readfile|edit|fts3_tokenizer|zipfile|fsdir|lsdir"
-    r"|xp_(?:cmdshell|dirtree|reg\w+)|load_file|sleep|benchmark|get_lock|openrowset|opendatasource",
+    r"|xp_(?:cmdshell|dirtree|reg\w+)|load_file|sleep|benchmark|get_lock|release_(?:all_)?locks?|sys_(?:exec|eval)"
+    r"|openrowset|opendatasource|openquery|external_query|executable\w*|(?:java|try_reflect|reflect)(?:_method)?|gen_id"
+    r"|system\$\w+",
     re.IGNORECASE,
 )
 _FORBIDDEN = (
     "Insert", "Update", "Delete", "Merge", "Create", "Drop", "Alter", "Into", "Lock", "Command", "Copy",
     "Set", "Pragma", "Attach", "Detach", "TruncateTable", "Use", "Transaction", "Commit", "Rollback", "Kill",
-    "Grant", "Revoke", "Analyze", "Cache", "LoadData",
+    "Grant", "Revoke", "Analyze", "Cache", "LoadData", "NextValueFor", "QueryTransform",
 )  # fmt: skip
+# On an experimental source nothing but the text is checked, so these words are refused there wherever they stand, unless
+# quoted, or before a parenthesis, where they name a function. SQL Server takes a statement without a semicolon before it.
+_WRITING_WORDS = {
+    "insert", "update", "delete", "merge", "create", "drop", "alter", "truncate", "exec", "execute", "call", "grant",
+    "revoke", "into", "outfile", "dumpfile", "attach", "install", "copy", "procedure", "nextval", "shutdown", "kill",
+    "dbcc", "waitfor", "backup", "restore", "reconfigure", "deny",
+}  # fmt: skip
 _QUERY_STARTS = {"select", "with", "from", "table", "values"}
 _NO_QUERY = "the SQL is not a query: write one SELECT (WITH is fine)"
 _DIALECTS = {
@@ -53,8 +66,8 @@ class BoundText:
 def check(sql: str, dialect: str) -> list[str]:
     """Return warnings about a definition's SQL.
 
-    `dialect` is the name of SQLAlchemy's dialect: `sqlite`, `postgresql`. SQL that sqlglot cannot parse is only
-    a warning, because the database may understand it.
+    `dialect` is the name of SQLAlchemy's dialect. SQL that sqlglot cannot parse is only a warning on SQLite and
+    PostgreSQL, which themselves enforce that it only reads. Elsewhere it is refused.
 
     Raises:
         DefinitionError: the SQL is not exactly one query that only reads.
@@ -62,6 +75,8 @@ def check(sql: str, dialect: str) -> list[str]:
     """
     tokens = _tokenize(sql, dialect)
     _check_structure(sql, tokens)
+    if dialect not in SUPPORTED:
+        _check_words(sql, tokens)
     bind(sql, dialect)
     import sqlglot  # noqa: PLC0415
     from sqlglot import exp  # noqa: PLC0415
@@ -72,6 +87,10 @@ def check(sql: str, dialect: str) -> list[str]:
         statements = [statement for statement in parsed if statement is not None]
     except (sqlglot.errors.SqlglotError, RecursionError, ValueError):
         _check_unparsed(tokens)
+        if dialect not in SUPPORTED:
+            raise DefinitionError(
+                "sqlglot cannot read the SQL, and on an experimental source only SQL that it can read is run"
+            ) from None
         return ["the SQL could not be parsed before it runs, so only the database checks it"]
     if len(statements) != 1:
         raise DefinitionError(f"the SQL holds {len(statements)} statements: write exactly one query")
@@ -182,6 +201,22 @@ def _check_unparsed(tokens: "list[Token]") -> None:
     for token, following in pairwise(tokens):
         if following.token_type.name == "L_PAREN":
             _check_function(token.text)
+
+
+def _check_words(sql: str, tokens: "list[Token]") -> None:
+    for token, following in zip_longest(tokens, tokens[1:]):
+        text, kind = sql[token.start : token.end + 1].lower(), token.token_type.name
+        is_word = kind not in {"IDENTIFIER", "STRING"} and not (
+            following and following.token_type.name == "L_PAREN"
+        )
+        is_package = kind != "STRING" and re.fullmatch(r"(utl|dbms)_\w+", text)  # Oracle's
+        if (text in _WRITING_WORDS and is_word) or is_package:
+            raise DefinitionError(
+                f"line {_line(sql, token)} of the SQL: the word {text.upper()} is not allowed on an experimental source: "
+                "if it is a name, put it in quotes"
+            )
+        if any(comment.startswith(("!", "M!")) for comment in token.comments):
+            raise DefinitionError("the SQL holds a comment that MySQL runs (/*! … */): remove it")
 
 
 def _check_function(name: str) -> None:

@@ -100,7 +100,14 @@ def _check_database(app: "App") -> str:
 
 
 def _check_source(app: "App", name: str) -> str:
-    if lazy.checks.source_is_writable(app.open_source(name)):
+    engine = app.open_source(name)
+    is_writable = lazy.checks.source_is_writable(engine)
+    if engine.dialect.name not in lazy.statement.SUPPORTED:
+        return (
+            "reachable, experimental: neither a timeout nor Ctrl-C ends a running statement, and only the check of the "
+            "SQL keeps a definition from writing: give audience-sync a role that may only SELECT"
+        )
+    if is_writable:
         return "reachable, but its role may write: give audience-sync a role that may only SELECT"
     return "reachable"
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
@@ -35,10 +35,17 @@ _POSTGRESQL_ARGUMENTS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-_POSTGRESQL_OPTIONS = (
-    "-c lock_timeout=300s -c idle_in_transaction_session_timeout=1h -c timezone=UTC -c tcp_keepalives_idle=30 "
-    "-c tcp_keepalives_interval=10 -c tcp_keepalives_count=3 -c tcp_user_timeout=60000"
-)
+_POSTGRESQL_SETTINGS = {
+    "lock_timeout": "300s",
+    "idle_in_transaction_session_timeout": "1h",
+    "timezone": "UTC",
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "60000",
+}
+_POOLED = "is_pooled"  # in a connection's info: it leads to a pooler such as PgBouncer
+_REFUSES_OPTIONS = re.compile("unsupported startup parameter|command-line options", re.IGNORECASE)
 _SQLITE_PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cache_size = -32768")
 
 
@@ -91,16 +98,21 @@ def open_own(url: str, schema: str) -> sa.Engine:
 
 def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
     """Open PostgreSQL with time limits on every wait; parameters of the URL take precedence over ours."""
-    arguments = {name: value for name, value in _POSTGRESQL_ARGUMENTS.items() if name not in url.query}
-    options_of_url = " ".join(url.normalized_query.get("options", ()))
+    arguments: dict[str, Any] = {
+        name: value for name, value in _POSTGRESQL_ARGUMENTS.items() if name not in url.query
+    }
+    settings = _POSTGRESQL_SETTINGS | _settings(" ".join(url.normalized_query.get("options", ())))
+    threshold = url.query.get("prepare_threshold")
+    if threshold is not None:
+        arguments["prepare_threshold"] = None if threshold == "none" else int(str(threshold))
     try:
         engine = sa.create_engine(
-            url,
+            url.difference_update_query(["options", "prepare_threshold"]),
             **options,
             hide_parameters=True,
             pool_pre_ping=True,
             max_overflow=-1,  # a long run keeps one connection, which must not block the others
-            connect_args=arguments | {"options": f"{_POSTGRESQL_OPTIONS} {options_of_url}"},
+            connect_args=arguments | {"options": _startup_options(settings)},
         )
     except ImportError as error:
         raise DatabaseError(
@@ -111,7 +123,61 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
     def stop_statement(raw: Any, _record: Any, _error: BaseException | None) -> None:
         cancel(raw)  # after a signal; closing the connection would leave the statement running
 
+    _work_through_poolers(engine, settings, is_preparing=threshold is not None)
     return engine
+
+
+def _settings(options: str) -> dict[str, str]:
+    """Return the settings of a URL's `options`, whose values escape spaces by a backslash."""
+    pairs = re.findall(r"(?:-c\s*|--)([\w.]+)=((?:\\.|[^\s\\])*)", options)
+    return {name.lower(): re.sub(r"\\(.)", r"\1", value) for name, value in pairs}
+
+
+def _startup_options(settings: Mapping[str, str]) -> str:
+    escaped = {name: re.sub(r"([\s\\])", r"\\\1", value) for name, value in settings.items()}
+    return " ".join(f"-c {name}={value}" for name, value in escaped.items())
+
+
+def _work_through_poolers(engine: sa.Engine, settings: Mapping[str, str], *, is_preparing: bool) -> None:
+    """Make an engine work when a pooler, such as PgBouncer, gives each transaction another server's connection.
+
+    A pooler refuses or drops the settings of the start, so each transaction sets them for itself. Statements are not
+    prepared, because that belongs to one server's connection, unless the URL says so (`is_preparing`).
+    """
+
+    @sa.event.listens_for(engine, "do_connect")
+    def connect(dialect: sa.Dialect, _record: Any, arguments: Any, options: dict[str, Any]) -> Any:
+        try:
+            return dialect.connect(*arguments, **options)
+        except dialect.loaded_dbapi.Error as error:
+            if not _REFUSES_OPTIONS.search(str(error)):
+                raise
+        options.pop("options", None)  # for all later connections, too
+        return dialect.connect(*arguments, **options)
+
+    @sa.event.listens_for(engine, "connect")
+    def recognize(raw: Any, record: Any) -> None:
+        with raw.transaction(), raw.cursor() as cursor:
+            pid = cursor.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()[0]
+        record.info[_POOLED] = pid != raw.info.backend_pid  # a pooler makes up the one that it reports
+        if record.info[_POOLED] and not is_preparing:
+            raw.prepare_threshold = None
+
+    names = [
+        name for name in settings if not name.startswith("tcp_")
+    ]  # those are for the pooler's connections
+    assignments = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(names))
+    values = tuple(text for name in names for text in (name, settings[name]))
+
+    @sa.event.listens_for(engine, "begin")
+    def set_for_transaction(connection: sa.Connection) -> None:
+        if is_pooled(connection):
+            connection.exec_driver_sql(f"SELECT {assignments}", values)
+
+
+def is_pooled(connection: sa.Connection) -> bool:
+    """Return whether a pooler, such as PgBouncer, is between this process and PostgreSQL."""
+    return bool(connection.info.get(_POOLED))
 
 
 def open_source(name: str, url: str) -> sa.Engine:
@@ -128,7 +194,7 @@ def open_source(name: str, url: str) -> sa.Engine:
         if parsed.get_backend_name() == "postgresql":
             # Numbers in its JSON stay exact, as they do where our own database computes with them.
             return open_postgresql(parsed, json_deserializer=partial(json.loads, parse_float=Decimal))
-        return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
+        return _open_experimental(parsed)
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
         raise SourceError(
             f"The source {name} cannot be opened: {type(error).__name__}. Is its url right, and is the Python "
@@ -138,19 +204,40 @@ def open_source(name: str, url: str) -> sa.Engine:
 
 def _open_sqlite_source(url: sa.URL) -> sa.Engine:
     """Open a file for reading only; a missing file is an error and is not created."""
-    engine = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS})
+    waits = {"timeout": float(str(url.query.get("timeout", BUSY_SECONDS)))}
+    file = Path((url.database or "").removeprefix("file:")).absolute()
+    engine = sa.create_engine(url.set(query={}), hide_parameters=True, connect_args=waits)
+    _require_file(engine, file)
 
     @sa.event.listens_for(engine, "do_connect")
     def connect(
         _dialect: sa.Dialect, _record: Any, _arguments: Any, options: dict[str, Any]
     ) -> sqlite3.Connection:
-        connection: sqlite3.Connection = sqlite3.connect(
-            f"{Path(url.database or '').absolute().as_uri()}?mode=ro", uri=True, **options
-        )
+        connection: sqlite3.Connection = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, **options)
         connection.execute("PRAGMA query_only = ON")
         return connection
 
     return engine
+
+
+def _open_experimental(url: sa.URL) -> sa.Engine:
+    """Open a database of another kind. One in a file must exist; many drivers would create it."""
+    name = url.database or ""
+    is_duckdb = url.get_backend_name() == "duckdb"
+    in_file = name and ":memory:" not in name and not name.startswith(("md:", "motherduck:"))
+    if not in_file or not (is_duckdb or (not url.host and re.search(r"[/\\.]", name))):
+        return sa.create_engine(url, hide_parameters=True, pool_pre_ping=True)
+    read_only = {"read_only": True} if is_duckdb else {}
+    engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=read_only)
+    _require_file(engine, Path(name))
+    return engine
+
+
+def _require_file(engine: sa.Engine, file: Path) -> None:
+    @sa.event.listens_for(engine, "do_connect")
+    def check(dialect: sa.Dialect, *_: Any) -> None:
+        if not file.exists():
+            raise dialect.loaded_dbapi.Error(f"the file {file} does not exist")
 
 
 def _open_sqlite(url: sa.URL) -> sa.Engine:
@@ -214,10 +301,16 @@ def plain_errors(engine: sa.Engine) -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
-        where = engine.url.render_as_string(hide_password=True)
+        where = without_secrets(engine.url)
         raise DatabaseError(
             f"The database {where} cannot be used: {reason(error)}. {advice(error)}"
         ) from error
+
+
+def without_secrets(url: sa.URL) -> str:
+    """Return a URL without its secrets: of its options, only those that say where the database is."""
+    place = {name: value for name, value in url.query.items() if name in {"host", "port", "service"}}
+    return url.set(query=place).render_as_string(hide_password=True)
 
 
 def reason(error: sa.exc.DBAPIError) -> str:

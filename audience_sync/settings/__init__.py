@@ -27,7 +27,7 @@ from audience_sync.settings.schema import (
     TrackingSettings,
 )
 from audience_sync.settings.sections import Section, absolute, read_toml
-from audience_sync.settings.urls import database_url, normalize_endpoint
+from audience_sync.settings.urls import database_url, is_supported, normalize_endpoint
 from audience_sync.suggest import shown
 
 VARIABLE = "AUDIENCE_SYNC_CONFIG"
@@ -83,7 +83,7 @@ def load(
         folder=folder,
         database=_database(top.section("[database]"), document.get("database", {}), folder),
         sources={
-            name: _with_url(top.section(f"[sources.{shown(name)}]"), table, SourceSettings, folder)
+            name: _source(top.section(f"[sources.{shown(name)}]"), table, folder)
             for name, table in sources.items()
         },
         destination=_destination(top.section("[destination]"), document.get("destination", {}), folder),
@@ -144,6 +144,16 @@ _T = TypeVar("_T", DatabaseSettings, SourceSettings)
 def _with_url(section: Section, table: Any, shape: type[_T], folder: Path) -> _T:
     settings = section.convert(table, shape)
     return msgspec.structs.replace(settings, url=database_url(section, settings.url, folder))
+
+
+def _source(section: Section, table: Any, folder: Path) -> SourceSettings:
+    source = _with_url(section, table, SourceSettings, folder)
+    if not (source.experimental or is_supported(source.url)):
+        section.fail(
+            "url: sources other than SQLite and PostgreSQL are experimental: add experimental = true to this section "
+            "if you accept that time limits do not stop their statements, and that they are not opened for reading only"
+        )
+    return source
 
 
 def _database(section: Section, table: Any, folder: Path) -> DatabaseSettings:

@@ -94,6 +94,7 @@ class DatabaseSettings(Table, frozen=True):
 
 class SourceSettings(Table, frozen=True):
     url: str
+    experimental: bool = False
 
 
 class LoggingSettings(Table, frozen=True):

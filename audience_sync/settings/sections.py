@@ -15,6 +15,7 @@ from audience_sync.settings.schema import Secret, Table
 from audience_sync.suggest import did_you_mean, shown
 
 MAX_BYTES = 1_000_000
+FILE_DATABASES = ("sqlite", "duckdb")  # whose URLs hold a path in place of a host
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 _T = TypeVar("_T", bound=Table)
@@ -91,7 +92,7 @@ class Section:
             expanded += value[end : match.start()]
             text = self._variable(name, match[1])
             if name == "url" and expanded:  # a part of a URL; at the beginning a variable is a whole URL
-                is_path = expanded.startswith("sqlite")
+                is_path = expanded.startswith(FILE_DATABASES)
                 text = quote(text, safe="/" if is_path else "", errors="surrogateescape")
             expanded += text
             end = match.end()

@@ -2,36 +2,95 @@
 
 import ipaddress
 import re
+from collections.abc import Collection
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
-from audience_sync.settings.sections import Section, absolute
+from audience_sync.audiences.statement import SUPPORTED
+from audience_sync.settings.sections import FILE_DATABASES, Section, absolute
+from audience_sync.suggest import did_you_mean, shown
+
+_DRIVERS = {
+    "sqlite": "sqlite", "sqlite+pysqlite": "sqlite", "postgres": "postgresql+psycopg",
+    "postgresql": "postgresql+psycopg", "postgresql+psycopg": "postgresql+psycopg",
+}  # fmt: skip
+# The options of a URL that are passed on: those of libpq, and of SQLite.
+_OPTIONS = {
+    "postgresql+psycopg": (
+        "application_name", "channel_binding", "client_encoding", "connect_timeout",
+        "fallback_application_name", "gssdelegation", "gssencmode", "gsslib", "host", "hostaddr",
+        "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval", "krbsrvname",
+        "load_balance_hosts", "max_protocol_version", "min_protocol_version", "options", "passfile",
+        "port", "prepare_threshold", "require_auth", "requirepeer", "service",
+        "ssl_max_protocol_version", "ssl_min_protocol_version", "sslcert", "sslcertmode",
+        "sslcompression", "sslcrl", "sslcrldir", "sslkey", "sslmode", "sslnegotiation", "sslpassword",
+        "sslrootcert", "sslsni", "target_session_attrs", "tcp_user_timeout", "user",
+    ),
+    "sqlite": ("cache", "immutable", "mode", "nolock", "psow", "timeout", "uri", "vfs"),
+}  # fmt: skip
+_VALUES = {  # what some of them must look like
+    "connect_timeout": (r"\d{1,6}", "a number of seconds"),
+    "prepare_threshold": (r"\d{1,6}|none", 'a whole number, or "none" to prepare no statements'),
+    "options": (r"\s*((-c\s*|--)[A-Za-z_][\w.]*=(\\.|[^\s\\])*\s*)*", "-c NAME=VALUE, any number"),
+    "client_encoding": (r"(?i:utf-?8|auto)", "utf8"),
+    "timeout": (r"\d{1,6}(\.\d*)?", "a number of seconds"),
+}
 
 
 def database_url(section: Section, url: str, folder: Path) -> str:
-    """Add the driver to a PostgreSQL URL, and make an SQLite file absolute; SQLAlchemy parses the rest."""
+    """Add the driver to a PostgreSQL URL, and make a database file absolute; SQLAlchemy parses the rest."""
     scheme, separator, rest = url.partition("://")
     if not separator or not re.fullmatch(r"[a-z][a-z0-9_]*(\+[a-z0-9_]+)?", scheme):
         section.fail("url: expected a database URL, such as sqlite:///FILE")
-    if scheme.partition("+")[0] != "sqlite":
+    backend = scheme.partition("+")[0]
+    if backend in {"sqlite", "postgres", "postgresql"} and scheme not in _DRIVERS:
+        section.fail(
+            "url: write sqlite:// or postgresql://, without another driver: audience-sync needs its own"
+        )
+    scheme = _DRIVERS.get(scheme, scheme)
+    if backend in FILE_DATABASES:
+        rest = _absolute_file(section, scheme, rest, folder)
+    else:
         _check_network(section, rest)
-        driver = "postgresql+psycopg" if scheme in {"postgres", "postgresql"} else scheme
-        return f"{driver}://{rest}"
+    if scheme in _OPTIONS:
+        _check_options(section, _OPTIONS[scheme], rest.partition("?")[2])
+    return f"{scheme}://{rest}"
+
+
+def is_supported(url: str) -> bool:
+    """Return whether the URL's database is one of those that all promises hold for."""
+    return re.split(r"[:+]", url, maxsplit=1)[0] in SUPPORTED
+
+
+def _absolute_file(section: Section, scheme: str, rest: str, folder: Path) -> str:
     if not rest:
-        return url
+        return rest
     if not rest.startswith("/"):
-        section.fail("url: an SQLite file takes three slashes: sqlite:///FILE (four before an absolute path)")
+        kind = "an SQLite" if scheme == "sqlite" else "a database"
+        section.fail(f"url: {kind} file takes three slashes: {scheme}:///FILE (four before an absolute path)")
     file, question, options = rest[1:].partition("?")
     prefix = "file:" if file.startswith("file:") else ""
-    if file and ":memory:" not in file:
+    if file and ":memory:" not in file and not file.startswith(("md:", "motherduck:")):  # DuckDB's service
         file = f"{prefix}{absolute(Path(quote(str(folder))), file.removeprefix(prefix))}"
-    return f"{scheme}:///{file}{question}{options}"
+    return f"/{file}{question}{options}"
+
+
+def _check_options(section: Section, known: Collection[str], query: str) -> None:
+    """Refuse an option that would not take effect, or that the driver would refuse without saying where it stands."""
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name not in known:
+            section.fail(f"url: unknown option {shown(name)}: {did_you_mean(name, known, 'remove it')}")
+        pattern, expected = _VALUES.get(name, (r"(?s:.*)", ""))
+        if not re.fullmatch(pattern, value):
+            section.fail(f"url: option {name}: expected {expected}")
 
 
 def _check_network(section: Section, rest: str) -> None:
     """Refuse a URL in which a part of the password would be read as host, port or option, which messages show."""
     authority, _, after = rest.partition("/")
     host = authority.rpartition("@")[2]
+    if "," in host:
+        section.fail("url: write several hosts as options: USER@/DATABASE?host=HOST1:PORT&host=HOST2:PORT")
     if authority.count("@") > 1 or not re.fullmatch(r"(\[[^\]]*\]|[^:\[]*)(:\d*)?", host):
         section.fail(
             "url: expected SCHEME://USER:PASSWORD@HOST:PORT/DATABASE; write @ : / ? # in a password as %40 %3A "

@@ -75,6 +75,59 @@ def test_what_sqlglot_cannot_parse_is_a_warning_where_it_may_be_a_query(dialect)
         statement.check('SELECT 1 + FROM t WHERE "pg_sleep" (1)', dialect)
 
 
+WRITING_ELSEWHERE = [
+    ("mysql", "SELECT user_id FROM t INTO OUTFILE '/tmp/x'"),
+    ("mysql", "SELECT user_id /*!50000 INTO OUTFILE '/tmp/x' */ FROM t"),
+    ("mysql", "SELECT sys_exec('touch x') AS user_id"),
+    ("mariadb", "SELECT release_all_locks() AS user_id"),
+    ("mssql", "SELECT user_id FROM t\nDELETE FROM t"),
+    ("mssql", "SELECT 1 AS user_id EXEC xp_cmdshell 'dir'"),
+    ("mssql", "SELECT user_id FROM t x SHUTDOWN"),
+    ("mssql", "SELECT NEXT VALUE FOR numbers AS user_id"),
+    ("mssql", "SELECT * FROM (DELETE FROM t OUTPUT deleted.user_id) AS d"),
+    ("duckdb", "COPY t TO 'x'"),
+    ("duckdb", "INSTALL httpfs"),
+    ("oracle", "SELECT numbers.NEXTVAL AS user_id FROM dual"),
+    ("oracle", "SELECT utl_http.request('http://x') AS user_id FROM dual"),
+    ("clickhouse", "SELECT * FROM executable('x.sh', TabSeparated, 'user_id String')"),
+    ("hive", "SELECT TRANSFORM (a) USING 'touch x' AS user_id FROM t"),
+    ("snowflake", "SELECT SYSTEM$CANCEL_QUERY('x') AS user_id"),
+    ("unknown", "EXECUTE BLOCK AS BEGIN END"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "sql"), WRITING_ELSEWHERE)
+def test_on_an_experimental_source_the_text_alone_must_show_that_it_reads(dialect, sql):
+    with pytest.raises(DefinitionError):
+        statement.check(sql, dialect)
+
+
+@pytest.mark.parametrize(
+    "dialect", ["mysql", "mssql", "duckdb", "oracle", "snowflake", "bigquery", "unknown"]
+)
+def test_on_an_experimental_source_sql_that_cannot_be_parsed_is_refused(dialect):
+    with pytest.raises(
+        DefinitionError, match="sqlglot cannot read the SQL, and on an experimental source only"
+    ):
+        statement.check("SELECT 1 + FROM t", dialect)
+
+
+@pytest.mark.parametrize(
+    "dialect", ["mysql", "mssql", "duckdb", "oracle", "snowflake", "bigquery", "unknown"]
+)
+def test_on_an_experimental_source_a_query_passes(dialect):
+    sql = "SELECT user_id, replace(name, 'delete', 'INTO') AS value FROM orders -- drop\nWHERE day <= :as_of"
+    assert statement.check(sql, dialect) == []
+
+
+def test_on_an_experimental_source_a_name_that_is_a_writing_word_is_quoted():
+    with pytest.raises(
+        DefinitionError, match=r"line 1 of the SQL: the word CALL is not allowed .* put it in quotes"
+    ):
+        statement.check("SELECT user_id FROM call", "duckdb")
+    assert statement.check('SELECT user_id FROM "call"', "duckdb") == []
+
+
 BOUND = [
     ("SELECT :as_of::date, x::text", "SELECT (:as_of)::date, x::text"),
     ("SELECT :as_of", "SELECT (:as_of)"),

@@ -1,0 +1,118 @@
+"""Options of a URL take effect, messages show no secrets, and no source is created by a misspelt name."""
+
+import sqlite3
+from types import SimpleNamespace
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+
+from audience_sync.cli import setup
+from audience_sync.db import checks, engines
+from audience_sync.errors import DatabaseError, SourceError
+
+
+@pytest.fixture
+def opened():
+    """Open engines that the test need not close."""
+    running = []
+
+    def open_engine(engine):
+        running.append(engine)
+        return engine
+
+    yield open_engine
+    for engine in running:
+        engine.dispose()
+
+
+def settings_of(engine, *names):
+    with engine.connect() as connection:
+        return [connection.exec_driver_sql(f"SHOW {name}").scalar_one() for name in names]
+
+
+@pytest.mark.parametrize(
+    "open_engine", [lambda url: engines.open_own(url, "x"), lambda url: engines.open_source("s", url)]
+)
+def test_options_of_a_postgresql_url_take_effect(postgres, opened, open_engine):
+    more = "&options=-c%20lock_timeout%3D7s%20--application_name%3Dmine%5C%20own%20-cwork_mem%3D5MB&prepare_threshold=9"
+    engine = opened(open_engine(postgres.base + more))
+    assert settings_of(engine, "lock_timeout", "application_name", "work_mem") == ["7s", "mine own", "5MB"]
+    assert settings_of(engine, "timezone", "idle_in_transaction_session_timeout") == ["UTC", "1h"]
+    with engine.connect() as connection:
+        assert connection.connection.dbapi_connection.prepare_threshold == 9
+        assert not engines.is_pooled(connection)
+
+
+@pytest.mark.parametrize(("written", "threshold"), [("none", None), ("0", 0)])
+def test_prepared_statements_can_be_switched_off(postgres, opened, written, threshold):
+    engine = opened(engines.open_source("s", f"{postgres.base}&prepare_threshold={written}"))
+    with engine.connect() as connection:
+        assert connection.connection.dbapi_connection.prepare_threshold == threshold
+
+
+@pytest.mark.parametrize("option", ["sslpassword", "sslkey", "passfile", "options"])
+def test_a_message_shows_no_option_of_a_url_that_may_be_a_secret(opened, option):
+    value = "-c%20a.b%3Ds3cret" if option == "options" else "s3cret"
+    engine = opened(
+        engines.open_own(f"postgresql+psycopg://u:s3cret@127.0.0.1:1/x?host=127.0.0.1&{option}={value}", "x")
+    )
+    with pytest.raises(DatabaseError) as raised, engines.read(engine):
+        pass
+    assert "s3cret" not in str(raised.value)
+    assert "postgresql+psycopg://u:***@127.0.0.1:1/x?host=127.0.0.1 cannot be used" in str(raised.value)
+
+
+class FileDialect(SQLiteDialect_pysqlite):
+    """Stands in for the dialect of another database in a file, which creates a missing one."""
+
+    name = "filedb"
+    supports_statement_cache = True
+
+
+@pytest.fixture
+def _filedb():
+    sa.dialects.registry.impls["filedb"] = lambda: FileDialect
+    yield
+    del sa.dialects.registry.impls["filedb"]
+
+
+@pytest.mark.usefixtures("_filedb")
+@pytest.mark.parametrize("scheme", ["sqlite", "filedb", "duckdb"])
+def test_a_misspelt_file_is_not_created(opened, tmp_path, scheme):
+    if scheme == "duckdb":
+        pytest.importorskip("duckdb_engine", reason="DuckDB's driver is not installed")
+    engine = opened(engines.open_source("shop", f"{scheme}:///{tmp_path}/shp.db"))
+    with pytest.raises(SourceError, match=f"cannot be reached: the file {tmp_path}/shp.db does not exist"):
+        checks.source_is_writable(engine)
+    assert list(tmp_path.iterdir()) == []
+    sqlite3.connect(tmp_path / "shp.db").close()
+    if scheme != "duckdb":
+        assert checks.source_is_writable(engine) is False
+
+
+@pytest.mark.usefixtures("_filedb")
+def test_check_says_what_does_not_hold_on_an_experimental_source(opened, tmp_path):
+    sqlite3.connect(tmp_path / "shop.db").close()
+    engine = opened(engines.open_source("shop", f"filedb:///{tmp_path}/shop.db"))
+    answer = setup._check_source(SimpleNamespace(open_source=lambda _: engine), "shop")
+    assert answer.startswith("reachable, experimental: neither a timeout nor Ctrl-C ends a running statement")
+
+
+def test_a_source_by_uri_is_opened(opened, tmp_path):
+    with sqlite3.connect(tmp_path / "shop.db") as connection:
+        connection.execute("CREATE TABLE orders (user_id)")
+    engine = opened(engines.open_source("shop", f"sqlite:///file:{tmp_path}/shop.db?uri=true&mode=rw"))
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM orders").scalar_one() == 0
+        with pytest.raises(sa.exc.OperationalError, match="readonly"):
+            connection.exec_driver_sql("INSERT INTO orders VALUES (1)")
+
+
+def test_a_duckdb_source_is_opened_for_reading_only(opened, tmp_path):
+    duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed")
+    pytest.importorskip("duckdb_engine", reason="DuckDB's driver is not installed")
+    duckdb.connect(str(tmp_path / "shop.db")).execute("CREATE TABLE orders (user_id text)").close()
+    engine = opened(engines.open_source("shop", f"duckdb:///{tmp_path}/shop.db"))
+    with engine.connect() as connection, pytest.raises(sa.exc.DBAPIError, match="read-only"):
+        connection.exec_driver_sql("DELETE FROM orders")
