@@ -36,7 +36,7 @@ def run_rows(
     if ids is not None:
         query = query.where(tables.runs.c.run_id.in_(list(ids)))
     rows = connection.execute(query.order_by(tables.runs.c.run_id.desc()).limit(limit)).all()
-    counts: dict[int, dict[str, int]] = {row.run_id: {} for row in rows}
+    counts: dict[int, dict[str, int]] = {run_id: {} for row in rows for run_id in (row.run_id, _held_id(row))}
     grouped = (
         sa.select(tables.deliveries.c.run_id, tables.deliveries.c.status, sa.func.count())
         .where(tables.deliveries.c.run_id.in_(list(counts)))
@@ -44,7 +44,13 @@ def run_rows(
     )
     for run_id, status, count in connection.execute(grouped):
         counts[run_id][status] = count
-    return [_run(row, counts[row.run_id]) for row in rows]
+    return [_run(row, counts[row.run_id], counts[_held_id(row)]) for row in rows]
+
+
+def _held_id(row: Any) -> int:
+    """The run id of a run's held deliveries; a held run may have taken them over from the run that it replaced."""
+    held_id: int = (row.deliveries_run_id if row.status == "held" else None) or row.run_id
+    return held_id
 
 
 _RUNS = sa.select(tables.runs, tables.definitions.c.key).join(
@@ -52,7 +58,12 @@ _RUNS = sa.select(tables.runs, tables.definitions.c.key).join(
 )
 
 
-def _run(row: Any, count: dict[str, int]) -> dict[str, Any]:
+def _run(row: Any, own: dict[str, int], of_held: dict[str, int]) -> dict[str, Any]:
+    count = own
+    if row.status == "held":
+        count = own | {"held": of_held.get("held", 0)}
+    elif row.status == "rejected":  # a newer held run has taken them over
+        count = own | {"held": 0}
     return {
         "run_id": row.run_id,
         "key": row.key,
@@ -126,8 +137,9 @@ def _held_samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
         tables.members.c.user_id == tables.deliveries.c.subject_id,
         sa.or_(value.is_(None), body == sa.literal(f'{{"{definition.key}": ').concat(value).concat("}")),
     )
+    is_held = tables.deliveries.c.status == "held"
     users = sa.select(tables.deliveries.c.subject_id.label("user_id")).where(
-        tables.deliveries.c.run_id == row.run_id
+        tables.deliveries.c.run_id == _held_id(row), is_held if row.status == "held" else ~is_held
     )
     return {
         "entered_sample": _sample(connection, users.where(body != exit_body, ~is_member)),

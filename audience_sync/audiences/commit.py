@@ -23,7 +23,7 @@ class Commit:
     """A run whose changes are committed or held.
 
     `everyone`: send a value to all current and past members, not only to those who changed. `users`: if given, send
-    to these only.
+    to these only. `replaced_id`: the run id of the held deliveries that this run takes over.
     """
 
     origin: deliveries.RunOrigin
@@ -32,6 +32,7 @@ class Commit:
     now: dt.datetime
     everyone: bool = False
     users: tuple[str, ...] | None = None
+    replaced_id: int | None = None
 
     def body(self, *, left: str, value: str) -> str:
         """Return the SQL expression for a body; `left` is a condition that holds for users who left."""
@@ -57,6 +58,8 @@ def hold_changes(connection: sa.Connection, run: Commit, counts: ChangeCounts) -
         _enqueue_everyone(connection, run, Status.HELD, has_never_sent=False)
     elif counts != ChangeCounts():
         _enqueue(connection, run, Status.HELD, _CHANGES)
+    elif run.replaced_id is not None:
+        deliveries.delete_held(connection, run.replaced_id)
 
 
 def commit_held(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
@@ -194,6 +197,9 @@ def _enqueue(connection: sa.Connection, run: Commit, status: Status, source: str
     parameters: dict[str, Any] = {}
     if ":users" in source:
         parameters["users"] = ["", *(run.users or ())]  # no user id is empty; an empty list has no type
+    if status is Status.HELD and run.replaced_id is not None:
+        deliveries.replace_held(connection, run.origin, run.replaced_id, body, source, run.now, **parameters)
+        return
     deliveries.enqueue(connection, run.origin, status, body, source, run.now, **parameters)
 
 

@@ -39,6 +39,7 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, destination: Destinati
             is_foreign = destination.is_foreign(connection, row.fingerprint)
             _check_approvable(run, last, destination, is_foreign=is_foreign)
             kind = Kind(run.kind)
+            _take_over_deliveries(connection, run)
             counts = snapshot.load_held_changes(connection, run_id, run.definition_id, run.key, kind)
             erased_count = row.forgotten_count if run.mode != "canary" else 0
             result = records.RunResult.after(last, counts, erased_count, run.set_aside or {})
@@ -69,7 +70,8 @@ def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
     """
     with engines.write(engine) as connection:
         records.lock_definition(connection, _held_run(connection, run_id).definition_id)
-        _held_run(connection, run_id)  # checked again: no other process can change it now
+        run = _held_run(connection, run_id)  # read again: no other process can change it now
+        _take_over_deliveries(connection, run)
         deliveries.cancel_run(connection, run_id, clock.now(), "rejected by hand")
         records.mark_rejected(connection, run_id, "It was rejected by hand.")
 
@@ -102,7 +104,9 @@ def retire(engine: sa.Engine, key: str, clock: Clock, destination: Destination) 
                 baseline_run_id=last.run_id,
             )
             replaced = f"{runs.REPLACED} {run_id}, which retired the key."
-            runs.replace_held_run(connection, row.definition_id, replaced, now)
+            replaced_id = runs.replace_held_run(connection, row.definition_id, replaced)
+            if replaced_id is not None:
+                deliveries.delete_held(connection, replaced_id)
             counts = snapshot.exit_everyone(connection, row.definition_id)
             origin = deliveries.RunOrigin(
                 run_id=run_id,
@@ -131,6 +135,13 @@ def _held_run(connection: sa.Connection, run_id: int) -> sa.Row[Any]:
     if run.status != "held":
         raise ConfigError(f"Run {run_id} is {run.status}, not held.")
     return run
+
+
+def _take_over_deliveries(connection: sa.Connection, run: sa.Row[Any]) -> None:
+    """Give a held run the deliveries that it shares with the run that it replaced."""
+    if run.deliveries_run_id is not None:
+        delivery_class = "push" if run.mode in {"first", "full"} else "change"
+        deliveries.take_over(connection, run.run_id, delivery_class, run.as_of, run.deliveries_run_id)
 
 
 def _check_approvable(

@@ -218,9 +218,10 @@ def mark_succeeded(connection: sa.Connection, run_id: int, result: RunResult, no
 
 
 def mark_held(
-    connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime, *, held_by: str, reason: str
+    connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime, **values: Any
 ) -> None:
-    _finish(connection, run_id, result, now, status="held", held_by=held_by, error=reason)
+    """Hold a run; `values`: held_by, error (the reason) and deliveries_run_id."""
+    _finish(connection, run_id, result, now, status="held", **values)
 
 
 def _finish(

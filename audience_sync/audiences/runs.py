@@ -220,7 +220,7 @@ def _finish(connection: sa.Connection, run: Run, set_aside: Counter[str], clock:
         erased_count = row.forgotten_count if options.users is None else 0
         set_aside += Counter(diff.set_aside)
         result = records.RunResult.after(run.last, diff.counts, erased_count, set_aside)
-        replace_held_run(connection, run.definition_id, f"{REPLACED} {run.run_id}.", now)
+        replaced_id = replace_held_run(connection, run.definition_id, f"{REPLACED} {run.run_id}.")
         is_foreign = options.destination.is_foreign(connection, row.fingerprint)
         held = reason_to_hold(definition, run.last, diff, options, is_foreign=is_foreign)
         origin = deliveries.RunOrigin(
@@ -231,12 +231,28 @@ def _finish(connection: sa.Connection, run: Run, set_aside: Counter[str], clock:
             fingerprint=options.destination.fingerprint or row.fingerprint,
         )
         changes = Commit(
-            origin, definition.key, definition.kind, now, everyone=options.full, users=options.users
+            origin,
+            definition.key,
+            definition.kind,
+            now,
+            everyone=options.full,
+            users=options.users,
+            replaced_id=replaced_id,
         )
         if held:
             hold_changes(connection, changes, diff.counts)
-            records.mark_held(connection, run.run_id, result, now, held_by=held.by, reason=held.reason)
+            records.mark_held(
+                connection,
+                run.run_id,
+                result,
+                now,
+                deliveries_run_id=replaced_id,
+                held_by=held.by,
+                error=held.reason,
+            )
         else:
+            if replaced_id is not None:
+                deliveries.delete_held(connection, replaced_id)
             if is_foreign:
                 deliveries.cancel_foreign(connection, origin, now)
             commit(connection, changes, diff.counts)
@@ -248,12 +264,16 @@ def _finish(connection: sa.Connection, run: Run, set_aside: Counter[str], clock:
     return _Finished(result, held)
 
 
-def replace_held_run(connection: sa.Connection, definition_id: int, reason: str, now: dt.datetime) -> None:
-    """Reject the definition's held run, if it has one: a newer run computed the changes again."""
+def replace_held_run(connection: sa.Connection, definition_id: int, reason: str) -> int | None:
+    """Reject the definition's held run, if it has one: a newer run computed the changes again.
+
+    Returns the run id of its held deliveries, which the caller takes over or deletes.
+    """
     held = records.find_held_run(connection, definition_id)
-    if held is not None:
-        deliveries.cancel_run(connection, held.run_id, now, reason)
-        records.mark_rejected(connection, held.run_id, reason)
+    if held is None:
+        return None
+    records.mark_rejected(connection, held.run_id, reason)
+    return int(held.deliveries_run_id or held.run_id)
 
 
 def reason_to_hold(

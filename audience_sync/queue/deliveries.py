@@ -10,7 +10,8 @@
 | held                | pending   | its destination is the configured one again            | release_own                  |
 | held                | pending   | its destination is accepted as the configured one      | release_all                  |
 | held                | pending   | its definition commits a newer run                     | release_older                |
-| held                | cancelled | its run is rejected, or replaced by a newer one        | cancel_run                   |
+| held                | cancelled | its run is rejected                                    | cancel_run                   |
+| held                | deleted   | its run is replaced by a newer one with another value  | replace_held, delete_held    |
 | pending             | sending   | claimed for a request that is about to be sent         | claim, start_in_job          |
 | pending             | held      | made for another destination                           | hold_definitions, hold_calls |
 | pending             | cancelled | Userpilot has accepted a newer value                   | choose_next                  |
@@ -38,13 +39,13 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from audience_sync.db import rows
-from audience_sync.db.dialects import chunks, is_sqlite, sql
+from audience_sync.db.dialects import chunks, create_temp_table, drop_temp_table, is_sqlite, sql
 from audience_sync.db.tables import DEAD, SENDING, bulk_jobs, deliveries
 from audience_sync.queue import due, outcomes, requests
 from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
@@ -55,7 +56,7 @@ PROCESS_ENDED = "The process ended before the answer came"
 # The condition of ix_deliveries_unsettled, so that SQLite uses that index for `d`.
 BY_SUBJECT_INDEX = "d.status IN ('pending', 'sending')"
 _PENDING_CALLS = "status = 'pending' AND class = 'call' AND action IN ('identify', 'track', 'company')"
-_HELD_RUNS = "SELECT run_id FROM {our}runs WHERE status = 'held'"
+_HELD_RUNS = "SELECT COALESCE(deliveries_run_id, run_id) FROM {our}runs WHERE status = 'held'"
 _HELD_BUT_NOT_BY_RUN = f"status = 'held' AND (run_id IS NULL OR run_id NOT IN ({_HELD_RUNS}))"
 _IS_OTHER = "(fingerprint IS NULL OR fingerprint <> :fingerprint)"
 
@@ -349,6 +350,67 @@ def _after_job(job_status: str, error: str | None, now: dt.datetime, grace: dt.t
 
 
 # Held runs and destinations
+
+
+def replace_held(
+    connection: sa.Connection,
+    origin: RunOrigin,
+    held_run_id: int,
+    body: str,
+    source: str,
+    now: dt.datetime,
+    **parameters: Any,
+) -> None:
+    """Make the held deliveries of a replaced run those of a newer held run, as `enqueue` would write them.
+
+    Rows that are the same are not written, so that a run which is held at every slot adds nothing. All keep the id of
+    the replaced run; `take_over` gives them the newer one's when somebody decides about it.
+    """
+    create_temp_table(connection, "held", "user_id {id}, body text", unique_ids=True)
+    statement = f"INSERT INTO {{temp}}audience_sync_held SELECT user_id, {body} {source}"
+    sql(connection, statement, definition_id=origin.definition_id, **parameters)
+    if not is_sqlite(connection):
+        sql(connection, "ANALYZE pg_temp.audience_sync_held")
+    new = "{temp}audience_sync_held n"
+    is_held = "d.run_id = :held_run_id AND d.status = 'held'"
+    sql(
+        connection,
+        f"DELETE FROM {{our}}deliveries AS d WHERE {is_held} AND NOT EXISTS "
+        f"(SELECT 1 FROM {new} WHERE n.user_id = d.subject_id AND n.body = CAST(d.body AS text))",
+        held_run_id=held_run_id,
+    )
+    missing = f"NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {is_held} AND d.subject_id = n.user_id)"
+    of_held_run = replace(origin, run_id=held_run_id)
+    enqueue(
+        connection,
+        of_held_run,
+        Status.HELD,
+        "body",
+        f"FROM {new} WHERE {missing}",
+        now,
+        held_run_id=held_run_id,
+    )
+    drop_temp_table(connection, "held")
+
+
+def delete_held(connection: sa.Connection, run_id: int) -> None:
+    """Delete the held deliveries of a run that a newer one replaced: nothing was sent, and nothing will be."""
+    sql(connection, "DELETE FROM {our}deliveries WHERE run_id = :run_id AND status = 'held'", run_id=run_id)
+
+
+def take_over(
+    connection: sa.Connection, run_id: int, delivery_class: str, value_at: dt.datetime, held_run_id: int
+) -> None:
+    """Make the held deliveries that a run shares with a replaced one its own."""
+    sql(
+        connection,
+        "UPDATE {our}deliveries SET run_id = :run_id, class = :class, value_at = :value_at "
+        "WHERE run_id = :held_run_id AND status = 'held'",
+        **{"class": delivery_class},
+        run_id=run_id,
+        value_at=value_at,
+        held_run_id=held_run_id,
+    )
 
 
 def _move(

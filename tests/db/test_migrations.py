@@ -47,6 +47,28 @@ def test_down_and_up_again_restores_the_catalog(empty):
     assert catalog(empty) == before
 
 
+def test_a_step_down_gives_held_deliveries_the_id_of_their_run(empty):
+    migrate.upgrade(empty)
+    moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    with engines.write(empty) as connection:
+        for statement in (
+            "INSERT INTO {our}definitions (key, name, kind, created_at) VALUES ('vips', 'VIPs', 'audience', :at)",
+            (
+                'INSERT INTO {our}runs (definition_id, mode, "trigger", status, held_by, as_of, started_at, finished_at, '
+                "deliveries_run_id) VALUES (1, 'changes', 'manual', 'rejected', 'guard', :at, :at, :at, NULL), "
+                "(1, 'changes', 'manual', 'held', 'guard', :at, :at, :at, 1)"
+            ),
+            (
+                "INSERT INTO {our}deliveries (action, subject_id, body, class, run_id, definition_id, value_at, status, "
+                "created_at, next_attempt_at) VALUES ('identify', 'ann', 'true', 'change', 1, 1, :at, 'held', :at, :at)"
+            ),
+        ):
+            dialects.sql(connection, statement, at=moment)
+    migrate.downgrade(empty, "0008")
+    with engines.read(empty) as connection:
+        assert dialects.sql(connection, "SELECT run_id FROM {our}deliveries").scalars().all() == [2]
+
+
 def test_a_step_down_and_up_keeps_the_rows(empty):
     migrate.upgrade(empty, "0001")
     before = catalog(empty)
