@@ -2,30 +2,29 @@
 
 `ready_sql` and `eligible_sql` run on the same database as the definition itself. Every query runs in a transaction
 with a deadline. On a source, and always on SQLite, the database itself enforces that the query only reads. snapshot.py
-has the tables that the rows go into, values.py the canonical text of ids and values.
+has the tables that the rows go into, values.py and postgresql_values.py the canonical text of ids and values.
 """
 
 import contextlib
 import datetime as dt
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import sqlalchemy as sa
 
-from audience_sync.audiences import snapshot, statement, values
+from audience_sync.audiences import postgresql_values, snapshot, statement, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines
-from audience_sync.db.tables import UtcDateTime
-from audience_sync.errors import DefinitionError, Interrupted, SourceError
+from audience_sync.errors import AudienceSyncError, DefinitionError, Interrupted, SourceError
 from audience_sync.stopping import Stop
 
-SQL = "SQL"
+SQL, READY, ELIGIBLE = "SQL", "ready_sql", "eligible_sql"  # a definition's queries, as messages call them
 FETCH_ROWS = 20_000
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
 PROGRESS_STEPS = 20_000  # of SQLite's virtual machine between checks of the deadline: some milliseconds
@@ -38,19 +37,20 @@ _QUERY_ACTIONS = {
 _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
 # Errors that the definition did not cause: SQLSTATE classes (connection, resources, operator, system), SQLite's codes.
+_CANCELLED = "57014"
 _SERVER_STATES = ("08", "53", "57", "58", "XX")
 _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
 
 
 @dataclass(frozen=True, slots=True)
 class _Query:
-    """One of a definition's queries, checked and bound."""
+    """One of a definition's queries, checked and bound; `text` and `arguments` are in the driver's style."""
 
     definition: Definition
-    name: str  # as messages call it
+    name: str
     text: str
+    arguments: Any
     columns: tuple[str, ...]  # those that it must return
-    as_of: dt.datetime | None  # None: it does not use :as_of
     source: sa.Engine | None
     deadline: float  # monotonic seconds
     stop: Stop
@@ -62,14 +62,13 @@ def compute(
     as_of: dt.datetime,
     source: sa.Engine | None,
     stop: Stop | None = None,
-) -> Counter[str]:
+) -> None:
     """Fill the snapshot table, and the eligible table where the definition has an `eligible_sql`.
 
-    `connection` is to our own database, outside a transaction. Returns how many rows of a source were set aside
-    while they were loaded, by reason; the diff counts the others.
+    `connection` is to our own database, outside a transaction.
 
     Raises:
-        DefinitionError: a query is invalid or took too long, or `ready_sql` did not return true.
+        DefinitionError: a query is invalid or took too long, `ready_sql` did not return true, or anything unexpected.
         SourceError: the source cannot be reached.
         Interrupted: a signal, or `stop`, ended it.
 
@@ -77,102 +76,141 @@ def compute(
     deadline = time.monotonic() + definition.timeout_seconds
 
     def prepare(name: str, sql: str, *columns: str) -> _Query:
-        dialect = (source or connection).dialect.name
+        dialect = (source or connection).dialect
         try:
-            statement.check(sql, dialect)
-            bound = statement.bind(sql, dialect)
+            statement.check(sql, dialect.name)
+            bound = statement.bind(sql, dialect.name)
         except DefinitionError as error:
             where = "" if name == SQL else f"{name}: "
             raise DefinitionError(f"{definition.key}: {where}{error}.") from error
-        moment = as_of if bound.uses_as_of else None
-        return _Query(definition, name, bound.text, columns, moment, source, deadline, stop or Stop())
+        arguments = bound.arguments(dialect.paramstyle, _parameters(dialect.name, as_of, definition))
+        text = bound.render(dialect.paramstyle)
+        return _Query(definition, name, text, arguments, columns, source, deadline, stop or Stop())
 
     connection.execution_options(write=False)
-    if definition.ready_sql:
-        _check_ready(connection, prepare("ready_sql", definition.ready_sql))
-    columns = ("user_id", "value") if definition.kind is Kind.TRAIT else ("user_id",)
-    set_aside = _fill(connection, snapshot.SNAPSHOT, prepare(SQL, definition.sql, *columns))
-    if definition.eligible_sql:
-        _fill(connection, snapshot.ELIGIBLE, prepare("eligible_sql", definition.eligible_sql, "user_id"))
-    return set_aside
+    with _contained(definition):
+        if definition.ready_sql:
+            _check_ready(connection, prepare(READY, definition.ready_sql, "value"))
+        columns = ("user_id", "value") if definition.kind is Kind.TRAIT else ("user_id",)
+        _fill(connection, snapshot.SNAPSHOT, prepare(SQL, definition.sql, *columns))
+        if definition.eligible_sql:
+            _fill(connection, snapshot.ELIGIBLE, prepare(ELIGIBLE, definition.eligible_sql, "user_id"))
+
+
+@contextmanager
+def _contained(definition: Definition) -> Iterator[None]:
+    """Turn whatever a driver or a library raises by its own fault into an error of this definition."""
+    try:
+        yield
+    except (AudienceSyncError, sa.exc.DBAPIError):
+        raise
+    except Exception as error:
+        name = f"{type(error).__module__}.{type(error).__name__}".removeprefix("builtins.")
+        raise DefinitionError(
+            f"{definition.key}: it could not be computed: its SQL, or a value of its result, caused an unexpected "
+            f"{name}. Cast the columns to text, or leave out odd rows, until it works."
+        ) from error
+
+
+def _parameters(dialect: str, as_of: dt.datetime, definition: Definition) -> dict[str, Any]:
+    """Return the values of `:as_of` and `:today` in the database's form."""
+    utc = as_of.astimezone(dt.UTC)
+    today = as_of.astimezone(ZoneInfo(definition.timezone)).date()
+    match dialect:
+        case "sqlite":
+            moment = utc.replace(microsecond=0, tzinfo=None)
+            return {"as_of": moment.isoformat(" "), "today": today.isoformat()}
+        case "postgresql":
+            return {"as_of": utc, "today": today}
+    return {"as_of": utc.replace(tzinfo=None), "today": today}
 
 
 def _check_ready(connection: sa.Connection, query: _Query) -> None:
+    """Raise an error unless the first value of the query is true, or a number other than 0."""
     with _reading_own(connection, query) if query.source is None else _reading_source(query) as reading:
         _authorize(reading, query)
-        row = _execute(reading, query.text, query).first()
-    value = row[0] if row else None
-    if not isinstance(value, bool | int) or not value:
+        canonical = _canonical(reading, query)
+        row = _execute(reading, f"{canonical} LIMIT 1" if canonical else query.text, query).first()
+    raw = row[0] if row else None
+    value = raw if canonical else values.canonical_value(raw)
+    if value is None or value.startswith((values.NOT_PRIMITIVE, '"')) or value in {"false", "0"}:
         raise DefinitionError(
             f"{query.definition.key}: not ready: its ready_sql did not return true. The next run checks again."
         )
 
 
-def _fill(connection: sa.Connection, table: str, query: _Query) -> Counter[str]:
-    """Put the rows of a query into a temporary table; count the rows of a source that were set aside, by reason."""
-    set_aside: Counter[str] = Counter()
+def _fill(connection: sa.Connection, table: str, query: _Query) -> None:
+    """Put the rows of a query into a temporary table."""
+    value_type = query.definition.value_type if "value" in query.columns else None
     if query.source is None:
         with _reading_own(connection, query):
-            _compute_own(connection, table, query)
+            _authorize(connection, query)
+            text = _canonical(connection, query)
+            snapshot.fill_from_query(connection, table, text, query.arguments, query.columns, value_type)
     else:
-        with closing(_batches(query, set_aside)) as batches:
+        with closing(_batches(query)) as batches:
             next(batches)  # the source answers before our own transaction begins
             with connection.begin():
-                snapshot.fill_from_rows(connection, table, query.columns, batches)
-    return set_aside
+                snapshot.fill_from_rows(connection, table, batches, query.columns, value_type)
 
 
-def _compute_own(connection: sa.Connection, table: str, query: _Query) -> None:
-    _authorize(connection, query)
-    columns = {column.name: column for column in _result_columns(connection, query)}
-    user_id = columns["user_id"]
-    if not values.can_be_id(user_id):
-        raise DefinitionError(
-            f"{query.definition.key}: the column user_id of its {query.name} is of type {user_id.type_name}: "
-            "return text, a number or a uuid."
-        )
-    needed = [columns[name] for name in query.columns]
-    snapshot.fill_from_query(connection, table, query.text, needed, _parameter(connection, query))
+def _canonical(connection: sa.Connection, query: _Query) -> str:
+    """Return the query's SELECT of canonical text; empty for databases without expressions for it.
 
-
-def _result_columns(connection: sa.Connection, query: _Query) -> list[values.Column]:
-    """Return the query's columns; on PostgreSQL with their types."""
+    It refers to the columns of the query by names of its own, because those of a query need not be unique.
+    """
+    if connection.dialect.name not in {"sqlite", "postgresql"}:
+        return ""
     result = _execute(connection, f"SELECT * FROM ({query.text}) AS definition LIMIT 0", query)
     description: Any = result.cursor.description if result.cursor else ()
-    columns = [(column[0], column[1]) for column in description]
+    # SQLite calls the second user_id of a subquery user_id:1.
+    names = [column[0].partition(":")[0].lower() for column in description]
+    oids = [column[1] for column in description]
     result.close()
+    if query.name == READY:
+        names = [*query.columns, *("" for _ in names[1:])]
+    _check_columns(query, names)
+    names = [name if name in query.columns else f"column{number}" for number, name in enumerate(names)]
     if dialects.is_sqlite(connection):
-        # SQLite calls the second user_id of a subquery user_id:1.
-        typed = [values.Column(name.partition(":")[0].lower()) for name, _ in columns]
-    else:
-        rows = connection.execute(
-            sa.text("SELECT oid, typname, typcategory FROM pg_catalog.pg_type WHERE oid = ANY(:oids)"),
-            {"oids": [oid for _, oid in columns]},
-        )
-        types = {row.oid: (row.typname, row.typcategory) for row in rows}
-        typed = [values.Column(name, *types[oid]) for name, oid in columns]
-    _check_columns(query, [column.name for column in typed])
-    return typed
+        values.register_functions(connection)
+        return values.sqlite_select(query.columns, query.text, names, as_bytes=query.source is not None)
+    rows = connection.execute(_TYPES, {"oids": oids})
+    types = {row.oid: (row.typname, row.typcategory, row.encoding) for row in rows}
+    columns = [postgresql_values.Column(name, *types[oid]) for name, oid in zip(names, oids, strict=True)]
+    return postgresql_values.select(query.columns, query.text, columns)
 
 
-def _batches(query: _Query, set_aside: Counter[str]) -> Generator[list[values.Row]]:
+def _batches(query: _Query) -> Generator[Sequence[values.Row]]:
     """Yield an empty batch once the source has answered, then batches of rows, of which one is in memory."""
     with _reading_source(query) as reading:
         _authorize(reading, query)
         if reading.dialect.name == "postgresql":  # plan for reading all rows
             reading.exec_driver_sql("SET LOCAL cursor_tuple_fraction = 1")
+        canonical = _canonical(reading, query)
         reading.execution_options(stream_results=True)
-        with closing(_execute(reading, query.text, query)) as result:
-            names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
-            _check_columns(query, names)
-            positions = [names.index(name) for name in query.columns]
+        with closing(_execute(reading, canonical or query.text, query)) as result:
+            convert = _converter(reading, query, result)
             yield []
             batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy has already fetched it
             while batch:
                 if time.monotonic() > query.deadline:
                     raise DefinitionError(_timeout_message(query.definition))
-                yield values.canonical_rows(batch, positions, set_aside)
+                yield convert(batch)
                 batch = _fetch(reading, result.cursor)
+
+
+def _converter(
+    connection: sa.Connection, query: _Query, result: sa.CursorResult[*tuple[Any, ...]]
+) -> Callable[[Sequence[Sequence[Any]]], Sequence[values.Row]]:
+    """Return the function that makes canonical rows of a batch that the driver returns."""
+    match connection.dialect.name:
+        case "postgresql":
+            return values.plain_rows
+        case "sqlite":
+            return values.decode_ids
+    names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
+    _check_columns(query, names)
+    return partial(values.canonical_rows, positions=[names.index(name) for name in query.columns])
 
 
 def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
@@ -186,34 +224,25 @@ def _fetch(connection: sa.Connection, cursor: Any) -> Sequence[Sequence[Any]]:
     return rows
 
 
+_TYPES = sa.text(
+    "SELECT oid, typname, typcategory, current_setting('server_encoding') AS encoding "
+    "FROM pg_catalog.pg_type WHERE oid = ANY(:oids)"
+)
+
+
 def _check_columns(query: _Query, names: Sequence[str]) -> None:
     for name in query.columns:
         if names.count(name) != 1:
             raise DefinitionError(
                 f"{query.definition.key}: its {query.name} must return one column called {name}; "
-                f"it returns {', '.join(names)}. Write SELECT … AS {name}."
+                f"it returns {', '.join(names) or 'none'}. Write SELECT … AS {name}."
             )
 
 
 def _execute(connection: sa.Connection, text: str, query: _Query) -> sa.CursorResult[*tuple[Any, ...]]:
     if query.stop.is_set():
         raise Interrupted("The process was asked to stop.")
-    parameter = _parameter(connection, query)
-    clause = sa.text(text)
-    return connection.execute(clause if parameter is None else clause.bindparams(parameter))
-
-
-def _parameter(connection: sa.Connection, query: _Query) -> sa.BindParameter[Any] | None:
-    """Return the parameter `:as_of` in the database's form; None if the query does not use it."""
-    if query.as_of is None:
-        return None
-    utc = query.as_of.astimezone(dt.UTC)
-    match connection.dialect.name:
-        case "sqlite":
-            return sa.bindparam("as_of", f"{utc:%Y-%m-%d %H:%M:%S}", type_=sa.Text())
-        case "postgresql":
-            return sa.bindparam("as_of", utc, type_=UtcDateTime())
-    return sa.bindparam("as_of", utc.replace(tzinfo=None), type_=sa.DateTime())
+    return connection.exec_driver_sql(text, query.arguments or None)
 
 
 @contextmanager
@@ -281,8 +310,11 @@ def _limits(connection: sa.Connection, query: _Query) -> Iterator[None]:
                 with _ignoring_closed():
                     raw.set_progress_handler(None, 0)
         case "postgresql":
+            raw.prepare_threshold = None  # a prepared statement fails after the type of a column was changed
             milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
-            connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
+            settings = postgresql_values.SETTINGS | {"statement_timeout": str(milliseconds)}
+            calls = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+            connection.exec_driver_sql(f"SELECT {calls}")
             _end_with_our_process(connection)
             try:
                 with stop.interrupting(partial(dialects.cancel, raw)):
@@ -313,7 +345,9 @@ def _translated_errors(query: _Query) -> Iterator[None]:
         reason = engines.reason(error)
         if query.stop.is_set():
             raise Interrupted("The process was asked to stop.") from error
-        if "statement timeout" in reason or (reason == "interrupted" and time.monotonic() > query.deadline):
+        late_seconds = time.monotonic() - query.deadline
+        is_cancelled = getattr(error.orig, "sqlstate", None) == _CANCELLED
+        if (is_cancelled and late_seconds > -1) or (reason == "interrupted" and late_seconds > 0):
             raise DefinitionError(_timeout_message(definition)) from error
         if reason in {"interrupted", "user-defined function raised exception"}:
             # SQLite hides the exception that a signal raises during a callback.

@@ -93,6 +93,8 @@ class Definition:
     source: str | None = None
     enabled: bool = True
     timeout_seconds: float = 600.0
+    timezone: str = "UTC"  # of :today
+    value_type: str | None = None  # a trait's values are converted to boolean, number or string
     is_key_derived: bool = False
     key_error: str | None = None
     schedule: Schedule | None = None

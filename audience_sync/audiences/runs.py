@@ -14,7 +14,6 @@ queue/deliveries.py; queue/worker.py sends them.
 
 import datetime as dt
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -131,11 +130,11 @@ def sync(
         started = clock.monotonic()
         try:
             crash.at("run_started")
-            set_aside = compute(connection, definition, run.as_of, source(), stop)
+            compute(connection, definition, run.as_of, source(), stop)
             crash.at("snapshot_computed")
             with engines.write(engine) as renewal:  # so that the commit has the lease's full time
                 leases.renew(renewal, run.lease)
-            finished = _finish(connection, run, set_aside, clock)
+            finished = _finish(connection, run, clock)
         except BaseException as error:
             connection.invalidate()  # a commit that failed may leave its transaction open, which locks the run's row
             is_recorded = _fail(engine, run, error, clock)
@@ -207,19 +206,15 @@ def _mode(options: RunOptions, last: records.Baseline) -> str:
     return "first" if last.is_first else "changes"
 
 
-def _finish(connection: sa.Connection, run: Run, set_aside: Counter[str], clock: Clock) -> _Finished:
-    """Diff, then commit the new baseline with its deliveries, or hold the changes; end the run. One transaction.
-
-    `set_aside`: rows that were set aside while the snapshot was loaded, by reason.
-    """
+def _finish(connection: sa.Connection, run: Run, clock: Clock) -> _Finished:
+    """Diff, then commit the new baseline with its deliveries, or hold the changes; end the run. One transaction."""
     options, definition = run.options, run.definition
     with engines.begin_write(connection):
         row = records.lock_definition(connection, run.definition_id)
         now = clock.now()
         diff = snapshot.diff(connection, run.definition_id, definition, now, options.users)
         erased_count = row.forgotten_count if options.users is None else 0
-        set_aside += Counter(diff.set_aside)
-        result = records.RunResult.after(run.last, diff.counts, erased_count, set_aside)
+        result = records.RunResult.after(run.last, diff.counts, erased_count, diff.set_aside)
         replaced_id = replace_held_run(connection, run.definition_id, f"{REPLACED} {run.run_id}.")
         is_foreign = options.destination.is_foreign(connection, row.fingerprint)
         held = reason_to_hold(definition, run.last, diff, options, is_foreign=is_foreign)

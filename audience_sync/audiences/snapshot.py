@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.audiences import values
+from audience_sync.audiences import postgresql_values, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.audiences.records import ChangeCounts
 from audience_sync.db import engines
@@ -60,39 +60,35 @@ def fill_from_query(
     connection: sa.Connection,
     table: str,
     query: str,
-    columns: Sequence[values.Column],
-    as_of: sa.BindParameter[Any] | None,
+    arguments: Any,
+    columns: Sequence[str],
+    value_type: str | None,
 ) -> None:
     """Fill a temporary table from a query on our own database, as a subquery, so that no row leaves the database.
 
-    `query` is bound text that returns `columns`: user_id and, for a trait, value; `as_of` is its parameter, if any.
+    `query` returns canonical ids and values, `arguments` are its driver's arguments.
     """
-    if is_sqlite(connection):
-        expressions = [values.SQLITE_ID, values.SQLITE_VALUE][: len(columns)]
-    else:
-        sql(connection, f"SET LOCAL extra_float_digits = {values.extra_float_digits(columns)}")
-        makers = (values.postgresql_id, values.postgresql_value)
-        expressions = [make(column) for make, column in zip(makers, columns, strict=False)]
-    _group_into(connection, table, f"({query}) AS definition", expressions, as_of)
+    _group_into(connection, table, f"({query}) AS canonical", arguments, columns, value_type)
 
 
 def fill_from_rows(
     connection: sa.Connection,
     table: str,
-    columns: Sequence[str],
     batches: Iterable[Sequence[values.Row]],
+    columns: Sequence[str],
+    value_type: str | None,
 ) -> None:
     """Fill a temporary table from a source's rows in canonical form, with one batch in memory."""
     create_temp_table(connection, "rows", ", ".join(f"{name} {{id}}" for name in columns))
     rows = f"{'temp' if is_sqlite(connection) else 'pg_temp'}.audience_sync_rows"
     if is_sqlite(connection):
-        raw: Any = connection.connection.dbapi_connection
-        placeholders = ", ".join("?" * len(columns))
+        insert = f"INSERT INTO {rows} VALUES ({', '.join('?' * len(columns))})"
         for batch in batches:
-            raw.executemany(f"INSERT INTO {rows} VALUES ({placeholders})", batch)
+            if batch:
+                connection.exec_driver_sql(insert, batch)
     else:
         copy_rows(connection, rows, batches)
-    _group_into(connection, table, rows, columns)
+    _group_into(connection, table, rows, (), columns, value_type)
     drop_temp_table(connection, "rows")
 
 
@@ -100,38 +96,41 @@ def _group_into(
     connection: sa.Connection,
     table: str,
     source: str,
-    expressions: Sequence[str],
-    as_of: sa.BindParameter[Any] | None = None,
+    arguments: Any,
+    columns: Sequence[str],
+    value_type: str | None,
 ) -> None:
     """Create a table with one row for each user id of the source, in the way that is fastest on each database."""
-    user_id, value = (*expressions, "")[:2]
+    has_value = "value" in columns
+    if value_type:
+        conversions = values.SQLITE_CONVERSIONS if is_sqlite(connection) else postgresql_values.CONVERSIONS
+        source = f"(SELECT user_id, {conversions[value_type]} AS value FROM {source}) AS converted"
     if is_sqlite(connection):
         values.register_functions(connection)
-        value_columns = ", low text, high text" if value else ""
+        value_columns = ", low text, high text" if has_value else ""
         create_temp_table(connection, table, f"user_id {{id}}, row_count int{value_columns}", unique_ids=True)
-        statement = _sorted_upsert(table, source, user_id, value)
+        statement = _sorted_upsert(table, source, has_value=has_value)
     else:
         drop_temp_table(connection, table)
         _raise_work_memory(connection)
-        low_high = f", min({value}) AS low, max({value}) AS high" if value else ""
+        low_high = ", min(value) AS low, max(value) AS high" if has_value else ""
         statement = (  # CREATE TABLE AS runs in parallel; INSERT does not
-            f"CREATE TEMPORARY TABLE audience_sync_{table} AS SELECT {user_id} AS user_id, "
-            f"count(*) AS row_count{low_high} FROM {source} GROUP BY 1"
+            f"CREATE TEMPORARY TABLE audience_sync_{table} AS SELECT user_id, count(*) AS row_count{low_high} "
+            f"FROM {source} GROUP BY 1"
         )
-    clause = sa.text(statement)
-    connection.execute(clause if as_of is None else clause.bindparams(as_of))
+    connection.exec_driver_sql(statement, arguments or None)
 
 
-def _sorted_upsert(table: str, source: str, user_id: str, value: str) -> str:
+def _sorted_upsert(table: str, source: str, *, has_value: bool) -> str:
     """Return SQLite's statement that groups rows: a sorted upsert takes two thirds of the time of GROUP BY."""
-    low_high = f", {value} AS low, {value} AS high" if value else ""
+    low_high = ", value AS low, value AS high" if has_value else ""
     merge = (
         ", low = coalesce(min(low, excluded.low), low, excluded.low), "
         "high = coalesce(max(high, excluded.high), high, excluded.high)"
     )
     return (
-        f"INSERT INTO temp.audience_sync_{table} SELECT {user_id} AS user_id, 1{low_high} FROM {source} "
-        f"ORDER BY 1 ON CONFLICT (user_id) DO UPDATE SET row_count = row_count + 1{merge if value else ''}"
+        f"INSERT INTO temp.audience_sync_{table} SELECT user_id, 1{low_high} FROM {source} "
+        f"ORDER BY 1 ON CONFLICT (user_id) DO UPDATE SET row_count = row_count + 1{merge if has_value else ''}"
     )
 
 
@@ -255,7 +254,7 @@ def _id_check(connection: sa.Connection) -> tuple[str, str]:
     """Return a cheap condition for ids that need a closer check, and the reason why an id is invalid, or null."""
     if is_sqlite(connection):
         return values.SQLITE_NEEDS_CHECK, values.SQLITE_INVALID_REASON
-    return values.POSTGRESQL_NEEDS_CHECK, values.POSTGRESQL_INVALID_REASON
+    return postgresql_values.NEEDS_CHECK, postgresql_values.INVALID_REASON
 
 
 def _is_empty(connection: sa.Connection) -> bool:
@@ -272,7 +271,8 @@ def _set_aside_values(connection: sa.Connection) -> Counter[str]:
     They stay in the snapshot, and the comparison skips them: an unusable value does not mean that a user left.
     """
     sql(connection, "DELETE FROM {temp}audience_sync_snapshot WHERE low IS NULL")
-    conditions = {"not_primitive": f"low = '{values.NOT_PRIMITIVE}'", "unequal_values": "low <> high"}
+    conditions = {reason: f"low = '{mark}'" for mark, reason in values.UNUSABLE_VALUES.items()}
+    conditions["unequal_values"] = "low <> high"
     update = "UPDATE {temp}audience_sync_snapshot SET low = NULL, high = NULL WHERE "
     return Counter({name: sql(connection, update + where).rowcount for name, where in conditions.items()})
 
@@ -296,7 +296,7 @@ def _leave_out_erased(connection: sa.Connection, now: dt.datetime) -> int:
     where = "WHERE returns_at IS NULL OR returns_at > :now"
     if sql(connection, f"SELECT 1 FROM {{our}}forgotten {where} LIMIT 1", now=now).first() is None:
         return 0
-    user_hash = values.SQLITE_HASH if is_sqlite(connection) else values.POSTGRESQL_HASH
+    user_hash = values.SQLITE_HASH if is_sqlite(connection) else postgresql_values.HASH
     hashes = f"SELECT user_hash FROM {{our}}forgotten {where}"
     return _leave_out(connection, f"change = 'entered' AND {user_hash} IN ({hashes})", now=now)
 

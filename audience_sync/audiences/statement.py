@@ -1,27 +1,27 @@
-"""The SQL of a definition: check that it is one query that only reads, and bind `:as_of`.
+"""The SQL of a definition: check that it is one query that only reads, and bind its parameters.
 
 The author of a definition is trusted: these checks guard against mistakes. Read-only transactions, the database's roles
-and SQLite's authorizer (compute.py) guard as well. sqlglot is imported where it is used, because its import takes 0.2 s.
+and SQLite's authorizer (compute.py) guard as well. sqlglot parses the SQL for the check, and is imported where it is
+used, because its import takes 0.2 s. Parameters are found by the database's own rules for quotes and comments.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from audience_sync.errors import DefinitionError
 
 if TYPE_CHECKING:
-    from sqlglot import Token
+    from sqlglot import exp
 
-PARAMETER = ":as_of"
+PARAMETERS = {"as_of": "the moment of the run", "today": "its date"}
 SUPPORTED = (
     "sqlite",
     "postgresql",
 )  # the databases that enforce reading and time limits; others are experimental
-_NAME = re.compile(r":[\w$]+")
 
 # Functions that reach outside the query: files, other servers, sessions, locks, sequences, SQL in a string.
 _DENIED = re.compile(
@@ -49,18 +49,67 @@ _WRITING_WORDS = {
     "dbcc", "waitfor", "backup", "restore", "reconfigure", "deny",
 }  # fmt: skip
 _QUERY_STARTS = {"select", "with", "from", "table", "values"}
+_UNREADABLE = "the SQL cannot be read: is a quote or a comment not closed?"
 _NO_QUERY = "the SQL is not a query: write one SELECT (WITH is fine)"
 _DIALECTS = {
     "postgresql": "postgres", "mssql": "tsql", "clickhousedb": "clickhouse", "mariadb": "mysql",
 }  # fmt: skip
 
+# The tokens of SQL. Space and comments have no group. What opens a quote or a comment that never ends matches nothing.
+_LETTER = r"A-Za-z_\u0080-\U0010ffff"
+_COMMON = rf"""
+[ \t\n\r\f\v]+ | --[^\n\r]*
+| (?P<text> '(?:[^']|'')*') | (?P<quoted> "(?:[^"]|"")*")
+| (?P<word> [{_LETTER}][{_LETTER}0-9$]*) | (?P<number> [0-9][{_LETTER}0-9]*)
+| (?P<cast> ::|:=) | (?P<parameter> :[{_LETTER}0-9$]+)
+"""
+_ESCAPED = r"'(?:[^'\\]|\\.|'')*'"
+_POSTGRESQL = rf"""
+(?P<escaped> [eE]{_ESCAPED} (?: [ \t\f]*[\n\r]\s*{_ESCAPED})*)
+| (?P<dollar> \$(?P<tag> (?:[{_LETTER}][{_LETTER}0-9]*)?)\$ .*? \$(?P=tag)\$)
+| {_COMMON}
+| (?P<other> (?! /\* | \$(?:[{_LETTER}][{_LETTER}0-9]*)?\$ ) [^'"])
+"""
+_BACKTICKS = rf"{_COMMON} | /\*.*?\*/ | (?P<backticks> `(?:[^`]|``)*`)"
+_SQLITE = rf"{_BACKTICKS} | (?P<brackets> \[[^]]*]) | (?P<other> (?! /\* ) [^'\"`[])"
+_OTHERS = rf"{_BACKTICKS} | (?P<other> (?! /\* ) [^'\"`])"
+_BACKSLASHES = rf"(?P<escaped> {_ESCAPED}) | {_OTHERS}"
+_TOKENS = {
+    dialect: re.compile(pattern, re.VERBOSE | re.DOTALL)
+    for dialect, pattern in {
+        "postgresql": _POSTGRESQL, "duckdb": _POSTGRESQL, "sqlite": _SQLITE, "mssql": _SQLITE, "": _OTHERS,
+        **dict.fromkeys(("mysql", "mariadb", "clickhousedb", "bigquery", "snowflake", "databricks"), _BACKSLASHES),
+    }.items()
+}  # fmt: skip
+_COMMENT_EDGE = re.compile(r"/\*|\*/")
+_PLACEHOLDERS = {"qmark": "?", "format": "%s", "pyformat": "%({0})s", "named": ":{0}", "numeric": ":{1}"}
+
+
+class _Token(NamedTuple):
+    kind: str  # the name of a group above
+    text: str
+    start: int
+    end: int
+
 
 @dataclass(frozen=True, slots=True)
 class BoundText:
-    """SQL for `sqlalchemy.text`; `:as_of` is its only parameter, if it has one."""
+    """SQL that is split at its parameters: `names[i]` stands between `parts[i]` and `parts[i + 1]`."""
 
-    text: str
-    uses_as_of: bool
+    parts: tuple[str, ...]
+    names: tuple[str, ...]  # without the colon
+
+    def render(self, paramstyle: str) -> str:
+        """Return the text in a driver's style (PEP 249)."""
+        parts = [part.replace("%", "%%") if "format" in paramstyle else part for part in self.parts]
+        marks = [_PLACEHOLDERS[paramstyle].format(name, number) for number, name in enumerate(self.names, 1)]
+        return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
+
+    def arguments(self, paramstyle: str, values: Mapping[str, Any]) -> dict[str, Any] | tuple[Any, ...]:
+        """Return the driver's arguments for the text; `values` has one for each of PARAMETERS."""
+        if paramstyle in {"named", "pyformat"}:
+            return {name: values[name] for name in self.names}
+        return tuple(values[name] for name in self.names)
 
 
 def check(sql: str, dialect: str) -> list[str]:
@@ -76,95 +125,121 @@ def check(sql: str, dialect: str) -> list[str]:
     tokens = _tokenize(sql, dialect)
     _check_structure(sql, tokens)
     if dialect not in SUPPORTED:
-        _check_words(sql, tokens)
+        _check_words(sql, dialect)
     bind(sql, dialect)
-    import sqlglot  # noqa: PLC0415
-    from sqlglot import exp  # noqa: PLC0415
-
-    logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it would log the definition
-    try:
-        parsed = sqlglot.parse(sql[: tokens[-1].end + 1], dialect=_sqlglot_dialect(dialect))
-        statements = [statement for statement in parsed if statement is not None]
-    except (sqlglot.errors.SqlglotError, RecursionError, ValueError):
+    statements = _parse(sql[: tokens[-1].end], dialect)
+    if statements is None:
         _check_unparsed(tokens)
         if dialect not in SUPPORTED:
             raise DefinitionError(
                 "sqlglot cannot read the SQL, and on an experimental source only SQL that it can read is run"
-            ) from None
+            )
         return ["the SQL could not be parsed before it runs, so only the database checks it"]
     if len(statements) != 1:
         raise DefinitionError(f"the SQL holds {len(statements)} statements: write exactly one query")
-    root = statements[0]
+    _check_nodes(statements[0])
+    return []
+
+
+def _parse(sql: str, dialect: str) -> "list[list[exp.Expr]] | None":
+    """Return the nodes of each statement, the root first; None if sqlglot cannot read the SQL, whatever the reason."""
+    import sqlglot  # noqa: PLC0415
+
+    logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it would log the definition
+    try:
+        parsed = sqlglot.parse(sql, dialect=_sqlglot_dialect(dialect))
+        return [list(statement.walk()) for statement in parsed if statement is not None]
+    except Exception:  # noqa: BLE001  (its own errors, and what its bugs raise: RecursionError, AttributeError, …)
+        return None
+
+
+def _check_nodes(nodes: "list[exp.Expr]") -> None:
+    from sqlglot import exp  # noqa: PLC0415
+
     forbidden = tuple(getattr(exp, name) for name in _FORBIDDEN if hasattr(exp, name))
-    for node in root.walk():
+    for node in nodes:
         if isinstance(node, forbidden):
             raise DefinitionError(
                 f"the SQL holds {type(node).__name__.upper()}, and a definition only reads: write one SELECT"
             )
-    if not isinstance(root, exp.Query):
+    if not isinstance(nodes[0], exp.Query):
         raise DefinitionError(_NO_QUERY)
-    for function in root.find_all(exp.Func):
-        _check_function(function.name if isinstance(function, exp.Anonymous) else function.sql_name())
-    return []
+    for node in nodes:
+        if isinstance(node, exp.Func):
+            _check_function(node.name if isinstance(node, exp.Anonymous) else node.sql_name())
 
 
 def bind(sql: str, dialect: str) -> BoundText:
-    """Return the SQL in the form that `sqlalchemy.text` needs.
+    """Split the SQL at its parameters.
 
-    Every other colon that SQLAlchemy would take for a parameter is escaped; casts stay as they are. The parameter
-    is put in parentheses, because SQLAlchemy misreads `:as_of::date`. Semicolons at the end are removed, and a
-    newline ends the text, so that a comment on the last line ends there too.
+    Semicolons at the end are removed, and a newline ends the text, so that a comment on the last line ends there too.
 
     Raises:
         DefinitionError: the SQL uses another parameter, or a quote in it is not closed.
 
     """
     tokens = _tokenize(sql, dialect)
-    text, copied, parameters = "", 0, set()
-    for start in _parameters(sql, tokens):
-        text += f"{sql[copied:start]}("
-        parameters.add(len(text))
-        text += f"{PARAMETER})"
-        copied = start + len(PARAMETER)
-    text += sql[copied : tokens[-1].end + 1 if tokens else 0]
-
-    # Whatever else SQLAlchemy's compiler takes for a parameter, or for an escaped one, gets one more backslash.
-    def escape(match: re.Match[str]) -> str:
-        return match[0] if match.start() in parameters else f"\\{match[0]}"
-
-    escaped = re.sub(r"\\:[\w$]*(?![:\w$])|(?<![:\w$\\]):[\w$]+(?![:\w$])", escape, text)
-    return BoundText(f"{escaped}\n", uses_as_of=bool(parameters))
+    parts, names, copied = [], [], 0
+    for token in _parameters(sql, tokens):
+        parts.append(sql[copied : token.start])
+        names.append(token.text[1:])
+        copied = token.end
+    parts.append(f"{sql[copied : tokens[-1].end]}\n" if tokens else "\n")
+    return BoundText(tuple(parts), tuple(names))
 
 
-def _parameters(sql: str, tokens: "list[Token]") -> Iterator[int]:
-    """Yield the positions of `:as_of`. Any other name after a colon is an error, except in an array slice."""
+def _parameters(sql: str, tokens: list[_Token]) -> list[_Token]:
+    """Return the parameters. Any other name after a colon is an error, except in an array slice or a path (`a:b`)."""
+    parameters = []
     depth = 0
-    for token in tokens:
-        kind = token.token_type.name
-        depth += (kind == "L_BRACKET") - (kind == "R_BRACKET")
-        name = _NAME.match(sql, token.start) if kind == "COLON" else None
-        if name is None:
+    for before, token in pairwise([_Token("start", "", 0, -1), *tokens]):
+        depth += (token.text == "[") - (token.text == "]")
+        if token.kind != "parameter":
             continue
-        if name[0] == PARAMETER:
-            yield token.start
-        elif depth <= 0 and not re.match(r'[\w$\]"`:]', sql[token.start - 1 : token.start]):
+        is_path = before.end == token.start and (before.kind in _PATH_STARTS or before.text == "]")
+        if token.text[1:] in PARAMETERS:
+            parameters.append(token)
+        elif depth <= 0 and not is_path:
+            known = " and ".join(f":{name} ({meaning})" for name, meaning in PARAMETERS.items())
             raise DefinitionError(
-                f"line {_line(sql, token)} of the SQL: there is no parameter {name[0]}: "
-                f"only {PARAMETER}, the moment of the run; write a text with a colon in quotes"
+                f"line {_line(sql, token.start)} of the SQL: there is no parameter {token.text}, only {known}; write a text "
+                "with a colon in quotes"
             )
+    return parameters
 
 
-def _tokenize(sql: str, dialect: str) -> "list[Token]":
-    """Return the tokens, without comments and without semicolons at the end."""
-    import sqlglot  # noqa: PLC0415
+_PATH_STARTS = {"word", "number", "quoted", "brackets", "backticks"}
 
-    try:
-        tokens = list(sqlglot.tokenize(sql, read=_sqlglot_dialect(dialect)))
-    except sqlglot.TokenError as error:
-        raise DefinitionError("the SQL cannot be read: is a quote or a comment not closed?") from error
-    while tokens and tokens[-1].token_type.name == "SEMICOLON":
+
+def _tokenize(sql: str, dialect: str) -> list[_Token]:
+    """Return the tokens, without comments and without semicolons at the end.
+
+    Raises:
+        DefinitionError: a quote or a comment never ends.
+
+    """
+    pattern = _TOKENS.get(dialect, _TOKENS[""])
+    tokens, position = [], 0
+    while position < len(sql):
+        match = pattern.match(sql, position)
+        end = match.end() if match else _end_of_nested_comment(sql, position, dialect)
+        if match and match.lastgroup:
+            tokens.append(_Token(match.lastgroup, match[0], position, end))
+        position = end
+    while tokens and tokens[-1].text == ";":
         tokens.pop()
     return tokens
+
+
+def _end_of_nested_comment(sql: str, start: int, dialect: str) -> int:
+    """Return the end of a comment of PostgreSQL, which may hold others."""
+    depth = 0
+    if sql.startswith("/*", start) and _TOKENS.get(dialect) is _TOKENS["postgresql"]:
+        for edge in _COMMENT_EDGE.finditer(sql, start):
+            depth += 1 if edge[0] == "/*" else -1
+            if depth == 0:
+                return edge.end()
+    raise DefinitionError(_UNREADABLE)
 
 
 def _sqlglot_dialect(dialect: str) -> str | None:
@@ -175,35 +250,40 @@ def _sqlglot_dialect(dialect: str) -> str | None:
     return name if name in {known.value for known in sqlglot.Dialects} else None
 
 
-def _check_structure(sql: str, tokens: "list[Token]") -> None:
+def _check_structure(sql: str, tokens: list[_Token]) -> None:
     """Check that this is one statement with matching parentheses, even if sqlglot cannot parse it."""
     if not tokens:
         raise DefinitionError("the SQL is empty: write one SELECT")
     depth = 0
     for token in tokens:
-        kind = token.token_type.name
-        if kind == "SEMICOLON":
+        if token.text == ";":
             raise DefinitionError(
-                f"line {_line(sql, token)} of the SQL: a second statement follows: write exactly one query"
+                f"line {_line(sql, token.start)} of the SQL: a second statement follows: write exactly one query"
             )
-        depth += (kind == "L_PAREN") - (kind == "R_PAREN")
+        depth += (token.text == "(") - (token.text == ")")
         if depth < 0:
-            raise DefinitionError(f"line {_line(sql, token)} of the SQL: this ) was never opened")
+            raise DefinitionError(f"line {_line(sql, token.start)} of the SQL: this ) was never opened")
     if depth:
         raise DefinitionError(f"the SQL opens {depth} more ( than it closes: is a ) missing?")
 
 
-def _check_unparsed(tokens: "list[Token]") -> None:
+def _check_unparsed(tokens: list[_Token]) -> None:
     """Check the first word, and the functions, of SQL that sqlglot cannot parse."""
-    texts = [token.text.lower() for token in tokens if token.token_type.name != "L_PAREN"]
+    texts = [token.text.lower() for token in tokens if token.text != "("]
     if texts[:1] and texts[0] not in _QUERY_STARTS:
         raise DefinitionError(_NO_QUERY)
     for token, following in pairwise(tokens):
-        if following.token_type.name == "L_PAREN":
-            _check_function(token.text)
+        if following.text == "(":
+            _check_function(token.text.strip('"`[]'))
 
 
-def _check_words(sql: str, tokens: "list[Token]") -> None:
+def _check_words(sql: str, dialect: str) -> None:
+    import sqlglot  # noqa: PLC0415
+
+    try:
+        tokens = sqlglot.tokenize(sql, read=_sqlglot_dialect(dialect))
+    except sqlglot.TokenError as error:
+        raise DefinitionError(_UNREADABLE) from error
     for token, following in zip_longest(tokens, tokens[1:]):
         text, kind = sql[token.start : token.end + 1].lower(), token.token_type.name
         is_word = kind not in {"IDENTIFIER", "STRING"} and not (
@@ -212,8 +292,8 @@ def _check_words(sql: str, tokens: "list[Token]") -> None:
         is_package = kind != "STRING" and re.fullmatch(r"(utl|dbms)_\w+", text)  # Oracle's
         if (text in _WRITING_WORDS and is_word) or is_package:
             raise DefinitionError(
-                f"line {_line(sql, token)} of the SQL: the word {text.upper()} is not allowed on an experimental source: "
-                "if it is a name, put it in quotes"
+                f"line {_line(sql, token.start)} of the SQL: the word {text.upper()} is not allowed on an experimental "
+                "source: if it is a name, put it in quotes"
             )
         if any(comment.startswith(("!", "M!")) for comment in token.comments):
             raise DefinitionError("the SQL holds a comment that MySQL runs (/*! … */): remove it")
@@ -224,5 +304,5 @@ def _check_function(name: str) -> None:
         raise DefinitionError(f"the SQL calls {name.lower()}, which does more than read: leave it out")
 
 
-def _line(sql: str, token: "Token") -> int:
-    return sql.count("\n", 0, token.start) + 1
+def _line(sql: str, position: int) -> int:
+    return sql.count("\n", 0, position) + 1

@@ -1,9 +1,12 @@
-"""Canonical text of user ids and trait values: the same from SQLite, PostgreSQL, and rows of a source in Python.
+"""Canonical text of user ids and trait values: the same on our own database and on a source, SQLite and PostgreSQL.
 
-A value's canonical text is JSON, and equal texts are equal values: a whole number that fits 64 bits is written as an
-integer, any other number with 15 significant digits. '!' stands for a value that is not a primitive, and sorts before
-all others. The SQL expressions come first, with the Python functions that SQLite calls in rare cases; then the same
-rules for rows that a source's driver returns.
+The database that computes a definition writes the text itself, in SQL, so that no driver reads the raw values. A value's
+canonical text is JSON, and equal texts are equal values: a whole number that fits 64 bits is written as an integer, any
+other number with 15 significant digits. '!' stands for a value that is not a primitive, '!REASON' for one that cannot be
+converted to the trait's type; both sort before all others. An id that cannot be sent is replaced by `unusable(reason)`.
+
+This module has the rules in Python, which SQLite calls in rare cases, SQLite's expressions, and the rules for rows that
+other drivers return. postgresql_values.py has PostgreSQL's expressions.
 """
 
 import datetime as dt
@@ -11,9 +14,7 @@ import json
 import math
 import re
 import uuid
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -23,20 +24,25 @@ from audience_sync.retention.erasure import user_hash
 
 MAX_ID_LENGTH = 255
 NOT_PRIMITIVE = "!"
-_LIMIT = 2**63
+NOT_BOOLEAN, NOT_NUMBER = "!not_a_boolean", "!not_a_number"
+UNUSABLE_VALUES = {mark: mark[1:] or "not_primitive" for mark in (NOT_PRIMITIVE, NOT_BOOLEAN, NOT_NUMBER)}
+REASONS = ("null", "binary", "not_text_or_number", "nul_character", "not_unicode")
+TRUE_WORDS = ("true", "t", "yes", "y", "on", "1")  # what PostgreSQL takes for a boolean
+FALSE_WORDS = ("false", "f", "no", "n", "off", "0")
+NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"
+MAX_NUMBER_LENGTH = 300  # of a number that is given as text
+LIMIT = 2**63
+# White space, and characters without a width.
+BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
 _ZEROS_AT_END = re.compile(
     r"(?<=\.\d\d\d\d\d)0|(?<=\.\d\d\d\d)00|(?<=\.\d\d\d)000|(?<=\.\d\d)0000|(?<=\.\d)00000"
 )
-Row = tuple[str] | tuple[str, str]
+Row = tuple[str | None, ...]  # the canonical text of an id and, for a trait, of a value
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a definition's result; its type as in PostgreSQL's pg_type, empty on SQLite."""
-
-    name: str
-    type_name: str = ""
-    category: str = ""
+def unusable(reason: str) -> str:
+    """Return the text in place of an id that cannot be sent. It is longer than any id, and starts with a space."""
+    return f"{reason:>{MAX_ID_LENGTH + 45}}"
 
 
 def canonical_number(raw: float | Decimal) -> str:
@@ -44,9 +50,12 @@ def canonical_number(raw: float | Decimal) -> str:
         return f"{raw:.15g}"
     if not math.isfinite(raw):
         return NOT_PRIMITIVE
-    if -_LIMIT <= raw < _LIMIT and raw == int(raw):
+    if -LIMIT <= raw < LIMIT and raw == int(raw):
         return str(int(raw))
-    real = float(raw)
+    try:
+        real = float(raw)
+    except OverflowError:
+        return NOT_PRIMITIVE
     if not math.isfinite(real):
         return NOT_PRIMITIVE
     text = f"{real:.15g}"
@@ -71,9 +80,24 @@ def invalid_reason(raw: str | bytes) -> str | None:
         return "not_unicode"
     if "\0" in text:
         return "nul_character"
-    if not text.strip(" \t\r\n"):
+    if not text.strip(BLANK):
         return "empty"
     return "too_long" if len(text) > MAX_ID_LENGTH else None
+
+
+def as_boolean(canonical: str) -> str:
+    word = canonical.strip('" ').lower()
+    return "true" if word in TRUE_WORDS else "false" if word in FALSE_WORDS else NOT_BOOLEAN
+
+
+def as_number(canonical: str) -> str:
+    if canonical in {"true", "false"}:
+        return str(int(canonical == "true"))
+    text = canonical.strip('" ')
+    if len(text) > MAX_NUMBER_LENGTH or not re.fullmatch(NUMBER, text):
+        return NOT_NUMBER
+    number = canonical_number(Decimal(text))
+    return NOT_NUMBER if number == NOT_PRIMITIVE else number
 
 
 def register_functions(connection: sa.Connection) -> None:
@@ -82,24 +106,38 @@ def register_functions(connection: sa.Connection) -> None:
     SQLite's own printf is wrong in the fifteenth digit, and its text may contain any bytes.
     """
     raw: Any = connection.connection.dbapi_connection
-    for function in (canonical_number, canonical_string, invalid_reason, user_hash):
-        raw.create_function(f"audience_sync_{function.__name__}", 1, function, deterministic=True)
+    for function in (canonical_number, canonical_string, invalid_reason, as_boolean, as_number, user_hash):
+        raw.create_function(
+            f"audience_sync_{function.__name__}", 1, _never_failing(function), deterministic=True
+        )
+
+
+def _never_failing(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return null in place of an error: SQLite would hide it, and it would look like a signal."""
+
+    def call(raw: Any) -> Any:
+        try:
+            return function(raw)
+        except Exception:  # noqa: BLE001  (a definition may call it with anything)
+            return None
+
+    return call
 
 
 # ASCII without NUL; other text may not even be UTF-8.
 _PLAIN = "(instr({0}, char(0)) = 0 AND {0} NOT GLOB '*[^' || char(1) || '-' || char(127) || ']*')"
 _SQLITE_REAL = (
-    f"CASE WHEN {{0}} >= -{_LIMIT}.0 AND {{0}} < {_LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
+    f"CASE WHEN {{0}} >= -{LIMIT}.0 AND {{0}} < {LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
     "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_canonical_number({0}) END"
 )
-# A primary key cannot hold null, so blobs stand for ids that are not text: x'' for null, x'00' for binary.
+# Text stays as it is, and may not even be text. The diff checks ids that enter: fewer than all.
 SQLITE_ID = f"""
 CASE typeof(user_id)
   WHEN 'text' THEN user_id
   WHEN 'integer' THEN CAST(user_id AS TEXT)
-  WHEN 'real' THEN CASE WHEN user_id IN (9e999, -9e999) THEN x'' ELSE {_SQLITE_REAL.format("user_id")} END
-  WHEN 'blob' THEN x'00'
-  ELSE x'' END"""
+  WHEN 'real' THEN CASE WHEN user_id IN (9e999, -9e999) THEN '{unusable("null")}' ELSE {_SQLITE_REAL.format("user_id")} END
+  WHEN 'blob' THEN '{unusable("binary")}'
+  ELSE '{unusable("null")}' END"""
 SQLITE_VALUE = f"""
 CASE typeof(value)
   WHEN 'integer' THEN CAST(value AS TEXT)
@@ -107,131 +145,89 @@ CASE typeof(value)
   WHEN 'text' THEN CASE WHEN {_PLAIN.format("value")} THEN json_quote(value)
                         ELSE audience_sync_canonical_string(CAST(value AS BLOB)) END
   WHEN 'blob' THEN '!' END"""
-
 SQLITE_HASH = "audience_sync_user_hash(user_id)"
-POSTGRESQL_HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
 
 # A cheap condition for ids that need a closer check, and the reason why such an id cannot be sent, or null.
-SQLITE_NEEDS_CHECK = f"(user_id >= x'' OR user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"  # noqa: E501
-SQLITE_INVALID_REASON = """
-CASE WHEN user_id = x'' THEN 'null' WHEN user_id = x'00' THEN 'binary'
-     ELSE audience_sync_invalid_reason(CAST(user_id AS BLOB)) END"""
-POSTGRESQL_NEEDS_CHECK = f"(user_id IS NULL OR user_id < '!' OR octet_length(user_id) > {MAX_ID_LENGTH})"
-POSTGRESQL_INVALID_REASON = f"""
-CASE WHEN user_id IS NULL THEN 'null'
-     WHEN btrim(user_id, E' \\t\\n\\r') = '' THEN 'empty'
-     WHEN length(user_id) > {MAX_ID_LENGTH} THEN 'too_long' END"""
+SQLITE_NEEDS_CHECK = f"(user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"
+UNUSABLE_REASONS = " ".join(f"WHEN user_id = '{unusable(reason)}' THEN '{reason}'" for reason in REASONS)
+SQLITE_INVALID_REASON = (
+    f"CASE {UNUSABLE_REASONS} ELSE audience_sync_invalid_reason(CAST(user_id AS BLOB)) END"
+)
+
+# The canonical text of `value`, converted to a trait's type.
+SQLITE_CONVERSIONS = {
+    "boolean": (
+        "CASE WHEN value IS NULL OR value GLOB '!*' THEN value WHEN value IN ('true', '1') THEN 'true' "
+        "WHEN value IN ('false', '0') THEN 'false' ELSE audience_sync_as_boolean(value) END"
+    ),
+    "number": "CASE WHEN value IS NULL OR value GLOB '[-0-9!]*' THEN value ELSE audience_sync_as_number(value) END",
+    "string": """CASE WHEN value GLOB '["!]*' THEN value ELSE '"' || value || '"' END""",
+}
 
 
-def postgresql_id(column: Column) -> str:
-    """Return the expression for an id's canonical text, which depends on the type of the column."""
-    match column.category, column.type_name:
-        case "N", "numeric":
-            text = (
-                "CASE WHEN user_id IN ('NaN', 'Infinity', '-Infinity') THEN NULL WHEN user_id = trunc(user_id) "
-                f"THEN CAST(trunc(user_id) AS text) ELSE {_postgresql_number('user_id')} END"
-            )
-        case "N", "float4" | "float8":
-            text = f"nullif({_postgresql_number(_float('user_id', column))}, '{NOT_PRIMITIVE}')"
-        case _:
-            text = "CAST(user_id AS text)"
-    return f'({text}) COLLATE "C"'
+def sqlite_select(wanted: Sequence[str], query: str, names: Sequence[str], *, as_bytes: bool) -> str:
+    """Return the SELECT of a query's canonical ids and values, `wanted`; `names` are names for all its columns.
 
-
-def postgresql_value(column: Column) -> str:
-    """Return the expression for a value's canonical text."""
-    match column.category, column.type_name:
-        case ("B", _) | ("N", "int2" | "int4" | "int8"):
-            text = "CAST(value AS text)"
-        case "N", "numeric" | "float4" | "float8":
-            text = _postgresql_number(_float("value", column))
-        case "U", "json" | "jsonb":
-            as_number = _postgresql_number("CAST(CAST(value AS jsonb) AS numeric)")
-            text = (
-                "CASE jsonb_typeof(CAST(value AS jsonb)) WHEN 'object' THEN '!' WHEN 'array' THEN '!' "
-                f"WHEN 'null' THEN NULL WHEN 'number' THEN {as_number} ELSE CAST(CAST(value AS jsonb) AS text) END"
-            )
-        case ("S" | "E" | "X", _) | ("U", "uuid"):
-            text = "CAST(to_json(CAST(value AS text)) AS text)"
-        case "D", _:
-            text = "CAST(to_json(value) AS text)"
-        case _:
-            text = "CASE WHEN value IS NOT NULL THEN '!' END"
-    return f'({text}) COLLATE "C"'
-
-
-def _float(name: str, column: Column) -> str:
-    # Cast to text first: 0.1 of four bytes is 0.1, not 0.100000001490116.
-    return f"CAST(CAST({name} AS text) AS float8)" if column.type_name == "float4" else name
-
-
-def _postgresql_number(value: str) -> str:
-    # NaN is greater than every number. A cast to float8 refuses what a float8 cannot hold.
-    return (
-        f"CASE WHEN {value} >= -{_LIMIT} AND {value} < {_LIMIT} AND {value} = trunc({value}) "
-        f"THEN CAST(CAST({value} AS bigint) AS text) "
-        f"WHEN {value} IS NOT NULL AND abs({value}) > 1.7976931348623157e308 THEN '!' "
-        f"WHEN abs({value}) < 2.5e-324 THEN '0' ELSE CAST(CAST({value} AS float8) AS text) END"
-    )
-
-
-def extra_float_digits(columns: Sequence[Column]) -> int:
-    """Return PostgreSQL's extra_float_digits: 0 is 15 digits; 1 is the shortest text that identifies a float4."""
-    return int(any(column.type_name == "float4" for column in columns))
-
-
-def can_be_id(column: Column) -> bool:
-    """Return whether a column of this PostgreSQL type can hold user ids."""
-    return column.category in {"", "S", "N", "E", "X"} or column.type_name in {"uuid", "citext"}
-
-
-def canonical_rows(
-    batch: Sequence[Sequence[Any]], positions: Sequence[int], set_aside: Counter[str]
-) -> list[Row]:
-    """Return (user id,) or (user id, JSON text) of each row; count the rows with an invalid id by reason.
-
-    `positions`: where a row has its id and, for a trait, its value. Rows without a value are left out.
+    `as_bytes`: return the ids as blobs, because text that is not UTF-8 cannot be fetched.
     """
-    id_position, value_position = positions[0], positions[-1]
-    is_trait = len(positions) > 1
-    rows: list[Row] = []
-    for row in batch:
-        user_id = row[id_position]
-        if type(user_id) is int:
-            user_id = str(user_id)
-        elif (
-            type(user_id) is not str
-            or not 0 < len(user_id) <= MAX_ID_LENGTH
-            or not user_id.isprintable()
-            or user_id.isspace()
-        ):
-            user_id, reason = _canonical_id(user_id)
-            if reason:
-                set_aside[reason] += 1
-                continue
-        if not is_trait:
-            rows.append((user_id,))
-        elif (text := canonical_value(row[value_position])) is not None:
-            rows.append((user_id, text))
-    return rows
+    expressions = {"user_id": f"CAST({SQLITE_ID} AS BLOB)" if as_bytes else SQLITE_ID, "value": SQLITE_VALUE}
+    selected = ", ".join(f"{expressions[name]} AS {name}" for name in wanted)
+    return f"WITH audience_sync_result ({', '.join(names)}) AS ({query}) SELECT {selected} FROM audience_sync_result"
 
 
-def _canonical_id(raw: Any) -> tuple[str, str | None]:
-    """Return an id's text, and why it is invalid, or None."""
+def decode_ids(batch: Sequence[Sequence[Any]]) -> list[Row]:
+    """Return SQLite's rows with their ids, which came as bytes, as text."""
+    return [(_decoded(user_id), *others) for user_id, *others in batch]
+
+
+def plain_rows(batch: Sequence[Any]) -> Sequence[Row]:
+    """Return PostgreSQL's rows, which are canonical; SQLAlchemy's own rows as tuples."""
+    return batch if isinstance(batch[0], tuple) else [tuple(row) for row in batch]
+
+
+def _decoded(raw: bytes) -> str:
+    if b"\0" in raw:
+        return unusable(invalid_reason(raw) or "")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return unusable("not_unicode")
+
+
+def canonical_rows(batch: Sequence[Sequence[Any]], positions: Sequence[int]) -> list[Row]:
+    """Return (user id,) or (user id, JSON text) of each row that another driver returns.
+
+    `positions`: where a row has its id and, for a trait, its value.
+    """
+    id_position, *value_positions = positions
+    return [
+        (_canonical_id(row[id_position]), *[canonical_value(row[position]) for position in value_positions])
+        for row in batch
+    ]
+
+
+def _canonical_id(raw: Any) -> str:
     match raw:
         case None:
-            return "", "null"
-        case bool() | bytes() | bytearray() | memoryview():
-            return "", "binary"
+            return unusable("null")
+        case bytes() | bytearray() | memoryview():
+            return unusable("binary")
+        case str() | uuid.UUID():
+            text = str(raw)
+            reason = invalid_reason(text)
+            return unusable(reason) if reason in REASONS else text
+        case bool():
+            return unusable("not_text_or_number")
+        case int():
+            return str(raw)
         case Decimal() if raw.is_finite() and raw == raw.to_integral_value():
-            text = str(int(raw))
+            return f"{raw:.0f}"
         case float() | Decimal():
             text = canonical_number(raw)
-            if text == NOT_PRIMITIVE:
-                return "", "null"
-        case _:
-            text = str(raw)
-    return text, invalid_reason(text)
+            return unusable("null") if text == NOT_PRIMITIVE else text
+        case dt.date() | dt.time():
+            return str(canonical_value(raw)).strip('"')
+    return unusable("not_text_or_number")
 
 
 def canonical_value(raw: Any) -> str | None:

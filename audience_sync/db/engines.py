@@ -11,8 +11,6 @@ import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -29,6 +27,7 @@ BUSY_SECONDS = 300
 # abandoned transaction. tcp_user_timeout, in milliseconds, is for sent data that is not acknowledged, which keepalives
 # do not cover; the others are in seconds.
 _POSTGRESQL_ARGUMENTS = {
+    "client_encoding": "UTF8",
     "connect_timeout": 10,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
@@ -192,8 +191,7 @@ def open_source(name: str, url: str) -> sa.Engine:
         if parsed.get_backend_name() == "sqlite":
             return _open_sqlite_source(parsed)
         if parsed.get_backend_name() == "postgresql":
-            # Numbers in its JSON stay exact, as they do where our own database computes with them.
-            return open_postgresql(parsed, json_deserializer=partial(json.loads, parse_float=Decimal))
+            return open_postgresql(parsed)
         return _open_experimental(parsed)
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
         raise SourceError(

@@ -1,7 +1,9 @@
 """Which SQL is accepted, and how `:as_of` is bound in it."""
 
+import itertools
+import re
+
 import pytest
-import sqlalchemy as sa
 
 from audience_sync.audiences import statement
 from audience_sync.errors import DefinitionError
@@ -55,7 +57,7 @@ def test_what_does_more_than_read_is_refused(sql, dialect):
         ("SELECT 'Ann", "the SQL cannot be read: is a quote or a comment not closed"),
         ('SELECT "user_id', "the SQL cannot be read: is a quote or a comment not closed"),
         ("SELECT 1 /* one", "the SQL cannot be read: is a quote or a comment not closed"),
-        ("SELECT\n :name", "line 2 of the SQL: there is no parameter :name: only :as_of"),
+        ("SELECT\n :name", "line 2 of the SQL: there is no parameter :name, only :as_of"),
         ("EXPLAIN SELECT 1", "the SQL holds COMMAND, and a definition only reads"),
     ],
 )
@@ -129,30 +131,37 @@ def test_on_an_experimental_source_a_name_that_is_a_writing_word_is_quoted():
 
 
 BOUND = [
-    ("SELECT :as_of::date, x::text", "SELECT (:as_of)::date, x::text"),
-    ("SELECT :as_of", "SELECT (:as_of)"),
-    ("SELECT date(:as_of, '-30 days')", "SELECT date((:as_of), '-30 days')"),
-    ("SELECT ':as_of', '12:30', 'it''s :x', :as_of", "SELECT ':as_of', '12:30', 'it''s :x', (:as_of)"),
-    ('SELECT ":as_of", "a"":b", :as_of', 'SELECT ":as_of", "a"":b", (:as_of)'),
-    ("SELECT 1 -- :as_of\n, :as_of", "SELECT 1 -- :as_of\n, (:as_of)"),
-    ("SELECT /* :as_of ' */ :as_of /* it's */;", "SELECT /* :as_of ' */ (:as_of)"),
-    ("/*+ Hint(:as_of) */ SELECT :as_of", "/*+ Hint(:as_of) */ SELECT (:as_of)"),
-    ("SELECT body->>'a:b', body->'x'->:as_of", "SELECT body->>'a:b', body->'x'->(:as_of)"),
-    ("SELECT '\N{GRINNING FACE}:x', :as_of\r\n;;", "SELECT '\N{GRINNING FACE}:x', (:as_of)"),
+    ("SELECT :as_of::date, x::text", "SELECT {as_of}::date, x::text"),
+    ("SELECT :as_of", "SELECT {as_of}"),
+    ("SELECT date(:as_of, '-30 days')", "SELECT date({as_of}, '-30 days')"),
+    ("SELECT ':as_of', '12:30', 'it''s :x', :as_of", "SELECT ':as_of', '12:30', 'it''s :x', {as_of}"),
+    ('SELECT ":as_of", "a"":b", :as_of', 'SELECT ":as_of", "a"":b", {as_of}'),
+    ("SELECT 1 -- :as_of\n, :as_of", "SELECT 1 -- :as_of\n, {as_of}"),
+    ("SELECT /* :as_of ' */ :as_of /* it's */;", "SELECT /* :as_of ' */ {as_of}"),
+    ("/*+ Hint(:as_of) */ SELECT :as_of", "/*+ Hint(:as_of) */ SELECT {as_of}"),
+    ("SELECT body->>'a:b', body->'x'->:as_of", "SELECT body->>'a:b', body->'x'->{as_of}"),
+    ("SELECT '\N{GRINNING FACE}:x', :as_of\r\n;;", "SELECT '\N{GRINNING FACE}:x', {as_of}"),
     ("SELECT user_id FROM people ; -- :as_of", "SELECT user_id FROM people"),
 ]
 POSTGRESQL_BOUND = [
-    ("SELECT tags[1:2], tags[lo:hi], tags[:as_of]", "SELECT tags[1:2], tags[lo:hi], tags[(:as_of)]"),
-    ("SELECT $$ :as_of ' $$, $t$ $$ :x $t$, :as_of", "SELECT $$ :as_of ' $$, $t$ $$ :x $t$, (:as_of)"),
-    (r"SELECT E'it\'s :x', 'c:\', :as_of", r"SELECT E'it\'s :x', 'c:\', (:as_of)"),
+    ("SELECT tags[1:2], tags[lo:hi], tags[:as_of]", "SELECT tags[1:2], tags[lo:hi], tags[{as_of}]"),
+    ("SELECT $$ :as_of ' $$, $t$ $$ :x $t$, :as_of", "SELECT $$ :as_of ' $$, $t$ $$ :x $t$, {as_of}"),
+    (r"SELECT E'it\'s :x', 'c:\', :as_of", r"SELECT E'it\'s :x', 'c:\', {as_of}"),
     ("SELECT a #>> '{b:c}' FROM t WHERE b ? 'c:d' AND d @> :as_of",
-     "SELECT a #>> '{b:c}' FROM t WHERE b ? 'c:d' AND d @> (:as_of)"),
-    ("SELECT 1 /* a /* :x */ ' */, :as_of", "SELECT 1 /* a /* :x */ ' */, (:as_of)"),
-    ("SELECT f(moment := :as_of)", "SELECT f(moment := (:as_of))"),
+     "SELECT a #>> '{b:c}' FROM t WHERE b ? 'c:d' AND d @> {as_of}"),
+    ("SELECT 1 /* a /* :x */ ' */, :as_of", "SELECT 1 /* a /* :x */ ' */, {as_of}"),
+    ("SELECT $$:z$$, $a$:z$a$, :as_of", "SELECT $$:z$$, $a$:z$a$, {as_of}"),
+    ("SELECT $$\n-- :z ' $$, a$b$ :: text, :as_of", "SELECT $$\n-- :z ' $$, a$b$ :: text, {as_of}"),
+    ("SELECT e'\\\\' , E'a'\n 'b\\':z', :as_of", "SELECT e'\\\\' , E'a'\n 'b\\':z', {as_of}"),
+    (r"SELECT U&'\0061:x', n'\:y', b'0', :as_of", r"SELECT U&'\0061:x', n'\:y', b'0', {as_of}"),
+    ("SELECT a ?| array['b:c'] AND a @? '$.x ? (@ > 1)', :as_of",
+     "SELECT a ?| array['b:c'] AND a @? '$.x ? (@ > 1)', {as_of}"),
+    ("SELECT :as_of::date - :today", "SELECT {as_of}::date - {today}"),
+    ("SELECT f(moment := :as_of)", "SELECT f(moment := {as_of})"),
 ]  # fmt: skip
 SQLITE_BOUND = [
-    ("SELECT [a:b], `c:d`, :as_of", "SELECT [a:b], `c:d`, (:as_of)"),
-    ("SELECT 1 /* a /* ' */, :as_of", "SELECT 1 /* a /* ' */, (:as_of)"),
+    ("SELECT [a:b], `c:d`, :as_of", "SELECT [a:b], `c:d`, {as_of}"),
+    ("SELECT 1 /* a /* ' */, :as_of", "SELECT 1 /* a /* ' */, {as_of}"),
 ]
 
 
@@ -164,9 +173,24 @@ SQLITE_BOUND = [
         *(("sqlite", *pair) for pair in SQLITE_BOUND),
     ],
 )
-def test_as_of_is_bound_in_code_only(dialect, sql, text):
+def test_parameters_are_bound_in_code_only(dialect, sql, text):
     bound = statement.bind(sql, dialect)
-    compiled = sa.text(bound.text).compile()
-    assert str(compiled) == f"{text}\n"
-    assert bound.uses_as_of is ("(:as_of)" in text)
-    assert set(compiled.params) == ({"as_of"} if bound.uses_as_of else set())
+    marks = [f"{{{name}}}" for name in bound.names]
+    assert "".join(itertools.chain(*itertools.zip_longest(bound.parts, marks, fillvalue=""))) == f"{text}\n"
+    assert bound.names == tuple(re.findall(r"\{(as_of|today)\}", text))
+
+
+@pytest.mark.parametrize(
+    ("paramstyle", "text", "arguments"),
+    [
+        ("qmark", "SELECT '5%', ? - ?\n", (1, 2)),
+        ("format", "SELECT '5%%', %s - %s\n", (1, 2)),
+        ("pyformat", "SELECT '5%%', %(as_of)s - %(today)s\n", {"as_of": 1, "today": 2}),
+        ("named", "SELECT '5%', :as_of - :today\n", {"as_of": 1, "today": 2}),
+        ("numeric", "SELECT '5%', :1 - :2\n", (1, 2)),
+    ],
+)
+def test_each_driver_gets_parameters_in_its_style(paramstyle, text, arguments):
+    bound = statement.bind("SELECT '5%', :as_of - :today", "postgresql")
+    assert bound.render(paramstyle) == text
+    assert bound.arguments(paramstyle, {"as_of": 1, "today": 2}) == arguments
