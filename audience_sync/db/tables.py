@@ -208,7 +208,7 @@ deliveries = sa.Table(
     _partial_index("ix_deliveries_sending", SENDING, "request_id"),
     _partial_index("ix_deliveries_unsettled", UNSETTLED, "subject_id", "action", "delivery_id"),
     _partial_index("ix_deliveries_held", HELD, "definition_id"),
-    _partial_index("ix_deliveries_waiting", WAITING, "subject_id"),
+    _partial_index("ix_deliveries_waiting", WAITING, "subject_id", "action", "value_at", "delivery_id"),
     _partial_index("ix_deliveries_dead", DEAD, "definition_id"),
     _partial_index("ix_deliveries_call_id", sa.text("call_id IS NOT NULL"), "call_id"),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),

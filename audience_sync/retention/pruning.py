@@ -1,7 +1,15 @@
 """Delete old rows, in small transactions. Runs keep the counts of their deliveries, so the history still adds up.
 
-Deliveries that are held, pending, sending or dead (a later run or a person may retry them) are never deleted, nor are
-the rows that they refer to. Runs, members, profiles, companies and events stay.
+Deliveries that are held, pending, sending or dead (a later run or a person may retry them) are undecided. They are never
+deleted, nor is anything that decides about them:
+
+- the calls and requests that they refer to;
+- newer deliveries of the same user or company, whatever their status: because of them an undecided value is superseded;
+- deliveries of the same user that were cancelled before anything was sent: a user who leaves then gets nothing either;
+- the user's past memberships: they show that something was sent before, even where its delivery is gone;
+- while the destination is stopped, accepted deliveries of calls: they show that it was in use (destination.has_accepted).
+
+Runs, members, profiles, companies and events stay.
 """
 
 import datetime as dt
@@ -16,10 +24,13 @@ import sqlalchemy as sa
 from audience_sync.db import engines
 from audience_sync.db.tables import (
     SENDING,
+    UNSETTLED,
+    WAITING,
     UtcDateTime,
     bulk_jobs,
     calls,
     deliveries,
+    destination,
     past_members,
     requests,
     runs,
@@ -28,6 +39,9 @@ from audience_sync.db.tables import (
 from audience_sync.queue.due import prefer_index_scans
 
 CHUNK = 1_000  # rows that a transaction deletes at most
+MOST_QUEUED = (
+    100  # a subject with more pending deliveries keeps all its settled ones, because comparing takes too long
+)
 STRETCH = 20_000  # rows that it reads at most, because reading a row is faster than deleting it
 LONGEST_SECONDS = 100 * 365 * 86_400  # longer spans are forever: SQLite compares years of four digits
 
@@ -58,12 +72,39 @@ class _Part:
 
 _BEFORE = sa.bindparam("before", type_=UtcDateTime())
 _SETTLED = deliveries.c.status.in_(("accepted", "cancelled"))  # not dead ones, which may be retried
-_dead = deliveries.alias()
-_SUPERSEDES_DEAD = sa.exists().where(  # because of it an older dead delivery must not be retried
-    _dead.c.subject_id == deliveries.c.subject_id,
-    _dead.c.status == "dead",
-    _dead.c.delivery_id < deliveries.c.delivery_id,
+_other = deliveries.alias()
+_OF_SUBJECT = (_other.c.subject_id == deliveries.c.subject_id) & (_other.c.action == deliveries.c.action)
+_AGE = sa.tuple_(deliveries.c.value_at, deliveries.c.delivery_id)
+_HAS_OLDER_WAITING = sa.exists().where(
+    _OF_SUBJECT, WAITING, sa.tuple_(_other.c.value_at, _other.c.delivery_id) < _AGE
 )
+_queued = (
+    sa.select(_other.c.value_at, _other.c.delivery_id)
+    .where(_OF_SUBJECT, UNSETTLED)
+    .order_by(_other.c.delivery_id)
+    .correlate(deliveries)
+)
+_some = _queued.limit(MOST_QUEUED).subquery()
+_HAS_OLDER_QUEUED = sa.exists(
+    sa.select(_some.c.delivery_id).where(sa.tuple_(_some.c.value_at, _some.c.delivery_id) < _AGE)
+)
+_HAS_MANY_QUEUED = sa.exists(_queued.offset(MOST_QUEUED).limit(1))
+_WAS_NEVER_SENT = (
+    (deliveries.c.status == "cancelled")
+    & deliveries.c.run_id.is_not(None)
+    & (deliveries.c.attempt_count == 0)
+    & (sa.exists(_queued.limit(1)) | sa.exists().where(_OF_SUBJECT, WAITING))
+)
+_DECIDES = (deliveries.c.action != "track") & (
+    _HAS_OLDER_WAITING | _HAS_OLDER_QUEUED | _HAS_MANY_QUEUED | _WAS_NEVER_SENT
+)
+_SHOWS_USE = (
+    deliveries.c.call_id.is_not(None)
+    & (deliveries.c.status == "accepted")
+    & sa.exists().where(destination.c.stopped_at.is_not(None))
+)
+_OF_USER = (_other.c.subject_id == past_members.c.user_id) & (_other.c.action == "identify")
+_IS_UNDECIDED = sa.exists().where(_OF_USER, UNSETTLED) | sa.exists().where(_OF_USER, WAITING)
 _HAS_UNSETTLED_DELIVERY = sa.exists().where(deliveries.c.call_id == calls.c.call_id, ~_SETTLED)
 _IS_UNDER_WAY = sa.exists().where(deliveries.c.request_id == requests.c.request_id, SENDING)
 _LEFT_BEFORE = sa.exists().where(runs.c.run_id == past_members.c.exited_run_id, runs.c.finished_at < _BEFORE)
@@ -76,13 +117,13 @@ _NEWEST_SLOT = (
 _PARTS = (
     _Part(
         deliveries,
-        _SETTLED & (deliveries.c.settled_at < _BEFORE) & ~_SUPERSEDES_DEAD,
+        _SETTLED & (deliveries.c.settled_at < _BEFORE) & ~_DECIDES & ~_SHOWS_USE,
         deliveries.c.created_at,
     ),
     _Part(calls, (calls.c.received_at < _BEFORE) & ~_HAS_UNSETTLED_DELIVERY, calls.c.received_at),
     _Part(requests, (requests.c.started_at < _BEFORE) & ~_IS_UNDER_WAY, requests.c.started_at),
     _Part(bulk_jobs, bulk_jobs.c.settled_at < _BEFORE),
-    _Part(past_members, _LEFT_BEFORE),
+    _Part(past_members, _LEFT_BEFORE & ~_IS_UNDECIDED),
     _Part(schedule_slots, (schedule_slots.c.taken_at < _BEFORE) & (schedule_slots.c.slot_at < _NEWEST_SLOT)),
 )
 

@@ -16,7 +16,7 @@ def upgrade() -> None:
     op.add_column("destination", sa.Column("environments", sa.JSON()))
     op.drop_index("ix_deliveries_held", "deliveries")
     _create_index("ix_deliveries_held", ["definition_id"], HELD)
-    _create_index("ix_deliveries_waiting", ["subject_id"], WAITING)
+    _create_index("ix_deliveries_waiting", ["subject_id", "action", "value_at", "delivery_id"], WAITING)
 
 
 def downgrade() -> None:

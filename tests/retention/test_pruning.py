@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from audience_sync import history
 from audience_sync.db import dialects, engines, tables
+from audience_sync.queue import destination
 from audience_sync.retention import pruning
 from audience_sync.retention.pruning import Retention
 
@@ -454,3 +455,63 @@ def test_what_stays_is_what_the_rules_say(store, monkeypatch, keep, queue, chunk
     assert [(each["accepted_count"], each["cancelled_count"]) for each in before] == [
         (counts[True, "accepted"], counts[True, "cancelled"])
     ]
+
+
+def value(store, status, days, seconds=0, **columns):
+    """A delivery for Ann whose value came true so many days ago."""
+    row = store.delivery(status, days, subject="ann", **columns)
+    return row | {"value_at": ago(days) + dt.timedelta(seconds=seconds), "action": "identify"}
+
+
+@pytest.mark.parametrize("undecided", ["held", "pending", "sending", "dead"])
+def test_newer_values_stay_beside_an_undecided_one(store, undecided):
+    store.definition()
+    store.run()
+    store.deliver(
+        value(store, "accepted", 500, seconds=2, call=1),  # it arrived first, and is newer
+        value(store, undecided, 500, call=2),
+        value(store, "cancelled", 500, seconds=1),
+        value(store, "accepted", 500, seconds=1),
+        value(store, "accepted", 500, seconds=-1),
+        value(store, "accepted", 450) | {"subject_id": "bob"},
+        store.delivery("accepted", 500, call=3) | {"subject_id": "ann"},  # a track decides nothing
+        value(store, "accepted", 500, seconds=2, call=1) | {"action": "company"},
+    )
+    assert store.prune() == {"deliveries": 4}
+    assert store.ids(tables.deliveries) == [1, 2, 3, 4]
+    decide = tables.deliveries.update().where(tables.deliveries.c.delivery_id == 2)
+    with engines.write(store.engine) as connection:
+        connection.execute(decide.values(status="cancelled", settled_at=ago(0), error="discarded"))
+    assert store.prune() == {"deliveries": 3}
+
+
+def test_a_subject_with_many_pending_values_keeps_its_settled_ones(store):
+    store.deliver(value(store, "accepted", 500, call=1), *[value(store, "pending", 1, call=1)] * 100)
+    assert store.prune() == {"deliveries": 1}
+    store.deliver(value(store, "accepted", 500, call=1), value(store, "pending", 1, call=1))
+    assert store.prune() == {}
+
+
+@pytest.mark.parametrize("undecided", ["held", "pending", "sending", "dead"])
+def test_past_memberships_stay_beside_an_undecided_value(store, undecided):
+    store.definition()
+    run = store.run()
+    interval = {"definition_id": 1, "entered_run_id": 0, "exited_run_id": run}
+    store.insert(tables.past_members, interval | {"user_id": "ann"}, interval | {"user_id": "bob"})
+    store.deliver(value(store, undecided, 500))
+    keep = Retention(math.inf, math.inf, math.inf, 20 * DAY)
+    assert store.prune(keep) == {"past_members": 1}
+    assert store.rows("SELECT user_id FROM {our}past_members") == [("ann",)]
+
+
+def test_a_stopped_destination_keeps_the_proof_that_it_was_in_use(store):
+    with engines.write(store.engine) as connection:
+        destination.stop(connection, NOW, "refused")
+    store.deliver(store.delivery("accepted", call=1), store.delivery("cancelled", call=2))
+    assert store.prune() == {"deliveries": 1}
+    with engines.write(store.engine) as connection:
+        assert destination.has_accepted(connection, "A") is False
+        connection.execute(tables.deliveries.update().values(fingerprint="A"))
+        assert destination.has_accepted(connection, "A") is True
+        destination.resume(connection)
+    assert store.prune() == {"deliveries": 1}
