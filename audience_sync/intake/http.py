@@ -7,27 +7,33 @@ call: accepted, ignored (stored, with the reason), repeated (a known message id)
 import asyncio
 import base64
 import binascii
+import contextlib
 import datetime as dt
 import hmac
 import ipaddress
 import json
 import logging
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from audience_sync import __version__, intake, logs
 from audience_sync.app import App
 from audience_sync.calls.model import CallType, PreparedCall, Receipt
-from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, decode_json, read_time
+from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, decode_json, read_optional_time
 from audience_sync.clock import Clock
 from audience_sync.db import engines
 from audience_sync.errors import CallError, DatabaseError
@@ -40,12 +46,21 @@ MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
 MAX_MERGED_BYTES = 4 * 1024 * 1024  # of the fields that a batch shares, counted once for each of its calls
 MAX_READ_BYTES = 4 * MAX_BATCH_BYTES  # of an oversized body: many senders send all of it before reading
+MAX_REQUESTS = 500  # at a time; each may hold a batch in memory
+MAX_UNKNOWN_REQUESTS = 100  # at a time, of senders whose key is in the body: anybody may send those
+LOGGED_PER_SECOND = 10  # refusals
 MAX_WAITING_CALLS = 20_000  # more wait only if the writer is stuck, and then their senders may be gone
 BODY_SECONDS = 30.0  # to receive a whole body
 RETRY_SECONDS = 5  # until a sender may try again after the database failed
 HEALTH_SECONDS = 5.0
 _BROWSER_HEADERS = {"origin", "sec-fetch-site"}
 _MERGED = ("context", "integrations")  # fields of a batch that are merged into each of its calls
+# The last part of each path: what Segment's libraries for servers, phones and browsers call.
+_KINDS = {
+    **{kind.value: kind.value for kind in CallType},
+    **{kind.value[0]: kind.value for kind in CallType},
+    **dict.fromkeys(("batch", "import", "b"), "batch"),
+}
 
 
 class RefusalError(Exception):
@@ -79,12 +94,75 @@ class CallRate:
 
 
 @dataclass(slots=True)
+class RefusalLog:
+    """Logs refusals, but no more in a second than a log can take; `unlogged` counts the others before the next one."""
+
+    clock: Clock
+    _since: float = float("-inf")
+    _count: int = 0
+    _unlogged: int = 0
+
+    def request_refused(self, status: int, path: str, reason: str) -> None:
+        if self._has_room():
+            logs.event(
+                log,
+                logging.WARNING,
+                "request refused",
+                status=status,
+                path=path,
+                reason=reason,
+                unlogged=self._take_unlogged(),
+            )
+
+    def calls_refused(self, count: int, first_reason: str) -> None:
+        if self._has_room():
+            logs.event(
+                log,
+                logging.WARNING,
+                "calls refused",
+                count=count,
+                first_reason=first_reason,
+                unlogged=self._take_unlogged(),
+            )
+
+    def _has_room(self) -> bool:
+        now = self.clock.monotonic()
+        if now - self._since >= 1.0:
+            self._since, self._count = now, 0
+        self._count += 1
+        has_room = self._count <= LOGGED_PER_SECOND
+        self._unlogged += not has_room
+        return has_room
+
+    def _take_unlogged(self) -> int:
+        unlogged, self._unlogged = self._unlogged, 0
+        return unlogged
+
+
+class CanonicalPath:
+    """Removes doubled and trailing slashes from the path of a request: libraries differ in them.
+
+    A redirect would send the calls to whatever host the Host header names.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": re.sub("/+", "/", scope["path"]).rstrip("/") or "/"}
+        await self._app(scope, receive, send)
+
+
+@dataclass(slots=True)
 class TrackingApi:
     """The API of an app; `writer` must run while the API is served."""
 
     app: App
     writer: Writer
     rate: CallRate = field(init=False)
+    refusals: RefusalLog = field(init=False)
+    _in_progress: Counter[bool] = field(default_factory=Counter)  # requests, by whether their sender is known
     _preparer: intake.Preparer = field(init=False)
     _write_keys: tuple[str, ...] = field(init=False)
     _description: dict[str, Any] = field(init=False)
@@ -93,6 +171,7 @@ class TrackingApi:
         tracking = self.app.settings.tracking
         self._write_keys = tracking.require_write_keys()
         self.rate = CallRate(tracking.calls_per_second, self.app.clock)
+        self.refusals = RefusalLog(self.app.clock)
         self._preparer = intake.Preparer(self.app.settings)
         self._description = json.loads(Path(__file__).with_name("openapi.json").read_bytes())
         self._description["info"]["version"] = __version__
@@ -100,31 +179,61 @@ class TrackingApi:
     def asgi(self) -> Starlette:
         application = Starlette(
             routes=[
-                *(Route(f"/v1/{kind}", self._post, methods=["POST"]) for kind in (*CallType, "batch")),
+                *(Route(f"/v1/{name}", self._post, methods=["POST"]) for name in _KINDS),
                 Route("/healthz", self._health, methods=["GET"]),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
-            ]
+            ],
+            middleware=[Middleware(CanonicalPath)],
+            exception_handlers={404: self._refuse_path, 405: self._refuse_path},
         )
-        # A redirect would send the calls to whatever host the Host header names.
         application.router.redirect_slashes = False
+        application.state.refusals = self.refusals
         return application
+
+    async def _refuse_path(self, request: Request, error: Exception) -> Response:
+        """Answer a request with a path or a method that the API does not have."""
+        status = error.status_code if isinstance(error, HTTPException) else 404
+        headers = error.headers if isinstance(error, HTTPException) else None
+        message = "there is no such path: calls go to /v1/batch, and /openapi.json describes the API"
+        if status == 405:
+            message = f"this path takes {(headers or {}).get('Allow', 'other methods')} only"
+        return self._refused(request, RefusalError(status, message, headers))
+
+    def _refused(self, request: Request, refusal: RefusalError) -> Response:
+        path: str = request.scope["path"]
+        known = path if path.removeprefix("/v1/") in _KINDS else "other"  # another path may hold anything
+        self.refusals.request_refused(refusal.status, known, refusal.message)
+        return refusal.response()
 
     async def _post(self, request: Request) -> Response:
         """Answer a request with one call, or with a batch of calls."""
         try:
             self._check_sender(request)
-            kind = request.scope["path"].removeprefix("/v1/")
-            if kind == "batch":
-                return await self._batch(await self._document(request, MAX_BATCH_BYTES))
-            return await self._single(await self._document(request, MAX_CALL_BYTES), kind)
+            kind = _KINDS[request.scope["path"].removeprefix("/v1/")]
+            with self._counted(is_known=not self._write_keys or "Authorization" in request.headers):
+                if kind == "batch":
+                    return await self._batch(await self._document(request, MAX_BATCH_BYTES))
+                return await self._single(await self._document(request, MAX_CALL_BYTES), kind)
         except RefusalError as refusal:
-            return refusal.response()
+            return self._refused(request, refusal)
         except ClientDisconnect:
             return Response(status_code=499)  # the sender is gone
         except DatabaseError as error:
             logs.event(log, logging.ERROR, "calls could not be stored", error=str(error))
             message = "the database cannot be used: try again"
             return RefusalError(503, message, {"Retry-After": str(RETRY_SECONDS)}).response()
+
+    @contextlib.contextmanager
+    def _counted(self, *, is_known: bool) -> Iterator[None]:
+        """Count the request as in progress; refuse it if there are too many."""
+        if self._in_progress[is_known] >= (MAX_REQUESTS if is_known else MAX_UNKNOWN_REQUESTS):
+            message = "too many requests at a time: try again"
+            raise RefusalError(503, message, {"Retry-After": str(RETRY_SECONDS), "Connection": "close"})
+        self._in_progress[is_known] += 1
+        try:
+            yield
+        finally:
+            self._in_progress[is_known] -= 1
 
     async def _single(self, document: dict[str, Any], kind: str) -> Response:
         verdicts = await self._accept([{**document, "type": kind}], {})
@@ -150,13 +259,12 @@ class TrackingApi:
             message = "more calls than [tracking] calls_per_second"
             raise RefusalError(429, message, {"Retry-After": str(int(wait) + 1)})
         received_at = self.app.clock.now()
-        sent_at = _sent_at(shared)
-        prepared = [self._prepare(raw, shared, received_at, sent_at) for raw in raws]
+        prepared = [self._prepare(raw, shared, received_at) for raw in raws]
         valid = [call for call in prepared if isinstance(call, PreparedCall)]
         receipts = await asyncio.wrap_future(self.writer.submit(valid)) if valid else []
         errors = [call for call in prepared if isinstance(call, CallError)]
         if errors:  # Segment's libraries do not read the verdicts
-            logs.event(log, logging.WARNING, "calls refused", count=len(errors), first_reason=str(errors[0]))
+            self.refusals.calls_refused(len(errors), str(errors[0]))
         stored = iter(receipts)
         return [
             _refusal(raw, str(call)) if isinstance(call, CallError) else _verdict(next(stored))
@@ -164,13 +272,18 @@ class TrackingApi:
         ]
 
     def _prepare(
-        self, raw: Any, shared: Mapping[str, Any], received_at: dt.datetime, sent_at: dt.datetime | None
+        self, raw: Any, shared: Mapping[str, Any], received_at: dt.datetime
     ) -> PreparedCall | CallError:
+        corrections: list[str] = []
         try:
+            sent_at = None
             if isinstance(raw, dict):
                 _merge_shared(raw, shared)
-                sent_at = read_time(raw, "sentAt") or sent_at
-            return self._preparer.prepare(raw, received_at=received_at, sent_at=sent_at)
+                for document in (raw, shared):
+                    sent_at = sent_at or read_optional_time(document, "sentAt", corrections)
+            return self._preparer.prepare(
+                raw, received_at=received_at, sent_at=sent_at, corrections=corrections
+            )
         except CallError as error:
             return error
 
@@ -301,18 +414,11 @@ def _check_shared(document: Mapping[str, Any], count: int) -> None:
         )
 
 
-def _sent_at(shared: Mapping[str, Any]) -> dt.datetime | None:
-    try:
-        return read_time(shared, "sentAt")
-    except CallError as error:
-        raise RefusalError(400, str(error)) from error
-
-
 def _merge_shared(raw: dict[str, Any], shared: Mapping[str, Any]) -> None:
     """Add the shared fields to a call; its own members take precedence."""
     for name in _MERGED:
         own, common = raw.get(name), shared.get(name)
-        if isinstance(common, dict) and isinstance(own, dict | None):
+        if isinstance(common, dict) and (isinstance(own, dict) or own in (None, [], "")):
             raw[name] = {**common, **(own or {})}
 
 
@@ -326,6 +432,8 @@ def _verdict(receipt: Receipt) -> dict[str, Any]:
         verdict["reason"] = receipt.reason
     if receipt.left_out:
         verdict["leftOut"] = list(receipt.left_out)
+    if receipt.corrected:
+        verdict["corrected"] = list(receipt.corrected)
     return verdict
 
 

@@ -1,12 +1,17 @@
 """The HTTP server of the tracking API: it limits connections and slow senders, and shuts down gracefully.
 
-Next: intake/http.py, which answers the requests.
+Idle connections cost little, so many may be open. When there are too many, the one that is idle for the longest time is
+closed. Next: intake/http.py, which answers the requests, and limits how many are in progress.
 """
 
 import asyncio
 import contextlib
+import json
+import logging
+import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import h11
@@ -17,8 +22,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from audience_sync.errors import ConfigError
 from audience_sync.stopping import Stop
 
-MAX_CONNECTIONS = 500  # each may hold a batch in memory; further ones are answered 503
-MAX_REFUSED = 100  # connections beyond those, answered 503 at a time; further ones are cut off
+MAX_CONNECTIONS = 5_000  # fewer if the system allows fewer open files
+OTHER_FILES = 100  # that the process may have open
+BACKLOG = 500  # connections that wait to be accepted
 HEAD_SECONDS = 10.0  # for the head of a request
 REQUEST_SECONDS = 40.0  # for the rest, even if the API does not read it; longer than the API's BODY_SECONDS
 ANSWER_SECONDS = 30.0  # for the sender to read its answer
@@ -29,15 +35,30 @@ SHUTDOWN_SECONDS = 30
 class TimedProtocol(H11Protocol):
     """Cuts off slow connections; uvicorn alone would wait for them forever."""
 
+    def __init__(
+        self,
+        *arguments: Any,
+        most_connections: int,
+        on_refused: Callable[[int, str, str], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._most_connections, self._on_refused = most_connections, on_refused
+        self.logger = _ERRORS_ONLY  # anybody can cause its warnings
+        # The idle connections of this server, those that are idle for the longest time first.
+        self._idle: dict[TimedProtocol, None] = vars(self.server_state).setdefault("idle", {})
+
     _receive_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _timed_state: Any = None  # h11's state of the request part that is timed now
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS + MAX_REFUSED:
-            transport.abort()
         self._set_receive_timer()
+        if len(self.connections) > self._most_connections:
+            surplus = next(iter(self._idle))
+            del self._idle[surplus]
+            surplus.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -50,6 +71,10 @@ class TimedProtocol(H11Protocol):
     def _set_receive_timer(self) -> None:
         """Start the timer when a part of a request begins; further bytes of the same part do not extend it."""
         state: Any = self.conn.their_state
+        if state is h11.IDLE:
+            self._idle.setdefault(self)
+        else:
+            self._idle.pop(self, None)
         if state is h11.IDLE and self.timeout_keep_alive_task is not None:
             state = None  # uvicorn limits the time between two requests
         if state is self._timed_state:
@@ -74,27 +99,52 @@ class TimedProtocol(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
 
+    def send_400_response(self, msg: str) -> None:
+        self._on_refused(400, "other", msg)
+        body = json.dumps({"success": False, "error": msg}).encode()
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._idle.pop(self, None)
         for timer in (self._receive_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
 
+_ERRORS_ONLY = logging.getLogger(f"{__name__}.errors")
+_ERRORS_ONLY.setLevel(logging.ERROR)
+
+
 class TrackingServer(uvicorn.Server):
     """Ends when `stop` is set, after the requests in flight are answered."""
 
     def __init__(self, application: Starlette, stop: Stop) -> None:
+        protocol: Any = partial(
+            TimedProtocol,
+            most_connections=_most_connections(),
+            on_refused=application.state.refusals.request_refused,
+        )
         super().__init__(
             uvicorn.Config(
                 application,
-                http=TimedProtocol,
+                http=protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=MAX_CONNECTIONS,
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
@@ -109,12 +159,23 @@ class TrackingServer(uvicorn.Server):
         return self._stop.is_set() or await super().on_tick(counter)
 
 
+def _most_connections() -> int:
+    """Return how many connections may be open, after raising the process's limit of open files as far as allowed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + OTHER_FILES
+    files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return max(1, min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES))
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Open a listening socket. Raises ConfigError if the address cannot be used."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = addresses[0]
-        return socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         text = str(getattr(error, "strerror", None) or error)
         reason = text.partition(" (while ")[0]  # the rest repeats the address

@@ -151,7 +151,7 @@ def test_refused_calls_are_logged_because_the_libraries_do_not_read_the_verdicts
     api.batch(IDENTIFY, {"type": "track", "userId": "s3cret"}, {"type": "identify"})
     (record,) = [each for each in caplog.records if each.getMessage() == "calls refused"]
     reason = "event must be a non-empty string in a track call"
-    assert record.fields == {"count": 2, "first_reason": reason}
+    assert record.fields == {"count": 2, "first_reason": reason, "unlogged": 0}
 
 
 @SQLITE
@@ -414,21 +414,177 @@ def test_health_says_whether_calls_can_be_stored(api):
     assert refusal(api("GET", "/healthz")) == (503, failing)
 
 
+BATCH_PATHS = ["/v1/batch", "/v1/import", "/v1/b"]
+
+
 @SQLITE
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
+    "path", [*BATCH_PATHS, *(f"{path}/" for path in BATCH_PATHS), "/v1/import//", "/v1//b"]
+)
+def test_the_paths_of_all_libraries_take_a_batch(api, path):
+    answer = api("POST", path, headers=AS_SHOP, json={"batch": [IDENTIFY]})
+    assert (answer.status_code, answer.json()["calls"]) == (200, accepted("m1"))
+
+
+@SQLITE
+@pytest.mark.parametrize("path", ["identify", "identify/", "i", "i/"])
+def test_the_paths_of_all_libraries_take_a_call(api, path):
+    assert api.post(path, IDENTIFY).json()["calls"] == accepted("m1")
+    assert api.rows("calls", "type") == [("identify",)]
+
+
+@SQLITE
+@pytest.mark.parametrize("path", ["/healthz/", "/openapi.json/"])
+def test_a_slash_at_the_end_makes_no_difference(api, path):
+    assert api("GET", path).status_code == 200
+
+
+NO_PATH = "there is no such path: calls go to /v1/batch, and /openapi.json describes the API"
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("method", "path", "status", "error"),
     [
-        ("GET", "/", 404),
-        ("POST", "/v1/import", 404),
-        ("POST", "/v1/identify/", 404),
-        ("GET", "/v1/identify", 405),
-        ("PUT", "/v1/batch", 405),
-        ("POST", "/healthz", 405),
-        ("DELETE", "/openapi.json", 405),
+        ("GET", "/", 404, NO_PATH),
+        ("POST", "/v1", 404, NO_PATH),
+        ("POST", "/v1/delete", 404, NO_PATH),
+        ("POST", "/v2/batch", 404, NO_PATH),
+        ("POST", "/v1/identify/u1", 404, NO_PATH),
+        ("GET", "/v1/identify", 405, "this path takes POST only"),
+        ("GET", "/v1/import/", 405, "this path takes POST only"),
+        ("PUT", "/v1/batch", 405, "this path takes POST only"),
+        ("POST", "/healthz", 405, "this path takes GET, HEAD only"),
+        ("DELETE", "/openapi.json", 405, "this path takes GET, HEAD only"),
     ],
 )
-def test_other_paths_and_methods_are_refused(api, method, path, status):
-    assert api(method, path, headers=AS_SHOP).status_code == status
+def test_other_paths_and_methods_are_refused_in_json(api, method, path, status, error):
+    answer = api(method, path, headers=AS_SHOP)
+    assert (answer.headers["Content-Type"], *refusal(answer)) == ("application/json", status, refused(error))
+    assert ("Allow" in answer.headers) == (status == 405)
+
+
+# What was corrected.
+
+
+@pytest.mark.parametrize("sent_at", ["soon", "", 7, [], {}, True])
+def test_a_malformed_sent_at_costs_nothing(api, sent_at):
+    at = (START - dt.timedelta(hours=1)).isoformat()
+    (verdict,) = api.batch(IDENTIFY | {"timestamp": at}, sentAt=sent_at)
+    (text,) = verdict.pop("corrected")
+    assert (verdict, text.startswith("sentAt is ")) == (accepted("m1")[0], True)
+    assert [str(row[0])[:16] for row in api.rows("calls", "timestamp")] == ["2025-12-31 23:00"]
+
+
+@SQLITE
+def test_a_malformed_sent_at_of_a_call_leaves_that_of_its_batch(api):
+    late = (START + dt.timedelta(hours=1)).isoformat()
+    call = IDENTIFY | {"timestamp": late, "sentAt": "soon"}
+    assert api.batch(call, sentAt=late) == [
+        {**accepted("m1")[0], "corrected": ["sentAt is not a time: it is not used"]}
+    ]
+
+
+def test_php_sends_empty_lists_for_empty_objects(api):
+    call = {"type": "track", "userId": "ann", "event": "Ordered", "messageId": "m1"}
+    empty = {"properties": [], "context": [], "integrations": []}
+    (verdict,) = api.batch(call | empty, context={"app": "shop"}, integrations=[])
+    assert verdict == {
+        **accepted("m1")[0],
+        "corrected": [
+            "properties is an empty list or text: read as an empty object",
+            "integrations is an empty list or text: read as an empty object",
+        ],
+    }
+    assert json.loads(api.rows("events", "CAST(context AS text)")[0][0]) == {"app": "shop"}
+
+
+def test_browsers_send_an_empty_user_id(api):
+    (verdict,) = api.batch({**IDENTIFY, "userId": "", "anonymousId": "a1"})
+    assert verdict["corrected"] == ["userId is empty: anonymousId is used"]
+    assert api.rows("deliveries", "subject_id") == [("a1",)]
+
+
+def test_what_was_corrected_is_stored_with_the_call(api):
+    api.batch(IDENTIFY | {"timestamp": "2025-12-31t23:59:60z"}, IDENTIFY | {"messageId": "m2"})
+    stored = dict(api.rows("calls", "message_id, corrected"))
+    assert stored["m2"] is None
+    assert (
+        json.loads(stored["m1"])
+        if isinstance(stored["m1"], str)
+        else stored["m1"] == ["timestamp was read as 2026-01-01T00:00:00Z"]
+    )
+
+
+@SQLITE
+def test_a_created_at_in_another_form_is_sent_as_iso_8601(api):
+    (verdict,) = api.batch(IDENTIFY | {"traits": {"createdAt": "2024-121t10:00:00z"}})
+    assert verdict["corrected"] == ["createdAt was read as 2024-04-30T10:00:00Z"]
+    assert [json.loads(row[0]) for row in api.rows("deliveries", "body")] == [
+        {"created_at": "2024-04-30T10:00:00Z"}
+    ]
+
+
+@SQLITE
+def test_members_of_a_call_that_are_zero_or_false_are_stored(api):
+    api.batch(IDENTIFY | {"version": 0, "isTest": False, "note": "", "nothing": None, "context": {}})
+    assert [json.loads(row[0]) for row in api.rows("calls", "body")] == [
+        {"traits": {"plan": "pro"}, "version": 0, "isTest": False, "note": ""}
+    ]
+
+
+# Logs.
+
+
+@SQLITE
+def test_each_refused_request_is_logged_without_what_it_said(api, caplog):
+    api("POST", "/v1/batch", content=b"{", headers=AS_SHOP)
+    api("POST", "/v1/batch", json={"batch": [IDENTIFY], "writeKey": "s3cret"})
+    api("POST", "/v1/identify/s3cret", headers=AS_SHOP)
+    api("PUT", "/v1/import/", headers=AS_SHOP)
+    api.post("track", bytes(40_000))
+    fields = [each.fields for each in caplog.records if each.getMessage() == "request refused"]
+    assert {each.pop("unlogged") for each in fields} == {0}
+    assert fields == [
+        {"status": 400, "path": "/v1/batch", "reason": "the body is not valid JSON"},
+        {"status": 401, "path": "/v1/batch", "reason": "the write key is missing or not known"},
+        {"status": 404, "path": "other", "reason": NO_PATH},
+        {"status": 405, "path": "/v1/import", "reason": "this path takes POST only"},
+        {"status": 413, "path": "/v1/track", "reason": "the body is larger than 32 KB"},
+    ]
+    assert "s3cret" not in caplog.text
+
+
+@SQLITE
+def test_a_flood_of_refused_requests_does_not_flood_the_log(api, caplog):
+    def refused_count():
+        return len([each for each in caplog.records if each.getMessage() == "request refused"])
+
+    for _ in range(25):
+        api("POST", "/v1/nowhere")
+    assert refused_count() == 10
+    api.clock.sleep(1)
+    api("POST", "/v1/nowhere")
+    assert (refused_count(), caplog.records[-1].fields["unlogged"]) == (11, 15)
+
+
+# Requests at a time.
+
+
+@SQLITE
+def test_too_many_requests_at_a_time_are_answered_503(api, monkeypatch):
+    monkeypatch.setattr(http, "MAX_REQUESTS", 0)
+    answer = api.post("identify", IDENTIFY)
+    assert refusal(answer) == (503, refused("too many requests at a time: try again"))
+    assert answer.headers["Retry-After"] == "5"
+    assert api("POST", "/v1/identify", json=IDENTIFY | {"writeKey": KEY}).status_code == 200
+
+
+@SQLITE
+def test_senders_who_may_be_anybody_do_not_take_the_place_of_known_ones(api, monkeypatch):
+    monkeypatch.setattr(http, "MAX_UNKNOWN_REQUESTS", 0)
+    assert api("POST", "/v1/identify", json=IDENTIFY | {"writeKey": KEY}).status_code == 503
+    assert api.post("identify", IDENTIFY).status_code == 200
 
 
 def test_an_event_may_have_a_name_of_500_characters(api):

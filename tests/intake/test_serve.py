@@ -1,5 +1,6 @@
 """`serve`: start and end, slow senders, and several servers on one database."""
 
+import contextlib
 import json
 import random
 import re
@@ -201,7 +202,7 @@ def test_a_body_that_drips_is_answered_408(serving, monkeypatch):
 
 
 @SQLITE
-@pytest.mark.parametrize("path", ["/v1/import", "/healthz"])
+@pytest.mark.parametrize("path", ["/v1/nowhere", "/healthz"])
 def test_an_unread_body_that_drips_is_cut_off(serving, monkeypatch, path):
     monkeypatch.setattr(server, "REQUEST_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
@@ -214,7 +215,7 @@ def test_an_unread_body_that_drips_is_cut_off(serving, monkeypatch, path):
 def test_silence_after_an_unread_body_is_cut_off(serving, monkeypatch):
     monkeypatch.setattr(server, "HEAD_SECONDS", 2.0)
     with serving() as address, connect(address) as connection:
-        connection.sendall(head("/v1/import", 1))
+        connection.sendall(head("/v1/nowhere", 1))
         assert answer(connection)[0] == 404
         connection.sendall(b"x")
         assert is_cut(connection)
@@ -229,21 +230,56 @@ def test_a_sender_that_reads_no_answers_is_cut_off(serving, monkeypatch):
 
 
 @SQLITE
-def test_surplus_connections_are_answered_503_and_many_more_cut_off(serving, monkeypatch):
+def test_a_thousand_idle_connections_stop_nobody(serving):
+    with serving() as address, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(address)) for _ in range(1_000)]
+        for connection in idle[:500]:
+            connection.sendall(HEALTH)
+            assert answer(connection)[0] == 200
+        with connect(address) as another:
+            another.sendall(head("/v1/identify", len(IDENTIFY)) + IDENTIFY)
+            assert answer(another)[0] == 200
+        idle[0].sendall(HEALTH)
+        assert answer(idle[0])[0] == 200
+
+
+@SQLITE
+def test_of_too_many_connections_the_one_that_is_idle_for_the_longest_time_is_cut_off(serving, monkeypatch):
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
-    monkeypatch.setattr(server, "MAX_REFUSED", 1)
-    with serving() as address, begun(address) as first, begun(address):
+    with serving() as address, begun(address) as busy, connect(address) as first, connect(address) as second:
+        for connection in (first, second, first):  # the first was used last
+            connection.sendall(HEALTH)
+            assert answer(connection)[0] == 200
         with connect(address) as third:
             third.sendall(HEALTH)
-            assert answer(third) == (503, b"Service Unavailable")
-            assert is_cut(third)
-        with connect(address) as third, connect(address) as fourth, connect(address) as fifth:
-            assert is_cut(fifth)
-            fourth.sendall(HEALTH)
-            assert answer(fourth)[0] == 503
-            assert is_cut(fourth)
-        first.sendall(IDENTIFY[10:])
+            assert answer(third)[0] == 200
+            assert is_cut(second)
+        first.sendall(HEALTH)
         assert answer(first)[0] == 200
+        busy.sendall(IDENTIFY[10:])
+        assert answer(busy)[0] == 200
+
+
+@SQLITE
+def test_while_all_connections_are_busy_a_new_one_is_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
+    with serving() as address, begun(address) as busy:
+        with connect(address) as surplus:
+            assert is_cut(surplus)
+        busy.sendall(IDENTIFY[10:])
+        assert answer(busy)[0] == 200
+
+
+@SQLITE
+def test_what_is_not_http_is_answered_in_json_and_logged(serving, caplog):
+    with serving() as address, connect(address) as connection:
+        connection.sendall(b"nonsense s3cret\r\n\r\n")
+        status, body = answer(connection)
+        assert (status, json.loads(body)["success"]) == (400, False)
+        assert is_cut(connection)
+    (record,) = [each for each in caplog.records if each.getMessage() == "request refused"]
+    assert (record.fields["status"], record.fields["path"]) == (400, "other")
+    assert "s3cret" not in caplog.text
 
 
 @SQLITE
