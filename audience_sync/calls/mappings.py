@@ -6,15 +6,17 @@ docs/reference/segment-differences.md lists the differences. Next: records.py.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from audience_sync.calls import directives
 from audience_sync.calls.model import Call, CallType
+from audience_sync.calls.times import parse_time
 from audience_sync.calls.validation import (
     MAX_GROUP_ID_LENGTH,
     MAX_ID_LENGTH,
     check_json,
-    parse_time,
+    is_blank,
     read_id,
 )
 from audience_sync.errors import CallError, ConfigError
@@ -46,12 +48,13 @@ class Outgoing:
     """A delivery of a call.
 
     `body` is the metadata of a user or a company, and the id of a user's company under COMPANY; for a track it is
-    event_name and metadata.
+    event_name and metadata. `corrections` say what is sent otherwise than it was written.
     """
 
     action: Action
     subject_id: str
     body: dict[str, Any]
+    corrections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,11 @@ class Decision:
     @property
     def reason(self) -> str | None:
         return "; ".join(self.problems) or None
+
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """Corrections without duplicates: several mappings may send the same value."""
+        return tuple(dict.fromkeys(text for outgoing in self.outgoing for text in outgoing.corrections))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +159,13 @@ def _is_for_us(integrations: dict[str, Any]) -> bool:
 
 
 def _identify_user(fields: dict[str, Any]) -> list[Outgoing]:
-    return [Outgoing(Action.IDENTIFY, _id(fields, "userId", MAX_ID_LENGTH), _metadata(fields))]
+    return [Outgoing(Action.IDENTIFY, _id(fields, "userId", MAX_ID_LENGTH), *_metadata(fields))]
 
 
 def _identify_company(fields: dict[str, Any]) -> list[Outgoing]:
     """Send the company's traits and, if the call names a user, the user's company."""
     company_id = _id(fields, "groupId", MAX_GROUP_ID_LENGTH)
-    outgoing = [Outgoing(Action.COMPANY, company_id, _metadata(fields))]
+    outgoing = [Outgoing(Action.COMPANY, company_id, *_metadata(fields))]
     if fields.get("userId") is not None:
         user_id = _id(fields, "userId", MAX_ID_LENGTH)
         outgoing.append(Outgoing(Action.IDENTIFY, user_id, {COMPANY: company_id}))
@@ -170,7 +178,7 @@ def _track_event(fields: dict[str, Any]) -> list[Outgoing]:
         name = str(name).lower()
     elif isinstance(name, int | float):
         name = str(name)
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or is_blank(name):
         raise CallError("name must be a non-empty string")
     body: dict[str, Any] = {"event_name": name}
     if properties := _object(fields, "properties"):
@@ -201,25 +209,37 @@ def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _metadata(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the traits, with createdAt under Userpilot's name; a null createdAt counts as absent."""
+def _metadata(fields: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the traits, with createdAt under Userpilot's name, and corrections; a null createdAt counts as absent."""
     metadata = _object(fields, "traits")
     metadata.pop("createdAt", None)
     if COMPANY in metadata:
         raise CallError(f"a trait must not be called {COMPANY}")
     created_at = fields.get("createdAt")
-    if created_at is not None:
-        _check_date(created_at)
-        metadata["created_at"] = created_at
-    return metadata
+    if created_at is None:
+        return metadata, ()
+    metadata["created_at"] = date = _date(created_at)
+    return metadata, (f"createdAt was read as {date}",) if date != created_at else ()
 
 
-def _check_date(value: object) -> None:
+def _date(value: object) -> Any:
+    """Return a date as it is sent: as it was written if that is ISO 8601 or a number, otherwise as ISO 8601 in UTC."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return  # a Unix time, in seconds or milliseconds
-    if isinstance(value, str) and value.isdecimal():
-        return  # the same as text, which Segment's destination sends as well
+        return value  # a Unix time, in seconds or milliseconds
+    if not isinstance(value, str):
+        raise CallError(_NO_DATE)
+    if value.isdecimal():
+        return value  # the same as text, which Segment's destination sends as well
     try:
-        parse_time(value if isinstance(value, str) else "")
+        datetime.fromisoformat(value)
+    except ValueError:
+        pass
+    else:
+        return value
+    try:
+        return parse_time(value).isoformat().replace("+00:00", "Z")
     except ValueError as error:
-        raise CallError("createdAt is not a date: write ISO 8601, such as 2024-05-01T12:00:00Z") from error
+        raise CallError(_NO_DATE) from error
+
+
+_NO_DATE = "createdAt is not a date: write ISO 8601, such as 2024-05-01T12:00:00Z"

@@ -19,7 +19,8 @@ class CallType(StrEnum):
 class Call:
     """A valid call; `timestamp` is aware, in UTC.
 
-    `document` is the call in Segment's fields, which triggers and mappings read; its ids are strings.
+    `document` is the call in Segment's fields, which triggers and mappings read; its ids are strings. `corrections` say
+    what was read otherwise than it was written, `left_out` holds traits beyond the limits.
     """
 
     type: CallType
@@ -30,6 +31,8 @@ class Call:
     event: str | None
     timestamp: datetime
     document: dict[str, Any] = field(default_factory=dict)
+    corrections: tuple[str, ...] = ()
+    left_out: dict[str, Any] = field(default_factory=dict)
 
     @property
     def subject_id(self) -> str | None:
@@ -50,11 +53,16 @@ class Call:
 
 
 class PreparedDelivery(NamedTuple):
-    """A delivery of a call; `body` is JSON text."""
+    """A delivery of a call; `body` is JSON text.
+
+    `names` are the properties that its traits become, each with its trait; None if there are no traits, or they are not
+    flattened.
+    """
 
     action: str
     subject_id: str
     body: str
+    names: dict[str, str] | None = None
 
 
 class PreparedCall(NamedTuple):
@@ -70,11 +78,13 @@ class PreparedCall(NamedTuple):
     timestamp: str
     reason: str | None
     left_out: str | None
+    corrected: str | None  # a list of texts
     deliveries: tuple[PreparedDelivery, ...]
     properties: str
     context: str
     traits: str  # of an identify or group call that has any
     left_out_names: tuple[str, ...]
+    corrections: tuple[str, ...]
 
     @property
     def subject_id(self) -> str | None:
@@ -89,7 +99,8 @@ class PreparedCall(NamedTuple):
 class Receipt:
     """The outcome of a call: accepted for delivery, ignored for a reason, or a repeat, which changed nothing.
 
-    `reason` says why the call, or a part of it, is not delivered; `left_out` names traits that are not sent.
+    `reason` says why the call, or a part of it, is not delivered; `left_out` names traits that are not sent;
+    `corrected` says what was read otherwise than it was written.
     """
 
     call_id: int
@@ -98,3 +109,4 @@ class Receipt:
     left_out: tuple[str, ...] = ()
     is_repeat: bool = False
     reason: str | None = None
+    corrected: tuple[str, ...] = ()

@@ -1,4 +1,8 @@
-"""Profiles, companies and events, built from calls; definitions may read their tables."""
+"""Profiles, companies and events, built from calls; definitions may read their tables.
+
+A profile also decides what its calls send: traits beyond its limit are left out, and properties that an object or list
+no longer has become null.
+"""
 
 import datetime as dt
 from collections import defaultdict
@@ -8,9 +12,13 @@ from typing import Any, NamedTuple, TypeAlias
 import sqlalchemy as sa
 
 from audience_sync.calls.model import CallType, PreparedCall
+from audience_sync.calls.vanished import SentNames
 from audience_sync.db import rows, tables
 from audience_sync.db.dialects import is_among
 from audience_sync.db.engines import from_json, to_json
+from audience_sync.userpilot.payloads import Action
+
+MAX_PROFILE_TRAITS = 1_000  # of a user or a company
 
 
 class _EventRow(NamedTuple):
@@ -30,10 +38,15 @@ class _MembershipRow(NamedTuple):
 
 
 class _Observation(NamedTuple):
-    """The time and the traits of a call about a user or a company; `traits` may be empty."""
+    """What a call says about a user or a company, and the positions of its deliveries to them.
 
+    `at` is empty if the call is about others, and only sends something to them; `traits` may be empty.
+    """
+
+    call_id: int
     at: str
     traits: str
+    sent: tuple[int, ...]
 
 
 _Observations: TypeAlias = defaultdict[str, list[_Observation]]  # by the id of the user or the company
@@ -41,8 +54,11 @@ _Observations: TypeAlias = defaultdict[str, list[_Observation]]  # by the id of 
 
 def update_profiles(
     connection: sa.Connection, new: Mapping[int, PreparedCall], received_at: dt.datetime
-) -> None:
-    """Update profiles and companies and add events, from new calls by call id; skip calls of erased users."""
+) -> dict[int, PreparedCall]:
+    """Update profiles and companies and add events, from new calls by call id; skip calls of erased users.
+
+    Return the calls that must be sent otherwise than they were prepared.
+    """
     users: _Observations = defaultdict(list)
     companies: _Observations = defaultdict(list)
     memberships: dict[str, _MembershipRow] = {}
@@ -52,10 +68,13 @@ def update_profiles(
         user = call.subject_id
         if user is None:  # erased
             continue
+        sent = _positions(call)
         traits = call.traits if call.type == CallType.IDENTIFY else ""
-        users[user].append(_Observation(call.timestamp, traits))
+        positions = sent.pop((Action.IDENTIFY.value, user), ())
+        users[user].append(_Observation(call_id, call.timestamp, traits, positions))
         if call.type == CallType.GROUP and call.group_id is not None:
-            companies[call.group_id].append(_Observation(call.timestamp, call.traits))
+            positions = sent.pop((Action.COMPANY.value, call.group_id), ())
+            companies[call.group_id].append(_Observation(call_id, call.timestamp, call.traits, positions))
             if user not in memberships or memberships[user].company_at <= call.timestamp:
                 memberships[user] = _MembershipRow(user, call.group_id, call.timestamp)
         elif call.type == CallType.TRACK:
@@ -70,8 +89,12 @@ def update_profiles(
                     received_at=received,
                 )
             )
-    _merge(connection, tables.profiles, tables.profiles.c.user_id, users)
-    _merge(connection, tables.companies, tables.companies.c.company_id, companies)
+        for (action, subject), positions in sent.items():  # mappings may send to others
+            table = users if action == Action.IDENTIFY.value else companies
+            table[subject].append(_Observation(call_id, "", "", positions))
+    calls = dict(new)
+    _merge(connection, tables.profiles, tables.profiles.c.user_id, users, calls, received)
+    _merge(connection, tables.companies, tables.companies.c.company_id, companies, calls, received)
     rows.update(
         connection,
         tables.profiles,
@@ -80,29 +103,50 @@ def update_profiles(
         "(t.company_at IS NULL OR t.company_at <= {company_at})",
     )
     rows.insert(connection, tables.events, _EventRow._fields, event_rows)
+    return {call_id: call for call_id, call in calls.items() if call is not new[call_id]}
+
+
+def _positions(call: PreparedCall) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Return the positions of the deliveries with traits, by action and subject."""
+    positions: dict[tuple[str, str], tuple[int, ...]] = {}
+    for position, delivery in enumerate(call.deliveries):
+        if delivery.names is not None:
+            subject = (delivery.action, delivery.subject_id)
+            positions[subject] = (*positions.get(subject, ()), position)
+    return positions
 
 
 def _merge(
-    connection: sa.Connection, table: sa.Table, key: sa.Column[str], observations: _Observations
+    connection: sa.Connection,
+    table: sa.Table,
+    key: sa.Column[str],
+    observations: _Observations,
+    calls: dict[int, PreparedCall],
+    received: str,
 ) -> None:
     """Merge traits into rows: the newest timestamp of each wins; a null removes the trait and leaves its time."""
+    seen = {
+        subject: [each.at for each in about if each.at] for subject, about in sorted(observations.items())
+    }
     rows.insert(  # this also locks existing rows
         connection,
         table,
         (key.name, "traits", "trait_times", "first_seen_at", "last_seen_at"),
-        [(subject, "{}", "{}", min(seen).at, max(seen).at) for subject, seen in sorted(observations.items())],
+        [(subject, "{}", "{}", min(times), max(times)) for subject, times in seen.items() if times],
         f"ON CONFLICT ({key.name}) DO UPDATE SET {_SEEN}",
     )
-    with_traits = [subject for subject, seen in observations.items() if any(each.traits for each in seen)]
-    if not with_traits:
+    concerned = [
+        subject for subject, about in observations.items() if any(each.traits or each.sent for each in about)
+    ]
+    if not concerned:
         return
     stored = connection.execute(
-        sa.select(key.label("subject"), table.c.traits, table.c.trait_times).where(
-            is_among(connection, key, with_traits)
+        sa.select(key.label("subject"), table.c.traits, table.c.trait_times, table.c.sent_names).where(
+            is_among(connection, key, concerned)
         )
     )
-    merged = [_merged(row, observations[row.subject]) for row in stored]
-    rows.update(connection, table, (key.name, "traits", "trait_times"), merged)
+    merged = [_merged(row, observations[row.subject], calls, received) for row in stored]
+    rows.update(connection, table, (key.name, "traits", "trait_times", "sent_names"), merged)
 
 
 _SEEN = """first_seen_at = CASE WHEN excluded.first_seen_at < t.first_seen_at THEN excluded.first_seen_at
@@ -110,14 +154,60 @@ ELSE t.first_seen_at END, last_seen_at = CASE WHEN excluded.last_seen_at > t.las
 THEN excluded.last_seen_at ELSE t.last_seen_at END"""
 
 
-def _merged(row: sa.Row[Any], observations: Sequence[_Observation]) -> rows.Row:
+def _merged(
+    row: sa.Row[Any], observations: Sequence[_Observation], calls: dict[int, PreparedCall], received: str
+) -> rows.Row:
     traits, times = row.traits, row.trait_times
-    for observation in sorted(observations, key=lambda observation: observation.at):
+    sent_names = SentNames(row.sent_names, received)
+    for observation in observations:
         stamp = f"{observation.at.replace(' ', 'T')}+00:00"
-        for name, value in from_json(observation.traits or "{}").items():
-            if times.get(name, "") <= stamp:
-                times[name] = stamp
-                traits[name] = value
-                if value is None:
-                    del traits[name]
-    return row.subject, to_json(traits), to_json(times)
+        new = from_json(observation.traits or "{}")
+        newer = {name: value for name, value in new.items() if times.get(name, "") <= stamp}
+        surplus = _surplus(traits, newer)
+        if observation.sent or surplus:
+            call = calls[observation.call_id]
+            changed = _without_traits(call, observation.sent, surplus) if surplus else call
+            calls[observation.call_id] = sent_names.complete(changed, observation.sent, traits, new)
+        kept = {name: value for name, value in new.items() if name not in surplus}
+        before = {name: traits[name] for name in kept if name in traits}
+        for name in newer.keys() & kept.keys():
+            times[name] = stamp
+            traits[name] = new[name]
+            if new[name] is None:
+                del traits[name]
+        sent_names.update(before, {name: traits[name] for name in kept if name in traits}, kept)
+    _drop_oldest_times(traits, times)
+    return row.subject, to_json(traits), to_json(times), sent_names.text()
+
+
+def _surplus(traits: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the new traits for which the profile has no room."""
+    added = [name for name, value in newer.items() if value is not None and name not in traits]
+    room = max(0, MAX_PROFILE_TRAITS - len(traits))
+    return {name: newer[name] for name in added[room:]}
+
+
+def _without_traits(call: PreparedCall, positions: Sequence[int], surplus: Mapping[str, Any]) -> PreparedCall:
+    """Remove traits from deliveries, and record them as left out."""
+    deliveries = list(call.deliveries)
+    for position in positions:
+        delivery = deliveries[position]
+        body = {name: value for name, value in from_json(delivery.body).items() if name not in surplus}
+        names = {name: trait for name, trait in (delivery.names or {}).items() if trait not in surplus}
+        deliveries[position] = delivery._replace(body=to_json(body), names=names)
+    left_out = from_json(call.left_out or "{}") | surplus
+    corrections = (*call.corrections, f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} are left out")
+    return call._replace(
+        deliveries=tuple(deliveries),
+        left_out=to_json(left_out),
+        left_out_names=tuple(left_out),
+        corrected=to_json(list(corrections)),
+        corrections=corrections,
+    )
+
+
+def _drop_oldest_times(traits: Mapping[str, Any], times: dict[str, str]) -> None:
+    """Keep the times of removed traits within the limit: a late older value of one dropped here would bring it back."""
+    removed = sorted(times.keys() - traits.keys(), key=lambda name: times[name])
+    for name in removed[: max(0, len(removed) - MAX_PROFILE_TRAITS)]:
+        del times[name]

@@ -10,26 +10,36 @@ from operator import attrgetter
 import sqlalchemy as sa
 
 from audience_sync.calls import profiles
-from audience_sync.calls.mappings import Decision
+from audience_sync.calls.mappings import Decision, Outgoing
 from audience_sync.calls.model import Call, CallType, PreparedCall, PreparedDelivery, Receipt
+from audience_sync.calls.validation import OBJECTS
 from audience_sync.db import rows, tables
 from audience_sync.db.dialects import is_among, is_sqlite, sql
 from audience_sync.db.engines import to_json
 from audience_sync.queue.deliveries import CallDelivery, enqueue_calls
 from audience_sync.retention import erasure
-from audience_sync.userpilot.payloads import Action
+from audience_sync.userpilot.payloads import COMPANY, Action
+from audience_sync.userpilot.properties import property_names, with_gone
 
 FORGOTTEN = "the user was forgotten"
 # The fields that have columns of their own.
 _FIELDS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}
 _COLUMNS = (
     "message_id", "type", "user_id", "anonymous_id", "group_id", "event", "body", "timestamp", "reason", "left_out",
+    "corrected",
 )  # fmt: skip
 _column_values = attrgetter(*_COLUMNS)
 
 
-def prepare_call(call: Call, decision: Decision) -> PreparedCall:
-    body = {name: value for name, value in call.document.items() if value and name not in _FIELDS}
+def prepare_call(call: Call, decision: Decision, *, flatten: bool = True) -> PreparedCall:
+    """Turn a call into the form that is stored. `flatten`: whether Userpilot gets nested traits flattened."""
+    body = {
+        name: value
+        for name, value in call.document.items()
+        if name not in _FIELDS and value is not None and not (name in OBJECTS and not value)
+    }
+    left_out = call.left_out | decision.left_out
+    corrections = (*call.corrections, *decision.corrections)
     is_track = call.type is CallType.TRACK
     has_traits = call.type in {CallType.IDENTIFY, CallType.GROUP} and call.traits
     return PreparedCall(
@@ -42,16 +52,25 @@ def prepare_call(call: Call, decision: Decision) -> PreparedCall:
         body=to_json(body),
         timestamp=rows.moment(call.timestamp),
         reason=decision.reason,
-        left_out=to_json(decision.left_out) if decision.left_out else None,
-        deliveries=tuple(
-            PreparedDelivery(outgoing.action.value, outgoing.subject_id, to_json(outgoing.body))
-            for outgoing in decision.outgoing
-        ),
+        left_out=to_json(left_out) if left_out else None,
+        corrected=to_json(list(corrections)) if corrections else None,
+        deliveries=tuple(_prepared(outgoing, flatten=flatten) for outgoing in decision.outgoing),
         properties=to_json(call.properties) if is_track else "",
         context=to_json(call.context) if is_track else "",
         traits=to_json(call.traits) if has_traits else "",
-        left_out_names=tuple(decision.left_out),
+        left_out_names=tuple(left_out),
+        corrections=corrections,
     )
+
+
+def _prepared(outgoing: Outgoing, *, flatten: bool) -> PreparedDelivery:
+    body, names = outgoing.body, None
+    if outgoing.action is not Action.TRACK:
+        traits = {name: value for name, value in body.items() if name != COMPANY}
+        if flatten and traits:
+            names = property_names(traits)
+        body = {name: with_gone(value, ()) for name, value in body.items()}
+    return PreparedDelivery(outgoing.action.value, outgoing.subject_id, to_json(body), names)
 
 
 def save_calls(
@@ -77,7 +96,18 @@ def save_calls(
         unique = {message_id: _without_users(call, erased) for message_id, call in unique.items()}
     new_ids = _insert_calls(connection, unique, received_at)
     new = {new_ids[message_id]: call for message_id, call in unique.items() if message_id in new_ids}
-    profiles.update_profiles(connection, new, received_at)
+    changed = profiles.update_profiles(connection, new, received_at)
+    rows.update(
+        connection,
+        tables.calls,
+        ("call_id", "left_out", "corrected"),
+        [
+            (call_id, call.left_out, call.corrected)
+            for call_id, call in changed.items()
+            if call.left_out != new[call_id].left_out
+        ],
+    )
+    new |= changed
     queued = [
         CallDelivery(delivery.action, delivery.subject_id, delivery.body, call_id, call.timestamp)
         for call_id, call in new.items()
@@ -96,7 +126,14 @@ def save_calls(
             known_ids[message_id] = call_id
             stored = new[call_id]
             receipts.append(
-                Receipt(call_id, message_id, stored.ignored, call.left_out_names, reason=stored.reason)
+                Receipt(
+                    call_id,
+                    message_id,
+                    stored.ignored,
+                    stored.left_out_names,
+                    reason=stored.reason,
+                    corrected=stored.corrections,
+                )
             )
     return receipts
 
@@ -117,6 +154,7 @@ def _without_users(call: PreparedCall, erased: Collection[str]) -> PreparedCall:
             body="{}",
             reason=FORGOTTEN,
             left_out=None,
+            corrected=None,
             deliveries=(),
         )
     if call.anonymous_id in erased:

@@ -1,16 +1,20 @@
-"""Validation of a call: Segment's rules, and the limits of JSON and of the databases. Next: mappings.py."""
+"""Validation of a call: Segment's rules, and the limits of JSON and of the databases. Next: mappings.py.
+
+What has one sensible meaning is corrected, and the call says so; what has none is refused.
+"""
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date, datetime, timedelta
 from typing import Any
 
 import msgspec
 
 from audience_sync.calls.model import Call, CallType
 from audience_sync.calls.operations import compact_json
+from audience_sync.calls.times import is_complete, parse_time
 from audience_sync.errors import CallError
 
 MAX_CALL_BYTES = 32 * 1024
@@ -19,8 +23,11 @@ MAX_GROUP_ID_LENGTH = 500
 MAX_MESSAGE_ID_LENGTH = 100
 MAX_EVENT_LENGTH = 500  # PostgreSQL cannot index much longer text
 MAX_LEVELS = 20  # of objects and lists; the call itself is the first
+MAX_TRAITS = 300  # of an identify or group call, as at Segment
 MAX_NUMBER_BITS = 1023  # the range of a double: most JSON parsers accept no larger number
-_OBJECTS = ("traits", "properties", "context", "integrations")
+OBJECTS = ("traits", "properties", "context", "integrations")
+CLOCK_TOLERANCE = timedelta(seconds=1)  # a timestamp so far in the future is corrected without a word
+_BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
 _TYPES = {call_type.value: call_type for call_type in CallType}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -37,39 +44,49 @@ def decode_json(text: bytes) -> Any:
         raise CallError("not valid JSON") from None
 
 
+class TooDeepError(CallError):
+    def __init__(self) -> None:
+        super().__init__(f"objects and lists are nested more than {MAX_LEVELS} levels deep")
+
+
 def parse_call(
     raw: Mapping[str, Any],
     *,
     received_at: datetime,
     new_id: Callable[[], str],
     sent_at: datetime | None = None,
+    corrections: Sequence[str] = (),
 ) -> Call:
     """Check a call in Segment's camel-case fields.
 
     `timestamp` may also be a datetime; a naive one is UTC. `sent_at` is the time at which the call was sent, by the
     sender's clock: it corrects that clock's error in the call's time (Segment's rule: receivedAt - (sentAt -
-    originalTimestamp)). Raises CallError, which names the field and what is wrong with it.
+    originalTimestamp)). `corrections` were made before. Raises CallError, which names the field and what is wrong with
+    it.
     """
     if not isinstance(raw, Mapping):
         raise CallError("a call must be a JSON object")
     document = dict(raw)
     document.pop("writeKey", None)  # a secret
-    if isinstance(document.get("timestamp"), datetime):
+    if isinstance(document.get("timestamp"), date):
         document["timestamp"] = document["timestamp"].isoformat()
-    check_json(document)
+    corrected = list(corrections)
+    left_out = _check_document(document, corrected)
     call_type = _call_type(document.get("type"))
-    user_id = read_id(document, "userId", MAX_ID_LENGTH)
-    anonymous_id = read_id(document, "anonymousId", MAX_ID_LENGTH)
-    if user_id is None and anonymous_id is None:
-        raise CallError("userId or anonymousId is required")
+    user_id, anonymous_id = _user_ids(document, corrected)
     group_id = read_id(document, "groupId", MAX_GROUP_ID_LENGTH) if call_type is CallType.GROUP else None
     if call_type is CallType.GROUP and group_id is None:
         raise CallError("groupId is required in a group call")
-    if call_type is CallType.ALIAS and not document.get("previousId"):
+    if call_type is CallType.ALIAS and read_id(document, "previousId", MAX_ID_LENGTH) is None:
         raise CallError("previousId is required in an alias call")
-    for name in _OBJECTS:
+    for name in OBJECTS:
+        if document.get(name) in ([], ""):
+            document[name] = {}
+            corrected.append(f"{name} is an empty list or text: read as an empty object")
         if not isinstance(document.get(name), dict | None):
             raise CallError(f"{name} must be an object")
+    if call_type in {CallType.IDENTIFY, CallType.GROUP}:
+        left_out |= _cut_traits(document, corrected)
     return Call(
         type=call_type,
         message_id=_message_id(document.get("messageId")) or new_id(),
@@ -77,18 +94,35 @@ def parse_call(
         anonymous_id=anonymous_id,
         group_id=group_id,
         event=_event(document.get("event")) if call_type is CallType.TRACK else None,
-        timestamp=_timestamp(document, received_at, sent_at),
+        timestamp=_timestamp(document, received_at, sent_at, corrected),
         document=document,
+        corrections=tuple(corrected),
+        left_out=left_out,
     )
 
 
-def parse_time(text: str) -> datetime:
-    """Parse ISO 8601 into an aware time in UTC; a naive one is UTC. Raises ValueError."""
-    time = datetime.fromisoformat(text)
-    try:
-        return time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError("out of range") from error
+def _user_ids(document: dict[str, Any], corrected: list[str]) -> tuple[str | None, str | None]:
+    """Read userId and anonymousId; an empty one counts as absent if the other is there, as browsers send it."""
+    names = ("userId", "anonymousId")
+    for name, other in (names, names[::-1]):
+        if document.get(name) == "" and document.get(other) not in (None, ""):
+            del document[name]
+            corrected.append(f"{name} is empty: {other} is used")
+    user_id, anonymous_id = (read_id(document, name, MAX_ID_LENGTH) for name in names)
+    if user_id is None and anonymous_id is None:
+        raise CallError("userId or anonymousId is required")
+    return user_id, anonymous_id
+
+
+def _cut_traits(document: dict[str, Any], corrected: list[str]) -> dict[str, Any]:
+    """Remove the traits beyond the limit from the call, and return them."""
+    names = list(document.get("traits") or ())
+    if len(names) <= MAX_TRAITS:
+        return {}
+    traits = document["traits"]
+    document["traits"] = {name: traits[name] for name in names[:MAX_TRAITS]}
+    corrected.append(f"{len(names):,} traits: those after the first {MAX_TRAITS} are left out")
+    return {name: traits[name] for name in names[MAX_TRAITS:]}
 
 
 def _call_type(value: object) -> CallType:
@@ -109,8 +143,8 @@ def read_id(document: dict[str, Any], name: str, max_length: int) -> str | None:
         value = str(value)
     if not isinstance(value, str):
         raise CallError(f"{name} must be a string or a number, not {_KINDS.get(type(value), 'an object')}")
-    if not value:
-        raise CallError(f"{name} is empty")
+    if is_blank(value):
+        raise CallError(f"{name} is empty" if not value else f"{name} is only white space")
     if len(value) > max_length:
         raise CallError(f"{name} is longer than {max_length} characters")
     document[name] = value
@@ -120,10 +154,15 @@ def read_id(document: dict[str, Any], name: str, max_length: int) -> str | None:
 _KINDS = {bool: "true or false", list: "a list"}
 
 
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: it is empty, or only white space and characters without a width."""
+    return _BLANK.fullmatch(text) is not None
+
+
 def _message_id(value: object) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or is_blank(value):
         raise CallError("messageId must be a non-empty string")
     if len(value) > MAX_MESSAGE_ID_LENGTH:
         raise CallError(f"messageId is longer than {MAX_MESSAGE_ID_LENGTH} characters")
@@ -131,36 +170,89 @@ def _message_id(value: object) -> str | None:
 
 
 def _event(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise CallError("event must be a non-empty string in a track call")
     if len(value) > MAX_EVENT_LENGTH:
         raise CallError(f"event is longer than {MAX_EVENT_LENGTH} characters")
     return value
 
 
-def _timestamp(document: Mapping[str, Any], received_at: datetime, sent_at: datetime | None) -> datetime:
+def _timestamp(
+    document: Mapping[str, Any], received_at: datetime, sent_at: datetime | None, corrected: list[str]
+) -> datetime:
     """Return when the call happened, at most `received_at`: a time in the future would make later calls look old."""
-    timestamp = read_time(document, "timestamp")
-    original = read_time(document, "originalTimestamp") or timestamp
-    if sent_at is None:
-        return min(timestamp or original or received_at, received_at)
+    timestamp = read_time(document, "timestamp", corrected)
+    original = read_optional_time(document, "originalTimestamp", corrected) or timestamp
+    happened_at = timestamp or original or received_at
+    if sent_at is not None:
+        try:
+            happened_at = received_at - (sent_at - original) if original else received_at
+        except OverflowError as error:
+            raise CallError("timestamp is out of range") from error
+    if happened_at - received_at > CLOCK_TOLERANCE:
+        corrected.append("timestamp lies in the future: the time of arrival is used")
+    return min(happened_at, received_at)
+
+
+def read_optional_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> datetime | None:
+    """Return the time in a field that a call can do without: None if it is absent or not a time."""
     try:
-        return min(received_at - (sent_at - original), received_at) if original else received_at
-    except OverflowError as error:
-        raise CallError("timestamp is out of range") from error
+        return read_time(document, name, corrected)
+    except CallError:
+        corrected.append(f"{name} is not a time: it is not used")
+        return None
 
 
-def read_time(document: Mapping[str, Any], name: str) -> datetime | None:
-    """Return the time in a field, None if it is absent. Raises CallError if it is not ISO 8601."""
+def read_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> datetime | None:
+    """Return the time in a field, None if it is absent; add a correction unless it is usual ISO 8601.
+
+    Raises CallError if the field is not a time.
+    """
     value = document.get(name)
     if value is None:
         return None
-    if not isinstance(value, str):
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise CallError(f"{name} must be an ISO 8601 string, such as 2024-05-01T12:00:00Z")
+    if isinstance(value, str) and is_blank(value):
+        corrected.append(f"{name} is empty: it is not used")
+        return None
     try:
-        return parse_time(value)
+        time = parse_time(value)
     except ValueError as error:
         raise CallError(f"{name} is not ISO 8601, such as 2024-05-01T12:00:00Z") from error
+    if time.year == 1:  # what Go and .NET send for a time that was never set
+        corrected.append(f"{name} is in the year 1: it is not used")
+        return None
+    if not (isinstance(value, str) and is_complete(value)):
+        corrected.append(f"{name} was read as {time.isoformat().replace('+00:00', 'Z')}")
+    return time
+
+
+def _check_document(document: dict[str, Any], corrected: list[str]) -> dict[str, Any]:
+    """Check the whole call as `check_json` does; remove and return traits and properties that are nested too deep."""
+    left_out: dict[str, Any] = {}
+    try:
+        check_json(document)
+    except TooDeepError:
+        for name in ("traits", "properties"):
+            members = document.get(name)
+            if isinstance(members, dict):
+                deep = {member for member, value in members.items() if _is_too_deep(value)}
+                document[name] = {member: value for member, value in members.items() if member not in deep}
+                left_out |= dict.fromkeys(deep)
+        if not left_out:
+            raise
+        check_json(document)
+        corrected.append(f"members nested more than {MAX_LEVELS} levels deep are left out")
+    return left_out
+
+
+def _is_too_deep(value: object) -> bool:
+    try:
+        _check_values({"": {"": value}})
+    except TooDeepError:
+        return True
+    return False
 
 
 def check_json(document: dict[str, Any]) -> None:
@@ -186,7 +278,7 @@ def _check_values(document: dict[str, Any]) -> None:
     texts: list[str] = []
     while layer:
         if level > MAX_LEVELS:
-            raise CallError(f"objects and lists are nested more than {MAX_LEVELS} levels deep")
+            raise TooDeepError
         inner: list[Any] = []
         for container in layer:
             budget -= 1 + len(container)

@@ -87,10 +87,12 @@ def _submit(context: typer.Context, call: dict[str, Any], *, no_deliver: bool) -
             output.line(f"Call {receipt.call_id} is accepted for delivery.")
             if receipt.reason:
                 output.line(f"A part of it is not sent: {receipt.reason}.")
+        if receipt.corrected:
+            output.line(f"Corrected: {'; '.join(receipt.corrected)}.")
         if receipt.left_out:
             output.line(
-                f"Left out: {', '.join(receipt.left_out)}. The key of a definition is sent by its runs only, and some "
-                "properties are reserved by Userpilot."
+                f"Left out: {', '.join(receipt.left_out)}. The key of a definition is sent by its runs only, some "
+                "properties are reserved by Userpilot, and calls and users have limits."
             )
         report = None if no_deliver else sync.deliver_now(app, call_ids=[receipt.call_id])
         with lazy.engines.read(app.engine) as connection:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from audience_sync import app, daemon, history, intake, sandbox
     from audience_sync.audiences import decisions, foreign, runs, statement
-    from audience_sync.calls import operations, validation
+    from audience_sync.calls import operations, times
     from audience_sync.cli import demo
     from audience_sync.db import checks, engines, leases, migrate
     from audience_sync.intake import files, http, server, writer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PACKAGES = {
     "audience_sync": ("app", "daemon", "history", "intake", "sandbox"),
     "audience_sync.audiences": ("decisions", "foreign", "runs", "statement"),
-    "audience_sync.calls": ("operations", "validation"),
+    "audience_sync.calls": ("operations", "times"),
     "audience_sync.cli": ("demo",),
     "audience_sync.db": ("checks", "engines", "leases", "migrate"),
     "audience_sync.intake": ("files", "http", "server", "writer"),

@@ -86,7 +86,7 @@ def end_at_once(message: str) -> NoReturn:
 
 def parse_time(text: str | None) -> dt.datetime | None:
     try:
-        return None if text is None else lazy.validation.parse_time(text)
+        return None if text is None else lazy.times.parse_time(text)
     except ValueError as error:
         raise ConfigError(f"{text} is not a time: write ISO 8601, such as 2026-05-01T12:00:00Z.") from error
 

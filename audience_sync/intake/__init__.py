@@ -74,14 +74,22 @@ class Preparer:
         presets = mappings.PRESETS if settings.destination.presets else ()
         self._mappings = (*presets, *settings.mappings)
         self._reserved_keys = {definition.key for definition in settings.definitions}
+        self._flatten = settings.destination.nested == "flatten"
 
     def prepare(
-        self, raw: Mapping[str, Any], *, received_at: dt.datetime, sent_at: dt.datetime | None = None
+        self,
+        raw: Mapping[str, Any],
+        *,
+        received_at: dt.datetime,
+        sent_at: dt.datetime | None = None,
+        corrections: Sequence[str] = (),
     ) -> PreparedCall:
         """Prepare a call without using the database; give it a message id if it has none. Errors as for parse_call."""
-        call = validation.parse_call(raw, received_at=received_at, sent_at=sent_at, new_id=_new_id)
+        call = validation.parse_call(
+            raw, received_at=received_at, new_id=_new_id, sent_at=sent_at, corrections=corrections
+        )
         decision = mappings.decide(call, self._mappings, reserved_keys=self._reserved_keys)
-        return records.prepare_call(call, decision)
+        return records.prepare_call(call, decision, flatten=self._flatten)
 
 
 def save(app: App, calls: Sequence[PreparedCall]) -> list[Receipt]:

@@ -4,7 +4,7 @@ import json
 from enum import StrEnum
 from typing import Any, assert_never
 
-from audience_sync.userpilot.properties import primitives
+from audience_sync.userpilot.properties import primitives, trait_properties
 
 COMPANY = "@company"  # in a user's body: the id of the user's company
 MAX_PROPERTIES = 500
@@ -24,24 +24,27 @@ def build(
 ) -> tuple[str, dict[str, Any]]:
     """Build the path below the endpoint and the payload of one delivery.
 
-    `body` is the metadata of a user (with the id of the user's company under COMPANY) or of a company; for a track it
-    is `{"event_name": …, "metadata": …}`, where metadata is optional. `booleans` is native or string, `nested`
-    flatten or json. Raises ValueError if the action is unknown.
+    `body` is the traits of a user (with the id of the user's company under COMPANY) or of a company, each perhaps in
+    the form of `properties.with_gone`; for a track it is `{"event_name": …, "metadata": …}`, where metadata is optional.
+    `booleans` is native or string, `nested` flatten or json. Raises ValueError if the action is unknown.
     """
     match Action(action):
         case Action.IDENTIFY:
             traits = {name: value for name, value in body.items() if name != COMPANY}
-            payload = {"user_id": subject_id, "metadata": _properties(traits, booleans, nested)}
+            payload = {
+                "user_id": subject_id,
+                "metadata": _in_form(trait_properties(traits, nested), booleans),
+            }
             if COMPANY in body:
                 payload["company"] = {"id": body[COMPANY]}
             return "v1/identify", payload
         case Action.COMPANY:
-            metadata = _properties(body, booleans, nested)
+            metadata = _in_form(trait_properties(body, nested), booleans)
             return "v1/companies/identify", {"company_id": subject_id, "metadata": metadata}
         case Action.TRACK:
             payload = {"user_id": subject_id, "event_name": body["event_name"]}
             if "metadata" in body:
-                payload["metadata"] = _properties(body["metadata"], booleans, nested)
+                payload["metadata"] = _in_form(primitives(body["metadata"], nested), booleans)
             return "v1/track", payload
         case unknown:
             assert_never(unknown)
@@ -79,8 +82,7 @@ def _fits(metadata: dict[str, Any]) -> bool:
     )
 
 
-def _properties(metadata: dict[str, Any], booleans: str, nested: str) -> dict[str, Any]:
-    properties = primitives(metadata, nested)
+def _in_form(properties: dict[str, Any], booleans: str) -> dict[str, Any]:
     if booleans == "native":
         return properties
     return {

@@ -1,10 +1,12 @@
 """Conversion of nested values to properties: Userpilot accepts only strings, numbers, booleans and null."""
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
-MAX_NAMES_LENGTH = 1_000_000  # characters of all flattened names together
+MAX_NAMES_LENGTH = 100_000  # characters of the flattened names of one object or list
+_VALUE, _GONE = "@value", "@gone"
+_Path: TypeAlias = tuple[str, ...]
 
 
 def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
@@ -14,31 +16,79 @@ def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
     key never contains a dot, so no flattened name equals one. Empty objects and lists become "{}" and "[]". If names
     collide, the least nested one stays, and the others get the suffixes "~2", "~3", whatever their order:
     `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`.
-    json: each object or list becomes a string of compact JSON. Flattening falls back to this if all names together
+    json: each object or list becomes a string of compact JSON. Flattening does the same to one whose names together
     would be too long, as for a long list under a long name.
     """
-    if nested == "flatten":
-        leaves = {path: value for name, value in metadata.items() for path, value in _leaves((name,), value)}
-        if sum(len(part) + 1 for path in leaves for part in path) > MAX_NAMES_LENGTH:
-            nested = "json"
     if nested == "json":
         return {name: _text(value) if _is_nested(value) else value for name, value in metadata.items()}
+    leaves = dict(_leaves(metadata))
     names = _names(leaves)
-    return {names[path]: value for path, value in leaves.items()}
+    return {names[path]: _text(value) if _is_nested(value) else value for path, value in leaves.items()}
 
 
-def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if not _is_nested(value):
+def trait_properties(traits: Mapping[str, Any], nested: str) -> dict[str, Any]:
+    """Convert the traits of a user or a company, which stay at Userpilot until they are null.
+
+    As `primitives`, but flattened empty objects and lists have no property, and those that `with_gone` names are null.
+    """
+    gone = [name for value in traits.values() if _is_marked(value) for name in value[_GONE]]
+    values = {name: without_gone(value) for name, value in traits.items()}
+    if nested == "json":
+        return primitives(values, nested)
+    leaves = _filled_leaves(values)
+    names = _names(leaves)
+    properties = {names[path]: value for path, value in leaves.items()}
+    return properties | {name: None for name in gone if name not in properties}
+
+
+def property_names(traits: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the properties that `trait_properties` makes by flattening, each with its trait."""
+    if not any(map(_is_nested, traits.values())):
+        return {name: name for name in traits}
+    return {name: path[0] for path, name in _names(_filled_leaves(traits)).items()}
+
+
+def with_gone(value: Any, names: Iterable[str]) -> Any:
+    """Return a trait's value in a form that also holds the properties which the trait no longer has."""
+    gone = sorted(names)
+    return {_VALUE: value, _GONE: gone} if gone or _is_marked(value) else value
+
+
+def without_gone(value: Any) -> Any:
+    """Return the value in the form of `with_gone`, or the value itself."""
+    return value[_VALUE] if _is_marked(value) else value
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list | tuple)
+
+
+def _is_marked(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == {_VALUE, _GONE}
+
+
+def _filled_leaves(traits: Mapping[str, Any]) -> dict[_Path, Any]:
+    return {path: value for path, value in _leaves(traits) if not _is_nested(value)}
+
+
+def _leaves(metadata: Mapping[str, Any]) -> Iterator[tuple[_Path, Any]]:
+    """Yield the paths and values of all primitives, and of empty objects and lists."""
+    for name, value in metadata.items():
+        leaves = dict(_below((name,), value))
+        if len(leaves) > 1 and sum(len(part) + 1 for path in leaves for part in path) > MAX_NAMES_LENGTH:
+            leaves = {(name,): _text(value)}
+        yield from leaves.items()
+
+
+def _below(path: _Path, value: Any) -> Iterator[tuple[_Path, Any]]:
+    if not _is_nested(value) or not value:
         yield path, value
-    elif not value:
-        yield path, _text(value)
-    else:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, member in items:
-            yield from _leaves((*path, str(name)), member)
+        return
+    for name, member in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _below((*path, str(name)), member)
 
 
-def _names(paths: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], str]:
+def _names(paths: Iterable[_Path]) -> dict[_Path, str]:
     plain = {".".join(path) for path in paths}
     taken: set[str] = set()
     names = {}
@@ -51,10 +101,6 @@ def _names(paths: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], str]:
         taken.add(name)
         names[path] = name
     return names
-
-
-def _is_nested(value: object) -> bool:
-    return isinstance(value, dict | list | tuple)
 
 
 def _text(value: object) -> str:

@@ -82,6 +82,102 @@ def test_timestamps(value, moment):
     assert parsed(timestamp=value).timestamp == moment
 
 
+@pytest.mark.parametrize(
+    ("value", "read_as"),
+    [
+        ("2024-04-30T10:00:00z", "2024-04-30T10:00:00Z"),
+        ("2024-04-30t10:00:00z", "2024-04-30T10:00:00Z"),
+        ("2024-04-30T09:59:60Z", "2024-04-30T10:00:00Z"),
+        ("2024-04-29T24:00:00Z", "2024-04-30T00:00:00Z"),
+        ("2024-121", "2024-04-30T00:00:00Z"),
+        ("2024-121T10:00:00+02:00", "2024-04-30T08:00:00Z"),
+        ("2024121T100000Z", "2024-04-30T10:00:00Z"),
+        ("2024-W18-2", "2024-04-30T00:00:00Z"),
+        ("2024-W18-2T24:00", "2024-05-01T00:00:00Z"),
+        ("2024-04-30T10:00:00", "2024-04-30T10:00:00Z"),
+        ("2024-4-30 9:05:00 +0200", "2024-04-30T07:05:00Z"),
+        ("2024-04-30 10:00:00.5 +0000 UTC", "2024-04-30T10:00:00.500000Z"),
+        ("Tue, 30 Apr 2024 10:00:00 GMT", "2024-04-30T10:00:00Z"),
+        (1714471200, "2024-04-30T10:00:00Z"),
+        (1714471200.25, "2024-04-30T10:00:00.250000Z"),
+        (1714471200123, "2024-04-30T10:00:00.123000Z"),
+        (1714471200123456, "2024-04-30T10:00:00.123456Z"),
+        ("1714471200123", "2024-04-30T10:00:00.123000Z"),
+    ],
+)
+def test_a_time_with_one_sensible_meaning_is_read_and_recorded(value, read_as):
+    call = parsed(timestamp=value)
+    assert call.timestamp == datetime.fromisoformat(read_as)
+    assert call.corrections == (f"timestamp was read as {read_as}",)
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-04-30T10:00:00Z", "2024-04-30T10:00:00.123+02:00", "20240430T100000Z", None]
+)
+def test_usual_times_need_no_correction(value):
+    assert parsed(timestamp=value).corrections == ()
+
+
+@pytest.mark.parametrize(
+    "value", ["2023-366", "2024-04-30T24:00:01Z", "2024-04-30T10:00:61Z", "2024-04", "30/04/2024", "0", "1e9"]
+)
+def test_a_time_without_one_sensible_meaning_is_refused(value):
+    with pytest.raises(CallError, match="timestamp is not ISO 8601"):
+        parsed(timestamp=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "correction"),
+    [
+        ({"timestamp": ""}, "timestamp is empty: it is not used"),
+        ({"timestamp": "0001-01-01T00:00:00Z"}, "timestamp is in the year 1: it is not used"),
+        ({"timestamp": "2024-05-01T13:00:00Z"}, "timestamp lies in the future: the time of arrival is used"),
+        ({"originalTimestamp": "soon"}, "originalTimestamp is not a time: it is not used"),
+    ],
+)
+def test_a_time_that_cannot_be_used_gives_way_to_the_arrival(fields, correction):
+    call = parsed(**fields)
+    assert (call.timestamp, call.corrections) == (RECEIVED_AT, (correction,))
+
+
+def test_a_clock_that_is_a_little_ahead_is_not_worth_a_word():
+    call = parsed(timestamp="2024-05-01T12:00:00.900Z")
+    assert (call.timestamp, call.corrections) == (RECEIVED_AT, ())
+
+
+@pytest.mark.parametrize("name", ["traits", "properties", "context", "integrations"])
+@pytest.mark.parametrize("value", [[], ""])
+def test_an_empty_list_or_text_is_an_empty_object(name, value):
+    call = parsed(**{name: value})
+    assert call.document[name] == {}
+    assert call.corrections == (f"{name} is an empty list or text: read as an empty object",)
+
+
+def test_an_empty_id_beside_another_one_is_absent():
+    call = parsed(userId="", anonymousId="a1")
+    assert (call.user_id, call.subject_id, "userId" in call.document) == (None, "a1", False)
+    assert call.corrections == ("userId is empty: anonymousId is used",)
+    call = parsed(anonymousId="")
+    assert (call.subject_id, call.anonymous_id) == ("u1", None)
+    assert call.corrections == ("anonymousId is empty: userId is used",)
+
+
+@pytest.mark.parametrize("call_type", ["identify", "group"])
+def test_traits_beyond_300_are_left_out(call_type):
+    traits = {f"t{number}": number for number in range(302)}
+    call = parsed(type=call_type, groupId="g", traits=traits)
+    assert list(call.traits) == [f"t{number}" for number in range(300)]
+    assert call.left_out == {"t300": 300, "t301": 301}
+    assert call.corrections == ("302 traits: those after the first 300 are left out",)
+
+
+def test_members_that_are_nested_too_deep_are_left_out():
+    call = parsed(traits={"a": nested(19), "b": nested(18), "c": LOOP}, properties={"d": nested(19)})
+    assert (call.traits, call.properties) == ({"b": nested(18)}, {})
+    assert call.left_out == {"a": None, "c": None, "d": None}
+    assert call.corrections == ("members nested more than 20 levels deep are left out",)
+
+
 def nested(levels):
     value = 1
     for _ in range(levels):
@@ -103,23 +199,36 @@ for _ in range(17):
         ({"type": ["identify"]}, "type must be one of identify, track, group, page, screen, alias"),
         ({"userId": None}, "userId or anonymousId is required"),
         ({"userId": ""}, "userId is empty"),
-        ({"anonymousId": ""}, "anonymousId is empty"),
+        ({"userId": "", "anonymousId": ""}, "userId is empty"),
+        ({"userId": "", "anonymousId": None}, "userId is empty"),
+        ({"userId": " \t"}, "userId is only white space"),
+        ({"userId": "\u3000\u200b"}, "userId is only white space"),
+        ({"userId": " ", "anonymousId": "a1"}, "userId is only white space"),
+        ({"anonymousId": "\n"}, "anonymousId is only white space"),
         ({"userId": True}, "userId must be a string or a number, not true or false"),
         ({"userId": ["u1"]}, "userId must be a string or a number, not a list"),
         ({"userId": "u" * 256}, "userId is longer than 255 characters"),
         ({"type": "track"}, "event must be a non-empty string in a track call"),
         ({"type": "track", "event": ""}, "event must be a non-empty string in a track call"),
         ({"type": "track", "event": 7}, "event must be a non-empty string in a track call"),
+        ({"type": "track", "event": "\u00a0"}, "event must be a non-empty string in a track call"),
+        ({"type": "alias"}, "previousId is required in an alias call"),
+        ({"type": "alias", "previousId": " "}, "previousId is only white space"),
+        ({"type": "alias", "previousId": []}, "previousId must be a string or a number, not a list"),
+        ({"type": "group", "groupId": "  "}, "groupId is only white space"),
+        ({"messageId": " "}, "messageId must be a non-empty string"),
         ({"type": "group"}, "groupId is required in a group call"),
         ({"type": "group", "groupId": ""}, "groupId is empty"),
         ({"type": "group", "groupId": "g" * 501}, "groupId is longer than 500 characters"),
         ({"type": "group", "groupId": "g", "userId": None}, "userId or anonymousId is required"),
-        ({"traits": []}, "traits must be an object"),
+        ({"traits": ["plan"]}, "traits must be an object"),
+        ({"integrations": "all"}, "integrations must be an object"),
         ({"properties": "x"}, "properties must be an object"),
         ({"context": 7}, "context must be an object"),
         ({"messageId": 7}, "messageId must be a non-empty string"),
         ({"messageId": "m" * 101}, "messageId is longer than 100 characters"),
-        ({"timestamp": 1714557600}, "timestamp must be an ISO 8601 string, such as 2024-05-01T12:00:00Z"),
+        ({"timestamp": True}, "timestamp must be an ISO 8601 string, such as 2024-05-01T12:00:00Z"),
+        ({"timestamp": 7}, "timestamp is not ISO 8601, such as 2024-05-01T12:00:00Z"),
         ({"timestamp": "yesterday"}, "timestamp is not ISO 8601, such as 2024-05-01T12:00:00Z"),
         (
             {"timestamp": "0001-01-01T00:00:00+14:00"},
@@ -134,8 +243,8 @@ for _ in range(17):
         ({"traits": {"a": 10**5000}}, "a number is too large"),
         ({"traits": {"a": {1, 2}}}, "a set is not a JSON value"),
         ({"traits": {1: "a"}}, "the names in an object must be strings"),
-        ({"traits": {"a": nested(19)}}, "objects and lists are nested more than 20 levels deep"),
-        ({"traits": LOOP}, "objects and lists are nested more than 20 levels deep"),
+        ({"context": {"a": nested(19)}}, "objects and lists are nested more than 20 levels deep"),
+        ({"context": LOOP}, "objects and lists are nested more than 20 levels deep"),
         ({"traits": {"a": WIDE}}, "the call is larger than 32 KB"),
         ({"traits": {"a": [[0] * 1000] * 1000}}, "the call is larger than 32 KB"),
         ({"traits": {"a": "é" * 16_384}}, "the call is larger than 32 KB"),

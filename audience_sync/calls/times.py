@@ -1,0 +1,104 @@
+"""Times as clients write them: ISO 8601 in all its forms, Unix times, and the dates of HTTP and e-mail headers."""
+
+import datetime as dt
+import email.utils
+import re
+
+EARLIEST_UNIX_TIME = 1e8  # 1973; a smaller number is hardly a time
+_UNITS = (1e11, 1e14, 1e17, 1e20)  # a number below is in seconds, milliseconds, microseconds, nanoseconds
+_ISO = re.compile(
+    r"""(?:(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})
+      | (?P<basic>\d{8})
+      | (?P<ordinal>\d{4}-?\d{3})
+      | (?P<week>\d{4}-?W\d\d(?:-?\d)?))
+    (?:[T\s]\s*(?P<hour>\d{1,2})(?::?(?P<minute>\d\d)(?::?(?P<second>\d\d)(?P<fraction>[.,]\d+)?)?)?)?
+    \s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?(?:\s*(?:Z|UTC|GMT|[+-]\d\d:?\d\d\ UTC))?""",
+    re.VERBOSE | re.ASCII,
+)
+_HEADER = re.compile(
+    r"(?:[a-z]{3}, *)?\d{1,2} [a-z]{3} \d{4} \d\d:\d\d:\d\d [a-z0-9+-]+", re.IGNORECASE | re.ASCII
+)
+
+
+def parse_time(value: object) -> dt.datetime:
+    """Parse a time that has one sensible meaning; return it aware, in UTC. Raises ValueError.
+
+    Without an offset it is UTC. `:60` is the next minute, `24:00` the next day. Numbers are Unix times in seconds,
+    milliseconds, microseconds or nanoseconds.
+    """
+    try:
+        if isinstance(value, str):
+            return _in_utc(_parse_text(value.strip()))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return _parse_number(value)
+    except OverflowError as error:
+        raise ValueError("out of range") from error
+    raise ValueError("not a time")
+
+
+def is_complete(text: str) -> bool:
+    """Return whether a text that `parse_time` accepts is usual ISO 8601 with an offset, which needs no correction."""
+    try:
+        return dt.datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _in_utc(time: dt.datetime) -> dt.datetime:
+    return time.replace(tzinfo=time.tzinfo or dt.UTC).astimezone(dt.UTC)
+
+
+def _parse_text(text: str) -> dt.datetime:
+    if text.isascii() and re.fullmatch(r"-?\d{9,20}(\.\d+)?", text):
+        return _parse_number(float(text) if "." in text else int(text))
+    try:
+        return dt.datetime.fromisoformat(text)
+    except ValueError:
+        pass
+    if match := _ISO.fullmatch(text.upper()):
+        return _from_parts(match.groupdict())
+    if _HEADER.fullmatch(text):
+        return email.utils.parsedate_to_datetime(text)
+    raise ValueError("not a time")
+
+
+def _from_parts(parts: dict[str, str | None]) -> dt.datetime:
+    hour, minute, second = (int(parts[name] or 0) for name in ("hour", "minute", "second"))
+    fraction = (parts["fraction"] or "").lstrip(".,")
+    more = dt.timedelta()
+    if (hour, minute, second, int(fraction or 0)) == (24, 0, 0, 0):
+        hour, more = 0, dt.timedelta(days=1)
+    elif second == 60:
+        second, more = 59, dt.timedelta(seconds=1)
+    time = dt.time(hour, minute, second, int(fraction[:6].ljust(6, "0")))
+    return dt.datetime.combine(_date(parts), time, _zone(parts["zone"])) + more
+
+
+def _date(parts: dict[str, str | None]) -> dt.date:
+    if ordinal := parts["ordinal"]:
+        year, number = int(ordinal[:4]), int(ordinal[-3:])
+        date = dt.date(year, 1, 1) + dt.timedelta(days=number - 1)
+        if date.year != year:
+            raise ValueError("no such day")
+        return date
+    whole = parts["week"] or parts["basic"]
+    if whole is not None:
+        return dt.date.fromisoformat(whole)
+    return dt.date(*(int(parts[name] or 0) for name in ("year", "month", "day")))
+
+
+def _zone(text: str | None) -> dt.tzinfo:
+    if text is None or text in {"Z", "UTC", "GMT"}:
+        return dt.UTC
+    digits = text[1:].replace(":", "").ljust(4, "0")
+    offset = dt.timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))
+    return dt.timezone(-offset if text[0] == "-" else offset)
+
+
+def _parse_number(number: float) -> dt.datetime:
+    for power, limit in enumerate(_UNITS):
+        if EARLIEST_UNIX_TIME <= abs(number) < limit:
+            epoch = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+            microseconds = number * 10**6 // 1000**power
+            return epoch + dt.timedelta(microseconds=microseconds)
+    raise ValueError("not a Unix time")

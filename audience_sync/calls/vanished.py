@@ -1,0 +1,97 @@
+"""The properties that a flattened object or list had at Userpilot, and no longer has.
+
+Userpilot keeps a property until it is null. So when `{"address": {"city": "Rome", "zip": "1"}}` is followed by
+`{"address": {"city": "Bern"}}`, the second call must also send `"address.zip": null`; the same holds when a list gets
+shorter, and when a value changes between text, object and list. The profile knows the value before.
+
+For KEEP after it vanished, a name is sent as null with every value of its trait: several calls may be merged into one
+request, and a newer one may be sent in place of an older one.
+"""
+
+import datetime as dt
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from audience_sync.calls.model import PreparedCall, PreparedDelivery
+from audience_sync.db.engines import from_json, to_json
+from audience_sync.db.rows import moment
+from audience_sync.userpilot.properties import property_names, with_gone, without_gone
+
+KEEP = dt.timedelta(days=7)  # longer than a delivery is tried
+MAX_NAMES = 5_000  # of a user or a company
+
+
+class SentNames:
+    """Names of properties of a user or a company, each with its trait and the moment when it vanished.
+
+    The moment is None for a current name of a trait that the profile does not hold, because a mapping makes it.
+    """
+
+    def __init__(self, stored: Mapping[str, tuple[str, str | None]] | None, now: str) -> None:
+        oldest = moment(dt.datetime.fromisoformat(now).replace(tzinfo=dt.UTC) - KEEP)
+        self._now = now
+        self._names = {
+            name: (trait, gone_at)
+            for name, (trait, gone_at) in (stored or {}).items()
+            if gone_at is None or gone_at > oldest
+        }
+
+    def text(self) -> str | None:
+        """Return the names as JSON text, None if there are none."""
+        return to_json(dict(list(self._names.items())[-MAX_NAMES:])) if self._names else None
+
+    def complete(
+        self,
+        call: PreparedCall,
+        positions: Sequence[int],
+        before: Mapping[str, Any],
+        held: Collection[str],
+    ) -> PreparedCall:
+        """Return the call with the properties that its traits no longer have in the deliveries at these positions.
+
+        `before` is the profile's traits without this call, `held` names the traits of this call that it will hold.
+        """
+        deliveries = list(call.deliveries)
+        for position in positions:
+            deliveries[position] = self._complete(deliveries[position], before, held)
+        return call if tuple(deliveries) == call.deliveries else call._replace(deliveries=tuple(deliveries))
+
+    def _complete(
+        self, delivery: PreparedDelivery, before: Mapping[str, Any], held: Collection[str]
+    ) -> PreparedDelivery:
+        body, names = from_json(delivery.body), delivery.names or {}
+        known = {name: trait for name, (trait, _) in self._names.items() if trait in body}
+        known |= property_names({name: before[name] for name in body if name in before})
+        gone = known.keys() - names.keys()
+        if gone:  # a property may belong to another trait: {"a.b": 1} beside {"a": {"b": 2}}
+            gone -= property_names({name: before[name] for name in before if name not in body}).keys()
+        self._note({name: known[name] for name in gone if known[name] not in held}, self._now)
+        nested = {name: trait for name, trait in names.items() if name != trait and trait not in held}
+        self._note(nested, None)
+        if not gone:
+            return delivery
+        for trait in {known[name] for name in gone}:
+            names_of_trait = [name for name in gone if known[name] == trait]
+            body[trait] = with_gone(without_gone(body[trait]), names_of_trait)
+        return delivery._replace(body=to_json(body))
+
+    def update(self, before: Mapping[str, Any], after: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Note the names that vanished from the profile by a call, or came too late to be in it.
+
+        `before` and `after` are the values of the call's traits in the profile, `new` those in the call.
+        """
+        current = property_names(after)
+        known = property_names(new) | property_names(before)
+        gone = {
+            name: trait
+            for name, trait in known.items()
+            if name not in current and not (name == trait and new[trait] is None)
+        }
+        self._note(gone, self._now)
+        for name in current.keys() & self._names.keys():
+            del self._names[name]
+
+    def _note(self, names: Mapping[str, str], gone_at: str | None) -> None:
+        for name, trait in names.items():
+            self._names.pop(name, None)  # the newest stand last
+            self._names[name] = (trait, gone_at)
