@@ -55,13 +55,13 @@ class Call:
 class PreparedDelivery(NamedTuple):
     """A delivery of a call; `body` is JSON text.
 
-    `names` are the properties that its traits become, each with its trait; None if there are no traits, or they are not
-    flattened.
+    `names` are the properties that its traits become, each with its trait; None if traits are not flattened.
     """
 
     action: str
     subject_id: str
     body: str
+    has_traits: bool = False
     names: dict[str, str] | None = None
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import sqlalchemy as sa
 
+from audience_sync.calls.adjustments import SentNames, delivery_positions, without_traits
 from audience_sync.calls.model import CallType, PreparedCall
-from audience_sync.calls.vanished import SentNames
 from audience_sync.db import rows, tables
 from audience_sync.db.dialects import is_among
 from audience_sync.db.engines import from_json, to_json
@@ -38,7 +38,7 @@ class _MembershipRow(NamedTuple):
 
 
 class _Observation(NamedTuple):
-    """What a call says about a user or a company, and the positions of its deliveries to them.
+    """A call's statement about a user or a company, and the positions of its deliveries to them.
 
     `at` is empty if the call is about others, and only sends something to them; `traits` may be empty.
     """
@@ -68,7 +68,7 @@ def update_profiles(
         user = call.subject_id
         if user is None:  # erased
             continue
-        sent = _positions(call)
+        sent = delivery_positions(call)
         traits = call.traits if call.type == CallType.IDENTIFY else ""
         positions = sent.pop((Action.IDENTIFY.value, user), ())
         users[user].append(_Observation(call_id, call.timestamp, traits, positions))
@@ -104,16 +104,6 @@ def update_profiles(
     )
     rows.insert(connection, tables.events, _EventRow._fields, event_rows)
     return {call_id: call for call_id, call in calls.items() if call is not new[call_id]}
-
-
-def _positions(call: PreparedCall) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Return the positions of the deliveries with traits, by action and subject."""
-    positions: dict[tuple[str, str], tuple[int, ...]] = {}
-    for position, delivery in enumerate(call.deliveries):
-        if delivery.names is not None:
-            subject = (delivery.action, delivery.subject_id)
-            positions[subject] = (*positions.get(subject, ()), position)
-    return positions
 
 
 def _merge(
@@ -166,16 +156,25 @@ def _merged(
         surplus = _surplus(traits, newer)
         if observation.sent or surplus:
             call = calls[observation.call_id]
-            changed = _without_traits(call, observation.sent, surplus) if surplus else call
+            changed = (
+                without_traits(
+                    call,
+                    observation.sent,
+                    surplus,
+                    f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} are left out",
+                )
+                if surplus
+                else call
+            )
             calls[observation.call_id] = sent_names.complete(changed, observation.sent, traits, new)
-        kept = {name: value for name, value in new.items() if name not in surplus}
-        before = {name: traits[name] for name in kept if name in traits}
-        for name in newer.keys() & kept.keys():
+        applied = {name: value for name, value in new.items() if name not in surplus}
+        before = {name: traits[name] for name in applied if name in traits}
+        for name in newer.keys() & applied.keys():
             times[name] = stamp
             traits[name] = new[name]
             if new[name] is None:
                 del traits[name]
-        sent_names.update(before, {name: traits[name] for name in kept if name in traits}, kept)
+        sent_names.update(before, {name: traits[name] for name in applied if name in traits}, applied)
     _drop_oldest_times(traits, times)
     return row.subject, to_json(traits), to_json(times), sent_names.text()
 
@@ -185,25 +184,6 @@ def _surplus(traits: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, A
     added = [name for name, value in newer.items() if value is not None and name not in traits]
     room = max(0, MAX_PROFILE_TRAITS - len(traits))
     return {name: newer[name] for name in added[room:]}
-
-
-def _without_traits(call: PreparedCall, positions: Sequence[int], surplus: Mapping[str, Any]) -> PreparedCall:
-    """Remove traits from deliveries, and record them as left out."""
-    deliveries = list(call.deliveries)
-    for position in positions:
-        delivery = deliveries[position]
-        body = {name: value for name, value in from_json(delivery.body).items() if name not in surplus}
-        names = {name: trait for name, trait in (delivery.names or {}).items() if trait not in surplus}
-        deliveries[position] = delivery._replace(body=to_json(body), names=names)
-    left_out = from_json(call.left_out or "{}") | surplus
-    corrections = (*call.corrections, f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} are left out")
-    return call._replace(
-        deliveries=tuple(deliveries),
-        left_out=to_json(left_out),
-        left_out_names=tuple(left_out),
-        corrected=to_json(list(corrections)),
-        corrections=corrections,
-    )
 
 
 def _drop_oldest_times(traits: Mapping[str, Any], times: dict[str, str]) -> None:

@@ -64,13 +64,16 @@ def prepare_call(call: Call, decision: Decision, *, flatten: bool = True) -> Pre
 
 
 def _prepared(outgoing: Outgoing, *, flatten: bool) -> PreparedDelivery:
-    body, names = outgoing.body, None
-    if outgoing.action is not Action.TRACK:
-        traits = {name: value for name, value in body.items() if name != COMPANY}
-        if flatten and traits:
-            names = property_names(traits)
-        body = {name: with_gone(value, ()) for name, value in body.items()}
-    return PreparedDelivery(outgoing.action.value, outgoing.subject_id, to_json(body), names)
+    if outgoing.action is Action.TRACK:
+        return PreparedDelivery(outgoing.action.value, outgoing.subject_id, to_json(outgoing.body))
+    traits = {name: value for name, value in outgoing.body.items() if name != COMPANY}
+    return PreparedDelivery(
+        outgoing.action.value,
+        outgoing.subject_id,
+        to_json({name: with_gone(value, ()) for name, value in outgoing.body.items()}),
+        has_traits=bool(traits),
+        names=property_names(traits) if flatten else None,
+    )
 
 
 def save_calls(

@@ -1,4 +1,4 @@
-"""A flattened object or list that gets shorter leaves nothing behind at Userpilot."""
+"""A profile leaves traits out of its calls, and sends null for properties that a trait no longer has."""
 
 import datetime as dt
 import json
@@ -16,7 +16,7 @@ NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 
 
 class Userpilot:
-    """Saves calls of one user and company, and sends what they queue, as many at a time as it is told."""
+    """Saves calls of one user and company, and sends what they queue in one request for each."""
 
     def __init__(self, engine, nested="flatten", reserved=()):
         self.engine, self.nested, self.reserved = engine, nested, reserved
@@ -192,8 +192,9 @@ def test_a_week_later_a_vanished_name_is_not_sent_again(engine):
     assert userpilot.deliver() == {"tags.0": "d"}
 
 
-def test_a_profile_has_a_limit_of_traits(engine):
-    userpilot = Userpilot(engine)
+@pytest.mark.parametrize("nested", ["flatten", "json"])
+def test_a_profile_has_a_limit_of_traits(engine, nested):
+    userpilot = Userpilot(engine, nested)
     for start in range(0, 1_000, 250):
         userpilot.call({f"t{number}": 1 for number in range(start, start + 250)})
     receipt = userpilot.call({"t0": 2, "new": 3, "newer": None})

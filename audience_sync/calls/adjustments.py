@@ -1,4 +1,4 @@
-"""The properties that a flattened object or list had at Userpilot, and no longer has.
+"""Adjustments of a call's deliveries by the profile: traits are left out, and vanished properties become null.
 
 Userpilot keeps a property until it is null. So when `{"address": {"city": "Rome", "zip": "1"}}` is followed by
 `{"address": {"city": "Bern"}}`, the second call must also send `"address.zip": null`; the same holds when a list gets
@@ -19,6 +19,39 @@ from audience_sync.userpilot.properties import property_names, with_gone, withou
 
 KEEP = dt.timedelta(days=7)  # longer than a delivery is tried
 MAX_NAMES = 5_000  # of a user or a company
+
+
+def delivery_positions(call: PreparedCall) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Return the positions of the deliveries with traits, by action and subject."""
+    positions: dict[tuple[str, str], tuple[int, ...]] = {}
+    for position, delivery in enumerate(call.deliveries):
+        if delivery.has_traits:
+            subject = (delivery.action, delivery.subject_id)
+            positions[subject] = (*positions.get(subject, ()), position)
+    return positions
+
+
+def without_traits(
+    call: PreparedCall, positions: Sequence[int], surplus: Mapping[str, Any], correction: str
+) -> PreparedCall:
+    """Remove traits from deliveries, and record them as left out."""
+    deliveries = list(call.deliveries)
+    for position in positions:
+        delivery = deliveries[position]
+        body = {name: value for name, value in from_json(delivery.body).items() if name not in surplus}
+        names = delivery.names
+        if names is not None:
+            names = {name: trait for name, trait in names.items() if trait not in surplus}
+        deliveries[position] = delivery._replace(body=to_json(body), names=names)
+    left_out = from_json(call.left_out or "{}") | surplus
+    corrections = (*call.corrections, correction)
+    return call._replace(
+        deliveries=tuple(deliveries),
+        left_out=to_json(left_out),
+        left_out_names=tuple(left_out),
+        corrected=to_json(list(corrections)),
+        corrections=corrections,
+    )
 
 
 class SentNames:
@@ -59,7 +92,9 @@ class SentNames:
     def _complete(
         self, delivery: PreparedDelivery, before: Mapping[str, Any], held: Collection[str]
     ) -> PreparedDelivery:
-        body, names = from_json(delivery.body), delivery.names or {}
+        if delivery.names is None:
+            return delivery
+        body, names = from_json(delivery.body), delivery.names
         known = {name: trait for name, (trait, _) in self._names.items() if trait in body}
         known |= property_names({name: before[name] for name in body if name in before})
         gone = known.keys() - names.keys()
