@@ -20,7 +20,7 @@ from audience_sync.audiences import foreign, plan, records, runs
 from audience_sync.audiences.definition import Definition
 from audience_sync.clock import Clock, SystemClock
 from audience_sync.db import engines, migrate
-from audience_sync.errors import ConfigError
+from audience_sync.errors import ConfigError, SourceError
 from audience_sync.queue import bulk, due, progress, split, worker
 from audience_sync.queue.destination import Destination, try_to_resume
 from audience_sync.queue.pace import WINDOW_SECONDS
@@ -124,9 +124,14 @@ class App:
 
     def plan(
         self, definitions: Sequence[Definition], moments: dict[str, dt.datetime]
-    ) -> tuple[list[plan.Plan], split.Forecast]:
+    ) -> tuple[plan.Plans, split.Forecast]:
         """Compute what a sync of the definitions would change, and how it would be delivered."""
-        pairs = [(definition, self.source(definition)) for definition in definitions]
+        pairs, errors = [], {}
+        for definition in definitions:
+            try:
+                pairs.append((definition, self.source(definition)))
+            except SourceError as error:
+                errors[definition.key] = f"{definition.key}: {error}"
         planned = plan.plan(self.engine, pairs, moments, self.clock.now(), self.destination)
         destination = self.settings.destination
         pace = split.Pace(
@@ -136,7 +141,8 @@ class App:
             rows_per_job=destination.rows_per_job,
         )
         push_count, user_count = planned.affected.push_count, planned.affected.user_count
-        return planned.plans, split.forecast(push_count, user_count - push_count, pace)
+        planned = replace(planned, errors=errors | planned.errors)
+        return planned, split.forecast(push_count, user_count - push_count, pace)
 
     def deliver(
         self,

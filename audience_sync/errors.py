@@ -18,9 +18,19 @@ A message says what happened, where, and what to do next, and never contains a s
 error exits with its `exit_code`.
 """
 
+import traceback
+from pathlib import Path
+
 
 class AudienceSyncError(Exception):
     exit_code = 1
+
+
+def unexpected(error: Exception) -> str:
+    """Describe an error that no code foresaw: its type and place, for a report. Its message may hold a user's data."""
+    name = f"{type(error).__module__}.{type(error).__name__}".removeprefix("builtins.")
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{name} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else name
 
 
 class ConfigError(AudienceSyncError):

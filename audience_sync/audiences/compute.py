@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import postgresql_values, snapshot, statement, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines
-from audience_sync.errors import AudienceSyncError, DefinitionError, Interrupted, SourceError
+from audience_sync.errors import AudienceSyncError, DefinitionError, Interrupted, SourceError, unexpected
 from audience_sync.stopping import Stop
 
 SQL, READY, ELIGIBLE = "SQL", "ready_sql", "eligible_sql"  # a definition's queries, as messages call them
@@ -105,10 +105,9 @@ def _contained(definition: Definition) -> Iterator[None]:
     except (AudienceSyncError, sa.exc.DBAPIError):
         raise
     except Exception as error:
-        name = f"{type(error).__module__}.{type(error).__name__}".removeprefix("builtins.")
         raise DefinitionError(
-            f"{definition.key}: it could not be computed: its SQL, or a value of its result, caused an unexpected "
-            f"{name}. Cast the columns to text, or leave out odd rows, until it works."
+            f"{definition.key}: it could not be computed: its SQL, its source's driver or a value of its result "
+            f"caused an unexpected error, {unexpected(error)}. Simplify the SQL, or cast its columns to text."
         ) from error
 
 

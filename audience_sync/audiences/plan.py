@@ -2,13 +2,15 @@
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
 from audience_sync.audiences import records, runs, snapshot
 from audience_sync.audiences.compute import compute
 from audience_sync.audiences.definition import Definition
+from audience_sync.db import engines
+from audience_sync.errors import DefinitionError, SourceError
 from audience_sync.queue.destination import Destination
 
 SAMPLED = ("entered", "exited")
@@ -27,10 +29,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The plans of several definitions, and the users who would get identifies from them or from the queue."""
+    """The plans of several definitions, and the users who would get identifies from them or from the queue.
+
+    `errors`: the messages of definitions that cannot be computed, by key.
+    """
 
     plans: list[Plan]
     affected: snapshot.Affected
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 def plan(
@@ -41,30 +47,33 @@ def plan(
     destination: Destination,
 ) -> Plans:
     """Plan a sync of definitions, each given with its source."""
-    plans = []
+    plans, errors = [], {}
     with snapshot.connection_with_temp_tables(engine) as connection:
         with connection.begin():
             snapshot.create_affected(connection)
         for definition, source in definitions:
-            compute(connection, definition, as_of_by_key[definition.key], source)
-            with connection.begin():
-                last = records.load_baseline(connection, definition.key)
-                planned = _plan(connection, definition, last, now, destination)
-                if not planned.held:
-                    snapshot.add_affected(connection, is_push=last.is_first)
-                plans.append(planned)
+            try:
+                compute(connection, definition, as_of_by_key[definition.key], source)
+                with connection.begin():
+                    plans.append(_plan(connection, definition, now, destination))
+            except (DefinitionError, SourceError) as error:
+                errors[definition.key] = str(error)
+            except sa.exc.DBAPIError as error:
+                if connection.invalidated:
+                    raise
+                errors[definition.key] = f"{definition.key}: {engines.failure(error)}"
         with connection.begin():
             affected = snapshot.count_affected(connection)
-    return Plans(plans, affected)
+    return Plans(plans, affected, errors)
 
 
 def _plan(
     connection: sa.Connection,
     definition: Definition,
-    last: records.Baseline,
     now: dt.datetime,
     destination: Destination,
 ) -> Plan:
+    last = records.load_baseline(connection, definition.key)
     row = records.find_definition(connection, definition.key)
     records.check_kind(definition, row)
     diff = snapshot.diff(connection, row.definition_id if row else None, definition, now)
@@ -72,5 +81,7 @@ def _plan(
     is_foreign = row is not None and destination.is_foreign(connection, row.fingerprint)
     options = runs.RunOptions(destination=destination)
     held = runs.reason_to_hold(definition, last, diff, options, is_foreign=is_foreign)
+    if not held:
+        snapshot.add_affected(connection, is_push=last.is_first)
     samples = {change: snapshot.sample(connection, change) for change in SAMPLED}
     return Plan(definition.key, result.member_count, result.counts, held, samples)

@@ -27,7 +27,7 @@ from audience_sync.audiences.compute import compute
 from audience_sync.audiences.definition import Definition
 from audience_sync.clock import Clock, isoformat
 from audience_sync.db import engines, leases
-from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError
+from audience_sync.errors import AudienceSyncError, Busy, ConfigError, DatabaseError, unexpected
 from audience_sync.queue import deliveries
 from audience_sync.queue.destination import Destination, other_destination
 from audience_sync.stopping import Stop
@@ -116,7 +116,7 @@ def sync(
     source: Callable[[], sa.Engine | None] = lambda: None,
     stop: Stop | None = None,
 ) -> int:
-    """Run a definition; return the run's id. An error of the definition or its source ends the run as failed.
+    """Run a definition; return the run's id. Whatever goes wrong with the definition ends the run as failed.
 
     Raises:
         Busy: another process is syncing the definition.
@@ -138,8 +138,7 @@ def sync(
         except BaseException as error:
             connection.invalidate()  # a commit that failed may leave its transaction open, which locks the run's row
             is_recorded = _fail(engine, run, error, clock)
-            ends_only_this_run = isinstance(error, AudienceSyncError | sa.exc.DBAPIError)
-            if not is_recorded or not ends_only_this_run:
+            if not is_recorded or not isinstance(error, Exception):
                 raise
             _log_failed(run, error, clock.monotonic() - started)
         else:
@@ -312,7 +311,12 @@ def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bo
     if isinstance(error, AudienceSyncError):
         message = str(error)
     elif isinstance(error, sa.exc.DBAPIError):
-        message = f"The database failed: {engines.reason(error)}. {engines.advice(error)}"
+        message = engines.failure(error)
+    elif isinstance(error, Exception):
+        message = (
+            f"{run.definition.key}: an unexpected error ended the run: {unexpected(error)}. Nothing of it was stored. "
+            "Run it again; if that fails as well, please report it."
+        )
     else:
         message = "It was interrupted."
     try:

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from audience_sync import __version__
 from audience_sync.cli import calls, daemon, inspect, operate, output, setup, sync
-from audience_sync.errors import AudienceSyncError, Interrupted
+from audience_sync.errors import AudienceSyncError, Interrupted, unexpected
 
 COMMANDS = (
     ("Set up", "init", setup.init),
@@ -142,6 +142,9 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         output.warn(f"audience-sync: {error.strerror or error}")
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001  (a bug: never a traceback)
+        output.warn(f"audience-sync: an unexpected error: {unexpected(error)}. Please report it.")
         sys.exit(1)
     finally:
         output.drop_output()

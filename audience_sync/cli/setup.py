@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from audience_sync.cli import lazy, output, session
-from audience_sync.errors import AudienceSyncError, ConfigError
+from audience_sync.errors import AudienceSyncError, ConfigError, DefinitionError, unexpected
 
 if TYPE_CHECKING:
     from audience_sync.app import App
@@ -90,6 +90,9 @@ def _try(name: str, action: Callable[[], str]) -> bool:
     except AudienceSyncError as error:
         output.line(f"wrong  {name}: {str(error).removeprefix(f'{name.rsplit(maxsplit=1)[-1]}: ')}")
         return False
+    except Exception as error:  # noqa: BLE001  (such as a driver's, about a parameter of a url)
+        output.line(f"wrong  {name}: an unexpected error: {unexpected(error)}")
+        return False
     return True
 
 
@@ -158,8 +161,10 @@ def _check_definition(app: "App", definition: "Definition") -> str:
     engine = app.source(definition) or app.engine
     warnings = lazy.statement.check(definition.sql, engine.dialect.name)
     moments = lazy.runs.resolve_as_of(app.engine, [definition], None, app.clock.now())
-    plans, _ = app.plan([definition], moments)
-    return "; ".join([output.plural(plans[0].member_count, "member"), *warnings])
+    planned, _ = app.plan([definition], moments)
+    for message in planned.errors.values():
+        raise DefinitionError(message)
+    return "; ".join([output.plural(planned.plans[0].member_count, "member"), *warnings])
 
 
 def sandbox(

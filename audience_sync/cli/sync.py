@@ -11,7 +11,7 @@ from audience_sync.errors import Busy, ConfigError
 
 if TYPE_CHECKING:
     from audience_sync.app import App
-    from audience_sync.audiences.plan import Plan
+    from audience_sync.audiences.plan import Plan, Plans
     from audience_sync.queue.progress import Report
     from audience_sync.queue.split import Forecast
 
@@ -35,7 +35,8 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
     """Show what a sync would change, without storing or sending.
 
     For each definition: its members, who would enter, exit or change, and whether the run would be held. At the end:
-    how many requests that takes, and for how long.
+    how many requests that takes, and for how long. A definition that cannot be computed leaves the others alone; the exit
+    code is 1 then.
 
         audience-sync plan
         audience-sync plan at_risk --as-of 2026-05-01
@@ -43,14 +44,25 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
     with session.open_app(context) as app, session.stoppable(app):
         definitions = app.definitions(keys or ())
         moments = lazy.runs.resolve_as_of(app.engine, definitions, session.parse_time(as_of), app.clock.now())
-        plans, forecast = app.plan(definitions, moments)
+        planned, forecast = app.plan(definitions, moments)
+    for message in planned.errors.values():
+        output.warn(f"audience-sync: {message}")
+    _show_plan(planned, forecast, as_json=as_json)
+    if planned.errors:
+        raise typer.Exit(1)
+
+
+def _show_plan(planned: "Plans", forecast: "Forecast", *, as_json: bool) -> None:
+    plans = planned.plans
     if as_json:
         delivery = {
             "request_count": forecast.request_count,
             "bulk_row_count": forecast.row_count,
             "estimated_seconds": round(forecast.seconds, 1),
         }
-        output.document({"definitions": [_document(plan) for plan in plans], "delivery": delivery})
+        errors = [{"key": key, "error": message} for key, message in planned.errors.items()]
+        documents = [_document(plan) for plan in plans]
+        output.document({"definitions": documents, "errors": errors, "delivery": delivery})
         return
     rows = [
         [plan.key, *map(output.count, (plan.member_count, *(getattr(plan.counts, name) for name in CHANGES)))]
@@ -141,13 +153,15 @@ def sync(
             )
         moments = lazy.runs.resolve_as_of(app.engine, definitions, session.parse_time(as_of), app.clock.now())
         options = lazy.runs.RunOptions(full=full, hold=hold, users=tuple(user or ()) or None)
-        run_ids, busy = [], False
+        run_ids, busy, refused = [], False, []
         for definition in definitions:
             try:
                 run_ids.append(app.sync(definition, moments[definition.key], options))
             except Busy as error:
                 busy = True
                 output.warn(f"audience-sync: {error}")
+            except ConfigError as error:
+                refused.append(error)
         report = None if no_deliver else deliver_now(app, run_ids)
         with lazy.engines.read(app.engine) as connection:
             runs = lazy.history.run_rows(connection, ids=run_ids)[::-1]
@@ -157,6 +171,8 @@ def sync(
     else:
         show_runs(runs)
         show_delivery(report, pending)
+    if refused:
+        raise refused[0]
     statuses = {run["status"] for run in runs}
     session.finish(
         report, failed=bool(statuses & {"failed", "abandoned"}), busy=busy, held="held" in statuses

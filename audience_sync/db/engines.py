@@ -193,7 +193,7 @@ def open_source(name: str, url: str) -> sa.Engine:
         if parsed.get_backend_name() == "postgresql":
             return open_postgresql(parsed)
         return _open_experimental(parsed)
-    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ImportError) as error:
+    except Exception as error:  # a driver may refuse a URL by any error
         raise SourceError(
             f"The source {name} cannot be opened: {type(error).__name__}. Is its url right, and is the Python "
             "driver that it names installed?"
@@ -318,6 +318,10 @@ def reason(error: sa.exc.DBAPIError) -> str:
     """
     message = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
     return re.sub(r"\s+", " ", message).strip().rstrip(".")
+
+
+def failure(error: sa.exc.DBAPIError) -> str:
+    return f"The database failed: {reason(error)}. {advice(error)}"
 
 
 def advice(error: sa.exc.DBAPIError) -> str:

@@ -9,8 +9,10 @@ import threading
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from audience_sync.audiences import plan, runs
+from audience_sync.audiences import compute, plan, runs, snapshot
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import SystemClock
 from audience_sync.db import dialects, engines, leases
@@ -419,3 +421,52 @@ def test_a_run_and_a_plan_refuse_a_key_of_the_other_kind(world):
         plan.plan(world.engine, [(world.trait(), None)], {"spend": now}, now, Destination())
     assert world.query("SELECT count(*) FROM {our}runs") == [(1,)]
     assert world.members("spend") == {"ann": None}
+
+
+UNEXPECTED = [
+    RecursionError(),
+    UnicodeEncodeError("utf-8", "secret\ud800", 6, 7, "surrogates not allowed"),
+    OverflowError("secret"),
+    MemoryError(),
+    KeyError("secret"),
+    sa.exc.InvalidRequestError("secret"),
+]
+
+
+@pytest.mark.parametrize("error", UNEXPECTED, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", ["check", "fill_from_query", "diff", "commit"])
+def test_an_unexpected_error_ends_that_run_with_a_message(world, monkeypatch, place, error):
+    def fail(*_):
+        raise error
+
+    world.people("ann")
+    with monkeypatch.context() as patch:
+        owner = {"check": compute.statement, "commit": runs}.get(place, snapshot)
+        patch.setattr(owner, place, fail)
+        failed = world.sync(world.audience())
+    assert failed.status == "failed"
+    assert failed.error.startswith("vips: ")
+    assert f"{type(error).__name__} (test_runs.py, line " in failed.error
+    assert "secret" not in failed.error
+    assert world.sync(world.audience()).status == "succeeded"
+    assert set(world.members()) == {"ann"}
+
+
+WORDS = [
+    "SELECT", "user_id", "FROM", "people", "WHERE", ",", "(", ")", "'", '"', "$$", "$a$", "--", "\n", "/*", "*/",
+    ":as_of", ":today", ":z", "::", ";", "[", "]", "`", "\\", "%", "?", "@", "E'x'", "1", "=", "::date", "AS",
+    "\U0001f600", "UNION", "WITH", "DELETE",
+]  # fmt: skip
+
+
+def test_no_text_of_sql_does_more_than_fail_its_run(world):
+    world.people("ann")
+
+    @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(st.sampled_from(WORDS), max_size=12))
+    def check(words):
+        sql = "SELECT user_id FROM people WHERE 1 = 1 " + " ".join(words)
+        assert world.sync(world.audience(sql)).status in {"succeeded", "failed"}
+
+    check()
+    assert world.query("SELECT user_id FROM people") == [("ann",)]
