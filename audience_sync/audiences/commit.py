@@ -130,12 +130,12 @@ def _cancel_never_sent(connection: sa.Connection, run: Commit) -> bool:
 
     Returns whether there are any. {temp}audience_sync_never_sent then holds these users and their deliveries.
     """
-    columns = "user_id {id}, delivery_id bigint, PRIMARY KEY (user_id, delivery_id)"
+    columns = "user_id {id}, delivery_id bigint, entered_run_id bigint, PRIMARY KEY (user_id, delivery_id)"
     create_temp_table(connection, "never_sent", columns)
     pending = (
         sql(  # locks them, so that no worker claims them; on SQLite this transaction has the only write lock
             connection,
-            "INSERT INTO {temp}audience_sync_never_sent SELECT d.subject_id, d.delivery_id "
+            "INSERT INTO {temp}audience_sync_never_sent SELECT d.subject_id, d.delivery_id, c.entered_run_id "
             f"{_CHANGES} c JOIN {{our}}deliveries d ON d.subject_id = c.user_id "
             f"WHERE c.change = 'exited' AND {deliveries.BY_SUBJECT_INDEX} AND d.status = 'pending' "
             "AND d.action = 'identify' AND d.definition_id = :definition_id"
@@ -146,7 +146,7 @@ def _cancel_never_sent(connection: sa.Connection, run: Commit) -> bool:
     if not pending:
         return False
     user = "audience_sync_never_sent.user_id"
-    entries = f"{_past_entries(user)} UNION ALL SELECT c.entered_run_id {_CHANGES} c WHERE c.user_id = {user}"
+    entries = f"{_past_entries(user)} UNION ALL SELECT audience_sync_never_sent.entered_run_id"
     sent = sql(
         connection,
         f"DELETE FROM {{temp}}audience_sync_never_sent WHERE {_was_attempted(user, entries)}",
