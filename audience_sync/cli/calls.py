@@ -118,6 +118,9 @@ def import_(
         typer.Argument(metavar="FILE", help="One JSON object a line, plain or gzip; - reads standard input."),
     ],
     deliver: Annotated[bool, typer.Option("--deliver", help="Then deliver what is due.")] = False,
+    keep_only: Annotated[
+        bool, typer.Option("--keep-only", help="Store the calls as history, and send none of them.")
+    ] = False,
     set_aside: Annotated[
         Path | None,
         typer.Option(
@@ -131,8 +134,15 @@ def import_(
     Each line is a call as Segment's libraries send it. Importing a file again changes nothing. Lines that are not
     valid calls are reported and left out.
 
+    With --keep-only, calls fill profiles, companies and events, and nothing is sent: Userpilot would count an old event
+    as one of today.
+
         audience-sync import calls.ndjson.gz --set-aside bad.ndjson
     """
+    if deliver and keep_only:
+        raise ConfigError(
+            "--keep-only sends nothing: leave out --deliver, or run `audience-sync deliver` afterwards."
+        )
     with contextlib.ExitStack() as stack:
         app = stack.enter_context(session.open_app(context))
         stack.enter_context(session.stoppable(app))
@@ -142,7 +152,17 @@ def import_(
         on_bad = stack.enter_context(_bad_lines(set_aside, file))
         with output.bytes_read(source, size) as on_progress:
             summary = lazy.files.import_calls(
-                app, lazy.files.decompressed(source), on_bad, on_progress, beside=True
+                app,
+                lazy.files.decompressed(source),
+                on_bad,
+                on_progress,
+                beside=True,
+                keep_only=keep_only,
+            )
+        if summary.old_event_count:
+            output.warn(
+                f"{output.plural(summary.old_event_count, 'event')} happened over a day ago. Userpilot counts an event "
+                "when it arrives, so old ones count as today's: import history with --keep-only."
             )
         if not as_json:
             _show(summary)
@@ -208,6 +228,7 @@ def _show(summary: "Summary") -> None:
     parts = [f"{output.plural(summary.line_count, 'line')}: {summary.accepted_count:,} accepted"]
     for count, what in (
         (summary.ignored_count, "ignored (`audience-sync calls --status ignored` shows the reasons)"),
+        (summary.kept_count, "stored as history"),
         (summary.repeated_count, "known already"),
         (summary.bad_count, "set aside"),
     ):
@@ -221,6 +242,7 @@ def _document(summary: "Summary", pending: int) -> dict[str, int]:
         "line_count": summary.line_count,
         "accepted_count": summary.accepted_count,
         "ignored_count": summary.ignored_count,
+        "kept_count": summary.kept_count,
         "repeated_count": summary.repeated_count,
         "set_aside_count": summary.bad_count,
         "pending_count": pending,

@@ -25,6 +25,7 @@ from audience_sync.settings import Settings
 
 __all__ = ["Receipt", "group", "identify", "submit", "track"]
 
+HISTORY = "history: stored, not sent"  # the reason of a call that is only stored
 _FIELDS = {
     "message_id": "messageId",
     "timestamp": "timestamp",
@@ -90,6 +91,11 @@ class Preparer:
         )
         decision = mappings.decide(call, self._mappings, reserved_keys=self._reserved_keys)
         return records.prepare_call(call, decision, flatten=self._flatten)
+
+
+def as_history(call: PreparedCall) -> PreparedCall:
+    """Return the call without its deliveries, to be stored only."""
+    return call._replace(deliveries=(), reason=HISTORY)
 
 
 def save(app: App, calls: Sequence[PreparedCall]) -> list[Receipt]:

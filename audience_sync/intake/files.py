@@ -1,9 +1,10 @@
-"""Import of calls from a file of any size: one JSON object a line (NDJSON), plain or gzip.
+"""Import of calls from a file of any size: one JSON object a line (NDJSON), in UTF-8 or UTF-16, plain or gzip.
 
 A line without a message id gets one that is derived from its bytes. So importing a file again adds nothing, and two
 equal lines are one call. A second process may prepare the calls while this one stores them. Next: intake/__init__.py.
 """
 
+import datetime as dt
 import gzip
 import hashlib
 import io
@@ -27,10 +28,10 @@ import msgspec
 
 from audience_sync import intake, settings
 from audience_sync.app import App
-from audience_sync.calls.model import PreparedCall, Receipt
+from audience_sync.calls.model import CallType, PreparedCall, Receipt
 from audience_sync.calls.validation import MAX_CALL_BYTES, decode_json
 from audience_sync.clock import SystemClock
-from audience_sync.db import dialects, engines
+from audience_sync.db import dialects, engines, rows
 from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
 
@@ -41,7 +42,25 @@ PIECE_BYTES = 8_000_000  # of a piece's lines at most; a prepared call takes a f
 # which they try again. As many pieces as a transaction may take are prepared before, so that it waits for nothing.
 LOCK_SECONDS, GAP_SECONDS, READ_AHEAD = 2, 0.12, 8
 MAX_LINE_BYTES = 6 * MAX_CALL_BYTES  # an escape takes six bytes for one
-_GZIP = b"\x1f\x8b"
+OLD = dt.timedelta(days=1)  # Userpilot counts an event at its arrival, whenever it happened
+_GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
+_ENCODINGS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"{\0": "utf-16-le",
+    b"\0{": "utf-16-be",
+}
+_FORMATS = {
+    b"PK\3\4": "a ZIP archive",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PAR1": "a Parquet file",
+    b"SQLite format": "an SQLite database",
+}
+_NDJSON = "import reads one JSON object a line (NDJSON), plain or gzip"
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -69,28 +88,70 @@ class Piece:
 class Summary:
     accepted_count: int = 0
     ignored_count: int = 0
+    kept_count: int = 0  # stored as history
     repeated_count: int = 0
     bad_count: int = 0
+    old_event_count: int = 0  # of the accepted ones
 
     @property
     def line_count(self) -> int:
-        return self.accepted_count + self.ignored_count + self.repeated_count + self.bad_count
+        counts = (
+            self.accepted_count,
+            self.ignored_count,
+            self.kept_count,
+            self.repeated_count,
+            self.bad_count,
+        )
+        return sum(counts)
 
-    def add(self, bad: Sequence[BadLine], receipts: Sequence[Receipt]) -> None:
-        repeated_count = sum(receipt.is_repeat for receipt in receipts)
-        ignored_count = sum(receipt.ignored is not None for receipt in receipts)
-        self.bad_count += len(bad)
-        self.repeated_count += repeated_count
-        self.ignored_count += ignored_count
-        self.accepted_count += len(receipts) - repeated_count - ignored_count
+    def add(self, piece: "Piece", receipts: Sequence[Receipt]) -> None:
+        old = rows.moment(SystemClock().now() - OLD)
+        self.bad_count += len(piece.bad)
+        for call, receipt in zip(piece.calls, receipts, strict=True):
+            if receipt.is_repeat:
+                self.repeated_count += 1
+            elif receipt.ignored == intake.HISTORY:
+                self.kept_count += 1
+            elif receipt.ignored is not None:
+                self.ignored_count += 1
+            else:
+                self.accepted_count += 1
+                self.old_event_count += call.type == CallType.TRACK.value and call.timestamp < old
 
 
 def decompressed(file: BinaryIO) -> BinaryIO:
-    """Return a reader of the file's lines; its first bytes show whether it is gzip."""
-    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast("Any", file))
-    if buffered.peek(2)[:2] == _GZIP:
-        return cast("BinaryIO", gzip.GzipFile(fileobj=buffered))
-    return buffered
+    """Return a reader of the file's lines in UTF-8; its first bytes show whether it is gzip, and its encoding.
+
+    Raises ConfigError if they show another format.
+    """
+    reader: Any = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast("Any", file))
+    if reader.peek(2)[:2] == _GZIP:
+        reader = gzip.GzipFile(fileobj=reader)
+    try:
+        head = reader.peek(16)
+    except (OSError, EOFError, zlib.error):
+        head = b""  # reading the lines will report it
+    for beginning, name in _FORMATS.items():
+        if head.startswith(beginning):
+            raise ConfigError(f"The file is {name}, and {_NDJSON}: convert it first. Nothing is imported.")
+    for beginning, encoding in _ENCODINGS.items():
+        if head.startswith(beginning):
+            return cast("BinaryIO", _Recoded(reader, encoding))
+    return cast("BinaryIO", reader)
+
+
+class _Recoded:
+    """The lines of a file in another encoding, in UTF-8."""
+
+    def __init__(self, file: Any, encoding: str) -> None:
+        self._file = file
+        self._text = io.TextIOWrapper(file, encoding, errors="surrogatepass", newline="\n")
+
+    def readline(self, size: int) -> bytes:
+        return self._text.readline(size).encode("utf-8", "surrogatepass")
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
 
 
 def import_calls(
@@ -100,10 +161,12 @@ def import_calls(
     on_progress: Callable[[Summary], None] = lambda _: None,
     *,
     beside: bool = False,
+    keep_only: bool = False,
 ) -> Summary:
     """Store the call of each line; report a line that is not a valid call to `on_bad`, and skip it.
 
-    `beside`: prepare in a second process, which imports the main module again: only for a program that allows that.
+    `keep_only`: nothing is queued. `beside`: prepare in a second process, which imports the main module again: only for
+    a program that allows that.
 
     Raises:
         ConfigError: the file cannot be read to its end; the lines before are stored.
@@ -112,7 +175,7 @@ def import_calls(
     """
     summary = Summary()
     read_errors: list[ConfigError] = []
-    pieces = _pieces(_lines(file), read_errors)
+    pieces = _pieces(_checked(_lines(file)), read_errors)
     may_wait = not _is_regular(file)
     lock_seconds, depth = 0, 2
     if dialects.is_sqlite(app.engine) and not may_wait:
@@ -127,8 +190,9 @@ def import_calls(
             with engines.write(app.engine) as connection:
                 while piece is not None:
                     bad += piece.bad
-                    receipts = intake.save_within(connection, app, piece.calls, user_by_user=True)
-                    summary.add(piece.bad, receipts)
+                    calls = [intake.as_history(call) for call in piece.calls] if keep_only else piece.calls
+                    receipts = intake.save_within(connection, app, calls, user_by_user=True)
+                    summary.add(piece, receipts)
                     piece = preparation.take(ends_at)
             begins_at = time.monotonic() + (GAP_SECONDS if lock_seconds else 0)
             for line in bad:  # after the transaction: `on_bad` may be slow
@@ -261,12 +325,40 @@ def _lines(file: BinaryIO) -> Iterator[Line]:
             rest = content
             while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
                 rest = file.readline(MAX_LINE_BYTES + 1)
+            content = content.removeprefix(_BOM)
             if content.strip():
                 yield Line(number, content)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The file cannot be read after line {number}: {error}. The lines before are imported."
         ) from error
+
+
+def _checked(lines: Iterator[Line]) -> Iterator[Line]:
+    """Yield the lines. Raises ConfigError if the first ones show JSON that is not one object a line."""
+    beginning = list(itertools.islice(lines, 1))
+    first = beginning[0].content.strip() if beginning else b""
+    if first.startswith(b"["):
+        raise ConfigError(
+            f"The file is a JSON array, and {_NDJSON}. Convert it: jq -c '.[]' FILE. Nothing is imported."
+        )
+    if first.startswith(b"{") and not _is_json(first):
+        beginning += itertools.islice(lines, 1)
+        if beginning[-1].content.strip().startswith((b'"', b"}")):
+            raise ConfigError(
+                "The file has JSON objects over several lines each, and "
+                f"{_NDJSON}. Convert it: jq -c . FILE. Nothing is imported."
+            )
+    yield from beginning
+    yield from lines
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        decode_json(content)
+    except CallError:
+        return False
+    return True
 
 
 def _is_regular(file: BinaryIO) -> bool:

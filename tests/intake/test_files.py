@@ -1,5 +1,6 @@
 """`import`: lines become calls, each of them once."""
 
+import bz2
 import gzip
 import io
 import json
@@ -64,13 +65,84 @@ def users(engine):
         b"\xef\xbb\xbf" + ANN + b"\n" + BOB,
         gzip.compress(ANN + b"\n" + BOB),
         gzip.compress(ANN + b"\n") + gzip.compress(BOB),
+        (ANN + b"\r\n" + BOB + b"\r\n").decode().encode("utf-16"),
+        b"\xfe\xff" + (ANN + b"\n" + BOB).decode().encode("utf-16-be"),
+        (ANN + b"\n" + BOB).decode().encode("utf-16-le"),
+        gzip.compress((ANN + b"\n" + BOB).decode().encode("utf-16")),
+        gzip.compress(b"\xef\xbb\xbf" + ANN + b"\n\xef\xbb\xbf" + BOB),
     ],
-    ids=["lines", "no end", "CRLF", "blank lines", "BOM", "gzip", "two members"],
+    ids=[
+        "lines",
+        "no end",
+        "CRLF",
+        "blank lines",
+        "BOM",
+        "gzip",
+        "two members",
+        "UTF-16",
+        "UTF-16 BE",
+        "UTF-16 LE without BOM",
+        "gzip of UTF-16",
+        "gzip of files with BOM",
+    ],
 )
 def test_each_line_is_a_call(import_file, users, content):
     code, said = import_file(content)
     assert (code, said.splitlines()[0]) == (0, "2 lines: 2 accepted.")
     assert sorted(users()) == ["ann", "bob"]
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        b"\xef\xbb\xbf" + ANN + b"\n" + BOB,
+        (ANN + b"\n" + BOB).decode().encode("utf-16"),
+        gzip.compress(b"\xef\xbb\xbf" + ANN + b"\r\n" + BOB),
+    ],
+    ids=["BOM", "UTF-16", "gzip with BOM"],
+)
+def test_a_line_is_the_same_call_in_each_encoding(import_file, users, encoded):
+    assert import_file(ANN + b"\n" + BOB)[0] == 0
+    assert import_file(encoded)[1].splitlines()[0] == "2 lines: 0 accepted, 2 known already."
+    assert sorted(users()) == ["ann", "bob"]
+
+
+LIST = json.dumps([json.loads(ANN), json.loads(BOB)])
+ONE_A_LINE = "import reads one JSON object a line (NDJSON), plain or gzip"
+ARRAY = f"The file is a JSON array, and {ONE_A_LINE}. Convert it: jq -c '.[]' FILE. Nothing is imported."
+SPREAD = (
+    f"The file has JSON objects over several lines each, and {ONE_A_LINE}. Convert it: jq -c . FILE. "
+    "Nothing is imported."
+)
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LIST.encode(), ARRAY),
+        (json.dumps(json.loads(LIST), indent=2).encode(), ARRAY),
+        (b"\n " + LIST.encode(), ARRAY),
+        (b"\xef\xbb\xbf" + LIST.encode(), ARRAY),
+        (LIST.encode("utf-16"), ARRAY),
+        (gzip.compress(LIST.encode()), ARRAY),
+        (json.dumps(json.loads(ANN), indent=2).encode(), SPREAD),
+        (b'{ "type": "identify",\r\n  "userId": "ann" }\r\n', SPREAD),
+        (b"{\n}\n", SPREAD),
+        (gzip.compress(json.dumps(json.loads(ANN), indent=4).encode("utf-16")), SPREAD),
+        (
+            b"PK\3\4....",
+            f"The file is a ZIP archive, and {ONE_A_LINE}: convert it first. Nothing is imported.",
+        ),
+        (
+            bz2.compress(ANN),
+            f"The file is compressed with bzip2, and {ONE_A_LINE}: convert it first. Nothing is imported.",
+        ),
+    ],
+)
+def test_what_is_not_one_object_a_line_is_named(import_file, users, content, message):
+    code, said = import_file(content)
+    assert (code, said, users()) == (2, f"audience-sync: {message}\n", [])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -226,6 +298,87 @@ def test_it_delivers_on_request(import_file, sandbox, users):
     assert (users(), sandbox.state.users["ann"]["properties"]) == (["ann"], {"plan": "pro"})
 
 
+OLD = json.dumps(
+    {
+        "type": "track",
+        "userId": "ann",
+        "event": "Ordered",
+        "messageId": "m1",
+        "timestamp": "2020-05-01T10:00:00Z",
+    }
+).encode()
+
+
+def test_history_is_stored_without_being_sent(import_file, command, engine, sandbox):
+    lines = [OLD, identify("ann", traits={"plan": "pro"}), b'{"type": "page", "userId": "bob"}']
+    code, said = import_file(b"\n".join(lines), "--keep-only")
+    assert (code, said.splitlines()[0]) == (0, "3 lines: 0 accepted, 3 stored as history.")
+    assert "happened over a day ago" not in said
+    with engines.read(engine) as connection:
+        events = dialects.sql(connection, "SELECT name, user_id FROM {our}events").all()
+        traits = dialects.sql(connection, "SELECT user_id, CAST(traits AS text) FROM {our}profiles").all()
+        assert dialects.sql(connection, "SELECT count(*) FROM {our}deliveries").scalar() == 0
+    assert events == [("Ordered", "ann")]
+    assert sorted((user, json.loads(text)) for user, text in traits) == [
+        ("ann", {"plan": "pro"}),
+        ("bob", {}),
+    ]
+    assert command("deliver")[0] == 0
+    assert sandbox.state.users == {}
+    assert [(call["status"], call["reason"]) for call in command.document("calls", "--json")] == [
+        ("ignored", "history: stored, not sent")
+    ] * 3
+    assert import_file(OLD)[1].splitlines()[0] == "1 line: 0 accepted, 1 known already."
+
+
+@SQLITE
+def test_history_may_have_several_pieces(import_file):
+    lines = [identify(f"u{number}") for number in range(files.LINES_PER_PIECE + 5)]
+    code, said = import_file(b"\n".join(lines), "--keep-only")
+    assert (code, said.splitlines()[0]) == (0, "10,005 lines: 0 accepted, 10,005 stored as history.")
+
+
+@SQLITE
+def test_history_is_not_delivered(import_file):
+    code, said = import_file(ANN, "--keep-only", "--deliver")
+    assert code == 2
+    assert said.startswith("audience-sync: --keep-only sends nothing: leave out --deliver")
+
+
+@SQLITE
+def test_old_events_that_are_sent_are_mentioned_once(import_file, sandbox):
+    older = OLD.replace(b"m1", b"m2")
+    now = b'{"type": "track", "userId": "ann", "event": "Ordered"}'
+    code, said = import_file(b"\n".join([OLD, older, now, identify("ann")]), "--deliver")
+    assert code == 0
+    assert said.count("2 events happened over a day ago. Userpilot counts an event when it arrives") == 1
+    assert len(sandbox.state.events) == 3
+
+
+def test_a_list_that_gets_shorter_leaves_nothing_at_userpilot(import_file, sandbox):
+    def send(*calls):
+        assert import_file(b"\n".join(calls), "--deliver")[0] == 0
+        return sandbox.state.users["ann"]["properties"], sandbox.state.companies["acme"]["properties"]
+
+    def group(**traits):
+        return json.dumps({"type": "group", "userId": "ann", "groupId": "acme", "traits": traits}).encode()
+
+    address = {"city": "Rome", "zip": "1"}
+    assert send(identify("ann", traits={"tags": ["a", "b"], "address": address}), group(tags=["a", "b"])) == (
+        {"tags.0": "a", "tags.1": "b", "address.city": "Rome", "address.zip": "1"},
+        {"tags.0": "a", "tags.1": "b"},
+    )
+    assert send(identify("ann", traits={"tags": ["c"], "address": {"city": "Bern"}}), group(tags="none")) == (
+        {"tags.0": "c", "address.city": "Bern"},
+        {"tags": "none"},
+    )
+    assert send(
+        identify("ann", traits={"tags": ["x", "y", "z"]}),
+        identify("ann", traits={"tags": []}),
+        group(tags={}),
+    ) == ({"address.city": "Bern"}, {})
+
+
 @SQLITE
 def test_a_refused_delivery_exits_with_1_after_the_calls_are_stored(start, users, tmp_path):
     (tmp_path / "calls").write_bytes(ANN)
@@ -241,6 +394,7 @@ def test_as_json_it_prints_one_document(command, tmp_path):
         "line_count": 5,
         "accepted_count": 2,
         "ignored_count": 1,
+        "kept_count": 0,
         "repeated_count": 1,
         "set_aside_count": 1,
         "pending_count": 2,
