@@ -78,7 +78,7 @@ def compute(
     def prepare(name: str, sql: str, *columns: str) -> _Query:
         dialect = (source or connection).dialect
         try:
-            statement.check(sql, dialect.name)
+            statement.check_before_run(sql, dialect.name)
             bound = statement.bind(sql, dialect.name)
         except DefinitionError as error:
             where = "" if name == SQL else f"{name}: "

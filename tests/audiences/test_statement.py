@@ -23,6 +23,7 @@ DIALECTS = ["sqlite", "postgresql"]
 )
 def test_a_query_passes(sql, dialect):
     assert statement.check(sql, dialect) == []
+    statement.check_before_run(sql, dialect)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -41,8 +42,35 @@ def test_a_query_passes(sql, dialect):
     ],
 )
 def test_what_does_more_than_read_is_refused(sql, dialect):
-    with pytest.raises(DefinitionError):
+    with pytest.raises(DefinitionError) as refused:
         statement.check(sql, dialect)
+    with pytest.raises(DefinitionError, match=re.escape(str(refused.value))):
+        statement.check_before_run(sql, dialect)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "WITH x AS (INSERT INTO t VALUES (1) RETURNING a) SELECT a FROM x",
+        "WITH x AS (UPDATE t SET a = 1 RETURNING a) SELECT a FROM x",
+        "WITH x AS (MERGE INTO t USING s ON true WHEN MATCHED THEN DELETE RETURNING a) SELECT a FROM x",
+        "(SELECT a FROM t FOR NO KEY UPDATE)",
+        "SELECT a FROM t FOR SHARE",
+        "SELECT a INTO TEMP u FROM t",
+        'SELECT "pg_sleep"(1)',
+        'SELECT pg_catalog . "lo_import" (1)',
+        "SELECT * FROM pg_sleep /* */ (1)",
+        "SELECT a FROM t WHERE PG_SLEEP(1) IS NULL",
+        "TABLE t; SELECT 1",
+        "SELECT 1 WHERE nextval('s') = 1",
+    ],
+)
+def test_whatever_may_write_or_lock_is_parsed_before_it_runs(sql, dialect):
+    with pytest.raises(DefinitionError) as refused:
+        statement.check(sql, dialect)
+    with pytest.raises(DefinitionError, match=re.escape(str(refused.value))):
+        statement.check_before_run(sql, dialect)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -64,6 +92,9 @@ def test_what_does_more_than_read_is_refused(sql, dialect):
 def test_what_cannot_be_read_is_refused_with_a_remedy(sql, message, dialect):
     with pytest.raises(DefinitionError, match=message):
         statement.check(sql, dialect)
+    checks = (statement.check_before_run, statement.bind)
+    with pytest.raises(DefinitionError, match=message):
+        assert not [check(sql, dialect) for check in checks]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -165,6 +165,24 @@ def test_help_loads_neither_database_nor_network(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_sync_of_plain_queries_that_sends_nothing_loads_no_more_than_it_needs(program, tmp_path):
+    program("sync")
+    script = (
+        "import sys\nfrom audience_sync.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = ('httpx', 'alembic', 'sqlglot', 'apscheduler', 'lark', 'rich', 'uvicorn', 'starlette')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "sync", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_a_key_stays_as_it_was_stored_at_first_use(program, url):
     program("sync")
     engine = engines.open_own(url, "audience_sync")
