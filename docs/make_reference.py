@@ -58,6 +58,10 @@ MEANINGS = {
     ("logging", "format"): "Lines of text, or one JSON object a line",
     ("logging", "level"): "The lowest level that is logged",
     ("audiences", "name"): "Its name; the key is made from it",
+    (
+        "audiences",
+        "type",
+    ): "Of a trait: what its values are converted to, such as SQLite's 1 and 0 to booleans",
     ("audiences", "sql"): "One query that returns `user_id`, for a trait also `value`",
     ("mappings", "name"): "Its name, for messages",
     ("mappings", "action"): "What it sends",

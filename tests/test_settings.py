@@ -157,6 +157,35 @@ ready_sql = "SELECT true"
     assert (b.guard, b.eligible_sql, b.ready_sql) == (Guard(0, 0.25, 3.0, 1.0), None, "SELECT true")
 
 
+def test_a_trait_has_a_type_and_a_definition_a_time_zone(load):
+    [plain] = load(AUDIENCE).definitions
+    assert (plain.value_type, plain.timezone) == (None, "UTC")
+    lines = "type = 'boolean'\ntimezone = 'Europe/Berlin'\nschedule = ''"
+    [trait] = load(f"[[traits]]\nname = 'A'\nsql = 's'\n{lines}").definitions
+    assert (trait.value_type, trait.timezone, trait.schedule) == ("boolean", "Europe/Berlin", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "message"),
+    [
+        ("traits", "type = 'bool'", 'type: expected "boolean", "number" or "string"'),
+        (
+            "audiences",
+            "type = 'boolean'",
+            "type: only a trait has values: remove it, or make this one of [[traits]]",
+        ),
+        (
+            "traits",
+            "schedule = ''\ntimezone = 'Europe/Berln'",
+            "timezone: there is no time zone 'Europe/Berln': did",
+        ),
+    ],
+)
+def test_a_wrong_type_or_time_zone_is_refused(load, kind, line, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(f"[[{kind}]]\nname = 'A'\nsql = 's'\n{line}")
+
+
 OLD = [
     ("Straße", "strae", "strasse"),
     ("Łódź VIP", "odz_vip", "lodz_vip"),
@@ -266,7 +295,7 @@ REFUSED = [
      '[database]: keep_calls: expected a span, such as "90 days", or "forever"'),
     (TRAIT + "schedule = '@reboot'", "[[traits]] A: schedule: "),
     (TRAIT + "full_schedule = '61 * * * *'", "[[traits]] A: full_schedule: "),
-    (TRAIT + "timezone = 'Europe/Berln'", "[[traits]] A: schedule: "),
+    (TRAIT + "timezone = 'Europe/Berln'", "[[traits]] A: timezone: "),
     ("[[audiences]]\nnaem = 's3cret'", "[[audiences]] number 1: unknown name naem: did you mean name?"),
     (TRAIT + "source_ = 's3cret'", "[[traits]] A: unknown name source_: did you mean source?"),
     (TRAIT + "source = 'shp'\n[sources.shop]\nurl='sqlite:///x'",

@@ -14,12 +14,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import sqlalchemy as sa
 
 from audience_sync.audiences import postgresql_values, snapshot, statement, values
 from audience_sync.audiences.definition import Definition, Kind
+from audience_sync.audiences.schedule import load_zone
 from audience_sync.db import dialects, engines
 from audience_sync.errors import AudienceSyncError, DefinitionError, Interrupted, SourceError, unexpected
 from audience_sync.stopping import Stop
@@ -114,7 +114,7 @@ def _contained(definition: Definition) -> Iterator[None]:
 def _parameters(dialect: str, as_of: dt.datetime, definition: Definition) -> dict[str, Any]:
     """Return the values of `:as_of` and `:today` in the database's form."""
     utc = as_of.astimezone(dt.UTC)
-    today = as_of.astimezone(ZoneInfo(definition.timezone)).date()
+    today = as_of.astimezone(load_zone(definition.timezone)).date()
     match dialect:
         case "sqlite":
             moment = utc.replace(microsecond=0, tzinfo=None)

@@ -116,7 +116,7 @@ def parse_schedule(text: str, timezone: str) -> Schedule:
         ConfigError: one of them is not valid.
 
     """
-    zone = _zone(timezone)
+    zone = load_zone(timezone)
     fields = text.split()
     if not fields:
         raise ConfigError(f"a schedule is empty: write {_EXAMPLES}")
@@ -143,7 +143,8 @@ def _first_moment(local: datetime) -> datetime:
     return before + timedelta(seconds=end)
 
 
-def _zone(name: str) -> ZoneInfo:
+def load_zone(name: str) -> ZoneInfo:
+    """Return the time zone of an IANA name. Raises ConfigError."""
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):  # unknown; not a plain name, or not a zone file; a folder

@@ -113,6 +113,8 @@ def _group_into(
     else:
         drop_temp_table(connection, table)
         _raise_work_memory(connection)
+        if value_type:
+            sql(connection, "SELECT set_config('extra_float_digits', '0', true)")  # numbers have 15 digits
         low_high = ", min(value) AS low, max(value) AS high" if has_value else ""
         statement = (  # CREATE TABLE AS runs in parallel; INSERT does not
             f"CREATE TEMPORARY TABLE audience_sync_{table} AS SELECT user_id, count(*) AS row_count{low_high} "

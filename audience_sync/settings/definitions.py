@@ -51,6 +51,12 @@ def build_definition(
         section.fail("name: expected one line without control characters")
     if settings.source is not None and settings.source not in sources:
         section.fail(f"source: there is no such [sources.NAME]: {did_you_mean(settings.source, sources)}")
+    if settings.type is not None and kind is not Kind.TRAIT:
+        section.fail("type: only a trait has values: remove it, or make this one of [[traits]]")
+    try:
+        schedule.load_zone(settings.timezone)
+    except ConfigError as error:
+        section.fail(f"timezone: {error}")
     key, key_error = _key(section, settings, name, kind)
     return Definition(
         key=key,
@@ -60,6 +66,8 @@ def build_definition(
         source=settings.source,
         enabled=settings.enabled,
         timeout_seconds=span_seconds(settings.timeout),
+        timezone=settings.timezone,
+        value_type=settings.type,
         is_key_derived=settings.key is None,
         key_error=key_error,
         schedule=_schedule(section, "schedule", settings.schedule, settings.timezone),

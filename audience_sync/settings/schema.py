@@ -41,6 +41,9 @@ SchemaName = Annotated[
     ),
 ]
 Text = Annotated[str, msgspec.Meta(pattern=r"\S", description="a string that is not empty")]
+ValueType = Annotated[
+    Literal["boolean", "number", "string"], msgspec.Meta(description='"boolean", "number" or "string"')
+]
 Fields = Annotated[dict[str, Any], msgspec.Meta(description="a table of an action's fields")]
 
 
@@ -174,6 +177,7 @@ class DefinitionSettings(DefaultSettings, frozen=True, kw_only=True):
     sql: Text
     key: str | None = None
     source: str | None = None
+    type: ValueType | None = None
     enabled: bool = True
 
 

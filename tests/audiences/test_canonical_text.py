@@ -371,6 +371,76 @@ def test_ids_of_sqlite(databases):
     check_ids(databases, "sqlite", "{}", SQLITE_IDS)
 
 
+CONVERTED = {
+    "boolean": {
+        "1": "true",
+        "0": "false",
+        "1.0": "true",
+        "'true'": "true",
+        "' Yes '": "true",
+        "'T'": "true",
+        "'1'": "true",
+        "'off'": "false",
+        "'F'": "false",
+        "2": aside("not_a_boolean"),
+        "-1": aside("not_a_boolean"),
+        "0.5": aside("not_a_boolean"),
+        "'maybe'": aside("not_a_boolean"),
+        "''": aside("not_a_boolean"),
+        "NULL": None,
+    },
+    "number": {
+        "7": "7",
+        "'7'": "7",
+        "'7.50'": "7.5",
+        "' -1e3 '": "-1000",
+        "'.5'": "0.5",
+        "'+5.'": "5",
+        "'12345678901234567890'": "1.23456789012346e+19",
+        "'1e-999'": "0",
+        "'1e999'": aside("not_a_number"),
+        "'NaN'": aside("not_a_number"),
+        "'1,5'": aside("not_a_number"),
+        "'0x10'": aside("not_a_number"),
+        "'\"7\"'": aside("not_a_number"),
+        "''": aside("not_a_number"),
+        "'7 8'": aside("not_a_number"),
+        "NULL": None,
+    },
+    "string": {"7": '"7"', "7.50": '"7.5"', "'7'": '"7"', "''": '""', "'a\"b'": r'"a\"b"', "NULL": None},
+}
+CONVERTED_OF_POSTGRESQL = {
+    "boolean": {"true": "true", "false": "false", "json '[1]'": NOT_PRIMITIVE, "json '\"no\"'": "false"},
+    "number": {
+        "true": "1",
+        "false": "0",
+        "date '2026-01-02'": aside("not_a_number"),
+        "'NaN'::float8": NOT_PRIMITIVE,
+    },
+    "string": {"true": '"true"', "date '2026-01-02'": '"2026-01-02"', "'{}'::int[]": NOT_PRIMITIVE},
+}
+
+
+@pytest.mark.parametrize("value_type", CONVERTED)
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+def test_values_are_converted_to_the_type_of_the_trait(databases, name, value_type):
+    for literal, expected in CONVERTED[value_type].items() | (
+        CONVERTED_OF_POSTGRESQL[value_type].items() if name == "postgresql" else set()
+    ):
+        sql = f"SELECT 'ann' AS user_id, {literal} AS value"
+        texts = {} if expected is None or isinstance(expected, aside) else {"ann": expected}
+        result = databases.compute(name, sql, Kind.TRAIT, value_type=value_type)
+        assert result == (texts, counted([expected])), literal
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+def test_values_that_are_equal_once_they_are_converted_are_one_value(databases, name):
+    rows = "SELECT 'ann' AS user_id, 'yes' AS value UNION ALL SELECT 'ann', '1' UNION ALL SELECT 'bob', '1'"
+    assert databases.compute(name, rows, Kind.TRAIT) == ({"bob": '"1"'}, {"unequal_values": 1})
+    texts = {"ann": "true", "bob": "true"}
+    assert databases.compute(name, rows, Kind.TRAIT, value_type="boolean") == (texts, {})
+
+
 HOSTILE = {
     "extra_float_digits": "3",
     "DateStyle": "'German, DMY'",

@@ -75,6 +75,32 @@ def test_the_moment_of_the_run_is_bound(world, computed):
     assert set(computed(world.audience(sql))[0]) == expected
 
 
+@pytest.mark.parametrize(
+    ("zone", "today", "tomorrow"),
+    [
+        ("UTC", "2026-03-01", "2026-03-02"),
+        ("Pacific/Kiritimati", "2026-03-02", "2026-03-03"),
+        ("Pacific/Pago_Pago", "2026-03-01", "2026-03-02"),
+    ],
+)
+def test_today_is_the_date_in_the_zone_of_the_definition(world, computed, shop, zone, today, tomorrow):
+    for source in (None, shop):
+        is_sqlite = dialects.is_sqlite(source or world.engine)
+        following = "date(:today, '+1 day')" if is_sqlite else "(:today + 1)::text"
+        as_text = "" if is_sqlite else "::text"
+        sql = f"SELECT :today{as_text} AS user_id UNION ALL SELECT {following}"
+        name = source and "shop"
+        assert set(computed(world.audience(sql, timezone=zone, source=name), source)[0]) == {today, tomorrow}
+        for wanted in (today, tomorrow):
+            ready = f"SELECT :today{as_text} = '{wanted}'"
+            definition = world.audience(sql, timezone=zone, source=name, ready_sql=ready, eligible_sql=sql)
+            if wanted == today:
+                assert computed(definition, source)[0].keys() == {today, tomorrow}
+            else:
+                with pytest.raises(DefinitionError, match="not ready"):
+                    computed(definition, source)
+
+
 def test_percents_colons_and_question_marks_are_left_alone(world, computed):
     world.people("a%b", "a?b", "a:b", "ab")
     sql = "SELECT user_id FROM people WHERE user_id LIKE 'a%b' AND user_id <> '?:x' AND user_id <> '100%s' -- %:as"
