@@ -42,7 +42,7 @@ url = "{url}"
 """
 DATABASES = ("ours", "bare", "small")
 SMALL = 1_000
-TARGETS = {"first": 2.0, "unchanged": 1.5, "1 % in, 1 % out": 1.5, "small": 3.0}
+TARGETS = {"first": 2.0, "unchanged": 1.5, "1 % in, 1 % out": 1.5, "small": 2.0}
 INSERTS = (
     (
         "INSERT INTO {our}members (definition_id, user_id, entered_run_id) "

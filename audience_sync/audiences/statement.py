@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,11 +78,8 @@ _SQLITE = rf"{_BACKTICKS} | (?P<brackets> \[[^]]*]) | (?P<other> (?! /\* ) [^'\"
 _OTHERS = rf"{_BACKTICKS} | (?P<other> (?! /\* ) [^'\"`])"
 _BACKSLASHES = rf"(?P<escaped> {_ESCAPED}) | {_OTHERS}"
 _TOKENS = {
-    dialect: re.compile(pattern, re.VERBOSE | re.DOTALL)
-    for dialect, pattern in {
-        "postgresql": _POSTGRESQL, "duckdb": _POSTGRESQL, "sqlite": _SQLITE, "mssql": _SQLITE, "": _OTHERS,
-        **dict.fromkeys(("mysql", "mariadb", "clickhousedb", "bigquery", "snowflake", "databricks"), _BACKSLASHES),
-    }.items()
+    "postgresql": _POSTGRESQL, "duckdb": _POSTGRESQL, "sqlite": _SQLITE, "mssql": _SQLITE, "": _OTHERS,
+    **dict.fromkeys(("mysql", "mariadb", "clickhousedb", "bigquery", "snowflake", "databricks"), _BACKSLASHES),
 }  # fmt: skip
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _PLACEHOLDERS = {"qmark": "?", "format": "%s", "pyformat": "%({0})s", "named": ":{0}", "numeric": ":{1}"}
@@ -243,7 +241,7 @@ def _tokenize(sql: str, dialect: str) -> list[_Token]:
         DefinitionError: a quote or a comment never ends.
 
     """
-    pattern = _TOKENS.get(dialect, _TOKENS[""])
+    pattern = _pattern(_TOKENS.get(dialect, _OTHERS))
     tokens, position = [], 0
     while position < len(sql):
         match = pattern.match(sql, position)
@@ -256,10 +254,15 @@ def _tokenize(sql: str, dialect: str) -> list[_Token]:
     return tokens
 
 
+@cache  # compiled where it is used, because compiling all of them takes 0.1 s
+def _pattern(tokens: str) -> re.Pattern[str]:
+    return re.compile(tokens, re.VERBOSE | re.DOTALL)
+
+
 def _end_of_nested_comment(sql: str, start: int, dialect: str) -> int:
     """Return the end of a comment of PostgreSQL, which may hold others."""
     depth = 0
-    if sql.startswith("/*", start) and _TOKENS.get(dialect) is _TOKENS["postgresql"]:
+    if sql.startswith("/*", start) and _TOKENS.get(dialect) is _POSTGRESQL:
         for edge in _COMMENT_EDGE.finditer(sql, start):
             depth += 1 if edge[0] == "/*" else -1
             if depth == 0:
