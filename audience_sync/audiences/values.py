@@ -177,7 +177,14 @@ def sqlite_select(wanted: Sequence[str], query: str, names: Sequence[str], *, as
 
 def decode_ids(batch: Sequence[Sequence[Any]]) -> list[Row]:
     """Return SQLite's rows with their ids, which came as bytes, as text."""
-    return [(_decoded(user_id), *others) for user_id, *others in batch]
+    ids, *others = zip(*batch, strict=True)
+    try:  # all at once takes a third of the time
+        texts = b"\0".join(ids).decode().split("\0")
+    except UnicodeDecodeError:
+        texts = []
+    if len(texts) != len(ids):
+        texts = [_decoded(user_id) for user_id in ids]
+    return list(zip(texts, *others, strict=True))
 
 
 def plain_rows(batch: Sequence[Any]) -> Sequence[Row]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from audience_sync.clock import SystemClock
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import Busy, ConfigError, DatabaseError, DefinitionError, Interrupted
 from audience_sync.queue.destination import Destination
+from tests import waiting
 
 TRUE, FALSE = '{"vips": true}', '{"vips": false}'
 
@@ -292,9 +294,13 @@ def test_a_signal_during_the_computation_ends_it_at_once(world, error):
     def stop(*_):
         raise error("stopped")
 
+    def kill_while_it_runs():
+        waiting.until(lambda: world.query("SELECT 1 FROM {our}runs WHERE status = 'running'"))
+        time.sleep(0.3)  # the statement begins
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     previous = signal.signal(signal.SIGUSR1, stop)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
+    threading.Thread(target=kill_while_it_runs).start()
     try:
         with pytest.raises((KeyboardInterrupt, Interrupted)):
             world.sync(world.audience(ENDLESS))
@@ -434,14 +440,14 @@ UNEXPECTED = [
 
 
 @pytest.mark.parametrize("error", UNEXPECTED, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("place", ["check", "fill_from_query", "diff", "commit"])
+@pytest.mark.parametrize("place", ["bind", "fill_from_query", "diff", "commit"])
 def test_an_unexpected_error_ends_that_run_with_a_message(world, monkeypatch, place, error):
     def fail(*_):
         raise error
 
     world.people("ann")
     with monkeypatch.context() as patch:
-        owner = {"check": compute.statement, "commit": runs}.get(place, snapshot)
+        owner = {"bind": compute.statement, "commit": runs}.get(place, snapshot)
         patch.setattr(owner, place, fail)
         failed = world.sync(world.audience())
     assert failed.status == "failed"
