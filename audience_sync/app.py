@@ -248,9 +248,14 @@ class App:
         app.load_keys()
         return app
 
-    def close(self) -> None:
-        for engine in (self.engine, *self._sources.values()):
+    def close_sources(self) -> None:
+        """Close the idle connections to sources; those in use are closed when their run ends."""
+        for engine in self._sources.values():
             engine.dispose()
+
+    def close(self) -> None:
+        self.close_sources()
+        self.engine.dispose()
 
 
 @contextlib.contextmanager

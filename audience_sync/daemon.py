@@ -1,14 +1,15 @@
 """The daemon runs definitions when their slots are due, delivers, reloads the configuration, and stops on request.
 
 APScheduler only ticks. Each tick reads from the database what is due, so missed ticks, clock changes, restarts and
-other daemons do no harm. Each run has its own thread, and one thread delivers. Next: audiences/slots.py, which
-decides what is due; app.py, which runs and delivers.
+other daemons do no harm. It waits for no lock: what another transaction delays is done by a later tick. At most
+[daemon] concurrency definitions run at a time, each in its own thread, which goes on with the next one that is due. One
+more thread delivers. Next: audiences/slots.py, which decides what is due; app.py, which runs and delivers.
 """
 
 import datetime as dt
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,15 +21,18 @@ from audience_sync import logs
 from audience_sync.app import App
 from audience_sync.audiences import runs, slots
 from audience_sync.db import engines
-from audience_sync.errors import AudienceSyncError, Busy, DatabaseError, Interrupted
+from audience_sync.errors import AudienceSyncError, Busy, DatabaseError, DatabaseLocked, Interrupted
 from audience_sync.queue import destination, due
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 5.0
 QUEUE_POLL_SECONDS = 1.0  # also how often requests to stop or reload, and the clock, are checked
-MAX_RECENT_RUNS = 4  # started within LONG_RUN_SECONDS: longer runs do not hold up other definitions
-LONG_RUN_SECONDS = 10.0
+LOCK_SECONDS = 2.0  # a tick waits no longer for a lock
+GATHER_SECONDS = (
+    10.0  # deliveries of runs that start within this time go together, and then at least as long singly
+)
+LATE_LOG_SECONDS = 60.0  # between two events about the same lateness
 STOPPED_SECONDS = 300.0  # between two checks whether a refused key works again
 IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent
 PRUNE_SECONDS = 3600.0
@@ -54,7 +58,12 @@ class Daemon:
     # Signal handlers set these. They are not events, because a handler may interrupt code that holds an event's lock.
     stop_requested: bool = False
     reload_requested: bool = False
-    _running: dict[str, float] = field(default_factory=dict)  # key: monotonic start
+    _running: set[str] = field(default_factory=set)  # keys
+    _given_back: set[str] = field(default_factory=set)  # keys to try again at the next tick
+    _taking: threading.Lock = field(default_factory=threading.Lock)
+    _gather_until: float = 0.0
+    _late_log_at: float = 0.0
+    _is_delayed: bool = False
     _pause_delivery: threading.Event = field(default_factory=threading.Event)
     _deliver_at: float = 0.0
     _prune_at: float = 0.0
@@ -105,24 +114,73 @@ class Daemon:
         """Record a heartbeat, start what is due, and prune from time to time."""
         app, clock = self.app, self.app.clock
         try:
-            with engines.write(app.engine) as connection:
+            with engines.write(app.engine, LOCK_SECONDS) as connection:
                 destination.record_heartbeat(connection, clock.now())
-            limit = MAX_RECENT_RUNS - self._recent_count()
-            if limit > 0 and not app.stop.is_set():
-                running, now = tuple(self._running), clock.now()
-                for slot in slots.take_due(app.engine, app.definitions(), now, limit=limit, running=running):
-                    self._running[slot.definition.key] = clock.monotonic()
-                    self.start(slot.definition.key, partial(self._sync, app, slot))
-            if clock.monotonic() >= self._prune_at:
-                self._prune_at = clock.monotonic() + PRUNE_SECONDS
-                app.prune()
+            self._given_back.clear()
+            while (slot := self._take_next()) is not None:
+                self.start(slot.definition.key, partial(self._sync_one_by_one, app, slot))
+            self._is_delayed = False
+        except DatabaseLocked as error:
+            if not self._is_delayed:
+                self._is_delayed = True
+                logs.event(log, logging.WARNING, "tick delayed", error=str(error))
+        except DatabaseError as error:
+            _log_error(error)
+        if clock.monotonic() >= self._prune_at:
+            self._prune_at = clock.monotonic() + PRUNE_SECONDS
+            self.start("prune", partial(self._prune, app))
+
+    def _take_next(self, ended: str | None = None) -> slots.Slot | None:
+        """Take the slot that is due for the longest time, unless enough are running; `ended` does not run any more."""
+        with self._taking:
+            app, clock = self.app, self.app.clock
+            self._running.discard(ended or "")
+            if app.stop.is_set():
+                return None
+            now = clock.now()
+            skipped = self._running | self._given_back
+            due = slots.find_due(app.engine, app.definitions(), now, skipped, LOCK_SECONDS)
+            self._log_late(due, now)
+            limit = 1 if len(self._running) < app.settings.daemon.concurrency else 0
+            taken = slots.take(app.engine, due, now, limit=limit, wait_seconds=LOCK_SECONDS)
+            for slot in taken:
+                self._running.add(slot.definition.key)
+                if clock.monotonic() >= self._gather_until + GATHER_SECONDS:
+                    self._gather_until = clock.monotonic() + GATHER_SECONDS
+            return taken[0] if taken else None
+
+    def _log_late(self, due: Sequence[slots.Due], now: dt.datetime) -> None:
+        late = [slot for slot in due if slot.due_at < now - slots.LATE_AFTER]
+        if late and self.app.clock.monotonic() >= self._late_log_at:
+            self._late_log_at = self.app.clock.monotonic() + LATE_LOG_SECONDS
+            first = late[0]
+            seconds = round((now - first.due_at).total_seconds())
+            key = first.definition.key
+            logs.event(log, logging.WARNING, "runs are late", count=len(late), key=key, seconds=seconds)
+
+    def _is_gathering(self) -> bool:
+        """Return whether runs that started together have not all ended yet."""
+        return bool(self._running) and self.app.clock.monotonic() < self._gather_until
+
+    def _prune(self, app: App) -> None:
+        try:
+            app.prune()
         except DatabaseError as error:
             _log_error(error)
 
-    def _recent_count(self) -> int:
-        """The number of runs that started in the last LONG_RUN_SECONDS and have not ended."""
-        since = self.app.clock.monotonic() - LONG_RUN_SECONDS
-        return sum(started > since for started in list(self._running.values()))
+    def _sync_one_by_one(self, app: App, slot: slots.Slot | None) -> None:
+        """Run a slot, then those that are due next."""
+        while slot is not None:
+            key = slot.definition.key
+            self._sync(app, slot)
+            app = self.app
+            try:
+                slot = self._take_next(ended=key)
+            except DatabaseError:  # the next tick goes on
+                return
+            except Exception:  # a bug; the next tick goes on
+                log.exception("tick crashed")
+                return
 
     def _sync(self, app: App, slot: slots.Slot) -> None:
         key, is_done = slot.definition.key, False
@@ -142,8 +200,8 @@ class Daemon:
             is_done = True
         finally:
             if not is_done:
+                self._given_back.add(key)
                 self._give_back(app, slot)
-            self._running.pop(key, None)
 
     @staticmethod
     def _give_back(app: App, slot: slots.Slot) -> None:
@@ -173,7 +231,7 @@ class Daemon:
         with engines.read(app.engine) as connection:
             if not due.is_due(connection, app.clock.now()):
                 return
-        report = app.deliver(stop=self._pause_delivery, is_gathering=lambda: self._recent_count() > 0)
+        report = app.deliver(stop=self._pause_delivery, is_gathering=self._is_gathering)
         if report.stopped:
             self._deliver_at = app.clock.monotonic() + STOPPED_SECONDS
         elif report.is_left or not report.request_count:  # another process delivers, or a lane is paused
@@ -182,11 +240,13 @@ class Daemon:
     def reload(self) -> None:
         """Read the configuration again; if it is invalid, the previous one stays in use."""
         self.reload_requested = False
+        before = self.app
         try:
-            self.app = self.open_again(self.app)
+            self.app = self.open_again(before)
         except AudienceSyncError as error:
             _log_error(error, "configuration refused; the previous one stays in use")
             return
+        before.close_sources()
         self._deliver_at = 0.0
         self._pause_delivery.set()  # delivery starts again with the new key and limits
         logs.event(log, logging.INFO, "configuration reloaded", definitions=len(self.app.definitions()))

@@ -5,6 +5,7 @@ AudienceSyncError
 │   └── MissingVariable  an environment variable that the configuration names is not set
 ├── DefinitionError      a definition is not valid SQL for its database, or its result cannot be used
 ├── DatabaseError        our own database cannot be used
+│   └── DatabaseLocked   another transaction holds a lock for too long
 ├── SourceError          a source cannot be reached or read
 ├── CallError            a call that is not valid
 ├── NotApproved          a held run can no longer be committed: compute it again
@@ -47,6 +48,10 @@ class DefinitionError(AudienceSyncError):
 
 class DatabaseError(AudienceSyncError):
     exit_code = 2
+
+
+class DatabaseLocked(DatabaseError):  # noqa: N818
+    pass
 
 
 class SourceError(AudienceSyncError):

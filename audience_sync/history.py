@@ -5,7 +5,7 @@ Answers are dicts with the names of the JSON output.
 
 import datetime as dt
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -167,6 +167,7 @@ def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime)
     stored = {row.key: row for row in rows}
     sizes, last_runs = _member_counts(connection), _last_runs(connection)
     held = {run["key"] for run in _held_runs(connection)}
+    outlooks = slots.outlooks(connection, settings.definitions, now)
     documents = []
     for key in dict.fromkeys([*configured, *stored]):
         row, definition = stored.get(key), configured.get(key)
@@ -178,7 +179,7 @@ def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime)
             state = "held"
         else:
             state = "enabled" if definition.enabled else "disabled"
-        outlook = definition and slots.outlook(connection, definition, now)
+        outlook = outlooks.get(key)
         documents.append(
             {
                 "key": key,
@@ -342,7 +343,6 @@ def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> d
         "pending_count": counts.get("pending", 0) + counts.get("sending", 0),
         "held_count": counts.get("held", 0),
         "held_runs": _held_runs(connection),
-        "failed_runs": _failed_runs(connection, settings),
         "dead_count": counts.get("dead", 0),
         "oldest_at": connection.execute(oldest).scalar(),
         "late_count": _retried_count(connection, now),
@@ -362,14 +362,46 @@ def _held_runs(connection: sa.Connection) -> list[dict[str, Any]]:
     ]
 
 
-def _failed_runs(connection: sa.Connection, settings: Settings) -> list[dict[str, Any]]:
-    """The last runs of the enabled definitions that did not end well."""
+def _failed_runs(
+    connection: sa.Connection, settings: Settings, outlooks: Mapping[str, slots.Outlook]
+) -> list[dict[str, Any]]:
+    """The failures of enabled definitions that no later run has made good, and when they are tried again.
+
+    A run whose process is gone counts as abandoned, before another process has found it.
+    """
+    last = _last_decided()
+    query = _RUNS.where(
+        sa.or_(
+            sa.and_(tables.runs.c.run_id == last, tables.runs.c.status.in_(("failed", "abandoned"))),
+            tables.runs.c.status == "running",
+        )
+    )
+    leased = leases.held_names(connection)
+    failed = {}
+    for row in connection.execute(query.order_by(tables.runs.c.run_id)):
+        is_running = row.status == "running"
+        if is_running and leases.of_definition(row.key) in leased:
+            continue
+        failed[row.key] = {
+            "run_id": row.run_id,
+            "key": row.key,
+            "trigger": row.trigger,
+            "status": "abandoned" if is_running else row.status,
+            "reason": "Its process ended before it was done." if is_running else row.error,
+            "retry_at": outlooks[row.key].retry_at if row.key in outlooks else None,
+        }
     enabled = {definition.key for definition in settings.definitions if definition.enabled}
-    return [
-        {"run_id": run["run_id"], "key": key, "status": run["status"], "reason": run["error"]}
-        for key, run in _last_runs(connection).items()
-        if key in enabled and run["status"] in {"failed", "abandoned"}
-    ]
+    return [run for key, run in failed.items() if key in enabled]
+
+
+def _last_decided() -> sa.ScalarSelect[int]:
+    """The newest run of a definition that ended. A canary that ended well says nothing about the definition."""
+    other = tables.runs.alias("other").c
+    is_canary = sa.and_(other.mode == "canary", other.status.in_(("succeeded", "held", "rejected")))
+    newest = sa.select(other.run_id).where(
+        other.definition_id == tables.definitions.c.definition_id, other.status != "running", ~is_canary
+    )
+    return newest.order_by(other.run_id.desc()).limit(1).correlate(tables.definitions).scalar_subquery()
 
 
 def _retried_count(connection: sa.Connection, now: dt.datetime) -> int:
@@ -436,17 +468,18 @@ def _describe(job: dict[str, Any]) -> str:
 
 
 def _schedules(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
-    """The next slots in order, and the keys whose slots wait for a held run or are late."""
-    outlooks = {
-        definition.key: slots.outlook(connection, definition, now) for definition in settings.definitions
-    }
+    """The runs that failed, the next slots in order, and the keys whose slots wait for a held run or are late."""
+    outlooks = slots.outlooks(connection, settings.definitions, now)
     upcoming = sorted(
         (outlook.next_at, key) for key, outlook in outlooks.items() if outlook.next_at and not outlook.waits
     )
+    late_since = {key: outlook.late_since for key, outlook in outlooks.items() if outlook.late_since}
     return {
+        "failed_runs": _failed_runs(connection, settings, outlooks),
         "next_slots": [{"key": key, "slot_at": slot_at} for slot_at, key in upcoming],
         "waiting": [key for key, outlook in outlooks.items() if outlook.waits],
-        "late": [key for key, outlook in outlooks.items() if outlook.is_late and not outlook.waits],
+        "late": list(late_since),
+        "late_since": late_since,
     }
 
 

@@ -35,6 +35,12 @@ SECTIONS = (
     ("destination", "[destination]", schema.DestinationSettings, "Userpilot."),
     ("tracking", "[tracking]", schema.TrackingSettings, "The HTTP API that `audience-sync serve` opens."),
     ("logging", "[logging]", schema.LoggingSettings, "Logs go to standard error."),
+    (
+        "daemon",
+        "[daemon]",
+        schema.DaemonSettings,
+        "`audience-sync daemon`, which runs the schedules and delivers.",
+    ),
     ("defaults", "[defaults]", schema.DefaultSettings, "For all definitions; each may set its own."),
     (
         "audiences",

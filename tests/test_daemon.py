@@ -12,9 +12,10 @@ from audience_sync.app import App
 from audience_sync.audiences import decisions, records, runs, schedule, slots
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.daemon import Daemon
-from audience_sync.db import dialects, engines
+from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import ConfigError
 from audience_sync.queue import destination
+from tests.waiting import until
 
 BERLIN = "Europe/Berlin"
 HOUR = dt.timedelta(hours=1)
@@ -74,6 +75,15 @@ class Life:
     def write(self, key):
         text = CONFIGURATION.format(url=self.url, endpoint=self.sandbox.url, key=key)
         self.path.write_text(text, encoding="utf-8")
+
+    def tick_at(self, text):
+        self.clock.moment = utc(text)
+        self.daemon.tick()
+
+    def status(self):
+        app = self.daemon.app
+        with engines.read(app.engine) as connection:
+            return history.status(connection, app.settings, self.clock.now())
 
     def begin(self):
         loaded = settings.load(self.path, {})
@@ -187,7 +197,7 @@ def test_a_run_held_on_request_makes_its_slots_wait(life):
     life.live_until("2026-03-17 12:00")
     assert [each["status"] for each in life.history()] == ["succeeded", "held"]
     with engines.read(life.daemon.app.engine) as connection:
-        seen = slots.outlook(connection, definition, life.clock.now())
+        seen = slots.outlooks(connection, [definition], life.clock.now())["in"]
     assert (seen.waits, seen.next_at) == (True, utc("2026-03-18 01:30"))
     decisions.approve(life.daemon.app.engine, held, life.clock, life.daemon.app.destination)
     life.live_until("2026-03-17 13:00")  # the newest slot that waited is caught up
@@ -330,3 +340,278 @@ def test_due_slots_are_taken_up_to_the_limit_and_not_of_running_definitions(engi
     ]
     assert [each.definition.key for each in slots.take_due(engine, definitions, later, limit=9)] == ["a", "d"]
     assert slots.take_due(engine, definitions, later, limit=9) == []
+
+
+# Failures.
+
+
+def started(life):
+    return [(f"{run['started_at']:%d %H:%M}", run["mode"], run["status"]) for run in life.history()]
+
+
+def break_source(life):
+    life.run("ALTER TABLE people RENAME TO persons")
+
+
+def mend_source(life):
+    life.run("ALTER TABLE persons RENAME TO people")
+
+
+@pytest.fixture
+def failing(life):
+    """A life in which the run of 16 March, 01:30 UTC, fails, and those that follow."""
+    life.live_until("2026-03-15 12:00")
+    break_source(life)
+    life.tick_at("2026-03-16 01:30")
+    return life
+
+
+def tick_each_minute(life, first, last):
+    life.clock.moment = utc(first)
+    while life.clock.moment <= utc(last):
+        life.daemon.tick()
+        life.clock.sleep(60)
+
+
+def test_a_failed_run_is_tried_again_after_1_5_and_15_minutes_and_then_at_its_next_slot(failing):
+    tick_each_minute(failing, "2026-03-16 01:31", "2026-03-16 02:09")
+    tick_each_minute(failing, "2026-03-17 01:29", "2026-03-17 01:32")
+    times = ["16 01:30", "16 01:31", "16 01:36", "16 01:51", "17 01:30", "17 01:31"]
+    assert started(failing)[1:] == [(time, "changes", "failed") for time in times]
+    assert failing.slots() == ["2026-03-15 01:30", "2026-03-16 01:30", "2026-03-17 01:30"]
+
+
+def test_a_failed_run_is_reported_until_one_succeeds_and_then_not_repeated(failing):
+    failing.clock.moment = utc("2026-03-16 01:30:20")
+    (failed,) = failing.status()["failed_runs"]
+    assert (failed["key"], failed["status"], failed["trigger"]) == ("in", "failed", "schedule")
+    assert "people" in failed["reason"]
+    assert failed["retry_at"] == utc("2026-03-16 01:31")
+    mend_source(failing)
+    tick_each_minute(failing, "2026-03-16 01:31", "2026-03-16 01:38")
+    assert started(failing)[1:] == [("16 01:30", "changes", "failed"), ("16 01:31", "changes", "succeeded")]
+    assert failing.status()["failed_runs"] == []
+
+
+def test_a_failed_run_is_reported_while_it_is_repeated(failing):
+    with engines.write(failing.daemon.app.engine) as connection:
+        leases.acquire(connection, leases.of_definition("in"), 600)
+        records.start_run(
+            connection, 1, mode="changes", trigger="schedule", as_of=failing.clock.now(),
+            now=failing.clock.now(), baseline_run_id=1,
+        )  # fmt: skip
+    (failed,) = failing.status()["failed_runs"]
+    assert (failed["run_id"], failed["status"]) == (2, "failed")
+
+
+def test_a_failed_run_is_repeated_by_a_daemon_that_was_restarted(failing):
+    mend_source(failing)
+    failing.daemon.app.close()
+    failing.daemon = failing.begin()
+    failing.tick_at("2026-03-16 01:30:59")
+    assert len(started(failing)) == 2
+    failing.tick_at("2026-03-16 01:31")
+    assert started(failing)[2:] == [("16 01:31", "changes", "succeeded")]
+
+
+def test_a_sync_by_hand_makes_the_repetition_unnecessary_and_a_canary_does_not(failing):
+    mend_source(failing)
+    app = failing.daemon.app
+    (definition,) = app.definitions()
+    app.sync(definition, failing.clock.now(), runs.RunOptions(users=("u1",)))
+    assert [failed["run_id"] for failed in failing.status()["failed_runs"]] == [2]
+    app.sync(definition, failing.clock.now())
+    assert failing.status()["failed_runs"] == []
+    tick_each_minute(failing, "2026-03-16 01:31", "2026-03-16 01:38")
+    assert [run["trigger"] for run in failing.history()[1:]] == ["schedule", "manual", "manual"]
+
+
+def test_a_full_run_that_failed_stays_due_until_it_succeeds(life):
+    life.clock.moment = utc("2026-03-30 12:00")
+    life.live_until("2026-03-31 12:00")
+    break_source(life)
+    for time in ("00:30", "00:31", "00:36", "00:51", "01:00", "01:01", "01:06", "01:21", "01:59"):
+        life.tick_at(f"2026-04-01 {time}")  # the full slot is at 01:00 UTC
+    failed = [mode for _, mode, status in started(life) if status == "failed"]
+    assert failed == ["changes"] * 4 + ["full"] * 4
+    life.tick_at("2026-04-02 00:30")
+    mend_source(life)
+    app = life.daemon.app
+    app.sync(app.definitions()[0], life.clock.now())  # sends the changes only
+    life.tick_at("2026-04-02 00:31")
+    life.tick_at("2026-04-03 00:30")
+    modes = [mode for _, mode, status in started(life) if status == "succeeded"]
+    assert modes[-3:] == ["changes", "full", "changes"]
+
+
+def test_a_full_sync_by_hand_does_the_work_of_a_full_slot(life):
+    life.clock.moment = utc("2026-03-30 12:00")
+    life.live_until("2026-03-31 12:00")
+    break_source(life)
+    life.tick_at("2026-04-01 01:00")
+    mend_source(life)
+    app = life.daemon.app
+    app.sync(app.definitions()[0], life.clock.now(), runs.RunOptions(full=True))
+    life.tick_at("2026-04-01 02:00")
+    life.tick_at("2026-04-02 00:30")
+    assert [mode for _, mode, _ in started(life)[-3:]] == ["full", "full", "changes"]
+
+
+def test_a_run_that_ends_its_process_again_and_again_is_not_repeated_at_once(life):
+    life.live_until("2026-03-15 01:00")
+    (definition,) = life.daemon.app.definitions()
+    engine, times = life.daemon.app.engine, []
+    life.clock.moment = utc("2026-03-15 01:30")
+    while life.clock.moment < utc("2026-03-15 02:00"):
+        for slot in slots.take_due(engine, [definition], life.clock.now(), limit=1):
+            times.append(f"{life.clock.moment:%H:%M}")
+            with engines.write(
+                engine
+            ) as connection:  # its process is killed here, without a lease that lives
+                run_id = records.start_run(
+                    connection, slot.definition_id, mode="first", trigger="schedule", as_of=slot.slot_at,
+                    now=life.clock.now(), baseline_run_id=None,
+                )  # fmt: skip
+                slots.record_run(connection, slot.definition_id, slot.slot_at, run_id)
+        life.clock.sleep(60)
+    assert times == ["01:30", "01:31", "01:32", "01:37", "01:52"]
+    (failed,) = life.status()["failed_runs"]
+    assert (failed["run_id"], failed["status"]) == (5, "abandoned")
+
+
+# Many definitions.
+
+
+EVERY_MINUTE = schedule.parse_schedule("every 1 minute", "UTC")
+START = utc("2026-03-15 00:00")
+
+
+def minute(number):
+    return START + dt.timedelta(minutes=number)
+
+
+def fleet(count, **options):
+    names = [f"d{number:02}" for number in range(count)]
+    options = {"schedule": EVERY_MINUTE} | options
+    return [Definition(name, name, Kind.AUDIENCE, "SELECT 'u1' AS user_id", **options) for name in names]
+
+
+def test_every_definition_runs_when_there_are_more_than_can_run_and_the_longest_due_comes_first(engine):
+    definitions, ran = fleet(60), []
+    slots.take_due(engine, definitions, START, limit=9)
+    for number in range(1, 11):
+        for _ in range(6):  # 24 of 60 in a minute
+            due = slots.find_due(engine, definitions, minute(number))
+            assert [each.due_at for each in due] == sorted(each.due_at for each in due)
+            ran += [slot.definition.key for slot in slots.take(engine, due, minute(number), limit=4)]
+    assert ran[:60] == [each.key for each in definitions]
+    assert {ran.count(each.key) for each in definitions} <= {3, 4, 5}
+
+
+def test_the_statements_of_a_tick_do_not_depend_on_the_number_of_definitions(life, monkeypatch):
+    engine, statements = life.daemon.app.engine, []
+    sa.event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+
+    def count(definitions):
+        monkeypatch.setattr(App, "definitions", lambda _: definitions)
+        statements.clear()
+        life.daemon.tick()
+        return len(statements)
+
+    life.daemon.tick()  # prunes
+    idle = {"schedule": schedule.parse_schedule("0 0 1 1 *", "UTC")}
+    first, few = count(fleet(3, **idle)), count(fleet(3, **idle))
+    more, many = count(fleet(99, **idle)), count(fleet(99, **idle))
+    assert first == more
+    assert few == many <= 10
+
+
+def test_lateness_is_reported_for_definitions_that_never_ran_and_for_short_intervals(engine):
+    (definition,) = fleet(1)
+    slots.take_due(engine, [definition], START, limit=1)
+
+    def late_since(number):
+        with engines.read(engine) as connection:
+            return slots.outlooks(connection, [definition], minute(number))["d00"].late_since
+
+    assert late_since(30) is None  # no daemon has run yet
+    with engines.write(engine) as connection:
+        destination.record_heartbeat(connection, START)
+    assert late_since(3) is None
+    assert late_since(4) == minute(1)
+    assert slots.take_due(engine, [definition], minute(4), limit=1)
+    assert late_since(7) is None
+    assert late_since(30) == minute(5)
+
+
+def test_a_late_run_is_logged_once_a_minute(life, caplog):
+    life.tick_at("2026-03-15 01:00")
+    life.daemon.app.stop.set()
+    life.tick_at("2026-03-15 02:00")
+    life.daemon.app.stop.clear()
+    life.daemon._running.add("in")  # as if its earlier run had not ended
+    for second in (0, 5, 10, 59):
+        life.tick_at(f"2026-03-15 02:00:{second:02}")
+    late = [record.fields for record in caplog.records if record.getMessage() == "runs are late"]
+    assert late == [{"count": 1, "key": "in", "seconds": 1800}]
+
+
+@pytest.fixture
+def crowd(life, monkeypatch):
+    """A daemon with threads and ten definitions that are due; each run waits until `go` is set."""
+    go, running, most, done = threading.Event(), set(), [], []
+
+    def sync(_app, definition, *_):
+        running.add(definition.key)
+        most.append(len(running))
+        go.wait(180)
+        running.discard(definition.key)
+        done.append(definition.key)
+
+    app = life.daemon.app
+    definitions = fleet(10)
+    monkeypatch.setattr(App, "sync", sync)
+    monkeypatch.setattr(App, "definitions", lambda _: definitions)
+    threads = []
+
+    def start(_name, work):
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+
+    daemon = Daemon(app, App.reloaded, start)
+    life.clock.moment = START
+    daemon.tick()
+    life.clock.moment = minute(1)
+    yield daemon, go, most, done
+    go.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_bounded_number_of_definitions_runs_at_a_time(crowd, life):
+    daemon, go, most, done = crowd
+    for _ in range(3):
+        daemon.tick()
+    until(lambda: len(most) == 4)
+    life.clock.moment += dt.timedelta(seconds=30)  # however long they take
+    daemon.tick()
+    assert len(daemon._running) == 4
+    assert daemon.app.engine.pool.checkedout() == 0
+    go.set()
+    until(lambda: len(done) == 10)  # without another tick
+    assert max(most) <= 4
+    assert len(set(done)) == 10
+
+
+def test_deliveries_do_not_wait_for_runs_that_never_cease(life, monkeypatch):
+    definitions = fleet(99)
+    monkeypatch.setattr(App, "definitions", lambda _: definitions)
+    daemon = Daemon(life.daemon.app, App.reloaded, start=lambda *_: None)
+    daemon.tick()
+    gathering = []
+    for second in range(0, 60, 5):
+        life.clock.moment = minute(20) + dt.timedelta(seconds=second)
+        daemon._running.discard(min(daemon._running, default=""))  # one ends, and the tick starts another
+        daemon.tick()
+        gathering.append(daemon._is_gathering())
+    assert gathering == [True, True, False, False] * 3

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences.definition import Definition
+from audience_sync.db import rows
 from audience_sync.db.tables import definitions, runs
 from audience_sync.errors import ConfigError
 from audience_sync.suggest import shown
@@ -75,6 +76,15 @@ def register_definition(connection: sa.Connection, definition: Definition, now: 
     return int(connection.execute(insert).scalar_one())
 
 
+def register_definitions(connection: sa.Connection, new: Sequence[Definition], now: dt.datetime) -> None:
+    """Insert the rows of definitions that have none; another process may have inserted some of them."""
+    columns = ("key", "name", "kind", "created_at")
+    inserted = [
+        (definition.key, definition.name, definition.kind.value, rows.moment(now)) for definition in new
+    ]
+    rows.insert(connection, definitions, columns, inserted, "ON CONFLICT DO NOTHING")
+
+
 def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
     return connection.execute(sa.select(definitions).where(definitions.c.key == key)).one_or_none()
 
@@ -100,10 +110,12 @@ def check_kind(definition: Definition, row: sa.Row[Any] | None) -> None:
 
 
 def lock_definition(connection: sa.Connection, definition_id: int) -> sa.Row[Any]:
-    """Return the definition's row, locked until this transaction ends."""
-    return connection.execute(
-        sa.select(definitions).where(definitions.c.definition_id == definition_id).with_for_update()
-    ).one()
+    """Return the definition's row, locked until this transaction ends.
+
+    `key_share`: others may insert rows that refer to it meanwhile, such as a slot.
+    """
+    row = sa.select(definitions).where(definitions.c.definition_id == definition_id)
+    return connection.execute(row.with_for_update(key_share=True)).one()
 
 
 def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:

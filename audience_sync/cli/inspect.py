@@ -26,12 +26,20 @@ def status(context: typer.Context, as_json: Json = False) -> None:
 
     Needing attention: delivery that is stopped, runs that are held or failed, dead deliveries, and schedules that are
     late. Then each lane's pace, and the next runs by schedule.
+
+    Exit codes: 0, or 1 while a run by schedule has failed or was abandoned and none has succeeded since.
     """
     with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
         document = lazy.history.status(connection, app.settings, app.clock.now())
     if as_json:
         output.document(document)
-        return
+    else:
+        _show_status(document)
+    # Who ran `sync` has seen its exit code; what the daemon ran is reported here.
+    session.finish(None, failed=any(run["trigger"] == "schedule" for run in document["failed_runs"]))
+
+
+def _show_status(document: dict[str, Any]) -> None:
     problems = list(_problems(document))
     output.line("These need attention:" if problems else "Nothing needs attention.")
     for problem in problems:
@@ -63,7 +71,8 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
     for run in document["held_runs"]:
         yield sync.held(run["run_id"], run["key"], run["reason"])
     for run in document["failed_runs"]:
-        yield f"The last run of {run['key']} ({run['run_id']}) {run['status']}. {run['reason'] or ''}".strip()
+        again = f" It is tried again at {output.moment(run['retry_at'])} UTC." if run["retry_at"] else ""
+        yield f"The last run of {run['key']} ({run['run_id']}) {run['status']}. {run['reason'] or ''}{again}".strip()
     if dead := document["dead_count"]:
         yield (
             f"{output.plural(dead, 'delivery is', 'deliveries are')} dead: `audience-sync deliveries --status dead` "
@@ -71,9 +80,12 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
         )
     if document["waiting"]:
         yield f"Not run by schedule until their held run is decided: {', '.join(document['waiting'])}."
-    if document["late"]:
-        yield f"Late, because a scheduled run has not started: {', '.join(document['late'])}. Is the daemon running?"
     daemon = document["daemon"]
+    if late := document["late_since"]:
+        longest = sorted(late, key=lambda key: late[key])[:SHOWN_SLOTS]
+        keys = ", ".join(f"{key} (since {output.moment(late[key])} UTC)" for key in longest)
+        more = f" and {len(late) - len(longest):,} more" if len(late) > len(longest) else ""
+        yield f"Late, because a scheduled run has not started: {keys}{more}. {LATE_ADVICE[daemon['is_alive']]}"
     if daemon["heartbeat_at"] and not daemon["is_alive"] and document["next_slots"]:
         yield "The daemon is not running, so nothing runs by schedule: start `audience-sync daemon`."
 
@@ -129,6 +141,11 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
     output.line(_daemon(daemon))
 
 
+LATE_ADVICE = {
+    True: "Their earlier runs or those of others take too long: make the queries faster, run them less often, or raise "
+    "`concurrency` under [daemon].",
+    False: "Is the daemon running?",
+}
 ADVICE = {
     "held": "A run waits for `approve` or `reject` (`audience-sync status` says why)",
     "not configured": "Not in the configuration any more; Userpilot keeps the last values until "

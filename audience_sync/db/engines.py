@@ -19,7 +19,7 @@ import msgspec
 import sqlalchemy as sa
 
 from audience_sync.db.dialects import cancel, is_sqlite
-from audience_sync.errors import DatabaseError, SourceError
+from audience_sync.errors import DatabaseError, DatabaseLocked, SourceError
 
 # Longer than our longest transaction: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
@@ -204,7 +204,9 @@ def _open_sqlite_source(url: sa.URL) -> sa.Engine:
     """Open a file for reading only; a missing file is an error and is not created."""
     waits = {"timeout": float(str(url.query.get("timeout", BUSY_SECONDS)))}
     file = Path((url.database or "").removeprefix("file:")).absolute()
-    engine = sa.create_engine(url.set(query={}), hide_parameters=True, connect_args=waits)
+    engine = sa.create_engine(
+        url.set(query={}), hide_parameters=True, max_overflow=-1, connect_args=waits
+    )
     _require_file(engine, file)
 
     @sa.event.listens_for(engine, "do_connect")
@@ -270,19 +272,46 @@ def _create_private(database: str | None) -> None:
 
 
 @contextmanager
-def read(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Begin a transaction that sees one state of the database and changes nothing."""
+def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Connection]:
+    """Begin a transaction that sees one state of the database and changes nothing.
+
+    `wait_seconds`: wait no longer for a lock, which on SQLite a commit holds; None is the usual time.
+    """
     with plain_errors(engine), engine.connect() as connection:
         if not is_sqlite(engine):
             connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        with connection.begin():
+        with _waiting_at_most(connection, wait_seconds), connection.begin():
             yield connection
 
 
 @contextmanager
-def write(engine: sa.Engine) -> Iterator[sa.Connection]:
-    with plain_errors(engine), engine.connect() as connection, begin_write(connection):
+def write(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Connection]:
+    """Begin a write transaction. `wait_seconds`: wait no longer for a lock; None is the usual time."""
+    with (
+        plain_errors(engine),
+        engine.connect() as connection,
+        _waiting_at_most(connection, wait_seconds),
+        begin_write(connection),
+    ):
+        if wait_seconds is not None and not is_sqlite(engine):
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(wait_seconds * 1000)}")
         yield connection
+
+
+@contextmanager
+def _waiting_at_most(connection: sa.Connection, seconds: float | None) -> Iterator[None]:
+    """Shorten SQLite's busy timeout, which also holds for BEGIN and COMMIT."""
+    if seconds is None or not is_sqlite(connection):
+        yield
+        return
+    raw: Any = connection.connection.dbapi_connection
+    (usual,) = raw.execute("PRAGMA busy_timeout").fetchone()
+    raw.execute(f"PRAGMA busy_timeout = {min(usual, round(seconds * 1000))}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # a signal closed it
+            raw.execute(f"PRAGMA busy_timeout = {usual}")
 
 
 @contextmanager
@@ -299,10 +328,9 @@ def plain_errors(engine: sa.Engine) -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
+        kind = DatabaseLocked if _is_locked(error) else DatabaseError
         where = without_secrets(engine.url)
-        raise DatabaseError(
-            f"The database {where} cannot be used: {reason(error)}. {advice(error)}"
-        ) from error
+        raise kind(f"The database {where} cannot be used: {reason(error)}. {advice(error)}") from error
 
 
 def without_secrets(url: sa.URL) -> str:
@@ -324,9 +352,14 @@ def failure(error: sa.exc.DBAPIError) -> str:
     return f"The database failed: {reason(error)}. {advice(error)}"
 
 
+def _is_locked(error: sa.exc.DBAPIError) -> bool:
+    text = str(error.orig).lower()
+    return "locked" in text or "lock timeout" in text
+
+
 def advice(error: sa.exc.DBAPIError) -> str:
     text = str(error.orig).lower()
-    if "locked" in text or "lock timeout" in text:
+    if _is_locked(error):
         return "Another program holds its lock: close it, and run the command again."
     if "disk is full" in text or "no space left" in text:
         return "Nothing was lost: free some space on the disk, and run the command again."

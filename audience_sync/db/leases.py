@@ -96,6 +96,13 @@ def holders(connection: sa.Connection) -> list[Holder]:
     return [live for row in rows if (live := _live_holder(row, moment)) is not None]
 
 
+def held_names(connection: sa.Connection) -> set[str]:
+    """Return the names of the leases that have a live holder."""
+    moment = now(connection)
+    rows = connection.execute(sa.select(leases).where(leases.c.owner.is_not(None)))
+    return {row.name for row in rows if _live_holder(row, moment) is not None}
+
+
 def renew(connection: sa.Connection, lease: Lease) -> None:
     """Extend the lease from now on, and lock it until this transaction ends.
 

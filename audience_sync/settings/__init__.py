@@ -18,6 +18,7 @@ from audience_sync.calls import mappings
 from audience_sync.errors import ConfigError
 from audience_sync.settings import definitions
 from audience_sync.settings.schema import (
+    DaemonSettings,
     DatabaseSettings,
     DefaultSettings,
     DestinationSettings,
@@ -33,7 +34,17 @@ from audience_sync.suggest import shown
 VARIABLE = "AUDIENCE_SYNC_CONFIG"
 PATHS = ("config/audience_sync.toml", "audience_sync.toml")
 _LISTS = ("audiences", "traits", "mappings")  # also allowed in included files
-_NAMES = ("include", "database", "sources", "destination", "logging", "tracking", "defaults", *_LISTS)
+_NAMES = (
+    "include",
+    "database",
+    "sources",
+    "destination",
+    "logging",
+    "tracking",
+    "daemon",
+    "defaults",
+    *_LISTS,
+)
 
 
 class Settings(Table, frozen=True):
@@ -46,6 +57,7 @@ class Settings(Table, frozen=True):
     tracking: TrackingSettings
     definitions: tuple[Definition, ...]  # audiences, then traits, each in the order of the files
     mappings: tuple[mappings.Mapping, ...]  # without the presets, in the order of the files
+    daemon: DaemonSettings = DaemonSettings()
 
 
 def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
@@ -89,6 +101,7 @@ def load(
         destination=_destination(top.section("[destination]"), document.get("destination", {}), folder),
         logging=top.section("[logging]").convert(document.get("logging", {}), LoggingSettings),
         tracking=top.section("[tracking]").convert(document.get("tracking", {}), TrackingSettings),
+        daemon=top.section("[daemon]").convert(document.get("daemon", {}), DaemonSettings),
         definitions=(),
         mappings=(),
     )

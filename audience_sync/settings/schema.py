@@ -33,6 +33,7 @@ RowsPerJob = Annotated[
     int,
     msgspec.Meta(ge=1, le=10_000, description="a whole number from 1 to 10000, which is Userpilot's maximum"),
 ]
+Concurrency = Annotated[int, msgspec.Meta(ge=1, le=32, description="a whole number from 1 to 32")]
 SchemaName = Annotated[
     str,
     msgspec.Meta(
@@ -138,6 +139,10 @@ class DestinationSettings(Table, frozen=True):
         if self.api_key.value is None:
             return ""
         return hashlib.sha256(f"{self.endpoint}\n{self.api_key.value}".encode()).hexdigest()[:16]
+
+
+class DaemonSettings(Table, frozen=True):
+    concurrency: Concurrency = 4
 
 
 class MappingSettings(Table, frozen=True):
