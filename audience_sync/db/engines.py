@@ -204,9 +204,7 @@ def _open_sqlite_source(url: sa.URL) -> sa.Engine:
     """Open a file for reading only; a missing file is an error and is not created."""
     waits = {"timeout": float(str(url.query.get("timeout", BUSY_SECONDS)))}
     file = Path((url.database or "").removeprefix("file:")).absolute()
-    engine = sa.create_engine(
-        url.set(query={}), hide_parameters=True, max_overflow=-1, connect_args=waits
-    )
+    engine = sa.create_engine(url.set(query={}), hide_parameters=True, max_overflow=-1, connect_args=waits)
     _require_file(engine, file)
 
     @sa.event.listens_for(engine, "do_connect")
