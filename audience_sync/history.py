@@ -5,19 +5,19 @@ Answers are dicts with the names of the JSON output.
 
 import datetime as dt
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sa
 
 from audience_sync.audiences import slots
-from audience_sync.db import dialects, leases, tables
+from audience_sync.db import dialects, engines, leases, tables
 from audience_sync.queue import destination, due
 from audience_sync.settings import Settings
 
 SAMPLE = 5
 UNSETTLED = ("held", "pending", "sending")
-FETCH_ROWS = 10_000
+PAGE = 1_000  # rows that are read in one transaction
 MINUTE = dt.timedelta(minutes=1)
 ALIVE_SECONDS = 60.0  # since the daemon's last heartbeat
 
@@ -27,10 +27,14 @@ def run_rows(
     *,
     key: str | None = None,
     ids: Collection[int] | None = None,
+    before: int | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs, newest first, with the counts of their deliveries, including those that were pruned."""
-    query = _RUNS
+    """Runs, newest first, with the counts of their deliveries, including those that were pruned.
+
+    `before`: only those with smaller ids, here and below.
+    """
+    query = _older(_RUNS, tables.runs.c.run_id, before)
     if key is not None:
         query = query.where(tables.definitions.c.key == key)
     if ids is not None:
@@ -51,6 +55,24 @@ def _held_id(row: Any) -> int:
     """The run id of a run's held deliveries; a held run may have taken them over from the run that it replaced."""
     held_id: int = (row.deliveries_run_id if row.status == "held" else None) or row.run_id
     return held_id
+
+
+def _older(query: sa.Select[Any], column: sa.Column[int], before: int | None) -> sa.Select[Any]:
+    return query if before is None else query.where(column < before)
+
+
+def pages(
+    engine: sa.Engine, rows: Callable[..., list[dict[str, Any]]], id_name: str
+) -> Iterator[dict[str, Any]]:
+    """All rows, newest first. Each page has a transaction of its own, so that a slow reader locks nothing."""
+    before = None
+    while True:
+        with engines.read(engine) as connection:
+            page = rows(connection, before=before, limit=PAGE)
+        yield from page
+        if len(page) < PAGE:
+            return
+        before = page[-1][id_name]
 
 
 _RUNS = sa.select(tables.runs, tables.definitions.c.key).join(
@@ -215,33 +237,56 @@ def definition_id(connection: sa.Connection, key: str) -> int | None:
 
 
 def member_rows(
-    connection: sa.Connection, definition_id: int, at: dt.datetime | None
+    engine: sa.Engine, definition_id: int, at: dt.datetime | None
 ) -> Iterator[tuple[str, str | None]]:
-    """(user id, JSON text of a trait's value) of each member, now or at a past time, ordered by user id."""
-    query = sa.select(tables.members.c.user_id, tables.members.c.value).where(
-        tables.members.c.definition_id == definition_id
+    """(user id, JSON text of a trait's value) of each member, now or at a past time, ordered by user id.
+
+    Each page has a transaction of its own, so that a slow reader locks nothing. All pages show the members after the
+    same run, even if another one is committed meanwhile.
+    """
+    with engines.read(engine) as connection:
+        run_id = _last_committed(connection, definition_id, at)
+    after: str | None = ""  # no user id is empty
+    while run_id is not None and after is not None:
+        with engines.read(engine) as connection:
+            last = _page_end(connection, definition_id, after)
+            rows = connection.execute(_members_after(run_id, definition_id, after, last)).all()
+        yield from ((row.user_id, row.value) for row in rows)
+        after = last
+
+
+def _last_committed(connection: sa.Connection, definition_id: int, at: dt.datetime | None) -> int | None:
+    """The last run that was committed, for a moment that is not after `at`. Later runs have greater ids."""
+    query = sa.select(sa.func.max(tables.runs.c.run_id)).where(
+        tables.runs.c.definition_id == definition_id, tables.runs.c.status == "succeeded"
     )
-    if at is not None:
-        entered, exited = tables.runs.alias("entered"), tables.runs.alias("exited")
-        query = query.join(entered, entered.c.run_id == tables.members.c.entered_run_id).where(
-            entered.c.as_of <= at
+    return connection.execute(query if at is None else query.where(tables.runs.c.as_of <= at)).scalar()
+
+
+def _page_end(connection: sa.Connection, definition_id: int, after: str) -> str | None:
+    """The user id with which a page of members and past members ends; None if all that are left fit."""
+    heads = []
+    for table in (tables.members, tables.past_members):
+        is_left = (table.c.definition_id == definition_id, table.c.user_id > after)
+        head = sa.select(table.c.user_id).where(*is_left).order_by(table.c.user_id).limit(PAGE)
+        heads.append(sa.select(head.subquery()))
+    users = sa.union_all(*heads).subquery()
+    query = sa.select(users.c.user_id).order_by(users.c.user_id).offset(PAGE - 1).limit(1)
+    return connection.execute(query).scalar()
+
+
+def _members_after(run_id: int, definition_id: int, after: str, last: str | None) -> sa.CompoundSelect[Any]:
+    parts = []
+    for table in (tables.members, tables.past_members):
+        part = sa.select(table.c.user_id, table.c.value).where(
+            table.c.definition_id == definition_id, table.c.user_id > after, table.c.entered_run_id <= run_id
         )
-        past = (
-            sa.select(tables.past_members.c.user_id, tables.past_members.c.value)
-            .join(entered, entered.c.run_id == tables.past_members.c.entered_run_id)
-            .join(exited, exited.c.run_id == tables.past_members.c.exited_run_id)
-            .where(
-                tables.past_members.c.definition_id == definition_id,
-                entered.c.as_of <= at,
-                exited.c.as_of > at,
-            )
-        )
-        both = query.union_all(past).subquery()
-        query = sa.select(both.c.user_id, both.c.value)
-    rows = connection.execution_options(stream_results=True, max_row_buffer=FETCH_ROWS).execute(
-        query.order_by("user_id")
-    )
-    yield from ((row.user_id, row.value) for row in rows)
+        if last is not None:
+            part = part.where(table.c.user_id <= last)
+        if table is tables.past_members:
+            part = part.where(table.c.exited_run_id > run_id)
+        parts.append(part)
+    return sa.union_all(*parts).order_by("user_id")
 
 
 def user(connection: sa.Connection, user_id: str) -> dict[str, Any]:
@@ -290,6 +335,7 @@ def delivery_rows(
     *,
     status: str | None = None,
     user_id: str | None = None,
+    before: int | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Deliveries, newest first, each with the answer to the last request that carried it."""
@@ -299,6 +345,7 @@ def delivery_rows(
         .order_by(tables.deliveries.c.delivery_id.desc())
         .limit(limit)
     )
+    query = _older(query, tables.deliveries.c.delivery_id, before)
     if status is not None:
         query = query.where(tables.deliveries.c.status == status)
     if user_id is not None:
@@ -484,10 +531,11 @@ def _schedules(connection: sa.Connection, settings: Settings, now: dt.datetime) 
 
 
 def call_rows(
-    connection: sa.Connection, status: str | None, *, limit: int | None = None
+    connection: sa.Connection, status: str | None, *, before: int | None = None, limit: int | None = None
 ) -> list[dict[str, Any]]:
     """Calls from applications, newest first."""
     query = sa.select(tables.calls).order_by(tables.calls.c.call_id.desc()).limit(limit)
+    query = _older(query, tables.calls.c.call_id, before)
     if status is not None:
         query = query.where(tables.calls.c.status == status)
     return [dict(row._mapping) for row in connection.execute(query)]  # noqa: SLF001  (SQLAlchemy's public name)

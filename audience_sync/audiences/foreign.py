@@ -18,11 +18,13 @@ def hold_foreign(connection: sa.Connection, destination: Destination, now: dt.da
     """Hold pending deliveries for other destinations, and release held ones for this destination.
 
     Returns how many deliveries are held for other destinations. A definition's deliveries are for the destination of
-    its baseline, so the queue is read only for definitions with another one.
+    its baseline, so the queue is read only for definitions with another one. One that a run is committing to has its
+    turn later: the delivery of the others does not wait for it, and its own deliveries for another destination are not
+    claimed.
     """
     if destination.fingerprint is None:
         return 0
-    rows = records.of_other_destinations(connection, destination.fingerprint)
+    rows = records.of_other_destinations(connection, destination.fingerprint, free_only=True)
     foreign = _foreign_fingerprints(connection, destination, rows)
     adopt(connection, [row.definition_id for row in rows if row.fingerprint not in foreign], destination)
     if foreign_ids := [row.definition_id for row in rows if row.fingerprint in foreign]:

@@ -123,9 +123,17 @@ def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
     return connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)).all()
 
 
-def of_other_destinations(connection: sa.Connection, fingerprint: str) -> Sequence[sa.Row[Any]]:
-    """Return the definitions whose baseline belongs to another destination, or to none yet."""
-    return connection.execute(sa.select(definitions).where(_is_of_other(fingerprint))).all()
+def of_other_destinations(
+    connection: sa.Connection, fingerprint: str, *, free_only: bool = False
+) -> Sequence[sa.Row[Any]]:
+    """Return the definitions whose baseline belongs to another destination, or to none yet.
+
+    `free_only`: lock them, without those that a run is committing to.
+    """
+    query = sa.select(definitions).where(_is_of_other(fingerprint))
+    if free_only:
+        query = query.with_for_update(key_share=True, skip_locked=True)
+    return connection.execute(query).all()
 
 
 def set_fingerprint(

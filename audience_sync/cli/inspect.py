@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -168,13 +169,15 @@ def history(
 
     The counts: members; users who entered, exited or changed; deliveries accepted, pending and dead.
     """
-    with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
-        if key is not None:
-            known_id(connection, app, key)
-        runs = lazy.history.run_rows(connection, key=key, limit=None if as_json else SHOWN_ROWS)
-    if as_json:
-        output.document(runs)
-        return
+    with session.open_app(context) as app:
+        with lazy.engines.read(app.engine) as connection:
+            if key is not None:
+                known_id(connection, app, key)
+            runs = [] if as_json else lazy.history.run_rows(connection, key=key, limit=SHOWN_ROWS)
+        if as_json:
+            every = partial(lazy.history.run_rows, key=key)
+            output.documents(lazy.history.pages(app.engine, every, "run_id"))
+            return
     if not runs:
         output.line("There are no runs yet: `audience-sync sync` makes the first.")
         return
@@ -236,10 +239,11 @@ def members(
         audience-sync members at_risk --at 2026-05-01
     """
     moment = session.parse_time(at)
-    with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
-        definition_id = known_id(connection, app, key)
+    with session.open_app(context) as app:
+        with lazy.engines.read(app.engine) as connection:
+            definition_id = known_id(connection, app, key)
         if definition_id is not None:
-            for user_id, value in lazy.history.member_rows(connection, definition_id, moment):
+            for user_id, value in lazy.history.member_rows(app.engine, definition_id, moment):
                 output.line(user_id if value is None else f"{user_id}\t{value}")
 
 
@@ -281,12 +285,14 @@ def deliveries(
 ) -> None:
     """List the deliveries with Userpilot's answers, newest first."""
     _check_status(status, DELIVERY_STATUSES)
-    with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
-        limit = None if as_json else SHOWN_ROWS
-        rows = lazy.history.delivery_rows(connection, status=status, limit=limit)
-    if as_json:
-        output.document(rows)
-    elif not rows:
+    with session.open_app(context) as app:
+        if as_json:
+            every = partial(lazy.history.delivery_rows, status=status)
+            output.documents(lazy.history.pages(app.engine, every, "delivery_id"))
+            return
+        with lazy.engines.read(app.engine) as connection:
+            rows = lazy.history.delivery_rows(connection, status=status, limit=SHOWN_ROWS)
+    if not rows:
         output.line(f"There are no {f'{status} ' if status else ''}deliveries.")
     else:
         _show_deliveries(rows)
@@ -324,11 +330,13 @@ def calls(
 ) -> None:
     """List the calls from applications, newest first."""
     _check_status(status, CALL_STATUSES)
-    with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
-        calls = lazy.history.call_rows(connection, status, limit=None if as_json else SHOWN_ROWS)
-    if as_json:
-        output.document(calls)
-        return
+    with session.open_app(context) as app:
+        if as_json:
+            every = partial(lazy.history.call_rows, status=status)
+            output.documents(lazy.history.pages(app.engine, every, "call_id"))
+            return
+        with lazy.engines.read(app.engine) as connection:
+            calls = lazy.history.call_rows(connection, status, limit=SHOWN_ROWS)
     if not calls:
         output.line(f"There are no {f'{status} ' if status else ''}calls.")
         return

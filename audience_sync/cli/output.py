@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
@@ -75,6 +75,18 @@ def _silence(stream: TextIO) -> None:
 def document(value: Any) -> None:
     """Print a value as JSON."""
     line(json.dumps(value, indent=2, ensure_ascii=False, default=_encode))
+
+
+def documents(values: Iterable[Any]) -> None:
+    """Print a list as one JSON document, as `document` does, with one value in memory."""
+    start = "["
+    for value in values:
+        line(start)
+        text = json.dumps(value, indent=2, ensure_ascii=False, default=_encode).replace("\n", "\n  ")
+        with _reader_may_leave():
+            print(f"  {text}", end="")  # noqa: T201
+        start = ","
+    line("[]" if start == "[" else "\n]")
 
 
 def _encode(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import datetime as dt
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import sqlalchemy as sa
@@ -43,49 +43,72 @@ def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clo
             f"Userpilot did not accept the deletion ({answer.error}), so nothing was changed: run it again."
         )
     with engines.write(engine) as connection:
-        return forget(connection, user_id, clock.now())
+        _exclude(connection, user_id, clock.now())
+        definition_ids = _definition_ids(connection)
+    ended_count = 0
+    for definition_id in definition_ids:
+        with engines.write(
+            engine
+        ) as connection:  # so that it waits for one run's commit at a time and delays no other
+            ended_count += _end_membership(connection, definition_id, user_id)
+    with engines.write(engine) as connection:
+        _erase_calls(connection, user_id)
+    return ended_count
 
 
 def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
-    """Erase a user here; return how many memberships that ended.
+    """Erase a user here, in the caller's transaction; return how many memberships that ended.
 
     Each of these counts as an exit in its definition's next run.
     """
+    ended = [_end_membership(connection, number, user_id) for number in _definition_ids(connection)]
+    _exclude(connection, user_id, now)
+    _erase_calls(connection, user_id)
+    return sum(ended)
+
+
+def _exclude(connection: sa.Connection, user_id: str, now: dt.datetime) -> None:
+    """Make later runs and calls leave the user out; wait for the calls that are being stored."""
     if not is_sqlite(connection):
         sql(connection, "SELECT pg_advisory_xact_lock(:lock)", lock=_LOCK)
-    memberships = _end_memberships(connection, user_id)
+    connection.execute(forgotten.delete().where(forgotten.c.user_hash == user_hash(user_id)))
+    connection.execute(forgotten.insert().values(user_hash=user_hash(user_id), forgotten_at=now))
+
+
+def _definition_ids(connection: sa.Connection) -> Sequence[int]:
+    query = sa.select(definitions.c.definition_id).order_by(definitions.c.definition_id)
+    return connection.execute(query).scalars().all()
+
+
+def _end_membership(connection: sa.Connection, definition_id: int, user_id: str) -> bool:
+    """Erase the user from a definition and its deliveries; return whether the user was a member.
+
+    The lock makes it wait for a run that is committing its changes, which may be the user's.
+    """
+    is_definition = definitions.c.definition_id == definition_id
+    connection.execute(sa.select(definitions).where(is_definition).with_for_update(key_share=True))
+    key = {"definition_id": definition_id, "user_id": user_id}
+    where = "WHERE definition_id = :definition_id AND user_id = :user_id"
+    is_member = sql(connection, f"DELETE FROM {{our}}members {where}", **key).rowcount == 1
+    sql(connection, f"DELETE FROM {{our}}past_members {where}", **key)
+    if is_member:
+        forgotten_count = definitions.c.forgotten_count + 1
+        connection.execute(definitions.update().where(is_definition).values(forgotten_count=forgotten_count))
+    _delete_deliveries(connection, user_id, deliveries.c.definition_id == definition_id)
+    return is_member
+
+
+def _erase_calls(connection: sa.Connection, user_id: str) -> None:
+    """Erase the user's calls, what they say, and the rest of the deliveries."""
     _delete_deliveries(connection, user_id)
     for table in ("profiles", "events", "calls"):
         sql(connection, f"DELETE FROM {{our}}{table} WHERE user_id = :user_id", user_id=user_id)
     sql(connection, "DELETE FROM {our}calls WHERE anonymous_id = :id AND user_id IS NULL", id=user_id)
     sql(connection, "UPDATE {our}calls SET anonymous_id = NULL WHERE anonymous_id = :id", id=user_id)
-    connection.execute(forgotten.delete().where(forgotten.c.user_hash == user_hash(user_id)))
-    connection.execute(forgotten.insert().values(user_hash=user_hash(user_id), forgotten_at=now))
-    return memberships
 
 
-def _end_memberships(connection: sa.Connection, user_id: str) -> int:
-    locked = (
-        sa.select(definitions.c.definition_id)
-        .order_by(definitions.c.definition_id)
-        .with_for_update(key_share=True)
-    )
-    count = 0
-    for definition_id in connection.execute(locked).scalars().all():
-        key = {"definition_id": definition_id, "user_id": user_id}
-        where = "WHERE definition_id = :definition_id AND user_id = :user_id"
-        ended = sql(connection, f"DELETE FROM {{our}}members {where}", **key).rowcount
-        sql(connection, f"DELETE FROM {{our}}past_members {where}", **key)
-        if ended:
-            count += 1
-            forgotten_count = definitions.c.forgotten_count + 1
-            definition = definitions.update().where(definitions.c.definition_id == definition_id)
-            connection.execute(definition.values(forgotten_count=forgotten_count))
-    return count
-
-
-def _delete_deliveries(connection: sa.Connection, user_id: str) -> None:
-    is_of_user = sa.and_(deliveries.c.subject_id == user_id, deliveries.c.action != "company")
+def _delete_deliveries(connection: sa.Connection, user_id: str, *where: sa.ColumnElement[bool]) -> None:
+    is_of_user = sa.and_(deliveries.c.subject_id == user_id, deliveries.c.action != "company", *where)
     request_ids = sa.select(deliveries.c.request_id).where(is_of_user)
     connection.execute(  # Userpilot's error messages may quote the id
         requests.update()
@@ -110,7 +133,10 @@ def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
 
 
 def block_erasures(connection: sa.Connection) -> None:
-    """Delay erasures by other processes until this transaction ends, so that they see the rows it writes."""
+    """Make erasures by other processes wait until this transaction ends, so that they see the rows it writes.
+
+    They wait for nothing else while they hold this lock, so calls are not delayed by a run's commit.
+    """
     if not is_sqlite(connection):
         sql(connection, "SELECT pg_advisory_xact_lock_shared(:lock)", lock=_LOCK)
 

@@ -253,3 +253,24 @@ def test_a_failed_run_needs_attention_until_one_succeeds(program, url):
     engine.dispose()
     program("sync", "vips")
     assert program("status").startswith("Nothing needs attention.\n")
+
+
+def test_a_reader_of_members_who_pauses_stops_nobody(program, url, tmp_path):
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM people")
+        many = [
+            {"user": f"a-user-with-a-long-id-{number:06}"} for number in range(9_000)
+        ]  # more than a pipe holds
+        connection.execute(sa.text("INSERT INTO people VALUES (:user, 20)"), many)
+    program("sync", "vips", "--no-deliver")
+    command = [sys.executable, "-m", "audience_sync", "members", "vips"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as paused:
+        first = paused.stdout.readline()
+        with engine.begin() as connection:  # waits for a lock for five seconds at most
+            connection.exec_driver_sql("DELETE FROM people WHERE user_id > 'a-user-with-a-long-id-005000'")
+        program("sync", "vips", "--no-deliver")
+        users = [line.strip() for line in (first, *paused.stdout)]
+    engine.dispose()
+    assert users == [row["user"] for row in many]  # as of the run that was the last one when it began
+    assert program("members", "vips").split() == users[:5_001]

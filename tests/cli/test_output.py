@@ -95,3 +95,11 @@ def test_whatever_a_cell_holds_all_of_it_is_there(shown, cell):
     letters = "".join("".join(lines[3:]).split())
     assert all(letters.count(letter) >= cell.count(letter) for letter in set(cell) - {" "})
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("values", [[], [1], [{"a": ["x\u2028y\x85\nz", {}]}, {}, [], None, {"b": {"c": 1}}]])
+def test_a_list_that_is_printed_value_by_value_looks_like_a_document(values, capsys):
+    output.document(values)
+    whole = capsys.readouterr().out
+    output.documents(iter(values))
+    assert capsys.readouterr().out == whole
