@@ -229,7 +229,8 @@ class Daemon:
         if app.stop.is_set() or app.clock.monotonic() < self._deliver_at:
             return
         with engines.read(app.engine) as connection:
-            if not due.is_due(connection, app.clock.now()):
+            now = app.clock.now()
+            if not (due.is_due(connection, now) or due.scheduled_ahead(connection, now)):
                 return
         report = app.deliver(stop=self._pause_delivery, is_gathering=self._is_gathering)
         if report.stopped:

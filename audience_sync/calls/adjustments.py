@@ -31,6 +31,11 @@ def delivery_positions(call: PreparedCall) -> dict[tuple[str, str], tuple[int, .
     return positions
 
 
+def is_sent_flat(call: PreparedCall, positions: Sequence[int]) -> bool:
+    """Return whether each trait in the deliveries at these positions is one property."""
+    return all(call.deliveries[position].names is None for position in positions)
+
+
 def without_traits(
     call: PreparedCall, positions: Sequence[int], surplus: Mapping[str, Any], correction: str
 ) -> PreparedCall:
@@ -69,6 +74,9 @@ class SentNames:
             if gone_at is None or gone_at > oldest
         }
 
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
     def text(self) -> str | None:
         """Return the names as JSON text, None if there are none."""
         return to_json(dict(list(self._names.items())[-MAX_NAMES:])) if self._names else None
@@ -92,9 +100,10 @@ class SentNames:
     def _complete(
         self, delivery: PreparedDelivery, before: Mapping[str, Any], held: Collection[str]
     ) -> PreparedDelivery:
-        if delivery.names is None:
+        if not delivery.is_flattened:
             return delivery
-        body, names = from_json(delivery.body), delivery.names
+        body = from_json(delivery.body)
+        names = property_names(body) if delivery.names is None else delivery.names
         known = {name: trait for name, (trait, _) in self._names.items() if trait in body}
         known |= property_names({name: before[name] for name in body if name in before})
         gone = known.keys() - names.keys()

@@ -55,13 +55,14 @@ class Call:
 class PreparedDelivery(NamedTuple):
     """A delivery of a call; `body` is JSON text.
 
-    `names` are the properties that its traits become, each with its trait; None if traits are not flattened.
+    `names` are the properties that its flattened traits become, each with its trait; None if each trait is one.
     """
 
     action: str
     subject_id: str
     body: str
     has_traits: bool = False
+    is_flattened: bool = False
     names: dict[str, str] | None = None
 
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import sqlalchemy as sa
 
-from audience_sync.calls.adjustments import SentNames, delivery_positions, without_traits
+from audience_sync.calls.adjustments import SentNames, delivery_positions, is_sent_flat, without_traits
 from audience_sync.calls.model import CallType, PreparedCall
 from audience_sync.db import rows, tables
 from audience_sync.db.dialects import is_among
 from audience_sync.db.engines import from_json, to_json
 from audience_sync.userpilot.payloads import Action
+from audience_sync.userpilot.properties import has_nested
 
 MAX_PROFILE_TRAITS = 1_000  # of a user or a company
 
@@ -53,17 +54,22 @@ _Observations: TypeAlias = defaultdict[str, list[_Observation]]  # by the id of 
 
 
 def update_profiles(
-    connection: sa.Connection, new: Mapping[int, PreparedCall], received_at: dt.datetime
+    connection: sa.Connection,
+    new: Mapping[int, PreparedCall],
+    received_at: dt.datetime,
+    *,
+    latest: dt.datetime,
 ) -> dict[int, PreparedCall]:
     """Update profiles and companies and add events, from new calls by call id; skip calls of erased users.
 
-    Return the calls that must be sent otherwise than they were prepared.
+    A stored time after `latest` is of a clock that was ahead, and does not count. Return the calls that must be sent
+    otherwise than they were prepared.
     """
     users: _Observations = defaultdict(list)
     companies: _Observations = defaultdict(list)
     memberships: dict[str, _MembershipRow] = {}
     event_rows: list[_EventRow] = []
-    received = rows.moment(received_at)
+    received, latest_stamp = rows.moment(received_at), _stamp(rows.moment(latest))
     for call_id, call in new.items():
         user = call.subject_id
         if user is None:  # erased
@@ -93,8 +99,10 @@ def update_profiles(
             table = users if action == Action.IDENTIFY.value else companies
             table[subject].append(_Observation(call_id, "", "", positions))
     calls = dict(new)
-    _merge(connection, tables.profiles, tables.profiles.c.user_id, users, calls, received)
-    _merge(connection, tables.companies, tables.companies.c.company_id, companies, calls, received)
+    _merge(connection, tables.profiles, tables.profiles.c.user_id, users, calls, received, latest_stamp)
+    _merge(
+        connection, tables.companies, tables.companies.c.company_id, companies, calls, received, latest_stamp
+    )
     rows.update(
         connection,
         tables.profiles,
@@ -113,6 +121,7 @@ def _merge(
     observations: _Observations,
     calls: dict[int, PreparedCall],
     received: str,
+    latest: str,
 ) -> None:
     """Merge traits into rows: the newest timestamp of each wins; a null removes the trait and leaves its time."""
     seen = {
@@ -135,7 +144,10 @@ def _merge(
             is_among(connection, key, concerned)
         )
     )
-    merged = [_merged(row, observations[row.subject], calls, received) for row in stored]
+    merged = [
+        _merged(row, observations[row.subject], calls, SentNames(row.sent_names, received), latest)
+        for row in stored
+    ]
     rows.update(connection, table, (key.name, "traits", "trait_times", "sent_names"), merged)
 
 
@@ -145,28 +157,26 @@ THEN excluded.last_seen_at ELSE t.last_seen_at END"""
 
 
 def _merged(
-    row: sa.Row[Any], observations: Sequence[_Observation], calls: dict[int, PreparedCall], received: str
+    row: sa.Row[Any],
+    observations: Sequence[_Observation],
+    calls: dict[int, PreparedCall],
+    sent_names: SentNames,
+    latest: str,
 ) -> rows.Row:
     traits, times = row.traits, row.trait_times
-    sent_names = SentNames(row.sent_names, received)
+    is_flat = not (sent_names or has_nested(traits))
     for observation in observations:
-        stamp = f"{observation.at.replace(' ', 'T')}+00:00"
+        stamp = _stamp(observation.at)
         new = from_json(observation.traits or "{}")
-        newer = {name: value for name, value in new.items() if times.get(name, "") <= stamp}
-        surplus = _surplus(traits, newer)
-        if observation.sent or surplus:
-            call = calls[observation.call_id]
-            changed = (
-                without_traits(
-                    call,
-                    observation.sent,
-                    surplus,
-                    f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} are left out",
-                )
-                if surplus
-                else call
-            )
-            calls[observation.call_id] = sent_names.complete(changed, observation.sent, traits, new)
+        newer = {name: value for name, value in new.items() if not stamp < times.get(name, "") <= latest}
+        call = calls[observation.call_id]
+        is_flat = is_flat and not has_nested(new) and is_sent_flat(call, observation.sent)
+        if surplus := _surplus(traits, newer):
+            correction = f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} are left out"
+            call = without_traits(call, observation.sent, surplus, correction)
+        if not is_flat:
+            call = sent_names.complete(call, observation.sent, traits, new)
+        calls[observation.call_id] = call
         applied = {name: value for name, value in new.items() if name not in surplus}
         before = {name: traits[name] for name in applied if name in traits}
         for name in newer.keys() & applied.keys():
@@ -174,9 +184,14 @@ def _merged(
             traits[name] = new[name]
             if new[name] is None:
                 del traits[name]
-        sent_names.update(before, {name: traits[name] for name in applied if name in traits}, applied)
+        if not is_flat:
+            sent_names.update(before, {name: traits[name] for name in applied if name in traits}, applied)
     _drop_oldest_times(traits, times)
     return row.subject, to_json(traits), to_json(times), sent_names.text()
+
+
+def _stamp(moment: str) -> str:
+    return f"{moment.replace(' ', 'T')}+00:00"
 
 
 def _surplus(traits: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:

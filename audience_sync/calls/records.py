@@ -12,14 +12,14 @@ import sqlalchemy as sa
 from audience_sync.calls import profiles
 from audience_sync.calls.mappings import Decision, Outgoing
 from audience_sync.calls.model import Call, CallType, PreparedCall, PreparedDelivery, Receipt
-from audience_sync.calls.validation import OBJECTS
+from audience_sync.calls.validation import CLOCK_TOLERANCE, FUTURE, OBJECTS
 from audience_sync.db import rows, tables
-from audience_sync.db.dialects import is_among, is_sqlite, sql
+from audience_sync.db.dialects import is_among, is_sqlite, now, sql
 from audience_sync.db.engines import to_json
 from audience_sync.queue.deliveries import CallDelivery, enqueue_calls
 from audience_sync.retention import erasure
 from audience_sync.userpilot.payloads import COMPANY, Action
-from audience_sync.userpilot.properties import property_names, with_gone
+from audience_sync.userpilot.properties import has_nested, property_names, with_gone
 
 FORGOTTEN = "the user was forgotten"
 # The fields that have columns of their own.
@@ -72,8 +72,20 @@ def _prepared(outgoing: Outgoing, *, flatten: bool) -> PreparedDelivery:
         outgoing.subject_id,
         to_json({name: with_gone(value, ()) for name, value in outgoing.body.items()}),
         has_traits=bool(traits),
-        names=property_names(traits) if flatten else None,
+        is_flattened=flatten,
+        names=property_names(traits) if flatten and has_nested(traits) else None,
     )
+
+
+def not_after(call: PreparedCall, received_at: dt.datetime) -> PreparedCall:
+    """Return the call with its timestamp corrected, if the clock of the machine that prepared it was ahead."""
+    latest = rows.moment(received_at)
+    if call.timestamp <= latest:
+        return call
+    if call.timestamp <= rows.moment(received_at + CLOCK_TOLERANCE):
+        return call._replace(timestamp=latest)
+    corrections = (*call.corrections, FUTURE)
+    return call._replace(timestamp=latest, corrections=corrections, corrected=to_json(list(corrections)))
 
 
 def save_calls(
@@ -99,7 +111,7 @@ def save_calls(
         unique = {message_id: _without_users(call, erased) for message_id, call in unique.items()}
     new_ids = _insert_calls(connection, unique, received_at)
     new = {new_ids[message_id]: call for message_id, call in unique.items() if message_id in new_ids}
-    changed = profiles.update_profiles(connection, new, received_at)
+    changed = profiles.update_profiles(connection, new, received_at, latest=max(received_at, now(connection)))
     rows.update(
         connection,
         tables.calls,

@@ -26,6 +26,7 @@ MAX_LEVELS = 20  # of objects and lists; the call itself is the first
 MAX_TRAITS = 300  # of an identify or group call, as at Segment
 MAX_NUMBER_BITS = 1023  # the range of a double: most JSON parsers accept no larger number
 OBJECTS = ("traits", "properties", "context", "integrations")
+FUTURE = "timestamp lies in the future: the time of arrival is used"
 CLOCK_TOLERANCE = timedelta(seconds=1)  # a timestamp so far in the future is corrected without a word
 _BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
 _TYPES = {call_type.value: call_type for call_type in CallType}
@@ -190,7 +191,7 @@ def _timestamp(
         except OverflowError as error:
             raise CallError("timestamp is out of range") from error
     if happened_at - received_at > CLOCK_TOLERANCE:
-        corrected.append("timestamp lies in the future: the time of arrival is used")
+        corrected.append(FUTURE)
     return min(happened_at, received_at)
 
 

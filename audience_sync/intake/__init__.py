@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from audience_sync.app import App
 from audience_sync.calls import mappings, records, validation
 from audience_sync.calls.model import PreparedCall, Receipt
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.errors import CallError
 from audience_sync.settings import Settings
 
@@ -107,11 +107,15 @@ def save(app: App, calls: Sequence[PreparedCall]) -> list[Receipt]:
 def save_within(
     connection: sa.Connection, app: App, calls: Sequence[PreparedCall], *, user_by_user: bool = False
 ) -> list[Receipt]:
-    """Do the same as `save` in the caller's transaction; `user_by_user` as for records.save_calls."""
+    """Do the same as `save` in the caller's transaction; `user_by_user` as for records.save_calls.
+
+    The database's clock decides if this machine's is ahead of it.
+    """
+    received_at = min(app.clock.now(), dialects.now(connection))
     return records.save_calls(
         connection,
-        calls,
-        received_at=app.clock.now(),
+        [records.not_after(call, received_at) for call in calls],
+        received_at=received_at,
         fingerprint=app.destination.fingerprint,
         user_by_user=user_by_user,
     )

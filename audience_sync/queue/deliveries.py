@@ -86,6 +86,23 @@ def enqueue_calls(
     rows.insert(connection, deliveries, _CALL_COLUMNS, queued)
 
 
+def bring_forward(connection: sa.Connection, now: dt.datetime) -> int:
+    """Make deliveries due that were queued while a clock was ahead; return their number."""
+    count = 0
+    while ids := due.scheduled_ahead(connection, now):
+        for chunk in chunks(ids):
+            sql(
+                connection,
+                "UPDATE {our}deliveries SET next_attempt_at = :now, "
+                "value_at = CASE WHEN value_at > :now THEN :now ELSE value_at END "
+                "WHERE status = 'pending' AND delivery_id IN :ids",
+                now=now,
+                ids=list(chunk),
+            )
+        count += len(ids)
+    return count
+
+
 @dataclass(frozen=True, slots=True)
 class RunOrigin:
     """The values that all deliveries of a run have in common. `fingerprint` stands for the destination."""

@@ -18,6 +18,7 @@ from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order in which they are claimed
+AHEAD_COUNT = 1_000
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the user's first identify
 
 # The subject is busy, or a newer value must be sent before this one (see outcomes.select_next), or another delivery that
@@ -324,6 +325,25 @@ def is_due(connection: sa.Connection, now: dt.datetime) -> bool:
     ]
     exist = [sa.exists(sa.select(_ID).where(condition)) for condition in (*due, SENDING)]
     return bool(connection.execute(sa.select(sa.or_(*exist)), {"now": now}).scalar_one())
+
+
+def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
+    """Return some deliveries of calls whose first attempt is to come: a clock was ahead when they were queued.
+
+    A first attempt is due at once. Looks at the AHEAD_COUNT that are due last.
+    """
+    ids: list[int] = []
+    for action in LANES:
+        last = (
+            sa.select(_ID, deliveries.c.attempt_count)
+            .where(_pending_by_claim_index(action, "call"), _DUE_AT > _NOW)
+            .order_by(_DUE_AT.desc(), _ID.desc())
+            .limit(AHEAD_COUNT)
+            .subquery()
+        )
+        query = sa.select(last.c.delivery_id).where(last.c.attempt_count == 0)
+        ids += connection.execute(query, {"now": now}).scalars()
+    return ids
 
 
 def are_waiting(

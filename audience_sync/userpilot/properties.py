@@ -43,9 +43,13 @@ def trait_properties(traits: Mapping[str, Any], nested: str) -> dict[str, Any]:
 
 def property_names(traits: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of the properties that `trait_properties` makes by flattening, each with its trait."""
-    if not any(map(_is_nested, traits.values())):
+    if not has_nested(traits):
         return {name: name for name in traits}
     return {name: path[0] for path, name in _names(_filled_leaves(traits)).items()}
+
+
+def has_nested(traits: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, dict | list | tuple) for value in traits.values())
 
 
 def with_gone(value: Any, names: Iterable[str]) -> Any:

@@ -1,14 +1,19 @@
 """The Python entry point: a call in the queue and in the tables that definitions read."""
 
 import datetime as dt
+import time
+from dataclasses import dataclass
 
 import pytest
+import sqlalchemy as sa
 
 from audience_sync import history, intake, settings
 from audience_sync.app import App
-from audience_sync.db import dialects, engines
+from audience_sync.db import dialects, engines, tables
 from audience_sync.errors import CallError
+from audience_sync.queue import deliveries, due
 from audience_sync.retention import erasure
+from tests.queue.conftest import START, HandClock
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 
@@ -119,3 +124,68 @@ def test_a_call_of_an_erased_user_is_stored_without_the_user(app):
 )
 def test_deletions_are_carried_out_at_two_o_clock(asked, done):
     assert erasure.next_deletions(asked) == done
+
+
+@dataclass
+class ClockAhead:
+    """The clock of a machine that is ahead of the database's."""
+
+    ahead: dt.timedelta = dt.timedelta(minutes=30)
+    monotonic = staticmethod(time.monotonic)
+
+    def now(self):
+        return dt.datetime.now(dt.UTC) + self.ahead
+
+
+def test_calls_that_came_while_the_clock_was_ahead_do_not_wait(app):
+    app.clock = ClockAhead()
+    receipt = intake.identify(app, "ann", {"plan": "early"}, message_id="m1")
+    assert receipt.corrected == ("timestamp lies in the future: the time of arrival is used",)
+    with engines.read(app.engine) as connection:
+        (call,) = history.call_rows(connection, None)
+        (delivery,) = connection.execute(tables.deliveries.select()).all()
+    now = dt.datetime.now(dt.UTC)
+    assert call["corrected"] == list(receipt.corrected)
+    assert max(call["timestamp"], call["received_at"], delivery.next_attempt_at, delivery.value_at) <= now
+
+
+def test_deliveries_of_a_clock_that_was_set_back_are_due_now(app):
+    app.clock = HandClock(seconds=1800)
+    for plan in ("early", "second"):
+        intake.identify(app, "ann", {"plan": plan})
+    app.clock = HandClock()
+    with engines.write(app.engine) as connection:
+        assert not due.is_due(connection, app.clock.now())
+        assert len(due.scheduled_ahead(connection, app.clock.now())) == 2
+        assert deliveries.bring_forward(connection, app.clock.now()) == 2
+        assert due.is_due(connection, app.clock.now())
+        assert deliveries.bring_forward(connection, app.clock.now()) == 0
+        moments = connection.execute(
+            sa.select(tables.deliveries.c.next_attempt_at, tables.deliveries.c.value_at)
+        ).all()
+    assert set(moments) == {(START, START)}
+
+
+def test_a_trait_of_a_clock_that_was_ahead_does_not_block_newer_values(app):
+    intake.identify(app, "ann", {"plan": "early"})
+    ahead = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)).isoformat()
+    with engines.write(app.engine) as connection:
+        connection.execute(tables.profiles.update().values(trait_times={"plan": ahead}))
+    intake.identify(app, "ann", {"plan": "newer"})
+    assert profile(app, "ann")["traits"] == {"plan": "newer"}
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n", "\u00a0", "\u200b"])
+def test_a_blank_id_is_refused(app, blank):
+    for call in (
+        lambda: intake.identify(app, blank),
+        lambda: intake.track(app, blank, "Ordered"),
+        lambda: intake.track(app, "ann", blank),
+        lambda: intake.group(app, "ann", blank),
+        lambda: intake.group(app, blank, "acme"),
+        lambda: intake.submit(app, {"type": "alias", "userId": "ann", "previousId": blank}),
+        lambda: intake.submit(app, {"type": "identify", "anonymousId": blank}),
+    ):
+        with pytest.raises(CallError):
+            call()
+    assert queued(app) == []
