@@ -228,6 +228,24 @@ def test_an_sql_error_on_a_source_is_the_definitions(world, computed, shop):
     }
 
 
+def test_a_source_of_another_kind_gives_rows_that_python_makes_canonical(
+    world, computed, tmp_path, monkeypatch
+):
+    sqlite3.connect(tmp_path / "shop.db").close()
+    source = open_source("shop", f"sqlite:///{tmp_path}/shop.db")
+    monkeypatch.setattr(source.dialect, "name", "duckdb")
+    rows = "(7.0, 1), ('é', 'yes'), (NULL, 0), (zeroblob(1), 0), ('', 0), (' ', 0), (' a', 2), ('b', NULL), ('a' || char(0), 1)"
+    sql = f"SELECT column2 AS VALUE, column1 AS User_ID FROM (VALUES {rows}) WHERE :as_of = :as_of AND '%' <> ':x'"
+    trait = world.trait(sql, source="shop", value_type="boolean", ready_sql="SELECT 1")
+    counts = {"null": 1, "binary": 1, "empty": 2, "nul_character": 1, "not_a_boolean": 1}
+    assert computed(trait, source) == ({"7": "true", "é": "true"}, counts)
+    with pytest.raises(DefinitionError, match="not ready"):
+        computed(world.trait(sql, source="shop", ready_sql="SELECT 0"), source)
+    with pytest.raises(DefinitionError, match="one column called value; it returns user_id"):
+        computed(world.trait("SELECT 1 AS user_id", source="shop"), source)
+    source.dispose()
+
+
 @pytest.mark.parametrize(
     "address", ["sqlite:///nowhere/shop.db", "postgresql+psycopg://nobody@127.0.0.1:1/shop"]
 )
