@@ -34,6 +34,9 @@ _QUERY_ACTIONS = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
+# SQLite asks for these when a query first uses a virtual table, such as json_each or one of FTS5. It refuses a statement
+# that would itself change its schema table.
+_VIRTUAL_TABLE_ACTIONS = {(sqlite3.SQLITE_UPDATE, "sqlite_master"), (sqlite3.SQLITE_PRAGMA, "data_version")}
 _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
 # Errors that the definition did not cause: SQLSTATE classes (connection, resources, operator, system), SQLite's codes.
@@ -271,7 +274,8 @@ def _authorize(connection: sa.Connection, query: _Query) -> None:
 
     def authorizer(action: int, argument: str | None, name: str | None, *_: object) -> int:
         is_denied = action == sqlite3.SQLITE_FUNCTION and (name or "").lower() in _DENIED_FUNCTIONS
-        if action in _QUERY_ACTIONS and not is_denied:
+        is_allowed = action in _QUERY_ACTIONS or (action, argument) in _VIRTUAL_TABLE_ACTIONS
+        if is_allowed and not is_denied:
             return sqlite3.SQLITE_OK
         refused.append(str(name or argument or action))
         return sqlite3.SQLITE_DENY

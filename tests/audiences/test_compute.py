@@ -152,6 +152,20 @@ def test_the_authorizer_refuses_what_is_more_than_reading(world, computed, monke
     assert computed(world.audience())[0] == {"ann": None}  # the authorizer is gone again
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_definition_may_read_virtual_tables(world, computed):
+    world.execute("CREATE VIRTUAL TABLE notes USING fts5(user_id, text)")
+    world.execute("INSERT INTO notes VALUES ('ann', 'large order')")
+    sql = "SELECT user_id FROM notes WHERE notes MATCH 'order'"
+    assert computed(world.audience(sql)) == ({"ann": None}, {})
+    source = open_source("shop", str(world.engine.url))
+    sql += """ UNION ALL SELECT value FROM json_each('["bob", 7, 2.5, true, null]')"""
+    expected = {"ann": None, "bob": None, "7": None, "2.5": None, "1": None}
+    for definition, engine in ((world.audience(sql), None), (world.audience(sql, source="shop"), source)):
+        assert computed(definition, engine) == (expected, {"null": 1})
+    source.dispose()
+
+
 def test_a_definition_that_takes_too_long_is_stopped(world, computed):
     with pytest.raises(DefinitionError, match=r"vips: its SQL ran longer than 0.1 seconds. Make it faster"):
         computed(world.audience(ENDLESS, timeout_seconds=0.1))
@@ -234,7 +248,10 @@ def test_a_source_of_another_kind_gives_rows_that_python_makes_canonical(
     sqlite3.connect(tmp_path / "shop.db").close()
     source = open_source("shop", f"sqlite:///{tmp_path}/shop.db")
     monkeypatch.setattr(source.dialect, "name", "duckdb")
-    rows = "(7.0, 1), ('é', 'yes'), (NULL, 0), (zeroblob(1), 0), ('', 0), (' ', 0), (' a', 2), ('b', NULL), ('a' || char(0), 1)"
+    rows = (
+        "(7.0, 1), ('é', 'yes'), (NULL, 0), (zeroblob(1), 0), ('', 0), (' ', 0), (' a', 2), ('b', NULL), "
+        "('a' || char(0), 1)"
+    )
     sql = f"SELECT column2 AS VALUE, column1 AS User_ID FROM (VALUES {rows}) WHERE :as_of = :as_of AND '%' <> ':x'"
     trait = world.trait(sql, source="shop", value_type="boolean", ready_sql="SELECT 1")
     counts = {"null": 1, "binary": 1, "empty": 2, "nul_character": 1, "not_a_boolean": 1}
