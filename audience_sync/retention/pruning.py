@@ -40,7 +40,7 @@ from audience_sync.queue.due import prefer_index_scans
 
 CHUNK = 1_000  # rows that a transaction deletes at most
 MOST_QUEUED = (
-    100  # a subject with more pending deliveries keeps all its settled ones, because comparing takes too long
+    10  # pending deliveries of a subject that are compared; with more, it keeps all that are settled
 )
 STRETCH = 20_000  # rows that it reads at most, because reading a row is faster than deleting it
 LONGEST_SECONDS = 100 * 365 * 86_400  # longer spans are forever: SQLite compares years of four digits
@@ -96,7 +96,7 @@ _WAS_NEVER_SENT = (
     & (sa.exists(_queued.limit(1)) | sa.exists().where(_OF_SUBJECT, WAITING))
 )
 _DECIDES = (deliveries.c.action != "track") & (
-    _HAS_OLDER_WAITING | _HAS_OLDER_QUEUED | _HAS_MANY_QUEUED | _WAS_NEVER_SENT
+    _HAS_MANY_QUEUED | _HAS_OLDER_QUEUED | _HAS_OLDER_WAITING | _WAS_NEVER_SENT
 )
 _SHOWS_USE = (
     deliveries.c.call_id.is_not(None)

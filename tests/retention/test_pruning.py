@@ -486,7 +486,7 @@ def test_newer_values_stay_beside_an_undecided_one(store, undecided):
 
 
 def test_a_subject_with_many_pending_values_keeps_its_settled_ones(store):
-    store.deliver(value(store, "accepted", 500, call=1), *[value(store, "pending", 1, call=1)] * 100)
+    store.deliver(value(store, "accepted", 500, call=1), *[value(store, "pending", 1, call=1)] * 10)
     assert store.prune() == {"deliveries": 1}
     store.deliver(value(store, "accepted", 500, call=1), value(store, "pending", 1, call=1))
     assert store.prune() == {}
