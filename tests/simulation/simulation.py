@@ -261,18 +261,24 @@ class Simulation:
             process.failure = self._armed(DEATHS_OF_SYNCS, 60)
             for definition in self.definitions:
                 moments = runs.resolve_as_of(self.engine, [definition], None, self.timeline.now())
-                order = runs.RunOptions(full=full, users=users)
+                order = self.run_options(definition, full=full, users=users)
                 try:
                     runs.sync(self.engine, definition, moments[definition.key], self.timeline, order)
                 except (Busy, LeaseLost) as error:
                     self.note(str(error))
 
+    def run_options(self, _definition, *, full, users):
+        return runs.RunOptions(full=full, users=users)
+
+    def prepare_delivery(self, connection):
+        if destination.stopped(connection):
+            destination.resume(connection)
+
     def deliver(self):
         with self.process("worker") as process:
             process.failure = self._armed(DEATHS_OF_WORKERS, 300)
             with engines.write(self.engine) as connection:
-                if destination.stopped(connection):
-                    destination.resume(connection)
+                self.prepare_delivery(connection)
             chance = random.Random(self.chance.random())
             process.worker = Worker(
                 self.engine,
@@ -377,7 +383,7 @@ class Simulation:
                         connection,
                         [records.prepare_call(call, decision)],
                         received_at=moment,
-                        fingerprint=None,
+                        fingerprint=self.settings.fingerprint,
                     )
                 self.messages.add(raw["messageId"])
             return True
