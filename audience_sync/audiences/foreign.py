@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import records
 from audience_sync.queue import deliveries, jobs
-from audience_sync.queue.destination import MADE_FOR_ANOTHER, Destination
+from audience_sync.queue.destination import MADE_FOR_ANOTHER, Destination, join_environments
 
 
 def hold_foreign(connection: sa.Connection, destination: Destination, now: dt.datetime) -> int:
@@ -45,6 +45,11 @@ def accept_destination(connection: sa.Connection, destination: Destination) -> l
     if destination.fingerprint is None:
         return []
     moved = foreign_keys(connection, destination)
+    rows = records.of_other_destinations(connection, destination.fingerprint)
+    others = {row.fingerprint for row in rows if row.fingerprint is not None}
+    others |= deliveries.fingerprints(connection)
+    if others - {destination.fingerprint}:
+        join_environments(connection, others | {destination.fingerprint})
     records.set_fingerprint(connection, destination.fingerprint)
     jobs.assign_jobs(connection, destination.fingerprint)
     deliveries.assign_destination(connection, destination.fingerprint)

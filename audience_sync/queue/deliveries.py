@@ -158,7 +158,7 @@ def choose_next(
     pending = due.pending_of(connection, action, subjects, now, fingerprint)
     chosen = [outcomes.select_next(group, now) for group in pending]
     late = [delivery for delivery in itertools.chain(*chosen) if delivery.is_call or delivery.isolated]
-    newer = due.superseded_traits(connection, late, [Status.ACCEPTED])
+    newer = due.superseded_traits(connection, late, [Status.ACCEPTED], fingerprint)
     if not newer:
         return [group for group in chosen if group]
     trimmed = [outcomes.without_superseded(group, newer) for group in chosen]
@@ -555,6 +555,12 @@ def assign_calls(connection: sa.Connection, fingerprint: str, other: str | None)
 def _assign(connection: sa.Connection, fingerprint: str, where: str, **parameters: Any) -> None:
     statement = f"UPDATE {{our}}deliveries SET fingerprint = :fingerprint WHERE {where}"
     sql(connection, statement, fingerprint=fingerprint, **parameters)
+
+
+def fingerprints(connection: sa.Connection) -> set[str]:
+    """Return the destinations of everything that may still be sent."""
+    query = "SELECT DISTINCT fingerprint FROM {our}deliveries WHERE status IN ('held', 'pending', 'sending', 'dead')"
+    return {name for name in sql(connection, query).scalars() if name is not None}
 
 
 def other_fingerprints_of_calls(connection: sa.Connection, fingerprint: str) -> list[str | None]:

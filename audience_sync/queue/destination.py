@@ -70,6 +70,14 @@ def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
     )
 
 
+def join_environments(connection: sa.Connection, fingerprints: set[str]) -> None:
+    """Record that these are keys and addresses of one environment: values for one of them are values for all."""
+    stored = connection.execute(sa.select(destination.c.environments)).scalar_one_or_none() or []
+    joined = fingerprints.union(*(names for names in stored if fingerprints & set(names)))
+    others = [names for names in stored if not joined & set(names)]
+    _set_destination(connection, environments=[*others, sorted(joined)])
+
+
 class Stopped(NamedTuple):
     at: dt.datetime
     reason: str

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from audience_sync.db.dialects import chunks, is_sqlite, sql
-from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries, runs
+from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries, destination, runs
 from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
 
 LANES = ("track", "company", "identify")
@@ -196,8 +196,12 @@ def superseded_traits(
     connection: sa.Connection,
     values: Sequence[Delivery | sa.Row[Any]],
     statuses: Collection[Status] = _ALL_BUT_HELD,
+    fingerprint: str | None = None,
 ) -> dict[int, frozenset[str]]:
-    """Return, by delivery, the traits for which the subject has a newer value in one of the statuses."""
+    """Return, by delivery, the traits for which the subject has a newer value in one of the statuses.
+
+    `fingerprint`: count only newer values for this destination or another key or address of its environment.
+    """
     by_subject: dict[tuple[str, str], list[Any]] = {}
     for value in values:
         if value.action != "track":
@@ -205,7 +209,7 @@ def superseded_traits(
     if not by_subject:
         return {}
     superseded: dict[int, frozenset[str]] = {}
-    for subject, newer in _newer_values(connection, by_subject, statuses).items():
+    for subject, newer in _newer_values(connection, by_subject, statuses, fingerprint).items():
         names: frozenset[str] = frozenset()
         for value in sorted(by_subject.get(subject, ()), key=_age, reverse=True):
             while newer and _age(newer[-1]) > _age(value):
@@ -216,9 +220,16 @@ def superseded_traits(
 
 
 def _newer_values(
-    connection: sa.Connection, by_subject: dict[tuple[str, str], list[Any]], statuses: Collection[Status]
+    connection: sa.Connection,
+    by_subject: dict[tuple[str, str], list[Any]],
+    statuses: Collection[Status],
+    fingerprint: str | None,
 ) -> dict[tuple[str, str], list[Any]]:
     """Return the deliveries of these subjects since the oldest of the values, by subject, oldest first."""
+    is_ours: sa.ColumnElement[bool] = sa.true()
+    if fingerprint is not None:
+        ours = deliveries.c.fingerprint.in_(environment_of(connection, fingerprint))
+        is_ours = sa.or_(deliveries.c.fingerprint.is_(None), ours)
     rejected = sa.select(runs.c.run_id).where(runs.c.status == "rejected")
     rows = connection.execute(
         sa.select(
@@ -232,6 +243,7 @@ def _newer_values(
             deliveries.c.value_at
             >= min(value.value_at for values in by_subject.values() for value in values),
             deliveries.c.status.in_(list(statuses)),
+            is_ours,
             sa.or_(
                 deliveries.c.status != "cancelled",
                 deliveries.c.run_id.is_(None),
@@ -245,6 +257,12 @@ def _newer_values(
     return newer
 
 
+def environment_of(connection: sa.Connection, fingerprint: str) -> list[str]:
+    """Return the fingerprints of the environment's keys and addresses, as far as they were accepted as the same."""
+    stored = connection.execute(sa.select(destination.c.environments)).scalar_one_or_none() or []
+    return sorted({fingerprint}.union(*(names for names in stored if fingerprint in names)))
+
+
 def reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[int, str]:
     """Return why some of these deliveries must not get a new attempt.
 
@@ -253,7 +271,11 @@ def reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[
     """
     rows = connection.execute(sa.select(deliveries).where(deliveries.c.delivery_id.in_(ids))).all()
     by_id = {row.delivery_id: row for row in rows}
-    newer = superseded_traits(connection, [row for row in rows if row.status == "dead"])
+    dead = [row for row in rows if row.status == "dead"]
+    newer: dict[int, frozenset[str]] = {}
+    for fingerprint in {row.fingerprint for row in dead}:
+        of_destination = [row for row in dead if row.fingerprint == fingerprint]
+        newer |= superseded_traits(connection, of_destination, fingerprint=fingerprint)
     reasons = {}
     for delivery_id in ids:
         row = by_id.get(delivery_id)
@@ -261,7 +283,7 @@ def reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[
             reasons[delivery_id] = f"There is no delivery {delivery_id}."
         elif row.status != "dead":
             reasons[delivery_id] = f"Delivery {delivery_id} is {row.status}, not dead."
-        elif row.body and newer.get(delivery_id, set()).issuperset(row.body):
+        elif row.body and newer.get(delivery_id, frozenset()).issuperset(row.body):
             reasons[delivery_id] = f"Delivery {delivery_id} is {SUPERSEDED}."
     return reasons
 

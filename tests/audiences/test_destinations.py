@@ -8,6 +8,7 @@ import pytest
 from audience_sync.audiences import decisions, foreign
 from audience_sync.calls import mappings, records, validation
 from audience_sync.db import engines
+from audience_sync.queue import deliveries
 from audience_sync.queue.destination import Destination
 from audience_sync.queue.worker import DeliverySettings, Worker
 from tests.conftest import FaultyUserpilot
@@ -206,3 +207,38 @@ def test_a_run_that_is_rejected_changes_nothing_about_what_is_held(two):
     sync(two, "A", "bob")
     two.deliver("A")
     assert two.values("A") == [True, False]
+
+
+def test_a_call_that_was_held_reaches_its_destination_though_another_one_got_a_newer_value(two):
+    sync(two, "A", "bob")
+    two.deliver("A")
+    two.identify("A", "old")
+    two.deliver("B")
+    two.identify("B", "new")
+    two.deliver("B")
+    two.deliver("A")
+    assert (two.values("A", "plan"), two.values("B", "plan")) == (["old"], ["new"])
+
+
+def test_a_late_call_does_not_follow_a_newer_one_that_an_earlier_key_of_the_environment_sent(two):
+    two.identify("A", "new")
+    two.deliver("A")
+    two.identify("A", "older", seconds_ago=60)
+    two.accept("B")
+    two.userpilots["B"] = two.at("A")
+    two.deliver("B")
+    two.identify("B", "oldest", seconds_ago=90)
+    two.deliver("B")
+    assert two.values("B", "plan") == ["new"]
+
+
+def test_a_refused_call_is_retried_though_another_destination_got_a_newer_value(two):
+    two.identify("A", "old poison")
+    two.deliver("A")
+    two.identify("B", "new")
+    two.deliver("B")
+    two.world.execute("UPDATE {our}deliveries SET body = '{\"plan\": \"old\"}' WHERE status = 'dead'")
+    with engines.write(two.world.engine) as connection:
+        assert deliveries.retry(connection, None, two.world.clock.now()).count == 1
+    two.deliver("A")
+    assert (two.values("A", "plan"), two.values("B", "plan")) == (["old"], ["new"])

@@ -17,16 +17,17 @@ from audience_sync.audiences import decisions, foreign, runs
 from audience_sync.audiences.definition import Kind
 from audience_sync.db import engines, tables
 from audience_sync.errors import Busy, ConfigError, LeaseLost, NotApproved
+from audience_sync.queue import deliveries
 from audience_sync.queue.destination import Destination
 from audience_sync.retention import pruning
 from tests.simulation.machinery import Network
 from tests.simulation.simulation import DEATHS_OF_SYNCS, Simulation
 
-FINGERPRINTS = ("A1", "A2", "B1", "B2")  # the environment, and which of its keys
 CALL_TRAITS = {"plan", "city"}
 
 
 def environment(fingerprint):
+    """A fingerprint is the name of an environment, and which of its keys."""
     return fingerprint and fingerprint[0]
 
 
@@ -49,6 +50,7 @@ class TwoDestinations(Simulation):
         self.retired = {}  # key: its definition
         self.recorded = {}  # delivery id: its row, as it was last seen
         self.first_environments = {}  # delivery id: the environment that it was made for
+        self.keys = {"A": "A1", "B": "B1"}
         self.configure("A1")
 
     # The configuration.
@@ -64,19 +66,28 @@ class TwoDestinations(Simulation):
         return Destination(self.fingerprint)
 
     def switch(self):
-        """Change the key or the environment, or go back; a new key of the same environment is often accepted."""
-        usable = [name for name in FINGERPRINTS if name[0] == "A" or not self.has_one_environment]
-        self.configure(self.chance.choice([name for name in usable if name != self.fingerprint]))
-        self.chance.choice([self.accept, self.accept, self.sync_in_full, self.move_and_sync, self.note_only])()
+        """Configure the other environment, or go back to it; then make full runs there, or not yet."""
+        if self.has_one_environment:
+            self.rotate()
+            return
+        self.configure(self.keys["B" if environment(self.fingerprint) == "A" else "A"])
+        self.chance.choice(
+            [self.sync_in_full, self.move_and_sync, partial(self.note, "nothing else is done")]
+        )()
 
-    def note_only(self):
-        self.note("nothing else is done")
-
-    def accept(self):
-        """Accept the destination, unless something belongs to another environment."""
-        with self.process("check"), engines.write(self.engine) as connection:
-            if self._environments(connection) <= {environment(self.fingerprint)}:
+    def rotate(self):
+        """Configure another key of the environment and accept it, unless something belongs to another environment."""
+        name = environment(self.fingerprint)
+        before, after = self.fingerprint, f"{name}{3 - int(self.fingerprint[1])}"
+        self.configure(after)
+        with self.process("check") as process, engines.write(self.engine) as connection:
+            process.failure = self._armed([], 10)
+            if self._environments(connection) <= {name}:
                 self.note(f"accepted: {foreign.accept_destination(connection, self.destination)}")
+                self.keys[name] = after
+        if self.keys[name] != after or process.had_failure:
+            self.keys[name] = before
+            self.configure(before)
 
     def _environments(self, connection):
         undecided = ("held", "pending", "sending", "dead")
@@ -127,9 +138,7 @@ class TwoDestinations(Simulation):
     def retire(self):
         if len(self.definitions) > 1:
             definition = self.definitions[-1]
-            act = partial(
-                decisions.retire, self.engine, definition.key, self.timeline, self.destination
-            )
+            act = partial(decisions.retire, self.engine, definition.key, self.timeline, self.destination)
             self._decide(f"retire {definition.key}", act)
             with engines.read(self.company) as connection:
                 query = sa.select(tables.definitions.c.retired_at)
@@ -152,6 +161,11 @@ class TwoDestinations(Simulation):
                 self.note(str(error))
         self.record()
 
+    def _retry(self):
+        """Retry what is dead: nothing else does for a key that was retired."""
+        with engines.write(self.company) as connection:
+            self.note(f"retried: {deliveries.retry(connection, None, self.timeline.now())}")
+
     def prune(self):
         self.record()
         with self.process("prune") as process:
@@ -166,7 +180,11 @@ class TwoDestinations(Simulation):
                 self.first_environments.setdefault(row.delivery_id, environment(row.fingerprint))
 
     def _acts(self):
-        ours = [self.switch] * 6 + [self.decide, self.decide, self.prune, self.prune, self.prune, self.retire]
+        ours = (
+            [self.switch] * 4
+            + [self.rotate] * 2
+            + [self._retry, self.decide, self.decide, self.prune, self.prune, self.prune, self.retire]
+        )
         return super()._acts() + ours
 
     def _submit(self, raws):
@@ -195,17 +213,21 @@ class TwoDestinations(Simulation):
             network.userpilot.state.job_faults.clear()
         self.timeline.sleep(5)
         last = environment(self.fingerprint)
+        for fingerprint in self.keys.values():  # what is held for each environment
+            self.configure(fingerprint)
+            self._retry()
+            self._deliver_all()
+        self.configure(self.keys[last])
         self._settle()
         self.check_environment(last)
         if not self.has_one_environment:
-            self.configure("B1" if last == "A" else "A1")
+            self.configure(self.keys["B" if last == "A" else "A"])
             self._settle()
             self.check_environment(environment(self.fingerprint))
         self.record()
 
     def _settle(self):
         for _ in range(2):
-            self.accept()
             self.sync(full=any(self._is_foreign(definition.key) for definition in self.definitions))
             self._deliver_all()
             self.timeline.sleep(700)
