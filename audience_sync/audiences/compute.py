@@ -1,8 +1,8 @@
 """Compute a definition into a temporary table: on our own database, or streamed from a source.
 
 `ready_sql` and `eligible_sql` run on the same database as the definition itself. Every query runs in a transaction
-with a deadline. On a source, and always on SQLite, the database itself enforces that the query only reads. snapshot.py
-has the tables that the rows go into, values.py and postgresql_values.py the canonical text of ids and values.
+with a deadline, in which the database itself enforces that it only reads. snapshot.py has the tables that the rows go
+into, values.py and postgresql_values.py the canonical text of ids and values.
 """
 
 import contextlib
@@ -145,6 +145,8 @@ def _fill(connection: sa.Connection, table: str, query: _Query) -> None:
     """Put the rows of a query into a temporary table."""
     value_type = query.definition.value_type if "value" in query.columns else None
     if query.source is None:
+        with engines.begin(connection):
+            snapshot.create_table(connection, table, query.columns)
         with _reading_own(connection, query):
             _authorize(connection, query)
             text = _canonical(connection, query)
@@ -152,7 +154,7 @@ def _fill(connection: sa.Connection, table: str, query: _Query) -> None:
     else:
         with closing(_batches(query)) as batches:
             next(batches)  # the source answers before our own transaction begins
-            with connection.begin():
+            with engines.begin(connection):
                 snapshot.fill_from_rows(connection, table, batches, query.columns, value_type)
 
 
@@ -249,7 +251,10 @@ def _execute(connection: sa.Connection, text: str, query: _Query) -> sa.CursorRe
 
 @contextmanager
 def _reading_own(connection: sa.Connection, query: _Query) -> Iterator[sa.Connection]:
-    with connection.begin(), _translated_errors(query), _limits(connection, query):
+    """Begin a transaction, or a part of one, in which PostgreSQL writes to temporary tables only."""
+    with engines.begin(connection), _translated_errors(query), _limits(connection, query):
+        if not dialects.is_sqlite(connection):
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         yield connection
 
 
@@ -316,11 +321,10 @@ def _limits(connection: sa.Connection, query: _Query) -> Iterator[None]:
             raw.prepare_threshold = None  # a prepared statement fails after the type of a column was changed
             milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
             settings = postgresql_values.SETTINGS | {"statement_timeout": str(milliseconds)}
-            calls = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
-            connection.exec_driver_sql(f"SELECT {calls}")
-            _end_with_our_process(connection)
+            limited = dialects.with_settings(connection, settings)
             try:
-                with stop.interrupting(partial(dialects.cancel, raw)):
+                with limited, stop.interrupting(partial(dialects.cancel, raw)):
+                    _end_with_our_process(connection)
                     yield
             except Interrupted:
                 connection.invalidate()

@@ -48,13 +48,13 @@ def plan(
 ) -> Plans:
     """Plan a sync of definitions, each given with its source."""
     plans, errors = [], {}
-    with snapshot.connection_with_temp_tables(engine) as connection:
-        with connection.begin():
+    with snapshot.connection_with_temp_tables(engine) as connection, engines.one_transaction(connection):
+        with engines.begin(connection):
             snapshot.create_affected(connection)
         for definition, source in definitions:
             try:
                 compute(connection, definition, as_of_by_key[definition.key], source)
-                with connection.begin():
+                with engines.begin(connection):
                     plans.append(_plan(connection, definition, now, destination))
             except (DefinitionError, SourceError) as error:
                 errors[definition.key] = str(error)
@@ -62,7 +62,7 @@ def plan(
                 if connection.invalidated:
                     raise
                 errors[definition.key] = f"{definition.key}: {engines.failure(error)}"
-        with connection.begin():
+        with engines.begin(connection):
             affected = snapshot.count_affected(connection)
     return Plans(plans, affected, errors)
 

@@ -130,11 +130,13 @@ def sync(
         started = clock.monotonic()
         try:
             crash.at("run_started")
-            compute(connection, definition, run.as_of, source(), stop)
-            crash.at("snapshot_computed")
-            with engines.write(engine) as renewal:  # so that the commit has the lease's full time
-                leases.renew(renewal, run.lease)
-            finished = _finish(connection, run, clock)
+            with engines.one_transaction(connection):
+                compute(connection, definition, run.as_of, source(), stop)
+                crash.at("snapshot_computed")
+                if clock.monotonic() - started > definition.timeout_seconds / 2:
+                    with engines.write(engine) as renewal:  # so that the commit has the lease's full time
+                        leases.renew(renewal, run.lease)
+                finished = _finish(connection, run, clock)
         except BaseException as error:
             connection.invalidate()  # a commit that failed may leave its transaction open, which locks the run's row
             is_recorded = _fail(engine, run, error, clock)

@@ -23,7 +23,14 @@ from audience_sync.audiences import postgresql_values, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.audiences.records import ChangeCounts
 from audience_sync.db import engines
-from audience_sync.db.dialects import copy_rows, create_temp_table, drop_temp_table, is_sqlite, sql
+from audience_sync.db.dialects import (
+    copy_rows,
+    create_temp_table,
+    drop_temp_table,
+    is_sqlite,
+    sql,
+    with_settings,
+)
 
 SNAPSHOT, ELIGIBLE, CHANGES = "snapshot", "eligible", "changes"
 WORK_MEMORY = "128MB"  # enough to hash one or two million ids
@@ -56,6 +63,12 @@ def connection_with_temp_tables(engine: sa.Engine) -> Iterator[sa.Connection]:
             connection.invalidate()
 
 
+def create_table(connection: sa.Connection, table: str, columns: Sequence[str]) -> None:
+    """Create the snapshot or the eligible table, for the `columns` user_id and perhaps value."""
+    value_columns = ", low text, high text" if "value" in columns else ""
+    create_temp_table(connection, table, f"user_id {{id}}, row_count bigint{value_columns}", unique_ids=True)
+
+
 def fill_from_query(
     connection: sa.Connection,
     table: str,
@@ -79,6 +92,7 @@ def fill_from_rows(
     value_type: str | None,
 ) -> None:
     """Fill a temporary table from a source's rows in canonical form, with one batch in memory."""
+    create_table(connection, table, columns)
     create_temp_table(connection, "rows", ", ".join(f"{name} {{id}}" for name in columns))
     rows = f"{'temp' if is_sqlite(connection) else 'pg_temp'}.audience_sync_rows"
     if is_sqlite(connection):
@@ -100,27 +114,22 @@ def _group_into(
     columns: Sequence[str],
     value_type: str | None,
 ) -> None:
-    """Create a table with one row for each user id of the source, in the way that is fastest on each database."""
+    """Add one row for each user id of the source to a table, in the way that is fastest on each database."""
     has_value = "value" in columns
     if value_type:
         conversions = values.SQLITE_CONVERSIONS if is_sqlite(connection) else postgresql_values.CONVERSIONS
         source = f"(SELECT user_id, {conversions[value_type]} AS value FROM {source}) AS converted"
     if is_sqlite(connection):
         values.register_functions(connection)
-        value_columns = ", low text, high text" if has_value else ""
-        create_temp_table(connection, table, f"user_id {{id}}, row_count int{value_columns}", unique_ids=True)
         statement = _sorted_upsert(table, source, has_value=has_value)
     else:
-        drop_temp_table(connection, table)
-        _raise_work_memory(connection)
-        if value_type:
-            sql(connection, "SELECT set_config('extra_float_digits', '0', true)")  # numbers have 15 digits
         low_high = ", min(value) AS low, max(value) AS high" if has_value else ""
-        statement = (  # CREATE TABLE AS runs in parallel; INSERT does not
-            f"CREATE TEMPORARY TABLE audience_sync_{table} AS SELECT user_id, count(*) AS row_count{low_high} "
+        statement = (
+            f"INSERT INTO pg_temp.audience_sync_{table} SELECT user_id, count(*) AS row_count{low_high} "
             f"FROM {source} GROUP BY 1"
         )
-    connection.exec_driver_sql(statement, arguments or None)
+    with _prepared_to_group(connection):
+        connection.exec_driver_sql(statement, arguments or None)
 
 
 def _sorted_upsert(table: str, source: str, *, has_value: bool) -> str:
@@ -136,14 +145,16 @@ def _sorted_upsert(table: str, source: str, *, has_value: bool) -> str:
     )
 
 
-def _raise_work_memory(connection: sa.Connection) -> None:
-    """Give this transaction of PostgreSQL enough memory to hash the ids."""
-    sql(
-        connection,
-        "SELECT set_config('work_mem', :memory, true) "
-        "WHERE pg_size_bytes(current_setting('work_mem')) < pg_size_bytes(:memory)",
-        memory=WORK_MEMORY,
-    )
+@contextmanager
+def _prepared_to_group(connection: sa.Connection) -> Iterator[None]:
+    """Give PostgreSQL enough memory to hash the ids; numbers have 15 digits."""
+    if is_sqlite(connection):
+        yield
+        return
+    query = "SELECT pg_size_bytes(current_setting('work_mem')) < pg_size_bytes(:memory)"
+    memory = {"work_mem": WORK_MEMORY} if sql(connection, query, memory=WORK_MEMORY).scalar_one() else {}
+    with with_settings(connection, {"extra_float_digits": "0"} | memory):
+        yield
 
 
 def diff(

@@ -25,13 +25,14 @@ def check_own(engine: sa.Engine, schema: str) -> str:
         if dialects.is_sqlite(connection):
             mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
             return f"SQLite, journal mode {mode}"
+        through = " through a connection pooler" if engines.is_pooled(connection) else ""
         is_allowed, database, role = connection.exec_driver_sql(_MAY_CREATE_TEMP_TABLES).one()
     if not is_allowed:
         raise DatabaseError(
             "the role may not create temporary tables, which syncs and large imports need. Run: "
             f"GRANT TEMPORARY ON DATABASE {database} TO {role}"
         )
-    return f"PostgreSQL, schema {schema}"
+    return f"PostgreSQL{through}, schema {schema}"
 
 
 def source_is_writable(engine: sa.Engine) -> bool:

@@ -5,7 +5,7 @@ In a statement `{our}` stands before our tables' names and `{temp}` before those
 
 import contextlib
 import datetime as dt
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -82,12 +82,31 @@ def create_temp_table(
         connection,
         f"CREATE TEMPORARY TABLE audience_sync_{name} "
         f"({columns.replace('{id}', 'text PRIMARY KEY' if is_keyed else id_type)})"
-        f"{' WITHOUT ROWID' if is_keyed else ''}",
+        f"{' WITHOUT ROWID' if is_keyed else ''}"
+        # In a part of one transaction, the table ends with it: a pooler gives the connection to others afterwards.
+        f"{' ON COMMIT DROP' if connection.in_nested_transaction() else ''}",
     )
 
 
 def drop_temp_table(connection: sa.Connection, name: str) -> None:
     sql(connection, f"DROP TABLE IF EXISTS {{temp}}audience_sync_{name}")
+
+
+@contextmanager
+def with_settings(connection: sa.Connection, settings: Mapping[str, str]) -> Iterator[None]:
+    """Change settings of PostgreSQL for a block of a transaction; an error ends its part, and thereby resets them."""
+    present = [f"pg_catalog.current_setting('{name}')" for name in settings]
+    before = connection.exec_driver_sql(f"SELECT {', '.join(present)}").one()
+    set_locally(connection, settings)
+    yield
+    set_locally(connection, dict(zip(settings, before, strict=True)))
+
+
+def set_locally(connection: sa.Connection, settings: Mapping[str, str]) -> None:
+    """Change settings of PostgreSQL until the transaction ends."""
+    calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(settings))
+    values = tuple(text for pair in settings.items() for text in pair)
+    connection.exec_driver_sql(f"SELECT {calls}", values, execution_options={"stream_results": False})
 
 
 def copy_rows(

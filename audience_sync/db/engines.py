@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import msgspec
 import sqlalchemy as sa
 
-from audience_sync.db.dialects import cancel, is_sqlite
+from audience_sync.db.dialects import cancel, is_sqlite, set_locally
 from audience_sync.errors import DatabaseError, DatabaseLocked, SourceError
 
 # Longer than our longest transaction: the commit of a first sync of several million members.
@@ -162,16 +162,13 @@ def _work_through_poolers(engine: sa.Engine, settings: Mapping[str, str], *, is_
         if record.info[_POOLED] and not is_preparing:
             raw.prepare_threshold = None
 
-    names = [
-        name for name in settings if not name.startswith("tcp_")
-    ]  # those are for the pooler's connections
-    assignments = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(names))
-    values = tuple(text for name in names for text in (name, settings[name]))
+    # Those of TCP are for the server's connections, which the pooler made.
+    lasting = {name: value for name, value in settings.items() if not name.startswith("tcp_")}
 
     @sa.event.listens_for(engine, "begin")
     def set_for_transaction(connection: sa.Connection) -> None:
         if is_pooled(connection):
-            connection.exec_driver_sql(f"SELECT {assignments}", values)
+            set_locally(connection, lasting)
 
 
 def is_pooled(connection: sa.Connection) -> bool:
@@ -313,11 +310,29 @@ def _waiting_at_most(connection: sa.Connection, seconds: float | None) -> Iterat
 
 
 @contextmanager
+def begin(connection: sa.Connection) -> Iterator[sa.Connection]:
+    """Begin a transaction, or a part of the one that `one_transaction` began."""
+    with connection.begin_nested() if connection.in_transaction() else connection.begin():
+        yield connection
+
+
+@contextmanager
 def begin_write(connection: sa.Connection) -> Iterator[sa.Connection]:
     """Begin a write transaction on a connection that outlives it (for its temporary tables)."""
     connection.execution_options(write=True)
-    with connection.begin():
+    with begin(connection):
         yield connection
+
+
+@contextmanager
+def one_transaction(connection: sa.Connection) -> Iterator[None]:
+    """Make the transactions of a block that shares temporary tables one transaction on PostgreSQL.
+
+    A pooler may give the next transaction another server's connection, without the tables. SQLite keeps them apart,
+    because it would hold the write lock while it computes.
+    """
+    with contextlib.nullcontext() if is_sqlite(connection) else connection.begin():
+        yield
 
 
 @contextmanager

@@ -1,0 +1,47 @@
+"""A PgBouncer before the tests' PostgreSQL server."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+SECONDS = 60  # to start, at a high load
+
+
+@contextmanager
+def pgbouncer(server_url, mode, **more):
+    """Run PgBouncer in a pool mode; yield a function that returns the URL of a database through it."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("PgBouncer is not installed (Debian: apt-get install pgbouncer)")
+    url = sa.make_url(server_url)
+    socket = Path(url.query["host"])
+    folder = Path(tempfile.mkdtemp(prefix="pgb-"))
+    folder.chmod(0o777)
+    lines = ["[databases]", f"* = host={socket} port={url.port or 5432} user={url.username}", "[pgbouncer]"]
+    lines += ["listen_addr =", f"unix_socket_dir = {folder}", "listen_port = 6432", "auth_type = any"]
+    # Few connections of the server, so that those who take turns get each other's.
+    size = {"session": 40, "transaction": 4}[mode]
+    lines += [f"pool_mode = {mode}", f"default_pool_size = {size}", f"logfile = {folder}/log"]
+    lines += [f"{name} = {value}" for name, value in more.items()]
+    (folder / "ini").write_text("\n".join(lines))
+    user = (
+        ["-u", socket.owner()] if os.geteuid() == 0 else []
+    )  # it does not run as root, and must reach the socket
+    with subprocess.Popen([program, "-q", *user, str(folder / "ini")], stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not (folder / ".s.PGSQL.6432").exists():
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, "PgBouncer did not start"
+                time.sleep(0.05)
+            yield lambda database: f"postgresql+psycopg://{url.username}@/{database}?host={folder}&port=6432"
+        finally:
+            process.terminate()
+    shutil.rmtree(folder, ignore_errors=True)
