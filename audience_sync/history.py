@@ -38,12 +38,12 @@ def run_rows(
     if key is not None:
         query = query.where(tables.definitions.c.key == key)
     if ids is not None:
-        query = query.where(tables.runs.c.run_id.in_(list(ids)))
+        query = query.where(dialects.is_among(connection, tables.runs.c.run_id, ids))
     rows = connection.execute(query.order_by(tables.runs.c.run_id.desc()).limit(limit)).all()
     counts: dict[int, dict[str, int]] = {run_id: {} for row in rows for run_id in (row.run_id, _held_id(row))}
     grouped = (
         sa.select(tables.deliveries.c.run_id, tables.deliveries.c.status, sa.func.count())
-        .where(tables.deliveries.c.run_id.in_(list(counts)))
+        .where(dialects.is_among(connection, tables.deliveries.c.run_id, counts))
         .group_by(tables.deliveries.c.run_id, tables.deliveries.c.status)
     )
     for run_id, status, count in connection.execute(grouped):

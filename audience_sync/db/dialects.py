@@ -5,6 +5,8 @@ In a statement `{our}` stands before our tables' names and `{temp}` before those
 
 import contextlib
 import datetime as dt
+import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,7 +17,9 @@ from sqlalchemy.dialects import postgresql
 
 from audience_sync.db.tables import UtcDateTime
 
-CHUNK = 500  # ids in a statement
+CHUNK = (
+    500  # ids in a statement as single parameters, whose number is limited: SQLite 32,766, PostgreSQL 65,535
+)
 CANCEL_SECONDS = 5.0
 Id = TypeVar("Id", int, str)
 
@@ -25,8 +29,12 @@ def is_sqlite(bind: sa.Engine | sa.Connection) -> bool:
 
 
 def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[*tuple[Any, ...]]:
-    """Run a statement on our tables and temporary ones. A parameter that is a list is for `IN :name`."""
+    """Run a statement on our tables and temporary ones. A parameter that is a list, of any length, is for `IN :name`."""
     our = connection.get_execution_options()["our"]
+    for name, value in parameters.items():
+        if isinstance(value, list) and len(value) > CHUNK:
+            statement = re.sub(rf"IN :{name}\b", f"IN {_listed(connection, name, value)}", statement)
+            parameters[name] = json.dumps(value)
     moments = tuple(name for name, value in parameters.items() if isinstance(value, dt.datetime))
     lists = tuple(name for name, value in parameters.items() if isinstance(value, list))
     return connection.execute(_clause(statement, our, is_sqlite(connection), moments, lists), parameters)
@@ -44,13 +52,28 @@ def _clause(
     )
 
 
-def is_among(
-    connection: sa.Connection, column: sa.Column[str], values: Iterable[str]
-) -> sa.ColumnElement[bool]:
-    """Return an IN condition. PostgreSQL gets one array, because thousands of parameters cost more than their rows."""
+def _listed(connection: sa.Connection, name: str, values: Sequence[Any]) -> str:
+    """Return a query for the values in a parameter that is a JSON list."""
     if is_sqlite(connection):
-        return column.in_(list(values))
-    return column == sa.any_(sa.literal(list(values), postgresql.ARRAY(sa.Text)))
+        return f"(SELECT value FROM json_each(:{name}))"
+    kind = "bigint" if isinstance(values[0], int) else "text"
+    return f"(SELECT CAST(value AS {kind}) FROM json_array_elements_text(CAST(:{name} AS json)))"
+
+
+def is_among(
+    connection: sa.Connection, column: sa.Column[Any], values: Iterable[Any]
+) -> sa.ColumnElement[bool]:
+    """Return an IN condition for a list of any length.
+
+    PostgreSQL always gets one array, because thousands of parameters cost more than their rows.
+    """
+    listed = list(values)
+    if not is_sqlite(connection):
+        kind = sa.BigInteger() if column.type.python_type is int else sa.Text()
+        return column == sa.any_(sa.literal(listed, postgresql.ARRAY(kind)))
+    if len(listed) <= CHUNK:
+        return column.in_(listed)
+    return column.in_(sa.select(sa.column("value")).select_from(sa.func.json_each(json.dumps(listed))))
 
 
 def chunks(ids: Collection[Id]) -> Iterator[Sequence[Id]]:

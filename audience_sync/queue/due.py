@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.db.dialects import chunks, is_sqlite, sql
+from audience_sync.db.dialects import chunks, is_among, is_sqlite, sql
 from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries, destination, runs
 from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
 
@@ -269,7 +269,9 @@ def reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[
     A value is superseded if its subject has a newer one of the same trait, whatever the newer one's status: each
     change of a membership is a delivery, so the older value is no longer true.
     """
-    rows = connection.execute(sa.select(deliveries).where(deliveries.c.delivery_id.in_(ids))).all()
+    rows = connection.execute(
+        sa.select(deliveries).where(is_among(connection, deliveries.c.delivery_id, ids))
+    ).all()
     by_id = {row.delivery_id: row for row in rows}
     dead = [row for row in rows if row.status == "dead"]
     newer: dict[int, frozenset[str]] = {}

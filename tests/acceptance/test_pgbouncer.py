@@ -69,7 +69,9 @@ def start(tmp_path, sandbox, forker, pooled):
 
 
 def runs(command):
-    return {run["key"]: (run["status"], run["member_count"]) for run in command.document("history")}
+    """The newest run of each key."""
+    newest_last = reversed(command.document("history"))
+    return {run["key"]: (run["status"], run["member_count"]) for run in newest_last}
 
 
 def test_everything_works_through_pgbouncer(start, pooled, sandbox, tmp_path):
