@@ -177,11 +177,11 @@ def _canonical(connection: sa.Connection, query: _Query) -> str:
     names = [name if name in query.columns else f"column{number}" for number, name in enumerate(names)]
     if dialects.is_sqlite(connection):
         values.register_functions(connection)
-        return values.sqlite_select(query.columns, query.text, names, as_bytes=query.source is not None)
+        return values.sqlite_select(query.columns, query.text, names, streamed=query.source is not None)
     rows = connection.execute(_TYPES, {"oids": oids})
     types = {row.oid: (row.typname, row.typcategory, row.encoding) for row in rows}
     columns = [postgresql_values.Column(name, *types[oid]) for name, oid in zip(names, oids, strict=True)]
-    return postgresql_values.select(query.columns, query.text, columns)
+    return postgresql_values.select(query.columns, query.text, columns, streamed=query.source is not None)
 
 
 def _batches(query: _Query) -> Generator[Sequence[values.Row]]:

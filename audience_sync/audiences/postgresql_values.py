@@ -25,9 +25,11 @@ from audience_sync.audiences.values import (
 HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
 
 # A cheap condition for ids that need a closer check, and the reason why such an id cannot be sent, or null.
-NEEDS_CHECK = f"(user_id < '!' OR user_id > '~' OR octet_length(user_id) > {MAX_ID_LENGTH})"
+NEEDS_CHECK = (
+    f"(user_id IS NULL OR user_id < '!' OR user_id > '~' OR octet_length(user_id) > {MAX_ID_LENGTH})"
+)
 INVALID_REASON = f"""
-CASE {UNUSABLE_REASONS} WHEN btrim(user_id, '{BLANK}') = '' THEN 'empty'
+CASE WHEN user_id IS NULL THEN 'null' {UNUSABLE_REASONS} WHEN btrim(user_id, '{BLANK}') = '' THEN 'empty'
      WHEN length(user_id) > {MAX_ID_LENGTH} THEN 'too_long' END"""
 
 # Settings of the session that a definition's own casts to text obey.
@@ -55,9 +57,12 @@ class Column:
     encoding: str  # the server's
 
 
-def select(wanted: Sequence[str], query: str, columns: Sequence[Column]) -> str:
-    """Return the SELECT of a query's canonical ids and values, `wanted`; `columns` are all its columns."""
-    makers = {"user_id": _id, "value": _value}
+def select(wanted: Sequence[str], query: str, columns: Sequence[Column], *, streamed: bool) -> str:
+    """Return the SELECT of a query's canonical ids and values, `wanted`; `columns` are all its columns.
+
+    `streamed`: replace ids that are null, too. In place they stay null, because the plain column is faster.
+    """
+    makers = {"user_id": _streamed_id if streamed else _id, "value": _value}
     selected = ", ".join(
         f"{makers[column.name](column)} AS {column.name}" for column in columns if column.name in wanted
     )
@@ -86,7 +91,11 @@ def _id(column: Column) -> str:
             text = f"CASE WHEN {is_given} THEN '{unusable('binary')}' END"
         case _:
             text = wrong
-    return f"coalesce({text}, '{unusable('null')}') COLLATE \"C\""
+    return f'({text}) COLLATE "C"'
+
+
+def _streamed_id(column: Column) -> str:
+    return f"coalesce({_id(column)}, '{unusable('null')}')"
 
 
 def _value(column: Column) -> str:

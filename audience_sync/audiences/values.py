@@ -165,12 +165,12 @@ SQLITE_CONVERSIONS = {
 }
 
 
-def sqlite_select(wanted: Sequence[str], query: str, names: Sequence[str], *, as_bytes: bool) -> str:
+def sqlite_select(wanted: Sequence[str], query: str, names: Sequence[str], *, streamed: bool) -> str:
     """Return the SELECT of a query's canonical ids and values, `wanted`; `names` are names for all its columns.
 
-    `as_bytes`: return the ids as blobs, because text that is not UTF-8 cannot be fetched.
+    `streamed`: return the ids as blobs, because text that is not UTF-8 cannot be fetched.
     """
-    expressions = {"user_id": f"CAST({SQLITE_ID} AS BLOB)" if as_bytes else SQLITE_ID, "value": SQLITE_VALUE}
+    expressions = {"user_id": f"CAST({SQLITE_ID} AS BLOB)" if streamed else SQLITE_ID, "value": SQLITE_VALUE}
     selected = ", ".join(f"{expressions[name]} AS {name}" for name in wanted)
     return f"WITH audience_sync_result ({', '.join(names)}) AS ({query}) SELECT {selected} FROM audience_sync_result"
 
