@@ -193,6 +193,11 @@ def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -
         return
     query = _anti_joins(kind) if is_sqlite(connection) else _full_join(kind)
     sql(connection, insert + query, definition_id=definition_id)
+    _prepare_to_commit(connection)
+
+
+def _prepare_to_commit(connection: sa.Connection) -> None:
+    """Give PostgreSQL the number of changes; without it, it may compare every change with every delivery."""
     if not is_sqlite(connection):
         sql(connection, "ANALYZE pg_temp.audience_sync_changes")
         # The members were just read, so looking up those who changed is cheap; a scan of all members would be slower.
@@ -334,6 +339,7 @@ def exit_everyone(connection: sa.Connection, definition_id: int) -> ChangeCounts
         "FROM {our}members WHERE definition_id = :definition_id",
         definition_id=definition_id,
     )
+    _prepare_to_commit(connection)
     return _count_changes(connection)
 
 
@@ -362,6 +368,7 @@ def load_held_changes(
         run_id=run_id,
         definition_id=definition_id,
     )
+    _prepare_to_commit(connection)
     return _count_changes(connection)
 
 

@@ -396,7 +396,12 @@ def replace_held(
         f"(SELECT 1 FROM {new} WHERE n.user_id = d.subject_id AND n.body = CAST(d.body AS text))",
         held_run_id=held_run_id,
     )
-    missing = f"NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {is_held} AND d.subject_id = n.user_id)"
+    # + 0, because SQLite would look through all users of the run for each user.
+    of_run = "d.run_id + 0 = :held_run_id" if is_sqlite(connection) else "d.run_id = :held_run_id"
+    missing = (
+        f"NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {of_run} AND d.status = 'held' "
+        "AND d.subject_id = n.user_id)"
+    )
     of_held_run = replace(origin, run_id=held_run_id)
     enqueue(
         connection,
