@@ -395,7 +395,7 @@ class BulkLane:
             elif self.clock.monotonic() < job.poll_at:
                 yield job.poll_at
             else:
-                return JobRequest("poll" if job.job_id else "list", job)
+                return JobRequest("list" if job.job_id is None or job.is_missing else "poll", job)
 
     def _record(self, job: BulkJob) -> None:
         jobs.record(self._transaction.connection, job, self._transaction.now)

@@ -154,9 +154,15 @@ def enqueue(
 def choose_next(
     connection: sa.Connection, action: str, subjects: Sequence[str], now: dt.datetime, fingerprint: str | None
 ) -> list[list[Delivery]]:
-    """Return the deliveries of each subject's next request; cancel those that accepted values have superseded."""
+    """Return the deliveries of each subject's next request; cancel those that accepted values have superseded.
+
+    Where all that is due waits for a newer value, it becomes due when that does.
+    """
     pending = due.pending_of(connection, action, subjects, now, fingerprint)
     chosen = [outcomes.select_next(group, now) for group in pending]
+    for group, some in zip(pending, chosen, strict=True):
+        if not some:
+            _postpone(connection, group, now)
     late = [delivery for delivery in itertools.chain(*chosen) if delivery.is_call or delivery.isolated]
     newer = due.superseded_traits(connection, late, [Status.ACCEPTED], fingerprint)
     if not newer:
@@ -167,6 +173,24 @@ def choose_next(
         values: dict[str, Any] = {"ids": list(ids), "now": now, "error": SUPERSEDED}
         _move(connection, "status = 'pending'", "cancelled", _SETTLED, "delivery_id IN :ids", **values)
     return [group.left for group in trimmed if group.left]
+
+
+def _postpone(connection: sa.Connection, group: Sequence[Delivery], now: dt.datetime) -> None:
+    blocked = outcomes.blocked_until(group, now)
+    updates = [
+        {"id": each.delivery_id, "next": blocked[each.delivery_id]}
+        for each in group
+        if each.next_attempt_at <= now < blocked.get(each.delivery_id, now)
+    ]
+    if updates:
+        connection.execute(_POSTPONE, updates)
+
+
+_POSTPONE = (
+    deliveries.update()
+    .where(deliveries.c.delivery_id == sa.bindparam("id"), deliveries.c.status == "pending")
+    .values(next_attempt_at=sa.bindparam("next"))
+)
 
 
 def claim(
@@ -220,6 +244,7 @@ def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
             "grace": settlement.grace_until,
             "isolated": settlement.isolated,
             "no_attempt": 0 if settlement.was_attempt else 1,
+            "anew": settlement.restarts_patience,
         }
         for request in ended
         for settlement in request.settlements
@@ -240,6 +265,9 @@ _SETTLE = (
         settled_at=sa.bindparam("settled"),
         next_attempt_at=sa.func.coalesce(
             sa.bindparam("next", type_=deliveries.c.next_attempt_at.type), deliveries.c.next_attempt_at
+        ),
+        first_attempt_at=sa.case(
+            (sa.bindparam("anew", type_=sa.Boolean), sa.null()), else_=deliveries.c.first_attempt_at
         ),
         quiet_until=sa.bindparam("grace"),
         alone=sa.bindparam("isolated"),

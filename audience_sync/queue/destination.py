@@ -5,7 +5,7 @@ until a person decides; the messages below say how.
 """
 
 import datetime as dt
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import sqlalchemy as sa
@@ -87,6 +87,20 @@ def stopped(connection: sa.Connection) -> Stopped | None:
     """Return since when and why nothing is sent; None if the destination is not stopped."""
     row = connection.execute(sa.select(destination)).one_or_none()
     return None if row is None or row.stopped_at is None else Stopped(row.stopped_at, row.stopped_reason)
+
+
+def about_key(refusal: Answer, validation: Answer) -> Answer:
+    """Interpret a 401 or 403 by the answer to `GET /v1/validate`, which was asked for afterwards.
+
+    If the key is valid, the refusal concerns the request alone. If the question was not answered, it is not evidence.
+    """
+    match validation.outcome:
+        case Outcome.ACCEPTED:
+            return replace(refusal, outcome=Outcome.FAILED)
+        case Outcome.UNAUTHORISED | Outcome.REFUSED:  # refused: there is no way to validate a key
+            return refusal
+        case _:
+            return replace(refusal, outcome=Outcome.FAILED, is_evidence=False)
 
 
 class KeyValidator(Protocol):

@@ -21,12 +21,9 @@ CLASSES = ("call", "change", "push")  # in the order in which they are claimed
 AHEAD_COUNT = 1_000
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the user's first identify
 
-# The subject is busy, or a newer value must be sent before this one (see outcomes.select_next), or another delivery that
-# is due already stands for the subject: one is enough, however many there are.
+# The subject is busy, or another delivery that is due already stands for it: one is enough, however many there are.
 _WAITS = """EXISTS (SELECT 1 FROM {our}deliveries b WHERE b.subject_id = d.subject_id AND b.action = d.action
   AND b.status IN ('pending', 'sending') AND (b.status = 'sending' OR b.quiet_until > :now
-    OR ((b.alone OR (d.alone AND b.attempt_count > 0)) AND b.next_attempt_at > :now AND (b.value_at > d.value_at
-        OR (b.value_at = d.value_at AND b.delivery_id > d.delivery_id)))
     OR (b.delivery_id < d.delivery_id AND b.class = d.class AND b.alone = d.alone
         AND b.next_attempt_at <= :now)))"""
 # A user's tracks are sent in order, and after that user's first identify.

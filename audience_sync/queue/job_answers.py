@@ -8,8 +8,12 @@
 | 409: another job is running | are queued again; no upload until the list of jobs shows none running |
 | 429, 5xx, no connection, no such endpoint | are queued again; the lane pauses, each time twice as long |
 | no answer to the upload | wait: the job is looked up by its file name; if no job runs, the live lane sends them |
-| an unknown state, or no end | wait until the job has made no progress for long; then the live lane sends them |
-| Userpilot no longer knows the job | are sent by the live lane |
+| an unknown state, no end, or a job that is unknown | wait until it has made no progress for long; then they go live |
+
+A job that is given up early, and still runs, would replace newer values by its own. So its users wait until it must be
+over: for half an hour, or four times as long as its rows take. A poll that is answered by 404 is followed by a look into
+the list of jobs. Jobs of other clients hold up ours until the list shows none running, but no longer than half an hour;
+then the answer to an upload decides, because a job in an unknown state may be over.
 """
 
 import datetime as dt
@@ -27,9 +31,9 @@ log = logging.getLogger(__name__)
 FOREIGN_JOB_POLL_SECONDS = 15.0
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 30.0
 STALLED_JOB_SECONDS = 1800.0  # without any progress; more for large jobs
-MOST_MISSES = 3  # answers in a row that say the job is unknown
 MEASURED_ROWS = 1_000  # from this size on a job's speed is measured: in smaller ones overhead dominates
 _NO_ENDPOINT = {404, 405, 501}
+_NOT_ALLOWED = {401, 403}  # although the key is valid
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class JobAnswers:
                 self._wait_for_foreign_job(f"Another bulk job is running: {error}")
             case Outcome.REFUSED if answer.status_code not in _NO_ENDPOINT:
                 self._refused(job, answer, error)
+            case Outcome.FAILED if answer.status_code in _NOT_ALLOWED and answer.is_evidence:
+                self._refused(job, answer, error)
             case outcome:
                 job.end("dropped", error)
                 if outcome is not Outcome.UNAUTHORISED:
@@ -80,38 +86,37 @@ class JobAnswers:
         monotonic = self.clock.monotonic()
         if answer.outcome is Outcome.ACCEPTED and isinstance(answer.document, dict):
             self._update_status(job, job.job_id or "", parse_job(answer.document))
-        elif answer.status_code == 404:
-            job.miss_count += 1
-            job.poll_at = monotonic + FOREIGN_JOB_POLL_SECONDS
-            if job.miss_count >= MOST_MISSES:
-                job.end("lost", "Userpilot no longer knows the bulk job")
-                self._wait_for_foreign_job("a bulk job that Userpilot no longer knows may still run")
+        elif answer.status_code == 404 and answer.is_evidence:
+            job.is_missing, job.poll_at = True, monotonic  # the list may show it
         else:
             wait = answer.retry_after_seconds or 2 * max(self._poll_seconds(job), 1.0)
             job.poll_at = monotonic + min(wait, LONGEST_PAUSE_SECONDS)
 
     def _read_list(self, job: BulkJob, answer: Answer) -> None:
-        """Find the job of an upload that was not answered."""
-        job.poll_at = self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS
+        """Find the job of an upload that was not answered, or one that a poll did not find."""
+        wait = max(FOREIGN_JOB_POLL_SECONDS, answer.retry_after_seconds or 0.0)
+        job.poll_at = self.clock.monotonic() + wait
+        was_missing, job.is_missing = job.is_missing, False  # a missing job is polled next
         listed = parse_jobs(answer)
         if listed is None:
             return
-        ours = next((status for status in listed if status.filename == job.filename), None)
-        if ours is not None and ours.job_id:
+        ours = next((status for status in listed if status.is_of(job.job_id, job.filename)), None)
+        if ours is not None and ours.job_id and was_missing:
+            self._update_status(job, ours.job_id, ours)
+            job.poll_at = max(job.poll_at, self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS)
+        elif ours is not None and ours.job_id:
             self._update_status(job, ours.job_id, JobStatus())  # the list has no counts of rows
             job.poll_at = self.clock.monotonic()
-        elif not any(status.is_running for status in listed):
+        elif job.job_id is None and not any(status.is_running for status in listed):
             job.end("lost", job.error or "The process ended before the answer came")
 
     def read_list_of_others(self, answer: Answer) -> None:
-        listed = parse_jobs(answer)
+        listed, monotonic = parse_jobs(answer), self.clock.monotonic()
         if listed is None:
             self.pace.is_foreign_job_running = False  # the answer to the next upload says whether one runs
             self._pause(answer.error or "the list of jobs cannot be read", answer.retry_after_seconds)
-        elif any(status.is_running for status in listed):
-            self.pace.wait_for_foreign_job(
-                self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS, self.pace.reason
-            )
+        elif any(status.is_running for status in listed) and not self.pace.has_waited_for_long(monotonic):
+            self.pace.wait_for_foreign_job(monotonic + FOREIGN_JOB_POLL_SECONDS, self.pace.reason)
         else:
             self.pace.is_foreign_job_running, self.pace.reason = False, ""
 
@@ -121,7 +126,7 @@ class JobAnswers:
         if (status.state, completed, job_id) != (job.state, job.completed_count, job.job_id):
             job.moved_at = self.clock.monotonic()
         job.status, job.job_id, job.state, job.completed_count = "running", job_id, status.state, completed
-        job.error, job.miss_count = None, 0
+        job.error, job.is_missing = None, False
         job.poll_at = self.clock.monotonic() + self._poll_seconds(job)
         if status.state == "completed":
             self._completed(job, status)
@@ -163,7 +168,9 @@ class JobAnswers:
         return min(LONGEST_POLL_SECONDS, max(SHORTEST_POLL_SECONDS, left / 2 if left > 0 else -left / 20))
 
     def _wait_for_foreign_job(self, reason: str) -> None:
-        self.pace.wait_for_foreign_job(self.clock.monotonic() + FOREIGN_JOB_POLL_SECONDS, reason)
+        monotonic = self.clock.monotonic()
+        self.pace.foreign_job_since = monotonic
+        self.pace.wait_for_foreign_job(monotonic + FOREIGN_JOB_POLL_SECONDS, reason)
         logs.event(log, logging.WARNING, "bulk lane waits for another job")
 
     def _pause(self, reason: str, seconds: float | None = None) -> None:

@@ -41,7 +41,7 @@ class BulkJob:
     completed_count: int | None = None
     moved_at: float = 0.0  # when an answer last showed progress
     poll_at: float = 0.0
-    miss_count: int = 0  # answers in a row that said the job is unknown
+    is_missing: bool = False  # the last poll was answered by 404
     error: str | None = None
 
     @property
@@ -117,6 +117,9 @@ class JobStatus:
     @property
     def is_running(self) -> bool:
         return self.state not in {"completed", "failed"}
+
+    def is_of(self, job_id: str | None, filename: str) -> bool:
+        return self.filename == filename or (job_id is not None and self.job_id == job_id)
 
 
 def parse_job(document: Any) -> JobStatus:

@@ -16,6 +16,7 @@ from audience_sync.userpilot.answers import Answer, Outcome
 SUPERSEDED = "superseded by a newer value"
 NOT_REPEATED = "Not repeated (track_policy at_most_once)"
 
+ATTEMPTS_BEFORE_SPLIT = 3  # of a merged request
 GIVE_UP_ATTEMPTS = 8
 GIVE_UP_AFTER = dt.timedelta(hours=4)
 LONGEST_BACKOFF_SECONDS = 900.0
@@ -52,7 +53,8 @@ class Settlement:
     """The state of a delivery after a request.
 
     `isolated` deliveries are sent one by one. `grace_until` delays the subject's next request after an unknown
-    outcome. `was_attempt` is false where the answer says nothing about the delivery: a 429 or a refused key.
+    outcome. `was_attempt` is false after a 429 or a refused key. `restarts_patience`: the answer proves nothing, so
+    the time until the delivery is given up starts anew.
     """
 
     delivery_id: int
@@ -62,27 +64,52 @@ class Settlement:
     grace_until: dt.datetime | None = None
     isolated: bool = False
     was_attempt: bool = True
+    restarts_patience: bool = False
 
 
 def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]:
     """Return those of a subject's pending deliveries that go into its next request, oldest value first.
 
-    After a merged request was refused, its deliveries are isolated: sent one by one, so that only the refused one
-    dies. The newest is sent first, and the older ones wait for it: an attempt before the refusal may have been
-    applied, and a value at Userpilot must not be replaced by an older one. For the same reason an isolated delivery
-    waits for newer ones that were attempted, though those are not isolated. What a newer value supersedes needs no
-    request.
+    After a merged request was refused or failed repeatedly, its deliveries are isolated: sent one by one, so that only
+    the guilty one waits or dies. The newest is sent first, and older ones wait for it if they share a trait: an attempt
+    before may have been applied, and a value at Userpilot must not be replaced by an older one. What the newest
+    supersedes needs no request.
     """
-    ordered = sorted(pending, key=lambda delivery: (delivery.value_at, delivery.delivery_id))
-    waiting = [n for n, each in enumerate(ordered, 1) if each.isolated and each.next_attempt_at > now]
-    free = ordered[max(waiting, default=0) :]
-    newest = max((n for n, each in enumerate(free) if each.isolated), default=None)
-    if newest is None:
-        return free
-    newer = free[newest + 1 :]
-    if any(delivery.attempt_count > 1 for delivery in newer):
-        return newer if any(delivery.next_attempt_at <= now for delivery in newer) else []
-    return [free[newest]]
+    blocked = blocked_until(pending, now)
+    free = [
+        delivery
+        for delivery in sorted(pending, key=_age)
+        if delivery.delivery_id not in blocked and not (delivery.isolated and delivery.next_attempt_at > now)
+    ]
+    alone = next(([delivery] for delivery in reversed(free) if delivery.isolated), None)
+    is_due = any(delivery.next_attempt_at <= now for delivery in free)
+    return alone or (free if is_due else [])
+
+
+def blocked_until(pending: Sequence[Delivery], now: dt.datetime) -> dict[int, dt.datetime]:
+    """Return until when deliveries wait for a newer one that shares a trait with them, by their ids.
+
+    All wait for a newer isolated one that waits for its next attempt. Isolated ones wait for any that was attempted.
+    """
+    waiting: dict[str, dt.datetime] = {}  # traits of newer deliveries
+    attempted: dict[str, dt.datetime] = {}
+    blocked = {}
+    for delivery in sorted(pending, key=_age, reverse=True):
+        newer = (waiting, attempted) if delivery.isolated else (waiting,)
+        moments = [until[trait] for until in newer for trait in delivery.body if trait in until]
+        if moments:
+            blocked[delivery.delivery_id] = max(moments)
+        if delivery.isolated and delivery.next_attempt_at > now:
+            moments.append(delivery.next_attempt_at)
+        if moments:
+            waiting |= dict.fromkeys(delivery.body, max(moments))
+        elif delivery.attempt_count > 1:
+            attempted |= dict.fromkeys(delivery.body, delivery.next_attempt_at)
+    return blocked
+
+
+def _age(delivery: Delivery) -> tuple[dt.datetime, int]:
+    return delivery.value_at, delivery.delivery_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +178,7 @@ def decide_settlements(
                     next_attempt_at=delivery.next_attempt_at,
                     isolated=delivery.isolated,
                     was_attempt=False,
+                    restarts_patience=delivery.attempt_count == 1,
                 )
                 for delivery in ordered
             ]
@@ -163,27 +191,36 @@ def decide_settlements(
             ]
         case Outcome.REFUSED:
             return [Settlement(ordered[0].delivery_id, Status.DEAD, answer.error or "refused")]
-        case Outcome.FAILED | Outcome.UNKNOWN:
-            return [_retry(delivery, answer, now, retries) for delivery in ordered]
+        case Outcome.FAILED | Outcome.UNKNOWN | Outcome.DOUBTFUL:
+            attempt_count = max(delivery.attempt_count for delivery in ordered)
+            may_lie_in_content = len(ordered) > 1 and answer.status_code is not None
+            is_split = may_lie_in_content and attempt_count >= ATTEMPTS_BEFORE_SPLIT
+            return [_retry(delivery, answer, now, retries, is_split=is_split) for delivery in ordered]
 
 
-def _retry(delivery: Delivery, answer: Answer, now: dt.datetime, retries: Retries) -> Settlement:
+def _retry(
+    delivery: Delivery, answer: Answer, now: dt.datetime, retries: Retries, *, is_split: bool
+) -> Settlement:
     error = answer.error or "no answer"
     is_unknown = answer.outcome is Outcome.UNKNOWN
     if is_unknown and delivery.action == "track" and retries.tracks_at_most_once:
         return Settlement(delivery.delivery_id, Status.DEAD, f"{NOT_REPEATED}: {error}")
-    if delivery.attempt_count >= GIVE_UP_ATTEMPTS and now - delivery.first_attempt_at >= GIVE_UP_AFTER:
-        message = f"Given up after {delivery.attempt_count} attempts: {error}"
+    has_failed_for_long = now - delivery.first_attempt_at >= GIVE_UP_AFTER
+    if answer.is_evidence and delivery.attempt_count >= GIVE_UP_ATTEMPTS and has_failed_for_long:
+        is_refusal = answer.outcome is Outcome.DOUBTFUL
+        message = error if is_refusal else f"Given up after {delivery.attempt_count} attempts: {error}"
         return Settlement(delivery.delivery_id, Status.DEAD, message)
-    wait = dt.timedelta(seconds=backoff_seconds(delivery.attempt_count, retries.chance))
+    seconds = 0.0 if is_split else backoff_seconds(delivery.attempt_count, retries.chance)
+    seconds = max(seconds, answer.retry_after_seconds or 0.0)
     grace_until = now + retries.grace if is_unknown else None
     return Settlement(
         delivery.delivery_id,
         Status.PENDING,
         error,
-        next_attempt_at=max(now + wait, grace_until or now),
+        next_attempt_at=max(now + dt.timedelta(seconds=seconds), grace_until or now),
         grace_until=grace_until,
-        isolated=delivery.isolated,
+        isolated=delivery.isolated or is_split,
+        restarts_patience=not answer.is_evidence,
     )
 
 

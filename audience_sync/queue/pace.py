@@ -14,6 +14,10 @@ THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # without Retry-After, Use
 LONGEST_PAUSE_SECONDS = 900.0
 FAILURES_BEFORE_PAUSE = 5
 REFUSALS_BEFORE_PAUSE = 5
+# So many may be refused between two pauses: deliveries behind many that are rightly refused must get through.
+REFUSALS_BETWEEN_PAUSES = 20
+LONGEST_REFUSAL_PAUSE_SECONDS = 120.0
+LONGEST_FOREIGN_JOB_SECONDS = 1800.0
 MIN_SPEED_FACTOR = 0.05  # of the limit
 MIN_JOB_SPEED_FACTOR = 0.25  # of the configured speed of jobs
 PUSH_SECONDS = 1.0  # of unused time that pushes may catch up on
@@ -39,6 +43,7 @@ class Lane:
     throttle_streak: int = 0
     failure_streak: int = 0
     pause_level: int = 0
+    refusal_streak: int = 0
     _credit: float = 1.0
     _credited_at: float = -math.inf
 
@@ -50,6 +55,23 @@ class Lane:
     def per_second(self) -> float:
         return self.limit / self.window_seconds
 
+    @property
+    def is_refusing(self) -> bool:
+        """Return whether so many requests in a row were refused that the reason may not lie in their deliveries."""
+        return self.refusal_streak >= REFUSALS_BEFORE_PAUSE
+
+    @property
+    def _is_trying(self) -> bool:
+        """Return whether one request at a time starts, until one succeeds."""
+        return bool(self.pause_level or self.throttle_streak or self.is_refusing)
+
+    @property
+    def trial(self) -> dict[str, int]:
+        """State that the next process needs if this one ends before a request succeeds."""
+        if self.is_refusing:
+            return {"refusal_streak": self.refusal_streak}
+        return {"pause_level": self.pause_level} if self.pause_level else {}
+
     def room(self, now: float, *, push: bool = False) -> int:
         """Return how many requests may start now; pushes are spread evenly."""
         while self.ended and self.ended[0] + self.window_seconds + _ROUNDING <= now:
@@ -57,7 +79,7 @@ class Lane:
         if now < self.paused_until:
             return 0
         free = self.limit - self.in_flight - len(self.ended)
-        if self.pause_level or self.throttle_streak:  # one request at a time, until one succeeds
+        if self._is_trying:
             free = min(free, 1 - self.in_flight)
         if push:
             self._earn(now)
@@ -70,8 +92,7 @@ class Lane:
             return 0.0
         wait = max(0.0, self.paused_until - now)
         excess = self.in_flight + len(self.ended) - self.limit
-        is_trying = bool((self.pause_level or self.throttle_streak) and self.in_flight)
-        if excess >= len(self.ended) or is_trying:
+        if excess >= len(self.ended) or (self._is_trying and self.in_flight):
             return math.inf
         if excess >= 0:
             wait = max(wait, self.ended[excess] + self.window_seconds + 2 * _ROUNDING - now)
@@ -88,7 +109,28 @@ class Lane:
         self.in_flight -= 1
         self.ended.append(now)
 
-    def succeeded(self) -> None:
+    def succeeded(self) -> bool:
+        """Go on at the pace of before, step by step after a 429; return True if the lane was slowed down."""
+        was_trying = self._is_trying
+        self.refusal_streak = 0
+        self._answered()
+        return was_trying
+
+    def refused(self, now: float, reason: str) -> bool:
+        """Count a refusal; return True if the lane pauses because too many requests in a row were refused."""
+        self.refusal_streak += 1
+        if not self.is_refusing:
+            self._answered()
+            return False
+        self.throttle_streak = self.failure_streak = self.pause_level = 0
+        count, surplus = divmod(self.refusal_streak - REFUSALS_BEFORE_PAUSE, REFUSALS_BETWEEN_PAUSES)
+        if surplus or now < self.paused_until:
+            return False
+        self.paused_until = now + min(2.0 ** min(count, 10), LONGEST_REFUSAL_PAUSE_SECONDS)
+        self.reason = f"the last {self.refusal_streak} requests were refused: {reason}"
+        return True
+
+    def _answered(self) -> None:
         self.throttle_streak = self.failure_streak = self.pause_level = 0
         self.factor = min(1.0, self.factor + 0.5 / self.per_minute)
         if self.factor == 1.0:
@@ -106,14 +148,19 @@ class Lane:
         self.reason = "Userpilot answered 429: too many requests"
         return True
 
-    def wait(self, until: float, reason: str) -> None:
-        """Start nothing before this moment."""
-        if until > self.paused_until:
-            self.paused_until, self.reason = until, reason
+    def wait(self, until: float, reason: str) -> bool:
+        """Start nothing before this moment; return False if the lane pauses for that long already."""
+        if until <= self.paused_until:
+            return False
+        self.paused_until, self.reason = until, reason
+        return True
 
-    def failed(self, now: float, reason: str) -> bool:
-        """Count a failure; return True if the lane pauses because too many requests in a row failed."""
+    def failed(self, now: float, reason: str, retry_after_seconds: float | None = None) -> bool:
+        """Count a failure; return True if the lane pauses: as asked, or because too many requests in a row failed."""
         self.failure_streak += 1
+        if retry_after_seconds:
+            self.pause_level = max(1, self.pause_level)
+            return self.wait(now + retry_after_seconds, reason)
         if self.failure_streak < FAILURES_BEFORE_PAUSE or now < self.paused_until:
             return False
         self.pause_level = min(self.pause_level + 1, 11)
@@ -138,6 +185,7 @@ class BulkPace:
     paused_until: float = -math.inf
     reason: str = ""
     is_foreign_job_running: bool = False
+    foreign_job_since: float = -math.inf
     gather_at: float = -math.inf  # no job is begun before
     rows_per_second: float = field(init=False)
     most_rows: int = field(init=False)  # of the next job; few while a refused row is searched for
@@ -169,6 +217,10 @@ class BulkPace:
         self.is_foreign_job_running, self.reason = True, reason
         self.paused_until = max(self.paused_until, until)
 
+    def has_waited_for_long(self, now: float) -> bool:
+        """Return whether another client's job has held up this lane for so long that an upload should try."""
+        return now - self.foreign_job_since >= LONGEST_FOREIGN_JOB_SECONDS
+
     def accepted(self) -> None:
         """Allow larger jobs again once two uploads in a row were accepted: neither half holds the refused row."""
         self._refusal_count, self.reason = 0, ""
@@ -195,10 +247,16 @@ class BulkPace:
 
 def slow_down(lane: Lane | BulkPace, monotonic: float, now: dt.datetime) -> dict[str, Any] | None:
     """Describe a lane that is paused or slower than its limit, for `status` and for the next process."""
-    if lane.factor == 1.0 and lane.paused_until <= monotonic:
+    trial = lane.trial if isinstance(lane, Lane) else {}
+    if lane.factor == 1.0 and lane.paused_until <= monotonic and not trial:
         return None
     paused_until = now + dt.timedelta(seconds=max(-1.0, lane.paused_until - monotonic))
-    return {"factor": round(lane.factor, 3), "paused_until": paused_until.isoformat(), "reason": lane.reason}
+    return {
+        "factor": round(lane.factor, 3),
+        "paused_until": paused_until.isoformat(),
+        "reason": lane.reason,
+        **trial,
+    }
 
 
 def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now: dt.datetime) -> None:
@@ -207,3 +265,6 @@ def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now
     if paused_until > now - SLOW_DOWN_LASTS:
         lane.factor, lane.reason = stored["factor"], stored["reason"]
         lane.paused_until = monotonic + (paused_until - now).total_seconds()
+        if isinstance(lane, Lane):
+            lane.pause_level = stored.get("pause_level", 0)
+            lane.refusal_streak = stored.get("refusal_streak", 0)

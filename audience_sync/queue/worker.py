@@ -16,7 +16,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -43,6 +43,9 @@ QUEUE_POLL_SECONDS = 0.2  # how soon new deliveries in the queue are noticed
 SHORTEST_WAIT_SECONDS = 0.01
 LARGE_BACKLOG = 10_000  # deliveries
 RECONNECT_SECONDS = (0.5, 2.0, 8.0)
+SERVICE_UNAVAILABLE = 503  # its Retry-After concerns the whole lane, that of other failures the delivery
+VALIDATE_PATH = "v1/validate"
+VALIDATION_SECONDS = 10.0  # for which the answer about the key is used
 QUEUES = tuple(itertools.product(due.LANES, due.CLASSES))
 
 
@@ -113,6 +116,9 @@ class Worker:
     _bulk: BulkLane = field(init=False)
     _in_flight: dict[int, requests.ClaimedRequest] = field(default_factory=dict)
     _poll_at: dict[tuple[str, str], float] = field(default_factory=dict)  # when to query a queue again
+    _validation: Answer | None = None  # the last answer about the key
+    _validated_at: float = -math.inf
+    _validating: threading.Lock = field(default_factory=threading.Lock)
     _turn: int = 0
     _progress: Progress = field(default_factory=Progress)
     _slow_downs: set[tuple[str, bool, str]] = field(default_factory=set)  # as they were last recorded
@@ -377,13 +383,17 @@ class Worker:
         if self.clock.monotonic() > send_by:
             return Reply(request, _NOT_SENT)
         try:
-            if isinstance(request, JobRequest):
-                return Reply(request, request.send(self.sender))
-            return Reply(request, self._send_claimed(request))
+            answer = self._ask(request)
+            if answer.outcome is Outcome.UNAUTHORISED:
+                answer = destination.about_key(answer, self._validate())
+            return Reply(request, answer)
         except Exception as error:  # noqa: BLE001  (it becomes the request's error; nothing else in the thread catches it)
             return Reply(
                 request, Answer(Outcome.UNKNOWN, None, None, f"{type(error).__name__} while sending", None)
             )
+
+    def _ask(self, request: requests.ClaimedRequest | JobRequest) -> Answer:
+        return request.send(self.sender) if isinstance(request, JobRequest) else self._send_claimed(request)
 
     def _send_claimed(self, claimed: requests.ClaimedRequest) -> Answer:
         try:
@@ -395,6 +405,14 @@ class Worker:
         answer = self.sender.send(path, payload)
         crash.at("after_send")
         return answer
+
+    def _validate(self) -> Answer:
+        """Ask whether the key is valid, once for all the refusals that come together."""
+        with self._validating:
+            if self._validation is None or self.clock.monotonic() > self._validated_at + VALIDATION_SECONDS:
+                self._validation = self.sender.get(VALIDATE_PATH)
+                self._validated_at = self.clock.monotonic()
+            return self._validation
 
     # Answers.
 
@@ -428,6 +446,8 @@ class Worker:
         del self._in_flight[claimed.request_id]
         self._lanes[claimed.action].end(self.clock.monotonic())
         self._adjust_pace(claimed.action, answer)
+        if answer.outcome is Outcome.REFUSED and self._lanes[claimed.action].is_refusing:
+            answer = replace(answer, outcome=Outcome.DOUBTFUL)
         retries = outcomes.Retries(self.chance, settings.grace, settings.tracks_at_most_once)
         settlements = outcomes.decide_settlements(claimed.deliveries, answer, now, retries)
         final = [each.status for each in settlements if each.status is not outcomes.Status.PENDING]
@@ -447,15 +467,17 @@ class Worker:
     def _adjust_pace(self, name: str, answer: Answer) -> None:
         """Slow the lane down, or speed it up again."""
         lane, monotonic = self._lanes[name], self.clock.monotonic()
-        changed = False
+        error, changed = answer.error or "no answer", False
         match answer.outcome:
-            case Outcome.ACCEPTED | Outcome.REFUSED:
-                changed = lane.pause_level > 0 or lane.throttle_streak > 0
-                lane.succeeded()
+            case Outcome.ACCEPTED:
+                changed = lane.succeeded()
+            case Outcome.REFUSED:
+                changed = lane.refused(monotonic, error)
             case Outcome.THROTTLED:
                 changed = lane.throttled(monotonic, answer.retry_after_seconds)
             case Outcome.FAILED | Outcome.UNKNOWN:
-                changed = lane.failed(monotonic, answer.error or "no answer")
+                seconds = answer.retry_after_seconds if answer.status_code == SERVICE_UNAVAILABLE else None
+                changed = lane.failed(monotonic, error, seconds)
             case Outcome.UNAUTHORISED:
                 self._stop_if_unauthorised(answer)
         if changed:  # the reason may quote what was sent: it is for `status`, not for the log

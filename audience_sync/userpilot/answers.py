@@ -1,7 +1,21 @@
-"""The meaning of an HTTP answer for the deliveries of its request; pure."""
+"""The meaning of an HTTP answer for the deliveries of its request; pure.
+
+Only Userpilot's own answer says anything about a delivery, and a gateway, proxy or login page may answer in its place.
+An answer is not Userpilot's own if one of these is true:
+
+- its body is a page: it is declared as HTML or XML, starts with `<`, or is text with an HTML tag
+  (a 2xx with an empty body is none, whatever its type);
+- its status is 3xx, 407 or 511, which proxies send;
+- it is a refusal (4xx) in plain text, without the `x-request-id` that Userpilot's answers carry.
+
+A 2xx of Userpilot's is accepted, whether its body is empty, JSON or another text, and however it is encoded. JSON that
+breaks off leaves the outcome unknown. Bodies compressed with gzip or deflate are decompressed; others that are encoded
+count as empty.
+"""
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +28,8 @@ MAX_ERROR_LENGTH = 500
 MAX_TEXT_LENGTH = 65_536  # of a body that is searched for a message
 MAX_REQUEST_ID_LENGTH = 200
 MAX_RETRY_AFTER_SECONDS = 900.0
+MAX_DECODED_BYTES = 1024 * 1024
+MAX_PAGE_LENGTH = 4096  # of a page whose text becomes an error
 MIN_SECRET_LENGTH = 12  # a shorter one is not a real key, and might occur in a job id by chance
 
 
@@ -22,6 +38,7 @@ class Outcome(StrEnum):
     THROTTLED = "throttled"
     UNAUTHORISED = "unauthorised"
     REFUSED = "refused"  # the same request would be refused again
+    DOUBTFUL = "doubtful"  # refused like many before it, so the reason may lie elsewhere: only the queue decides this
     FAILED = "failed"  # not applied: try again
     UNKNOWN = "unknown"  # perhaps applied: try again where a repeat does no harm
 
@@ -30,6 +47,7 @@ _BY_CLASS = {2: Outcome.ACCEPTED, 3: Outcome.FAILED, 4: Outcome.REFUSED, 5: Outc
 _BY_STATUS = {
     401: Outcome.UNAUTHORISED,
     403: Outcome.UNAUTHORISED,
+    407: Outcome.FAILED,
     408: Outcome.FAILED,
     423: Outcome.FAILED,
     425: Outcome.FAILED,
@@ -38,6 +56,9 @@ _BY_STATUS = {
     502: Outcome.UNKNOWN,  # a gateway may have passed the request on before it failed
     504: Outcome.UNKNOWN,
 }
+_OF_PROXIES = {407, 511, *range(300, 400)}
+_PAGE_TAG = re.compile(r"<(!doctype|html|head|body|title)\b", re.IGNORECASE)
+_TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +67,7 @@ class Answer:
 
     `error` quotes the API's message if there is one; `retry_after_seconds` is the pause that the API asks for, 0 to
     900. `document` is the JSON of an accepted answer's body, or None if the body is empty, cut off or not JSON.
+    `is_evidence` is false if the answer proves nothing about its deliveries, for example because a gateway sent it.
     """
 
     outcome: Outcome
@@ -54,6 +76,7 @@ class Answer:
     error: str | None
     retry_after_seconds: float | None
     document: Any = field(default=None, compare=False)
+    is_evidence: bool = field(default=True, compare=False)
 
 
 def judge(
@@ -63,37 +86,93 @@ def judge(
 
     `secret` is removed from all texts: some servers repeat a request's headers in their errors.
     """
+    content = _read(headers.get("content-encoding", ""), body, cut=cut)
     outcome = _BY_STATUS.get(status_code) or _BY_CLASS.get(status_code // 100, Outcome.UNKNOWN)
-    document = _json(body)
-    error = None
-    if outcome is Outcome.ACCEPTED and not _is_success(headers, body, document, cut=cut):
-        outcome = Outcome.UNKNOWN
-        error = f"HTTP {status_code}, but the body is not Userpilot's: {_message(body, document)}"
+    is_of_proxy, error = status_code in _OF_PROXIES, None
+    is_page = not is_of_proxy and _is_page(headers.get("content-type", ""), content, outcome)
+    is_foreign = is_page or (outcome is Outcome.REFUSED and _is_unsigned(headers, content))
+    if is_page:
+        text = " ".join(_TAGS.sub(" ", content.text[:MAX_PAGE_LENGTH]).split())
+        error = f"HTTP {status_code}, but the body is not Userpilot's: {text or 'a page'}"
+    elif outcome is Outcome.ACCEPTED and content.breaks_off:
+        error = f"HTTP {status_code}, but the JSON of the body breaks off: {content.text}"
     elif outcome is not Outcome.ACCEPTED:
-        error = _message(body, document).strip() or f"HTTP {status_code} without a message"
-    quotes_secret = len(secret) >= MIN_SECRET_LENGTH and secret.encode() in body
-    has_document = outcome is Outcome.ACCEPTED and document is not _NOT_JSON and not cut and not quotes_secret
+        error = _message(content).strip() or f"HTTP {status_code} without a message"
+    if (is_foreign and outcome is not Outcome.THROTTLED) or (error and outcome is Outcome.ACCEPTED):
+        outcome = Outcome.UNKNOWN
+    has_document = outcome is Outcome.ACCEPTED and content.is_json
+    quotes_secret = len(secret) >= MIN_SECRET_LENGTH and secret in content.text
     return Answer(
         outcome=outcome,
         status_code=status_code,
         x_request_id=one_line(headers.get("x-request-id", ""), MAX_REQUEST_ID_LENGTH, secret) or None,
         error=one_line(error, MAX_ERROR_LENGTH, secret) if error else None,
         retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
-        document=document if has_document else None,
+        document=content.document if has_document and not quotes_secret else None,
+        is_evidence=not (is_foreign or is_of_proxy),
     )
 
 
-def _is_success(headers: Mapping[str, str], body: bytes, document: Any, *, cut: bool) -> bool:
-    """Return whether the body of a 2xx is empty or JSON, unlike the page of a proxy or a login form."""
-    text = body.strip()
-    if not text:
-        return True
-    if "html" in headers.get("content-type", "").lower() or text.startswith(b"<"):
+def _is_page(content_type: str, content: "_Content", outcome: Outcome) -> bool:
+    if not content.text and outcome is Outcome.ACCEPTED:
         return False
-    return cut or document is not _NOT_JSON
+    declared = content_type.lower()
+    if "html" in declared or "xml" in declared or content.text.startswith("<"):
+        return True
+    return not content.looks_like_json and bool(_PAGE_TAG.search(content.text[:MAX_PAGE_LENGTH]))
+
+
+def _is_unsigned(headers: Mapping[str, str], content: "_Content") -> bool:
+    """Return whether an answer is plain text without Userpilot's request id."""
+    is_text = bool(content.text) and not content.is_json and not content.looks_like_json
+    return is_text and not headers.get("x-request-id")
 
 
 _NOT_JSON = object()
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """The text of a body, and its JSON; `is_whole` is false if the text is only its beginning."""
+
+    text: str
+    document: Any
+    is_whole: bool
+
+    @property
+    def is_json(self) -> bool:
+        return self.document is not _NOT_JSON
+
+    @property
+    def looks_like_json(self) -> bool:
+        return self.text.startswith(("{", "["))
+
+    @property
+    def breaks_off(self) -> bool:
+        return self.is_whole and self.looks_like_json and not self.is_json
+
+
+def _read(encoding: str, body: bytes, *, cut: bool) -> _Content:
+    decoded, is_whole = _decode(encoding.strip().lower(), body)
+    is_whole = is_whole and not cut
+    charset = "utf-16" if decoded.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
+    text = decoded.decode(charset, "replace").lstrip("\ufeff").strip()
+    return _Content(text, _json(decoded) if is_whole else _NOT_JSON, is_whole)
+
+
+def _decode(encoding: str, body: bytes) -> tuple[bytes, bool]:
+    """Return the decompressed body, up to 1 MB, and whether that is all of it."""
+    if body.startswith(b"\x1f\x8b") or encoding in {"gzip", "x-gzip", "deflate"}:
+        for window_bits in (47, -15):  # gzip or zlib, as the header says; deflate without a header
+            decompressor = zlib.decompressobj(window_bits)
+            try:
+                return decompressor.decompress(body, MAX_DECODED_BYTES), decompressor.eof
+            except zlib.error:
+                pass
+    elif encoding in {"", "identity"}:
+        return body, True
+    is_text = body.lstrip()[:1] in {b"<", b"{", b"["}  # servers may declare an encoding that they do not use
+    return (body, True) if is_text else (b"", True)
 
 
 def _json(body: bytes) -> Any:
@@ -107,15 +186,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _message(body: bytes, document: Any) -> str:
+def _message(content: _Content) -> str:
     """Text of an error: from `{"errors": [{"error_code", "error", "message", "details"}]}`, else the whole body."""
+    document = content.document
     if isinstance(document, dict):
         errors = document.get("errors")
         entries = [entry for entry in errors if isinstance(entry, dict)] if isinstance(errors, list) else []
         message = "; ".join(filter(None, map(_entry_message, entries or [document])))
         if message:
             return message
-    return body.decode("utf-8", "replace")
+    return content.text
 
 
 def _entry_message(entry: dict[str, Any]) -> str:

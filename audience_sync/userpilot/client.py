@@ -9,7 +9,7 @@ import json
 import logging
 import ssl
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Self
@@ -177,7 +177,7 @@ class Client:
         )
         # A status other than 2xx is enough to decide, even if the body is incomplete.
         if problem and answer.outcome in {Outcome.ACCEPTED, Outcome.UNKNOWN}:
-            return Answer(Outcome.UNKNOWN, answer.status_code, answer.x_request_id, problem, None)
+            return replace(answer, outcome=Outcome.UNKNOWN, error=problem, document=None)
         return answer
 
 

@@ -213,10 +213,90 @@ def test_a_job_that_userpilot_no_longer_knows(hand_queue, userpilot, work):
         if userpilot.uploads() and not forgotten:
             forgotten.append(userpilot.state.forget_jobs())
 
-    work(on_progress=forget).deliver()
+    work(on_progress=forget, poll_seconds=10.0).deliver()
     assert hand_queue.counts() == {"accepted": 400}
     assert len(userpilot.values_of("vip")) == 400
     assert jobs(hand_queue.engine)[0].status == "lost"
+
+
+def test_a_job_that_is_unknown_and_still_runs_turns_no_value_back(hand_queue, userpilot, work):
+    userpilot.limit(bulk_rows_per_minute=60)
+    hand_queue.fill(400, kind="push")
+    done = []
+
+    def forget(_report):
+        if userpilot.uploads() and not done:
+            done.append(userpilot.state.forget_jobs())
+            hand_queue.add("u399", {"vip": False}, kind="change")
+
+    work(on_progress=forget, poll_seconds=10.0).deliver()
+
+    assert hand_queue.counts() == {"accepted": 400, "cancelled": 1}
+    assert [value for _, value, _ in userpilot.state.history["u399"]][-1] is False
+    assert userpilot.values_of("vip") == {f"u{number}": number != 399 for number in range(400)}
+
+
+def test_a_job_whose_polls_find_nothing_is_followed_in_the_list(hand_queue, userpilot, work):
+    errors = {"errors": [{"message": "no such job"}]}
+    userpilot.faults.add({"path": "/v1/background_jobs/*", "status": 404, "body": errors})
+    hand_queue.fill(400, kind="push")
+    work().deliver()
+    assert_all_accepted_once(hand_queue, userpilot, 400)
+    assert jobs(hand_queue.engine)[0].status == "completed"
+
+
+def test_a_gateways_page_says_nothing_about_a_job(hand_queue, userpilot, work):
+    page = {"status": 404, "body": "<html>", "headers": {"content-type": "text/html"}}
+    for path in ("/v1/background_jobs*", "/v1/users/bulk_identify"):
+        userpilot.faults.add({"path": path, "times": 6, "apply": True, **page})
+    hand_queue.fill(800, kind="push")
+    work().deliver()
+    assert_all_accepted_once(hand_queue, userpilot, 800)
+    assert {job.status for job in jobs(hand_queue.engine)} == {"completed"}
+
+
+@pytest.mark.parametrize("state", ["cancelled", "paused", "processing"])
+def test_another_clients_job_that_does_not_end_holds_up_bulk_for_half_an_hour_only(
+    hand_queue, clock, userpilot, work, state
+):
+    other = userpilot.state.start_other_job(10)
+    other.fault = JobFault(outcome="hangs", state=state)
+    hand_queue.fill(1_000, kind="push")
+
+    def release(_report):  # the list shows the job for ever, but it is over
+        if userpilot.refusals(409):
+            userpilot.state._running = None
+
+    work(on_progress=release, poll_seconds=10.0, live=20).deliver()
+
+    assert hand_queue.counts() == {"accepted": 1_000}
+    assert [status for status, _ in userpilot.uploads()][:2] == [409, 202]
+    assert STALLED_JOB_SECONDS < clock.seconds < STALLED_JOB_SECONDS + 600
+
+
+def test_a_job_of_ours_in_an_unknown_state_holds_up_bulk_until_a_deadline(hand_queue, clock, userpilot, work):
+    userpilot.state.job_faults.append(JobFault(outcome="hangs", after_rows=10, state="cancelled"))
+    hand_queue.fill(150, kind="push")
+
+    def release(_report):
+        if clock.seconds > STALLED_JOB_SECONDS / 2:
+            userpilot.state._running = None
+
+    work(on_progress=release, poll_seconds=10.0, live=12).deliver()
+    assert jobs(hand_queue.engine)[0].status == "lost"
+    hand_queue.fill(300, kind="push", prefix="v")
+    work(on_progress=release, poll_seconds=10.0, live=12).deliver()
+    assert hand_queue.counts() == {"accepted": 450}
+    assert jobs(hand_queue.engine)[-1].status == "completed"
+
+
+def test_an_upload_that_is_refused_although_the_key_is_valid_leaves_its_guilty_row(
+    hand_queue, userpilot, work
+):
+    refuse_rows_of(userpilot, "u100", status=403)
+    hand_queue.fill(200, kind="push")
+    work(live=12).deliver()
+    assert hand_queue.counts() == {"accepted": 199, "pending": 1}
 
 
 def test_the_live_lane_goes_on_while_a_job_of_somebody_else_runs(hand_queue, clock, userpilot, work):
@@ -260,17 +340,17 @@ def test_a_refused_row_is_found_by_halving(hand_queue, userpilot, work, place):
     assert sum(status == 400 for status, _ in userpilot.uploads()) <= 9
 
 
-def refuse_rows_of(userpilot, user_id):
+def refuse_rows_of(userpilot, user_id, status=400):
     upload, send = userpilot.upload, userpilot.send
 
     def picky_upload(path, filename, content):
         if f'"{user_id}"'.encode() in content:
-            userpilot.faults.add({"path": f"/{path}", "status": 400, "times": 1})
+            userpilot.faults.add({"path": f"/{path}", "status": status, "times": 1})
         return upload(path, filename, content)
 
     def picky_send(path, payload):
         if payload["user_id"] == user_id:
-            userpilot.faults.add({"path": f"/{path}", "user_id": user_id, "status": 400, "times": 1})
+            userpilot.faults.add({"path": f"/{path}", "user_id": user_id, "status": status, "times": 1})
         return send(path, payload)
 
     userpilot.upload, userpilot.send = picky_upload, picky_send
@@ -336,6 +416,7 @@ def test_the_next_process_follows_the_job(hand_queue, clock, userpilot, work):
 
 def test_a_refused_key_leaves_the_job_to_the_next_process(hand_queue, userpilot, work):
     userpilot.faults.add({"path": "/v1/background_jobs/*", "status": 401, "times": 1})
+    userpilot.faults.add({"path": "/v1/validate", "status": 401, "times": 1})
     hand_queue.fill(400, kind="push")
     report = work().deliver()
     assert report.stopped

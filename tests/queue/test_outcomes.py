@@ -38,6 +38,12 @@ def settle(deliveries, outcome, **retries):
     return outcomes.decide_settlements(deliveries, answer(outcome), NOW, policy)
 
 
+def repeat(deliveries, status_code, outcome=Outcome.FAILED, **more):
+    answered = Answer(outcome, status_code, None, "words", **({"retry_after_seconds": None} | more))
+    policy = outcomes.Retries(random.Random(1))
+    return outcomes.decide_settlements(deliveries, answered, NOW, policy)
+
+
 def statuses(deliveries, outcome, **retries):
     return [(each.delivery_id, each.status.value) for each in settle(deliveries, outcome, **retries)]
 
@@ -88,8 +94,8 @@ def test_a_refused_request_of_one_dies_with_userpilots_message():
 
 def test_of_isolated_deliveries_the_newest_is_sent_first_and_older_ones_wait():
     later = NOW + dt.timedelta(minutes=5)
-    older, newest = delivery(1, {"a": 1}, isolated=True), delivery(2, {"b": 2}, isolated=True)
-    waiting = delivery(2, {"b": 2}, isolated=True, due=later)
+    older, newest = delivery(1, {"a": 1}, isolated=True), delivery(2, {"a": 2, "b": 2}, isolated=True)
+    waiting = delivery(2, {"a": 2, "b": 2}, isolated=True, due=later)
     fresh = delivery(3, {"a": 3})
 
     assert outcomes.select_next([older, newest, fresh], NOW) == [newest]
@@ -107,6 +113,32 @@ def test_an_isolated_delivery_waits_for_newer_ones_that_may_have_been_applied():
     assert outcomes.select_next([older, tried], NOW) == [tried]
     assert outcomes.select_next([older, waiting], NOW) == []
     assert outcomes.select_next([older, waiting, fresh], NOW) == [waiting, fresh]
+
+
+def test_a_delivery_waits_only_for_newer_isolated_ones_that_share_a_trait():
+    later, latest = NOW + dt.timedelta(minutes=5), NOW + dt.timedelta(minutes=9)
+    first = delivery(1, {"c": 1}, isolated=True)
+    second = delivery(2, {"a": 1, "c": 1}, isolated=True)
+    apart = delivery(3, {"d": 1}, isolated=True)
+    third = delivery(4, {"a": 2, "b": 1}, isolated=True, due=later)
+    fourth = delivery(5, {"b": 2}, isolated=True, due=latest)
+    pending = [first, second, apart, third, fourth]
+
+    assert outcomes.blocked_until(pending, NOW) == {1: latest, 2: latest, 4: latest}
+    assert outcomes.select_next(pending, NOW) == [apart]
+    assert outcomes.select_next([first, apart], NOW) == [apart]
+
+
+def test_an_isolated_delivery_is_not_sent_after_an_attempt_with_a_newer_value():
+    soon, later = NOW + dt.timedelta(seconds=9), NOW + dt.timedelta(minutes=5)
+    older = delivery(1, {"a": 1}, isolated=True)
+    newer = delivery(2, {"a": 2}, attempts=2, due=soon)
+
+    assert outcomes.select_next([older, newer], NOW) == []
+    assert outcomes.blocked_until([older, newer], NOW) == {1: soon}
+    assert outcomes.select_next([older, newer], soon) == [newer]
+    assert outcomes.select_next([older, delivery(2, {"a": 2}, due=later)], NOW) == [older]
+    assert outcomes.select_next([older, delivery(2, {"b": 2}, attempts=2, due=later)], NOW) == [older]
 
 
 def test_superseded_traits_are_removed_and_so_are_deliveries_without_any_other():
@@ -142,6 +174,41 @@ def test_giving_up_takes_both_eight_attempts_and_four_hours(attempts, hours, sta
 @given(st.integers(1, 60), st.randoms(use_true_random=False))
 def test_the_backoff_is_full_jitter_from_one_second_to_15_minutes(attempts, chance):
     assert 0 <= outcomes.backoff_seconds(attempts, chance) <= min(2 ** (attempts - 1), 900)
+
+
+@pytest.mark.parametrize("status_code", [500, 503, 502, 408])
+def test_a_merged_request_that_fails_for_the_third_time_is_sent_apart(status_code):
+    call, change = delivery(1, {"bad": 1}, attempts=3), delivery(2, {"vip": True}, attempts=1)
+
+    assert [(each.isolated, each.next_attempt_at) for each in repeat([call, change], status_code)] == [
+        (True, NOW),
+        (True, NOW),
+    ]
+    assert not any(each.isolated for each in repeat([delivery(1, {}, attempts=2), change], status_code))
+    assert not any(each.isolated for each in repeat([call, change], None))  # there was no answer
+    assert not repeat([call], status_code)[0].isolated
+
+
+def test_what_proves_nothing_is_never_the_death_of_a_delivery():
+    worn = delivery(1, {"a": 1}, attempts=99, first=NOW - dt.timedelta(days=9))
+    (settled,) = repeat([worn], 404, Outcome.UNKNOWN, is_evidence=False)
+
+    assert (settled.status.value, settled.restarts_patience) == ("pending", True)
+    assert repeat([worn], 500)[0].status.value == "dead"
+
+
+def test_a_doubtful_refusal_is_an_attempt_and_dies_with_the_message_in_the_end():
+    fresh, worn = delivery(1, {"a": 1}), delivery(1, {"a": 1}, attempts=8, first=NOW - dt.timedelta(hours=4))
+
+    assert repeat([fresh], 400, Outcome.DOUBTFUL)[0].status.value == "pending"
+    (settled,) = repeat([worn], 400, Outcome.DOUBTFUL)
+    assert (settled.status.value, settled.error) == ("dead", "words")
+
+
+def test_the_next_attempt_is_not_before_retry_after():
+    (settled,) = repeat([delivery(1, {"a": 1})], 500, retry_after_seconds=77.0)
+
+    assert settled.next_attempt_at == NOW + dt.timedelta(seconds=77)
 
 
 def test_the_backoff_uses_its_whole_range():

@@ -53,8 +53,7 @@ class LocalUserpilot:
                 status, content = fault.status or status, fault.body if fault.status else content
             entry.status = status
             headers = {"x-request-id": entry.x_request_id} | (fault.headers if fault else {})
-            body = b"" if content is None else json.dumps(content).encode()
-            return judge(status, headers, body, cut=False, secret=KEY, now=self.clock.now())
+            return judge(status, headers, _bytes(content), cut=False, secret=KEY, now=self.clock.now())
 
     def values_of(self, property_name):
         """Return a property by user."""
@@ -75,3 +74,10 @@ class LocalUserpilot:
 
     def refusals(self, status):
         return sum(entry.status == status for entry in self.state.requests)
+
+
+def _bytes(content):
+    """A body; texts and bytes are sent as they are."""
+    if content is None or isinstance(content, bytes):
+        return content or b""
+    return content.encode() if isinstance(content, str) else json.dumps(content).encode()

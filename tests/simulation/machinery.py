@@ -1,6 +1,7 @@
 """A simulation's time, threads, network and processes: all of them in one thread, from one seed."""
 
 import datetime as dt
+import gzip
 import heapq
 import itertools
 import json
@@ -28,6 +29,18 @@ ROUGH = [
     "html",
     "html applied",
 ]
+ODD = [
+    *(f"{status} page" for status in (400, 401, 403, 404, 405, 413, 500, 502, 503)),
+    "404 page applied",
+    "302",
+    "503 later",
+    "500 later",
+    "202 text",
+    "202 gzip",
+    "202 empty",
+]
+ACCEPTED = {"202 text", "202 gzip", "202 empty"}
+UNSURE = {"late", "drop before", "drop after", "502", "502 applied", "html", "html applied"}
 RETRY_AFTER = [None, "0", "2", "7", "-5", "soon", "100000", "Thu, 01 Jan 2026 00:05:00 GMT"]
 
 
@@ -217,6 +230,7 @@ class Network:
         self.userpilot = LocalUserpilot(timeline, **limits)
         self.weather, self.roughness = [], 0.0
         self.poisoned = set()  # users
+        self.forbidden = set()  # users whose requests are refused with 403, though the key is valid
         self.injected = set()  # numbers of requests that a fault answered
         self.strays = set()  # numbers of requests that arrived after their sender had given up
         self.late_uploads = 0  # so many of the next
@@ -241,13 +255,12 @@ class Network:
         self.settled_at = self._timeline.seconds + 3
 
     def send(self, path, payload):
-        is_poison = payload["user_id"] in self.poisoned or _is_poison(payload)
         ask = partial(self.userpilot.send, path, payload)
-        return self._ask(ask, path, is_poison=is_poison, users=[payload["user_id"]])
+        return self._ask(ask, path, is_poison=self._poison(payload), users=[payload["user_id"]])
 
     def upload(self, path, filename, content):
         rows = [json.loads(line) for line in content.splitlines()]
-        is_poison = any(row["user_id"] in self.poisoned or _is_poison(row) for row in rows)
+        is_poison = next(filter(None, map(self._poison, rows)), None)
 
         def ask():
             self.uploads[len(self.userpilot.state.requests) + 1] = filename
@@ -256,14 +269,22 @@ class Network:
         return self._ask(ask, path, is_poison=is_poison, users=[row["user_id"] for row in rows])
 
     def get(self, path):
-        return self._ask(partial(self.userpilot.get, path), path, is_poison=False, users=[])
+        return self._ask(partial(self.userpilot.get, path), path, is_poison=None, users=[])
+
+    def _poison(self, payload):
+        """The status with which Userpilot refuses a request or a row, whatever the weather; None for most."""
+        if payload["user_id"] in self.poisoned or _ends(payload, "poison"):
+            return "400"
+        if payload["user_id"] in self.forbidden:
+            return "403"
+        return "500" if _ends(payload, "sick") else None
 
     def _ask(self, ask, path, *, is_poison, users):
         rough = self._chance.random() < self.roughness
         kind = self._chance.choice(self.weather) if rough and self.weather else None
         if self.late_uploads and len(users) > 1:
             self.late_uploads, kind = self.late_uploads - 1, "late"
-        if kind in {"late", "drop before", "drop after", "502", "502 applied", "html", "html applied"}:
+        if kind in UNSURE or (kind or "").partition(" ")[2].startswith("page"):
             self.unsure_count += 1
         if kind == "late":
             self.stray_until_settled()
@@ -276,13 +297,22 @@ class Network:
             return Answer(Outcome.UNKNOWN, None, None, "no answer in time", None)
         if kind == "closed":
             return Answer(Outcome.FAILED, None, None, "cannot connect", None)
-        if is_poison and kind in {None, "drop after", "502 applied", "html applied"}:
-            kind = "400"
+        if is_poison and kind in {
+            None,
+            "drop after",
+            "502 applied",
+            "html applied",
+            "404 page applied",
+            *ACCEPTED,
+        }:
+            kind = is_poison
+        if kind in ACCEPTED and not users:  # a job is described in JSON
+            kind = None
         return self._strike(ask, kind, path)
 
     def _stray(self, ask, path, is_poison):
         with self.straying(True):
-            self._strike(ask, "400" if is_poison else None, path)
+            self._strike(ask, is_poison, path)
 
     def _strike(self, ask, kind, path):
         number = len(self.userpilot.state.requests) + 1
@@ -298,6 +328,15 @@ class Network:
 
     def _fault(self, kind):
         status, _, applied = kind.partition(" ")
+        match applied.partition(" "):
+            case "page", _, more:
+                headers = {"content-type": "text/html"}
+                return {"status": int(status), "body": "<html>", "headers": headers, "apply": bool(more)}
+            case "later", _, _:
+                return {"status": int(status), "headers": {"retry-after": self._chance.choice(["2", "70"])}}
+            case ("text" | "gzip" | "empty") as form, _, _:
+                body = {"text": "OK", "gzip": gzip.compress(b'{"status":"ok"}'), "empty": None}[form]
+                return {"status": int(status), "body": body, "apply": True}
         match status:
             case "drop":
                 return {"drop": applied}
@@ -310,5 +349,5 @@ class Network:
         return {"status": int(status), "apply": bool(applied)}
 
 
-def _is_poison(payload):
-    return any(str(value).endswith("poison") for value in payload.get("metadata", {}).values())
+def _ends(payload, ending):
+    return any(str(value).endswith(ending) for value in payload.get("metadata", {}).values())

@@ -18,7 +18,7 @@ from audience_sync import crash
 from audience_sync.audiences import runs
 from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings, records, validation
-from audience_sync.db import dialects, engines, leases
+from audience_sync.db import dialects, engines, leases, tables
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
 from audience_sync.queue import bulk, destination, due, job_answers, jobs, split
 from audience_sync.queue.worker import DeliverySettings, Worker
@@ -27,6 +27,7 @@ from audience_sync.userpilot import payloads
 from tests.conftest import SCHEMA
 from tests.faulty_sandbox import JobFault
 from tests.simulation.machinery import (
+    ODD,
     ROUGH,
     Failure,
     Killed,
@@ -38,7 +39,19 @@ from tests.simulation.machinery import (
     open_database,
 )
 
-KINDS = ["network", "outages", "keys", "poison", "clock", "jobs", "database", "deaths", "naps", "stops"]
+KINDS = [
+    "network",
+    "outages",
+    "keys",
+    "poison",
+    "clock",
+    "jobs",
+    "database",
+    "deaths",
+    "naps",
+    "stops",
+    "odd",
+]
 NO_GUARD = Guard(above=1_000_000_000, max_exit_ratio=1.0)
 DEFINITIONS = {
     "moved": (Kind.TRAIT, "SELECT user_id, moved AS value FROM people"),
@@ -61,7 +74,7 @@ class Simulation:
         self.processes = []  # those that live, the innermost is awake
         self.interruption_count = 0  # deaths, naps, and failures of the database
         self.forward_jumps = []
-        self.excused = set()  # users of jobs that Userpilot forgot while they ran
+        self.excused = set()  # users of jobs that were forgotten before we knew of them
         self._nap_at = None
         self.messages = set()  # ids of the calls that were taken
         self._numbers = itertools.count(1)
@@ -183,6 +196,7 @@ class Simulation:
             "deaths": [self.kill] * 3,
             "naps": [self.nap, self.nap, self.deliver_beside],
             "stops": [self.stop],
+            "odd": [self.turn_odd, self.turn_odd, self.forbid, self.call_sick, self.leave_odd_job],
         }
         return often + [act for kind in KINDS if kind in self.kinds for act in of_kind[kind]]
 
@@ -190,7 +204,8 @@ class Simulation:
         """Faults are over, time passes, and everything is synced and delivered."""
         self.note("calm")
         self.kinds, self._nap_at = set(), None
-        self.network.weather, self.network.poisoned, self.network.late_uploads = [], set(), 0
+        self.network.weather, self.network.late_uploads = [], 0
+        self.network.poisoned, self.network.forbidden = set(), set()
         self.network.userpilot.state.job_faults.clear()
         self.timeline.sleep(5)
         for _ in range(2):
@@ -396,6 +411,31 @@ class Simulation:
         self.network.poisoned = set(self.chance.sample(self.users, self.chance.choice([0, 1, 3])))
         self.note(f"poisoned: {sorted(self.network.poisoned)}")
 
+    def call_sick(self):
+        """Calls whose values Userpilot answers with 500, merged with changes of the same users."""
+        users = self.chance.sample(self.users, self.chance.choice([1, 3]))
+        self.call(" sick", users)
+        self.move_and_sync(users)
+
+    def forbid(self):
+        self.network.forbidden = set(self.chance.sample(self.users, self.chance.choice([0, 1, 3])))
+        self.note(f"forbidden: {sorted(self.network.forbidden)}")
+
+    def turn_odd(self):
+        """Gateways that answer in place of Userpilot, or odd forms of its own answers."""
+        self._weather(self.chance.sample(ODD, 5), self.chance.choice([0.1, 0.5, 1.0]), [20, 60, 300])
+
+    def leave_odd_job(self):
+        """Another client's job in an unknown state, which stays in the list when it is over."""
+        try:
+            other = self.network.userpilot.state.start_other_job(self.chance.choice([10, 200]))
+        except RefusedError:
+            return
+        state = self.network.userpilot.state
+        other.fault = JobFault(outcome="hangs", state=self.chance.choice(["cancelled", "paused"]))
+        self.timeline.after(self.chance.choice([5, 100]), partial(setattr, state, "_running", None))
+        self.note("somebody else's job, cancelled")
+
     def turn_rough(self):
         weather = self.chance.sample(ROUGH, 4) + self.chance.choice([[], ["late"] * 4])
         self._weather(weather, self.chance.choice([0.1, 0.5]), [20, 60, 300])
@@ -446,10 +486,15 @@ class Simulation:
         self.note("somebody else's job")
 
     def forget_jobs(self):
-        """Make Userpilot forget its jobs; one that runs on may send old values, which is excused."""
+        """Make Userpilot forget its jobs; one that runs on still writes its values.
+
+        If its upload was not answered, nobody can know of it, which is excused.
+        """
         state = self.network.userpilot.state
         running = state._running
-        if running is not None:
+        with engines.read(self.company) as connection:
+            known = set(connection.execute(sa.select(tables.bulk_jobs.c.job_id)).scalars())
+        if running is not None and running.job_id not in known:
             self.excused |= {row["user_id"] for row in running.rows}
         self.note("jobs are forgotten")
         state.forget_jobs()

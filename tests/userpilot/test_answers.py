@@ -1,3 +1,5 @@
+import gzip
+import zlib
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -30,21 +32,112 @@ def test_the_status_decides_the_outcome(status_codes, outcome):
     assert {judged(status_code).outcome for status_code in status_codes} == {outcome}
 
 
-@pytest.mark.parametrize("body", [b"", b" \r\n", b"{}", b'{"id":"1"}', b"[]", b"null", b"\xef\xbb\xbf{}"])
-def test_a_2xx_with_an_empty_body_or_json_is_accepted(body):
+ACCEPTED_BODIES = [
+    b"",
+    b" \r\n",
+    b"{}",
+    b'{"id":"1"}',
+    b"[]",
+    b"null",
+    b"\xef\xbb\xbf{}",
+    b"OK",
+    b"Infinity",
+    b"1 < 2",
+    b"\x80\x81",
+    b'{"message":"<html>"}',
+]
+
+
+@pytest.mark.parametrize("body", ACCEPTED_BODIES)
+def test_a_2xx_of_userpilots_is_accepted(body):
     assert judged(200, body) == Answer(Outcome.ACCEPTED, 200, None, None, None)
+    assert judged(202, gzip.compress(body), content_encoding="gzip").outcome is Outcome.ACCEPTED
+    assert judged(202, gzip.compress(body)).outcome is Outcome.ACCEPTED
+    assert judged(202, zlib.compress(body), content_encoding="deflate").outcome is Outcome.ACCEPTED
+
+
+def test_a_2xx_whose_encoding_is_not_known_is_accepted():
+    assert judged(202, b"\x8b\x00\x80", content_encoding="br") == Answer(
+        Outcome.ACCEPTED, 202, None, None, None
+    )
+
+
+@pytest.mark.parametrize("body", [b'{"a"', b'[{"job_id":"1"},', b"[" * 9999])
+def test_a_2xx_whose_json_breaks_off_is_unknown(body):
+    answer = judged(202, body)
+    assert answer.outcome is Outcome.UNKNOWN
+    assert answer.error.startswith("HTTP 202, but the JSON of the body breaks off: ")
+
+
+PAGES = [
+    (b"<html><body>Log in</body></html>", {}),
+    (b"\n <!DOCTYPE html>", {"content_type": "application/json"}),
+    (b"\xef\xbb\xbf<html>", {"x_request_id": "r-1"}),
+    ("\ufeff<html>".encode("utf-16-le"), {}),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", {"content_type": "application/xml"}),
+    (b"Please wait <title>Just a moment</title>", {"content_type": "text/plain", "x_request_id": "r-1"}),
+    (b'{"a":1}', {"content_type": "Text/HTML; charset=utf-8"}),
+    (gzip.compress(b"<html>Log in</html>"), {"content_encoding": "gzip"}),
+    (gzip.compress(b"<html>Log in</html>"), {}),
+    (b"<html>", {"content_encoding": "gzip"}),
+    (b"\x8b\x00\x80", {"content_encoding": "br", "content_type": "text/html", "x_request_id": "r-1"}),
+]
 
 
 @pytest.mark.parametrize(
-    "body", [b"<html></html>", b"OK", b'{"a"', b"\xff\xfe\xfd", b"Infinity", b"[" * 9999]
+    "status_code", [200, 202, 400, 401, 403, 404, 405, 409, 413, 422, 500, 502, 503, 520, 999]
 )
-def test_a_2xx_with_another_body_is_unknown(body):
-    assert judged(202, body).outcome is Outcome.UNKNOWN
+@pytest.mark.parametrize(("body", "headers"), PAGES)
+def test_a_page_proves_nothing_whatever_its_status(status_code, body, headers):
+    if "br" in headers.values() and status_code < 300:  # it cannot be read, and counts as empty
+        return
+    answer = judged(status_code, body, **headers)
+    assert (answer.outcome, answer.is_evidence, answer.document) == (Outcome.UNKNOWN, False, None)
+    assert answer.error.startswith(f"HTTP {status_code}, but the body is not Userpilot's: ")
+
+
+def test_a_page_is_quoted_without_its_tags():
+    page = b"<html><head><style>p {}</style><title>502 Bad Gateway</title></head><hr>nginx</html>"
+    assert judged(502, page).error == "HTTP 502, but the body is not Userpilot's: 502 Bad Gateway nginx"
+    assert judged(502, b"<br>").error == "HTTP 502, but the body is not Userpilot's: a page"
+
+
+def test_a_page_of_a_429_slows_the_lane_down():
+    answer = judged(429, b"<html>", retry_after="7")
+    assert (answer.outcome, answer.is_evidence, answer.retry_after_seconds) == (Outcome.THROTTLED, False, 7.0)
+
+
+@pytest.mark.parametrize("status_code", [301, 302, 307, 407, 511])
+@pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b"moved"])
+def test_the_statuses_of_proxies_prove_nothing(status_code, body):
+    answer = judged(status_code, body)
+    assert (answer.outcome, answer.is_evidence) == (Outcome.FAILED, False)
+
+
+def test_a_refusal_in_plain_text_is_userpilots_if_it_has_a_request_id():
+    assert judged(404, b"404 page not found").outcome is Outcome.UNKNOWN
+    assert not judged(404, b"404 page not found").is_evidence
+    assert judged(404, b"no such user", x_request_id="r-1").outcome is Outcome.REFUSED
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"errors":[{"message":"no"}]}', b'{"errors":[', b'"no"'])
+@pytest.mark.parametrize("status_code", [400, 404, 405, 413, 422])
+def test_a_refusal_that_is_empty_or_json_is_userpilots(status_code, body):
+    answer = judged(status_code, body)
+    assert (answer.outcome, answer.is_evidence) == (Outcome.REFUSED, True)
 
 
 @pytest.mark.parametrize(
     ("body", "document"),
-    [(b'{"job_id":"1"}', {"job_id": "1"}), (b"[]", []), (b"7", 7), (b"", None), (b" ", None)],
+    [
+        (b'{"job_id":"1"}', {"job_id": "1"}),
+        (gzip.compress(b'{"job_id":"1"}'), {"job_id": "1"}),
+        (b"[]", []),
+        (b"7", 7),
+        (b"", None),
+        (b" ", None),
+        (b"OK", None),
+    ],
 )
 def test_the_document_is_the_json_of_an_accepted_answer(body, document):
     assert judged(200, body).document == document
@@ -60,9 +153,10 @@ def test_two_answers_that_differ_in_their_documents_alone_are_equal():
     assert judged(200, b"[1]") == judged(200, b"[2]")
 
 
-def test_a_2xx_of_type_html_is_unknown():
+def test_a_2xx_of_type_html_is_unknown_unless_it_is_empty():
     answer = judged(200, b'"x"', content_type="text/HTML; charset=utf-8")
     assert answer.error == 'HTTP 200, but the body is not Userpilot\'s: "x"'
+    assert judged(200, b"", content_type="text/html").outcome is Outcome.ACCEPTED
 
 
 def test_a_2xx_that_was_cut_is_accepted_unless_it_is_a_page():
