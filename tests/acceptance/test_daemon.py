@@ -269,3 +269,21 @@ def test_a_server_that_goes_away_is_waited_for(start, make_due, sandbox, url, po
     before = command.document("status")["daemon"]["heartbeat_at"]
     until(lambda: command.document("status")["daemon"]["heartbeat_at"] > before)
     stop(command, daemon)
+
+
+def test_a_scheduled_run_that_failed_is_reported_until_it_succeeds(start, company, make_due):
+    command = start({"In": PEOPLE}, extra=f"[defaults]\n{YEARLY}")
+    make_due(command)
+    company("ALTER TABLE people RENAME TO persons")
+    daemon = command.popen("daemon")
+    until(lambda: runs(command) == [("in", "failed")])
+    stop(command, daemon)
+    code, output = command("status")
+    assert code == 1
+    assert re.search(
+        r"- The last run of in \(2\) failed\. .*people.* It is tried again at 20..-..-.. ..:.. UTC\.", output
+    )
+    company("ALTER TABLE persons RENAME TO people")
+    assert command("sync", "--no-deliver")[0] == 0
+    code, output = command("status")
+    assert (code, "failed" in output) == (0, False)
