@@ -152,15 +152,28 @@ def test_a_server_without_room_to_sort_loses_nothing(start, url, postgres, sandb
 def test_a_key_without_rights_stops_at_once(good, company, sandbox):
     company("INSERT INTO people VALUES (:user)", *[{"user": f"more{number}"} for number in range(57)])
     command = good(identify_per_minute=1_000_000)
-    sandbox.faults.add({"path": "/v1/identify", "status": 403, "body": {"error": "not for this app"}})
+    sandbox.faults.add({"path": "/v1/*", "status": 403, "body": {"error": "not for this app"}})
     code, output = command("sync")
     assert (code, "403" in output) == (1, True), output
     assert [each["status"] for each in command.document("deliveries")] == ["pending"] * 60
-    assert len(sandbox.state.requests) <= 8  # those that were in flight together
+    assert len(sandbox.state.requests) <= 8 + 1  # those that were in flight together, and one about the key
     assert "not for this app" in command.document("status")["stopped"]["reason"]
     sandbox.faults.clear()
     assert command("deliver")[0] == 0
     assert len(sandbox.state.snapshot()["users"]) == 60
+
+
+def test_a_refused_user_does_not_stop_the_others(good, company, sandbox):
+    company("INSERT INTO people VALUES ('refused')")
+    body = {"error": "not this user"}
+    sandbox.faults.add({"path": "/v1/identify", "user_id": "refused", "status": 403, "body": body})
+    command = good()
+    assert command("sync")[0] == 1
+    assert "refused" not in sandbox.state.snapshot()["users"]
+    assert len(sandbox.state.snapshot()["users"]) == 3
+    assert command.document("status")["stopped"] is None
+    (waiting,) = command.document("deliveries", "--status", "pending")
+    assert waiting["error"] == "not this user"
 
 
 def test_a_wrong_key_loses_nothing(good, sandbox):

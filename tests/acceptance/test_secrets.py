@@ -393,7 +393,7 @@ def test_daemon(witness, sandbox, company, engine, backend):
 
     repeated = {"errors": [{"message": REPEATED}]}
     sandbox.faults.add({"path": "/v1/identify", "status": 500, "times": 8, "body": repeated})
-    sandbox.faults.add({"path": "/v1/identify", "status": 401, "body": repeated})
+    sandbox.faults.add({"path": "/v1/*", "status": 401, "body": repeated})
     company(mends)
     daemon.until_logged("the destination is stopped: HTTP 401")
 
