@@ -209,7 +209,7 @@ class TwoDestinations(Simulation):
         self.note("calm")
         self.kinds, self._nap_at = set(), None
         for network in self.networks.values():
-            network.weather, network.poisoned, network.late_uploads = [], set(), 0
+            network.calm_down()
             network.userpilot.state.job_faults.clear()
         self.timeline.sleep(5)
         last = environment(self.fingerprint)

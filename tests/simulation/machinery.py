@@ -251,6 +251,10 @@ class Network:
     def __exit__(self, *_):
         self._is_straying = False
 
+    def calm_down(self):
+        self.weather, self.late_uploads = [], 0
+        self.poisoned, self.forbidden = set(), set()
+
     def stray_until_settled(self):
         self.settled_at = self._timeline.seconds + 3
 

@@ -204,8 +204,7 @@ class Simulation:
         """Faults are over, time passes, and everything is synced and delivered."""
         self.note("calm")
         self.kinds, self._nap_at = set(), None
-        self.network.weather, self.network.late_uploads = [], 0
-        self.network.poisoned, self.network.forbidden = set(), set()
+        self.network.calm_down()
         self.network.userpilot.state.job_faults.clear()
         self.timeline.sleep(5)
         for _ in range(2):
