@@ -76,6 +76,20 @@ def is_among(
     return column.in_(sa.select(sa.column("value")).select_from(sa.func.json_each(json.dumps(listed))))
 
 
+def json_list(connection: sa.Connection, parameter: str) -> str:
+    """Return a FROM item with the column `value`: the texts in a parameter that is a JSON list, however many."""
+    if is_sqlite(connection):
+        return f"(SELECT value FROM json_each(:{parameter}))"
+    return f"(SELECT value FROM json_array_elements_text(CAST(:{parameter} AS json)))"
+
+
+def json_keys(connection: sa.Connection, column: str) -> str:
+    """Return a FROM item with the column `name`: the names in a JSON object; none if it is nested too deeply for SQLite."""
+    if is_sqlite(connection):
+        return f"(SELECT key AS name FROM json_each(CASE WHEN json_valid({column}) THEN {column} END))"
+    return f"(SELECT json_object_keys({column}) AS name)"
+
+
 def chunks(ids: Collection[Id]) -> Iterator[Sequence[Id]]:
     """Split the ids, without duplicates, into parts that fit into one statement."""
     unique = list(dict.fromkeys(ids))

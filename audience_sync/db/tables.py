@@ -77,6 +77,9 @@ SENDING = sa.text("status = 'sending'")
 HELD = sa.text("status = 'held'")
 WAITING = sa.text("status IN ('held', 'dead')")  # until somebody decides, or a later run does
 UNSETTLED = sa.text("status IN ('pending', 'sending')")
+ATTEMPTED = sa.text("status IN ('pending', 'sending') AND attempt_count > 0")
+ISOLATED = sa.text("status = 'pending' AND alone")
+ACCEPTED = sa.text("status = 'accepted'")
 
 
 def _partial_index(name: str, where: sa.TextClause, *columns: str, unique: bool = False) -> sa.Index:
@@ -207,6 +210,9 @@ deliveries = sa.Table(
     _partial_index("ix_deliveries_claim", PENDING, "action", "class", "next_attempt_at", "delivery_id"),
     _partial_index("ix_deliveries_sending", SENDING, "request_id"),
     _partial_index("ix_deliveries_unsettled", UNSETTLED, "subject_id", "action", "delivery_id"),
+    _partial_index("ix_deliveries_attempted", ATTEMPTED, "subject_id", "action", "status", "quiet_until"),
+    _partial_index("ix_deliveries_isolated", ISOLATED, "subject_id", "action", "value_at", "delivery_id"),
+    _partial_index("ix_deliveries_accepted", ACCEPTED, "subject_id", "action", "value_at", "delivery_id"),
     _partial_index("ix_deliveries_held", HELD, "definition_id"),
     _partial_index("ix_deliveries_waiting", WAITING, "subject_id", "action", "value_at", "delivery_id"),
     _partial_index("ix_deliveries_dead", DEAD, "definition_id"),

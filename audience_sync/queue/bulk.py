@@ -74,12 +74,16 @@ class BulkSettings:
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """A transaction of the worker, in which `live_count` users were claimed for the live lane."""
+    """A transaction of the worker, in which `live_count` users were claimed for the live lane.
+
+    `fronts`: where the live lane's search is, by class; before that it left nothing for others.
+    """
 
     connection: sa.Connection
     now: dt.datetime
     epoch: int = 0
     live_count: int = 0
+    fronts: dict[str, due.Position] = field(default_factory=dict)
     may_start: bool = False
     is_ending: bool = False
 
@@ -306,7 +310,13 @@ class BulkLane:
             left = limit - len(users)
             if left > 0:
                 some = due.subjects_due(
-                    transaction.connection, "identify", delivery_class, transaction.now, left, fingerprint
+                    transaction.connection,
+                    "identify",
+                    delivery_class,
+                    transaction.now,
+                    left,
+                    fingerprint,
+                    transaction.fronts.get(delivery_class, due.START),
                 )
                 for user_id, was_attempted in some.items():
                     users[user_id] = users.get(user_id, False) or was_attempted
@@ -342,9 +352,10 @@ class BulkLane:
         connection, now, is_full = self._transaction.connection, self._transaction.now, False
         ids: list[int] = []
         superseded: list[int] = []
-        idle = due.idle_users(connection, users, now)
+        idle = due.idle_users(connection, users)
         fingerprint = self.settings.fingerprint
-        for chosen in deliveries.choose_next(connection, "identify", idle, now, fingerprint) if idle else []:
+        next_of_all = deliveries.choose_next(connection, "identify", idle, now, fingerprint)
+        for chosen in next_of_all.groups:
             line = self._line(chosen)
             if line is None:
                 self._live_only.add(chosen[0].subject_id)

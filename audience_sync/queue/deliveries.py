@@ -35,7 +35,6 @@ says which deliveries it may claim, and outcomes.py what an answer means.
 """
 
 import datetime as dt
-import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -45,7 +44,14 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from audience_sync.db import rows
-from audience_sync.db.dialects import chunks, create_temp_table, drop_temp_table, is_sqlite, sql
+from audience_sync.db.dialects import (
+    chunks,
+    create_temp_table,
+    drop_temp_table,
+    is_sqlite,
+    json_list,
+    sql,
+)
 from audience_sync.db.tables import DEAD, SENDING, bulk_jobs, deliveries
 from audience_sync.queue import due, outcomes, requests
 from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
@@ -151,28 +157,34 @@ def enqueue(
 # Sending
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The deliveries of some subjects' next requests, and the subjects of which superseded ones were cancelled."""
+
+    groups: list[list[Delivery]]
+    cancelled_subjects: set[str]
+
+
 def choose_next(
     connection: sa.Connection, action: str, subjects: Sequence[str], now: dt.datetime, fingerprint: str | None
-) -> list[list[Delivery]]:
-    """Return the deliveries of each subject's next request; cancel those that accepted values have superseded.
+) -> Chosen:
+    """Choose the deliveries of each subject's next request; cancel those that accepted values have superseded.
 
     Where all that is due waits for a newer value, it becomes due when that does.
     """
     pending = due.pending_of(connection, action, subjects, now, fingerprint)
-    chosen = [outcomes.select_next(group, now) for group in pending]
-    for group, some in zip(pending, chosen, strict=True):
-        if not some:
-            _postpone(connection, group, now)
-    late = [delivery for delivery in itertools.chain(*chosen) if delivery.is_call or delivery.isolated]
+    late = [each for group in pending for each in group if each.is_call or each.isolated]
     newer = due.superseded_traits(connection, late, [Status.ACCEPTED], fingerprint)
-    if not newer:
-        return [group for group in chosen if group]
-    trimmed = [outcomes.without_superseded(group, newer) for group in chosen]
-    superseded = [delivery_id for group in trimmed for delivery_id in group.superseded]
-    for ids in chunks(superseded):
+    trimmed = [outcomes.without_superseded(group, newer) for group in pending]
+    for ids in chunks([delivery_id for group in trimmed for delivery_id in group.superseded]):
         values: dict[str, Any] = {"ids": list(ids), "now": now, "error": SUPERSEDED}
         _move(connection, "status = 'pending'", "cancelled", _SETTLED, "delivery_id IN :ids", **values)
-    return [group.left for group in trimmed if group.left]
+    groups = [outcomes.select_next(group.left, now) for group in trimmed]
+    for group, chosen in zip(trimmed, groups, strict=True):
+        if not chosen:
+            _postpone(connection, group.left, now)
+    cancelled = {group[0].subject_id for group, left in zip(pending, trimmed, strict=True) if left.superseded}
+    return Chosen([group for group in groups if group], cancelled)
 
 
 def _postpone(connection: sa.Connection, group: Sequence[Delivery], now: dt.datetime) -> None:
@@ -198,14 +210,13 @@ def claim(
     lane: str,
     epoch: int,
     chosen: Sequence[list[Delivery]],
-    now: dt.datetime,
-    *,
-    is_push: bool,
+    started_at: dt.datetime,
+    delivery_class: str,
 ) -> list[ClaimedRequest]:
     """Record a request for each list of deliveries before it is sent, and mark them as sending."""
-    ids = requests.record_requests(connection, lane, epoch, [len(group) for group in chosen], now)
+    ids = requests.record_requests(connection, lane, epoch, [len(group) for group in chosen], started_at)
     claimed = [
-        ClaimedRequest(request_id, lane, group[0].subject_id, is_push, group)
+        ClaimedRequest(request_id, lane, group[0].subject_id, delivery_class, group)
         for request_id, group in zip(ids, chosen, strict=True)
     ]
     updates = [
@@ -239,7 +250,7 @@ def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
             "request": request.request_id,
             "to": settlement.status.value,
             "message": settlement.error,
-            "settled": request.ended_at if settlement.status is not Status.PENDING else None,
+            "settled": request.settled_at if settlement.status is not Status.PENDING else None,
             "next": settlement.next_attempt_at,
             "grace": settlement.grace_until,
             "isolated": settlement.isolated,
@@ -252,6 +263,7 @@ def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
     connection.execute(_SETTLE, updates)
 
 
+_NO_ATTEMPT = sa.bindparam("no_attempt", type_=sa.Integer)  # 1 if it was none
 _SETTLE = (
     deliveries.update()
     .where(
@@ -266,12 +278,13 @@ _SETTLE = (
         next_attempt_at=sa.func.coalesce(
             sa.bindparam("next", type_=deliveries.c.next_attempt_at.type), deliveries.c.next_attempt_at
         ),
-        first_attempt_at=sa.case(
-            (sa.bindparam("anew", type_=sa.Boolean), sa.null()), else_=deliveries.c.first_attempt_at
-        ),
         quiet_until=sa.bindparam("grace"),
         alone=sa.bindparam("isolated"),
-        attempt_count=deliveries.c.attempt_count - sa.bindparam("no_attempt", type_=sa.Integer),
+        attempt_count=deliveries.c.attempt_count - _NO_ATTEMPT,
+        first_attempt_at=sa.case(
+            (sa.bindparam("anew", type_=sa.Boolean), sa.null()),
+            (deliveries.c.attempt_count > _NO_ATTEMPT, deliveries.c.first_attempt_at),
+        ),
     )
 )
 
@@ -287,6 +300,7 @@ def recover(
     now: dt.datetime,
     grace: dt.timedelta,
     *,
+    ended_at: dt.datetime,
     tracks_at_most_once: bool,
     known_request_ids: Collection[int] = (),
 ) -> Recovered:
@@ -301,7 +315,7 @@ def recover(
         deliveries.c.request_id.not_in(in_jobs),
     )
     lost_requests = sa.select(deliveries.c.request_id).where(is_lost)
-    requests.end_lost_requests(connection, lost_requests, now, PROCESS_ENDED)
+    requests.end_lost_requests(connection, lost_requests, ended_at, PROCESS_ENDED)
     dead_count = 0
     if tracks_at_most_once:
         error = f"{outcomes.NOT_REPEATED}: {PROCESS_ENDED}"
@@ -331,7 +345,9 @@ def start_in_job(
     marks those that are superseded by a newer value in the same row.
     """
     lists = {"ids": json.dumps(list(ids)), "superseded_ids": json.dumps(list(superseded_ids))}
-    chosen, superseded = (_list(connection, name) for name in lists)
+    chosen, superseded = (
+        f"(SELECT CAST(value AS bigint) FROM {json_list(connection, name)} l)" for name in lists
+    )
     sql(
         connection,
         "UPDATE {our}deliveries SET status = 'sending', request_id = :request_id, attempt_count = attempt_count + 1, "
@@ -342,13 +358,6 @@ def start_in_job(
         now=now,
         **lists,
     )
-
-
-def _list(connection: sa.Connection, name: str) -> str:
-    """Return a query for the ids in a parameter that is a JSON list; IN :name would be too many parameters."""
-    if is_sqlite(connection):
-        return f"(SELECT value FROM json_each(:{name}))"
-    return f"(SELECT CAST(value AS bigint) FROM json_array_elements_text(CAST(:{name} AS json)))"
 
 
 def is_in_job(request_id: int) -> sa.ColumnElement[bool]:

@@ -22,7 +22,15 @@ MIN_SPEED_FACTOR = 0.05  # of the limit
 MIN_JOB_SPEED_FACTOR = 0.25  # of the configured speed of jobs
 PUSH_SECONDS = 1.0  # of unused time that pushes may catch up on
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
+SLOW_ANSWER_SECONDS = 1.3  # up to which the answers' latency does not slow a lane down
+FEWEST_IN_FLIGHT = 8
+PUSHES_AT_ONCE = 4
 _ROUNDING = 1e-6
+
+
+def requests_in_flight(per_second: float) -> int:
+    """Return how many requests at a time a lane with this limit needs."""
+    return max(FEWEST_IN_FLIGHT, math.ceil(per_second * SLOW_ANSWER_SECONDS))
 
 
 @dataclass(slots=True)
@@ -35,6 +43,7 @@ class Lane:
 
     per_minute: int
     window_seconds: float = WINDOW_SECONDS  # tests shorten it; the limit is then for this window
+    most_in_flight: int = 1_000_000
     in_flight: int = 0
     ended: deque[float] = field(default_factory=deque)
     factor: float = 1.0
@@ -73,7 +82,7 @@ class Lane:
         return {"pause_level": self.pause_level} if self.pause_level else {}
 
     def room(self, now: float, *, push: bool = False) -> int:
-        """Return how many requests may start now; pushes are spread evenly."""
+        """Return how many requests the window allows now; pushes are spread evenly."""
         while self.ended and self.ended[0] + self.window_seconds + _ROUNDING <= now:
             self.ended.popleft()
         if now < self.paused_until:
@@ -86,13 +95,24 @@ class Lane:
             free = min(free, int(self._credit + _ROUNDING))
         return max(0, free)
 
+    def startable(self, now: float, *, push: bool = False) -> int:
+        """Return how many requests may start now, beside those in flight.
+
+        Of pushes only a few, so that a call that comes a moment later is not behind a second's worth of them.
+        """
+        most = self.most_in_flight - self.in_flight
+        if push:
+            most = min(most, max(PUSHES_AT_ONCE, math.ceil(self.per_second / 10)))
+        return max(0, min(self.room(now, push=push), most))
+
     def wait_seconds(self, now: float, *, push: bool = False) -> float:
-        """Return the seconds until there is room; infinite if that depends on a request in flight."""
-        if self.room(now, push=push):
+        """Return the seconds until a request may start; infinite if that depends on one in flight."""
+        if self.startable(now, push=push):
             return 0.0
         wait = max(0.0, self.paused_until - now)
         excess = self.in_flight + len(self.ended) - self.limit
-        if excess >= len(self.ended) or (self._is_trying and self.in_flight):
+        is_trying = self._is_trying and self.in_flight
+        if excess >= len(self.ended) or is_trying or self.in_flight >= self.most_in_flight:
             return math.inf
         if excess >= 0:
             wait = max(wait, self.ended[excess] + self.window_seconds + 2 * _ROUNDING - now)
@@ -104,6 +124,10 @@ class Lane:
         self.in_flight += 1
         if push:
             self._credit -= 1
+
+    def withdraw(self) -> None:
+        """Take back the start of a request that was not sent."""
+        self.in_flight -= 1
 
     def end(self, now: float) -> None:
         self.in_flight -= 1

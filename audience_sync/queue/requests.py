@@ -1,6 +1,8 @@
 """Rows of HTTP requests: each is recorded before it is sent, and completed after. After a restart they hold the pace.
 
-The uploads of bulk jobs are requests, too (jobs.py). Every function runs in its caller's transaction.
+When a request of a live lane started and ended is recorded by the database's clock, so that processes on machines whose
+clocks differ keep one pace. The uploads of bulk jobs are requests, too (jobs.py). Every function runs in its caller's
+transaction.
 """
 
 import datetime as dt
@@ -23,7 +25,7 @@ class ClaimedRequest:
     request_id: int
     action: str
     subject_id: str
-    is_push: bool
+    delivery_class: str
     deliveries: list[Delivery]
 
 
@@ -37,6 +39,7 @@ class EndedRequest:
     x_request_id: str | None
     error: str | None
     settlements: list[Settlement]
+    settled_at: dt.datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import math
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -31,11 +31,12 @@ from audience_sync.queue.bulk import BulkLane, BulkSettings, Transaction
 from audience_sync.queue.jobs import JobRequest, JobSender
 from audience_sync.queue.progress import Progress, Report
 from audience_sync.queue.senders import Senders
+from audience_sync.queue.walk import Walk
 from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 8
+MAX_IN_FLIGHT = 32  # requests of a lane; few lanes need so many
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 IDLE_EXIT_SECONDS = 60.0  # the worker waits for what becomes due within this time
@@ -53,18 +54,16 @@ class Sender(JobSender, Protocol):
     def send(self, path: str, payload: dict[str, Any], /) -> Answer: ...
 
 
-_NOT_SENT = Answer(
-    Outcome.FAILED, None, None, "Not sent: this process was suspended, and another may have taken over", None
-)
+_NOT_SENT = "Not sent: this process was suspended, and another may have taken over"
 _TRACKS_WAIT = "an event whose outcome is unknown may still arrive"
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A request and its answer."""
+    """A request and its answer; None if it was not sent."""
 
     request: requests.ClaimedRequest | JobRequest
-    answer: Answer
+    answer: Answer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ class _Cycle:
     claims: list[requests.ClaimedRequest]
     settled_by_jobs: Counter[str]
     send_by: float  # monotonic seconds
-    wait_seconds: float
+    idle_seconds: float | None  # None: requests are in flight
     is_over: bool
 
 
@@ -111,11 +110,14 @@ class Worker:
     on_progress: Callable[[Report], None] = lambda _: None
     is_gathering: Callable[[], bool] = lambda: False
     report: Report = field(default_factory=Report)
-    open_senders: Callable[[], Senders[Reply]] = lambda: Senders(MAX_IN_FLIGHT + 1)
+    open_senders: Callable[[], Senders[Reply]] = lambda: Senders(len(due.LANES) * MAX_IN_FLIGHT + 1)
     _lanes: dict[str, pace.Lane] = field(default_factory=dict)
     _bulk: BulkLane = field(init=False)
     _in_flight: dict[int, requests.ClaimedRequest] = field(default_factory=dict)
-    _poll_at: dict[tuple[str, str], float] = field(default_factory=dict)  # when to query a queue again
+    _walks: dict[tuple[str, str], Walk] = field(default_factory=dict)
+    _poll_at: dict[tuple[str, str], float] = field(default_factory=dict)  # when to search a queue again
+    _answer_count: int = 0
+    _database_time: tuple[dt.datetime, float] = (due.START[0], 0.0)  # at a moment in monotonic seconds
     _validation: Answer | None = None  # the last answer about the key
     _validated_at: float = -math.inf
     _validating: threading.Lock = field(default_factory=threading.Lock)
@@ -168,11 +170,15 @@ class Worker:
         """Start from the state that earlier processes left in the database."""
         now, monotonic, window = self.clock.now(), self.clock.monotonic(), self.settings.window_seconds
         self._in_flight, self._poll_at = {}, {}
-        self._lanes = {name: pace.Lane(self.settings.per_minute[name], window) for name in due.LANES}
+        self._lanes = {name: self._lane(name) for name in due.LANES}
+        self._walks = {queue: Walk(*queue, self.settings.fingerprint) for queue in QUEUES}
         self._bulk = BulkLane(self.settings.jobs, self.clock, self._lanes["identify"])
+        self._database_time = dialects.now(connection), monotonic
         self._recover(connection, ())
-        for end in requests.recent_request_ends(connection, now - dt.timedelta(seconds=window)):
-            self._lanes[end.lane].ended.append(monotonic - max(0.0, (now - end.ended_at).total_seconds()))
+        window_start = self._database_now() - dt.timedelta(seconds=window)
+        for end in requests.recent_request_ends(connection, window_start):
+            seconds_ago = max(0.0, (self._database_now() - end.ended_at).total_seconds())
+            self._lanes[end.lane].ended.append(monotonic - seconds_ago)
         slow_downs = destination.slow_downs(connection)
         for name, lane in self._paces():
             if name in slow_downs:
@@ -185,6 +191,16 @@ class Worker:
         stopped = destination.stopped(connection)
         self.report.stopped = stopped and stopped.reason
 
+    def _database_now(self) -> dt.datetime:
+        """Return the time by the database's clock, by which requests are recorded: another machine's may be wrong."""
+        moment, monotonic = self._database_time
+        return moment + dt.timedelta(seconds=self.clock.monotonic() - monotonic)
+
+    def _lane(self, name: str) -> pace.Lane:
+        per_minute, window = self.settings.per_minute[name], self.settings.window_seconds
+        most = min(MAX_IN_FLIGHT, pace.requests_in_flight(per_minute / window))
+        return pace.Lane(per_minute, window, most_in_flight=most)
+
     def _paces(self) -> list[tuple[str, pace.Lane | pace.BulkPace]]:
         return [*self._lanes.items(), ("bulk", self._bulk.pace)]
 
@@ -195,6 +211,7 @@ class Worker:
             connection,
             self.clock.now(),
             self.settings.grace,
+            ended_at=self._database_now(),
             tracks_at_most_once=self.settings.tracks_at_most_once,
             known_request_ids=known,
         )
@@ -232,7 +249,8 @@ class Worker:
                         senders.start(partial(self._send, job_request, cycle.send_by))
                     if cycle.is_over:
                         break
-                    wait = min(cycle.wait_seconds, self._bulk.wait_seconds(), RENEW_SECONDS)
+                    wait = self._busy_seconds() if cycle.idle_seconds is None else cycle.idle_seconds
+                    wait = min(wait, self._bulk.wait_seconds(), RENEW_SECONDS)
                     ended = self._evaluate(self._collect(senders, wait))
         except LeaseLost as lost:
             log.warning("%s", lost)
@@ -247,7 +265,7 @@ class Worker:
             return False
         with engines.read(self.engine) as connection:  # later deliveries are left to other processes
             self.report.pending_count = due.pending_count(connection)
-            return self._idle_seconds(connection) < math.inf
+            return self._has_become_due(connection)
 
     def _is_ending(self) -> bool:
         return self.stop.is_set() or self.report.stopped is not None
@@ -292,25 +310,25 @@ class Worker:
                 self.clock.now(),
                 lease.epoch,
                 live_count=sum(request.action == "identify" for request in claimed),
+                fronts={name: self._walks["identify", name].front for name in due.CLASSES},
                 may_start=not self.is_gathering(),
                 is_ending=is_ending,
             )
         )
-        if claimed or self._in_flight or self._bulk.is_busy:
-            wait, is_over = self._busy_seconds(len(claimed)), False
-        else:
-            wait = self._idle_seconds(connection)
-            is_over = is_ending or wait == math.inf
+        idle_seconds, is_over = None, False
+        if not claimed and not self._in_flight and not self._bulk.is_busy:
+            idle_seconds = self._idle_seconds(connection)
+            is_over = is_ending or idle_seconds == math.inf
         self._record_slow_downs(connection, is_over=is_over)
         if is_over:
             leases.release(connection, lease)
-        return _Cycle(claimed, settled_by_jobs, send_by, wait, is_over)
+        return _Cycle(claimed, settled_by_jobs, send_by, idle_seconds, is_over)
 
     def _committed(self, cycle: _Cycle) -> JobRequest | None:
         """Update the worker's state after a commit; return the request about a bulk job that is to be sent."""
         for claimed in cycle.claims:
             self._in_flight[claimed.request_id] = claimed
-            self._lanes[claimed.action].start(push=claimed.is_push)
+            self._lanes[claimed.action].start(push=claimed.delivery_class == "push")
         job_request = self._bulk.committed()
         settled = cycle.settled_by_jobs
         self.report.accepted_count += settled["accepted"]
@@ -320,30 +338,60 @@ class Worker:
     def _claim(self, connection: sa.Connection, epoch: int) -> list[requests.ClaimedRequest]:
         """Claim what may start now: calls, then changes, then pushes; the lanes in turn, each within its limit."""
         claimed: list[requests.ClaimedRequest] = []
-        now, monotonic, fingerprint = self.clock.now(), self.clock.monotonic(), self.settings.fingerprint
+        monotonic = self.clock.monotonic()
         self._turn += 1
         due.prefer_index_scans(connection)
-        if self.is_gathering():
-            for queue in QUEUES:
-                if queue[1] != "call":
-                    self._poll_at[queue] = monotonic + self.settings.poll_seconds
+        for queue in QUEUES:
+            if not self._is_open(queue[1]):
+                self._poll_at[queue] = monotonic + self.settings.poll_seconds
         for delivery_class, turn in itertools.product(due.CLASSES, range(len(due.LANES))):
             name = due.LANES[(self._turn + turn) % len(due.LANES)]
-            is_push = delivery_class == "push"
-            room = min(
-                self._lanes[name].room(monotonic, push=is_push)
-                - sum(request.action == name for request in claimed),
-                MAX_IN_FLIGHT - len(self._in_flight) - len(claimed),
-            )
-            if room <= 0 or self._poll_at.get((name, delivery_class), -math.inf) > monotonic:
+            room = self._lanes[name].startable(monotonic, push=delivery_class == "push")
+            room -= sum(request.action == name for request in claimed)
+            if room > 0 and self._poll_at.get((name, delivery_class), -math.inf) <= monotonic:
+                claimed += self._claim_from(
+                    connection, epoch, self._walks[name, delivery_class], room, claimed
+                )
+        return claimed
+
+    def _is_open(self, delivery_class: str) -> bool:
+        """Return whether this class may be sent: while more changes of the same users come, only calls are."""
+        return delivery_class == "call" or not self.is_gathering()
+
+    def _claim_from(
+        self,
+        connection: sa.Connection,
+        epoch: int,
+        walk: Walk,
+        room: int,
+        before: Sequence[requests.ClaimedRequest],
+    ) -> list[requests.ClaimedRequest]:
+        """Claim the next requests of a queue; `before` are this transaction's other claims."""
+        now, monotonic, name = self.clock.now(), self.clock.monotonic(), walk.action
+        walk.begin(monotonic, self.settings.poll_seconds, self._answer_count)
+        under_way = [*self._in_flight.values(), *before]
+        in_flight = {request.subject_id for request in under_way if request.action == name}
+        claimed: list[requests.ClaimedRequest] = []
+        while left := room - len(claimed):
+            subjects = walk.next_subjects(connection, now, left, in_flight)
+            if not subjects:
+                break
+            counts = {subject.subject_id: subject.delivery_count for subject in subjects}
+            chosen = deliveries.choose_next(connection, name, list(counts), now, self.settings.fingerprint)
+            for subject_id in chosen.cancelled_subjects:
+                walk.put_back(subject_id)
+            if not chosen.groups:
                 continue
-            subjects = list(due.subjects_due(connection, name, delivery_class, now, room, fingerprint))
-            chosen = deliveries.choose_next(connection, name, subjects, now, fingerprint) if subjects else []
-            if chosen:
-                claimed += deliveries.claim(connection, name, epoch, chosen, now, is_push=is_push)
-            if len(chosen) < room:  # the pause is longer where the query is slow
-                pause = max(self.settings.poll_seconds, 5 * (self.clock.monotonic() - monotonic))
-                self._poll_at[name, delivery_class] = monotonic + pause
+            claims = deliveries.claim(
+                connection, name, epoch, chosen.groups, self._database_now(), walk.delivery_class
+            )
+            for request in claims:
+                in_flight.add(request.subject_id)
+                if counts[request.subject_id] > len(request.deliveries):
+                    walk.put_back(request.subject_id)
+            claimed += claims
+        if walk.is_search_over(in_flight) and len(claimed) < room:
+            self._poll_at[name, walk.delivery_class] = monotonic + self.settings.poll_seconds
         return claimed
 
     # How long a cycle waits for answers before the next one begins.
@@ -355,33 +403,57 @@ class Worker:
         until_room = self._lanes[name].wait_seconds(monotonic, push=delivery_class == "push")
         return max(until_poll, until_room, SHORTEST_WAIT_SECONDS)
 
-    def _busy_seconds(self, claimed_count: int) -> float:
+    def _busy_seconds(self) -> float:
         """Return the seconds until a request may start beside those in flight."""
-        if self._is_ending() or len(self._in_flight) + claimed_count >= MAX_IN_FLIGHT:
-            return math.inf
-        return min(self._queue_seconds(*queue) for queue in QUEUES)
+        return math.inf if self._is_ending() else min(self._queue_seconds(*queue) for queue in QUEUES)
 
     def _idle_seconds(self, connection: sa.Connection) -> float:
         """Return the seconds to wait while nothing is in flight; infinite if nothing becomes due soon."""
-        now, fingerprint = self.clock.now(), self.settings.fingerprint
-        waits = [
-            self._queue_seconds(*queue)
-            for queue in QUEUES
-            if due.subjects_due(connection, *queue, now, 1, fingerprint)
-        ]
-        for moment in due.next_due(connection, now):
+        now, monotonic = self.clock.now(), self.clock.monotonic()
+        waits = []
+        for queue, walk in self._walks.items():
+            if self._is_open(walk.delivery_class) and self._lanes[walk.action].room(monotonic):
+                if not walk.is_over(self._answer_count):  # an answer may have set something free
+                    walk.begin_pass()
+                    self._poll_at.pop(queue, None)
+                    waits.append(self._lanes[walk.action].wait_seconds(monotonic, push=queue[1] == "push"))
+                elif walk.quiet_until is not None:
+                    waits.append(max(self._queue_seconds(*queue), (walk.quiet_until - now).total_seconds()))
+            elif due.subjects_due(connection, *queue, now, 1, self.settings.fingerprint):
+                waits.append(self._queue_seconds(*queue))
+        shortest = self._soon([*waits, *self._later(connection, now)])
+        return min(shortest, self.settings.poll_seconds) if shortest < math.inf else math.inf
+
+    def _later(self, connection: sa.Connection, now: dt.datetime) -> Iterator[float]:
+        """Yield the seconds until pending deliveries may be due that were not at the last search."""
+        since = min(walk.searched_at for walk in self._walks.values())
+        for moment in due.next_due(connection, min(since, now)):
             queue_seconds = self._queue_seconds(moment.action, moment.delivery_class)
-            waits.append(max(queue_seconds, (moment.due_at - now).total_seconds()))
+            yield max(queue_seconds, (moment.due_at - now).total_seconds())
+
+    @staticmethod
+    def _soon(waits: Collection[float]) -> float:
+        """Return the shortest of these waits; infinite if it is so long that the work ends."""
         shortest = min(waits, default=math.inf)
         # A full window has room again after a minute and the time of a request; longer pauses end the work.
-        return min(shortest, self.settings.poll_seconds) if shortest <= IDLE_EXIT_SECONDS + 1 else math.inf
+        return shortest if shortest <= IDLE_EXIT_SECONDS + 1 else math.inf
+
+    def _has_become_due(self, connection: sa.Connection) -> bool:
+        """Return whether anything has become due, or will be soon, since the last search."""
+        now = self.clock.now()
+        waits = [
+            self._queue_seconds(*queue)
+            for queue, walk in self._walks.items()
+            if due.read_stretch(connection, *queue, now, walk.tail, 1, self.settings.fingerprint).subjects
+        ]
+        return self._soon([*waits, *self._later(connection, now)]) < math.inf
 
     # Sending, in a thread.
 
     def _send(self, request: requests.ClaimedRequest | JobRequest, send_by: float) -> Reply:
         """Send a request, unless the lease may have expired: another process may have sent newer values."""
         if self.clock.monotonic() > send_by:
-            return Reply(request, _NOT_SENT)
+            return Reply(request, None)
         try:
             answer = self._ask(request)
             if answer.outcome is Outcome.UNAUTHORISED:
@@ -433,17 +505,57 @@ class Worker:
         ended = []
         for reply in replies:
             if isinstance(reply.request, JobRequest):
-                self._bulk.receive(reply.answer)
-                self._stop_if_unauthorised(reply.answer)
+                answer = reply.answer or Answer(Outcome.FAILED, None, None, _NOT_SENT, None)
+                self._bulk.receive(answer)
+                self._stop_if_unauthorised(answer)
                 self.report.request_count += reply.request.kind == "upload"
+            elif reply.answer is None:
+                ended.append(self._not_sent(reply.request))
             else:
                 ended.append(self._end(reply.request, reply.answer))
         return ended
 
+    def _not_sent(self, claimed: requests.ClaimedRequest) -> requests.EndedRequest:
+        """Queue the deliveries of a request that was not sent again: that was no attempt, and no failure of the lane."""
+        self._forget(claimed)
+        self._lanes[claimed.action].withdraw()
+        logs.event(log, logging.WARNING, "request not sent", lane=claimed.action, reason=_NOT_SENT)
+        settlements = [
+            outcomes.Settlement(
+                delivery.delivery_id,
+                outcomes.Status.PENDING,
+                _NOT_SENT,
+                next_attempt_at=delivery.next_attempt_at,
+                isolated=delivery.isolated,
+                was_attempt=False,
+            )
+            for delivery in claimed.deliveries
+        ]
+        self._search_again(claimed)
+        return requests.EndedRequest(
+            claimed.request_id,
+            self._database_now(),
+            None,
+            None,
+            _NOT_SENT,
+            settlements,
+            settled_at=self.clock.now(),
+        )
+
+    def _forget(self, claimed: requests.ClaimedRequest) -> None:
+        del self._in_flight[claimed.request_id]
+        self._answer_count += 1
+
+    def _search_again(self, claimed: requests.ClaimedRequest) -> None:
+        """Search the queues of this lane at once: the subject's next request may be due."""
+        self._walks[claimed.action, claimed.delivery_class].put_back(claimed.subject_id)
+        for delivery_class in due.CLASSES:
+            self._poll_at.pop((claimed.action, delivery_class), None)
+
     def _end(self, claimed: requests.ClaimedRequest, answer: Answer) -> requests.EndedRequest:
         """Decide what an answer means, outside of the transaction that settles it, which may be repeated."""
         now, settings = self.clock.now(), self.settings
-        del self._in_flight[claimed.request_id]
+        self._forget(claimed)
         self._lanes[claimed.action].end(self.clock.monotonic())
         self._adjust_pace(claimed.action, answer)
         if answer.outcome is Outcome.REFUSED and self._lanes[claimed.action].is_refusing:
@@ -457,11 +569,20 @@ class Worker:
         self._progress.settled(claimed.action, len(final))
         if claimed.action == "track" and answer.outcome is Outcome.UNKNOWN and settings.tracks_at_most_once:
             self._delay_tracks()
-        if claimed.action == "track" or len(final) < len(settlements):  # the subject's next may be due now
-            for delivery_class in due.CLASSES:
-                self._poll_at.pop((claimed.action, delivery_class), None)
+        is_passed = any(
+            claimed.subject_id in self._walks[claimed.action, delivery_class].passed
+            for delivery_class in due.CLASSES
+        )
+        if is_passed or len(final) < len(settlements):
+            self._search_again(claimed)
         return requests.EndedRequest(
-            claimed.request_id, now, answer.status_code, answer.x_request_id, answer.error, settlements
+            claimed.request_id,
+            self._database_now(),
+            answer.status_code,
+            answer.x_request_id,
+            answer.error,
+            settlements,
+            settled_at=now,
         )
 
     def _adjust_pace(self, name: str, answer: Answer) -> None:

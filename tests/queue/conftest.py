@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync.clock import SystemClock
-from audience_sync.db import engines
+from audience_sync.db import dialects, engines
 from audience_sync.db.tables import deliveries, leases, requests
 from audience_sync.queue.worker import DeliverySettings, Worker
 from audience_sync.userpilot import payloads
@@ -65,7 +65,7 @@ class Queue:
     def track(self, subject, event, **columns):
         return self.add(subject, {"event_name": event}, action="track", **columns)
 
-    def fill(self, count, *, kind="change", prefix="u"):
+    def fill(self, count, *, kind="change", prefix="u", **columns):
         with engines.write(self.engine) as connection:
             connection.execute(
                 deliveries.insert(),
@@ -82,6 +82,7 @@ class Queue:
                         "created_at": self.clock.now(),
                         "next_attempt_at": self.clock.now(),
                     }
+                    | columns
                     for number in range(count)
                 ],
             )
@@ -166,8 +167,11 @@ class HeldSenders:
 
 
 @pytest.fixture
-def clock():
-    return HandClock()
+def clock(monkeypatch):
+    """A clock that tests set; the database's goes with it, except for leases."""
+    clock = HandClock()
+    monkeypatch.setattr(dialects, "now", lambda _: clock.now())
+    return clock
 
 
 @pytest.fixture

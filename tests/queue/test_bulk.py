@@ -545,3 +545,20 @@ def test_a_process_that_ends_waits_for_its_last_answer_and_not_for_its_job(
     worker.on_progress = stop
     worker.deliver()
     assert max(slow.waits) > 1
+
+
+def test_in_a_job_too_users_come_after_their_company(hand_queue, clock, work):
+    hand_queue.add(
+        "acme", {"seats": 5}, action="company", next_attempt_at=clock.now() + dt.timedelta(seconds=90)
+    )
+    for number in range(300):
+        hand_queue.add(f"u{number}", {"@company": "acme"} if number % 10 == 0 else {"vip": True})
+
+    work().deliver()
+
+    assert hand_queue.counts() == {"accepted": 301}
+    requests = {row.request_id: row for row in hand_queue.requests()}
+    rows = hand_queue.rows()
+    (company,) = (row for row in rows if row.action == "company")
+    accepted_at = requests[company.request_id].ended_at
+    assert all(requests[row.request_id].started_at >= accepted_at for row in rows if "@company" in row.body)

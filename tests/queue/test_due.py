@@ -35,6 +35,7 @@ def model(values, rows):
             and (other.action, other.subject_id) == (value.action, value.subject_id)
             and (other.value_at, other.delivery_id) > (value.value_at, value.delivery_id)
             for name in other.body
+            if name in value.body
         }
         if names:
             superseded[value.delivery_id] = names

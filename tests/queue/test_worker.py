@@ -154,8 +154,12 @@ def test_a_user_with_hundreds_of_deliveries_does_not_starve_others(queue, worker
     assert max(order.index(f"other {number}") for number in range(5)) < 30
 
 
-def test_at_most_eight_requests_are_in_flight(queue, worker_of):
-    queue.fill(40)
+@pytest.mark.parametrize(("per_minute", "most_in_flight"), [(60, 8), (600, 13), (1_000_000, 32)])
+def test_a_lane_has_as_many_requests_in_flight_as_its_limit_needs(
+    queue, worker_of, per_minute, most_in_flight
+):
+    count = 4 * most_in_flight
+    queue.fill(count)
     gate, most = threading.Semaphore(0), []
     under_way, lock = set(), threading.Lock()
 
@@ -164,17 +168,38 @@ def test_at_most_eight_requests_are_in_flight(queue, worker_of):
             with lock:
                 under_way.add(payload["user_id"])
                 most.append(len(under_way))
-                if len(under_way) == MAX_IN_FLIGHT or len(most) > 40 - MAX_IN_FLIGHT:
-                    gate.release(MAX_IN_FLIGHT)
+                if len(under_way) == most_in_flight or len(most) > count - most_in_flight:
+                    gate.release(most_in_flight)
             gate.acquire(timeout=30)
             with lock:
                 under_way.discard(payload["user_id"])
             return Answer(Outcome.ACCEPTED, 202, None, None, None)
 
+    worker_of(sender=Slow(), per_minute=dict.fromkeys(("identify", "track", "company"), per_minute)).deliver()
+
+    assert max(most) == most_in_flight
+    assert queue.counts() == {"accepted": count}
+
+
+def test_a_lane_whose_requests_take_long_does_not_hold_up_the_others(queue, worker_of):
+    queue.fill(100)
+    for number in range(100):
+        queue.track(f"u{number}", "Signed Up", created_at=queue.clock.now() - dt.timedelta(hours=1))
+    are_tracks_sent, tracks = threading.Event(), []
+
+    class Slow:
+        def send(self, path, payload):
+            if path == "v1/identify":
+                assert are_tracks_sent.wait(60)
+            else:
+                tracks.append(payload["user_id"])
+                if len(tracks) == 100:
+                    are_tracks_sent.set()
+            return Answer(Outcome.ACCEPTED, 202, None, None, None)
+
     worker_of(sender=Slow()).deliver()
 
-    assert max(most) == MAX_IN_FLIGHT == 8
-    assert queue.counts() == {"accepted": 40}
+    assert queue.counts() == {"accepted": 200}
 
 
 def test_no_window_holds_more_than_the_limit_even_across_workers(queue, worker_of, sandbox):
@@ -498,6 +523,32 @@ def test_requests_of_a_killed_process_count_in_the_window(hand_queue, clock, wor
     assert 60 <= clock.seconds < 100
 
 
+class Skewed:
+    """A clock whose time of day is wrong."""
+
+    def __init__(self, clock, minutes):
+        self.now = lambda: clock.now() + dt.timedelta(minutes=minutes)
+        self.monotonic, self.sleep = clock.monotonic, clock.sleep
+
+
+@pytest.mark.parametrize("minutes", [(0, 30), (0, -30), (30, 0), (-30, 0)])
+def test_the_window_holds_across_processes_whose_clocks_differ(hand_queue, clock, worker_of, minutes):
+    pace = {"identify": 5, "track": 5, "company": 5}
+    hand_queue.fill(5, next_attempt_at=clock.now() - dt.timedelta(hours=1))
+    worker_of(clock=Skewed(clock, minutes[0]), per_minute=pace).deliver()
+    clock.seconds += 10
+    hand_queue.fill(5, prefix="v", next_attempt_at=clock.now() - dt.timedelta(hours=1))
+    began_at = clock.seconds
+
+    worker_of(clock=Skewed(clock, minutes[1]), per_minute=pace, poll_seconds=5).deliver()
+
+    assert hand_queue.counts() == {"accepted": 10}
+    assert clock.seconds - began_at >= 50
+    started = [(row.started_at - START).total_seconds() for row in hand_queue.requests()]
+    assert max(started[:5]) < 1
+    assert min(started[5:]) >= 60
+
+
 def test_a_worker_that_lost_its_lease_writes_nothing(queue, worker_of, sandbox):
     queue.fill(20)
     worker = worker_of()
@@ -657,3 +708,45 @@ def test_a_process_that_stood_still_sends_nothing_that_it_claimed_before(
         "pending",
         "Not sent: this process was suspended, and another may have taken over",
     )
+
+
+def test_a_user_who_is_put_into_a_company_waits_for_that_companys_identify(queue, worker_of, sandbox):
+    sandbox.faults.add({"path": "/v1/companies/identify", "delay_seconds": 0.3})
+    queue.add("u1", {"@company": "acme"})
+    queue.add("u2", {"plan": "pro"})
+    queue.add("acme", {"seats": 5}, action="company")
+
+    worker_of().deliver()
+
+    paths = [(entry.path, entry.user_id) for entry in sandbox.state.requests]
+    company = next(n for n, (path, _) in enumerate(paths) if path == "/v1/companies/identify")
+    assert [user for path, user in paths if path == "/v1/identify"] == ["u2", "u1"]
+    assert paths.index(("/v1/identify", "u1")) > company
+    assert queue.counts() == {"accepted": 3}
+
+
+def test_a_user_waits_ten_minutes_for_a_company_and_no_longer(hand_queue, clock, worker_of, sandbox):
+    hand_queue.add(
+        "acme", {"seats": 5}, action="company", next_attempt_at=clock.now() + dt.timedelta(hours=1)
+    )
+    hand_queue.add("u1", {"@company": "acme"})
+    hand_queue.add("u1", {"plan": "pro"})
+
+    clock.seconds = 590
+    worker_of(clock=clock, poll_seconds=5).deliver()
+
+    assert [(user, body) for user, body in log(sandbox)] == [("u1", {"plan": "pro"}), ("u1", {})]
+    assert clock.seconds >= 600
+
+
+def test_a_user_does_not_wait_for_a_later_identify_of_a_known_company(queue, worker_of, sandbox):
+    queue.add("acme", {"seats": 5}, action="company")
+    worker_of().deliver()
+    queue.add(
+        "acme", {"seats": 6}, action="company", next_attempt_at=queue.clock.now() + dt.timedelta(hours=1)
+    )
+    queue.add("u1", {"@company": "acme"})
+
+    worker_of().deliver()
+
+    assert ("u1", {}) in log(sandbox)

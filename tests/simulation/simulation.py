@@ -133,6 +133,7 @@ class Simulation:
     def run(self):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(leases, "now", lambda _: self.timeline.now())
+            patch.setattr(dialects, "now", lambda _: self.timeline.now())
             patch.setattr(leases, "_is_gone", self._is_gone)
             patch.setattr(engines, "BUSY_SECONDS", 0)  # a lease lasts as long on both databases
             patch.setattr(crash, "at", self._at)

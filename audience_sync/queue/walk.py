@@ -1,0 +1,154 @@
+"""The search for subjects that are due in one queue (an action and a class), some rows at a time.
+
+A walk goes through the queue in the order in which its deliveries became due, and remembers where it is, so that no
+number of deliveries that cannot be sent now makes it start all over. It passes deliveries whose subject is busy:
+
+- The subject of a request in flight is noted in `passed`, and gets its turn again after the answer. While others wait,
+  these subjects get a twentieth of the lane each, and half of it at most together.
+- What waits for anything else is found by the next pass: from time to time, another search goes through the part of
+  the queue that was read before.
+
+Each search reads a limited number of rows of both parts. All state is a hint: deliveries.py reads what is claimed.
+"""
+
+import datetime as dt
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from audience_sync.queue import due
+from audience_sync.queue.due import START, DueSubject, Position
+
+SHARE = 20  # of a lane's turns, the one that a passed subject gets while others wait
+MOST_PASSED = 10_000  # subjects that are noted; further ones are found by the next pass
+FIRST_ROWS = 50  # of a search's first step; the following ones are longer
+
+
+@dataclass(slots=True)
+class Walk:
+    """`front` is where the current pass is, `tail` where unread deliveries begin; between passes they are equal."""
+
+    action: str
+    delivery_class: str
+    fingerprint: str | None = None
+    front: Position = START
+    tail: Position = START
+    passed: dict[str, None] = field(default_factory=dict)
+    is_at_end: bool = False
+    searched_at: dt.datetime = START[0]
+    quiet_until: dt.datetime | None = None  # the first moment at which a subject's grace ends
+    _answer_count: int = -1  # when the current pass began
+    _pass_at: float = -math.inf
+    _pass_seconds: float = 0.0
+    _pass_rows: int = 0
+    _others_count: int = 0  # subjects that had their turn since a passed one had
+    _now: float = 0.0
+    _rows_left: dict[bool, int] = field(default_factory=dict)  # of this search; True: in the current pass
+    _step_rows: int = FIRST_ROWS
+    _seen: set[str] = field(default_factory=set)  # in this search
+
+    def begin(self, monotonic: float, pass_seconds: float, answer_count: int) -> None:
+        """Begin a search. A short pass begins after `pass_seconds`, a longer one after a longer time."""
+        self._now, self._pass_seconds = monotonic, pass_seconds
+        self._rows_left = {True: due.MOST_READ, False: due.MOST_READ}
+        self._step_rows, self._seen, self.is_at_end = FIRST_ROWS, set(), False
+        if self.front == self.tail and monotonic >= self._pass_at:
+            self.front, self._pass_rows, self.quiet_until = START, 0, None
+            self._answer_count = answer_count
+
+    def begin_pass(self) -> None:
+        """Make the next search begin a pass."""
+        self._pass_at = -math.inf
+
+    def is_search_over(self, in_flight: Collection[str]) -> bool:
+        """Return whether the last search found all that may be sent now."""
+        return self.is_at_end and self.passed.keys() <= set(in_flight)
+
+    def is_over(self, answer_count: int) -> bool:
+        """Return whether nothing was left in the queue by a pass since so many answers."""
+        is_passed = self.front == self.tail and self._answer_count == answer_count
+        return is_passed and self.is_search_over(())
+
+    def next_subjects(
+        self, connection: sa.Connection, now: dt.datetime, room: int, in_flight: Collection[str]
+    ) -> list[DueSubject]:
+        """Return the next subjects to send to, at most `room`; none if this search is over."""
+        subjects: list[DueSubject] = []
+        self.searched_at = now
+        if self._others_count >= max(1, SHARE // max(1, len(self.passed)) - 1):
+            self._add_passed(subjects, 1, in_flight)
+        while len(subjects) < room and (position := self._position()) is not None:
+            self._step(connection, now, position, subjects, room, in_flight)
+        self._add_passed(subjects, room - len(subjects), in_flight)
+        return subjects
+
+    def _position(self) -> Position | None:
+        """Return where to read on; None if this search is over."""
+        if self.front < self.tail and self._rows_left[True] > 0:
+            return self.front
+        return self.tail if self._rows_left[False] > 0 and not self.is_at_end else None
+
+    def _step(
+        self,
+        connection: sa.Connection,
+        now: dt.datetime,
+        position: Position,
+        subjects: list[DueSubject],
+        room: int,
+        in_flight: Collection[str],
+    ) -> None:
+        stretch = due.read_stretch(
+            connection, self.action, self.delivery_class, now, position, self._step_rows, self.fingerprint
+        )
+        end, is_last = stretch.end, stretch.is_last
+        for subject in stretch.subjects:
+            if not self._is_free(subject, in_flight):
+                continue
+            if len(subjects) == room:
+                end, is_last = max(position, subject.first), False
+                break
+            self._seen.add(subject.subject_id)
+            self._others_count += 1
+            subjects.append(subject)
+        # A subject costs as much as ten rows.
+        cost = max(1, stretch.row_count + 10 * len(stretch.subjects))
+        self._move(position, end, stretch.row_count, cost, is_last=is_last)
+
+    def _is_free(self, subject: DueSubject, in_flight: Collection[str]) -> bool:
+        subject_id = subject.subject_id
+        if subject_id in in_flight:
+            self.put_back(subject_id)
+        elif subject.quiet_until is not None:
+            self.quiet_until = min(self.quiet_until or subject.quiet_until, subject.quiet_until)
+        is_busy = subject_id in in_flight or subject.is_sending or subject.quiet_until is not None
+        return not is_busy and subject_id not in self.passed and subject_id not in self._seen
+
+    def _move(self, position: Position, end: Position, row_count: int, cost: int, *, is_last: bool) -> None:
+        is_pass = self.front < self.tail
+        self._rows_left[is_pass and position == self.front] -= cost
+        self._step_rows = min(4 * self._step_rows, due.STEP_ROWS)
+        self.is_at_end = is_last
+        if is_pass and position == self.front:
+            self._pass_rows += row_count
+            self.front = self.tail if is_last else end
+            self.tail = max(self.front, self.tail)
+            if self.front == self.tail:
+                self._pass_at = self._now + self._pass_seconds * max(1.0, self._pass_rows / due.STEP_ROWS)
+        else:
+            self.front, self.tail = (self.front if is_pass else end), end
+
+    def _add_passed(self, subjects: list[DueSubject], count: int, in_flight: Collection[str]) -> None:
+        """Give passed subjects that are not in flight their turn, those first that have waited longest."""
+        free = (subject for subject in self.passed if subject not in in_flight and subject not in self._seen)
+        for subject_id in [subject for subject, _ in zip(free, range(count))]:  # noqa: B905  (at most so many)
+            del self.passed[subject_id]
+            self._seen.add(subject_id)
+            self._others_count = 0
+            subjects.append(DueSubject(subject_id, START, due.MOST_READ, True, False, None))
+
+    def put_back(self, subject_id: str) -> None:
+        """Note a subject that has more deliveries than could be sent now."""
+        if len(self.passed) < MOST_PASSED:
+            self.passed.setdefault(subject_id)
