@@ -16,6 +16,7 @@ from audience_sync.queue import destination, due
 from audience_sync.settings import Settings
 
 SAMPLE = 5
+LANES = ("identify", "track", "company", "bulk")
 UNSETTLED = ("held", "pending", "sending")
 PAGE = 1_000  # rows that are read in one transaction
 MINUTE = dt.timedelta(minutes=1)
@@ -75,6 +76,9 @@ def pages(
         before = page[-1][id_name]
 
 
+# As the partial indexes say it.
+_IS_RUNNING = tables.runs.c.status == sa.literal_column("'running'")
+_IS_HELD = tables.runs.c.status == sa.literal_column("'held'")
 _RUNS = sa.select(tables.runs, tables.definitions.c.key).join(
     tables.definitions, tables.definitions.c.definition_id == tables.runs.c.definition_id
 )
@@ -171,7 +175,8 @@ def _held_samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
 
 
 def _users(table: sa.Table, column: sa.Column[int], row: Any) -> sa.Select[Any]:
-    return sa.select(table.c.user_id).where(table.c.definition_id == row.definition_id, column == row.run_id)
+    query = sa.select(table.c.user_id).where(column == row.run_id)
+    return query.where(table.c.definition_id == row.definition_id) if table is tables.members else query
 
 
 def _sample(connection: sa.Connection, users: sa.SelectBase) -> list[str]:
@@ -217,15 +222,23 @@ def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime)
 
 
 def _last_runs(connection: sa.Connection) -> dict[str, dict[str, Any]]:
-    newest = sa.select(sa.func.max(tables.runs.c.run_id)).group_by(tables.runs.c.definition_id)
-    run_ids = connection.execute(newest).scalars().all()
-    return {run["key"]: run for run in run_rows(connection, ids=run_ids)}
+    run_ids = connection.execute(_newest()).scalars().all()
+    return {run["key"]: run for run in run_rows(connection, ids=[run_id for run_id in run_ids if run_id])}
+
+
+def _newest(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """The id of each definition's newest run under a condition, looked up in the index of runs; or null."""
+    is_of = tables.runs.c.definition_id == tables.definitions.c.definition_id
+    newest = (
+        sa.select(tables.runs.c.run_id).where(is_of, *where).order_by(tables.runs.c.run_id.desc()).limit(1)
+    )
+    return sa.select(newest.correlate(tables.definitions).scalar_subquery()).select_from(tables.definitions)
 
 
 def _member_counts(connection: sa.Connection) -> dict[str, int]:
     """The sizes of the last committed snapshots, without the members who were erased since."""
-    committed = sa.select(sa.func.max(tables.runs.c.run_id)).where(tables.runs.c.status == "succeeded")
-    query = _RUNS.where(tables.runs.c.run_id.in_(committed.group_by(tables.runs.c.definition_id)))
+    run_ids = connection.execute(_newest(tables.runs.c.status == "succeeded")).scalars().all()
+    query = _RUNS.where(dialects.is_among(connection, tables.runs.c.run_id, filter(None, run_ids)))
     query = query.add_columns(tables.definitions.c.forgotten_count)
     return {row.key: row.member_count - row.forgotten_count for row in connection.execute(query)}
 
@@ -289,13 +302,23 @@ def _members_after(run_id: int, definition_id: int, after: str, last: str | None
     return sa.union_all(*parts).order_by("user_id")
 
 
+# As the view membership_history, but looked up for each definition. CROSS JOIN is SQLite's way to fix the order.
+_MEMBERSHIPS = """
+SELECT d.key, coalesce(m.value, 'true') AS value, r.as_of AS "from", NULL AS "to"
+FROM {our}definitions d CROSS JOIN {our}members m JOIN {our}runs r ON r.run_id = m.entered_run_id
+WHERE m.definition_id = d.definition_id AND m.user_id = :user_id
+UNION ALL
+SELECT d.key, coalesce(p.value, 'true'), r.as_of, x.as_of
+FROM {our}definitions d CROSS JOIN {our}past_members p JOIN {our}runs r ON r.run_id = p.entered_run_id
+JOIN {our}runs x ON x.run_id = p.exited_run_id
+WHERE p.definition_id = d.definition_id AND p.user_id = :user_id
+ORDER BY "from", key
+"""
+
+
 def user(connection: sa.Connection, user_id: str) -> dict[str, Any]:
     """A user's memberships with their times, deliveries, and the profile from calls."""
-    memberships = dialects.sql(
-        connection,
-        'SELECT key, value, "from", "to" FROM {our}membership_history WHERE user_id = :user_id ORDER BY "from", key',
-        user_id=user_id,
-    )
+    memberships = dialects.sql(connection, _MEMBERSHIPS, user_id=user_id)
     profile = connection.execute(
         sa.select(tables.profiles).where(tables.profiles.c.user_id == user_id)
     ).one_or_none()
@@ -402,10 +425,10 @@ def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> d
 
 
 def _held_runs(connection: sa.Connection) -> list[dict[str, Any]]:
-    query = _RUNS.where(tables.runs.c.status == "held").order_by(tables.runs.c.run_id)
+    # Sorted here, because SQLite would read all runs in this order instead of the index of held ones.
+    held = sorted(connection.execute(_RUNS.where(_IS_HELD)), key=lambda row: row.run_id)
     return [
-        {"run_id": row.run_id, "key": row.key, "held_by": row.held_by, "reason": row.error}
-        for row in connection.execute(query)
+        {"run_id": row.run_id, "key": row.key, "held_by": row.held_by, "reason": row.error} for row in held
     ]
 
 
@@ -416,16 +439,14 @@ def _failed_runs(
 
     A run whose process is gone counts as abandoned, before another process has found it.
     """
-    last = _last_decided()
-    query = _RUNS.where(
-        sa.or_(
-            sa.and_(tables.runs.c.run_id == last, tables.runs.c.status.in_(("failed", "abandoned"))),
-            tables.runs.c.status == "running",
-        )
-    )
+    has_failed = tables.runs.c.status.in_(("failed", "abandoned"))
+    last = connection.execute(sa.select(_last_decided()).select_from(tables.definitions)).scalars()
+    is_last = dialects.is_among(connection, tables.runs.c.run_id, filter(None, last))
+    decided = connection.execute(_RUNS.where(is_last, has_failed)).all()
+    running = connection.execute(_RUNS.where(_IS_RUNNING)).all()
     leased = leases.held_names(connection)
     failed = {}
-    for row in connection.execute(query.order_by(tables.runs.c.run_id)):
+    for row in sorted([*decided, *running], key=lambda row: row.run_id):
         is_running = row.status == "running"
         if is_running and leases.of_definition(row.key) in leased:
             continue
@@ -484,7 +505,8 @@ def _lanes(
     """Each lane's limit and use, in requests; the bulk lane's in rows."""
     since = now - MINUTE
     requests = sa.select(tables.requests.c.lane, sa.func.count().label("number"))
-    requests = requests.where(tables.requests.c.started_at > since).group_by(tables.requests.c.lane)
+    is_recent = sa.and_(tables.requests.c.lane.in_(LANES), tables.requests.c.started_at > since)
+    requests = requests.where(is_recent).group_by(tables.requests.c.lane)
     rows = sa.select(sa.func.coalesce(sa.func.sum(tables.bulk_jobs.c.row_count), 0))
     sent = {row.lane: row.number for row in connection.execute(requests)}
     sent["bulk"] = int(connection.execute(rows.where(tables.bulk_jobs.c.submitted_at > since)).scalar_one())
@@ -537,5 +559,5 @@ def call_rows(
     query = sa.select(tables.calls).order_by(tables.calls.c.call_id.desc()).limit(limit)
     query = _older(query, tables.calls.c.call_id, before)
     if status is not None:
-        query = query.where(tables.calls.c.status == status)
+        query = query.where(tables.IGNORED if status == "ignored" else tables.calls.c.status == status)
     return [dict(row._mapping) for row in connection.execute(query)]  # noqa: SLF001  (SQLAlchemy's public name)

@@ -76,6 +76,7 @@ DEAD = sa.text("status = 'dead'")
 SENDING = sa.text("status = 'sending'")
 HELD = sa.text("status = 'held'")
 WAITING = sa.text("status IN ('held', 'dead')")  # until somebody decides, or a later run does
+IGNORED = sa.text("status = 'ignored'")
 UNSETTLED = sa.text("status IN ('pending', 'sending')")
 ATTEMPTED = sa.text("status IN ('pending', 'sending') AND attempt_count > 0")
 ISOLATED = sa.text("status = 'pending' AND alone")
@@ -145,6 +146,8 @@ past_members = sa.Table(
     sa.Column("entered_run_id", Serial, primary_key=True, autoincrement=False),
     sa.Column("exited_run_id", Serial, nullable=False),
     sa.Column("value", sa.Text),
+    sa.Index("ix_past_members_exited_run_id", "exited_run_id", "definition_id", "user_id"),
+    sa.Index("ix_past_members_entered_run_id", "entered_run_id"),
     sqlite_with_rowid=False,
 )
 
@@ -169,6 +172,9 @@ calls = sa.Table(
     sa.Column("corrected", Json),  # a list of texts: what was read otherwise than it was written
     sa.CheckConstraint("status IN ('accepted', 'ignored')", name="status"),
     sa.CheckConstraint("status <> 'ignored' OR reason IS NOT NULL", name="reason"),
+    _partial_index("ix_calls_ignored", IGNORED, "call_id"),
+    _partial_index("ix_calls_user_id", sa.text("user_id IS NOT NULL"), "user_id"),
+    _partial_index("ix_calls_anonymous_id", sa.text("anonymous_id IS NOT NULL"), "anonymous_id"),
     sqlite_autoincrement=True,
 )
 
@@ -218,6 +224,7 @@ deliveries = sa.Table(
     _partial_index("ix_deliveries_dead", DEAD, "definition_id"),
     _partial_index("ix_deliveries_call_id", sa.text("call_id IS NOT NULL"), "call_id"),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),
+    sa.Index("ix_deliveries_status", "status", "delivery_id"),
     _partial_index("ix_deliveries_run_id", sa.text("run_id IS NOT NULL"), "run_id", "status"),
     sqlite_autoincrement=True,
 )

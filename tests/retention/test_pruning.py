@@ -515,3 +515,36 @@ def test_a_stopped_destination_keeps_the_proof_that_it_was_in_use(store):
         assert destination.has_accepted(connection, "A") is True
         destination.resume(connection)
     assert store.prune() == {"deliveries": 1}
+
+
+def test_past_members_of_every_definition_get_their_turn(engine, monkeypatch):
+    """However many past members, who left lately, the first definitions have, and in however little time."""
+    monkeypatch.setattr(pruning, "STRETCH", 10)
+    run = {"mode": "changes", "trigger": "schedule", "status": "succeeded", "member_count": 0}
+    old, new = NOW - dt.timedelta(days=30), NOW - dt.timedelta(hours=1)
+    with engines.write(engine) as connection:
+        for definition_id in (1, 2):
+            connection.execute(
+                tables.definitions.insert(),
+                {
+                    "definition_id": definition_id,
+                    "key": f"k{definition_id}",
+                    "name": "A",
+                    "kind": "audience",
+                    "created_at": old,
+                    "retired_at": old,
+                },
+            )
+        for run_id, definition_id, at in ((1, 2, old), (2, 1, new)):
+            moments = {"as_of": at, "started_at": at, "finished_at": at}
+            connection.execute(
+                tables.runs.insert(), run | moments | {"run_id": run_id, "definition_id": definition_id}
+            )
+        past = [
+            {"definition_id": 1, "user_id": f"u{number}", "entered_run_id": 1, "exited_run_id": 2}
+            for number in range(100)
+        ]
+        past.append({"definition_id": 2, "user_id": "left", "entered_run_id": 1, "exited_run_id": 1})
+        connection.execute(tables.past_members.insert(), past)
+    retention = Retention(calls=math.inf, deliveries=math.inf, requests=math.inf, past_members=86_400.0)
+    assert pruning.prune(engine, retention, NOW, seconds=0)["past_members"] == 1

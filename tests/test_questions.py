@@ -1,0 +1,201 @@
+"""Each question of the command line reads what it needs by an index, and no large table as a whole."""
+
+import datetime as dt
+import re
+
+import pytest
+import sqlalchemy as sa
+
+from audience_sync import history
+from audience_sync.db import dialects, engines, tables
+from audience_sync.retention import erasure
+from audience_sync.settings import load
+
+ROWS = 3_000
+NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
+LATER = NOON + dt.timedelta(days=30)
+LARGE = "deliveries|requests|calls|members|past_members|runs|events|profiles"
+ALIAS = "|d|b|q|h|m|p"  # as SQLite names them in its plans
+WHOLE = {
+    "sqlite": re.compile(rf"SCAN ({LARGE}{ALIAS})(_\d)?$"),
+    "postgresql": re.compile(rf"Seq Scan on ({LARGE})\b"),
+}
+CALL = {"type": "track", "body": {}, "timestamp": NOON, "received_at": NOON, "status": "accepted"}
+RUN = {"mode": "changes", "trigger": "schedule", "as_of": NOON, "started_at": NOON, "finished_at": NOON}
+EVENT = {"name": "Seen", "properties": {}, "context": {}, "timestamp": NOON, "received_at": NOON}
+PROFILE = {"traits": {}, "trait_times": {}, "first_seen_at": NOON, "last_seen_at": NOON}
+DELIVERY = {
+    "action": "identify",
+    "body": {"vips": True},
+    "class": "change",
+    "definition_id": 1,
+    "value_at": NOON,
+    "status": "accepted",
+    "created_at": NOON,
+    "next_attempt_at": NOON,
+    "settled_at": NOON,
+}
+UNUSUAL = {  # statuses of a few deliveries, with what they need
+    "pending": {"settled_at": None},
+    "sending": {"settled_at": None},
+    "held": {"settled_at": None},
+    "dead": {"error": "refused"},
+    "cancelled": {},
+}
+
+
+def rows():
+    """Rows for each table, of three definitions, whose last runs are the newest."""
+    numbers = range(1, ROWS + 1)
+    yield (
+        tables.definitions,
+        [
+            {
+                "definition_id": number,
+                "key": f"key{number}",
+                "name": "A",
+                "kind": "audience",
+                "created_at": NOON,
+            }
+            for number in (1, 2, 3)
+        ],
+    )
+    yield (
+        tables.runs,
+        [
+            RUN | {"definition_id": number % 3 + 1, "status": "succeeded", "member_count": ROWS}
+            for number in numbers
+        ],
+    )
+    yield (
+        tables.members,
+        [
+            {"definition_id": definition_id, "user_id": f"u{number}", "entered_run_id": number}
+            for definition_id in (1, 2, 3)
+            for number in numbers
+        ],
+    )
+    yield (
+        tables.past_members,
+        [
+            {
+                "definition_id": number % 3 + 1,
+                "user_id": f"u{number}",
+                "entered_run_id": number,
+                "exited_run_id": number + 1,
+            }
+            for number in numbers
+        ],
+    )
+    yield (
+        tables.requests,
+        [
+            {"lane": "identify", "epoch": 1, "started_at": NOON, "ended_at": NOON, "delivery_count": 1}
+            for _ in numbers
+        ],
+    )
+    yield (
+        tables.deliveries,
+        [
+            DELIVERY
+            | {"subject_id": f"u{number}", "run_id": number, "request_id": number, "error": None}
+            | (
+                UNUSUAL[list(UNUSUAL)[number]] | {"status": list(UNUSUAL)[number]}
+                if number < len(UNUSUAL)
+                else {}
+            )
+            for number in range(ROWS)
+        ],
+    )
+    yield (
+        tables.calls,
+        [
+            CALL | {"message_id": f"m{number}", "user_id": f"u{number}", "anonymous_id": f"a{number}"}
+            for number in numbers
+        ],
+    )
+    yield tables.calls, [CALL | {"message_id": "ignored", "status": "ignored", "reason": "why"}]
+    yield tables.events, [EVENT | {"call_id": number, "user_id": f"u{number}"} for number in numbers]
+    yield tables.profiles, [PROFILE | {"user_id": f"u{number}"} for number in numbers]
+
+
+@pytest.fixture(params=["unknown", "known"])
+def filled(engine, request):
+    """A database with a long history, with and without statistics of it."""
+    with engines.write(engine) as connection:
+        for table, new in rows():
+            connection.execute(table.insert(), new)
+        if request.param == "known":
+            dialects.sql(connection, "ANALYZE")
+    return engine
+
+
+@pytest.fixture
+def plans(filled):
+    """Record each statement with its plan."""
+    recorded = []
+
+    def explain(connection, _cursor, statement, parameters, *_):
+        if statement.lstrip().upper().startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
+            how = "EXPLAIN QUERY PLAN" if dialects.is_sqlite(filled) else "EXPLAIN"
+            cursor = connection.connection.dbapi_connection.cursor()
+            cursor.execute(
+                f"{how} {statement}", parameters[0] if isinstance(parameters, list) else parameters
+            )
+            recorded.append((statement, [str(row[-1]) for row in cursor.fetchall()]))
+
+    sa.event.listen(filled, "before_cursor_execute", explain)
+    yield recorded
+    sa.event.remove(filled, "before_cursor_execute", explain)
+
+
+QUESTIONS = {
+    "status": lambda connection, settings: history.status(connection, settings, LATER),
+    "list": lambda connection, settings: history.definitions(connection, settings, LATER),
+    "history": lambda connection, _: history.run_rows(connection, key="key1", limit=20),
+    "history of all": lambda connection, _: history.run_rows(connection, limit=20),
+    "show": lambda connection, _: history.run_in_full(connection, 7),
+    "user": lambda connection, _: history.user(connection, "u7"),
+    "calls": lambda connection, _: history.call_rows(connection, "ignored", limit=20),
+    "calls of all": lambda connection, _: history.call_rows(connection, None, limit=20),
+    "forget": lambda connection, _: erasure.forget(connection, "u7", LATER),
+    **{
+        f"deliveries {status}": lambda connection, _, status=status: history.delivery_rows(
+            connection, status=status, limit=20
+        )
+        for status in (*UNUSUAL, "accepted")
+    },
+}
+
+
+# The number of calls is counted as a whole.
+COUNTED = re.compile(r"SELECT count\(\*\) AS count_1 \nFROM \S*calls$")
+
+
+def is_in_order(statement):
+    """Whether the statement reads a table from its newest row on, until a limit."""
+    where = statement.partition("\nFROM ")[2]
+    return "WHERE" not in where and "DESC" in where and "LIMIT" in where
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / "audience_sync.toml").write_text(
+        "".join(
+            f'[[audiences]]\nname = "Key{number}"\nkey = "key{number}"\nsql = "SELECT 1"\n'
+            for number in (1, 2, 3)
+        )
+    )
+    return load(tmp_path / "audience_sync.toml", {})
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_uses_indexes(plans, filled, backend, settings, question):
+    with engines.write(filled) as connection:
+        if backend == "postgresql":  # which prefers to read small tables as a whole
+            dialects.sql(connection, "SET LOCAL enable_seqscan = off")
+        QUESTIONS[question](connection, settings)
+    assert plans
+    for statement, plan in plans:
+        whole = [line for line in plan if WHOLE[backend].search(line)]
+        assert not whole or is_in_order(statement) or COUNTED.search(statement), (statement, plan)
