@@ -163,19 +163,6 @@ def test_a_key_without_rights_stops_at_once(good, company, sandbox):
     assert len(sandbox.state.snapshot()["users"]) == 60
 
 
-def test_a_refused_user_does_not_stop_the_others(good, company, sandbox):
-    company("INSERT INTO people VALUES ('refused')")
-    body = {"error": "not this user"}
-    sandbox.faults.add({"path": "/v1/identify", "user_id": "refused", "status": 403, "body": body})
-    command = good()
-    assert command("sync")[0] == 1
-    assert "refused" not in sandbox.state.snapshot()["users"]
-    assert len(sandbox.state.snapshot()["users"]) == 3
-    assert command.document("status")["stopped"] is None
-    (waiting,) = command.document("deliveries", "--status", "pending")
-    assert waiting["error"] == "not this user"
-
-
 def test_a_wrong_key_loses_nothing(good, sandbox):
     code, output = good(key="wrong")("sync")
     assert code == 1
