@@ -48,4 +48,5 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/delivery.py
 	$(BIN)/python benchmarks/script.py
 	$(BIN)/python benchmarks/intake.py
+	$(BIN)/python benchmarks/hot.py
 	$(BIN)/python benchmarks/daemon.py

@@ -34,7 +34,8 @@ GATHER_SECONDS = (
 )
 LATE_LOG_SECONDS = 60.0  # between two events about the same lateness
 STOPPED_SECONDS = 300.0  # between two checks whether a refused key works again
-IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent
+IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent, unless something else becomes due
+JUST_QUEUED = dt.timedelta(seconds=1)  # in which a delivery is committed after its time
 PRUNE_SECONDS = 3600.0
 ENDING_SECONDS = 60.0  # a request may take half of it
 CLOCK_SECONDS = 2.0  # the wall clock was set if it moves further than this against the monotonic clock
@@ -66,6 +67,9 @@ class Daemon:
     _is_delayed: bool = False
     _pause_delivery: threading.Event = field(default_factory=threading.Event)
     _deliver_at: float = 0.0
+    _waiting_since: dt.datetime | None = (
+        None  # all that was due then waits: only what became due later is new
+    )
     _prune_at: float = 0.0
 
     def run(self) -> None:
@@ -226,17 +230,22 @@ class Daemon:
         """Deliver what is due; wait for runs that started together, so that one request carries a user's changes."""
         self._pause_delivery.clear()
         app = self.app
-        if app.stop.is_set() or app.clock.monotonic() < self._deliver_at:
+        since = self._waiting_since if app.clock.monotonic() < self._deliver_at else None
+        if app.stop.is_set() or (since is None and app.clock.monotonic() < self._deliver_at):
             return
+        now = app.clock.now()
         with engines.read(app.engine) as connection:
-            now = app.clock.now()
-            if not (due.is_due(connection, now) or due.scheduled_ahead(connection, now)):
+            if not (due.is_due(connection, now, since) or due.scheduled_ahead(connection, now)):
                 return
         report = app.deliver(stop=self._pause_delivery, is_gathering=self._is_gathering)
+        self._waiting_since = None
         if report.stopped:
             self._deliver_at = app.clock.monotonic() + STOPPED_SECONDS
-        elif report.is_left or not report.request_count:  # another process delivers, or a lane is paused
+        elif report.is_left:  # another process delivers
             self._deliver_at = app.clock.monotonic() + IDLE_SECONDS
+        elif not report.request_count:  # it waits for its subject, or a lane is paused
+            self._deliver_at = app.clock.monotonic() + IDLE_SECONDS
+            self._waiting_since = now - JUST_QUEUED
 
     def reload(self) -> None:
         """Read the configuration again; if it is invalid, the previous one stays in use."""

@@ -90,7 +90,8 @@ class Line:
 
 
 def serve(pipe, multiple):
-    limits = Limits(identify_per_minute=LIVE * multiple, bulk_rows_per_minute=BULK * multiple)
+    live = dict.fromkeys(("identify_per_minute", "track_per_minute", "company_per_minute"), LIVE * multiple)
+    limits = Limits(**live, bulk_rows_per_minute=BULK * multiple)
     with FaultySandbox(limits=limits) as sandbox:
         gc.freeze()
         gc.disable()  # its log only grows

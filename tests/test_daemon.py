@@ -15,6 +15,7 @@ from audience_sync.daemon import Daemon
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import ConfigError
 from audience_sync.queue import destination
+from tests.queue.conftest import Queue
 from tests.waiting import until
 
 BERLIN = "Europe/Berlin"
@@ -632,3 +633,32 @@ def test_deliveries_do_not_wait_for_runs_that_never_cease(life, monkeypatch):
         daemon.tick()
         gathering.append(daemon._is_gathering())
     assert gathering == [True, True, False, False] * 3
+
+
+def test_a_due_delivery_that_waits_for_its_user_does_not_delay_the_others(life):
+    queue = Queue(life.daemon.app.engine, life.clock)
+    queue.add("ann", {"plan": "pro"}, next_attempt_at=life.clock.now() + HOUR, attempt_count=1)
+    queue.track("ann", "Signed Up")
+    life.daemon.deliver()
+    assert life.sandbox.state.events == []
+
+    life.clock.moment += dt.timedelta(seconds=3)
+    queue.track("bob", "Signed Up")
+    life.daemon.deliver()
+
+    assert [event["user_id"] for event in life.sandbox.state.events] == ["bob"]
+
+
+def test_a_daemon_whose_deliveries_all_wait_does_not_begin_to_deliver_each_second(life, monkeypatch):
+    queue = Queue(life.daemon.app.engine, life.clock)
+    queue.add("ann", {"plan": "pro"}, next_attempt_at=life.clock.now() + HOUR, attempt_count=1)
+    queue.track("ann", "Signed Up")
+    for _ in range(2):
+        life.daemon.deliver()
+        life.clock.moment += dt.timedelta(seconds=3)
+    started = []
+    monkeypatch.setattr(App, "deliver", lambda *_, **__: started.append(1))
+
+    life.daemon.deliver()
+
+    assert started == []

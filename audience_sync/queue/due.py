@@ -494,15 +494,20 @@ _FIRST_WAITING = sa.union_all(
 )
 
 
-def is_due(connection: sa.Connection, now: dt.datetime) -> bool:
-    """Return whether anything may be claimed, or is left `sending` by a process that is gone."""
+def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | None = None) -> bool:
+    """Return whether anything may be claimed, or is left `sending` by a process that is gone.
+
+    `since`: whether anything has become due after this moment.
+    """
     due: list[Any] = [
-        sa.and_(_pending_by_claim_index(action, delivery_class), _DUE_AT <= _NOW)
+        sa.and_(_pending_by_claim_index(action, delivery_class), _DUE_AT <= _NOW, _DUE_AT > _SINCE)
         for action in LANES
         for delivery_class in CLASSES
     ]
-    exist = [sa.exists(sa.select(_ID).where(condition)) for condition in (*due, SENDING)]
-    return bool(connection.execute(sa.select(sa.or_(*exist)), {"now": now}).scalar_one())
+    conditions = due if since else [*due, SENDING]
+    exist = [sa.exists(sa.select(_ID).where(condition)) for condition in conditions]
+    moments = {"now": now, "since": since or START[0]}
+    return bool(connection.execute(sa.select(sa.or_(*exist)), moments).scalar_one())
 
 
 def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
