@@ -39,7 +39,7 @@ bulk = false
 BODY = {"track": '{"event_name": "Seen"}', "identify": '{"visits": 1}', "company": '{"seats": 1}'}
 FILL = """INSERT INTO {{our}}deliveries
 (action, subject_id, body, class, call_id, value_at, status, created_at, next_attempt_at)
-SELECT :action, {subject}, {body}, 'call', n, :now, 'pending', :now, :now FROM {numbers}"""
+SELECT :action, {subject}, {body}, :class, n, :now, 'pending', :now, :now FROM {numbers}"""
 LEFT = "SELECT 1 FROM {our}deliveries WHERE status IN ('pending', 'sending') AND subject_id LIKE 'user-%' LIMIT 1"
 
 
@@ -56,7 +56,7 @@ class Line:
         return self.others / self.seconds
 
 
-def fill(engine, action, now, count, subject):
+def fill(engine, action, now, count, subject, delivery_class="call"):
     numbers = f"generate_series(1, {count}) AS g(n)"
     body = f"CAST('{BODY[action]}' AS json)"
     if dialects.is_sqlite(engine):
@@ -65,7 +65,7 @@ def fill(engine, action, now, count, subject):
     if count:
         with engines.write(engine) as connection:
             statement = FILL.format(subject=subject, body=body.replace(": ", "\\: "), numbers=numbers)
-            dialects.sql(connection, statement, action=action, now=now)
+            dialects.sql(connection, statement, action=action, now=now, **{"class": delivery_class})
 
 
 def deliver(configuration, action, hot, others):

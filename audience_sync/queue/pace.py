@@ -22,7 +22,9 @@ MIN_SPEED_FACTOR = 0.05  # of the limit
 MIN_JOB_SPEED_FACTOR = 0.25  # of the configured speed of jobs
 PUSH_SECONDS = 1.0  # of unused time that pushes may catch up on
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
-SLOW_ANSWER_SECONDS = 1.3  # up to which the answers' latency does not slow a lane down
+SLOW_ANSWER_SECONDS = (
+    2.0  # up to which the latency of answers, with their settlement, does not slow a lane down
+)
 FEWEST_IN_FLIGHT = 8
 PUSHES_AT_ONCE = 4
 _ROUNDING = 1e-6
