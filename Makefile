@@ -49,4 +49,5 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/script.py
 	$(BIN)/python benchmarks/intake.py
 	$(BIN)/python benchmarks/hot.py
+	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/daemon.py
