@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from audience_sync import logs
 from audience_sync.audiences import foreign, plan, records, runs
-from audience_sync.audiences.definition import Definition
+from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import Clock, SystemClock
 from audience_sync.db import engines, migrate
 from audience_sync.errors import ConfigError, SourceError
@@ -25,7 +25,7 @@ from audience_sync.queue import bulk, deliveries, due, progress, split, worker
 from audience_sync.queue.destination import Destination, try_to_resume
 from audience_sync.queue.pace import WINDOW_SECONDS
 from audience_sync.retention import pruning
-from audience_sync.settings import Settings, load, with_stored_keys
+from audience_sync.settings import Settings, load, queries, with_stored_keys
 from audience_sync.settings.schema import span_seconds
 from audience_sync.stopping import Stop
 from audience_sync.userpilot import payloads
@@ -143,6 +143,10 @@ class App:
         push_count, user_count = planned.affected.push_count, planned.affected.user_count
         planned = replace(planned, errors=errors | planned.errors)
         return planned, split.forecast(push_count, user_count - push_count, pace)
+
+    def query_definition(self, text: str, source: str | None, kind: Kind) -> Definition:
+        """Return a definition of a query that is not configured, to preview or explain it."""
+        return queries.unnamed_definition(self.settings, text, source, kind)
 
     def deliver(
         self,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -24,7 +24,15 @@ from audience_sync.db import dialects, engines
 from audience_sync.errors import AudienceSyncError, DefinitionError, Interrupted, SourceError, unexpected
 from audience_sync.stopping import Stop
 
-SQL, READY, ELIGIBLE = "SQL", "ready_sql", "eligible_sql"  # a definition's queries, as messages call them
+if TYPE_CHECKING:
+    from audience_sync.audiences.query.compiler import CompiledQuery
+
+SQL, QUERY, READY, ELIGIBLE = (
+    "SQL",
+    "query",
+    "ready_sql",
+    "eligible_sql",
+)  # a definition's queries, as messages call them
 FETCH_ROWS = 20_000
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
 PROGRESS_STEPS = 20_000  # of SQLite's virtual machine between checks of the deadline: some milliseconds
@@ -54,6 +62,7 @@ class _Query:
     text: str
     arguments: Any
     columns: tuple[str, ...]  # those that it must return
+    value_type: str | None  # the type that a trait's values are converted to
     source: sa.Engine | None
     deadline: float  # monotonic seconds
     stop: Stop
@@ -78,26 +87,84 @@ def compute(
     """
     deadline = time.monotonic() + definition.timeout_seconds
 
-    def prepare(name: str, sql: str, *columns: str) -> _Query:
-        dialect = (source or connection).dialect
+    columns = ("user_id", "value") if definition.kind is Kind.TRAIT else ("user_id",)
+    dialect = (source or connection).dialect
+
+    def prepare(name: str, sql: str, *columns: str, value_type: str | None = None) -> _Query:
         try:
-            statement.check_before_run(sql, dialect.name)
+            if name != QUERY:  # the compiler's own SQL only reads
+                statement.check_before_run(sql, dialect.name)
             bound = statement.bind(sql, dialect.name)
         except DefinitionError as error:
             where = "" if name == SQL else f"{name}: "
             raise DefinitionError(f"{definition.key}: {where}{error}.") from error
         arguments = bound.arguments(dialect.paramstyle, _parameters(dialect.name, as_of, definition))
         text = bound.render(dialect.paramstyle)
-        return _Query(definition, name, text, arguments, columns, source, deadline, stop or Stop())
+        return _Query(
+            definition, name, text, arguments, columns, value_type, source, deadline, stop or Stop()
+        )
 
     connection.execution_options(write=False)
     with _contained(definition):
         if definition.ready_sql:
             _check_ready(connection, prepare(READY, definition.ready_sql, "value"))
-        columns = ("user_id", "value") if definition.kind is Kind.TRAIT else ("user_id",)
-        _fill(connection, snapshot.SNAPSHOT, prepare(SQL, definition.sql, *columns))
+        if definition.query is None:
+            query = prepare(SQL, definition.sql, *columns, value_type=definition.value_type)
+        else:
+            lookup = _Query(definition, QUERY, "", None, (), None, source, deadline, stop or Stop())
+            for sql in definition.query.sql_texts():
+                prepare(SQL, sql)
+            compiled = _compile(connection, lookup, as_of)
+            value_type = definition.value_type or compiled.value_type
+            query = prepare(QUERY, compiled.sql, *columns, value_type=value_type)
+        _fill(connection, snapshot.SNAPSHOT, query)
         if definition.eligible_sql:
             _fill(connection, snapshot.ELIGIBLE, prepare(ELIGIBLE, definition.eligible_sql, "user_id"))
+
+
+def _compile(connection: sa.Connection, query: _Query, as_of: dt.datetime) -> "CompiledQuery":
+    """Compile a definition's query for the database where it runs, which knows the columns of its tables."""
+    from audience_sync.audiences.query import catalog, compiler  # noqa: PLC0415  (only where there is a query)
+
+    definition, is_own = query.definition, query.source is None
+    assert definition.query is not None  # noqa: S101  (the caller checked)
+    with _reading_own(connection, query) if is_own else _reading_source(query) as reading:
+        tables = catalog.read_catalog(reading, definition.query, is_own=is_own)
+    is_trait = definition.kind is Kind.TRAIT
+    return compiler.compile_query(definition.query.query, tables, as_of, is_trait=is_trait)
+
+
+def sql_of(engine: sa.Engine, definition: Definition, as_of: dt.datetime, source: sa.Engine | None) -> str:
+    """Return the SQL that computes a definition."""
+    if definition.query is None:
+        return definition.sql
+    with engine.connect() as connection, _contained(definition):
+        return _compile(connection, _lookup(definition, source), as_of).sql
+
+
+def review(
+    engine: sa.Engine, definition: Definition, as_of: dt.datetime, source: sa.Engine | None
+) -> list[str]:
+    """Return warnings about a definition's query: names never seen, and values of another kind than it asks for."""
+    if definition.query is None:
+        return []
+    from audience_sync.audiences.query.catalog import read_catalog  # noqa: PLC0415  (only where there is a query)
+    from audience_sync.audiences.query.review import review_query  # noqa: PLC0415
+
+    lookup = _lookup(definition, source)
+    with (
+        engine.connect() as connection,
+        _contained(definition),
+        _reading_own(connection, lookup) if source is None else _reading_source(lookup) as reading,
+    ):
+        catalog = read_catalog(reading, definition.query, is_own=source is None)
+        return review_query(reading, definition.query, catalog, as_of)
+
+
+def _lookup(definition: Definition, source: sa.Engine | None) -> _Query:
+    """Return a query in whose name tables are looked at, within the definition's timeout."""
+    deadline = time.monotonic() + definition.timeout_seconds
+    return _Query(definition, QUERY, "", None, (), None, source, deadline, Stop())
 
 
 @contextmanager
@@ -143,7 +210,7 @@ def _check_ready(connection: sa.Connection, query: _Query) -> None:
 
 def _fill(connection: sa.Connection, table: str, query: _Query) -> None:
     """Put the rows of a query into a temporary table."""
-    value_type = query.definition.value_type if "value" in query.columns else None
+    value_type = query.value_type if "value" in query.columns else None
     if query.source is None:
         with engines.begin(connection):
             snapshot.create_table(connection, table, query.columns)

@@ -9,6 +9,7 @@ from itertools import zip_longest
 
 import inflection
 
+from audience_sync.audiences.query.configured import ConfiguredQuery
 from audience_sync.audiences.schedule import Schedule
 from audience_sync.errors import ConfigError
 
@@ -79,7 +80,7 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """An audience (its SQL returns `user_id`) or a computed trait (`user_id` and `value`).
+    """An audience (its SQL returns `user_id`) or a computed trait (`user_id` and `value`), by `sql` or by `query`.
 
     `source`: the name of a declared source; None is our own database. `is_key_derived`: the configuration sets no
     key, so the key stored at the name's first use applies, even if the rule that derives keys has changed since.
@@ -89,7 +90,8 @@ class Definition:
     key: str
     name: str
     kind: Kind
-    sql: str
+    sql: str = ""
+    query: ConfiguredQuery | None = None
     source: str | None = None
     enabled: bool = True
     timeout_seconds: float = 600.0

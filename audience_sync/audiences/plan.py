@@ -12,6 +12,7 @@ from audience_sync.audiences.definition import Definition
 from audience_sync.db import engines
 from audience_sync.errors import DefinitionError, SourceError
 from audience_sync.queue.destination import Destination
+from audience_sync.stopping import Stop
 
 SAMPLED = ("entered", "exited")
 
@@ -85,3 +86,29 @@ def _plan(
         snapshot.add_affected(connection, is_push=last.is_first)
     samples = {change: snapshot.sample(connection, change) for change in SAMPLED}
     return Plan(definition.key, result.member_count, result.counts, held, samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a definition computes now: `sample` has user ids, with the JSON text of a trait's value."""
+
+    member_count: int
+    sample: list[tuple[str, str | None]]
+    set_aside: dict[str, int]
+
+
+def preview(
+    engine: sa.Engine,
+    definition: Definition,
+    as_of: dt.datetime,
+    source: sa.Engine | None,
+    now: dt.datetime,
+    stop: Stop,
+) -> Preview:
+    """Compute a definition that need not be configured, and store nothing."""
+    with snapshot.connection_with_temp_tables(engine) as connection:
+        compute(connection, definition, as_of, source, stop)
+        with connection.begin():
+            diff = snapshot.diff(connection, None, definition, now)
+            sample = snapshot.sample_values(connection)
+    return Preview(diff.counts.entered, sample, diff.set_aside)

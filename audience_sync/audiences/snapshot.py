@@ -377,6 +377,12 @@ def sample(connection: sa.Connection, change: str) -> list[str]:
     return list(sql(connection, query, change=change).scalars())
 
 
+def sample_values(connection: sa.Connection, limit: int = 20) -> list[tuple[str, str | None]]:
+    """Return the first users who enter, each with the JSON text of a trait's value."""
+    query = "SELECT user_id, value FROM {temp}audience_sync_changes ORDER BY user_id LIMIT :limit"
+    return [(row.user_id, row.value) for row in sql(connection, query, limit=limit)]
+
+
 def create_affected(connection: sa.Connection) -> None:
     create_temp_table(connection, "affected", "user_id {id} NOT NULL, is_push integer NOT NULL")
 

@@ -47,28 +47,29 @@ api_key = "sandbox"
 identify_per_minute = {per_minute}
 track_per_minute = {per_minute}
 
+[tables.orders]
+source = "shop"
+table = "orders"
+user_id = "user_id"
+timestamp = "ordered_on"
+event = "Order Completed"
+
 [[audiences]]
 name = "Order Completed Last 30days"
 source = "shop"
-sql = '''
-SELECT DISTINCT user_id FROM orders
-WHERE ordered_on > date(:as_of, '-30 days') AND ordered_on <= date(:as_of)
-'''
+query = "event('Order Completed').within(30 days).count() >= 1"
 
 [[audiences]]
 name = "High Value Customers"
 source = "shop"
-sql = '''
-SELECT user_id FROM orders WHERE ordered_on <= date(:as_of)
-GROUP BY user_id HAVING sum(total_gbp) >= 2000
-'''
+query = "event('Order Completed').sum(property('total_gbp')) >= 2000"
 
 [[audiences]]
 name = "At Risk"
 source = "shop"
-sql = '''
-SELECT user_id FROM orders WHERE ordered_on <= date(:as_of)
-GROUP BY user_id HAVING max(ordered_on) <= date(:as_of, '-90 days')
+query = '''
+event('Order Completed').count() >= 1
+AND NOT event('Order Completed').within(90 days).count() >= 1
 '''
 """
 
@@ -92,7 +93,13 @@ def run(folder: Path) -> None:
             _show_history(app)
     output.line("Everything that was computed and sent is stored. Look around:")
     program = f"{_program()} --config {configuration}"
-    for command in ("list", "history at_risk", "user 12347", "members high_value_customers --at 2011-06-15"):
+    for command in (
+        "list",
+        "explain at_risk",
+        "history at_risk",
+        "user 12347",
+        "members high_value_customers --at 2011-06-15",
+    ):
         output.line(f"  {program} {command}")
     output.line("To begin with your own database:")
     output.line(f"  {_program()} init")
@@ -127,7 +134,7 @@ def _load_orders(path: Path) -> tuple[int, int]:
     with packed.open("rb") as file, gzip.open(file, "rt", encoding="utf-8", newline="") as text, shop:
         rows = csv.reader(text)
         next(rows)
-        shop.execute("CREATE TABLE orders (order_id TEXT, user_id TEXT, ordered_on TEXT, total_gbp REAL)")
+        shop.execute("CREATE TABLE orders (order_id TEXT, user_id TEXT, ordered_on DATE, total_gbp REAL)")
         shop.executemany("INSERT INTO orders VALUES (?, ?, ?, ?)", rows)
         shop.execute("CREATE INDEX ix_orders ON orders (ordered_on, user_id)")
     counts = shop.execute("SELECT count(*), count(DISTINCT user_id) FROM orders").fetchone()

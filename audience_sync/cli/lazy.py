@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from audience_sync import app, daemon, history, intake, sandbox
-    from audience_sync.audiences import decisions, foreign, runs, statement
+    from audience_sync.audiences import compute, decisions, definition, foreign, plan, runs, statement
+    from audience_sync.audiences.query import english, layout
     from audience_sync.calls import operations, times
     from audience_sync.cli import demo
     from audience_sync.db import checks, engines, leases, migrate
@@ -16,7 +17,16 @@ if TYPE_CHECKING:
 
 PACKAGES = {
     "audience_sync": ("app", "daemon", "history", "intake", "sandbox"),
-    "audience_sync.audiences": ("decisions", "foreign", "runs", "statement"),
+    "audience_sync.audiences": (
+        "compute",
+        "decisions",
+        "definition",
+        "foreign",
+        "plan",
+        "runs",
+        "statement",
+    ),
+    "audience_sync.audiences.query": ("english", "layout"),
     "audience_sync.calls": ("operations", "times"),
     "audience_sync.cli": ("demo",),
     "audience_sync.db": ("checks", "engines", "leases", "migrate"),

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from audience_sync import __version__
-from audience_sync.cli import calls, daemon, inspect, operate, output, setup, sync
+from audience_sync.cli import calls, daemon, inspect, operate, output, queries, setup, sync
 from audience_sync.errors import AudienceSyncError, Interrupted, unexpected
 
 COMMANDS = (
@@ -27,6 +27,8 @@ COMMANDS = (
     ("Set up", "db upgrade", setup.upgrade),
     ("Set up", "db current", setup.current),
     ("Set up", "db downgrade", setup.downgrade),
+    ("Audiences", "preview", queries.preview),
+    ("Audiences", "explain", queries.explain),
     ("Audiences", "plan", sync.plan),
     ("Audiences", "sync", sync.sync),
     ("Audiences", "approve", operate.approve),

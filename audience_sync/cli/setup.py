@@ -159,11 +159,15 @@ def _check_keys(app: "App") -> str:
 def _check_definition(app: "App", definition: "Definition") -> str:
     app.definitions([definition.key])  # a retired key is an error
     engine = app.source(definition) or app.engine
-    warnings = lazy.statement.check(definition.sql, engine.dialect.name)
+    if definition.query is None:
+        warnings = lazy.statement.check(definition.sql, engine.dialect.name)
     moments = lazy.runs.resolve_as_of(app.engine, [definition], None, app.clock.now())
     planned, _ = app.plan([definition], moments)
     for message in planned.errors.values():
         raise DefinitionError(message)
+    if definition.query is not None:
+        moment = moments[definition.key]
+        warnings = lazy.compute.review(app.engine, definition, moment, app.source(definition))
     return "; ".join([output.plural(planned.plans[0].member_count, "member"), *warnings])
 
 

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from audience_sync.audiences.definition import Definition, Kind
+from audience_sync.audiences.query.configured import TableMapping
 from audience_sync.calls import mappings
 from audience_sync.errors import ConfigError
-from audience_sync.settings import definitions
+from audience_sync.settings import definitions, queries
 from audience_sync.settings.schema import (
     DaemonSettings,
     DatabaseSettings,
@@ -38,6 +39,7 @@ _NAMES = (
     "include",
     "database",
     "sources",
+    "tables",
     "destination",
     "logging",
     "tracking",
@@ -55,6 +57,7 @@ class Settings(Table, frozen=True):
     destination: DestinationSettings
     logging: LoggingSettings
     tracking: TrackingSettings
+    tables: tuple[TableMapping, ...]  # that queries read
     definitions: tuple[Definition, ...]  # audiences, then traits, each in the order of the files
     mappings: tuple[mappings.Mapping, ...]  # without the presets, in the order of the files
     daemon: DaemonSettings = DaemonSettings()
@@ -102,9 +105,11 @@ def load(
         logging=top.section("[logging]").convert(document.get("logging", {}), LoggingSettings),
         tracking=top.section("[tracking]").convert(document.get("tracking", {}), TrackingSettings),
         daemon=top.section("[daemon]").convert(document.get("daemon", {}), DaemonSettings),
+        tables=(),
         definitions=(),
         mappings=(),
     )
+    settings = msgspec.structs.replace(settings, tables=_mapped_tables(top, document, settings.sources))
     defaults = top.section("[defaults]").convert(document.get("defaults", {}), DefaultSettings)
     files = [(top, document), *_included(top, document.get("include", []), folder)]
     built = tuple(
@@ -119,6 +124,20 @@ def load(
         return with_stored_keys(settings, {})
     definitions.check_unique(path, built, older=True)
     return settings
+
+
+def _mapped_tables(
+    top: Section, document: dict[str, Any], sources: Mapping[str, SourceSettings]
+) -> tuple[TableMapping, ...]:
+    tables = document.get("tables", {})
+    if not isinstance(tables, dict):
+        top.fail("tables: expected tables: [tables.NAME]")
+    mapped = tuple(
+        queries.build_table(top.section(f"[tables.{shown(name)}]"), name, table, sources, tables)
+        for name, table in tables.items()
+    )
+    queries.check_tables(top, mapped)
+    return mapped
 
 
 def _included(top: Section, patterns: Any, folder: Path) -> Iterator[tuple[Section, dict[str, Any]]]:
@@ -202,4 +221,5 @@ def with_stored_keys(settings: Settings, stored: Mapping[tuple[str, str], list[s
         for definition in settings.definitions
     )
     definitions.check_unique(settings.path, built)
-    return msgspec.structs.replace(settings, definitions=built)
+    configured = queries.configure_queries(settings.path, built, settings.tables)
+    return msgspec.structs.replace(settings, definitions=configured)

@@ -17,6 +17,7 @@ from audience_sync.audiences.definition import (
     key_from_name,
     older_key_from_name,
 )
+from audience_sync.audiences.query.configured import ConfiguredQuery
 from audience_sync.calls import mappings
 from audience_sync.errors import ConfigError
 from audience_sync.settings.schema import (
@@ -63,6 +64,7 @@ def build_definition(
         name=name,
         kind=kind,
         sql=settings.sql,
+        query=_query(section, settings, kind),
         source=settings.source,
         enabled=settings.enabled,
         timeout_seconds=span_seconds(settings.timeout),
@@ -81,6 +83,21 @@ def build_definition(
         eligible_sql=settings.eligible_sql.strip() or None,
         ready_sql=settings.ready_sql.strip() or None,
     )
+
+
+def _query(section: Section, settings: DefinitionSettings, kind: Kind) -> ConfiguredQuery | None:
+    """Parse the query; None for a definition in SQL."""
+    if bool(settings.sql.strip()) == bool(settings.query.strip()):
+        section.fail("expected either sql or query" if settings.sql else "missing: sql or query")
+    if not settings.query:
+        return None
+    from audience_sync.audiences.query import parser  # noqa: PLC0415  (lark: only where there is a query)
+
+    parse = parser.parse_query if kind is Kind.TRAIT else parser.parse_condition
+    try:
+        return ConfiguredQuery(settings.query, parse(settings.query))
+    except ConfigError as error:
+        section.fail(f"query: {error}")
 
 
 def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) -> tuple[str, str | None]:

@@ -175,11 +175,25 @@ class DefaultSettings(Table, frozen=True):
     ready_sql: str = ""
 
 
-class DefinitionSettings(DefaultSettings, frozen=True, kw_only=True):
-    later: ClassVar[tuple[str, ...]] = ("query",)
+class TableSettings(Table, frozen=True):
+    """A table that queries read as events, as an entity or as a part of the profiles."""
 
+    table: str | None = None
+    sql: str | None = None
+    source: str | None = None
+    user_id: str | None = None
+    timestamp: str | None = None
+    event: str | None = None
+    parent: str | None = None
+    parent_id: str | None = None
+    id: str | None = None
+    profile: bool = False
+
+
+class DefinitionSettings(DefaultSettings, frozen=True, kw_only=True):
     name: Text
-    sql: Text
+    sql: str = ""
+    query: str = ""
     key: str | None = None
     source: str | None = None
     type: ValueType | None = None

@@ -4,12 +4,11 @@ import csv
 import datetime as dt
 import gzip
 import re
-import tomllib
 from collections import defaultdict
 
 import pytest
 
-from audience_sync.cli.demo import CONFIGURATION
+from tests.audiences.query.test_real_orders import AUDIENCES
 
 DAYS = [dt.date(2011, 6, day) for day in range(1, 31)]
 RECENT, HIGH, AT_RISK = KEYS = ("order_completed_last_30days", "high_value_customers", "at_risk")
@@ -29,11 +28,8 @@ def orders(request):
 
 @pytest.fixture
 def audiences(backend):
-    """The demo's queries; on PostgreSQL with its expressions for days."""
-    queries = {
-        each["name"]: each["sql"]
-        for each in tomllib.loads(CONFIGURATION.format(url="", per_minute=1))["audiences"]
-    }
+    """The demo's audiences in SQL; on PostgreSQL with its expressions for days."""
+    queries = {name: sql for name, (_, sql) in AUDIENCES.items()}
     if backend == "sqlite":
         return queries
     day = r"date\(:as_of(?:, '-(\d+) days')?\)"

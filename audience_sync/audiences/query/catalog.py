@@ -1,0 +1,174 @@
+"""The tables that a query may read, with the kinds of their columns: our own profiles and events, and [tables.*]."""
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences import statement
+from audience_sync.audiences.query import on_postgresql, on_sqlite
+from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
+from audience_sync.errors import DefinitionError
+from audience_sync.suggest import did_you_mean
+
+DIALECTS: dict[str, Any] = {"sqlite": on_sqlite, "postgresql": on_postgresql}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTable:
+    """A table as the compiler reads it: `columns` gives the kind of each.
+
+    Kinds: integer, number, text, boolean, date, timestamp, timestamptz, json, jsonb, other, and on SQLite `any` (of no
+    declared type); of our own tables there also `document` and `moment`. Our own tables have `properties`, the document
+    that property(…) walks into in place of the columns, `context`, `event_name`, and `arrival`, which orders rows of one
+    timestamp.
+    """
+
+    mapping: TableMapping
+    columns: Mapping[str, str]
+    properties: str | None = None
+    context: str | None = None
+    event_name: str | None = None
+    arrival: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.mapping.name
+
+    def from_clause(self, name: str) -> sa.FromClause:
+        """Return the table, or the query in its place, under another name."""
+        columns: list[Any] = [sa.column(column) for column in self.columns]
+        if self.mapping.sql is not None:
+            return sql_text(self.mapping.sql).columns(*columns).subquery(name)
+        schema, _, table = (self.mapping.table or "").rpartition(".")
+        return sa.table(table, *columns, schema=schema or None).alias(name)
+
+
+def sql_text(sql: str) -> sa.TextClause:
+    """Return SQL that SQLAlchemy leaves as it is: `:as_of` is bound later."""
+    return sa.text(f"{without_semicolon(sql)}\n".replace(":", "\\:"))
+
+
+def without_semicolon(sql: str) -> str:
+    return sql.strip().rstrip(";")
+
+
+def describe(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
+    """Return the name of each column of a query, and its type as the driver has it."""
+    bound = statement.bind(
+        f"SELECT * FROM ({without_semicolon(sql)}\n) AS q LIMIT 0", connection.dialect.name
+    )
+    style = connection.dialect.paramstyle
+    values: dict[str, Any] = {"as_of": dt.datetime.now(dt.UTC), "today": dt.datetime.now(dt.UTC).date()}
+    if connection.dialect.name == "sqlite":
+        values = dict.fromkeys(values, "")
+    result = connection.exec_driver_sql(bound.render(style), bound.arguments(style, values) or None)
+    columns = [(column[0], column[1]) for column in (result.cursor.description if result.cursor else ())]
+    result.close()
+    return columns
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What queries on one database may name. `profiles` and `events` are our own tables, where it is our database.
+
+    `definition_columns`: the kinds of the columns of definitions in SQL.
+    """
+
+    dialect: str
+    tables: Mapping[str, ReadTable] = field(default_factory=dict)
+    profiles: ReadTable | None = None
+    events: ReadTable | None = None
+    definitions: Mapping[str, QueryDefinition] = field(default_factory=dict)
+    definition_columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def db(self) -> Any:
+        return DIALECTS[self.dialect]
+
+    def event(self, name: str) -> ReadTable | None:
+        return next((table for table in self.tables.values() if table.mapping.event == name), self.events)
+
+    def event_names(self) -> list[str]:
+        return [table.mapping.event for table in self.tables.values() if table.mapping.event is not None]
+
+    def profile_tables(self) -> list[ReadTable]:
+        mapped = [table for table in self.tables.values() if table.mapping.profile]
+        return mapped or ([self.profiles] if self.profiles else [])
+
+
+def own_catalog(dialect: str, schema: str | None = None) -> Catalog:
+    """Return the catalog of our own database, without [tables.*]."""
+    prefix = f"{schema}." if schema else ""
+    is_sqlite = dialect == "sqlite"
+    document = "document" if is_sqlite else "jsonb"
+    profiles = ReadTable(
+        TableMapping("profiles", f"{prefix}profiles", user_id="user_id", profile=True),
+        {"user_id": "text", "traits": document},
+        properties="traits",
+    )
+    events = ReadTable(
+        TableMapping("events", f"{prefix}events", user_id="user_id", timestamp="timestamp"),
+        {
+            "event_id": "integer",
+            "user_id": "text",
+            "name": "text",
+            "properties": document,
+            "context": document,
+            "timestamp": "moment" if is_sqlite else "timestamptz",
+        },
+        properties="properties",
+        context="context",
+        event_name="name",
+        arrival="event_id",
+    )
+    return Catalog(dialect, profiles=profiles, events=events)
+
+
+def read_catalog(connection: sa.Connection, configured: ConfiguredQuery, *, is_own: bool) -> Catalog:
+    """Look up the columns of the tables that a query may name, on the database where it runs.
+
+    Raises:
+        DefinitionError: a table or a column of [tables.*] does not exist, or the database is of another kind.
+
+    """
+    dialect = connection.dialect.name
+    if dialect not in DIALECTS:
+        raise DefinitionError(
+            f"a query runs on SQLite and PostgreSQL, not on {dialect}: write the definition in SQL"
+        )
+    schema = str(connection.get_execution_options()["our"]).strip('."') if is_own else ""
+    catalog = own_catalog(dialect, schema or None) if is_own else Catalog(dialect)
+    tables = {mapping.name: _read_table(connection, mapping) for mapping in configured.mappings}
+    columns = {
+        key: column_kinds(connection, TableMapping(key, sql=definition.sql))
+        for key, definition in configured.definitions.items()
+        if definition.query is None
+    }
+    return replace(catalog, tables=tables, definitions=configured.definitions, definition_columns=columns)
+
+
+def _read_table(connection: sa.Connection, mapping: TableMapping) -> ReadTable:
+    try:
+        with connection.begin_nested():
+            columns = column_kinds(connection, mapping)
+    except sa.exc.NoSuchTableError as error:
+        raise DefinitionError(f"[tables.{mapping.name}] cannot be read: there is no table {error}") from error
+    except sa.exc.DBAPIError as error:
+        reason = str(error.orig).partition("\n")[0]
+        raise DefinitionError(f"[tables.{mapping.name}] cannot be read: {reason}") from error
+    for setting, column in mapping.named_columns().items():
+        if column not in columns:
+            hint = did_you_mean(column, columns)
+            raise DefinitionError(f"[tables.{mapping.name}] {setting}: it has no column {column}: {hint}")
+    return ReadTable(mapping, columns, arrival=mapping.id)
+
+
+def column_kinds(connection: sa.Connection, mapping: TableMapping) -> dict[str, str]:
+    """Return the kind of each column of a table or query."""
+    db = DIALECTS[connection.dialect.name]
+    described = describe(connection, mapping.sql) if mapping.sql is not None else None
+    types: dict[str, str] = db.column_types(connection, mapping.table, described)
+    return {name: db.column_kind(type_name) for name, type_name in types.items()}

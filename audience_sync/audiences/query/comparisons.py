@@ -1,0 +1,259 @@
+"""Conditions and comparisons in SQL, where a scalar is one expression for each kind that it may be of.
+
+A condition may be null in place of false: only NOT makes a difference between them.
+"""
+
+import datetime as dt
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+
+import sqlalchemy as sa
+
+from audience_sync.audiences.query import tree
+from audience_sync.audiences.query.catalog import Catalog
+from audience_sync.audiences.query.moments import parse_moment
+from audience_sync.audiences.query.tree import Comparator
+
+if TYPE_CHECKING:
+    from audience_sync.audiences.query.rows import Row
+
+Expression: TypeAlias = sa.ColumnElement[Any]
+KINDS = ("number", "text", "boolean")  # of scalars, in the order in which values of several kinds are sorted
+ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
+    Comparator.GREATER_THAN: operator.gt,
+    Comparator.AT_LEAST: operator.ge,
+    Comparator.LESS_THAN: operator.lt,
+    Comparator.AT_MOST: operator.le,
+}
+_DAY = dt.timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class SqlValue:
+    """A scalar in SQL: for each kind that it may be of, an expression that is null where it is of another one."""
+
+    exists: Expression
+    number: Expression | None = None
+    text: Expression | None = None
+    boolean: Expression | None = None
+    moment: Expression | None = None  # of a column; the moment of a text is derived from it
+    constant: str | float | bool | None = None
+    is_rounded: bool = False  # a sum or an average, which is compared at 15 digits
+
+    def kinds(self) -> dict[str, Any]:
+        """Return the expressions by kind."""
+        parts = {kind: getattr(self, kind) for kind in KINDS}
+        return {kind: part for kind, part in parts.items() if part is not None}
+
+
+ABSENT = SqlValue(sa.false())
+
+
+def _negated(condition: Expression) -> Expression:
+    return (
+        ~condition if isinstance(condition, sa.Exists) else sa.not_(sa.func.coalesce(condition, sa.false()))
+    )
+
+
+def any_of(conditions: Iterable[Expression]) -> Expression:
+    return sa.or_(sa.false(), *conditions)
+
+
+class Scope:
+    """Conditions and comparisons, for `Users` and `Row`, which know what a scalar is there."""
+
+    def __init__(self, catalog: Catalog, as_of: dt.datetime) -> None:
+        self.db, self.catalog, self.as_of = catalog.db, catalog, as_of
+
+    def condition(self, condition: tree.Condition) -> Expression:
+        match condition:
+            case tree.Conjunction(operands):
+                return sa.and_(*map(self.condition, operands))
+            case tree.Disjunction(operands):
+                return sa.or_(*map(self.condition, operands))
+            case tree.Negation(operand):
+                return _negated(self.condition(operand))
+            case tree.Compared():
+                return self.compared(condition)
+            case _:
+                assert_never(condition)
+
+    def compared(self, compared: tree.Compared) -> Expression:
+        items, left = self.value(compared.left)
+        if compared.comparator is Comparator.ABSENT:
+            return _negated(_with_items(items, left.exists))
+        return _with_items(items, self._test(compared, left))
+
+    def value(self, scalar: tree.Scalar) -> "tuple[list[sa.FromClause], SqlValue]":
+        """Return the tables of list items that the scalar's path goes through, and its value for one of the items."""
+        match scalar:
+            case tree.Constant(value):
+                return [], self._constant(value)
+            case tree.Reduction():
+                return [], self.reduction(scalar)
+            case tree.Trait(path):
+                return self.trait_value(path)
+            case tree.Property(path, of_parent) | tree.Context(path, of_parent):
+                return self.row(of_parent).column_value(path, in_context=isinstance(scalar, tree.Context))
+            case _:
+                assert_never(scalar)
+
+    def row(self, of_parent: bool) -> "Row":
+        """Return the row at hand, or the one around it; the parser refuses a property where there is none."""
+        raise NotImplementedError(of_parent)
+
+    def trait_value(self, path: tree.ValuePath) -> "tuple[list[sa.FromClause], SqlValue]":
+        raise NotImplementedError
+
+    def reduction(self, reduction: tree.Reduction) -> SqlValue:
+        raise NotImplementedError
+
+    def _constant(self, value: str | float | bool) -> SqlValue:
+        match value:
+            case bool():
+                return SqlValue(sa.true(), boolean=sa.true() if value else sa.false(), constant=value)
+            case str():
+                return SqlValue(sa.true(), text=sa.literal(value, sa.Text), constant=value)
+        is_exact = isinstance(value, int) and abs(value) <= 2**53
+        return SqlValue(sa.true(), number=sa.literal(value if is_exact else float(value)), constant=value)
+
+    def _test(self, compared: tree.Compared, left: SqlValue) -> Expression:  # noqa: C901  (one case for each comparator)
+        comparator = compared.comparator
+        if compared.span is not None:
+            return self._is_in_span(left, comparator, compared.span)
+
+        def any_argument(test: Callable[[SqlValue, SqlValue], Expression]) -> Expression:
+            tests = []
+            for argument in compared.arguments:
+                items, right = self.value(argument)
+                tests.append(_with_items(items, test(left, right)))
+            return tests[0] if len(tests) == 1 else sa.or_(*tests)
+
+        match comparator:
+            case Comparator.EXISTS:
+                return left.exists
+            case Comparator.EQUALS | Comparator.ONE_OF:
+                return any_argument(self._equal)
+            case Comparator.DIFFERS | Comparator.NONE_OF:
+                return sa.and_(left.exists, _negated(any_argument(self._equal)))
+            case Comparator.CONTAINS:
+                return any_argument(partial(_of_texts, self.db.contains))
+            case Comparator.OMITS:
+                return _negated(any_argument(partial(_of_texts, self.db.contains)))
+            case Comparator.STARTS_WITH:
+                return any_argument(partial(_of_texts, _starts_with))
+            case Comparator.ENDS_WITH:
+                return any_argument(partial(_of_texts, self.db.ends_with))
+            case Comparator.BEFORE_DATE:
+                return any_argument(partial(self._ordered_moments, operator.lt))
+            case Comparator.AFTER_DATE:
+                return any_argument(partial(self._ordered_moments, operator.gt))
+        return any_argument(partial(self._ordered, ORDERS[comparator]))
+
+    def _equal(self, left: SqlValue, right: SqlValue) -> Expression:
+        tests = []
+        if left.number is not None and right.number is not None:
+            tests.append(operator.eq(*self._numbers(left, right)))
+        if left.text is not None and right.text is not None:
+            tests.append(left.text == right.text)
+        if left.boolean is not None and right.boolean is not None:
+            tests.append(left.boolean == right.boolean)
+        for one, other in ((left, right), (right, left)):  # a boolean equals its name
+            if one.boolean is not None and other.text is not None:
+                tests.append(_is_named(one, other))
+        return any_of(tests)
+
+    def _numbers(self, left: SqlValue, right: SqlValue) -> tuple[Any, Any]:
+        if not left.is_rounded and not right.is_rounded:
+            return left.number, right.number
+        first, second = (
+            each.number if each.constant is not None else self.db.at_15_digits(each.number)
+            for each in (left, right)
+        )
+        return first, second
+
+    def _ordered(self, order: Callable[[Any, Any], Any], left: SqlValue, right: SqlValue) -> Expression:
+        tests = []
+        if left.number is not None and right.number is not None:
+            tests.append(order(*self._numbers(left, right)))
+        if left.text is not None and right.text is not None:
+            tests.append(order(self.db.by_code_points(left.text), right.text))
+        return any_of(tests)
+
+    def moment_of(self, value: SqlValue) -> Expression | None:
+        if isinstance(value.constant, str):
+            moment = parse_moment(value.constant)
+            return None if moment is None else self.db.moment_literal(moment)
+        if value.moment is not None or value.text is None:
+            return value.moment
+        moment_of_text: Expression = self.db.moment_of_text(value.text)
+        return moment_of_text
+
+    def _ordered_moments(
+        self, order: Callable[[Any, Any], Any], left: SqlValue, right: SqlValue
+    ) -> Expression:
+        first, second = self.moment_of(left), self.moment_of(right)
+        return sa.false() if first is None or second is None else order(first, second)
+
+    def _is_in_span(self, value: SqlValue, comparator: Comparator, span: tree.Span) -> Expression:
+        """Compare with the days around today or, for hours, with moments around now."""
+        moment = self.moment_of(value)
+        if moment is None:
+            return sa.false()
+        unit = dt.timedelta(0)
+        now = self.as_of
+        if span.is_days:
+            now = now.replace(hour=0, minute=0, second=0, microsecond=0)
+            unit = _DAY - dt.timedelta(microseconds=1)  # to the end of the day
+        first, last = {
+            Comparator.WITHIN_LAST: (now - span.length, now + unit),
+            Comparator.WITHIN_NEXT: (now, now + span.length + unit),
+            Comparator.BEFORE_LAST: (None, now - span.length + unit),
+            Comparator.AFTER_NEXT: (now + span.length, None),
+        }[comparator]
+        lowest = first and self.db.moment_literal(first)
+        highest = last and self.db.moment_literal(last)
+        if lowest is None or highest is None:
+            return moment >= lowest if highest is None else moment <= highest
+        return moment.between(lowest, highest)
+
+
+def _with_items(items: list[sa.FromClause], test: Expression) -> Expression:
+    """Return whether the test is true for one item."""
+    return (
+        sa.exists(sa.select(sa.literal_column("1")).select_from(chain(items)).where(test)) if items else test
+    )
+
+
+def chain(tables: list[sa.FromClause]) -> sa.FromClause:
+    first, *rest = tables
+    for table in rest:
+        first = first.join(table, sa.true())
+    return first
+
+
+def _of_texts(
+    test: Callable[[Expression, Expression], Expression], left: SqlValue, right: SqlValue
+) -> Expression:
+    return sa.false() if left.text is None or right.text is None else test(left.text, right.text)
+
+
+def _starts_with(text: Expression, part: Expression) -> Expression:
+    return sa.func.substr(text, 1, sa.func.length(part)) == part
+
+
+def _is_named(boolean: SqlValue, text: SqlValue) -> Expression:
+    """Return whether a boolean's name is the text."""
+    assert boolean.boolean is not None and text.text is not None  # noqa: S101, PT018
+    if isinstance(boolean.constant, bool):
+        return text.text == str(boolean.constant).lower()
+    if isinstance(text.constant, str):
+        return (
+            boolean.boolean == sa.true()
+            if text.constant == "true"
+            else (boolean.boolean == sa.false() if text.constant == "false" else sa.false())
+        )
+    return text.text == sa.case((boolean.boolean, "true"), (~boolean.boolean, "false"))

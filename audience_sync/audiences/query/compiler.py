@@ -1,0 +1,333 @@
+"""Compile a query into one SELECT: `user_id`, and `value` for a trait.
+
+A stream that is asked about for each user becomes a named query, grouped by user, and is joined to the users; inside a
+`where`, a stream is a correlated subquery of the row at hand (rows.py). The users come from the streams alone where the
+query is false for everybody else, so that an index of the events serves it. comparisons.py has the conditions; what
+differs between databases is in on_sqlite.py and on_postgresql.py.
+"""
+
+import datetime as dt
+import itertools
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences.query import tree
+from audience_sync.audiences.query.catalog import Catalog, ReadTable, sql_text
+from audience_sync.audiences.query.comparisons import (
+    ABSENT,
+    KINDS,
+    ORDERS,
+    Expression,
+    Scope,
+    SqlValue,
+    any_of,
+)
+from audience_sync.audiences.query.configured import QueryDefinition
+from audience_sync.audiences.query.rows import COUNTS, Row, of_reduction, reduced, user_of
+from audience_sync.audiences.query.tree import ANY_ITEM, Comparator, Reducer
+from audience_sync.errors import ConfigError
+
+_NUMBER_TESTS = {**ORDERS, Comparator.EQUALS: operator.eq, Comparator.DIFFERS: operator.ne}
+_DOCUMENT_KINDS = {"document", "json", "jsonb"}
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledQuery:
+    """The SELECT of a definition. `value_type`: what a trait's value must be converted to, where a column cannot say."""
+
+    sql: str
+    value_type: str | None = None
+
+
+def compile_query(
+    query: tree.Query, catalog: Catalog, as_of: dt.datetime, *, is_trait: bool
+) -> CompiledQuery:
+    """Return the SELECT of an audience's or a trait's query on the catalog's database.
+
+    Raises:
+        ConfigError: the query names a table that does not exist there, or needs a timestamp that is not mapped.
+
+    """
+    users = Users(catalog, as_of)
+    select, kind = users.trait(query) if is_trait else (users.audience(query), None)  # type: ignore[arg-type]
+    return CompiledQuery(statement_text(select, catalog), users.db.VALUE_TYPES.get(kind))
+
+
+def statement_text(select: sa.Select[Any], catalog: Catalog) -> str:
+    """Return a SELECT as text, in which every literal is quoted."""
+    return str(select.compile(dialect=catalog.db.dialect, compile_kwargs={"literal_binds": True}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """What is joined to the users, with the text of its user id."""
+
+    from_: sa.FromClause
+    user_id: Expression
+
+
+class Users(Scope):
+    """The users that a query is asked about, and what is joined to them: reduced streams, profiles, definitions."""
+
+    def __init__(self, catalog: Catalog, as_of: dt.datetime, parents: tuple[str, ...] = ()) -> None:
+        super().__init__(catalog, as_of.astimezone(dt.UTC))
+        self._parents = parents  # keys of the definitions that this query is a part of
+        self._joined: dict[Any, _Joined] = {}  # by reduction, by table name, by ("definition", key)
+        self._read: dict[str, ReadTable] = {}  # mapped tables that the query names
+        self._names = itertools.count(1)
+
+    def name(self) -> str:
+        return f"q{next(self._names)}"
+
+    def alias(self, table: ReadTable) -> sa.FromClause:
+        self._read[table.name] = table
+        return table.from_clause(self.name())
+
+    def relation(self, select: sa.Select[Any], *, is_grouped: bool) -> sa.FromClause:
+        """Return a SELECT to select from: by a name at the beginning of the statement, or in its place."""
+        return select.cte(self.name()) if is_grouped else select.subquery(self.name())
+
+    def only_table(self) -> sa.FromClause | None:
+        """Return the one table that is joined so far."""
+        return next((joined.from_ for joined in self._joined.values()), None)
+
+    # What is selected.
+
+    def audience(self, condition: tree.Condition) -> sa.Select[Any]:
+        where = self.condition(condition)
+        from_, user_id = self._from(self._drivers(condition))
+        return sa.select(user_id.label("user_id")).select_from(from_).where(where)
+
+    def trait(self, query: tree.Query) -> tuple[sa.Select[Any], str]:
+        """Return the SELECT of a trait, and the kind of its value."""
+        if isinstance(query, tree.Compared | tree.Negation | tree.Conjunction | tree.Disjunction):
+            return self.audience(query).add_columns(sa.true().label("value")), "boolean"
+        parts, select = self.scalar_parts(query)
+        kind = next(iter(parts)) if len(parts) == 1 else "json"
+        column = next(iter(parts.values())) if len(parts) == 1 else self.db.json_of(parts)
+        return select.add_columns(column.label("value")), kind
+
+    def scalar_parts(self, query: tree.Scalar) -> tuple[dict[str, Expression], sa.Select[Any]]:
+        """Return a scalar's expressions by kind, and the SELECT of the users who have it."""
+        items, value = self.value(query)
+        if items:
+            raise ConfigError("a trait has one value for each user: a path with $ gives several")
+        parts = value.kinds()
+        drivers: set[Any] | None = self._drivers(tree.Compared(query, Comparator.EXISTS))
+        if isinstance(query, tree.Reduction):  # a count of nothing is no value
+            relation, drivers = self._joined[query].from_, {query}
+            parts = {kind: relation.c[kind] for kind in KINDS if kind in relation.c}
+            if query.reducer in {Reducer.SUM, Reducer.AVG}:
+                parts["number"] = self.db.at_15_digits(parts["number"])
+        from_, user_id = self._from(drivers)
+        is_there = any_of(part.is_not(None) for part in parts.values())
+        return parts, sa.select(user_id.label("user_id")).select_from(from_).where(is_there)
+
+    def _from(self, drivers: set[Any] | None) -> tuple[sa.FromClause, Expression]:
+        """Return the FROM of everything that is joined, to the users of the drivers; None stands for all users."""
+        joined = dict(self._joined)
+        if drivers is not None and len(drivers) == 1:
+            first = joined.pop(next(iter(drivers)))
+        else:
+            every = [self._joined[key] for key in drivers] if drivers is not None else self._all_users()
+            users = sa.union(
+                *(sa.select(each.user_id.label("user_id")).select_from(each.from_) for each in every)
+            )
+            relation = users.cte("users")
+            first = _Joined(relation, relation.c.user_id)
+        from_ = first.from_
+        for other in joined.values():
+            from_ = from_.outerjoin(other.from_, other.user_id == first.user_id)
+        return from_, first.user_id
+
+    def _all_users(self) -> list[_Joined]:
+        """Return everybody who has a profile, and everybody in a table that the query names."""
+        tables = {table.name: table for table in [*self.catalog.profile_tables(), *self._read.values()]}
+        return [self._of_table(table, only_user=True) for table in tables.values()]
+
+    def _of_table(self, table: ReadTable, *, only_user: bool = False) -> _Joined:
+        alias = self.alias(table)
+        from_, user, kind = user_of(self, table, alias)
+        text = self.db.text_of(user, kind)
+        if not only_user:
+            return _Joined(from_, text)
+        users = (
+            sa.select(text.label("user_id")).select_from(from_).where(user.is_not(None)).subquery(self.name())
+        )
+        return _Joined(users, users.c.user_id)
+
+    def _drivers(self, condition: tree.Condition) -> set[Any] | None:
+        """Return the joined relations of which one has each user for whom it is true; None if no such set is known."""
+        match condition:
+            case tree.Conjunction(operands):
+                sets = [drivers for operand in operands if (drivers := self._drivers(operand)) is not None]
+                return min(sets, key=len, default=None)
+            case tree.Disjunction(operands):
+                either = [self._drivers(operand) for operand in operands]
+                return None if None in either else set().union(*(drivers for drivers in either if drivers))
+            case tree.Compared(tree.Reduction() as left):
+                return None if self._is_true_without_rows(condition) else {left}
+            case tree.Compared(tree.Trait(path), comparator):
+                if comparator in {Comparator.ABSENT, Comparator.OMITS}:
+                    return None
+                key = self._trait_key(path)
+                is_audience = isinstance(key, tuple) and not self.catalog.definitions[key[1]].is_trait
+                return None if key is None or is_audience else {key}
+        return None
+
+    def _is_true_without_rows(self, compared: tree.Compared) -> bool:
+        """Return whether a comparison may be true for a user without rows: a count of 0, or something absent."""
+        left, comparator = compared.left, compared.comparator
+        assert isinstance(left, tree.Reduction)  # noqa: S101
+        if left.reducer not in COUNTS:
+            return comparator in {Comparator.ABSENT, Comparator.OMITS}
+        match comparator, compared.arguments:
+            case _, (tree.Constant(int() | float() as number, is_boolean=False),) if (
+                comparator in _NUMBER_TESTS
+            ):
+                return bool(_NUMBER_TESTS[comparator](0, number))
+        return True
+
+    # Scalars.
+
+    def compared(self, compared: tree.Compared) -> Expression:
+        left = compared.left
+        if (
+            not isinstance(left, tree.Reduction)
+            or left.reducer not in COUNTS
+            or self._is_true_without_rows(compared)
+        ):
+            return super().compared(compared)
+        self.reduction(left)
+        number = self._joined[left].from_.c.number
+        return self._test(compared, SqlValue(number.is_not(None), number=number))
+
+    def reduction(self, reduction: tree.Reduction) -> SqlValue:
+        if reduction not in self._joined:
+            select = reduced(Row(self, reduction.stream, None), reduction, is_grouped=True)
+            relation = self.relation(select, is_grouped=True)
+            self._joined[reduction] = _Joined(relation, relation.c.user_id)
+        relation = self._joined[reduction].from_
+        return of_reduction(reduction, {kind: relation.c[kind] for kind in KINDS if kind in relation.c})
+
+    def _trait_key(self, path: tree.ValuePath) -> Any:
+        """Return what a trait is read from: ("definition", key), a table's name, or None where nobody has it."""
+        name = path.steps[0]
+        if len(path.steps) == 1 and name in self.catalog.definitions:
+            return ("definition", name)
+        for table in self.catalog.profile_tables():
+            if table.properties is not None or name in table.columns:
+                return table.name
+        return None
+
+    def trait_value(self, path: tree.ValuePath) -> tuple[list[sa.FromClause], SqlValue]:
+        key = self._trait_key(path)
+        if key is None:
+            return [], ABSENT
+        if isinstance(key, tuple):
+            return [], self._definition_value(key)
+        table = next(table for table in self.catalog.profile_tables() if table.name == key)
+        if key not in self._joined:
+            self._joined[key] = self._of_table(table)
+        return self.value_in(table, self._joined[key].from_, table.properties, path)
+
+    def _definition_value(self, key: tuple[str, str]) -> SqlValue:
+        definition = self.catalog.definitions[key[1]]
+        if key not in self._joined:
+            relation = self._definition_relation(key[1], definition)
+            self._joined[key] = _Joined(relation, relation.c.user_id)
+        relation = self._joined[key].from_
+        if not definition.is_trait:
+            return SqlValue(sa.true(), boolean=relation.c.user_id.is_not(None))
+        parts: dict[str, Any] = {kind: relation.c[kind] for kind in KINDS if kind in relation.c}
+        return SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
+
+    def _definition_relation(self, key: str, definition: QueryDefinition) -> sa.FromClause:
+        if key in self._parents:
+            circle = " → ".join([*self._parents[self._parents.index(key) :], key])
+            raise ConfigError(f"these definitions need each other: {circle}")
+        users = Users(self.catalog, self.as_of, (*self._parents, key))
+        users._names = self._names
+        query = definition.query
+        if query is None:
+            return self._sql_relation(key, definition)
+        if not definition.is_trait:
+            return users.audience(query).distinct().cte(self.name())  # type: ignore[arg-type]
+        if isinstance(query, tree.Compared | tree.Negation | tree.Conjunction | tree.Disjunction):
+            return users.audience(query).add_columns(sa.true().label("boolean")).distinct().cte(self.name())
+        parts, select = users.scalar_parts(query)
+        return select.add_columns(*(part.label(kind) for kind, part in parts.items())).cte(self.name())
+
+    def _sql_relation(self, key: str, definition: QueryDefinition) -> sa.FromClause:
+        """Return the users of a definition in SQL, with a trait's value by kind."""
+        kinds = {name.lower(): (name, kind) for name, kind in self.catalog.definition_columns[key].items()}
+        result = sql_text(definition.sql).columns(*(sa.column(name) for name, _ in kinds.values()))
+        rows = result.subquery(self.name())
+        user, user_kind = kinds["user_id"]
+        columns = [self.db.text_of(rows.c[user], user_kind).label("user_id")]
+        if definition.is_trait:
+            value, kind = kinds["value"]
+            parts = self._value_of_column(rows.c[value], kind).kinds()
+            columns += [part.label(name) for name, part in parts.items()]
+        return sa.select(*columns).where(rows.c[user].is_not(None)).distinct().cte(self.name())
+
+    def trait_of(self, path: tree.ValuePath, row: "Row") -> tuple[list[sa.FromClause], SqlValue]:
+        """Return a trait of a row's user, by correlated subqueries."""
+        apart = Users(self.catalog, self.as_of, self._parents)
+        apart._names = self._names
+        items, value = apart.trait_value(path)
+        if not apart._joined:
+            return items, value
+        if items:
+            raise ConfigError("a trait with $ cannot be compared inside a where(…)")
+        (joined,) = apart._joined.values()
+
+        def of_user(part: Expression) -> Expression:
+            of_row = sa.select(part).select_from(joined.from_).where(joined.user_id == row.user_text)
+            return of_row.limit(1).scalar_subquery()
+
+        parts: dict[str, Any] = {kind: of_user(part) for kind, part in value.kinds().items()}
+        if isinstance(self._trait_key(path), tuple) and set(parts) == {"boolean"}:
+            parts["boolean"] = sa.func.coalesce(parts["boolean"], sa.false())
+        return [], SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
+
+    def value_in(
+        self, table: ReadTable, alias: sa.FromClause, document: str | None, path: tree.ValuePath
+    ) -> tuple[list[sa.FromClause], SqlValue]:
+        """Return a value of a table's row: in a document of ours, or a column, and what is in its JSON."""
+        first, *rest = path.steps
+        name, steps = (document, path.steps) if document is not None else (first, tuple(rest))
+        kind = table.columns.get(name)
+        if kind is None:
+            return [], ABSENT
+        column = alias.c[name]
+        if kind in _DOCUMENT_KINDS:
+            return self._value_in_json(self.db.Json.of_column(column, kind), steps)
+        return [], ABSENT if steps else self._value_of_column(column, kind)
+
+    def _value_in_json(self, value: Any, steps: tuple[str, ...]) -> tuple[list[sa.FromClause], SqlValue]:
+        items = []
+        for step in steps:
+            if step == ANY_ITEM:
+                table, value = value.items(self.name())
+                items.append(table)
+            else:
+                value = value.at(step)
+        return items, SqlValue(value.exists, value.number, value.text, value.boolean)
+
+    def _value_of_column(self, column: Expression, kind: str) -> SqlValue:
+        exists = column.is_not(None)
+        if kind in self.db.MOMENT_KINDS:
+            text, moment = self.db.moment_text(column, kind), self.db.moment_of(column, kind)
+            return SqlValue(exists, text=text, moment=moment)
+        match kind:
+            case "any":
+                return SqlValue(exists, *self.db.parts_of_any(column))
+            case "integer" | "number":
+                return SqlValue(exists, number=self.db.number_of_column(column, kind))
+            case "boolean":
+                return SqlValue(exists, boolean=self.db.boolean_of_column(column))
+        return SqlValue(exists, text=self.db.text_of(column, kind))

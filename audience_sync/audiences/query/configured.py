@@ -1,0 +1,58 @@
+"""What the configuration says about a query: its text, and the tables and definitions that it may name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from audience_sync.audiences.query.tree import Query
+
+
+@dataclass(frozen=True, slots=True)
+class TableMapping:
+    """A section of [tables.*]: a `table`, maybe with its schema, or a `sql` query. See the reference for the names."""
+
+    name: str
+    table: str | None = None
+    sql: str | None = None
+    source: str | None = None
+    user_id: str | None = None
+    timestamp: str | None = None
+    event: str | None = None
+    parent: str | None = None
+    parent_id: str | None = None
+    id: str | None = None
+    profile: bool = False
+
+    def named_columns(self) -> dict[str, str]:
+        """Return the columns that the section names, by the name of the setting."""
+        settings = ("user_id", "timestamp", "parent_id", "id")
+        return {setting: column for setting in settings if (column := getattr(self, setting)) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class QueryDefinition:
+    """A definition that queries may name as a trait: a query, or SQL."""
+
+    is_trait: bool
+    query: Query | None = None
+    sql: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfiguredQuery:
+    """A definition's query, with the mapped tables and the definitions that it needs.
+
+    `known_events`: the names of all mapped events on the same database, for hints.
+    """
+
+    text: str
+    query: Query
+    mappings: tuple[TableMapping, ...] = ()
+    definitions: Mapping[str, QueryDefinition] = field(default_factory=dict)
+    known_events: tuple[str, ...] = ()
+
+    def sql_texts(self) -> list[str]:
+        """Return the SQL of the configuration that the query's statement will contain."""
+        texts = [mapping.sql for mapping in self.mappings if mapping.sql is not None]
+        return texts + [
+            definition.sql for definition in self.definitions.values() if definition.query is None
+        ]

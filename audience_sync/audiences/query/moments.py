@@ -1,0 +1,31 @@
+"""The dates that a query understands: ISO 8601 in exactly these forms, and nothing else."""
+
+import datetime as dt
+import re
+
+# A day, or a day and a time with seconds, a fraction and a zone as one likes. dialects have the same pattern.
+MOMENT_PATTERN = (
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    r"([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
+
+
+def parse_moment(text: str) -> dt.datetime | None:
+    """Return the moment that a text names, or None if it is no date. Without a zone it is UTC; a day is its midnight.
+
+    Fractions beyond microseconds are cut off. A day or time that does not exist is no date.
+    """
+    if not re.fullmatch(MOMENT_PATTERN, text):
+        return None
+    whole = re.sub(r"([.][0-9]{1,6})[0-9]*", r"\1", text)
+    fraction = re.search(r"[.]([0-9]+)", whole)
+    if fraction:
+        whole = whole.replace(fraction[0], "." + fraction[1].ljust(6, "0"))
+    try:
+        moment = dt.datetime.fromisoformat(whole)
+    except ValueError:
+        return None
+    try:
+        return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
+    except OverflowError:  # before the year 1 or after 9999 in UTC
+        return None

@@ -1,0 +1,506 @@
+"""Read a query: grammar.lark gives its form, this module knows the functions and what each may follow and take.
+
+A tree is built only from a complete query, so that every message points at the first place that is wrong.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from lark import Token, Tree
+
+from audience_sync.audiences.query.form import (
+    NOT_HERE,
+    QueryError,
+    begin_of,
+    children_of,
+    end_of,
+    parse_form,
+    start_of,
+    tokens_of,
+)
+from audience_sync.audiences.query.moments import parse_moment
+from audience_sync.audiences.query.tree import (
+    ANY_ITEM,
+    Comparator,
+    Compared,
+    Condition,
+    Conjunction,
+    Constant,
+    Context,
+    Disjunction,
+    Negation,
+    Property,
+    Query,
+    Reducer,
+    Reduction,
+    Scalar,
+    Span,
+    Stream,
+    StreamKind,
+    Trait,
+    ValuePath,
+    Where,
+    Window,
+)
+from audience_sync.suggest import did_you_mean, shown
+
+MAX_EXTRACTORS = 50
+MAX_DAYS = 36_500
+MAX_DIGITS = 300  # any number of so many digits fits into a double
+MAX_COUNT = 1_000_000_000
+MAX_STEPS = 32
+
+SIGNS = {
+    "=": Comparator.EQUALS,
+    "==": Comparator.EQUALS,
+    "!=": Comparator.DIFFERS,
+    ">": Comparator.GREATER_THAN,
+    ">=": Comparator.AT_LEAST,
+    "<": Comparator.LESS_THAN,
+    "<=": Comparator.AT_MOST,
+}
+EXTRACTORS = ("event", "entity", "trait", "property", "context", "literal")
+FILTERS = ("where", "within", "between")
+REDUCERS = ("count", "sum", "avg", "min", "max", "mode", "first", "last", "unique")
+COMPARATORS = tuple(comparator.value for comparator in Comparator)
+_ONE = {
+    Comparator.EQUALS,
+    Comparator.DIFFERS,
+    Comparator.GREATER_THAN,
+    Comparator.AT_LEAST,
+    Comparator.LESS_THAN,
+    Comparator.AT_MOST,
+    Comparator.BEFORE_DATE,
+    Comparator.AFTER_DATE,
+}
+_SPANS = {
+    Comparator.WITHIN_LAST,
+    Comparator.WITHIN_NEXT,
+    Comparator.BEFORE_LAST,
+    Comparator.AFTER_NEXT,
+}
+_OF_STRINGS = {Comparator.CONTAINS, Comparator.OMITS, Comparator.STARTS_WITH, Comparator.ENDS_WITH}
+_UNITS = {"hour": False, "hours": False, "day": True, "days": True}
+
+
+def parse_condition(text: str) -> Condition:
+    """Parse the query of an audience.
+
+    Raises:
+        QueryError: it cannot be read, or it is a value where a condition is needed.
+
+    """
+    query = parse_query(text)
+    if isinstance(query, Compared | Negation | Conjunction | Disjunction):
+        return query
+    reason = (
+        "an audience needs a condition: compare this value with something, for example `>= 1` or `.exists()`"
+    )
+    raise QueryError(text, len(text.rstrip()), reason)
+
+
+def parse_query(text: str) -> Query:
+    """Parse a query: a condition or a scalar.
+
+    Raises:
+        QueryError: it cannot be read.
+
+    """
+    tree = parse_form(text)
+    try:
+        builder = _Builder()
+        query = builder.query(tree, _Scope())
+        if isinstance(query, _ParsedStream):
+            _fail_unreduced(query)
+    except _Mistake as mistake:
+        raise QueryError(text, min(mistake.position, len(text)), mistake.reason) from None
+    return query
+
+
+class _Mistake(Exception):  # noqa: N818  (parse_query turns it into a QueryError)
+    def __init__(self, position: int, reason: str) -> None:
+        self.position, self.reason = position, reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What surrounds an expression: how many `where`s it is in, and whether a reducer's argument is being read."""
+
+    depth: int = 0
+    is_argument: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _ParsedStream:
+    """A stream that is not reduced yet; `end` is its end in the text."""
+
+    stream: Stream
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _ParsedSpan:
+    span: Span
+    is_of_parent: bool
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class _ParsedCast:
+    value: Any
+    kind: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class _ParentPath:
+    text: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class _FunctionCall:
+    name: str
+    start: int
+    end: int  # behind its closing parenthesis
+    arguments: list[Tree[Token]]
+
+
+def _fail(position: int, reason: str) -> NoReturn:
+    raise _Mistake(position, reason)
+
+
+def _fail_unreduced(parsed: _ParsedStream) -> NoReturn:
+    kind = parsed.stream.kind.value
+    _fail(
+        parsed.end, f"{kind}(…) is a list of rows: add a reducer, such as .count() or .sum(property('total'))"
+    )
+
+
+class _Builder:
+    """Turns lark's tree into ours, and counts the extractors."""
+
+    def __init__(self) -> None:
+        self._extractor_count = 0
+
+    def query(self, node: Tree[Token], scope: _Scope) -> Query | _ParsedStream:
+        match node.data:
+            case "disjunction" | "conjunction":
+                operands = tuple(self.condition(child, scope) for child in children_of(node))
+                return Disjunction(operands) if node.data == "disjunction" else Conjunction(operands)
+            case "negated":
+                return Negation(self.condition(children_of(node)[-1], scope))
+            case "group":
+                return self.query(children_of(node)[0], scope)
+            case "signed":
+                return self._signed(node, scope)
+            case "constant":
+                return self._constant(node)
+        return self._chain(node, scope)
+
+    def condition(self, node: Tree[Token], scope: _Scope) -> Condition:
+        query = self.query(node, scope)
+        if isinstance(query, Compared | Negation | Conjunction | Disjunction):
+            return query
+        if isinstance(query, _ParsedStream):
+            _fail_unreduced(query)
+        return _fail(end_of(node), "a condition is needed here: compare this value with something")
+
+    def scalar(self, node: Tree[Token], scope: _Scope) -> Scalar:
+        query = self.query(node, scope)
+        if isinstance(query, _ParsedStream):
+            _fail_unreduced(query)
+        if isinstance(query, Compared | Negation | Conjunction | Disjunction):
+            _fail(begin_of(node), "a value is needed here, not a condition")
+        return query
+
+    def _signed(self, node: Tree[Token], scope: _Scope) -> Compared:
+        left, sign, right = node.children
+        assert isinstance(left, Tree) and isinstance(sign, Token) and isinstance(right, Tree)  # noqa: S101, PT018
+        value = self.scalar(left, scope)
+        if isinstance(value, Constant):
+            _fail(
+                begin_of(left),
+                "the left side is an extractor, such as trait(…): put the literal on the right",
+            )
+        return Compared(value, SIGNS[str(sign)], (self.scalar(right, scope),))
+
+    def _constant(self, node: Tree[Token]) -> Constant:
+        (token,) = node.children
+        assert isinstance(token, Token)  # noqa: S101
+        match token.type:
+            case "STRING":
+                return Constant(_unquoted(token))
+            case "NUMBER":
+                return Constant(_number(token))
+        return Constant(token.type == "TRUE")
+
+    # Chains: an extractor, filters in any order, a reducer, a comparator.
+
+    def _chain(self, node: Tree[Token], scope: _Scope) -> Query | _ParsedStream:
+        first, *rest = [_function_call(child) for child in children_of(node)]
+        value = self._extract(first, scope)
+        for before, call in pairwise([first, *rest]):
+            value = self._apply(value, before, call, scope)
+        return value
+
+    def _extract(self, call: _FunctionCall, scope: _Scope) -> Query | _ParsedStream:
+        name = call.name
+        if name not in EXTRACTORS:
+            _fail_to_extract(call)
+        argument = self._only_argument(call, scope)
+        if name == "literal":
+            return argument if isinstance(argument, Constant) else _fail(call.start, "write literal('x')")
+        self._extractor_count += 1
+        if self._extractor_count > MAX_EXTRACTORS:
+            _fail(call.start, f"a query has at most {MAX_EXTRACTORS} extractors")
+        if name in {"property", "context"}:
+            return self._property(call, argument, scope)
+        if not isinstance(argument, Constant) or not isinstance(argument.value, str):
+            _fail(call.start, f"write {name}('…') with a string in quotes")
+        if name == "trait":
+            return Trait(_path(argument.value, call))
+        if not argument.value:
+            _fail(call.start, f"{name}('') has no name")
+        return _ParsedStream(Stream(StreamKind(name), argument.value), call.end)
+
+    def _property(self, call: _FunctionCall, argument: Any, scope: _Scope) -> Property | Context:
+        kind = Property if call.name == "property" else Context
+        if isinstance(argument, _ParentPath):
+            if scope.is_argument:
+                _fail(call.start, f"a reducer takes {call.name}('…') of its own rows, not of the parent")
+            if scope.depth < 2:
+                _fail(call.start, f"{call.name}(parent: …) needs another `where` around this one")
+            return kind(_path(argument.text, call), of_parent=True)
+        if not isinstance(argument, Constant) or not isinstance(argument.value, str):
+            _fail(call.start, f"write {call.name}('…') with a string in quotes")
+        if not scope.depth and not scope.is_argument:
+            _fail(call.start, f"{call.name}(…) belongs to an event: use it inside where(…) or a reducer")
+        return kind(_path(argument.value, call))
+
+    def _only_argument(self, call: _FunctionCall, scope: _Scope) -> Any:
+        if len(call.arguments) != 1:
+            _fail(call.start, f"{call.name}(…) takes one argument")
+        return self._argument(call.arguments[0], scope)
+
+    def _argument(self, node: Tree[Token], scope: _Scope) -> Any:
+        match node.data:
+            case "span":
+                return _ParsedSpan(_span(node), False, begin_of(node))
+            case "parent_span":
+                _check_parent(node)
+                return _ParsedSpan(_span(children_of(node)[0]), True, begin_of(node))
+            case "parent_path":
+                _check_parent(node)
+                return _ParentPath(_unquoted(tokens_of(node)[-1]), begin_of(node))
+            case "cast":
+                kind = tokens_of(node)[-1]
+                if kind.lower() not in {"string", "number"}:
+                    _fail(start_of(kind), _cast_reason(kind))
+                return _ParsedCast(self.query(children_of(node)[0], scope), kind.lower(), start_of(kind))
+        return self.query(node, scope)
+
+    def _apply(
+        self, value: Query | _ParsedStream, before: _FunctionCall, call: _FunctionCall, scope: _Scope
+    ) -> Query | _ParsedStream:
+        """Apply a filter, reducer or comparator to what stands before it."""
+        name = call.name
+        if isinstance(value, _ParsedStream):
+            return self._apply_to_stream(value, call, scope)
+        if isinstance(value, Compared | Negation | Conjunction | Disjunction):
+            _fail(call.start, f"nothing can follow {before.name}(…): it ends a condition")
+        if name == "count" and isinstance(value, Reduction) and value.reducer is Reducer.UNIQUE:
+            if call.arguments:
+                _fail(call.start, "write unique(…).count()")
+            return replace(value, reducer=Reducer.COUNT_UNIQUE)
+        if name in FILTERS or name in REDUCERS:
+            _fail(call.start, f"{name}(…) belongs to event(…) or entity(…), before it is reduced")
+        if name not in COMPARATORS:
+            _fail_unknown(call, COMPARATORS)
+        if isinstance(value, Constant):
+            _fail(before.start, "the left side is an extractor, such as trait(…)")
+        return self._compare(value, call, scope)
+
+    def _apply_to_stream(
+        self, value: _ParsedStream, call: _FunctionCall, scope: _Scope
+    ) -> Reduction | _ParsedStream:
+        if call.name in FILTERS:
+            filters = (*value.stream.filters, self._filter(call, scope))
+            return _ParsedStream(replace(value.stream, filters=filters), call.end)
+        if call.name in REDUCERS:
+            return self._reduce(value.stream, call, scope)
+        if call.name in COMPARATORS:
+            _fail_unreduced(value)
+        return _fail_unknown(call, (*FILTERS, *REDUCERS))
+
+    def _filter(self, call: _FunctionCall, scope: _Scope) -> Where | Window:
+        if call.name == "where":
+            if len(call.arguments) != 1 or call.arguments[0].data in {
+                "span",
+                "parent_span",
+                "parent_path",
+                "cast",
+            }:
+                _fail(call.start, "write where( condition )")
+            return Where(self.condition(call.arguments[0], _Scope(scope.depth + 1)))
+        arguments = [self._argument(node, scope) for node in call.arguments]
+        example = {"within": "within(7 days)", "between": "between(7 days, 10 days)"}[call.name]
+        count = 1 if call.name == "within" else 2
+        if len(arguments) != count or not all(isinstance(each, _ParsedSpan) for each in arguments):
+            _fail(call.start, f"write {example}")
+        first, *more = arguments
+        if first.is_of_parent and not scope.depth:
+            _fail(first.position, "`parent:` needs a where(…) of another event around it")
+        if any(each.is_of_parent for each in more):
+            _fail(more[0].position, "write `parent:` once, before the first span")
+        lengths = [each.span.length for each in arguments]
+        if lengths != sorted(lengths):
+            _fail(more[0].position, "the shorter span comes first")
+        if first.is_of_parent:
+            start, end = (lengths[0], lengths[1]) if more else (lengths[0] * 0, lengths[0])
+        else:
+            start, end = lengths[-1], (lengths[0] if more else lengths[0] * 0)
+        return Window(start, end, first.is_of_parent)
+
+    def _reduce(self, stream: Stream, call: _FunctionCall, scope: _Scope) -> Reduction:
+        reducer = Reducer(call.name)
+        if reducer is Reducer.COUNT:
+            if call.arguments:
+                _fail(call.start, "count() takes no argument")
+            return Reduction(stream, reducer)
+        most = 2 if reducer is Reducer.MODE else 1
+        if not 1 <= len(call.arguments) <= most:
+            _fail(call.start, f"write {call.name}(property('…'))")
+        argument = self._argument(call.arguments[0], _Scope(scope.depth, is_argument=True))
+        cast = argument.kind if isinstance(argument, _ParsedCast) else None
+        value = argument.value if isinstance(argument, _ParsedCast) else argument
+        if not isinstance(value, Property | Context):
+            _fail(begin_of(call.arguments[0]), f"write {call.name}(property('…'))")
+        if cast == "string" and reducer not in {Reducer.MIN, Reducer.MAX, Reducer.MODE}:
+            _fail(argument.position, f"{call.name}(…) is not of strings: leave `as string` out")
+        as_text = cast == "string" and reducer is not Reducer.MODE
+        least = self._least_count(call, scope) if len(call.arguments) == most == 2 else 1
+        return Reduction(stream, reducer, value, as_text, least)
+
+    def _least_count(self, call: _FunctionCall, scope: _Scope) -> int:
+        least = self._argument(call.arguments[1], scope)
+        value = least.value if isinstance(least, Constant) else None
+        if type(value) is not int or not 1 <= value <= MAX_COUNT:
+            _fail(begin_of(call.arguments[1]), "the second argument of mode(…) is a whole number from 1 on")
+        return value
+
+    def _compare(self, value: Scalar, call: _FunctionCall, scope: _Scope) -> Compared:
+        comparator = Comparator(call.name)
+        arguments = [self._argument(node, scope) for node in call.arguments]
+        if comparator in _SPANS:
+            if len(arguments) != 1 or not isinstance(arguments[0], _ParsedSpan) or arguments[0].is_of_parent:
+                _fail(call.start, f"write {call.name}(7 days)")
+            return Compared(value, comparator, span=arguments[0].span)
+        for node, argument in zip(call.arguments, arguments, strict=True):
+            if isinstance(argument, _ParsedStream):
+                _fail_unreduced(argument)
+            if not isinstance(argument, Constant | Trait | Property | Context | Reduction):
+                _fail(begin_of(node), f"{call.name}(…) takes values, such as 'DE' or trait('country')")
+            self._check_argument(comparator, argument, begin_of(node))
+        if comparator in {Comparator.EXISTS, Comparator.ABSENT} and arguments:
+            _fail(call.start, f"{call.name}() takes no argument")
+        if comparator in _ONE and len(arguments) != 1:
+            _fail(call.start, f"{call.name}(…) takes one argument")
+        if comparator not in {Comparator.EXISTS, Comparator.ABSENT} and not arguments:
+            _fail(call.start, f"{call.name}(…) takes at least one argument")
+        return Compared(value, comparator, tuple(arguments))
+
+    def _check_argument(self, comparator: Comparator, argument: Scalar, position: int) -> None:
+        if not isinstance(argument, Constant):
+            return
+        if comparator in _OF_STRINGS and not isinstance(argument.value, str):
+            _fail(position, f"{comparator}(…) looks for a string: put it in quotes")
+        is_date = isinstance(argument.value, str) and parse_moment(argument.value) is not None
+        if comparator in {Comparator.BEFORE_DATE, Comparator.AFTER_DATE} and not is_date:
+            _fail(position, "not a date: write '2026-01-31' or '2026-01-31T12:00:00Z'")
+
+
+def _fail_to_extract(call: _FunctionCall) -> NoReturn:
+    name = call.name
+    if reason := NOT_HERE.get(name.lower()):
+        _fail(call.start, reason)
+    if name in FILTERS or name in REDUCERS or name in COMPARATORS:
+        _fail(call.start, f"{name}(…) follows an extractor, such as event('Order Completed').{name}(…)")
+    _fail(call.start, f"unknown function {shown(name)}: {did_you_mean(name, EXTRACTORS)}")
+
+
+def _fail_unknown(call: _FunctionCall, known: Iterable[str]) -> NoReturn:
+    if reason := NOT_HERE.get(call.name.lower()):
+        _fail(call.start, reason)
+    if call.name in EXTRACTORS:
+        _fail(call.start, f"{call.name}(…) begins a value: it cannot follow a dot")
+    _fail(call.start, f"unknown function {shown(call.name)}: {did_you_mean(call.name, known)}")
+
+
+def _check_parent(node: Tree[Token]) -> None:
+    name = tokens_of(node)[0]
+    if name != "parent":
+        _fail(start_of(name), f"unknown word {shown(name)}: did you mean parent?")
+
+
+def _cast_reason(kind: str) -> str:
+    if kind.lower() == "array":
+        return "`as array` is not supported"
+    return f"unknown type {shown(kind)}: known are string, number"
+
+
+def _function_call(node: Tree[Token]) -> _FunctionCall:
+    name, *_ = node.children
+    assert isinstance(name, Token)  # noqa: S101
+    return _FunctionCall(str(name), start_of(name), end_of(node), children_of(node))
+
+
+def _span(node: Tree[Token]) -> Span:
+    number, unit = tokens_of(node)
+    if unit.lower() not in _UNITS:
+        _fail(start_of(unit), f"unknown unit {shown(unit)}: known are hour, hours, day, days")
+    is_days = _UNITS[unit.lower()]
+    most = MAX_DAYS if is_days else MAX_DAYS * 24
+    if not number.isdigit() or len(number) > len(str(most)) or int(number) > most:
+        _fail(start_of(number), f"a span is a whole number of hours or days, at most {MAX_DAYS:,} days")
+    return Span(int(number), is_days)
+
+
+def _unquoted(token: Token) -> str:
+    return re.sub(r"\\(['\"\\])", r"\1", token[1:-1])
+
+
+def _number(token: Token) -> int | float:
+    if len(token) > MAX_DIGITS:
+        _fail(start_of(token), f"a number has at most {MAX_DIGITS} digits")
+    number = int(token) if re.fullmatch(r"-?\d+", token) else float(token)
+    if not math.isfinite(float(number)):
+        _fail(start_of(token), "this number is too large")
+    return number
+
+
+def _path(text: str, call: _FunctionCall) -> ValuePath:
+    r"""Split a path at its dots. `\.` is a dot in a name, `\\` a backslash."""
+    steps, step, is_escaped = [], "", False
+    for letter in text:
+        if is_escaped:
+            step, is_escaped = step + (letter if letter in "\\." else f"\\{letter}"), False
+        elif letter == "\\":
+            is_escaped = True
+        elif letter == ".":
+            steps.append(step)
+            step = ""
+        else:
+            step += letter
+    steps.append(step + "\\" * is_escaped)
+    if not all(steps):
+        _fail(call.start, f"{call.name}(…) has an empty name in its path")
+    if steps[0] == ANY_ITEM:
+        _fail(call.start, f"{call.name}(…) begins with a name, not with $")
+    if len(steps) > MAX_STEPS:
+        _fail(call.start, f"a path has at most {MAX_STEPS} steps")
+    return ValuePath(tuple(steps))

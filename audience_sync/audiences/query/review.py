@@ -1,0 +1,179 @@
+"""Warn about what is probably a mistake in a query: names never seen, and values of another kind than it asks for."""
+
+import datetime as dt
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences.query import tree
+from audience_sync.audiences.query.catalog import Catalog
+from audience_sync.audiences.query.comparisons import SqlValue
+from audience_sync.audiences.query.compiler import Users, statement_text
+from audience_sync.audiences.query.configured import ConfiguredQuery
+from audience_sync.audiences.query.layout import path_text, quoted
+from audience_sync.audiences.query.rows import Row
+from audience_sync.audiences.query.tree import Comparator, Reducer
+from audience_sync.suggest import did_you_mean
+
+SAMPLED_ROWS = 10_000
+SAMPLED_NAMES = 1_000
+_OF_TEXT = {Comparator.CONTAINS, Comparator.OMITS, Comparator.STARTS_WITH, Comparator.ENDS_WITH}
+_OF_DATES = {
+    Comparator.BEFORE_DATE,
+    Comparator.AFTER_DATE,
+    Comparator.WITHIN_LAST,
+    Comparator.WITHIN_NEXT,
+    Comparator.BEFORE_LAST,
+    Comparator.AFTER_NEXT,
+}
+_NAMES = {"number": "a number", "text": "a string", "boolean": "a boolean", "date": "a date"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A value that a query asks for; `wanted`: its kind, None where any will do; `stream`: None for a trait."""
+
+    value: tree.Trait | tree.Property | tree.Context
+    wanted: str | None
+    stream: tree.Stream | None
+
+
+def review_query(
+    connection: sa.Connection, configured: ConfiguredQuery, catalog: Catalog, as_of: dt.datetime
+) -> list[str]:
+    """Return a sentence for each thing that looks like a mistake, from a sample of the rows."""
+    query = configured.query
+    uses = list(dict.fromkeys(_uses(query, ())))
+    streams = list(dict.fromkeys(each.stream for each in uses if each.stream is not None))
+    streams += [each.stream for each in tree.scalars(query) if isinstance(each, tree.Reduction)]
+    unfiltered = dict.fromkeys(replace(stream, filters=()) for stream in streams)
+    empty = {stream for stream in unfiltered if not _is_seen(connection, stream, catalog, as_of)}
+    warnings = [
+        _never_seen(connection, stream, catalog, configured.known_events)
+        for stream in unfiltered
+        if stream in empty
+    ]
+    for use in uses:
+        if use.stream is None or replace(use.stream, filters=()) not in empty:
+            warnings += _review_use(connection, use, catalog, as_of)
+    return list(dict.fromkeys(warnings))
+
+
+def _uses(query: tree.Query, streams: tuple[tree.Stream, ...]) -> Iterator[_Use]:
+    """Yield each value that a query compares or reduces; `streams` are those of the enclosing `where`s."""
+    match query:
+        case tree.Negation() | tree.Conjunction() | tree.Disjunction():
+            for operand in (query.operand,) if isinstance(query, tree.Negation) else query.operands:
+                yield from _uses(operand, streams)
+        case tree.Compared(left, comparator, arguments):
+            for scalar in (left, *arguments):
+                yield from _uses(scalar, streams)
+            if isinstance(left, tree.Trait | tree.Property | tree.Context):
+                yield _use(left, _wanted(comparator, arguments), streams)
+        case tree.Reduction(stream, reducer, value, as_text):
+            for each in stream.filters:
+                if isinstance(each, tree.Where):
+                    yield from _uses(each.condition, (*streams, stream))
+            if value is not None:
+                is_number = reducer in {Reducer.SUM, Reducer.AVG, Reducer.MIN, Reducer.MAX} and not as_text
+                wanted = "number" if is_number else "text" if as_text else None
+                yield _use(value, wanted, (*streams, stream))
+
+
+def _use(
+    value: tree.Trait | tree.Property | tree.Context, wanted: str | None, streams: tuple[tree.Stream, ...]
+) -> _Use:
+    if isinstance(value, tree.Trait):
+        return _Use(value, wanted, None)
+    return _Use(replace(value, of_parent=False), wanted, streams[-2 if value.of_parent else -1])
+
+
+def _wanted(comparator: Comparator, arguments: tuple[tree.Scalar, ...]) -> str | None:
+    if comparator in _OF_TEXT:
+        return "text"
+    if comparator in _OF_DATES:
+        return "date"
+    kinds = {type(argument.value) for argument in arguments if isinstance(argument, tree.Constant)}
+    if kinds == {str} and not {"true", "false"} & {getattr(each, "value", None) for each in arguments}:
+        return "text"
+    return "number" if kinds and kinds <= {int, float} else None
+
+
+def _is_seen(connection: sa.Connection, stream: tree.Stream, catalog: Catalog, as_of: dt.datetime) -> bool:
+    row = Row(Users(catalog, as_of), stream, None)
+    select: sa.Select[Any] = (
+        sa.select(sa.literal_column("1")).select_from(row.from_).where(*row.conditions).limit(1)
+    )
+    return _run(connection, select, catalog).first() is not None
+
+
+def _never_seen(
+    connection: sa.Connection, stream: tree.Stream, catalog: Catalog, mapped: Sequence[str]
+) -> str:
+    text = f"{stream.kind}({quoted(stream.name)})"
+    table = catalog.event(stream.name) if stream.kind is tree.StreamKind.EVENT else None
+    if table is None or table.event_name is None:
+        return f"{text} has no rows"
+    events = table.from_clause("e")
+    names = sa.select(events.c[table.event_name]).distinct().limit(SAMPLED_NAMES)
+    known = [*mapped, *(name for (name,) in _run(connection, names, catalog))]
+    return f"{text} was never seen: {did_you_mean(stream.name, known, 'no event has a similar name')}"
+
+
+def _review_use(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime) -> list[str]:
+    users = Users(catalog, as_of)
+    name = type(use.value).__name__.lower()
+    text = f"{name}({quoted(path_text(use.value.path))})"
+    rows_name = "profiles"
+    if use.stream is not None:
+        row = Row(users, replace(use.stream, filters=()), None)
+        items, value = row.value(use.value)
+        from_, conditions = row.from_, row.conditions
+        text += f" of {use.stream.kind}({quoted(use.stream.name)})"
+        rows_name = "events" if use.stream.kind is tree.StreamKind.EVENT else "rows"
+    else:
+        if use.value.path.steps[0] in catalog.definitions:
+            return []
+        items, value = users.trait_value(use.value.path)
+        only = users.only_table()
+        conditions = []
+        if only is None:
+            return [f"{text} was never seen: no table of profiles has this column"]
+        from_ = only
+    for table in items:
+        from_ = from_.join(table, sa.true())
+    parts = _parts(users, value)
+    values: sa.Select[Any] = sa.select(
+        value.exists.label("has_value"), *(part.label(kind) for kind, part in parts.items())
+    )
+    sample = values.select_from(from_).where(*conditions).limit(SAMPLED_ROWS).subquery("sample")
+    counts: list[Any] = [sa.func.sum(sa.case((sample.c.has_value, 1), else_=0))]
+    counts += [sa.func.count(sample.c[kind]) for kind in parts]
+    exist_count, *kind_counts = list[Any](_run(connection, sa.select(*counts), catalog).one())
+    if not exist_count:
+        return [f"{text} was never seen"]
+    by_kind = dict(zip(parts, kind_counts, strict=True))
+    if use.wanted is None or by_kind.get(use.wanted, 0) == exist_count:
+        return []
+    others = {kind: count for kind, count in by_kind.items() if kind not in {use.wanted, "date"} and count}
+    wrong = exist_count - by_kind.get(use.wanted, 0)
+    what = (
+        _NAMES[next(iter(others))]
+        if len(others) == 1 and use.wanted != "date"
+        else f"not {_NAMES[use.wanted]}"
+    )
+    return [
+        f"{text} is {what} in {wrong:,} of {exist_count:,} {rows_name}: the comparison needs {_NAMES[use.wanted]}"
+    ]
+
+
+def _parts(users: Users, value: SqlValue) -> dict[str, Any]:
+    moment = users.moment_of(value)
+    return value.kinds() | ({"date": moment} if moment is not None else {})
+
+
+def _run(connection: sa.Connection, select: sa.Select[Any], catalog: Catalog) -> sa.CursorResult[Any]:
+    text = statement_text(select, catalog)
+    return connection.exec_driver_sql(text, execution_options={"no_parameters": True})

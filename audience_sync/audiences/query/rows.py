@@ -1,0 +1,277 @@
+"""Rows of a stream: which rows belong to it, their values, and what they are reduced to."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences.query import tree
+from audience_sync.audiences.query.catalog import ReadTable
+from audience_sync.audiences.query.comparisons import (
+    ABSENT,
+    KINDS,
+    Expression,
+    Scope,
+    SqlValue,
+    any_of,
+    chain,
+)
+from audience_sync.audiences.query.tree import Comparator, Reducer
+from audience_sync.errors import ConfigError
+from audience_sync.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from audience_sync.audiences.query.compiler import Users
+
+COUNTS = {Reducer.COUNT, Reducer.COUNT_UNIQUE}
+
+
+class Row(Scope):
+    """A row of a stream: its columns, and the conditions that make it a row of that stream."""
+
+    def __init__(self, users: "Users", stream: tree.Stream, parent: "Row | None") -> None:
+        super().__init__(users.catalog, users.as_of)
+        self.users, self.parent = users, parent
+        self.table = self._find(stream)
+        self.alias = users.alias(self.table)
+        self.outer: list[sa.FromClause] = [*parent.outer, parent.alias] if parent is not None else []
+        self.from_, self.user, self.user_kind = user_of(users, self.table, self.alias)
+        self.conditions: list[Expression] = [self.user.is_not(None)]
+        if parent is not None:
+            self.conditions = [self._belongs_to(parent)]
+        if stream.kind is tree.StreamKind.EVENT and self.table.event_name:
+            self.conditions.append(self.alias.c[self.table.event_name] == stream.name)
+        windows = [each for each in stream.filters if isinstance(each, tree.Window)]
+        self._add_windows(stream, windows)
+        self.conditions += [
+            self.condition(each.condition) for each in stream.filters if isinstance(each, tree.Where)
+        ]
+
+    def _find(self, stream: tree.Stream) -> ReadTable:
+        is_event = stream.kind is tree.StreamKind.EVENT
+        table = self.catalog.event(stream.name) if is_event else self.catalog.tables.get(stream.name)
+        if table is None:
+            known = self.catalog.event_names() if is_event else list(self.catalog.tables)
+            kind = f"{stream.kind}('{stream.name}')"
+            raise ConfigError(
+                f"{kind} is not mapped by [tables.*] on this database: {did_you_mean(stream.name, known)}"
+            )
+        return table
+
+    def _belongs_to(self, parent: "Row") -> Expression:
+        mapping = self.table.mapping
+        if mapping.parent == parent.table.name:
+            self.from_ = self.alias
+            return _same(self, mapping.parent_id or "", parent, parent.table.mapping.id or "")
+        if self.user_kind == parent.user_kind:
+            return self.user == parent.user
+        return self.user_text == parent.user_text
+
+    @property
+    def user_text(self) -> Expression:
+        text: Expression = self.db.text_of(self.user, self.user_kind)
+        return text
+
+    def _add_windows(self, stream: tree.Stream, windows: list[tree.Window]) -> None:
+        column = self.table.mapping.timestamp
+        if column is None:
+            if windows:
+                raise ConfigError(
+                    f"{stream.kind}('{stream.name}') has no timestamp in [tables.*]: a window needs one"
+                )
+            return
+        timestamp, kind = self.alias.c[column], self.table.columns[column]
+        spans = [window for window in windows if not window.of_parent]
+        for window in spans:
+            until = self.as_of - window.end
+            self.conditions.append(self.db.is_within(timestamp, kind, self.as_of - window.start, until))
+        if not spans:
+            self.conditions.append(self.db.is_within(timestamp, kind, None, self.as_of))
+        for window in windows:
+            if window.of_parent:
+                self._add_parent_window(stream, window)
+
+    def _add_parent_window(self, stream: tree.Stream, window: tree.Window) -> None:
+        parent = self.parent
+        assert parent is not None  # noqa: S101  (the parser checked)
+        if parent.table.mapping.timestamp is None:
+            name = parent.table.name
+            raise ConfigError(
+                f"[tables.{name}] has no timestamp: `parent:` in {stream.kind}('{stream.name}') needs one"
+            )
+        own, of_parent = self.moment, parent.moment
+        self.conditions.append(own > self.db.shifted(of_parent, window.start))
+        self.conditions.append(own <= self.db.shifted(of_parent, window.end))
+
+    @property
+    def moment(self) -> Expression:
+        column = self.table.mapping.timestamp or ""
+        return self.db.moment_of(self.alias.c[column], self.table.columns[column])  # type: ignore[no-any-return]
+
+    def order(self) -> list[Expression]:
+        """Return the order of rows: by timestamp, then by arrival."""
+        mapping = self.table.mapping
+        columns = [name for name in (self.table.arrival,) if name]
+        moments = [self.moment] if mapping.timestamp else []
+        return [*moments, *(self.alias.c[name] for name in columns)]
+
+    def row(self, of_parent: bool) -> "Row":
+        if not of_parent:
+            return self
+        assert self.parent is not None  # noqa: S101  (the parser checked)
+        return self.parent
+
+    def column_value(self, path: tree.ValuePath, *, in_context: bool) -> tuple[list[sa.FromClause], SqlValue]:
+        document = self.table.context if in_context else self.table.properties
+        if in_context and document is None:
+            return [], ABSENT
+        return self.users.value_in(self.table, self.alias, document, path)
+
+    def trait_value(self, path: tree.ValuePath) -> tuple[list[sa.FromClause], SqlValue]:
+        return self.users.trait_of(path, self)
+
+    def reduction(self, reduction: tree.Reduction) -> SqlValue:
+        row = Row(self.users, reduction.stream, self)
+        select = reduced(row, reduction, is_grouped=False)
+        columns = {column.name: column for column in select.selected_columns}
+        parts: dict[str, Any] = {
+            kind: select.with_only_columns(columns[kind], maintain_column_froms=True).scalar_subquery()
+            for kind in KINDS
+            if kind in columns
+        }
+        return of_reduction(reduction, parts)
+
+    def compared(self, compared: tree.Compared) -> Expression:
+        is_there = _asks_whetherany_of(compared)
+        if is_there is None:
+            return super().compared(compared)
+        assert isinstance(compared.left, tree.Reduction)  # noqa: S101
+        row = Row(self.users, compared.left.stream, self)
+        exists = sa.exists(sa.select(sa.literal_column("1")).select_from(row.from_).where(*row.conditions))
+        return exists if is_there else ~exists
+
+
+def _same(row: Row, column: str, other: Row, other_column: str) -> Expression:
+    kinds = row.table.columns[column], other.table.columns[other_column]
+    left, right = row.alias.c[column], other.alias.c[other_column]
+    if kinds[0] == kinds[1]:
+        return left == right
+    return row.db.text_of(left, kinds[0]) == row.db.text_of(right, kinds[1])  # type: ignore[no-any-return]
+
+
+def _asks_whetherany_of(compared: tree.Compared) -> bool | None:
+    """Return whether the comparison of a count asks for any row (true), for none (false), or for something else."""
+    left, arguments = compared.left, compared.arguments
+    if not isinstance(left, tree.Reduction) or left.reducer is not Reducer.COUNT:
+        return None
+    match compared.comparator, arguments:
+        case (Comparator.AT_LEAST, (tree.Constant(1, is_boolean=False),)) | (
+            Comparator.GREATER_THAN,
+            (tree.Constant(0, is_boolean=False),),
+        ):
+            return True
+        case (Comparator.LESS_THAN, (tree.Constant(1, is_boolean=False),)) | (
+            Comparator.EQUALS | Comparator.AT_MOST,
+            (tree.Constant(0, is_boolean=False),),
+        ):
+            return False
+    return None
+
+
+def of_reduction(reduction: tree.Reduction, parts: dict[str, Any]) -> SqlValue:
+    if reduction.reducer is Reducer.UNIQUE:  # a list: it exists, and is of no kind that compares
+        return SqlValue(parts["text"].is_not(None))
+    if reduction.reducer in COUNTS:
+        return SqlValue(sa.true(), number=sa.func.coalesce(parts["number"], 0))
+    exists = any_of(part.is_not(None) for part in parts.values())
+    return SqlValue(exists, **parts, is_rounded=reduction.reducer in {Reducer.SUM, Reducer.AVG})
+
+
+def reduced(row: Row, reduction: tree.Reduction, *, is_grouped: bool) -> sa.Select[Any]:
+    """Return the SELECT of the reduced values by kind: of each user (`user_id`) if grouped, else of the row at hand."""
+    db, reducer = row.db, reduction.reducer
+    keys = [row.user_text.label("user_id")] if is_grouped else []
+    groups = [row.user] if is_grouped else []
+    items, value = row.value(reduction.value) if reduction.value is not None else ([], ABSENT)
+    from_ = chain([row.from_, *items])
+
+    def rows(*columns: Expression, where: Expression | None = None) -> sa.Select[Any]:
+        conditions = row.conditions if where is None else [*row.conditions, where]
+        select = sa.select(*columns).select_from(from_).where(*conditions)
+        return select.correlate(*row.outer) if row.outer else select
+
+    def relation(select: sa.Select[Any]) -> sa.FromClause:
+        return row.users.relation(select, is_grouped=is_grouped)
+
+    if reducer is Reducer.COUNT:
+        return rows(*keys, sa.func.count().label("number")).group_by(*groups)
+    simple: dict[Reducer, Callable[[Expression], Expression]] = {
+        Reducer.SUM: db.total,
+        Reducer.AVG: db.mean,
+        Reducer.MIN: sa.func.min,
+        Reducer.MAX: sa.func.max,
+    }
+    if reducer in simple:
+        kind = "text" if reduction.as_text else "number"
+        part = value.kinds().get(kind, sa.null())
+        if reduction.as_text:
+            part = db.by_code_points(sa.cast(part, sa.Text))
+        return rows(*keys, simple[reducer](part).label(kind)).group_by(*groups)
+    kinds = value.kinds() or {"number": sa.cast(sa.null(), sa.REAL)}
+    columns = [part.label(kind) for kind, part in kinds.items()]
+    is_scalar = any_of(part.is_not(None) for part in kinds.values())
+    place: Any
+    if reducer in {Reducer.FIRST, Reducer.LAST}:
+        order = [each.desc() if reducer is Reducer.LAST else each.asc() for each in row.order()]
+        place = sa.func.row_number().over(partition_by=groups, order_by=order).label("place")
+        return _first_of(relation(rows(*keys, *columns, place, where=is_scalar)))
+    scalars = relation(rows(*keys, *columns, where=is_scalar))
+    counted = relation(sa.select(*scalars.c, sa.func.count().label("times")).group_by(*scalars.c))
+    by_value = _by_value(db, counted, kinds)
+    users = [counted.c.user_id] if is_grouped else []
+    if reducer is Reducer.MODE:
+        place = sa.func.row_number().over(partition_by=users, order_by=[counted.c.times.desc(), *by_value])
+        ranked = sa.select(*counted.c, place.label("place")).where(counted.c.times >= reduction.least_count)
+        return _first_of(relation(ranked))
+    if reducer is Reducer.COUNT_UNIQUE:
+        return sa.select(*users, sa.func.count().label("number")).select_from(counted).group_by(*users)
+    ordered = relation(sa.select(*counted.c).order_by(*users, *by_value))
+    users = [ordered.c.user_id] if is_grouped else []
+    listed = db.joined(_shown(db, ordered, kinds), *_by_value(db, ordered, kinds)).label("text")
+    return sa.select(*users, listed).group_by(*users)
+
+
+def _first_of(ranked: sa.FromClause) -> sa.Select[Any]:
+    columns = [column for column in ranked.c if column.name not in {"place", "times"}]
+    return sa.select(*columns).where(ranked.c.place == 1)
+
+
+def _by_value(db: Any, values: sa.FromClause, kinds: Iterable[str]) -> list[Expression]:
+    """Return the order of values: numbers, then strings by code points, then false and true."""
+    order: list[Expression] = []
+    for kind in kinds:
+        column = values.c[kind]
+        order += [column.is_(None), db.by_code_points(column) if kind == "text" else column]
+    return order
+
+
+def _shown(db: Any, values: sa.FromClause, kinds: Iterable[str]) -> Expression:
+    """Return the text of a value in a list."""
+    texts: dict[str, Callable[[Any], Any]] = {
+        "number": db.number_text,
+        "text": lambda column: column,
+        "boolean": lambda column: sa.case((column, "true"), (~column, "false")),
+    }
+    return sa.func.coalesce(*(texts[kind](values.c[kind]) for kind in kinds), sa.null())
+
+
+def user_of(users: "Users", table: ReadTable, alias: sa.FromClause) -> tuple[sa.FromClause, Expression, str]:
+    """Return the FROM of a row with its user, and the user's column and kind; a nested row's is its parent's."""
+    column = table.mapping.user_id
+    if column is not None:
+        return alias, alias.c[column], table.columns[column]
+    parent = users.catalog.tables[table.mapping.parent or ""]
+    outer = users.alias(parent)
+    from_, user, kind = user_of(users, parent, outer)
+    link = alias.c[table.mapping.parent_id or ""] == outer.c[parent.mapping.id or ""]
+    return alias.join(from_, link), user, kind

@@ -1,0 +1,181 @@
+"""The tables that queries read, and which tables and definitions each query may name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from audience_sync.audiences.definition import Definition, Kind
+from audience_sync.audiences.query import tree
+from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
+from audience_sync.errors import ConfigError
+from audience_sync.settings.schema import SourceSettings, TableSettings
+from audience_sync.settings.sections import Section
+from audience_sync.suggest import did_you_mean, shown
+
+if TYPE_CHECKING:
+    from audience_sync.settings import Settings
+
+
+def build_table(
+    section: Section, name: str, table: Any, sources: Mapping[str, SourceSettings], names: Iterable[str]
+) -> TableMapping:
+    """Check a section [tables.NAME]; `names` are those of all such sections."""
+    settings = section.convert(table, TableSettings)
+    mapping = TableMapping(name, **msgspec.structs.asdict(settings))
+    if (mapping.table is None) == (mapping.sql is None):
+        section.fail("expected either table or sql")
+    if mapping.source is not None and mapping.source not in sources:
+        section.fail(f"source: there is no such [sources.NAME]: {did_you_mean(mapping.source, sources)}")
+    if mapping.parent is None:
+        if mapping.user_id is None:
+            section.fail("missing: user_id, or parent and parent_id of a nested table")
+        if mapping.parent_id is not None:
+            section.fail("parent_id: it needs parent")
+    else:
+        if mapping.parent not in names:
+            section.fail(f"parent: there is no such [tables.NAME]: {did_you_mean(mapping.parent, names)}")
+        if mapping.parent_id is None:
+            section.fail("missing: parent_id, the column that holds the parent's id")
+    if mapping.event is not None and mapping.timestamp is None:
+        section.fail("event: it needs timestamp, the column of the moment of each event")
+    if mapping.profile and mapping.user_id is None:
+        section.fail("profile: it needs user_id")
+    return mapping
+
+
+def check_tables(top: Section, mappings: Sequence[TableMapping]) -> None:
+    """Check what concerns two of the mapped tables."""
+    by_name = {mapping.name: mapping for mapping in mappings}
+    events: dict[tuple[str | None, str], str] = {}
+    for mapping in mappings:
+        section = top.section(f"[tables.{shown(mapping.name)}]")
+        if mapping.event is not None:
+            other = events.setdefault((mapping.source, mapping.event), mapping.name)
+            if other != mapping.name:
+                section.fail(f"event: [tables.{shown(other)}] has the same")
+        if mapping.parent is None:
+            continue
+        parent = by_name[mapping.parent]
+        if parent.source != mapping.source:
+            section.fail(f"parent: [tables.{shown(parent.name)}] has another source")
+        if parent.id is None:
+            section.fail(
+                f"parent: [tables.{shown(parent.name)}] needs id, the column that parent_id refers to"
+            )
+        outer, seen = parent, {mapping.name}
+        while outer.user_id is None:
+            if outer.name in seen or outer.parent is None:
+                section.fail("parent: these tables are nested in each other")
+            seen.add(outer.name)
+            outer = by_name[outer.parent]
+
+
+def configure_queries(
+    path: Path, definitions: Sequence[Definition], mappings: Sequence[TableMapping]
+) -> tuple[Definition, ...]:
+    """Give each query the tables and definitions that it needs, of those on the same database."""
+    return tuple(
+        replace(definition, query=_configured(path, definition, definition.query, definitions, mappings))
+        if definition.query is not None
+        else definition
+        for definition in definitions
+    )
+
+
+def unnamed_definition(settings: "Settings", text: str, source: str | None, kind: Kind) -> Definition:
+    """Return a definition of a query that stands in no file.
+
+    Raises ConfigError if it cannot be read, or names what is not there.
+    """
+    from audience_sync.audiences.query import parser  # noqa: PLC0415  (lark: only where there is a query)
+
+    if source is not None and source not in settings.sources:
+        raise ConfigError(f"There is no [sources.{shown(source)}]: {did_you_mean(source, settings.sources)}")
+    parse = parser.parse_query if kind is Kind.TRAIT else parser.parse_condition
+    query = ConfiguredQuery(text, parse(text))
+    definition = Definition("query", "query", kind, source=source)
+    query = _configured(settings.path, definition, query, settings.definitions, settings.tables)
+    return replace(definition, query=query)
+
+
+def _configured(
+    path: Path,
+    definition: Definition,
+    query: ConfiguredQuery,
+    definitions: Sequence[Definition],
+    mappings: Sequence[TableMapping],
+) -> ConfiguredQuery:
+    others = {
+        other.key: QueryDefinition(
+            other.kind is Kind.TRAIT, other.query.query if other.query else None, other.sql
+        )
+        for other in definitions
+        if other.source == definition.source
+    }
+    reached: dict[str, QueryDefinition] = {}
+    scalars = _reach(path, [definition.key], query.query, others, reached)
+    tables = {mapping.name: mapping for mapping in mappings if mapping.source == definition.source}
+    needed = _needed(path, definition, scalars, tables)
+    return replace(query, mappings=needed, definitions=reached, known_events=tuple(_events(tables)))
+
+
+def _reach(
+    path: Path,
+    keys: list[str],
+    query: tree.Query,
+    others: Mapping[str, QueryDefinition],
+    reached: dict[str, QueryDefinition],
+) -> list[tree.Scalar]:
+    """Return the scalars of a query and of the definitions that it names, which are added to `reached`."""
+    scalars = list(tree.scalars(query))
+    for scalar in list(scalars):
+        if not isinstance(scalar, tree.Trait) or len(scalar.path.steps) > 1:
+            continue
+        key = scalar.path.steps[0]
+        if key in keys:
+            circle = " → ".join([*keys[keys.index(key) :], key])
+            raise ConfigError(
+                f"{path}: the file: these definitions need each other: {circle}. Take one out of the circle"
+            )
+        if key in others and key not in reached:
+            reached[key] = other = others[key]
+            if other.query is not None:
+                scalars += _reach(path, [*keys, key], other.query, others, reached)
+    return scalars
+
+
+def _needed(
+    path: Path, definition: Definition, scalars: Iterable[tree.Scalar], tables: Mapping[str, TableMapping]
+) -> tuple[TableMapping, ...]:
+    """Return the mapped tables that these scalars read, those that they are nested in, and the profiles."""
+    needed = {name for name, mapping in tables.items() if mapping.profile}
+    for scalar in scalars:
+        if not isinstance(scalar, tree.Reduction):
+            continue
+        stream = scalar.stream
+        if stream.kind is tree.StreamKind.ENTITY:
+            names = [name for name in tables if name == stream.name]
+        else:
+            names = [name for name, mapping in tables.items() if mapping.event == stream.name]
+        if not names and (stream.kind is tree.StreamKind.ENTITY or definition.source is not None):
+            known = tables if stream.kind is tree.StreamKind.ENTITY else _events(tables)
+            where = f"the source {definition.source}" if definition.source else "our own database"
+            raise ConfigError(
+                f"{path}: {definition.name}: query: {stream.kind}('{shown(stream.name)}') is not mapped by any "
+                f"[tables.*] on {where}: {did_you_mean(stream.name, known)}"
+            )
+        needed.update(names)
+    waiting = list(needed)
+    while waiting:
+        parent = tables[waiting.pop()].parent
+        if parent is not None and parent not in needed:
+            needed.add(parent)
+            waiting.append(parent)
+    return tuple(mapping for name, mapping in tables.items() if name in needed)
+
+
+def _events(tables: Mapping[str, TableMapping]) -> list[str]:
+    return [mapping.event for mapping in tables.values() if mapping.event is not None]

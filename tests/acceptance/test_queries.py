@@ -1,0 +1,171 @@
+"""Definitions by query from the command line: preview, explain, check, plan and sync, on both databases."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from audience_sync.db import dialects
+
+CONFIGURATION = """
+[tables.orders]
+table = "{schema}orders"
+user_id = "user_id"
+timestamp = "ordered_at"
+event = "Order Completed"
+
+[[audiences]]
+name = "Recent Buyers"
+query = "event('Order Completed').within(30 days).count() >= 1"
+
+[[audiences]]
+name = "Good Recent Buyers"
+query = "trait('recent_buyers') = true AND trait('total_spend') >= 100"
+
+[[traits]]
+name = "Total Spend"
+query = "event('Order Completed').sum(property('total'))"
+
+[[traits]]
+name = "First Plan"
+query = "event('Plan Chosen').first(property('plan'))"
+"""
+
+
+@pytest.fixture
+def command(start, company, engine):
+    schema = "" if dialects.is_sqlite(engine) else "public."
+    company(f"CREATE TABLE {schema}orders (user_id integer, ordered_at timestamp, total real)")
+    company(
+        f"INSERT INTO {schema}orders VALUES (1, '2026-05-30 10:00:00', 80), (1, '2026-05-01 09:00:00', 20), "
+        "(2, '2026-05-31 10:00:00', 99), (3, '2025-01-01 00:00:00', 500)"
+    )
+    command = start({}, CONFIGURATION.format(schema=schema))
+    for user, plan in (("1", "pro"), ("2", "12"), ("3", "true")):
+        code, output = command("track", user, "Plan Chosen", "--property", f"plan={plan}", "--no-deliver")
+        assert code == 0, output
+    return command
+
+
+def test_queries_are_synced_like_any_other_definition(command, sandbox):
+    assert (
+        command("sync", "--as-of", "2026-06-01", "total_spend", "recent_buyers", "good_recent_buyers")[0] == 0
+    )
+    users = sandbox.state.users
+    assert {user: users[user]["properties"] for user in users} == {
+        "1": {"total_spend": 100, "recent_buyers": True, "good_recent_buyers": True},
+        "2": {"total_spend": 99, "recent_buyers": True},
+        "3": {"total_spend": 500},
+    }
+    assert command("sync", "first_plan")[0] == 0
+    plans = {user: users[user]["properties"]["first_plan"] for user in users}
+    assert plans == {"1": "pro", "2": 12, "3": True}
+
+    (plan,) = command.document("plan", "--as-of", "2026-07-01", "recent_buyers")["definitions"]
+    assert (plan["member_count"], plan["exited_sample"]) == (0, ["1", "2"])
+
+
+def test_a_preview_of_an_audience(command):
+    query = "event('Order Completed').within(30 days).sum(property('total')) > 90"
+    previewed = command.document("preview", query, "--as-of", "2026-06-01")
+    assert previewed["seconds"] >= 0
+    del previewed["seconds"]
+    assert previewed == {"member_count": 1, "sample": ["2"], "warnings": []}
+    assert command("preview", query, "--as-of", "2026-06-01")[1].splitlines()[1:] == ["  2"]
+
+
+def test_a_preview_of_a_trait(command):
+    previewed = command.document("preview", "--trait", "event('Plan Chosen').last(property('plan'))")
+    assert previewed["sample"] == {"1": "pro", "2": 12, "3": True}
+    assert command("preview", "--trait", "trait('total_spend')")[1].splitlines()[1:] == [
+        "  1\t100",
+        "  2\t99",
+        "  3\t500",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "warnings"),
+    [
+        (
+            "event('Order Complete').count() >= 1",
+            ["event('Order Complete') was never seen: did you mean Order Completed?"],
+        ),
+        (
+            "event('Plan Chosen').where(property('plan') > 3).count() >= 1",
+            [("property('plan') of event('Plan Chosen') is not a number in 2 of 3 events: "
+            "the comparison needs a number")],
+        ),
+        (
+            "event('Order Completed').where(property('totl') > 3).count() >= 1",
+            ["property('totl') of event('Order Completed') was never seen"],
+        ),
+        ("trait('country') = 'DE'", ["trait('country') was never seen"]),
+    ],
+)  # fmt: skip
+def test_a_preview_warns_of_what_is_probably_a_mistake(command, query, warnings):
+    assert command.document("preview", query)["warnings"] == warnings
+
+
+def test_a_query_comes_from_a_file_or_from_standard_input(command, tmp_path, environ):
+    path = tmp_path / "query.txt"
+    path.write_text("\ufeffevent('Order Completed').count() >= 1 # everybody\n", encoding="utf-8")
+    assert command.document("preview", str(path))["member_count"] == 3
+    program = [sys.executable, "-m", "audience_sync", "--config", command.path, "preview", "-", "--json"]
+    done = subprocess.run(program, input=path.read_bytes(), stdout=subprocess.PIPE, env=environ, check=True)
+    assert json.loads(done.stdout)["member_count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["preview", "event('A').count()"], "an audience needs a condition"),
+        (["preview", "event('A').cout() > 1"], "unknown function cout: did you mean count?"),
+        (["preview", "nothing.txt"], "nothing.txt is neither a query nor the key of a definition"),
+        (["preview", "entity('order').count() > 1"], "entity('order') is not mapped"),
+        (["preview", "entity('orders').count() > 1", "--source", "shop"], "There is no [sources.shop]"),
+        (["preview", "trait('a') = 1", "--as-of", "2999-01-01"], "is in the future"),
+        (["explain", "recent_buyer"], "recent_buyer is neither a query nor the key of a definition"),
+    ],
+)
+def test_what_cannot_be_previewed_says_why(command, arguments, message):
+    code, output = command(*arguments)
+    assert code == 2
+    assert message in output
+
+
+def test_explain_shows_the_query_the_english_and_the_sql(command, engine):
+    explained = command.document("explain", "good_recent_buyers")
+    assert explained["query"] == "trait('recent_buyers') = true AND trait('total_spend') >= 100"
+    assert explained["english"] == (
+        "Users for whom the user's recent_buyers is true and the user's total_spend is at least 100."
+    )
+    assert explained["sql"].startswith("WITH ")
+    assert explained["dialect"] == engine.dialect.name
+    assert "SELECT" in command("explain", "event('A').count() > 1")[1]
+
+
+def test_check_names_what_is_wrong_with_a_query(command):
+    lines = command("check")[1].splitlines()
+    assert "ok     definition recent_buyers: 0 members" in lines or any(
+        line.startswith("ok     definition recent_buyers: ") for line in lines
+    )
+    text = command.path.read_text().replace("property('total')", "property('totals')")
+    command.path.write_text(text)
+    assert "property('totals') of event('Order Completed') was never seen" in command("check")[1]
+    command.path.write_text(text.replace('user_id = "user_id"', 'user_id = "user"'))
+    code, output = command("check")
+    assert code == 2
+    assert "[tables.orders] user_id: it has no column user: did you mean user_id?" in output
+
+
+def test_a_failing_query_does_not_stop_the_others(command):
+    text = command.path.read_text().replace('timestamp = "ordered_at"\nevent', 'timestamp = "ordered"\nevent')
+    command.path.write_text(text)
+    code, output = command("sync", "--no-deliver", "--json")
+    assert code == 1
+    runs = {run["key"]: run for run in json.loads(output[output.index("{") : output.rindex("}") + 1])["runs"]}
+    assert runs["first_plan"]["status"] == "succeeded"
+    assert runs["recent_buyers"]["status"] == "failed"
+    assert "timestamp: it has no column ordered" in runs["recent_buyers"]["error"]

@@ -1,0 +1,77 @@
+"""Queries and mapped tables in the configuration: what is refused, and with which words."""
+
+import pytest
+
+from audience_sync import settings
+from audience_sync.errors import ConfigError
+
+BASE = """
+[sources.shop]
+url = "sqlite:///shop.db"
+[destination]
+api_key = "k"
+"""
+ORDERS = '[tables.orders]\nsource = "shop"\ntable = "orders"\nuser_id = "u"\nid = "id"\n'
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text):
+        path = tmp_path / "audience_sync.toml"
+        path.write_text(BASE + text, encoding="utf-8")
+        return settings.load(path, {})
+
+    return load
+
+
+def audience(name, query, source=None):
+    where = f'source = "{source}"\n' if source else ""
+    return f'[[audiences]]\nname = "{name}"\n{where}query = """{query}"""\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[audiences]]\nname = "A"\n', "missing: sql or query"),
+        ('[[audiences]]\nname = "A"\nsql = "SELECT 1"\nquery = "x"\n', "expected either sql or query"),
+        (audience("A", "event('X').cnt() > 1"), "query: line 1, column 12: unknown function cnt"),
+        (audience("A", "event('X').count()"), "an audience needs a condition"),
+        (audience("A", "entity('x').count() > 1"), r"entity\('x'\) is not mapped by any \[tables.\*\] on our own"),
+        (audience("A", "event('x').count() > 1", "shop"), r"event\('x'\) is not mapped .* on the source shop"),
+        (ORDERS + audience("A", "entity('order').count() > 1", "shop"), "did you mean orders"),
+        (ORDERS + audience("A", "entity('orders').count() > 1"), "is not mapped"),
+        (
+            audience("A", "trait('b') = true") + audience("B", "trait('c') = true") + audience("C", "trait('a') = 1"),
+            "need each other: a → b → c → a",
+        ),
+        (audience("A", "trait('a') = true"), "need each other: a → a"),
+        ('[tables.x]\nuser_id = "u"\n', "expected either table or sql"),
+        ('[tables.x]\ntable = "t"\nsql = "s"\nuser_id = "u"\n', "expected either table or sql"),
+        ('[tables.x]\ntable = "t"\n', "missing: user_id, or parent and parent_id"),
+        ('[tables.x]\ntable = "t"\nuser_id = "u"\nevent = "E"\n', "event: it needs timestamp"),
+        ('[tables.x]\ntable = "t"\nuser_id = "u"\nsource = "sop"\n', "did you mean shop"),
+        ('[tables.x]\ntable = "t"\nuser_id = "u"\nparent_id = "p"\n', "parent_id: it needs parent"),
+        ('[tables.x]\ntable = "t"\nparent = "y"\nparent_id = "p"\n', r"there is no such \[tables.NAME\]"),
+        (ORDERS + '[tables.x]\ntable = "t"\nparent = "orders"\n', "missing: parent_id"),
+        (ORDERS + '[tables.x]\ntable = "t"\nparent = "orders"\nparent_id = "p"\n', "has another source"),
+        ('[tables.x]\ntable = "t"\nuser_id = "u"\nprofil = true\n', "did you mean profile"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_query_or_a_table_is_said(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(text)
+
+
+def test_a_query_gets_what_it_names_and_no_more(load):
+    loaded = load(
+        ORDERS
+        + '[tables.lines]\nsource = "shop"\ntable = "lines"\nparent = "orders"\nparent_id = "o"\n'
+        + '[tables.people]\nsource = "shop"\ntable = "people"\nuser_id = "u"\nprofile = true\n'
+        + '[tables.other]\nsource = "shop"\ntable = "other"\nuser_id = "u"\n'
+        + audience("A", "entity('lines').count() > 1 AND trait('b') = true", "shop")
+        + audience("B", "trait('plan') = 'pro'", "shop")
+        + audience("C", "trait('plan') = 'pro'", "shop")
+    )
+    query = loaded.definitions[0].query
+    assert [mapping.name for mapping in query.mappings] == ["orders", "lines", "people"]
+    assert list(query.definitions) == ["b"]
