@@ -90,7 +90,7 @@ def _plan(
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What a definition computes now: `sample` has user ids, with the JSON text of a trait's value."""
+    """The result of a definition: `sample` has user ids, with the JSON text of a trait's value."""
 
     member_count: int
     sample: list[tuple[str, str | None]]

@@ -138,9 +138,7 @@ def test_what_cannot_be_previewed_says_why(command, arguments, message):
 def test_explain_shows_the_query_the_english_and_the_sql(command, engine):
     explained = command.document("explain", "good_recent_buyers")
     assert explained["query"] == "trait('recent_buyers') = true AND trait('total_spend') >= 100"
-    assert explained["english"] == (
-        "Users for whom the user's recent_buyers is true and the user's total_spend is at least 100."
-    )
+    assert explained["english"] == ("Users where recent_buyers is true and total_spend is at least 100.")
     assert explained["sql"].startswith("WITH ")
     assert explained["dialect"] == engine.dialect.name
     assert "SELECT" in command("explain", "event('A').count() > 1")[1]

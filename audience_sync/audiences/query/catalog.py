@@ -8,12 +8,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences import statement
-from audience_sync.audiences.query import on_postgresql, on_sqlite
 from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
+from audience_sync.audiences.query.dialect import Dialect
+from audience_sync.audiences.query.on_postgresql import POSTGRESQL
+from audience_sync.audiences.query.on_sqlite import SQLITE
 from audience_sync.errors import DefinitionError
 from audience_sync.suggest import did_you_mean
 
-DIALECTS: dict[str, Any] = {"sqlite": on_sqlite, "postgresql": on_postgresql}
+DIALECTS: dict[str, Dialect] = {"sqlite": SQLITE, "postgresql": POSTGRESQL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def describe(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """What queries on one database may name. `profiles` and `events` are our own tables, where it is our database.
+    """The tables and definitions that queries on one database may name. `profiles` and `events` are our own tables, where it is our database.
 
     `definition_columns`: the kinds of the columns of definitions in SQL.
     """
@@ -85,7 +87,7 @@ class Catalog:
     definition_columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
-    def db(self) -> Any:
+    def db(self) -> Dialect:
         return DIALECTS[self.dialect]
 
     def event(self, name: str) -> ReadTable | None:
@@ -170,5 +172,5 @@ def column_kinds(connection: sa.Connection, mapping: TableMapping) -> dict[str, 
     """Return the kind of each column of a table or query."""
     db = DIALECTS[connection.dialect.name]
     described = describe(connection, mapping.sql) if mapping.sql is not None else None
-    types: dict[str, str] = db.column_types(connection, mapping.table, described)
+    types = db.column_types(connection, mapping.table, described)
     return {name: db.column_kind(type_name) for name, type_name in types.items()}

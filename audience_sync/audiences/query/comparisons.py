@@ -8,19 +8,19 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import sqlalchemy as sa
 
 from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog
+from audience_sync.audiences.query.dialect import Expression
 from audience_sync.audiences.query.moments import parse_moment
 from audience_sync.audiences.query.tree import Comparator
 
 if TYPE_CHECKING:
     from audience_sync.audiences.query.rows import Row
 
-Expression: TypeAlias = sa.ColumnElement[Any]
 KINDS = ("number", "text", "boolean")  # of scalars, in the order in which values of several kinds are sorted
 ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
     Comparator.GREATER_THAN: operator.gt,
@@ -170,8 +170,9 @@ class Scope:
         if not left.is_rounded and not right.is_rounded:
             return left.number, right.number
         first, second = (
-            each.number if each.constant is not None else self.db.at_15_digits(each.number)
-            for each in (left, right)
+            number if value.constant is not None or number is None else self.db.at_15_digits(number)
+            for value in (left, right)
+            for number in (value.number,)
         )
         return first, second
 

@@ -20,12 +20,12 @@ from audience_sync.audiences.query.comparisons import (
     ABSENT,
     KINDS,
     ORDERS,
-    Expression,
     Scope,
     SqlValue,
     any_of,
 )
 from audience_sync.audiences.query.configured import QueryDefinition
+from audience_sync.audiences.query.dialect import Expression
 from audience_sync.audiences.query.rows import COUNTS, Row, of_reduction, reduced, user_of
 from audience_sync.audiences.query.tree import ANY_ITEM, Comparator, Reducer
 from audience_sync.errors import ConfigError
@@ -53,12 +53,12 @@ def compile_query(
     """
     users = Users(catalog, as_of)
     select, kind = users.trait(query) if is_trait else (users.audience(query), None)  # type: ignore[arg-type]
-    return CompiledQuery(statement_text(select, catalog), users.db.VALUE_TYPES.get(kind))
+    return CompiledQuery(statement_text(select, catalog), users.db.value_types.get(kind or ""))
 
 
 def statement_text(select: sa.Select[Any], catalog: Catalog) -> str:
     """Return a SELECT as text, in which every literal is quoted."""
-    return str(select.compile(dialect=catalog.db.dialect, compile_kwargs={"literal_binds": True}))
+    return str(select.compile(dialect=catalog.db.sqlalchemy, compile_kwargs={"literal_binds": True}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Users(Scope):
         return _Joined(users, users.c.user_id)
 
     def _drivers(self, condition: tree.Condition) -> set[Any] | None:
-        """Return the joined relations of which one has each user for whom it is true; None if no such set is known."""
+        """Return joined relations that have every user with a true condition; None if no such set is known."""
         match condition:
             case tree.Conjunction(operands):
                 sets = [drivers for operand in operands if (drivers := self._drivers(operand)) is not None]
@@ -305,7 +305,7 @@ class Users(Scope):
             return [], ABSENT
         column = alias.c[name]
         if kind in _DOCUMENT_KINDS:
-            return self._value_in_json(self.db.Json.of_column(column, kind), steps)
+            return self._value_in_json(self.db.json_of_column(column, kind), steps)
         return [], ABSENT if steps else self._value_of_column(column, kind)
 
     def _value_in_json(self, value: Any, steps: tuple[str, ...]) -> tuple[list[sa.FromClause], SqlValue]:
@@ -320,7 +320,7 @@ class Users(Scope):
 
     def _value_of_column(self, column: Expression, kind: str) -> SqlValue:
         exists = column.is_not(None)
-        if kind in self.db.MOMENT_KINDS:
+        if kind in self.db.moment_kinds:
             text, moment = self.db.moment_text(column, kind), self.db.moment_of(column, kind)
             return SqlValue(exists, text=text, moment=moment)
         match kind:

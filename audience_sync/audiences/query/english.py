@@ -6,6 +6,7 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.layout import length_text, path_text, span_text
 from audience_sync.audiences.query.tree import Comparator, Reducer
 
+OF_USER = "the user's "  # stands before a trait where properties stand beside it
 _COMPARISONS = {
     Comparator.EQUALS: "is {}",
     Comparator.DIFFERS: "is something other than {}",
@@ -51,16 +52,15 @@ _REDUCED = {
 def english_text(query: tree.Query) -> str:
     """Return one sentence about the users of an audience, or the value of a trait."""
     if isinstance(query, tree.Compared | tree.Negation | tree.Conjunction | tree.Disjunction):
-        return f"Users for whom {_condition(query)}."
-    text = _scalar(query)
-    return f"{text[0].upper()}{text[1:]}, for each user."
+        return f"Users where {_condition(query)}."
+    return f"For each user: {_scalar(query)}."
 
 
-def _condition(condition: tree.Condition) -> str:
+def _condition(condition: tree.Condition, whose: str = "") -> str:
     match condition:
         case tree.Conjunction(operands) | tree.Disjunction(operands):
             word = "and" if isinstance(condition, tree.Conjunction) else "or"
-            parts = [_part(operand) for operand in operands]
+            parts = [_part(operand, whose) for operand in operands]
             return (
                 f" {word} ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])}, {word} {parts[-1]}"
             )
@@ -69,9 +69,9 @@ def _condition(condition: tree.Condition) -> str:
         ) if _is_count(left):
             return f"there is no {_rows(left.stream, 'event', 'row')}"
         case tree.Negation(operand):
-            return f"it is not true that {_part(operand)}"
+            return f"it is not true that {_part(operand, whose)}"
         case tree.Compared():
-            return _compared(condition)
+            return _compared(condition, whose)
         case _:
             assert_never(condition)
 
@@ -80,12 +80,12 @@ def _is_count(scalar: tree.Scalar) -> TypeGuard[tree.Reduction]:
     return isinstance(scalar, tree.Reduction) and scalar.reducer is Reducer.COUNT
 
 
-def _part(condition: tree.Condition) -> str:
+def _part(condition: tree.Condition, whose: str) -> str:
     is_joined = isinstance(condition, tree.Conjunction | tree.Disjunction)
-    return f"({_condition(condition)})" if is_joined else _condition(condition)
+    return f"({_condition(condition, whose)})" if is_joined else _condition(condition, whose)
 
 
-def _compared(compared: tree.Compared) -> str:
+def _compared(compared: tree.Compared, whose: str) -> str:
     left, comparator = compared.left, compared.comparator
     if _is_count(left) and comparator in _COUNTED and isinstance(compared.arguments[0], tree.Constant):
         number = compared.arguments[0].value
@@ -96,17 +96,17 @@ def _compared(compared: tree.Compared) -> str:
     if compared.span is not None:
         text = span_text(compared.span)
     else:
-        values = [_scalar(argument) for argument in compared.arguments]
+        values = [_scalar(argument, whose) for argument in compared.arguments]
         text = " or ".join([", ".join(values[:-1]), values[-1]]) if len(values) > 1 else "".join(values)
-    return f"{_scalar(left)} {_COMPARISONS[comparator].format(text)}"
+    return f"{_scalar(left, whose)} {_COMPARISONS[comparator].format(text)}"
 
 
-def _scalar(scalar: tree.Scalar) -> str:
+def _scalar(scalar: tree.Scalar, whose: str = "") -> str:
     match scalar:
         case tree.Constant(value):
             return f"“{value}”" if isinstance(value, str) else str(value).lower()
         case tree.Trait(path):
-            return f"the user's {path_text(path)}"
+            return f"{whose}{path_text(path)}"
         case tree.Property(path, of_parent) | tree.Context(path, of_parent):
             where = "context " if isinstance(scalar, tree.Context) else ""
             return f"{'the outer ' if of_parent else ''}{where}{path_text(path)}"
@@ -126,7 +126,11 @@ def _name(value: tree.Property | tree.Context | None) -> str:
 def _rows(stream: tree.Stream, event: str = "events", row: str = "rows") -> str:
     noun = event if stream.kind is tree.StreamKind.EVENT else row
     windows = [_window(each) for each in stream.filters if isinstance(each, tree.Window)]
-    conditions = [f"where {_part(each.condition)}" for each in stream.filters if isinstance(each, tree.Where)]
+    conditions = [
+        f"for which {_part(each.condition, OF_USER)}"
+        for each in stream.filters
+        if isinstance(each, tree.Where)
+    ]
     return " ".join([f"“{stream.name}” {noun}", *windows, " and ".join(conditions)]).strip()
 
 

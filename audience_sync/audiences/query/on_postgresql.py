@@ -4,14 +4,15 @@ A moment is a `timestamp` in UTC.
 """
 
 import datetime as dt
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-Expression = sa.ColumnElement[Any]
-dialect = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
+from audience_sync.audiences.query.dialect import Dialect, Expression, JsonValue
+
 KINDS = {
     **dict.fromkeys(("int2", "int4", "int8"), "integer"),
     **dict.fromkeys(("numeric", "float4", "float8"), "number"),
@@ -19,8 +20,6 @@ KINDS = {
     **{name: name for name in ("date", "timestamp", "timestamptz", "json", "jsonb")},
     "bool": "boolean",
 }
-MOMENT_KINDS = {"date", "timestamp", "timestamptz"}
-VALUE_TYPES: dict[str, str] = {}  # a column says of which type it is
 
 _MOST: Expression = sa.literal_column("1.7976931348623157e308")
 # A date, a time and a zone that exist; whether the month has the day is checked apart.
@@ -31,190 +30,30 @@ _DATE = (
 _ZONE = "(Z|[+-][0-9]{2}:[0-9]{2})$"
 
 
-def column_kind(type_name: str) -> str:
-    """Return how the language sees a column, by the name of its type in pg_type; a domain's is its base type's."""
-    return KINDS.get(type_name, "other")
-
-
-def column_types(
-    connection: sa.Connection, table: str | None, described: list[tuple[str, Any]] | None
-) -> dict[str, str]:
-    """Return the type of each column of a table or query, by its name in pg_type; a domain's is its base type's."""
-    if described is None:
-        quote = connection.dialect.identifier_preparer.quote
-        name = ".".join(map(quote, (table or "").rsplit(".", 1)))
-        result = connection.exec_driver_sql(f"SELECT * FROM {name} LIMIT 0")
-        described = [
-            (column[0], column[1]) for column in (result.cursor.description if result.cursor else ())
-        ]
-        result.close()
-    rows = connection.execute(_TYPE_NAMES, {"oids": [oid for _, oid in described]})
-    names = {row.oid: row.typname for row in rows}
-    return {name: names[oid] for name, oid in described}
-
-
-_TYPE_NAMES = sa.text(
-    "SELECT t.oid, coalesce(b.typname, t.typname) AS typname FROM pg_catalog.pg_type t "
-    "LEFT JOIN pg_catalog.pg_type b ON b.oid = t.typbasetype WHERE t.oid = ANY(:oids)"
-)
-
-
-def text_of(column: Expression, kind: str) -> Expression:
-    return column if kind == "text" else sa.cast(column, sa.Text)
-
-
-# Moments.
-
-
-def moment_literal(moment: dt.datetime) -> Expression:
-    return sa.literal_column(f"TIMESTAMP '{moment:%Y-%m-%d %H:%M:%S.%f}'")
-
-
-def moment_of_column(column: Expression, kind: str) -> Expression:
-    utc = sa.func.timezone("UTC", column) if kind == "timestamptz" else sa.cast(column, sa.DateTime())
-    return sa.case((sa.func.isfinite(column), utc))
-
-
-def moment_of_text(text: Expression) -> Expression:
-    """Return the moment that an ISO 8601 text names, else NULL."""
-    given = sa.select(text.label("t")).correlate_except().subquery("given")
-    t = given.c.t
-    year, month, day = (
-        sa.cast(sa.func.substr(t, start, length), sa.Integer) for start, length in ((1, 4), (6, 2), (9, 2))
-    )
-    is_leap = sa.and_(year % 4 == 0, sa.or_(year % 100 != 0, year % 400 == 0))
-    last_day = sa.case((month.in_([4, 6, 9, 11]), 30), (month != 2, 31), (is_leap, 29), else_=28)
-    local = sa.func.regexp_replace(sa.func.regexp_replace(t, _ZONE, ""), "([.][0-9]{6})[0-9]+", r"\1")
-    zone = sa.func.coalesce(sa.func.substring(t, "[+-][0-9]{2}:[0-9]{2}$"), "00:00")
-    moment = sa.cast(local, sa.DateTime()) - sa.cast(zone, postgresql.INTERVAL())
-    checked = sa.case((t.op("~")(_DATE), sa.case((day <= last_day, moment))))
-    return sa.select(checked).select_from(given).scalar_subquery()
-
-
-def moment_of(column: Expression, kind: str) -> Expression:
-    return moment_of_column(column, kind) if kind in MOMENT_KINDS else moment_of_text(text_of(column, kind))
-
-
-def json_of(parts: dict[str, Expression]) -> Expression:
-    """Return the part that is not null as jsonb."""
-    return sa.func.coalesce(*(sa.func.to_jsonb(part) for part in parts.values()))
-
-
-def moment_text(column: Expression, kind: str) -> Expression:
-    """Return a column of a date or timestamp type as the language's text."""
-    if kind == "date":
-        return sa.case((sa.func.isfinite(column), sa.func.to_char(column, "YYYY-MM-DD")))
-    moment = moment_of_column(column, kind)
-    fraction = sa.func.rtrim(sa.func.to_char(moment, ".US"), "0")
-    whole = sa.func.to_char(moment, 'YYYY-MM-DD"T"HH24:MI:SS', type_=sa.Text)
-    return whole + sa.func.rtrim(fraction, ".", type_=sa.Text) + "Z"
-
-
-def shifted(moment: Expression, span: dt.timedelta) -> Expression:
-    return moment + sa.literal_column(f"INTERVAL '{span // dt.timedelta(hours=1)} hours'")
-
-
-def is_within(column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime) -> Expression:
-    """Return whether a column's moment is after one moment and not after another, so that an index serves it."""
-    if kind not in MOMENT_KINDS:
-        moment = moment_of_text(text_of(column, kind))
-        lowest = None if after is None else moment_literal(after)
-        return _between(moment, lowest, moment_literal(until))
-
-    def bound(moment: dt.datetime) -> Expression:
-        if kind == "date":  # a date is after a moment if it is after the moment's day
-            return sa.literal_column(f"DATE '{moment:%Y-%m-%d}'")
-        zone = "+00" if kind == "timestamptz" else ""
-        return sa.literal_column(f"{kind.upper()} '{moment:%Y-%m-%d %H:%M:%S.%f}{zone}'")
-
-    lower = bound(after) if after else sa.literal_column(f"{kind.upper()} '-infinity'")
-    return _between(column, lower, bound(until))
-
-
-def _between(moment: Expression, after: Expression | None, until: Expression) -> Expression:
-    return moment <= until if after is None else sa.and_(moment > after, moment <= until)
-
-
-# Numbers and text.
-
-
-def finite(number: Expression) -> Expression:
-    """Return a number of any type as a double, NULL where it is none."""
-    wide = sa.cast(number, sa.Numeric)
-    is_double = sa.and_(wide != sa.literal_column("'NaN'::numeric"), sa.func.abs(wide) <= _MOST)
-    return sa.case((is_double, sa.cast(number, sa.Double)))
-
-
-def number_of_column(column: Expression, kind: str) -> Expression:
-    return sa.cast(column, sa.Double) if kind == "integer" else finite(column)
-
-
-def at_15_digits(number: Expression) -> Expression:
-    return sa.cast(sa.func.to_char(number, "9.99999999999999EEEE"), sa.Double)
-
-
-def total(number: Expression) -> Expression:
-    return finite(sa.func.sum(sa.cast(number, sa.Numeric)))
-
-
-def mean(number: Expression) -> Expression:
-    return finite(sa.func.avg(sa.cast(number, sa.Numeric)))
-
-
-def boolean_of_column(column: Expression) -> Expression:
-    return column
-
-
-def by_code_points(text: Expression) -> Expression:
-    return sa.collate(text, "C")
-
-
-def contains(text: Expression, part: Expression) -> Expression:
-    return sa.func.strpos(text, part) > 0
-
-
-def ends_with(text: Expression, part: Expression) -> Expression:
-    return sa.func.right(text, sa.func.length(part)) == part
-
-
-def number_text(number: Expression) -> Expression:
-    """Return a number as a list shows it: whole ones as integers, others with up to 15 digits."""
-    rounded = sa.cast(at_15_digits(number), sa.Numeric)
-    return sa.cast(sa.func.trim_scale(rounded), sa.Text)
-
-
-def joined(text: Expression, *order: Expression) -> Expression:
-    return sa.func.string_agg(text, postgresql.aggregate_order_by(sa.literal_column("', '"), *order))
-
-
-# JSON.
-
-
 @dataclass(frozen=True, slots=True)
-class Json:
+class PostgresqlJson(JsonValue):
     """A JSON value: a jsonb expression, or json, whose text may hold what PostgreSQL cannot make a string of."""
 
     document: Expression
     is_binary: bool
 
     @classmethod
-    def of_column(cls, column: Expression, kind: str) -> "Json":
+    def of_column(cls, column: Expression, kind: str) -> "PostgresqlJson":
         return cls(column, kind == "jsonb")
 
-    def at(self, step: str) -> "Json":
-        """Return a member of an object by its name; digits are also the index in a list."""
+    def at(self, step: str) -> "PostgresqlJson":
         key: Expression
         operator, key = "->", sa.literal(step, sa.Text)
         if step.isdecimal() and step == str(int(step)) and len(step) < 10:
             operator, key = "#>", sa.literal_column(f"'{{{step}}}'")
-        return Json(self.document.op(operator)(key), self.is_binary)
+        return PostgresqlJson(self.document.op(operator)(key), self.is_binary)
 
-    def items(self, name: str) -> tuple[sa.FromClause, "Json"]:
+    def items(self, name: str) -> tuple[sa.FromClause, "PostgresqlJson"]:
         empty: Expression = sa.literal_column("'[]'::jsonb" if self.is_binary else "'[]'::json")
         listed = sa.case((self._kind == "array", self.document), else_=empty)
         function = sa.func.jsonb_array_elements if self.is_binary else sa.func.json_array_elements
         table = function(listed).table_valued(sa.column("value"), name=name).render_derived()
-        return table, Json(table.c.value, self.is_binary)
+        return table, PostgresqlJson(table.c.value, self.is_binary)
 
     @property
     def _kind(self) -> Expression:
@@ -230,7 +69,7 @@ class Json:
 
     @property
     def number(self) -> Expression:
-        return sa.case((self._kind == "number", finite(sa.cast(self._scalar, sa.Numeric))))
+        return sa.case((self._kind == "number", POSTGRESQL.finite(sa.cast(self._scalar, sa.Numeric))))
 
     @property
     def text(self) -> Expression:
@@ -243,3 +82,151 @@ class Json:
     @property
     def boolean(self) -> Expression:
         return sa.case((self._kind == "boolean", sa.cast(self._scalar, sa.Boolean)))
+
+
+_TYPE_NAMES = sa.text(
+    "SELECT t.oid, coalesce(b.typname, t.typname) AS typname FROM pg_catalog.pg_type t "
+    "LEFT JOIN pg_catalog.pg_type b ON b.oid = t.typbasetype WHERE t.oid = ANY(:oids)"
+)
+
+
+class OnPostgresql(Dialect):
+    sqlalchemy = postgresql.dialect(paramstyle="named")
+    moment_kinds = frozenset({"date", "timestamp", "timestamptz"})
+
+    def json_of_column(self, column: Expression, kind: str) -> PostgresqlJson:
+        return PostgresqlJson.of_column(column, kind)
+
+    def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
+        return sa.null(), sa.cast(column, sa.Text)  # every column has a type
+
+    def column_kind(self, type_name: str) -> str:
+        """Return how the language sees a column, by the name of its type in pg_type; a domain's is its base type's."""
+        return KINDS.get(type_name, "other")
+
+    def column_types(
+        self, connection: sa.Connection, table: str | None, described: list[tuple[str, Any]] | None
+    ) -> dict[str, str]:
+        """Return the type of each column of a table or query, by its name in pg_type; a domain's is its base type's."""
+        if described is None:
+            preparer: Any = connection.dialect.identifier_preparer
+            name = ".".join(map(preparer.quote, (table or "").rsplit(".", 1)))
+            result = connection.exec_driver_sql(f"SELECT * FROM {name} LIMIT 0")
+            described = [
+                (column[0], column[1]) for column in (result.cursor.description if result.cursor else ())
+            ]
+            result.close()
+        rows = connection.execute(_TYPE_NAMES, {"oids": [oid for _, oid in described]})
+        names = {row.oid: row.typname for row in rows}
+        return {name: names[oid] for name, oid in described}
+
+    def text_of(self, column: Expression, kind: str) -> Expression:
+        return column if kind == "text" else sa.cast(column, sa.Text)
+
+    # Moments.
+
+    def moment_literal(self, moment: dt.datetime) -> Expression:
+        return sa.literal_column(f"TIMESTAMP '{moment:%Y-%m-%d %H:%M:%S.%f}'")
+
+    def _moment_of_column(self, column: Expression, kind: str) -> Expression:
+        utc = sa.func.timezone("UTC", column) if kind == "timestamptz" else sa.cast(column, sa.DateTime())
+        return sa.case((sa.func.isfinite(column), utc))
+
+    def moment_of_text(self, text: Expression) -> Expression:
+        given = sa.select(text.label("t")).correlate_except().subquery("given")
+        t = given.c.t
+        year, month, day = (
+            sa.cast(sa.func.substr(t, start, length), sa.Integer)
+            for start, length in ((1, 4), (6, 2), (9, 2))
+        )
+        is_leap = sa.and_(year % 4 == 0, sa.or_(year % 100 != 0, year % 400 == 0))
+        last_day = sa.case((month.in_([4, 6, 9, 11]), 30), (month != 2, 31), (is_leap, 29), else_=28)
+        local = sa.func.regexp_replace(sa.func.regexp_replace(t, _ZONE, ""), "([.][0-9]{6})[0-9]+", r"\1")
+        zone = sa.func.coalesce(sa.func.substring(t, "[+-][0-9]{2}:[0-9]{2}$"), "00:00")
+        moment = sa.cast(local, sa.DateTime()) - sa.cast(zone, postgresql.INTERVAL())
+        checked = sa.case((t.op("~")(_DATE), sa.case((day <= last_day, moment))))
+        return sa.select(checked).select_from(given).scalar_subquery()
+
+    def moment_of(self, column: Expression, kind: str) -> Expression:
+        return (
+            self._moment_of_column(column, kind)
+            if kind in self.moment_kinds
+            else self.moment_of_text(self.text_of(column, kind))
+        )
+
+    def json_of(self, parts: Mapping[str, Expression]) -> Expression:
+        """Return the part that is not null as jsonb."""
+        return sa.func.coalesce(*(sa.func.to_jsonb(part) for part in parts.values()))
+
+    def moment_text(self, column: Expression, kind: str) -> Expression:
+        if kind == "date":
+            return sa.case((sa.func.isfinite(column), sa.func.to_char(column, "YYYY-MM-DD")))
+        moment = self._moment_of_column(column, kind)
+        fraction = sa.func.rtrim(sa.func.to_char(moment, ".US"), "0")
+        whole = sa.func.to_char(moment, 'YYYY-MM-DD"T"HH24:MI:SS', type_=sa.Text)
+        return whole + sa.func.rtrim(fraction, ".", type_=sa.Text) + "Z"
+
+    def shifted(self, moment: Expression, span: dt.timedelta) -> Expression:
+        return moment + sa.literal_column(f"INTERVAL '{span // dt.timedelta(hours=1)} hours'")
+
+    def is_within(
+        self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
+    ) -> Expression:
+        if kind not in self.moment_kinds:
+            moment = self.moment_of_text(self.text_of(column, kind))
+            lowest = None if after is None else self.moment_literal(after)
+            return self._between(moment, lowest, self.moment_literal(until))
+
+        def bound(moment: dt.datetime) -> Expression:
+            if kind == "date":  # a date is after a moment if it is after the moment's day
+                return sa.literal_column(f"DATE '{moment:%Y-%m-%d}'")
+            zone = "+00" if kind == "timestamptz" else ""
+            return sa.literal_column(f"{kind.upper()} '{moment:%Y-%m-%d %H:%M:%S.%f}{zone}'")
+
+        lower = bound(after) if after else sa.literal_column(f"{kind.upper()} '-infinity'")
+        return self._between(column, lower, bound(until))
+
+    def _between(self, moment: Expression, after: Expression | None, until: Expression) -> Expression:
+        return moment <= until if after is None else sa.and_(moment > after, moment <= until)
+
+    # Numbers and text.
+
+    def finite(self, number: Expression) -> Expression:
+        """Return a number of any type as a double, NULL where it is none."""
+        wide = sa.cast(number, sa.Numeric)
+        is_double = sa.and_(wide != sa.literal_column("'NaN'::numeric"), sa.func.abs(wide) <= _MOST)
+        return sa.case((is_double, sa.cast(number, sa.Double)))
+
+    def number_of_column(self, column: Expression, kind: str) -> Expression:
+        return sa.cast(column, sa.Double) if kind == "integer" else self.finite(column)
+
+    def at_15_digits(self, number: Expression) -> Expression:
+        return sa.cast(sa.func.to_char(number, "9.99999999999999EEEE"), sa.Double)
+
+    def total(self, number: Expression) -> Expression:
+        return self.finite(sa.func.sum(sa.cast(number, sa.Numeric)))
+
+    def mean(self, number: Expression) -> Expression:
+        return self.finite(sa.func.avg(sa.cast(number, sa.Numeric)))
+
+    def boolean_of_column(self, column: Expression) -> Expression:
+        return column
+
+    def by_code_points(self, text: Expression) -> Expression:
+        return sa.collate(text, "C")
+
+    def contains(self, text: Expression, part: Expression) -> Expression:
+        return sa.func.strpos(text, part) > 0
+
+    def ends_with(self, text: Expression, part: Expression) -> Expression:
+        return sa.func.right(text, sa.func.length(part)) == part
+
+    def number_text(self, number: Expression) -> Expression:
+        rounded = sa.cast(self.at_15_digits(number), sa.Numeric)
+        return sa.cast(sa.func.trim_scale(rounded), sa.Text)
+
+    def joined(self, text: Expression, *order: Expression) -> Expression:
+        return sa.func.string_agg(text, postgresql.aggregate_order_by(sa.literal_column("', '"), *order))
+
+
+POSTGRESQL = OnPostgresql()

@@ -7,17 +7,14 @@ import datetime as dt
 import functools
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
-Expression = sa.ColumnElement[Any]
-dialect = sqlite.dialect(paramstyle="named")
-MOMENT_KINDS = {"date", "timestamp"}
-VALUE_TYPES = {"boolean": "boolean", "json": "json"}  # by the kind of a trait's value: there are no booleans
+from audience_sync.audiences.query.dialect import Dialect, Expression, JsonValue
 
 _MOST: Expression = sa.literal_column("1.7976931348623157e308")
 _DAY = "[0-9][0-9][0-9][0-9]-[0-1][0-9]-[0-3][0-9]"
@@ -25,222 +22,8 @@ _TIME = f"{_DAY}[T ][0-2][0-9]:[0-5][0-9]"
 _ZONE = "[+-][0-2][0-9]:[0-5][0-9]"
 
 
-def column_kind(type_name: str) -> str:
-    """Return how the language sees a column, by its declared type."""
-    name = type_name.upper()
-    if not name:
-        return "any"
-    for words, kind in (
-        (("JSON",), "json"),
-        (("BOOL",), "boolean"),
-        (("TIMESTAMP", "DATETIME"), "timestamp"),
-        (("DATE",), "date"),
-        (("INT",), "integer"),
-        (("CHAR", "CLOB", "TEXT", "UUID"), "text"),
-        (("REAL", "FLOA", "DOUB", "NUMERIC", "DECIMAL", "NUMBER"), "number"),
-    ):
-        if any(word in name for word in words):
-            return kind
-    return "other"
-
-
-def column_types(
-    connection: sa.Connection, table: str | None, described: list[tuple[str, Any]] | None
-) -> dict[str, str]:
-    """Return the declared type of each column of a table; a query's columns, which are described, have none."""
-    if described is not None:
-        return {name: "" for name, _ in described}
-    schema, _, name = (table or "").rpartition(".")
-    columns = sa.func.pragma_table_xinfo(name, *([schema] if schema else [])).table_valued("name", "type")
-    types = {column: type_name or "" for column, type_name in connection.execute(sa.select(columns))}
-    if not types:
-        raise sa.exc.NoSuchTableError(table)
-    return types
-
-
-def parts_of_any(column: Expression) -> tuple[Expression, Expression]:
-    """Return the number and the text of a column that holds values of any type."""
-    text = sa.case((sa.func.typeof(column) == "text", column))
-    return number_of_column(column, "any"), text
-
-
-def text_of(column: Expression, kind: str) -> Expression:
-    return column if kind == "text" else sa.cast(column, sa.Text)
-
-
-# Moments.
-
-
-def _moment(moment: dt.datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S.%f}"
-
-
-def moment_literal(moment: dt.datetime) -> Expression:
-    return sa.literal(_moment(moment), sa.Text)
-
-
-def moment_of_column(column: Expression, kind: str) -> Expression:  # noqa: ARG001
-    return moment_of_text(sa.case((sa.func.typeof(column) == "text", column)))
-
-
-def moment_of_text(text: Expression) -> Expression:
-    """Return the moment that an ISO 8601 text names, else NULL; in steps, so that none repeats the one before."""
-    given = sa.select(text.label("t")).correlate_except().subquery("given")
-    t = given.c.t
-    has_zone = t.op("GLOB")(f"*{_ZONE}")
-    has_time = sa.func.length(t) > 10
-    local: Expression = sa.case(
-        (t.op("GLOB")("*Z"), sa.func.substr(t, 1, sa.func.length(t) - 1)),
-        (sa.and_(has_time, has_zone), sa.func.substr(t, 1, sa.func.length(t) - 6)),
-        else_=t,
-    )
-    zone: Expression = sa.case((sa.and_(has_time, has_zone), sa.func.substr(t, -6)), else_="+00:00")
-    split = sa.select(
-        sa.func.replace(local, "T", " ").label("local"), zone.label("zone"), has_time.label("has_time")
-    ).subquery("split")
-    local, zone = split.c.local, split.c.zone
-    day = sa.func.substr(local, 1, 10)
-    is_moment = sa.and_(
-        sa.or_(
-            sa.and_(~split.c.has_time, local.op("GLOB")(_DAY)),
-            local.op("GLOB")(_TIME),
-            local.op("GLOB")(f"{_TIME}:[0-5][0-9]"),
-            sa.and_(
-                local.op("GLOB")(f"{_TIME}:[0-5][0-9].[0-9]*"),
-                sa.func.substr(local, 21).op("NOT GLOB")("*[^0-9]*"),
-            ),
-        ),
-        sa.func.date(day, "+0 days") == day,
-        day > "0001",
-        sa.func.substr(local, 12, 2) < "24",
-        sa.func.substr(zone, 2, 2) < "24",
-    )
-    sign = sa.case((zone < "-", "-"), else_="+")  # what an offset is ahead is taken back
-    whole = sa.func.datetime(
-        sa.func.substr(local, 1, 19),
-        _concatenated(sign, sa.func.substr(zone, 2, 2), " hours"),
-        _concatenated(sign, sa.func.substr(zone, 5, 2), " minutes"),
-    )
-    fraction = sa.func.substr(_concatenated(sa.func.substr(local, 21), "000000"), 1, 6)
-    moment = sa.case((is_moment, _concatenated(whole, ".", fraction)))
-    return sa.select(moment).select_from(split).scalar_subquery()
-
-
-def _concatenated(*parts: Expression | str) -> Expression:
-    texts = [
-        sa.literal(part, sa.Text) if isinstance(part, str) else sa.type_coerce(part, sa.Text)
-        for part in parts
-    ]
-    return functools.reduce(operator.add, texts)
-
-
-def moment_of(column: Expression, kind: str) -> Expression:
-    """Return a timestamp column's moment; our own tables' columns are moments."""
-    if kind == "moment":
-        return column
-    if kind in MOMENT_KINDS:
-        return moment_of_column(column, kind)
-    return moment_of_text(text_of(column, kind))
-
-
-def json_of(parts: dict[str, Expression]) -> Expression:
-    """Return a number as it is, and JSON text of a string or a boolean."""
-    texts: dict[str, Callable[[Expression], Expression]] = {
-        "number": lambda part: part,
-        "text": lambda part: sa.case((part.is_not(None), sa.func.json_quote(part))),
-        "boolean": lambda part: sa.case((part, "true"), (~part, "false")),
-    }
-    return sa.func.coalesce(*(texts[kind](part) for kind, part in parts.items()))
-
-
-def moment_text(column: Expression, kind: str) -> Expression:
-    """Return a column of a date or timestamp type as the language's text."""
-    moment = moment_of_column(column, kind)
-    if kind == "date":
-        return sa.func.substr(moment, 1, 10)
-    trimmed = sa.func.rtrim(sa.func.rtrim(sa.func.replace(moment, " ", "T"), "0"), ".")
-    whole = sa.func.substr(sa.func.replace(moment, " ", "T"), 1, 19)
-    return _concatenated(sa.case((sa.func.substr(moment, 21) == "000000", whole), else_=trimmed), "Z")
-
-
-def shifted(moment: Expression, span: dt.timedelta) -> Expression:
-    hours = span // dt.timedelta(hours=1)
-    return _concatenated(sa.func.datetime(moment, f"{hours:+} hours"), sa.func.substr(moment, 20))
-
-
-def is_within(column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime) -> Expression:
-    """Return whether a column's moment is after one moment and not after another, so that an index serves it."""
-    if kind == "moment":  # of our own tables
-        return _between(column, after, until)
-    day = dt.timedelta(days=1)
-    nearly = [column < f"{until + 2 * day:%Y-%m-%d}"] if until.year < 9999 else []
-    if after is not None:  # the text of a moment begins with its day, by any zone
-        nearly.append(column >= f"{after - day:%Y-%m-%d}")
-    return sa.and_(*nearly, _between(moment_of_column(column, kind), after, until))
-
-
-def _between(moment: Expression, after: dt.datetime | None, until: dt.datetime) -> Expression:
-    is_early = moment <= _moment(until)
-    return is_early if after is None else sa.and_(moment > _moment(after), is_early)
-
-
-# Numbers and text.
-
-
-def finite(number: Expression) -> Expression:
-    return sa.case((number.between(-_MOST, _MOST), sa.cast(number, sa.REAL)))
-
-
-def number_of_column(column: Expression, kind: str) -> Expression:  # noqa: ARG001
-    is_number = sa.func.typeof(column).in_(["integer", "real"])
-    return sa.case((sa.and_(is_number, column.between(-_MOST, _MOST)), sa.cast(column, sa.REAL)))
-
-
-def at_15_digits(number: Expression) -> Expression:
-    return sa.case((number.is_not(None), sa.cast(sa.func.printf("%.15g", number), sa.REAL)))
-
-
-def total(number: Expression) -> Expression:
-    return finite(sa.func.sum(number))
-
-
-def mean(number: Expression) -> Expression:
-    return finite(sa.func.avg(number))
-
-
-def boolean_of_column(column: Expression) -> Expression:
-    return sa.case((sa.func.typeof(column) == "integer", column != 0))
-
-
-def by_code_points(text: Expression) -> Expression:
-    return text
-
-
-def contains(text: Expression, part: Expression) -> Expression:
-    return sa.func.instr(text, part) > 0
-
-
-def ends_with(text: Expression, part: Expression) -> Expression:
-    tail = sa.func.substr(text, sa.func.length(text) - sa.func.length(part) + 1)
-    return sa.and_(sa.func.length(text) >= sa.func.length(part), tail == part)
-
-
-def number_text(number: Expression) -> Expression:
-    """Return a number as a list shows it: whole ones as integers, others with up to 15 digits."""
-    whole = sa.cast(sa.cast(number, sa.Integer), sa.Text)
-    is_whole = sa.and_(sa.func.abs(number) < 1e15, number == sa.cast(number, sa.Integer))
-    return sa.case((is_whole, whole), (number.is_not(None), sa.func.printf("%.15g", number)))
-
-
-def joined(text: Expression, *order: Expression) -> Expression:  # noqa: ARG001  (the rows come in this order)
-    return sa.func.group_concat(text, ", ")
-
-
-# JSON.
-
-
 @dataclass(frozen=True, slots=True)
-class Json:
+class SqliteJson(JsonValue):
     """A JSON value: the type and the value that SQLite's functions give for it, NULL where there is none.
 
     `paths`: where it may be in the document, which depends on whether a step of digits leads into a list or an object.
@@ -252,20 +35,19 @@ class Json:
     paths: tuple[str, ...] = ("$",)
 
     @classmethod
-    def of_column(cls, column: Expression, kind: str) -> "Json":
+    def of_column(cls, column: Expression, kind: str) -> "SqliteJson":
         document = column if kind == "document" else sa.case((sa.func.json_valid(column), column))
         return cls._at(document, ("$",))
 
     @classmethod
-    def _at(cls, document: Expression, paths: tuple[str, ...]) -> "Json":
+    def _at(cls, document: Expression, paths: tuple[str, ...]) -> "SqliteJson":
         def either(function: Any) -> Expression:
-            found = [function(document, path) for path in paths]
-            return found[0] if len(found) == 1 else sa.func.coalesce(*found)
+            values = [function(document, path) for path in paths]
+            return values[0] if len(values) == 1 else sa.func.coalesce(*values)
 
         return cls(either(sa.func.json_type), either(sa.func.json_extract), document, paths)
 
-    def at(self, step: str) -> "Json":
-        """Return a member of an object by its name; digits are also the index in a list."""
+    def at(self, step: str) -> "SqliteJson":
         if re.fullmatch(r"[^\"\\\x00-\x1f]*", step):
             paths = tuple(f'{path}."{step}"' for path in self.paths)
             if step.isdecimal() and step == str(int(step)) and len(step) < 10:
@@ -280,13 +62,13 @@ class Json:
             )
 
         kind, value = of_member(members.c.type), of_member(members.c.value)
-        return Json(kind, value, sa.case((kind.in_(["object", "array"]), value)))
+        return SqliteJson(kind, value, sa.case((kind.in_(["object", "array"]), value)))
 
-    def items(self, name: str) -> tuple[sa.FromClause, "Json"]:
+    def items(self, name: str) -> tuple[sa.FromClause, "SqliteJson"]:
         listed = sa.case((self.kind == "array", self.value))
         table = sa.func.json_each(listed).table_valued("value", "type", "key", name=name)
         document = sa.case((table.c.type.in_(["object", "array"]), table.c.value))
-        return table, Json(table.c.type, table.c.value, document)
+        return table, SqliteJson(table.c.type, table.c.value, document)
 
     @property
     def exists(self) -> Expression:
@@ -304,3 +86,197 @@ class Json:
     @property
     def boolean(self) -> Expression:
         return sa.case((self.kind == "true", sa.true()), (self.kind == "false", sa.false()))
+
+
+class OnSqlite(Dialect):
+    sqlalchemy = sqlite.dialect(paramstyle="named")
+    moment_kinds = frozenset({"date", "timestamp"})
+    value_types: ClassVar = {"boolean": "boolean", "json": "json"}
+
+    def json_of_column(self, column: Expression, kind: str) -> SqliteJson:
+        return SqliteJson.of_column(column, kind)
+
+    def column_kind(self, type_name: str) -> str:
+        """Return how the language sees a column, by its declared type."""
+        name = type_name.upper()
+        if not name:
+            return "any"
+        for words, kind in (
+            (("JSON",), "json"),
+            (("BOOL",), "boolean"),
+            (("TIMESTAMP", "DATETIME"), "timestamp"),
+            (("DATE",), "date"),
+            (("INT",), "integer"),
+            (("CHAR", "CLOB", "TEXT", "UUID"), "text"),
+            (("REAL", "FLOA", "DOUB", "NUMERIC", "DECIMAL", "NUMBER"), "number"),
+        ):
+            if any(word in name for word in words):
+                return kind
+        return "other"
+
+    def column_types(
+        self, connection: sa.Connection, table: str | None, described: list[tuple[str, Any]] | None
+    ) -> dict[str, str]:
+        if described is not None:
+            return {name: "" for name, _ in described}
+        schema, _, name = (table or "").rpartition(".")
+        columns = sa.func.pragma_table_xinfo(name, *([schema] if schema else [])).table_valued("name", "type")
+        types = {column: type_name or "" for column, type_name in connection.execute(sa.select(columns))}
+        if not types:
+            raise sa.exc.NoSuchTableError(table)
+        return types
+
+    def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
+        text = sa.case((sa.func.typeof(column) == "text", column))
+        return self.number_of_column(column, "any"), text
+
+    def text_of(self, column: Expression, kind: str) -> Expression:
+        return column if kind == "text" else sa.cast(column, sa.Text)
+
+    # Moments.
+
+    def _moment(self, moment: dt.datetime) -> str:
+        return f"{moment:%Y-%m-%d %H:%M:%S.%f}"
+
+    def moment_literal(self, moment: dt.datetime) -> Expression:
+        return sa.literal(self._moment(moment), sa.Text)
+
+    def _moment_of_column(self, column: Expression) -> Expression:
+        return self.moment_of_text(sa.case((sa.func.typeof(column) == "text", column)))
+
+    def moment_of_text(self, text: Expression) -> Expression:
+        """Return the moment that an ISO 8601 text names, else NULL; in steps, so that none repeats the one before."""
+        given = sa.select(text.label("t")).correlate_except().subquery("given")
+        t = given.c.t
+        has_zone = t.op("GLOB")(f"*{_ZONE}")
+        has_time = sa.func.length(t) > 10
+        local: Expression = sa.case(
+            (t.op("GLOB")("*Z"), sa.func.substr(t, 1, sa.func.length(t) - 1)),
+            (sa.and_(has_time, has_zone), sa.func.substr(t, 1, sa.func.length(t) - 6)),
+            else_=t,
+        )
+        zone: Expression = sa.case((sa.and_(has_time, has_zone), sa.func.substr(t, -6)), else_="+00:00")
+        split = sa.select(
+            sa.func.replace(local, "T", " ").label("local"), zone.label("zone"), has_time.label("has_time")
+        ).subquery("split")
+        local, zone = split.c.local, split.c.zone
+        day = sa.func.substr(local, 1, 10)
+        is_moment = sa.and_(
+            sa.or_(
+                sa.and_(~split.c.has_time, local.op("GLOB")(_DAY)),
+                local.op("GLOB")(_TIME),
+                local.op("GLOB")(f"{_TIME}:[0-5][0-9]"),
+                sa.and_(
+                    local.op("GLOB")(f"{_TIME}:[0-5][0-9].[0-9]*"),
+                    sa.func.substr(local, 21).op("NOT GLOB")("*[^0-9]*"),
+                ),
+            ),
+            sa.func.date(day, "+0 days") == day,
+            day > "0001",
+            sa.func.substr(local, 12, 2) < "24",
+            sa.func.substr(zone, 2, 2) < "24",
+        )
+        sign = sa.case((zone < "-", "-"), else_="+")  # what an offset is ahead is taken back
+        whole = sa.func.datetime(
+            sa.func.substr(local, 1, 19),
+            self._concatenated(sign, sa.func.substr(zone, 2, 2), " hours"),
+            self._concatenated(sign, sa.func.substr(zone, 5, 2), " minutes"),
+        )
+        fraction = sa.func.substr(self._concatenated(sa.func.substr(local, 21), "000000"), 1, 6)
+        moment = sa.case((is_moment, self._concatenated(whole, ".", fraction)))
+        return sa.select(moment).select_from(split).scalar_subquery()
+
+    def _concatenated(self, *parts: Expression | str) -> Expression:
+        texts = [
+            sa.literal(part, sa.Text) if isinstance(part, str) else sa.type_coerce(part, sa.Text)
+            for part in parts
+        ]
+        return functools.reduce(operator.add, texts)
+
+    def moment_of(self, column: Expression, kind: str) -> Expression:
+        """Return a timestamp column's moment; our own tables' columns are moments."""
+        if kind == "moment":
+            return column
+        if kind in self.moment_kinds:
+            return self._moment_of_column(column)
+        return self.moment_of_text(self.text_of(column, kind))
+
+    def json_of(self, parts: Mapping[str, Expression]) -> Expression:
+        """Return a number as it is, and JSON text of a string or a boolean."""
+        texts: dict[str, Callable[[Expression], Expression]] = {
+            "number": lambda part: part,
+            "text": lambda part: sa.case((part.is_not(None), sa.func.json_quote(part))),
+            "boolean": lambda part: sa.case((part, "true"), (~part, "false")),
+        }
+        return sa.func.coalesce(*(texts[kind](part) for kind, part in parts.items()))
+
+    def moment_text(self, column: Expression, kind: str) -> Expression:
+        moment = self._moment_of_column(column)
+        if kind == "date":
+            return sa.func.substr(moment, 1, 10)
+        trimmed = sa.func.rtrim(sa.func.rtrim(sa.func.replace(moment, " ", "T"), "0"), ".")
+        whole = sa.func.substr(sa.func.replace(moment, " ", "T"), 1, 19)
+        return self._concatenated(
+            sa.case((sa.func.substr(moment, 21) == "000000", whole), else_=trimmed), "Z"
+        )
+
+    def shifted(self, moment: Expression, span: dt.timedelta) -> Expression:
+        hours = span // dt.timedelta(hours=1)
+        return self._concatenated(sa.func.datetime(moment, f"{hours:+} hours"), sa.func.substr(moment, 20))
+
+    def is_within(
+        self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
+    ) -> Expression:
+        if kind == "moment":  # of our own tables
+            return self._between(column, after, until)
+        day = dt.timedelta(days=1)
+        nearly = [column < f"{until + 2 * day:%Y-%m-%d}"] if until.year < 9999 else []
+        if after is not None:  # the text of a moment begins with its day, by any zone
+            nearly.append(column >= f"{after - day:%Y-%m-%d}")
+        return sa.and_(*nearly, self._between(self._moment_of_column(column), after, until))
+
+    def _between(self, moment: Expression, after: dt.datetime | None, until: dt.datetime) -> Expression:
+        is_early = moment <= self._moment(until)
+        return is_early if after is None else sa.and_(moment > self._moment(after), is_early)
+
+    # Numbers and text.
+
+    def finite(self, number: Expression) -> Expression:
+        return sa.case((number.between(-_MOST, _MOST), sa.cast(number, sa.REAL)))
+
+    def number_of_column(self, column: Expression, kind: str) -> Expression:  # noqa: ARG002
+        is_number = sa.func.typeof(column).in_(["integer", "real"])
+        return sa.case((sa.and_(is_number, column.between(-_MOST, _MOST)), sa.cast(column, sa.REAL)))
+
+    def at_15_digits(self, number: Expression) -> Expression:
+        return sa.case((number.is_not(None), sa.cast(sa.func.printf("%.15g", number), sa.REAL)))
+
+    def total(self, number: Expression) -> Expression:
+        return self.finite(sa.func.sum(number))
+
+    def mean(self, number: Expression) -> Expression:
+        return self.finite(sa.func.avg(number))
+
+    def boolean_of_column(self, column: Expression) -> Expression:
+        return sa.case((sa.func.typeof(column) == "integer", column != 0))
+
+    def by_code_points(self, text: Expression) -> Expression:
+        return text
+
+    def contains(self, text: Expression, part: Expression) -> Expression:
+        return sa.func.instr(text, part) > 0
+
+    def ends_with(self, text: Expression, part: Expression) -> Expression:
+        tail = sa.func.substr(text, sa.func.length(text) - sa.func.length(part) + 1)
+        return sa.and_(sa.func.length(text) >= sa.func.length(part), tail == part)
+
+    def number_text(self, number: Expression) -> Expression:
+        whole = sa.cast(sa.cast(number, sa.Integer), sa.Text)
+        is_whole = sa.and_(sa.func.abs(number) < 1e15, number == sa.cast(number, sa.Integer))
+        return sa.case((is_whole, whole), (number.is_not(None), sa.func.printf("%.15g", number)))
+
+    def joined(self, text: Expression, *order: Expression) -> Expression:  # noqa: ARG002
+        return sa.func.group_concat(text, ", ")
+
+
+SQLITE = OnSqlite()

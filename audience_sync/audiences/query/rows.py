@@ -10,12 +10,12 @@ from audience_sync.audiences.query.catalog import ReadTable
 from audience_sync.audiences.query.comparisons import (
     ABSENT,
     KINDS,
-    Expression,
     Scope,
     SqlValue,
     any_of,
     chain,
 )
+from audience_sync.audiences.query.dialect import Dialect, Expression
 from audience_sync.audiences.query.tree import Comparator, Reducer
 from audience_sync.errors import ConfigError
 from audience_sync.suggest import did_you_mean
@@ -106,7 +106,7 @@ class Row(Scope):
     @property
     def moment(self) -> Expression:
         column = self.table.mapping.timestamp or ""
-        return self.db.moment_of(self.alias.c[column], self.table.columns[column])  # type: ignore[no-any-return]
+        return self.db.moment_of(self.alias.c[column], self.table.columns[column])
 
     def order(self) -> list[Expression]:
         """Return the order of rows: by timestamp, then by arrival."""
@@ -156,7 +156,7 @@ def _same(row: Row, column: str, other: Row, other_column: str) -> Expression:
     left, right = row.alias.c[column], other.alias.c[other_column]
     if kinds[0] == kinds[1]:
         return left == right
-    return row.db.text_of(left, kinds[0]) == row.db.text_of(right, kinds[1])  # type: ignore[no-any-return]
+    return row.db.text_of(left, kinds[0]) == row.db.text_of(right, kinds[1])
 
 
 def _asks_whetherany_of(compared: tree.Compared) -> bool | None:
@@ -246,7 +246,7 @@ def _first_of(ranked: sa.FromClause) -> sa.Select[Any]:
     return sa.select(*columns).where(ranked.c.place == 1)
 
 
-def _by_value(db: Any, values: sa.FromClause, kinds: Iterable[str]) -> list[Expression]:
+def _by_value(db: Dialect, values: sa.FromClause, kinds: Iterable[str]) -> list[Expression]:
     """Return the order of values: numbers, then strings by code points, then false and true."""
     order: list[Expression] = []
     for kind in kinds:
@@ -255,7 +255,7 @@ def _by_value(db: Any, values: sa.FromClause, kinds: Iterable[str]) -> list[Expr
     return order
 
 
-def _shown(db: Any, values: sa.FromClause, kinds: Iterable[str]) -> Expression:
+def _shown(db: Dialect, values: sa.FromClause, kinds: Iterable[str]) -> Expression:
     """Return the text of a value in a list."""
     texts: dict[str, Callable[[Any], Any]] = {
         "number": db.number_text,
