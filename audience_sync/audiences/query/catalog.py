@@ -74,7 +74,9 @@ def describe(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The tables and definitions that queries on one database may name. `profiles` and `events` are our own tables, where it is our database.
+    """The tables and definitions that queries on one database may name.
+
+    `profiles` and `events` are our own tables, where it is our database.
 
     `definition_columns`: the kinds of the columns of definitions in SQL.
     """

@@ -3,7 +3,8 @@
 import datetime as dt
 import os
 
-from hypothesis import HealthCheck, Phase, given, settings
+import sqlalchemy as sa
+from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 
 from audience_sync.audiences.query import tree
@@ -199,6 +200,11 @@ def test_a_random_query_gives_what_the_reference_says(engine, data):
     expected = reference.trait(world, query) if is_trait else reference.audience(world, query)
     with engine.connect() as connection:
         write(connection, traits, rows)
-        actual = computed(connection, query, catalog_of(engine), NOW, is_trait=is_trait)
+        try:
+            actual = computed(connection, query, catalog_of(engine), NOW, is_trait=is_trait)
+        except sa.exc.OperationalError as error:  # SQLite before 3.46 has a limit, and few queries reach it
+            if "parser stack overflow" not in str(error):
+                raise
+            reject()
         connection.rollback()
     assert actual == expected, query_text(query)
