@@ -63,7 +63,7 @@ def statement_text(select: sa.Select[Any], catalog: Catalog) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """What is joined to the users, with the text of its user id."""
+    """A relation that is joined to the users, with the text of its user id."""
 
     from_: sa.FromClause
     user_id: Expression

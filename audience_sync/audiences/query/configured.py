@@ -1,4 +1,4 @@
-"""What the configuration says about a query: its text, and the tables and definitions that it may name."""
+"""A query as it is configured: its text, and the tables and definitions that it may name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the compiler needs of a database. No expression may fail because of the data that it reads.
+"""The expressions that the compiler needs of a database. None may fail because of the data that it reads.
 
 on_sqlite.py and on_postgresql.py have the databases.
 """

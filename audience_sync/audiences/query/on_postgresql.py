@@ -91,7 +91,7 @@ _TYPE_NAMES = sa.text(
 
 
 class OnPostgresql(Dialect):
-    sqlalchemy = postgresql.dialect(paramstyle="named")
+    sqlalchemy = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
     moment_kinds = frozenset({"date", "timestamp", "timestamptz"})
 
     def json_of_column(self, column: Expression, kind: str) -> PostgresqlJson:
@@ -110,7 +110,7 @@ class OnPostgresql(Dialect):
         """Return the type of each column of a table or query, by its name in pg_type; a domain's is its base type's."""
         if described is None:
             preparer: Any = connection.dialect.identifier_preparer
-            name = ".".join(str(preparer.quote(part)) for part in (table or "").rsplit(".", 1))
+            name = ".".join(preparer.quote(part) for part in (table or "").rsplit(".", 1))
             result = connection.exec_driver_sql(f"SELECT * FROM {name} LIMIT 0")
             described = [
                 (column[0], column[1]) for column in (result.cursor.description if result.cursor else ())
