@@ -128,7 +128,7 @@ class _Mistake(Exception):  # noqa: N818  (parse_query turns it into a QueryErro
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What surrounds an expression: how many `where`s it is in, and whether a reducer's argument is being read."""
+    """The surroundings of an expression: how many `where`s it is in, and whether a reducer's argument is being read."""
 
     depth: int = 0
     is_argument: bool = False
