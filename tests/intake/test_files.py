@@ -63,13 +63,13 @@ def users(engine):
         ANN + b"\r\n" + BOB + b"\r\n",
         b"\n \n" + ANN + b"\n\t\n\r\n" + BOB + b"\n\n",
         b"\xef\xbb\xbf" + ANN + b"\n" + BOB,
-        gzip.compress(ANN + b"\n" + BOB),
-        gzip.compress(ANN + b"\n") + gzip.compress(BOB),
+        gzip.compress(ANN + b"\n" + BOB, mtime=0),
+        gzip.compress(ANN + b"\n", mtime=0) + gzip.compress(BOB, mtime=0),
         (ANN + b"\r\n" + BOB + b"\r\n").decode().encode("utf-16"),
         b"\xfe\xff" + (ANN + b"\n" + BOB).decode().encode("utf-16-be"),
         (ANN + b"\n" + BOB).decode().encode("utf-16-le"),
-        gzip.compress((ANN + b"\n" + BOB).decode().encode("utf-16")),
-        gzip.compress(b"\xef\xbb\xbf" + ANN + b"\n\xef\xbb\xbf" + BOB),
+        gzip.compress((ANN + b"\n" + BOB).decode().encode("utf-16"), mtime=0),
+        gzip.compress(b"\xef\xbb\xbf" + ANN + b"\n\xef\xbb\xbf" + BOB, mtime=0),
     ],
     ids=[
         "lines",
@@ -97,7 +97,7 @@ def test_each_line_is_a_call(import_file, users, content):
     [
         b"\xef\xbb\xbf" + ANN + b"\n" + BOB,
         (ANN + b"\n" + BOB).decode().encode("utf-16"),
-        gzip.compress(b"\xef\xbb\xbf" + ANN + b"\r\n" + BOB),
+        gzip.compress(b"\xef\xbb\xbf" + ANN + b"\r\n" + BOB, mtime=0),
     ],
     ids=["BOM", "UTF-16", "gzip with BOM"],
 )
@@ -125,11 +125,11 @@ SPREAD = (
         (b"\n " + LIST.encode(), ARRAY),
         (b"\xef\xbb\xbf" + LIST.encode(), ARRAY),
         (LIST.encode("utf-16"), ARRAY),
-        (gzip.compress(LIST.encode()), ARRAY),
+        (gzip.compress(LIST.encode(), mtime=0), ARRAY),
         (json.dumps(json.loads(ANN), indent=2).encode(), SPREAD),
         (b'{ "type": "identify",\r\n  "userId": "ann" }\r\n', SPREAD),
         (b"{\n}\n", SPREAD),
-        (gzip.compress(json.dumps(json.loads(ANN), indent=4).encode("utf-16")), SPREAD),
+        (gzip.compress(json.dumps(json.loads(ANN), indent=4).encode("utf-16"), mtime=0), SPREAD),
         (
             b"PK\3\4....",
             f"The file is a ZIP archive, and {ONE_A_LINE}: convert it first. Nothing is imported.",
@@ -147,7 +147,7 @@ def test_what_is_not_one_object_a_line_is_named(import_file, users, content, mes
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_from_standard_input(command, users, packed):
-    content = gzip.compress(ANN) if packed else ANN
+    content = gzip.compress(ANN, mtime=0) if packed else ANN
     with command.popen("import", "-", stdin=subprocess.PIPE, preexec_fn=lambda: None) as process:
         process.stdin.buffer.write(content)
         assert process.communicate(timeout=100)[1] == ""
@@ -155,7 +155,9 @@ def test_from_standard_input(command, users, packed):
 
 
 @SQLITE
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")], ids=["nothing", "blank", "gzip"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", gzip.compress(b"", mtime=0)], ids=["nothing", "blank", "gzip"]
+)
 def test_an_empty_file_has_no_calls(import_file, users, content):
     code, said = import_file(content)
     assert (code, said.splitlines()[0], users()) == (0, "0 lines: 0 accepted.", [])
@@ -171,7 +173,7 @@ def test_a_missing_file_or_a_folder_is_an_error(command, path):
 
 def test_lines_before_a_truncation_of_gzip_are_imported(import_file, users):
     lines = [identify(f"u{number}", traits={"n": number}) for number in range(20_000)]
-    content = gzip.compress(b"\n".join(lines))
+    content = gzip.compress(b"\n".join(lines), mtime=0)
     code, said = import_file(content[: len(content) // 2])
     assert code == 2
     assert said.startswith("audience-sync: The file cannot be read after line ")
@@ -189,7 +191,7 @@ def test_lines_before_a_truncation_of_gzip_are_imported(import_file, users):
     "end", [b"\x1f\x8bnonsense", b"nonsense", bytes(8)], ids=["a bad member", "no member", "a wrong sum"]
 )
 def test_damage_at_the_end_of_gzip_is_an_error(import_file, users, end):
-    content = gzip.compress(ANN + b"\n")
+    content = gzip.compress(ANN + b"\n", mtime=0)
     code, said = import_file((content[:-8] if end == bytes(8) else content) + end)
     assert code == 2
     assert said.startswith("audience-sync: The file cannot be read after line 1: ")
@@ -274,7 +276,10 @@ def test_importing_again_adds_nothing_and_equal_lines_are_one_call(import_file, 
     content = b"\n".join([ANN, BOB, b"  " + ANN + b" ", ANN])
     assert import_file(content)[1].splitlines()[0] == "4 lines: 2 accepted, 2 known already."
     assert import_file(content)[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
-    assert import_file(gzip.compress(content))[1].splitlines()[0] == "4 lines: 0 accepted, 4 known already."
+    assert (
+        import_file(gzip.compress(content, mtime=0))[1].splitlines()[0]
+        == "4 lines: 0 accepted, 4 known already."
+    )
     assert sorted(users()) == ["ann", "bob"]
 
 

@@ -78,7 +78,7 @@ PHP_HEADERS = [
     "User-Agent: analytics-php/3.8.1",
 ]
 PHP = request("/v1/batch", PHP_HEADERS, PHP_BODY)
-PHP_GZIP = request("/v1/batch", [*PHP_HEADERS, "Content-Encoding: gzip"], gzip.compress(PHP_BODY))
+PHP_GZIP = request("/v1/batch", [*PHP_HEADERS, "Content-Encoding: gzip"], gzip.compress(PHP_BODY, mtime=0))
 PHP_SOCKET = (
     "POST /v1/batch HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     f"Authorization: {BASIC}\r\nAccept: application/json\r\nUser-Agent: analytics-php/3.8.1\r\n"
@@ -111,7 +111,7 @@ JAVA_HEADERS = [
 JAVA = request("/v1/import/", JAVA_HEADERS, JAVA_BODY)
 JAVA_BEHIND_A_HOST_WITH_A_SLASH = request("//v1/import/", JAVA_HEADERS, JAVA_BODY)
 JAVA_GZIP = request(
-    "/v1/import", [*JAVA_HEADERS, "Content-Encoding: gzip"], gzip.compress(JAVA_BODY), chunked=True
+    "/v1/import", [*JAVA_HEADERS, "Content-Encoding: gzip"], gzip.compress(JAVA_BODY, mtime=0), chunked=True
 )
 NET_BODY = compact(
     {
@@ -131,7 +131,7 @@ NET_BODY = compact(
 )
 NET_HEADERS = [f"Authorization: {BASIC}", "User-Agent: Analytics.NET/3.8.1", "Content-Type: application/json"]
 NET = request("/v1/import", NET_HEADERS, NET_BODY)
-NET_GZIP = request("/v1/import", [*NET_HEADERS, "Content-Encoding: gzip"], gzip.compress(NET_BODY))
+NET_GZIP = request("/v1/import", [*NET_HEADERS, "Content-Encoding: gzip"], gzip.compress(NET_BODY, mtime=0))
 PHONE = {"sentAt": "2026-01-01T00:00:00.000Z", "writeKey": KEY}
 PHONE_CALL = identify(
     anonymousId="2f6a",
@@ -142,7 +142,7 @@ PHONE_CALL = identify(
 CSHARP = request(
     "/v1/b",
     ["Connection: close", "Accept: text/plain", "Content-Encoding: gzip"],
-    gzip.compress(compact({"batch": [PHONE_CALL], **PHONE})),
+    gzip.compress(compact({"batch": [PHONE_CALL], **PHONE}), mtime=0),
 )
 KOTLIN = request(
     "/v1/b",
@@ -153,7 +153,7 @@ KOTLIN = request(
         "Accept: text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2",
         "Connection: keep-alive",
     ],
-    gzip.compress(compact({"batch": [PHONE_CALL], **PHONE})),
+    gzip.compress(compact({"batch": [PHONE_CALL], **PHONE}), mtime=0),
     chunked=True,
 )
 SWIFT = request(
@@ -225,7 +225,7 @@ def test_a_library_with_a_wrong_key_is_told_so_in_json(serving, name):
     sent = REQUESTS[name].replace(BASIC.encode(), f"Basic {wrong}".encode())
     if name in {"C#", "Kotlin"}:
         body = compact({"batch": [PHONE_CALL], **PHONE, "writeKey": "wrong"})
-        sent = request("/v1/b", ["Content-Encoding: gzip"], gzip.compress(body))
+        sent = request("/v1/b", ["Content-Encoding: gzip"], gzip.compress(body, mtime=0))
     with serving() as address, socket.create_connection(address, timeout=60) as connection:
         connection.sendall(sent)
         status, body = answer(connection)

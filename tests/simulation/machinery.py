@@ -339,7 +339,7 @@ class Network:
             case "later", _, _:
                 return {"status": int(status), "headers": {"retry-after": self._chance.choice(["2", "70"])}}
             case ("text" | "gzip" | "empty") as form, _, _:
-                body = {"text": "OK", "gzip": gzip.compress(b'{"status":"ok"}'), "empty": None}[form]
+                body = {"text": "OK", "gzip": gzip.compress(b'{"status":"ok"}', mtime=0), "empty": None}[form]
                 return {"status": int(status), "body": body, "apply": True}
         match status:
             case "drop":

@@ -147,7 +147,7 @@ def test_a_gzip_bomb_is_not_unpacked(serve, ask, bomb, status, outcome):
 @pytest.fixture(scope="module")
 def bomb():
     """A list of 100 MB that is sent as 440 KB."""
-    return gzip.compress(b"[" + b" " * 100_000_000 + b"]", 1)
+    return gzip.compress(b"[" + b" " * 100_000_000 + b"]", 1, mtime=0)
 
 
 # Peers that vanish silently
@@ -399,7 +399,7 @@ def test_retry_after_of_a_429_is_bounded(serve, ask, header, seconds):
         (b'{"job_id":', Outcome.UNKNOWN, None),
         (b"<html>Log in</html>", Outcome.UNKNOWN, None),
         (b"OK", Outcome.ACCEPTED, None),
-        (gzip.compress(b'{"job_id":"1"}'), Outcome.ACCEPTED, {"job_id": "1"}),
+        (gzip.compress(b'{"job_id":"1"}', mtime=0), Outcome.ACCEPTED, {"job_id": "1"}),
     ],
     ids=["empty", "errors", "malformed", "html", "text", "gzip"],
 )
