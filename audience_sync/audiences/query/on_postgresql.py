@@ -69,7 +69,9 @@ class PostgresqlJson(JsonValue):
 
     @property
     def number(self) -> Expression:
-        return sa.case((self._kind == "number", POSTGRESQL.finite(sa.cast(self._scalar, sa.Numeric))))
+        exact = sa.cast(self.document if self.is_binary else self._scalar, sa.Numeric)
+        is_double = exact.between(-_MOST, _MOST)
+        return sa.case((self._kind == "number", sa.case((is_double, sa.cast(exact, sa.Double)))))
 
     @property
     def text(self) -> Expression:
