@@ -16,7 +16,7 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog
 from audience_sync.audiences.query.dialect import Expression
 from audience_sync.audiences.query.moments import parse_moment
-from audience_sync.audiences.query.tree import Comparator
+from audience_sync.audiences.query.tree import Comparator, Reducer
 
 if TYPE_CHECKING:
     from audience_sync.audiences.query.rows import Row
@@ -62,6 +62,28 @@ def any_of(conditions: Iterable[Expression]) -> Expression:
     return sa.or_(sa.false(), *conditions)
 
 
+_OPPOSITES = {
+    Comparator.EQUALS: Comparator.DIFFERS,
+    Comparator.DIFFERS: Comparator.EQUALS,
+    Comparator.AT_LEAST: Comparator.LESS_THAN,
+    Comparator.LESS_THAN: Comparator.AT_LEAST,
+    Comparator.GREATER_THAN: Comparator.AT_MOST,
+    Comparator.AT_MOST: Comparator.GREATER_THAN,
+}
+
+
+def _opposite(condition: tree.Condition) -> tree.Compared | None:
+    """Return the opposite of a count's comparison with a number, which joins better than NOT; None for others."""
+    match condition:
+        case tree.Compared(
+            tree.Reduction(reducer=Reducer.COUNT | Reducer.COUNT_UNIQUE) as left,
+            comparator,
+            (tree.Constant(int() | float(), is_boolean=False) as number,),
+        ) if comparator in _OPPOSITES:
+            return tree.Compared(left, _OPPOSITES[comparator], (number,))
+    return None
+
+
 class Scope:
     """Conditions and comparisons, for `Users` and `Row`, which know what a scalar is there."""
 
@@ -75,7 +97,8 @@ class Scope:
             case tree.Disjunction(operands):
                 return sa.or_(*map(self.condition, operands))
             case tree.Negation(operand):
-                return _negated(self.condition(operand))
+                opposite = _opposite(operand)
+                return _negated(self.condition(operand)) if opposite is None else self.compared(opposite)
             case tree.Compared():
                 return self.compared(condition)
             case _:

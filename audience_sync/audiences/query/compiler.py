@@ -26,7 +26,7 @@ from audience_sync.audiences.query.comparisons import (
 )
 from audience_sync.audiences.query.configured import QueryDefinition
 from audience_sync.audiences.query.dialect import Expression
-from audience_sync.audiences.query.rows import COUNTS, Row, of_reduction, reduced, user_of
+from audience_sync.audiences.query.rows import COUNTS, Row, asks_whether_any, of_reduction, reduced, user_of
 from audience_sync.audiences.query.tree import ANY_ITEM, Comparator, Reducer
 from audience_sync.errors import ConfigError
 
@@ -145,7 +145,10 @@ class Users(Scope):
 
     def _all_users(self) -> list[_Joined]:
         """Return everybody who has a profile, and everybody in a table that the query names."""
-        tables = {table.name: table for table in [*self.catalog.profile_tables(), *self._read.values()]}
+        profiles = self.catalog.profile_tables()
+        tables = {table.name: table for table in [*profiles, *self._read.values()]}
+        if self.catalog.profiles in profiles:  # everybody who has an event of ours has a profile of ours
+            tables = {name: table for name, table in tables.items() if table is not self.catalog.events}
         return [self._of_table(table, only_user=True) for table in tables.values()]
 
     def _of_table(self, table: ReadTable, *, only_user: bool = False) -> _Joined:
@@ -195,13 +198,15 @@ class Users(Scope):
 
     def compared(self, compared: tree.Compared) -> Expression:
         left = compared.left
-        if (
-            not isinstance(left, tree.Reduction)
-            or left.reducer not in COUNTS
-            or self._is_true_without_rows(compared)
-        ):
+        if not isinstance(left, tree.Reduction) or left.reducer not in COUNTS:
             return super().compared(compared)
         self.reduction(left)
+        is_there = asks_whether_any(compared)
+        if is_there is not None:
+            user_id = self._joined[left].user_id
+            return user_id.is_not(None) if is_there else user_id.is_(None)
+        if self._is_true_without_rows(compared):
+            return super().compared(compared)
         number = self._joined[left].from_.c.number
         return self._test(compared, SqlValue(number.is_not(None), number=number))
 

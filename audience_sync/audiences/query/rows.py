@@ -142,7 +142,7 @@ class Row(Scope):
         return of_reduction(reduction, parts)
 
     def compared(self, compared: tree.Compared) -> Expression:
-        is_there = _asks_whetherany_of(compared)
+        is_there = asks_whether_any(compared)
         if is_there is None:
             return super().compared(compared)
         assert isinstance(compared.left, tree.Reduction)  # noqa: S101
@@ -159,7 +159,7 @@ def _same(row: Row, column: str, other: Row, other_column: str) -> Expression:
     return row.db.text_of(left, kinds[0]) == row.db.text_of(right, kinds[1])
 
 
-def _asks_whetherany_of(compared: tree.Compared) -> bool | None:
+def asks_whether_any(compared: tree.Compared) -> bool | None:
     """Return whether the comparison of a count asks for any row (true), for none (false), or for something else."""
     left, arguments = compared.left, compared.arguments
     if not isinstance(left, tree.Reduction) or left.reducer is not Reducer.COUNT:
