@@ -26,7 +26,7 @@ SLOW_ANSWER_SECONDS = (
     2.0  # up to which the latency of answers, with their settlement, does not slow a lane down
 )
 FEWEST_IN_FLIGHT = 8
-PUSHES_AT_ONCE = 4
+PUSHES_AT_ONCE = 6
 _ROUNDING = 1e-6
 
 
