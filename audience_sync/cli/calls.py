@@ -134,8 +134,8 @@ def import_(
     Each line is a call as Segment's libraries send it. Importing a file again changes nothing. Lines that are not
     valid calls are reported and left out.
 
-    With --keep-only, calls fill profiles, companies and events, and nothing is sent: Userpilot would count an old event
-    as one of today.
+    With --keep-only, calls fill profiles, companies and events, and nothing is sent, because Userpilot would count an old
+    event as today's.
 
         audience-sync import calls.ndjson.gz --set-aside bad.ndjson
     """

@@ -28,7 +28,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     Needing attention: delivery that is stopped, runs that are held or failed, dead deliveries, and schedules that are
     late. Then each lane's pace, and the next runs by schedule.
 
-    Exit codes: 0, or 1 while a run by schedule has failed or was abandoned and none has succeeded since.
+    Exit codes: 0, or 1 while a scheduled run has failed or was abandoned and none has succeeded since.
     """
     with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
         document = lazy.history.status(connection, app.settings, app.clock.now())
@@ -36,7 +36,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         output.document(document)
     else:
         _show_status(document)
-    # Who ran `sync` has seen its exit code; what the daemon ran is reported here.
+    # `sync` reports a failed run by its own exit code; failed runs of the daemon are reported here.
     session.finish(None, failed=any(run["trigger"] == "schedule" for run in document["failed_runs"]))
 
 

@@ -33,7 +33,7 @@ KeyOrQuery = Annotated[
 ]
 Source = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The source to run it on. Default: our own database."),
+    typer.Option(metavar="NAME", help="The source to run it on. Default: the database of audience-sync."),
 ]
 IsTrait = Annotated[bool, typer.Option("--trait", help="The query is a trait's: it gives each user a value.")]
 
@@ -51,7 +51,7 @@ def preview(
 ) -> None:
     """Compute a query without configuring it.
 
-    Prints how many users it has, a sample of them, and warnings about names that were never seen. Stores and sends
+    Prints the number of users, a sample of them, and warnings about names that were never seen. Stores and sends
     nothing.
 
         audience-sync preview "event('Order Completed').within(30 days).count() >= 1"
@@ -87,7 +87,7 @@ def preview(
     for reason, count in computed.set_aside.items():
         output.line(f"Set aside: {output.plural(count, 'row')} ({reason.replace('_', ' ')})")
     for warning in warnings:
-        output.line(f"Warning: {warning}.")
+        output.line(f"Warning: {warning}{'' if warning.endswith('?') else '.'}")
 
 
 def explain(
@@ -99,8 +99,10 @@ def explain(
 ) -> None:
     """Show a query laid out, in plain English, and the SQL that runs.
 
-    audience-sync explain "event('Order Completed').count() >= 1"
-    audience-sync explain ordered_recently
+    For a definition in SQL, shows the SQL that runs.
+
+        audience-sync explain "event('Order Completed').count() >= 1"
+        audience-sync explain ordered_recently
     """
     with session.open_app(context) as app, session.stoppable(app):
         app.load_keys()

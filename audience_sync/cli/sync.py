@@ -35,8 +35,8 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
     """Show what a sync would change, without storing or sending.
 
     For each definition: its members, who would enter, exit or change, and whether the run would be held. At the end:
-    how many requests that takes, and for how long. A definition that cannot be computed leaves the others alone; the exit
-    code is 1 then.
+    how many requests that takes, and for how long. If a definition cannot be computed, the others are still shown, and
+    the exit code is 1.
 
         audience-sync plan
         audience-sync plan at_risk --as-of 2026-05-01
