@@ -42,9 +42,9 @@ def audience(name, query, source=None):
         (ORDERS + audience("A", "entity('orders').count() > 1"), "is not mapped"),
         (
             audience("A", "trait('b') = true") + audience("B", "trait('c') = true") + audience("C", "trait('a') = 1"),
-            "need each other: a → b → c → a",
+            "refer to each other: a → b → c → a",
         ),
-        (audience("A", "trait('a') = true"), "need each other: a → a"),
+        (audience("A", "trait('a') = true"), "refer to each other: a → a"),
         ('[tables.x]\nuser_id = "u"\n', "expected either table or sql"),
         ('[tables.x]\ntable = "t"\nsql = "s"\nuser_id = "u"\n', "expected either table or sql"),
         ('[tables.x]\ntable = "t"\n', "missing: user_id, or parent and parent_id"),

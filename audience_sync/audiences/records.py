@@ -98,14 +98,14 @@ def check_kind(definition: Definition, row: sa.Row[Any] | None) -> None:
         return
     kind, other = definition.kind.value, row.kind
     message = (
-        f"[[{kind}s]] {shown(definition.name)}: the key {definition.key} belongs to the {other} {shown(row.name)} since "
-        f"{row.created_at:%Y-%m-%d}, and a key keeps its kind for good. Give the {kind} another key with `key = `"
+        f"[[{kind}s]] {shown(definition.name)}: the key {definition.key} has belonged to the {other} {shown(row.name)} "
+        f"since {row.created_at:%Y-%m-%d}, and a key cannot change its kind. Give the {kind} another key with `key = `"
     )
     if row.retired_at is not None:
         raise ConfigError(f"{message}.")
     raise ConfigError(
         f"{message}; then `audience-sync retire {definition.key}` clears the values of the {other} at Userpilot, "
-        f"unless it goes on under [[{other}s]]."
+        f"unless it stays in [[{other}s]]."
     )
 
 

@@ -72,7 +72,7 @@ def _problems(document: dict[str, Any]) -> Iterator[str]:
     for run in document["held_runs"]:
         yield sync.held(run["run_id"], run["key"], run["reason"])
     for run in document["failed_runs"]:
-        again = f" It is tried again at {output.moment(run['retry_at'])} UTC." if run["retry_at"] else ""
+        again = f" It will be tried again at {output.moment(run['retry_at'])} UTC." if run["retry_at"] else ""
         yield f"The last run of {run['key']} ({run['run_id']}) {run['status']}. {run['reason'] or ''}{again}".strip()
     if dead := document["dead_count"]:
         yield (

@@ -133,7 +133,7 @@ def decompressed(file: BinaryIO) -> BinaryIO:
         head = b""  # reading the lines will report it
     for beginning, name in _FORMATS.items():
         if head.startswith(beginning):
-            raise ConfigError(f"The file is {name}, and {_NDJSON}: convert it first. Nothing is imported.")
+            raise ConfigError(f"The file is {name}, but {_NDJSON}: convert it first. Nothing is imported.")
     for beginning, encoding in _ENCODINGS.items():
         if head.startswith(beginning):
             return cast("BinaryIO", _Recoded(reader, encoding))
@@ -340,13 +340,13 @@ def _checked(lines: Iterator[Line]) -> Iterator[Line]:
     first = beginning[0].content.strip() if beginning else b""
     if first.startswith(b"["):
         raise ConfigError(
-            f"The file is a JSON array, and {_NDJSON}. Convert it: jq -c '.[]' FILE. Nothing is imported."
+            f"The file is a JSON array, but {_NDJSON}. Convert it: jq -c '.[]' FILE. Nothing is imported."
         )
     if first.startswith(b"{") and not _is_json(first):
         beginning += itertools.islice(lines, 1)
         if beginning[-1].content.strip().startswith((b'"', b"}")):
             raise ConfigError(
-                "The file has JSON objects over several lines each, and "
+                "The file has JSON objects that span several lines, but "
                 f"{_NDJSON}. Convert it: jq -c . FILE. Nothing is imported."
             )
     yield from beginning

@@ -55,7 +55,7 @@ def check_tables(top: Section, mappings: Sequence[TableMapping]) -> None:
         if mapping.event is not None:
             other = events.setdefault((mapping.source, mapping.event), mapping.name)
             if other != mapping.name:
-                section.fail(f"event: [tables.{shown(other)}] has the same")
+                section.fail(f"event: [tables.{shown(other)}] has the same event")
         if mapping.parent is None:
             continue
         parent = by_name[mapping.parent]
@@ -138,7 +138,7 @@ def _reach(
         if key in keys:
             circle = " → ".join([*keys[keys.index(key) :], key])
             raise ConfigError(
-                f"{path}: the file: these definitions need each other: {circle}. Take one out of the circle"
+                f"{path}: the file: these definitions refer to each other: {circle}. Remove one of the references"
             )
         if key in others and key not in reached:
             reached[key] = other = others[key]
@@ -162,7 +162,9 @@ def _needed(
             names = [name for name, mapping in tables.items() if mapping.event == stream.name]
         if not names and (stream.kind is tree.StreamKind.ENTITY or definition.source is not None):
             known = tables if stream.kind is tree.StreamKind.ENTITY else _events(tables)
-            where = f"the source {definition.source}" if definition.source else "our own database"
+            where = (
+                f"the source {definition.source}" if definition.source else "the database of audience-sync"
+            )
             raise ConfigError(
                 f"{path}: {definition.name}: query: {stream.kind}('{shown(stream.name)}') is not mapped by any "
                 f"[tables.*] on {where}: {did_you_mean(stream.name, known)}"

@@ -281,7 +281,8 @@ def test_a_scheduled_run_that_failed_is_reported_until_it_succeeds(start, compan
     code, output = command("status")
     assert code == 1
     assert re.search(
-        r"- The last run of in \(2\) failed\. .*people.* It is tried again at 20..-..-.. ..:.. UTC\.", output
+        r"- The last run of in \(2\) failed\. .*people.* It will be tried again at 20..-..-.. ..:.. UTC\.",
+        output,
     )
     company("ALTER TABLE persons RENAME TO people")
     assert command("sync", "--no-deliver")[0] == 0

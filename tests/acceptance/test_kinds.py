@@ -1,4 +1,4 @@
-"""A key keeps its kind for good: an audience's never becomes a trait's, or the reverse."""
+"""A key keeps its kind: an audience cannot use a key that was a trait's, nor the reverse."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def refused(command, *arguments, expected):
     code, output = command(*arguments)
     assert code == 2, output
     assert expected in output
-    assert "a key keeps its kind for good" in output
+    assert "a key cannot change its kind" in output
     return output
 
 
@@ -49,7 +49,9 @@ def test_every_command_refuses_a_key_of_the_other_kind(synced, sandbox):
     command = synced({}, extra=trait())
     for arguments in EVERYWHERE:
         output = refused(
-            command, *arguments, expected="[[traits]] Good: the key good belongs to the audience Good since "
+            command,
+            *arguments,
+            expected="[[traits]] Good: the key good has belonged to the audience Good since ",
         )
         assert "audience_sync.toml: " in output
         assert "another key with `key = `" in output
@@ -62,15 +64,19 @@ def test_every_command_refuses_a_key_of_the_other_kind(synced, sandbox):
 @pytest.mark.parametrize(
     ("audiences", "extra", "expected"),
     [
-        ({"Spend": GOOD}, "", "[[audiences]] Spend: the key spend belongs to the trait Spend since "),
-        ({"spend!": GOOD}, "", "[[audiences]] spend!: the key spend belongs to the trait Spend since "),
-        ({}, trait("GOOD"), "[[traits]] GOOD: the key good belongs to the audience Good since "),
+        ({"Spend": GOOD}, "", "[[audiences]] Spend: the key spend has belonged to the trait Spend since "),
+        ({"spend!": GOOD}, "", "[[audiences]] spend!: the key spend has belonged to the trait Spend since "),
+        ({}, trait("GOOD"), "[[traits]] GOOD: the key good has belonged to the audience Good since "),
         (
             {},
             trait("Worth", key='"good"'),
-            "[[traits]] Worth: the key good belongs to the audience Good since ",
+            "[[traits]] Worth: the key good has belonged to the audience Good since ",
         ),
-        ({}, trait(enabled="false"), "[[traits]] Good: the key good belongs to the audience Good since "),
+        (
+            {},
+            trait(enabled="false"),
+            "[[traits]] Good: the key good has belonged to the audience Good since ",
+        ),
     ],
     ids=["back", "renamed", "other case", "own key", "disabled"],
 )
@@ -84,7 +90,7 @@ def test_a_retired_key_keeps_its_kind(synced):
     assert synced({})("retire", "good")[0] == 0
     command = synced({}, extra=trait())
     output = refused(
-        command, "sync", expected="[[traits]] Good: the key good belongs to the audience Good since "
+        command, "sync", expected="[[traits]] Good: the key good has belonged to the audience Good since "
     )
     assert "`audience-sync retire" not in output
 
@@ -99,7 +105,7 @@ def test_with_another_key_the_old_one_can_be_retired(synced, sandbox):
 
 
 def test_the_kind_is_unchanged_after_a_refusal(synced):
-    refused(synced({"Spend": GOOD}), "sync", "--full", expected="belongs to the trait Spend")
+    refused(synced({"Spend": GOOD}), "sync", "--full", expected="has belonged to the trait Spend")
     command = synced({"Good": GOOD}, extra=trait("Spend"))
     assert [(each["key"], each["kind"]) for each in command.document("list")] == [
         ("good", "audience"), ("spend", "trait"),

@@ -418,7 +418,7 @@ def test_a_run_and_a_plan_refuse_a_key_of_the_other_kind(world):
     world.people(("ann", 1.0))
     assert world.sync(world.audience(key="spend")).status == "succeeded"
     message = (
-        "the key spend belongs to the audience spend since 2026-01-01, and a key keeps its kind for good"
+        "the key spend has belonged to the audience spend since 2026-01-01, and a key cannot change its kind"
     )
     with pytest.raises(ConfigError, match=message):
         world.sync(world.trait())

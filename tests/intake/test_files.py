@@ -109,9 +109,9 @@ def test_a_line_is_the_same_call_in_each_encoding(import_file, users, encoded):
 
 LIST = json.dumps([json.loads(ANN), json.loads(BOB)])
 ONE_A_LINE = "import reads one JSON object a line (NDJSON), plain or gzip"
-ARRAY = f"The file is a JSON array, and {ONE_A_LINE}. Convert it: jq -c '.[]' FILE. Nothing is imported."
+ARRAY = f"The file is a JSON array, but {ONE_A_LINE}. Convert it: jq -c '.[]' FILE. Nothing is imported."
 SPREAD = (
-    f"The file has JSON objects over several lines each, and {ONE_A_LINE}. Convert it: jq -c . FILE. "
+    f"The file has JSON objects that span several lines, but {ONE_A_LINE}. Convert it: jq -c . FILE. "
     "Nothing is imported."
 )
 
@@ -132,11 +132,11 @@ SPREAD = (
         (gzip.compress(json.dumps(json.loads(ANN), indent=4).encode("utf-16"), mtime=0), SPREAD),
         (
             b"PK\3\4....",
-            f"The file is a ZIP archive, and {ONE_A_LINE}: convert it first. Nothing is imported.",
+            f"The file is a ZIP archive, but {ONE_A_LINE}: convert it first. Nothing is imported.",
         ),
         (
             bz2.compress(ANN),
-            f"The file is compressed with bzip2, and {ONE_A_LINE}: convert it first. Nothing is imported.",
+            f"The file is compressed with bzip2, but {ONE_A_LINE}: convert it first. Nothing is imported.",
         ),
     ],
 )

@@ -1,5 +1,5 @@
-"""The query language of definitions: a text becomes a tree, and the tree one SELECT for the database at hand.
+"""The query language of definitions: a query is parsed into a tree, and the tree is compiled into one SELECT.
 
-parser.py reads a text (grammar.lark is its form) into the tree of tree.py; layout.py and english.py write a tree for
-people; compiler.py makes the SELECT from it, with what differs between databases in its dialect modules.
+parser.py parses a text (grammar.lark has the syntax) into the tree of tree.py. layout.py and english.py write a tree as
+a query and as a sentence. compiler.py compiles it; on_sqlite.py and on_postgresql.py have what differs between databases.
 """

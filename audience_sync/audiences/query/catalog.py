@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import statement
 from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
-from audience_sync.audiences.query.dialect import Dialect
+from audience_sync.audiences.query.dialect import Dialect, described_columns
 from audience_sync.audiences.query.on_postgresql import POSTGRESQL
 from audience_sync.audiences.query.on_sqlite import SQLITE
 from audience_sync.errors import DefinitionError
@@ -20,12 +20,13 @@ DIALECTS: dict[str, Dialect] = {"sqlite": SQLITE, "postgresql": POSTGRESQL}
 
 @dataclass(frozen=True, slots=True)
 class ReadTable:
-    """A table as the compiler reads it: `columns` gives the kind of each.
+    """A table as the compiler reads it: `columns` has the kind of each column.
 
-    Kinds: integer, number, text, boolean, date, timestamp, timestamptz, json, jsonb, other, and on SQLite `any` (of no
-    declared type); of our own tables there also `document` and `moment`. Our own tables have `properties`, the document
-    that property(…) walks into in place of the columns, `context`, `event_name`, and `arrival`, which orders rows of one
-    timestamp.
+    Kinds: integer, number, text, boolean, date, timestamp, timestamptz, json, jsonb and other. SQLite also has `any`, for
+    columns without a declared type, and for our own tables `document` and `moment`.
+
+    Columns of our own tables: `properties` is the document that property(…) reads instead of the columns, `context` the
+    document of context(…), `event_name` the name of the event. `arrival` orders rows of equal timestamps in any table.
     """
 
     mapping: TableMapping
@@ -40,7 +41,7 @@ class ReadTable:
         return self.mapping.name
 
     def from_clause(self, name: str) -> sa.FromClause:
-        """Return the table, or the query in its place, under another name."""
+        """Return the table, or the query that replaces it, under another name."""
         columns: list[Any] = [sa.column(column) for column in self.columns]
         if self.mapping.sql is not None:
             return sql_text(self.mapping.sql).columns(*columns).subquery(name)
@@ -58,7 +59,7 @@ def without_semicolon(sql: str) -> str:
 
 
 def describe(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
-    """Return the name of each column of a query, and its type as the driver has it."""
+    """Return the name of each column of a query, and its type as the driver reports it."""
     bound = statement.bind(
         f"SELECT * FROM ({without_semicolon(sql)}\n) AS q LIMIT 0", connection.dialect.name
     )
@@ -67,18 +68,15 @@ def describe(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
     if connection.dialect.name == "sqlite":
         values = dict.fromkeys(values, "")
     result = connection.exec_driver_sql(bound.render(style), bound.arguments(style, values) or None)
-    columns = [(column[0], column[1]) for column in (result.cursor.description if result.cursor else ())]
-    result.close()
-    return columns
+    return described_columns(result)
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
     """The tables and definitions that queries on one database may name.
 
-    `profiles` and `events` are our own tables, where it is our database.
-
-    `definition_columns`: the kinds of the columns of definitions in SQL.
+    `profiles` and `events` are our own tables, on our own database only. `definition_columns` has the kinds of the columns
+    of definitions in SQL.
     """
 
     dialect: str

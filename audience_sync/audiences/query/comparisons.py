@@ -1,6 +1,6 @@
-"""Conditions and comparisons in SQL, where a scalar is one expression for each kind that it may be of.
+"""Conditions and comparisons in SQL. A scalar is compiled to one expression for each kind of value that it may have.
 
-A condition may be null in place of false: only NOT makes a difference between them.
+A condition may be null instead of false; only NOT has to distinguish them.
 """
 
 import datetime as dt
@@ -33,7 +33,7 @@ _DAY = dt.timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class SqlValue:
-    """A scalar in SQL: for each kind that it may be of, an expression that is null where it is of another one."""
+    """A scalar in SQL: for each kind of value that it may have, an expression that is null for another kind."""
 
     exists: Expression
     number: Expression | None = None
@@ -52,10 +52,15 @@ class SqlValue:
 ABSENT = SqlValue(sa.false())
 
 
+def by_kind(columns: Any) -> dict[str, Any]:
+    """Return the columns of a SELECT that are named for a kind, by that kind."""
+    return {kind: columns[kind] for kind in KINDS if kind in columns}
+
+
 def _negated(condition: Expression) -> Expression:
-    return (
-        ~condition if isinstance(condition, sa.Exists) else sa.not_(sa.func.coalesce(condition, sa.false()))
-    )
+    if isinstance(condition, sa.Exists):
+        return ~condition
+    return sa.not_(sa.func.coalesce(condition, sa.false()))
 
 
 def any_of(conditions: Iterable[Expression]) -> Expression:
@@ -73,7 +78,7 @@ _OPPOSITES = {
 
 
 def _opposite(condition: tree.Condition) -> tree.Compared | None:
-    """Return the opposite of a count's comparison with a number, which joins better than NOT; None for others."""
+    """Return the opposite of a comparison of a count with a number, which is faster than NOT; else None."""
     match condition:
         case tree.Compared(
             tree.Reduction(reducer=Reducer.COUNT | Reducer.COUNT_UNIQUE) as left,
@@ -85,7 +90,7 @@ def _opposite(condition: tree.Condition) -> tree.Compared | None:
 
 
 class Scope:
-    """Conditions and comparisons, for `Users` and `Row`, which know what a scalar is there."""
+    """Compiles conditions and comparisons. `Users` and `Row` extend it, and compile the scalars."""
 
     def __init__(self, catalog: Catalog, as_of: dt.datetime) -> None:
         self.db, self.catalog, self.as_of = catalog.db, catalog, as_of
@@ -111,7 +116,7 @@ class Scope:
         return _with_items(items, self._test(compared, left))
 
     def value(self, scalar: tree.Scalar) -> "tuple[list[sa.FromClause], SqlValue]":
-        """Return the tables of list items that the scalar's path goes through, and its value for one of the items."""
+        """Return the tables of the list items in the scalar's path, and the scalar's value for one of the items."""
         match scalar:
             case tree.Constant(value):
                 return [], self._constant(value)
@@ -125,7 +130,7 @@ class Scope:
                 assert_never(scalar)
 
     def row(self, of_parent: bool) -> "Row":
-        """Return the row at hand, or the one around it; the parser refuses a property where there is none."""
+        """Return the current row, or the enclosing one; the parser refuses a property if there is none."""
         raise NotImplementedError(of_parent)
 
     def trait_value(self, path: tree.ValuePath) -> "tuple[list[sa.FromClause], SqlValue]":
@@ -190,14 +195,13 @@ class Scope:
         return any_of(tests)
 
     def _numbers(self, left: SqlValue, right: SqlValue) -> tuple[Any, Any]:
-        if not left.is_rounded and not right.is_rounded:
-            return left.number, right.number
-        first, second = (
-            number if value.constant is not None or number is None else self.db.at_15_digits(number)
-            for value in (left, right)
-            for number in (value.number,)
-        )
-        return first, second
+        is_rounded = left.is_rounded or right.is_rounded
+
+        def number(value: SqlValue) -> Any:
+            is_exact = value.constant is not None or not is_rounded
+            return value.number if is_exact or value.number is None else self.db.at_15_digits(value.number)
+
+        return number(left), number(right)
 
     def _ordered(self, order: Callable[[Any, Any], Any], left: SqlValue, right: SqlValue) -> Expression:
         tests = []
@@ -247,9 +251,9 @@ class Scope:
 
 def _with_items(items: list[sa.FromClause], test: Expression) -> Expression:
     """Return whether the test is true for one item."""
-    return (
-        sa.exists(sa.select(sa.literal_column("1")).select_from(chain(items)).where(test)) if items else test
-    )
+    if not items:
+        return test
+    return sa.exists(sa.select(sa.literal_column("1")).select_from(chain(items)).where(test))
 
 
 def chain(tables: list[sa.FromClause]) -> sa.FromClause:
@@ -275,9 +279,6 @@ def _is_named(boolean: SqlValue, text: SqlValue) -> Expression:
     if isinstance(boolean.constant, bool):
         return text.text == str(boolean.constant).lower()
     if isinstance(text.constant, str):
-        return (
-            boolean.boolean == sa.true()
-            if text.constant == "true"
-            else (boolean.boolean == sa.false() if text.constant == "false" else sa.false())
-        )
+        constant = {"true": sa.true(), "false": sa.false()}.get(text.constant)
+        return sa.false() if constant is None else boolean.boolean == constant
     return text.text == sa.case((boolean.boolean, "true"), (~boolean.boolean, "false"))

@@ -1,14 +1,15 @@
 """Compile a query into one SELECT: `user_id`, and `value` for a trait.
 
-A stream that is asked about for each user becomes a named query, grouped by user, and is joined to the users; inside a
-`where`, a stream is a correlated subquery of the row at hand (rows.py). The users come from the streams alone where the
-query is false for everybody else, so that an index of the events serves it. comparisons.py has the conditions; what
-differs between databases is in on_sqlite.py and on_postgresql.py.
+An outermost stream becomes a named query, grouped by user, which is joined to the users. A stream inside a `where` becomes
+a correlated subquery of the current row (rows.py). If the query is false for everybody without rows in its streams, the
+users are read from the streams alone, so that an index on the events can be used. comparisons.py compiles the conditions;
+what differs between databases is in on_sqlite.py and on_postgresql.py.
 """
 
 import datetime as dt
 import itertools
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,11 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog, ReadTable, sql_text
 from audience_sync.audiences.query.comparisons import (
     ABSENT,
-    KINDS,
     ORDERS,
     Scope,
     SqlValue,
     any_of,
+    by_kind,
 )
 from audience_sync.audiences.query.configured import QueryDefinition
 from audience_sync.audiences.query.dialect import Expression
@@ -36,7 +37,7 @@ _DOCUMENT_KINDS = {"document", "json", "jsonb"}
 
 @dataclass(frozen=True, slots=True)
 class CompiledQuery:
-    """The SELECT of a definition. `value_type`: what a trait's value must be converted to, where a column cannot say."""
+    """The SELECT of a definition. `value_type` converts a trait's value whose column does not show its type."""
 
     sql: str
     value_type: str | None = None
@@ -61,6 +62,11 @@ def statement_text(select: sa.Select[Any], catalog: Catalog) -> str:
     return str(select.compile(dialect=catalog.db.sqlalchemy, compile_kwargs={"literal_binds": True}))
 
 
+def _value_of(parts: dict[str, Any]) -> SqlValue:
+    """Return the value with these expressions by kind, which exists if one of them is not null."""
+    return SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
+
+
 @dataclass(frozen=True, slots=True)
 class _Joined:
     """A relation that is joined to the users, with the text of its user id."""
@@ -70,14 +76,20 @@ class _Joined:
 
 
 class Users(Scope):
-    """The users that a query is asked about, and what is joined to them: reduced streams, profiles, definitions."""
+    """The users for whom a query is evaluated, and what is joined to them: reduced streams, profiles, definitions."""
 
-    def __init__(self, catalog: Catalog, as_of: dt.datetime, parents: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        as_of: dt.datetime,
+        parents: tuple[str, ...] = (),
+        names: Iterator[int] | None = None,
+    ) -> None:
         super().__init__(catalog, as_of.astimezone(dt.UTC))
         self._parents = parents  # keys of the definitions that this query is a part of
         self._joined: dict[Any, _Joined] = {}  # by reduction, by table name, by ("definition", key)
         self._read: dict[str, ReadTable] = {}  # mapped tables that the query names
-        self._names = itertools.count(1)
+        self._names = names or itertools.count(1)  # one series for a statement
 
     def name(self) -> str:
         return f"q{next(self._names)}"
@@ -87,7 +99,7 @@ class Users(Scope):
         return table.from_clause(self.name())
 
     def relation(self, select: sa.Select[Any], *, is_grouped: bool) -> sa.FromClause:
-        """Return a SELECT to select from: by a name at the beginning of the statement, or in its place."""
+        """Return a SELECT to select from: a common table expression if it is grouped by user, else a subquery."""
         return select.cte(self.name()) if is_grouped else select.subquery(self.name())
 
     def only_table(self) -> sa.FromClause | None:
@@ -103,11 +115,10 @@ class Users(Scope):
 
     def trait(self, query: tree.Query) -> tuple[sa.Select[Any], str]:
         """Return the SELECT of a trait, and the kind of its value."""
-        if isinstance(query, tree.Compared | tree.Negation | tree.Conjunction | tree.Disjunction):
+        if isinstance(query, tree.Condition):
             return self.audience(query).add_columns(sa.true().label("value")), "boolean"
         parts, select = self.scalar_parts(query)
-        kind = next(iter(parts)) if len(parts) == 1 else "json"
-        column = next(iter(parts.values())) if len(parts) == 1 else self.db.json_of(parts)
+        kind, column = next(iter(parts.items())) if len(parts) == 1 else ("json", self.db.json_of(parts))
         return select.add_columns(column.label("value")), kind
 
     def scalar_parts(self, query: tree.Scalar) -> tuple[dict[str, Expression], sa.Select[Any]]:
@@ -119,7 +130,7 @@ class Users(Scope):
         drivers: set[Any] | None = self._drivers(tree.Compared(query, Comparator.EXISTS))
         if isinstance(query, tree.Reduction):  # a count of nothing is no value
             relation, drivers = self._joined[query].from_, {query}
-            parts = {kind: relation.c[kind] for kind in KINDS if kind in relation.c}
+            parts = by_kind(relation.c)
             if query.reducer in {Reducer.SUM, Reducer.AVG}:
                 parts["number"] = self.db.at_15_digits(parts["number"])
         from_, user_id = self._from(drivers)
@@ -127,24 +138,22 @@ class Users(Scope):
         return parts, sa.select(user_id.label("user_id")).select_from(from_).where(is_there)
 
     def _from(self, drivers: set[Any] | None) -> tuple[sa.FromClause, Expression]:
-        """Return the FROM of everything that is joined, to the users of the drivers; None stands for all users."""
+        """Return the FROM that joins everything to the users of the drivers, or to all users if `drivers` is None."""
         joined = dict(self._joined)
         if drivers is not None and len(drivers) == 1:
             first = joined.pop(next(iter(drivers)))
         else:
-            every = [self._joined[key] for key in drivers] if drivers is not None else self._all_users()
-            users = sa.union(
-                *(sa.select(each.user_id.label("user_id")).select_from(each.from_) for each in every)
-            )
-            relation = users.cte("users")
-            first = _Joined(relation, relation.c.user_id)
+            relations = [self._joined[key] for key in drivers] if drivers is not None else self._all_users()
+            selects = [sa.select(part.user_id.label("user_id")).select_from(part.from_) for part in relations]
+            users = sa.union(*selects).cte("users")
+            first = _Joined(users, users.c.user_id)
         from_ = first.from_
         for other in joined.values():
             from_ = from_.outerjoin(other.from_, other.user_id == first.user_id)
         return from_, first.user_id
 
     def _all_users(self) -> list[_Joined]:
-        """Return everybody who has a profile, and everybody in a table that the query names."""
+        """Return the relations of everybody who has a profile, and of everybody in a table that the query names."""
         profiles = self.catalog.profile_tables()
         tables = {table.name: table for table in [*profiles, *self._read.values()]}
         if self.catalog.profiles in profiles:  # everybody who has an event of ours has a profile of ours
@@ -163,7 +172,7 @@ class Users(Scope):
         return _Joined(users, users.c.user_id)
 
     def _drivers(self, condition: tree.Condition) -> set[Any] | None:
-        """Return joined relations that have every user with a true condition; None if no such set is known."""
+        """Return keys of joined relations that contain every user for whom the condition is true; None if unknown."""
         match condition:
             case tree.Conjunction(operands):
                 sets = [drivers for operand in operands if (drivers := self._drivers(operand)) is not None]
@@ -187,10 +196,8 @@ class Users(Scope):
         assert isinstance(left, tree.Reduction)  # noqa: S101
         if left.reducer not in COUNTS:
             return comparator in {Comparator.ABSENT, Comparator.OMITS}
-        match comparator, compared.arguments:
-            case _, (tree.Constant(int() | float() as number, is_boolean=False),) if (
-                comparator in _NUMBER_TESTS
-            ):
+        match compared.arguments:
+            case (tree.Constant(int() | float() as number, is_boolean=False),) if comparator in _NUMBER_TESTS:
                 return bool(_NUMBER_TESTS[comparator](0, number))
         return True
 
@@ -216,10 +223,10 @@ class Users(Scope):
             relation = self.relation(select, is_grouped=True)
             self._joined[reduction] = _Joined(relation, relation.c.user_id)
         relation = self._joined[reduction].from_
-        return of_reduction(reduction, {kind: relation.c[kind] for kind in KINDS if kind in relation.c})
+        return of_reduction(reduction, by_kind(relation.c))
 
     def _trait_key(self, path: tree.ValuePath) -> Any:
-        """Return what a trait is read from: ("definition", key), a table's name, or None where nobody has it."""
+        """Return where a trait is read from: ("definition", key), a table's name, or None if nobody has it."""
         name = path.steps[0]
         if len(path.steps) == 1 and name in self.catalog.definitions:
             return ("definition", name)
@@ -247,23 +254,19 @@ class Users(Scope):
         relation = self._joined[key].from_
         if not definition.is_trait:
             return SqlValue(sa.true(), boolean=relation.c.user_id.is_not(None))
-        parts: dict[str, Any] = {kind: relation.c[kind] for kind in KINDS if kind in relation.c}
-        return SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
+        return _value_of(by_kind(relation.c))
 
     def _definition_relation(self, key: str, definition: QueryDefinition) -> sa.FromClause:
         if key in self._parents:
             circle = " → ".join([*self._parents[self._parents.index(key) :], key])
-            raise ConfigError(f"these definitions need each other: {circle}")
-        users = Users(self.catalog, self.as_of, (*self._parents, key))
-        users._names = self._names
-        query = definition.query
-        if query is None:
+            raise ConfigError(f"these definitions refer to each other: {circle}")
+        if definition.query is None:
             return self._sql_relation(key, definition)
-        if not definition.is_trait:
-            return users.audience(query).distinct().cte(self.name())  # type: ignore[arg-type]
-        if isinstance(query, tree.Compared | tree.Negation | tree.Conjunction | tree.Disjunction):
-            return users.audience(query).add_columns(sa.true().label("boolean")).distinct().cte(self.name())
-        parts, select = users.scalar_parts(query)
+        users = Users(self.catalog, self.as_of, (*self._parents, key), self._names)
+        if isinstance(definition.query, tree.Condition):
+            columns = [sa.true().label("boolean")] if definition.is_trait else []
+            return users.audience(definition.query).add_columns(*columns).distinct().cte(self.name())
+        parts, select = users.scalar_parts(definition.query)
         return select.add_columns(*(part.label(kind) for kind, part in parts.items())).cte(self.name())
 
     def _sql_relation(self, key: str, definition: QueryDefinition) -> sa.FromClause:
@@ -281,14 +284,13 @@ class Users(Scope):
 
     def trait_of(self, path: tree.ValuePath, row: "Row") -> tuple[list[sa.FromClause], SqlValue]:
         """Return a trait of a row's user, by correlated subqueries."""
-        apart = Users(self.catalog, self.as_of, self._parents)
-        apart._names = self._names
-        items, value = apart.trait_value(path)
-        if not apart._joined:
+        users = Users(self.catalog, self.as_of, self._parents, self._names)
+        items, value = users.trait_value(path)
+        if not users._joined:
             return items, value
         if items:
             raise ConfigError("a trait with $ cannot be compared inside a where(…)")
-        (joined,) = apart._joined.values()
+        (joined,) = users._joined.values()
 
         def of_user(part: Expression) -> Expression:
             of_row = sa.select(part).select_from(joined.from_).where(joined.user_id == row.user_text)
@@ -297,12 +299,12 @@ class Users(Scope):
         parts: dict[str, Any] = {kind: of_user(part) for kind, part in value.kinds().items()}
         if isinstance(self._trait_key(path), tuple) and set(parts) == {"boolean"}:
             parts["boolean"] = sa.func.coalesce(parts["boolean"], sa.false())
-        return [], SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
+        return [], _value_of(parts)
 
     def value_in(
         self, table: ReadTable, alias: sa.FromClause, document: str | None, path: tree.ValuePath
     ) -> tuple[list[sa.FromClause], SqlValue]:
-        """Return a value of a table's row: in a document of ours, or a column, and what is in its JSON."""
+        """Return a value of a table's row: a member of our JSON document, a column, or a member of a JSON column."""
         first, *rest = path.steps
         name, steps = (document, path.steps) if document is not None else (first, tuple(rest))
         kind = table.columns.get(name)

@@ -8,7 +8,7 @@ from audience_sync.audiences.query.tree import Query
 
 @dataclass(frozen=True, slots=True)
 class TableMapping:
-    """A section of [tables.*]: a `table`, maybe with its schema, or a `sql` query. See the reference for the names."""
+    """A section of [tables.*]: a `table`, optionally with its schema, or an `sql` query. The reference has the names."""
 
     name: str
     table: str | None = None

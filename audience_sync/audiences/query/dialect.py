@@ -1,6 +1,6 @@
-"""The expressions that the compiler needs of a database. None may fail because of the data that it reads.
+"""The expressions that the compiler needs from a database. No expression may fail because of the data that it reads.
 
-on_sqlite.py and on_postgresql.py have the databases.
+on_sqlite.py and on_postgresql.py implement them.
 """
 
 import datetime as dt
@@ -11,10 +11,18 @@ from typing import Any, ClassVar, TypeAlias
 import sqlalchemy as sa
 
 Expression: TypeAlias = sa.ColumnElement[Any]
+LARGEST_DOUBLE: Expression = sa.literal_column("1.7976931348623157e308")
+
+
+def described_columns(result: sa.CursorResult[Any]) -> list[tuple[str, Any]]:
+    """Return the name of each column of a result, and its type as the driver reports it; close the result."""
+    columns = [(column[0], column[1]) for column in (result.cursor.description if result.cursor else ())]
+    result.close()
+    return columns
 
 
 class JsonValue(ABC):
-    """A value in a JSON document: for each kind, an expression that is null where it is of another one."""
+    """A value in a JSON document: for each kind, an expression that is null for a value of another kind."""
 
     @abstractmethod
     def at(self, step: str) -> "JsonValue":
@@ -22,7 +30,7 @@ class JsonValue(ABC):
 
     @abstractmethod
     def items(self, name: str) -> "tuple[sa.FromClause, JsonValue]":
-        """Return the items of a list as a table, and the value of one; no items where it is no list."""
+        """Return the items of a list as a table, and the value of one; the table is empty if this is not a list."""
 
     @property
     @abstractmethod
@@ -44,7 +52,7 @@ class JsonValue(ABC):
 class Dialect(ABC):
     """The expressions that differ between databases.
 
-    `value_types`: what a trait's value must be converted to, by its kind, where its column cannot say.
+    `value_types` has the kinds of traits whose column does not show their type, with the type to convert to.
     """
 
     sqlalchemy: ClassVar[sa.Dialect]
@@ -68,8 +76,8 @@ class Dialect(ABC):
     def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
         """Return the number and the text of a column that holds values of any type."""
 
-    @abstractmethod
-    def text_of(self, column: Expression, kind: str) -> Expression: ...
+    def text_of(self, column: Expression, kind: str) -> Expression:
+        return column if kind == "text" else sa.cast(column, sa.Text)
 
     # Moments.
 
@@ -78,11 +86,11 @@ class Dialect(ABC):
 
     @abstractmethod
     def moment_of(self, column: Expression, kind: str) -> Expression:
-        """Return the moment of a timestamp column of any kind, null where it holds none."""
+        """Return the moment of a timestamp column of any kind, or null."""
 
     @abstractmethod
     def moment_of_text(self, text: Expression) -> Expression:
-        """Return the moment that an ISO 8601 text names, else null."""
+        """Return the moment that an ISO 8601 text names, or null."""
 
     @abstractmethod
     def moment_text(self, column: Expression, kind: str) -> Expression:
@@ -95,7 +103,7 @@ class Dialect(ABC):
     def is_within(
         self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
     ) -> Expression:
-        """Return whether a column's moment is after one moment and not after another, so that an index serves it."""
+        """Return whether a column's moment is after one moment and not after another, in a form that can use an index."""
 
     # Numbers and text.
 
@@ -110,7 +118,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def total(self, number: Expression) -> Expression:
-        """Return the sum, null where it is too large for a double."""
+        """Return the sum, or null if it is too large for a double."""
 
     @abstractmethod
     def mean(self, number: Expression) -> Expression: ...
@@ -130,8 +138,8 @@ class Dialect(ABC):
 
     @abstractmethod
     def joined(self, text: Expression, *order: Expression) -> Expression:
-        """Return the aggregate that joins texts with commas in this order, in which the rows come already."""
+        """Return the aggregate that joins texts with commas in this order; the rows are already in it."""
 
     @abstractmethod
     def json_of(self, parts: Mapping[str, Expression]) -> Expression:
-        """Return the part that is not null, in a form that shows of which kind it is."""
+        """Return the part that is not null, in a form that shows its kind."""

@@ -1,4 +1,4 @@
-"""Say in plain English what a query asks for, for people who do not read it."""
+"""Describe a query in plain English, for readers who do not know the language."""
 
 from typing import TypeGuard, assert_never
 
@@ -6,7 +6,7 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.layout import length_text, path_text, span_text
 from audience_sync.audiences.query.tree import Comparator, Reducer
 
-OF_USER = "the user's "  # stands before a trait where properties stand beside it
+OF_USER = "the user's "  # precedes a trait among properties
 _COMPARISONS = {
     Comparator.EQUALS: "is {}",
     Comparator.DIFFERS: "is something other than {}",
@@ -51,7 +51,7 @@ _REDUCED = {
 
 def english_text(query: tree.Query) -> str:
     """Return one sentence about the users of an audience, or the value of a trait."""
-    if isinstance(query, tree.Compared | tree.Negation | tree.Conjunction | tree.Disjunction):
+    if isinstance(query, tree.Condition):
         return f"Users where {_condition(query)}."
     return f"For each user: {_scalar(query)}."
 
@@ -125,13 +125,10 @@ def _name(value: tree.Property | tree.Context | None) -> str:
 
 def _rows(stream: tree.Stream, event: str = "events", row: str = "rows") -> str:
     noun = event if stream.kind is tree.StreamKind.EVENT else row
-    windows = [_window(each) for each in stream.filters if isinstance(each, tree.Window)]
-    conditions = [
-        f"for which {_part(each.condition, OF_USER)}"
-        for each in stream.filters
-        if isinstance(each, tree.Where)
-    ]
-    return " ".join([f"“{stream.name}” {noun}", *windows, " and ".join(conditions)]).strip()
+    conditions = [f"for which {_part(condition, OF_USER)}" for condition in stream.conditions]
+    return " ".join(
+        [f"“{stream.name}” {noun}", *map(_window, stream.windows), " and ".join(conditions)]
+    ).strip()
 
 
 def _window(window: tree.Window) -> str:

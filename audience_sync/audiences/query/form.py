@@ -1,4 +1,4 @@
-"""The form of a query: lark reads it by grammar.lark, and what does not fit is an error that shows the place."""
+"""The syntax of a query: lark parses it by grammar.lark. A syntax error shows its position in the text."""
 
 import re
 from collections.abc import Collection
@@ -20,7 +20,7 @@ NOT_HERE = {
 
 
 class QueryError(ConfigError):
-    """A query that cannot be read. The message shows the place in the text."""
+    """A query that cannot be parsed. The message shows the position in the text."""
 
     def __init__(self, text: str, position: int, reason: str) -> None:
         self.position, self.reason = position, reason
@@ -43,7 +43,7 @@ def parse_form(text: str) -> Tree[Token]:
     """Return lark's tree of a text.
 
     Raises:
-        QueryError: it does not have the form of a query.
+        QueryError: its syntax is not that of a query.
 
     """
     if len(text) > MAX_LENGTH:
@@ -64,7 +64,7 @@ def parse_form(text: str) -> Tree[Token]:
 
 
 class _Depth:
-    """The number of parentheses and NOTs that a token is in."""
+    """The number of parentheses and NOTs around a token."""
 
     def __init__(self) -> None:
         self._levels: list[int] = []
@@ -102,7 +102,7 @@ _WRONG_SIGNS = {"&&": "AND", "||": "OR", "<>": "!=", "=>": ">=", "=<": "<="}
 
 
 def _unexpected(text: str, error: UnexpectedInput) -> tuple[int, str]:
-    """Return the position at which the form is wrong, and a message."""
+    """Return the position of the syntax error, and a message."""
     if isinstance(error, UnexpectedToken):
         is_end = error.token.type == "$END"
         position = len(text.rstrip()) if is_end else start_of(error.token)

@@ -1,21 +1,13 @@
-"""Write a tree as the text of a query, laid out for people: one line where it fits, else one operand a line."""
+"""Write a tree as the text of a query: on one line if it fits, otherwise with one operand on each line."""
 
 import datetime as dt
 import json
 from typing import assert_never
 
 from audience_sync.audiences.query import tree
-from audience_sync.audiences.query.tree import Comparator, Reducer
+from audience_sync.audiences.query.tree import SIGN_OF, Reducer
 
 WIDTH = 100
-SIGN_OF = {
-    Comparator.EQUALS: "=",
-    Comparator.DIFFERS: "!=",
-    Comparator.GREATER_THAN: ">",
-    Comparator.AT_LEAST: ">=",
-    Comparator.LESS_THAN: "<",
-    Comparator.AT_MOST: "<=",
-}
 
 
 def query_text(query: tree.Query) -> str:
@@ -34,36 +26,36 @@ def _laid_out(query: tree.Query, indent: int) -> str:
             parts = [_operand(query, operand, indent) for operand in operands]
             return f"\n{' ' * indent}{word} ".join(parts)
         case tree.Negation(operand):
-            return f"NOT (\n{inner}{_laid_out(operand, indent + 4)}\n{' ' * indent})"
+            return f"NOT {_in_parentheses(operand, indent)}"
         case tree.Compared(tree.Reduction() as left):
             return _laid_out(left, indent) + line[len(_line(left)) :]
         case tree.Reduction(stream):
             start = f"{stream.kind}({quoted(stream.name)})"
-            filters = [f"\n{inner}{_filter_laid_out(each, indent + 4)}" for each in stream.filters]
+            filters = [f"\n{inner}{_filter_laid_out(clause, indent + 4)}" for clause in stream.filters]
             return start + "".join(filters) + f"\n{inner}.{_reducer(query)}"
     return line
 
 
-def _filter_laid_out(each: tree.Where | tree.Window, indent: int) -> str:
-    line = _filter(each)
-    if isinstance(each, tree.Window) or len(line) + indent <= WIDTH:
+def _filter_laid_out(clause: tree.Where | tree.Window, indent: int) -> str:
+    line = _filter(clause)
+    if isinstance(clause, tree.Window) or len(line) + indent <= WIDTH:
         return line
-    inner = " " * (indent + 4)
-    return f".where(\n{inner}{_laid_out(each.condition, indent + 4)}\n{' ' * indent})"
+    return f".where{_in_parentheses(clause.condition, indent)}"
 
 
 def _operand(parent: tree.Query, operand: tree.Condition, indent: int) -> str:
-    if _needs_parentheses(parent, operand):
-        inner = " " * (indent + 4)
-        line = _line(operand)
-        if len(line) + indent + 6 <= WIDTH:
-            return f"({line})"
-        return f"(\n{inner}{_laid_out(operand, indent + 4)}\n{' ' * indent})"
-    return _laid_out(operand, indent + 4)
+    if not _needs_parentheses(parent, operand):
+        return _laid_out(operand, indent + 4)
+    line = _line(operand)
+    return f"({line})" if len(line) + indent + 6 <= WIDTH else _in_parentheses(operand, indent)
+
+
+def _in_parentheses(condition: tree.Condition, indent: int) -> str:
+    return f"(\n{' ' * (indent + 4)}{_laid_out(condition, indent + 4)}\n{' ' * indent})"
 
 
 def _needs_parentheses(parent: tree.Query, operand: tree.Condition) -> bool:
-    """Return whether the operand would be read otherwise without them; a group of the same kind keeps its own."""
+    """Return whether the operand would be parsed differently without them; a group of the same kind keeps its own."""
     match parent:
         case tree.Disjunction():
             return isinstance(operand, tree.Disjunction)
@@ -92,7 +84,7 @@ def _line(query: tree.Query) -> str:
             name = "property" if isinstance(query, tree.Property) else "context"
             return f"{name}({'parent: ' * of_parent}{quoted(path_text(path))})"
         case tree.Reduction(stream):
-            filters = "".join(_filter(each) for each in stream.filters)
+            filters = "".join(map(_filter, stream.filters))
             return f"{stream.kind}({quoted(stream.name)}){filters}.{_reducer(query)}"
         case _:
             assert_never(query)
@@ -102,8 +94,8 @@ def _grouped(parent: tree.Query, operand: tree.Condition) -> str:
     return f"({_line(operand)})" if _needs_parentheses(parent, operand) else _line(operand)
 
 
-def _filter(each: tree.Where | tree.Window) -> str:
-    match each:
+def _filter(clause: tree.Where | tree.Window) -> str:
+    match clause:
         case tree.Where(condition):
             return f".where({_line(condition)})"
         case tree.Window(start, end, of_parent):

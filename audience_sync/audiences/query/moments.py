@@ -1,9 +1,9 @@
-"""The dates that a query understands: ISO 8601 in exactly these forms, and nothing else."""
+"""The dates in a query: ISO 8601 in exactly these forms."""
 
 import datetime as dt
 import re
 
-# A day, or a day and a time with seconds, a fraction and a zone as one likes. dialects have the same pattern.
+# A day, or a day and a time; seconds, fraction and zone are optional. The dialects have the same pattern.
 MOMENT_PATTERN = (
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
     r"([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -11,9 +11,9 @@ MOMENT_PATTERN = (
 
 
 def parse_moment(text: str) -> dt.datetime | None:
-    """Return the moment that a text names, or None if it is no date. Without a zone it is UTC; a day is its midnight.
+    """Return the moment that a text names, or None if it is not a date. Without a zone it is in UTC; a day is its midnight.
 
-    Fractions beyond microseconds are cut off. A day or time that does not exist is no date.
+    Fractions beyond microseconds are cut off. A day or time that does not exist is not a date.
     """
     if not re.fullmatch(MOMENT_PATTERN, text):
         return None

@@ -11,7 +11,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.audiences.query.dialect import Dialect, Expression, JsonValue
+from audience_sync.audiences.query.dialect import (
+    LARGEST_DOUBLE,
+    Dialect,
+    Expression,
+    JsonValue,
+    described_columns,
+)
 
 KINDS = {
     **dict.fromkeys(("int2", "int4", "int8"), "integer"),
@@ -21,8 +27,7 @@ KINDS = {
     "bool": "boolean",
 }
 
-_MOST: Expression = sa.literal_column("1.7976931348623157e308")
-# A date, a time and a zone that exist; whether the month has the day is checked apart.
+# A date, a time and a zone that exist; whether the month has that day is checked separately.
 _DATE = (
     "^(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
     "([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])?)?$"
@@ -32,14 +37,10 @@ _ZONE = "(Z|[+-][0-9]{2}:[0-9]{2})$"
 
 @dataclass(frozen=True, slots=True)
 class PostgresqlJson(JsonValue):
-    """A JSON value: a jsonb expression, or json, whose text may hold what PostgreSQL cannot make a string of."""
+    """A JSON value: a jsonb expression, or a json one, which may contain text that PostgreSQL cannot convert to a string."""
 
     document: Expression
     is_binary: bool
-
-    @classmethod
-    def of_column(cls, column: Expression, kind: str) -> "PostgresqlJson":
-        return cls(column, kind == "jsonb")
 
     def at(self, step: str) -> "PostgresqlJson":
         key: Expression
@@ -70,7 +71,7 @@ class PostgresqlJson(JsonValue):
     @property
     def number(self) -> Expression:
         exact = sa.cast(self.document if self.is_binary else self._scalar, sa.Numeric)
-        is_double = exact.between(-_MOST, _MOST)
+        is_double = exact.between(-LARGEST_DOUBLE, LARGEST_DOUBLE)
         return sa.case((self._kind == "number", sa.case((is_double, sa.cast(exact, sa.Double)))))
 
     @property
@@ -97,7 +98,7 @@ class OnPostgresql(Dialect):
     moment_kinds = frozenset({"date", "timestamp", "timestamptz"})
 
     def json_of_column(self, column: Expression, kind: str) -> PostgresqlJson:
-        return PostgresqlJson.of_column(column, kind)
+        return PostgresqlJson(column, kind == "jsonb")
 
     def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
         return sa.null(), sa.cast(column, sa.Text)  # every column has a type
@@ -113,17 +114,10 @@ class OnPostgresql(Dialect):
         if described is None:
             preparer: Any = connection.dialect.identifier_preparer
             name = ".".join(preparer.quote(part) for part in (table or "").rsplit(".", 1))
-            result = connection.exec_driver_sql(f"SELECT * FROM {name} LIMIT 0")
-            described = [
-                (column[0], column[1]) for column in (result.cursor.description if result.cursor else ())
-            ]
-            result.close()
+            described = described_columns(connection.exec_driver_sql(f"SELECT * FROM {name} LIMIT 0"))
         rows = connection.execute(_TYPE_NAMES, {"oids": [oid for _, oid in described]})
         names = {row.oid: row.typname for row in rows}
         return {name: names[oid] for name, oid in described}
-
-    def text_of(self, column: Expression, kind: str) -> Expression:
-        return column if kind == "text" else sa.cast(column, sa.Text)
 
     # Moments.
 
@@ -150,11 +144,9 @@ class OnPostgresql(Dialect):
         return sa.select(checked).select_from(given).scalar_subquery()
 
     def moment_of(self, column: Expression, kind: str) -> Expression:
-        return (
-            self._moment_of_column(column, kind)
-            if kind in self.moment_kinds
-            else self.moment_of_text(self.text_of(column, kind))
-        )
+        if kind in self.moment_kinds:
+            return self._moment_of_column(column, kind)
+        return self.moment_of_text(self.text_of(column, kind))
 
     def json_of(self, parts: Mapping[str, Expression]) -> Expression:
         """Return the part that is not null as jsonb."""
@@ -194,9 +186,9 @@ class OnPostgresql(Dialect):
     # Numbers and text.
 
     def finite(self, number: Expression) -> Expression:
-        """Return a number of any type as a double, NULL where it is none."""
+        """Return a number of any type as a double, NULL if no double can hold it."""
         wide = sa.cast(number, sa.Numeric)
-        is_double = sa.and_(wide != sa.literal_column("'NaN'::numeric"), sa.func.abs(wide) <= _MOST)
+        is_double = sa.and_(wide != sa.literal_column("'NaN'::numeric"), sa.func.abs(wide) <= LARGEST_DOUBLE)
         return sa.case((is_double, sa.cast(number, sa.Double)))
 
     def number_of_column(self, column: Expression, kind: str) -> Expression:

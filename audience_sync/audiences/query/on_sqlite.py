@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
-from audience_sync.audiences.query.dialect import Dialect, Expression, JsonValue
+from audience_sync.audiences.query.dialect import LARGEST_DOUBLE, Dialect, Expression, JsonValue
 
-_MOST: Expression = sa.literal_column("1.7976931348623157e308")
 _DAY = "[0-9][0-9][0-9][0-9]-[0-1][0-9]-[0-3][0-9]"
 _TIME = f"{_DAY}[T ][0-2][0-9]:[0-5][0-9]"
 _ZONE = "[+-][0-2][0-9]:[0-5][0-9]"
@@ -24,23 +23,18 @@ _ZONE = "[+-][0-2][0-9]:[0-5][0-9]"
 
 @dataclass(frozen=True, slots=True)
 class SqliteJson(JsonValue):
-    """A JSON value: the type and the value that SQLite's functions give for it, NULL where there is none.
+    """A JSON value: its type and value as SQLite's functions return them, NULL if there is none.
 
-    `paths`: where it may be in the document, which depends on whether a step of digits leads into a list or an object.
+    `paths` are its possible places in the document: a step of digits may be an index of a list or a name in an object.
     """
 
     kind: Expression
     value: Expression
-    document: Expression  # the text that contains it, NULL where that is no object or list
+    document: Expression  # the text that contains it, NULL if that is not an object or list
     paths: tuple[str, ...] = ("$",)
 
     @classmethod
-    def of_column(cls, column: Expression, kind: str) -> "SqliteJson":
-        document = column if kind == "document" else sa.case((sa.func.json_valid(column), column))
-        return cls._at(document, ("$",))
-
-    @classmethod
-    def _at(cls, document: Expression, paths: tuple[str, ...]) -> "SqliteJson":
+    def in_document(cls, document: Expression, paths: tuple[str, ...]) -> "SqliteJson":
         def either(function: Any) -> Expression:
             values = [function(document, path) for path in paths]
             return values[0] if len(values) == 1 else sa.func.coalesce(*values)
@@ -52,7 +46,7 @@ class SqliteJson(JsonValue):
             paths = tuple(f'{path}."{step}"' for path in self.paths)
             if step.isdecimal() and step == str(int(step)) and len(step) < 10:
                 paths += tuple(f"{path}[{step}]" for path in self.paths)
-            return self._at(self.document, paths)
+            return self.in_document(self.document, paths)
         container = sa.case((self.kind == "object", self.value))
         members = sa.func.json_each(container).table_valued("key", "value", "type")
 
@@ -76,7 +70,9 @@ class SqliteJson(JsonValue):
 
     @property
     def number(self) -> Expression:
-        is_double = sa.and_(self.kind.in_(["integer", "real"]), self.value.between(-_MOST, _MOST))
+        is_double = sa.and_(
+            self.kind.in_(["integer", "real"]), self.value.between(-LARGEST_DOUBLE, LARGEST_DOUBLE)
+        )
         return sa.case((is_double, sa.cast(self.value, sa.REAL)))
 
     @property
@@ -94,7 +90,8 @@ class OnSqlite(Dialect):
     value_types: ClassVar = {"boolean": "boolean", "json": "json"}
 
     def json_of_column(self, column: Expression, kind: str) -> SqliteJson:
-        return SqliteJson.of_column(column, kind)
+        document = column if kind == "document" else sa.case((sa.func.json_valid(column), column))
+        return SqliteJson.in_document(document, ("$",))
 
     def column_kind(self, type_name: str) -> str:
         """Return how the language sees a column, by its declared type."""
@@ -130,9 +127,6 @@ class OnSqlite(Dialect):
         text = sa.case((sa.func.typeof(column) == "text", column))
         return self.number_of_column(column, "any"), text
 
-    def text_of(self, column: Expression, kind: str) -> Expression:
-        return column if kind == "text" else sa.cast(column, sa.Text)
-
     # Moments.
 
     def _moment(self, moment: dt.datetime) -> str:
@@ -145,7 +139,7 @@ class OnSqlite(Dialect):
         return self.moment_of_text(sa.case((sa.func.typeof(column) == "text", column)))
 
     def moment_of_text(self, text: Expression) -> Expression:
-        """Return the moment that an ISO 8601 text names, else NULL; in steps, so that none repeats the one before."""
+        """Return the moment that an ISO 8601 text names, or NULL. Nested SELECTs keep a step from repeating the last one."""
         given = sa.select(text.label("t")).correlate_except().subquery("given")
         t = given.c.t
         has_zone = t.op("GLOB")(f"*{_ZONE}")
@@ -176,7 +170,7 @@ class OnSqlite(Dialect):
             sa.func.substr(local, 12, 2) < "24",
             sa.func.substr(zone, 2, 2) < "24",
         )
-        sign = sa.case((zone < "-", "-"), else_="+")  # what an offset is ahead is taken back
+        sign = sa.case((zone < "-", "-"), else_="+")  # an offset is subtracted
         whole = sa.func.datetime(
             sa.func.substr(local, 1, 19),
             self._concatenated(sign, sa.func.substr(zone, 2, 2), " hours"),
@@ -242,11 +236,13 @@ class OnSqlite(Dialect):
     # Numbers and text.
 
     def finite(self, number: Expression) -> Expression:
-        return sa.case((number.between(-_MOST, _MOST), sa.cast(number, sa.REAL)))
+        return sa.case((number.between(-LARGEST_DOUBLE, LARGEST_DOUBLE), sa.cast(number, sa.REAL)))
 
     def number_of_column(self, column: Expression, kind: str) -> Expression:  # noqa: ARG002
         is_number = sa.func.typeof(column).in_(["integer", "real"])
-        return sa.case((sa.and_(is_number, column.between(-_MOST, _MOST)), sa.cast(column, sa.REAL)))
+        return sa.case(
+            (sa.and_(is_number, column.between(-LARGEST_DOUBLE, LARGEST_DOUBLE)), sa.cast(column, sa.REAL))
+        )
 
     def at_15_digits(self, number: Expression) -> Expression:
         return sa.case((number.is_not(None), sa.cast(sa.func.printf("%.15g", number), sa.REAL)))

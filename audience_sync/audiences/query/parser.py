@@ -1,8 +1,9 @@
-"""Read a query: grammar.lark gives its form, this module knows the functions and what each may follow and take.
+"""Parse a query. grammar.lark has the syntax; this module knows the functions, their order and their arguments.
 
-A tree is built only from a complete query, so that every message points at the first place that is wrong.
+The tree is built once the syntax of the whole text is right, so every message points at the first wrong position.
 """
 
+import datetime as dt
 import math
 import re
 from collections.abc import Iterable
@@ -25,6 +26,10 @@ from audience_sync.audiences.query.form import (
 from audience_sync.audiences.query.moments import parse_moment
 from audience_sync.audiences.query.tree import (
     ANY_ITEM,
+    SIGN_OF,
+    WITH_DATE,
+    WITH_SPAN,
+    WITH_STRINGS,
     Comparator,
     Compared,
     Condition,
@@ -54,36 +59,12 @@ MAX_DIGITS = 300  # any number of so many digits fits into a double
 MAX_COUNT = 1_000_000_000
 MAX_STEPS = 32
 
-SIGNS = {
-    "=": Comparator.EQUALS,
-    "==": Comparator.EQUALS,
-    "!=": Comparator.DIFFERS,
-    ">": Comparator.GREATER_THAN,
-    ">=": Comparator.AT_LEAST,
-    "<": Comparator.LESS_THAN,
-    "<=": Comparator.AT_MOST,
-}
+SIGNS = {"==": Comparator.EQUALS} | {sign: comparator for comparator, sign in SIGN_OF.items()}
 EXTRACTORS = ("event", "entity", "trait", "property", "context", "literal")
 FILTERS = ("where", "within", "between")
 REDUCERS = ("count", "sum", "avg", "min", "max", "mode", "first", "last", "unique")
 COMPARATORS = tuple(comparator.value for comparator in Comparator)
-_ONE = {
-    Comparator.EQUALS,
-    Comparator.DIFFERS,
-    Comparator.GREATER_THAN,
-    Comparator.AT_LEAST,
-    Comparator.LESS_THAN,
-    Comparator.AT_MOST,
-    Comparator.BEFORE_DATE,
-    Comparator.AFTER_DATE,
-}
-_SPANS = {
-    Comparator.WITHIN_LAST,
-    Comparator.WITHIN_NEXT,
-    Comparator.BEFORE_LAST,
-    Comparator.AFTER_NEXT,
-}
-_OF_STRINGS = {Comparator.CONTAINS, Comparator.OMITS, Comparator.STARTS_WITH, Comparator.ENDS_WITH}
+_WITH_ONE_ARGUMENT = {*SIGN_OF, *WITH_DATE}
 _UNITS = {"hour": False, "hours": False, "day": True, "days": True}
 
 
@@ -95,7 +76,7 @@ def parse_condition(text: str) -> Condition:
 
     """
     query = parse_query(text)
-    if isinstance(query, Compared | Negation | Conjunction | Disjunction):
+    if isinstance(query, Condition):
         return query
     reason = (
         "an audience needs a condition: compare this value with something, for example `>= 1` or `.exists()`"
@@ -112,13 +93,9 @@ def parse_query(text: str) -> Query:
     """
     tree = parse_form(text)
     try:
-        builder = _Builder()
-        query = builder.query(tree, _Scope())
-        if isinstance(query, _ParsedStream):
-            _fail_unreduced(query)
+        return _complete(_Builder().query(tree, _Scope()))
     except _Mistake as mistake:
         raise QueryError(text, min(mistake.position, len(text)), mistake.reason) from None
-    return query
 
 
 class _Mistake(Exception):  # noqa: N818  (parse_query turns it into a QueryError)
@@ -181,6 +158,13 @@ def _fail_unreduced(parsed: _ParsedStream) -> NoReturn:
     )
 
 
+def _complete(query: Query | _ParsedStream) -> Query:
+    """Return the query, unless it is a stream without a reducer."""
+    if isinstance(query, _ParsedStream):
+        _fail_unreduced(query)
+    return query
+
+
 class _Builder:
     """Turns lark's tree into ours, and counts the extractors."""
 
@@ -203,18 +187,14 @@ class _Builder:
         return self._chain(node, scope)
 
     def condition(self, node: Tree[Token], scope: _Scope) -> Condition:
-        query = self.query(node, scope)
-        if isinstance(query, Compared | Negation | Conjunction | Disjunction):
+        query = _complete(self.query(node, scope))
+        if isinstance(query, Condition):
             return query
-        if isinstance(query, _ParsedStream):
-            _fail_unreduced(query)
         return _fail(end_of(node), "a condition is needed here: compare this value with something")
 
     def scalar(self, node: Tree[Token], scope: _Scope) -> Scalar:
-        query = self.query(node, scope)
-        if isinstance(query, _ParsedStream):
-            _fail_unreduced(query)
-        if isinstance(query, Compared | Negation | Conjunction | Disjunction):
+        query = _complete(self.query(node, scope))
+        if isinstance(query, Condition):
             _fail(begin_of(node), "a value is needed here, not a condition")
         return query
 
@@ -260,13 +240,12 @@ class _Builder:
             _fail(call.start, f"a query has at most {MAX_EXTRACTORS} extractors")
         if name in {"property", "context"}:
             return self._property(call, argument, scope)
-        if not isinstance(argument, Constant) or not isinstance(argument.value, str):
-            _fail(call.start, f"write {name}('…') with a string in quotes")
+        text = _string(argument, call)
         if name == "trait":
-            return Trait(_path(argument.value, call))
-        if not argument.value:
+            return Trait(_path(text, call))
+        if not text:
             _fail(call.start, f"{name}('') has no name")
-        return _ParsedStream(Stream(StreamKind(name), argument.value), call.end)
+        return _ParsedStream(Stream(StreamKind(name), text), call.end)
 
     def _property(self, call: _FunctionCall, argument: Any, scope: _Scope) -> Property | Context:
         kind = Property if call.name == "property" else Context
@@ -276,11 +255,10 @@ class _Builder:
             if scope.depth < 2:
                 _fail(call.start, f"{call.name}(parent: …) needs another `where` around this one")
             return kind(_path(argument.text, call), of_parent=True)
-        if not isinstance(argument, Constant) or not isinstance(argument.value, str):
-            _fail(call.start, f"write {call.name}('…') with a string in quotes")
+        text = _string(argument, call)
         if not scope.depth and not scope.is_argument:
             _fail(call.start, f"{call.name}(…) belongs to an event: use it inside where(…) or a reducer")
-        return kind(_path(argument.value, call))
+        return kind(_path(text, call))
 
     def _only_argument(self, call: _FunctionCall, scope: _Scope) -> Any:
         if len(call.arguments) != 1:
@@ -307,11 +285,11 @@ class _Builder:
     def _apply(
         self, value: Query | _ParsedStream, before: _FunctionCall, call: _FunctionCall, scope: _Scope
     ) -> Query | _ParsedStream:
-        """Apply a filter, reducer or comparator to what stands before it."""
+        """Apply a filter, reducer or comparator to the value before it."""
         name = call.name
         if isinstance(value, _ParsedStream):
             return self._apply_to_stream(value, call, scope)
-        if isinstance(value, Compared | Negation | Conjunction | Disjunction):
+        if isinstance(value, Condition):
             _fail(call.start, f"nothing can follow {before.name}(…): it ends a condition")
         if name == "count" and isinstance(value, Reduction) and value.reducer is Reducer.UNIQUE:
             if call.arguments:
@@ -350,21 +328,18 @@ class _Builder:
         arguments = [self._argument(node, scope) for node in call.arguments]
         example = {"within": "within(7 days)", "between": "between(7 days, 10 days)"}[call.name]
         count = 1 if call.name == "within" else 2
-        if len(arguments) != count or not all(isinstance(each, _ParsedSpan) for each in arguments):
+        if len(arguments) != count or not all(isinstance(argument, _ParsedSpan) for argument in arguments):
             _fail(call.start, f"write {example}")
         first, *more = arguments
         if first.is_of_parent and not scope.depth:
             _fail(first.position, "`parent:` needs a where(…) of another event around it")
-        if any(each.is_of_parent for each in more):
+        if any(argument.is_of_parent for argument in more):
             _fail(more[0].position, "write `parent:` once, before the first span")
-        lengths = [each.span.length for each in arguments]
+        lengths = [argument.span.length for argument in arguments]
         if lengths != sorted(lengths):
             _fail(more[0].position, "the shorter span comes first")
-        if first.is_of_parent:
-            start, end = (lengths[0], lengths[1]) if more else (lengths[0] * 0, lengths[0])
-        else:
-            start, end = lengths[-1], (lengths[0] if more else lengths[0] * 0)
-        return Window(start, end, first.is_of_parent)
+        near, far = lengths if more else (dt.timedelta(0), *lengths)
+        return Window(near, far, of_parent=True) if first.is_of_parent else Window(far, near)
 
     def _reduce(self, stream: Stream, call: _FunctionCall, scope: _Scope) -> Reduction:
         reducer = Reducer(call.name)
@@ -396,7 +371,7 @@ class _Builder:
     def _compare(self, value: Scalar, call: _FunctionCall, scope: _Scope) -> Compared:
         comparator = Comparator(call.name)
         arguments = [self._argument(node, scope) for node in call.arguments]
-        if comparator in _SPANS:
+        if comparator in WITH_SPAN:
             if len(arguments) != 1 or not isinstance(arguments[0], _ParsedSpan) or arguments[0].is_of_parent:
                 _fail(call.start, f"write {call.name}(7 days)")
             return Compared(value, comparator, span=arguments[0].span)
@@ -408,7 +383,7 @@ class _Builder:
             self._check_argument(comparator, argument, begin_of(node))
         if comparator in {Comparator.EXISTS, Comparator.ABSENT} and arguments:
             _fail(call.start, f"{call.name}() takes no argument")
-        if comparator in _ONE and len(arguments) != 1:
+        if comparator in _WITH_ONE_ARGUMENT and len(arguments) != 1:
             _fail(call.start, f"{call.name}(…) takes one argument")
         if comparator not in {Comparator.EXISTS, Comparator.ABSENT} and not arguments:
             _fail(call.start, f"{call.name}(…) takes at least one argument")
@@ -417,11 +392,17 @@ class _Builder:
     def _check_argument(self, comparator: Comparator, argument: Scalar, position: int) -> None:
         if not isinstance(argument, Constant):
             return
-        if comparator in _OF_STRINGS and not isinstance(argument.value, str):
+        if comparator in WITH_STRINGS and not isinstance(argument.value, str):
             _fail(position, f"{comparator}(…) looks for a string: put it in quotes")
         is_date = isinstance(argument.value, str) and parse_moment(argument.value) is not None
-        if comparator in {Comparator.BEFORE_DATE, Comparator.AFTER_DATE} and not is_date:
+        if comparator in WITH_DATE and not is_date:
             _fail(position, "not a date: write '2026-01-31' or '2026-01-31T12:00:00Z'")
+
+
+def _string(argument: Any, call: _FunctionCall) -> str:
+    if not isinstance(argument, Constant) or not isinstance(argument.value, str):
+        _fail(call.start, f"write {call.name}('…') with a string in quotes")
+    return argument.value
 
 
 def _fail_to_extract(call: _FunctionCall) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Warn about what is probably a mistake in a query: names never seen, and values of another kind than it asks for."""
+"""Warn about probable mistakes in a query: names that were never seen, and values of an unexpected kind."""
 
 import datetime as dt
 from collections.abc import Iterator, Sequence
@@ -14,26 +14,17 @@ from audience_sync.audiences.query.compiler import Users, statement_text
 from audience_sync.audiences.query.configured import ConfiguredQuery
 from audience_sync.audiences.query.layout import path_text, quoted
 from audience_sync.audiences.query.rows import Row
-from audience_sync.audiences.query.tree import Comparator, Reducer
+from audience_sync.audiences.query.tree import WITH_DATE, WITH_SPAN, WITH_STRINGS, Comparator, Reducer
 from audience_sync.suggest import did_you_mean
 
 SAMPLED_ROWS = 10_000
 SAMPLED_NAMES = 1_000
-_OF_TEXT = {Comparator.CONTAINS, Comparator.OMITS, Comparator.STARTS_WITH, Comparator.ENDS_WITH}
-_OF_DATES = {
-    Comparator.BEFORE_DATE,
-    Comparator.AFTER_DATE,
-    Comparator.WITHIN_LAST,
-    Comparator.WITHIN_NEXT,
-    Comparator.BEFORE_LAST,
-    Comparator.AFTER_NEXT,
-}
 _NAMES = {"number": "a number", "text": "a string", "boolean": "a boolean", "date": "a date"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """A value that a query asks for; `wanted`: its kind, None where any will do; `stream`: None for a trait."""
+    """A value that a query uses; `wanted` is the kind it should have, None for any; `stream` is None for a trait."""
 
     value: tree.Trait | tree.Property | tree.Context
     wanted: str | None
@@ -43,11 +34,11 @@ class _Use:
 def review_query(
     connection: sa.Connection, configured: ConfiguredQuery, catalog: Catalog, as_of: dt.datetime
 ) -> list[str]:
-    """Return a sentence for each thing that looks like a mistake, from a sample of the rows."""
+    """Return a sentence about each probable mistake, from a sample of the rows."""
     query = configured.query
     uses = list(dict.fromkeys(_uses(query, ())))
-    streams = list(dict.fromkeys(each.stream for each in uses if each.stream is not None))
-    streams += [each.stream for each in tree.scalars(query) if isinstance(each, tree.Reduction)]
+    streams = [use.stream for use in uses if use.stream is not None]
+    streams += [scalar.stream for scalar in tree.scalars(query) if isinstance(scalar, tree.Reduction)]
     unfiltered = dict.fromkeys(replace(stream, filters=()) for stream in streams)
     empty = {stream for stream in unfiltered if not _is_seen(connection, stream, catalog, as_of)}
     warnings = [
@@ -73,9 +64,8 @@ def _uses(query: tree.Query, streams: tuple[tree.Stream, ...]) -> Iterator[_Use]
             if isinstance(left, tree.Trait | tree.Property | tree.Context):
                 yield _use(left, _wanted(comparator, arguments), streams)
         case tree.Reduction(stream, reducer, value, as_text):
-            for each in stream.filters:
-                if isinstance(each, tree.Where):
-                    yield from _uses(each.condition, (*streams, stream))
+            for condition in stream.conditions:
+                yield from _uses(condition, (*streams, stream))
             if value is not None:
                 is_number = reducer in {Reducer.SUM, Reducer.AVG, Reducer.MIN, Reducer.MAX} and not as_text
                 wanted = "number" if is_number else "text" if as_text else None
@@ -91,12 +81,14 @@ def _use(
 
 
 def _wanted(comparator: Comparator, arguments: tuple[tree.Scalar, ...]) -> str | None:
-    if comparator in _OF_TEXT:
+    if comparator in WITH_STRINGS:
         return "text"
-    if comparator in _OF_DATES:
+    if comparator in WITH_DATE | WITH_SPAN:
         return "date"
     kinds = {type(argument.value) for argument in arguments if isinstance(argument, tree.Constant)}
-    if kinds == {str} and not {"true", "false"} & {getattr(each, "value", None) for each in arguments}:
+    if kinds == {str} and not any(
+        getattr(argument, "value", None) in {"true", "false"} for argument in arguments
+    ):
         return "text"
     return "number" if kinds and kinds <= {int, float} else None
 

@@ -9,10 +9,10 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import ReadTable
 from audience_sync.audiences.query.comparisons import (
     ABSENT,
-    KINDS,
     Scope,
     SqlValue,
     any_of,
+    by_kind,
     chain,
 )
 from audience_sync.audiences.query.dialect import Dialect, Expression
@@ -24,10 +24,17 @@ if TYPE_CHECKING:
     from audience_sync.audiences.query.compiler import Users
 
 COUNTS = {Reducer.COUNT, Reducer.COUNT_UNIQUE}
+_ASKS_WHETHER_ANY: dict[tuple[Comparator, Any], bool] = {
+    (Comparator.AT_LEAST, 1): True,
+    (Comparator.GREATER_THAN, 0): True,
+    (Comparator.LESS_THAN, 1): False,
+    (Comparator.EQUALS, 0): False,
+    (Comparator.AT_MOST, 0): False,
+}
 
 
 class Row(Scope):
-    """A row of a stream: its columns, and the conditions that make it a row of that stream."""
+    """A row of a stream: its columns, and the conditions that a row of the stream meets."""
 
     def __init__(self, users: "Users", stream: tree.Stream, parent: "Row | None") -> None:
         super().__init__(users.catalog, users.as_of)
@@ -41,11 +48,8 @@ class Row(Scope):
             self.conditions = [self._belongs_to(parent)]
         if stream.kind is tree.StreamKind.EVENT and self.table.event_name:
             self.conditions.append(self.alias.c[self.table.event_name] == stream.name)
-        windows = [each for each in stream.filters if isinstance(each, tree.Window)]
-        self._add_windows(stream, windows)
-        self.conditions += [
-            self.condition(each.condition) for each in stream.filters if isinstance(each, tree.Where)
-        ]
+        self._add_windows(stream)
+        self.conditions += map(self.condition, stream.conditions)
 
     def _find(self, stream: tree.Stream) -> ReadTable:
         is_event = stream.kind is tree.StreamKind.EVENT
@@ -72,22 +76,22 @@ class Row(Scope):
         text: Expression = self.db.text_of(self.user, self.user_kind)
         return text
 
-    def _add_windows(self, stream: tree.Stream, windows: list[tree.Window]) -> None:
+    def _add_windows(self, stream: tree.Stream) -> None:
         column = self.table.mapping.timestamp
         if column is None:
-            if windows:
+            if stream.windows:
                 raise ConfigError(
                     f"{stream.kind}('{stream.name}') has no timestamp in [tables.*]: a window needs one"
                 )
             return
         timestamp, kind = self.alias.c[column], self.table.columns[column]
-        spans = [window for window in windows if not window.of_parent]
-        for window in spans:
+        before_run = [window for window in stream.windows if not window.of_parent]
+        for window in before_run:
             until = self.as_of - window.end
             self.conditions.append(self.db.is_within(timestamp, kind, self.as_of - window.start, until))
-        if not spans:
+        if not before_run:
             self.conditions.append(self.db.is_within(timestamp, kind, None, self.as_of))
-        for window in windows:
+        for window in stream.windows:
             if window.of_parent:
                 self._add_parent_window(stream, window)
 
@@ -110,10 +114,9 @@ class Row(Scope):
 
     def order(self) -> list[Expression]:
         """Return the order of rows: by timestamp, then by arrival."""
-        mapping = self.table.mapping
-        columns = [name for name in (self.table.arrival,) if name]
-        moments = [self.moment] if mapping.timestamp else []
-        return [*moments, *(self.alias.c[name] for name in columns)]
+        moments = [self.moment] if self.table.mapping.timestamp else []
+        arrivals = [self.alias.c[self.table.arrival]] if self.table.arrival else []
+        return [*moments, *arrivals]
 
     def row(self, of_parent: bool) -> "Row":
         if not of_parent:
@@ -133,11 +136,9 @@ class Row(Scope):
     def reduction(self, reduction: tree.Reduction) -> SqlValue:
         row = Row(self.users, reduction.stream, self)
         select = reduced(row, reduction, is_grouped=False)
-        columns = {column.name: column for column in select.selected_columns}
-        parts: dict[str, Any] = {
-            kind: select.with_only_columns(columns[kind], maintain_column_froms=True).scalar_subquery()
-            for kind in KINDS
-            if kind in columns
+        parts = {
+            kind: select.with_only_columns(column, maintain_column_froms=True).scalar_subquery()
+            for kind, column in by_kind(select.selected_columns).items()
         }
         return of_reduction(reduction, parts)
 
@@ -160,21 +161,10 @@ def _same(row: Row, column: str, other: Row, other_column: str) -> Expression:
 
 
 def asks_whether_any(compared: tree.Compared) -> bool | None:
-    """Return whether the comparison of a count asks for any row (true), for none (false), or for something else."""
-    left, arguments = compared.left, compared.arguments
-    if not isinstance(left, tree.Reduction) or left.reducer is not Reducer.COUNT:
-        return None
-    match compared.comparator, arguments:
-        case (Comparator.AT_LEAST, (tree.Constant(1, is_boolean=False),)) | (
-            Comparator.GREATER_THAN,
-            (tree.Constant(0, is_boolean=False),),
-        ):
-            return True
-        case (Comparator.LESS_THAN, (tree.Constant(1, is_boolean=False),)) | (
-            Comparator.EQUALS | Comparator.AT_MOST,
-            (tree.Constant(0, is_boolean=False),),
-        ):
-            return False
+    """Return True if a comparison asks whether there are rows, False if it asks whether there are none, else None."""
+    match compared.left, compared.arguments:
+        case tree.Reduction(reducer=Reducer.COUNT), (tree.Constant(value, is_boolean=False),):
+            return _ASKS_WHETHER_ANY.get((compared.comparator, value))
     return None
 
 
@@ -188,7 +178,7 @@ def of_reduction(reduction: tree.Reduction, parts: dict[str, Any]) -> SqlValue:
 
 
 def reduced(row: Row, reduction: tree.Reduction, *, is_grouped: bool) -> sa.Select[Any]:
-    """Return the SELECT of the reduced values by kind: of each user (`user_id`) if grouped, else of the row at hand."""
+    """Return the SELECT of the reduced values by kind: for each user (`user_id`) if grouped, else for the current row."""
     db, reducer = row.db, reduction.reducer
     keys = [row.user_text.label("user_id")] if is_grouped else []
     groups = [row.user] if is_grouped else []
@@ -222,7 +212,7 @@ def reduced(row: Row, reduction: tree.Reduction, *, is_grouped: bool) -> sa.Sele
     is_scalar = any_of(part.is_not(None) for part in kinds.values())
     place: Any
     if reducer in {Reducer.FIRST, Reducer.LAST}:
-        order = [each.desc() if reducer is Reducer.LAST else each.asc() for each in row.order()]
+        order = [column.desc() if reducer is Reducer.LAST else column.asc() for column in row.order()]
         place = sa.func.row_number().over(partition_by=groups, order_by=order).label("place")
         return _first_of(relation(rows(*keys, *columns, place, where=is_scalar)))
     scalars = relation(rows(*keys, *columns, where=is_scalar))
@@ -266,7 +256,10 @@ def _shown(db: Dialect, values: sa.FromClause, kinds: Iterable[str]) -> Expressi
 
 
 def user_of(users: "Users", table: ReadTable, alias: sa.FromClause) -> tuple[sa.FromClause, Expression, str]:
-    """Return the FROM of a row with its user, and the user's column and kind; a nested row's is its parent's."""
+    """Return the FROM of a row with its user, and the column of the user's id with its kind.
+
+    A nested row has its parent's user.
+    """
     column = table.mapping.user_id
     if column is not None:
         return alias, alias.c[column], table.columns[column]

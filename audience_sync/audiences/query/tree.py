@@ -19,10 +19,6 @@ class ValuePath:
 
     steps: tuple[str, ...]
 
-    @property
-    def has_any_item(self) -> bool:
-        return ANY_ITEM in self.steps
-
 
 @dataclass(frozen=True, slots=True)
 class Constant:
@@ -44,7 +40,7 @@ class Trait:
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """A property of the row at hand. `of_parent`: of the row of the enclosing `where` in place of the innermost one."""
+    """A property of the current row; with `of_parent`, of the row of the enclosing `where`."""
 
     path: ValuePath
     of_parent: bool = False
@@ -83,11 +79,19 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The events of one name, or the rows of a mapped table, that belong to the user or to the row at hand."""
+    """The events of one name, or the rows of a mapped table, that belong to the user or to the current row."""
 
     kind: StreamKind
     name: str
     filters: "tuple[Where | Window, ...]" = ()
+
+    @property
+    def windows(self) -> list[Window]:
+        return [window for window in self.filters if isinstance(window, Window)]
+
+    @property
+    def conditions(self) -> "list[Condition]":
+        return [where.condition for where in self.filters if isinstance(where, Where)]
 
 
 class Reducer(StrEnum):
@@ -140,6 +144,20 @@ class Comparator(StrEnum):
     WITHIN_NEXT = "within_next"
     BEFORE_LAST = "before_last"
     AFTER_NEXT = "after_next"
+
+
+SIGN_OF = {
+    Comparator.EQUALS: "=",
+    Comparator.DIFFERS: "!=",
+    Comparator.GREATER_THAN: ">",
+    Comparator.AT_LEAST: ">=",
+    Comparator.LESS_THAN: "<",
+    Comparator.AT_MOST: "<=",
+}
+# Comparators by the kind of their arguments.
+WITH_STRINGS = {Comparator.CONTAINS, Comparator.OMITS, Comparator.STARTS_WITH, Comparator.ENDS_WITH}
+WITH_DATE = {Comparator.BEFORE_DATE, Comparator.AFTER_DATE}
+WITH_SPAN = {Comparator.WITHIN_LAST, Comparator.WITHIN_NEXT, Comparator.BEFORE_LAST, Comparator.AFTER_NEXT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +215,8 @@ def scalars(query: Query) -> Iterator[Scalar]:
                 yield from scalars(scalar)
         case Reduction(stream, _, value):
             yield query
-            for each in stream.filters:
-                if isinstance(each, Where):
-                    yield from scalars(each.condition)
+            for condition in stream.conditions:
+                yield from scalars(condition)
             if value is not None:
                 yield value
         case _:

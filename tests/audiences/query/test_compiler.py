@@ -91,7 +91,7 @@ PATHS = st.lists(st.sampled_from([*NAMES, "$", "1"]), min_size=1, max_size=3).fi
     lambda steps: steps[0] != "$"
 )
 PATHS = PATHS.map(lambda steps: tree.ValuePath(tuple(steps)))
-SINGLE_PATHS = PATHS.filter(lambda path: not path.has_any_item)
+SINGLE_PATHS = PATHS.filter(lambda path: tree.ANY_ITEM not in path.steps)
 CONSTANTS = st.one_of(st.booleans(), st.sampled_from(NUMBERS), st.sampled_from(TEXTS), st.sampled_from(DATES))
 CONSTANTS = CONSTANTS.map(tree.Constant)
 SPANS = st.builds(tree.Span, st.sampled_from([0, 1, 3, 7, 24]), st.booleans())
