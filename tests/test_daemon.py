@@ -415,7 +415,7 @@ def test_a_failed_run_is_repeated_by_a_daemon_that_was_restarted(failing):
     assert started(failing)[2:] == [("16 01:31", "changes", "succeeded")]
 
 
-def test_a_sync_by_hand_makes_the_repetition_unnecessary_and_a_canary_does_not(failing):
+def test_a_manual_sync_replaces_the_retry_and_a_canary_does_not(failing):
     mend_source(failing)
     app = failing.daemon.app
     (definition,) = app.definitions()
@@ -445,7 +445,7 @@ def test_a_full_run_that_failed_stays_due_until_it_succeeds(life):
     assert modes[-3:] == ["changes", "full", "changes"]
 
 
-def test_a_full_sync_by_hand_does_the_work_of_a_full_slot(life):
+def test_a_manual_full_sync_replaces_a_full_slot(life):
     life.clock.moment = utc("2026-03-30 12:00")
     life.live_until("2026-03-31 12:00")
     break_source(life)

@@ -80,7 +80,7 @@ def test_every_command_refuses_a_key_of_the_other_kind(synced, sandbox):
     ],
     ids=["back", "renamed", "other case", "own key", "disabled"],
 )
-def test_a_key_of_the_other_kind_by_whatever_way(synced, audiences, extra, expected):
+def test_a_key_of_the_other_kind_is_refused_however_it_arises(synced, audiences, extra, expected):
     command = synced(audiences, extra=extra)
     for arguments in (("sync",), ("check",), ("list",)):
         refused(command, *arguments, expected=expected)

@@ -129,7 +129,7 @@ def test_a_query_comes_from_a_file_or_from_standard_input(command, tmp_path, env
         (["explain", "recent_buyer"], "recent_buyer is neither a query nor the key of a definition"),
     ],
 )
-def test_what_cannot_be_previewed_says_why(command, arguments, message):
+def test_a_preview_that_fails_gives_the_reason(command, arguments, message):
     code, output = command(*arguments)
     assert code == 2
     assert message in output

@@ -284,7 +284,7 @@ def test_what_several_held_runs_shared_is_cancelled_when_the_last_is_rejected(kn
 
 
 @pytest.mark.parametrize("end", ["normal", "canary", "retire", "nothing"])
-def test_a_replaced_held_run_leaves_nothing_behind(known, end):
+def test_no_delivery_of_a_replaced_held_run_remains(known, end):
     for _ in range(3):
         known.people()
         known.sync(known.audience(guard=WARY))

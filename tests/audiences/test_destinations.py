@@ -186,7 +186,7 @@ def test_retiring_a_key_follows_what_is_held(two):
     assert two.values("B") == [True, False]
 
 
-def test_who_left_while_another_destination_was_used_gets_false_on_the_return(two):
+def test_a_user_who_left_while_another_destination_was_used_gets_false_on_the_return(two):
     sync(two, "A", "ann", "bob")
     two.deliver("A")
     two.world.execute("DELETE FROM {our}deliveries")  # pruned

@@ -100,7 +100,7 @@ def test_an_old_value_does_not_follow_a_newer_one_that_was_pruned(world, userpil
     assert values(userpilot) == [True, False, True]
 
 
-def test_a_full_run_reaches_who_left_though_rows_were_pruned(world, userpilot):
+def test_a_full_run_sends_false_to_users_who_left_although_rows_were_pruned(world, userpilot):
     for people in (["ann", "bob"], ["bob"]):
         world.people(*people)
         world.sync(world.audience())

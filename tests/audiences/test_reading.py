@@ -70,7 +70,7 @@ def test_a_function_that_writes_fails_the_run_and_writes_nothing(world, writers,
     assert world.sync(world.audience()).status == "succeeded"
 
 
-def test_what_a_definition_sets_for_its_transaction_ends_with_it(world):
+def test_settings_of_a_definitions_transaction_end_with_it(world):
     world.people("ann")
     names = ("statement_timeout", "work_mem", "extra_float_digits", "transaction_read_only")
     with (

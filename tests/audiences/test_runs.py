@@ -465,7 +465,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-def test_no_text_of_sql_does_more_than_fail_its_run(world):
+def test_sql_that_cannot_run_only_fails_its_run(world):
     world.people("ann")
 
     @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -66,7 +66,7 @@ def test_what_does_more_than_read_is_refused(sql, dialect):
         "SELECT 1 WHERE nextval('s') = 1",
     ],
 )
-def test_whatever_may_write_or_lock_is_parsed_before_it_runs(sql, dialect):
+def test_sql_that_may_write_or_lock_is_parsed_before_it_runs(sql, dialect):
     with pytest.raises(DefinitionError) as refused:
         statement.check(sql, dialect)
     with pytest.raises(DefinitionError, match=re.escape(str(refused.value))):

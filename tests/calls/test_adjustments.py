@@ -91,7 +91,7 @@ class Userpilot:
         ({"@value": 1, "@gone": ["x"]}, {"@value": 2}, {"t.@value": 2, "t.@gone.0": None}),
     ],
 )
-def test_what_a_value_no_longer_has_becomes_null(engine, call_type, before, after, sent):
+def test_parts_that_a_value_no_longer_has_become_null(engine, call_type, before, after, sent):
     userpilot = Userpilot(engine)
     userpilot.call({"t": before}, call_type)
     userpilot.deliver()
@@ -150,7 +150,7 @@ def test_an_older_call_that_comes_late_does_not_leave_its_names(engine):
     assert userpilot.deliver() == {"tags.0": "newest", "tags.1": None}
 
 
-def test_values_that_were_not_sent_do_not_hide_what_was(engine):
+def test_values_that_were_not_sent_do_not_hide_values_that_were_sent(engine):
     userpilot = Userpilot(engine)
     userpilot.call({"tags": ["a", "b"]})
     userpilot.deliver()

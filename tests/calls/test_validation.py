@@ -135,12 +135,12 @@ def test_a_time_without_one_sensible_meaning_is_refused(value):
         ({"originalTimestamp": "soon"}, "originalTimestamp is not a time: it is not used"),
     ],
 )
-def test_a_time_that_cannot_be_used_gives_way_to_the_arrival(fields, correction):
+def test_the_arrival_replaces_a_time_that_cannot_be_used(fields, correction):
     call = parsed(**fields)
     assert (call.timestamp, call.corrections) == (RECEIVED_AT, (correction,))
 
 
-def test_a_clock_that_is_a_little_ahead_is_not_worth_a_word():
+def test_a_clock_that_is_a_little_ahead_is_corrected_without_a_message():
     call = parsed(timestamp="2024-05-01T12:00:00.900Z")
     assert (call.timestamp, call.corrections) == (RECEIVED_AT, ())
 

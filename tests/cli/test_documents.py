@@ -255,7 +255,7 @@ def test_a_failed_run_needs_attention_until_one_succeeds(program, url):
     assert program("status").startswith("Nothing needs attention.\n")
 
 
-def test_a_reader_of_members_who_pauses_stops_nobody(program, url, tmp_path):
+def test_a_paused_reader_of_members_blocks_no_writer(program, url, tmp_path):
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM people")

@@ -92,7 +92,7 @@ def test_a_misspelt_file_is_not_created(opened, tmp_path, scheme):
 
 
 @pytest.mark.usefixtures("_filedb")
-def test_check_says_what_does_not_hold_on_an_experimental_source(opened, tmp_path):
+def test_check_reports_the_missing_guarantees_of_an_experimental_source(opened, tmp_path):
     sqlite3.connect(tmp_path / "shop.db").close()
     engine = opened(engines.open_source("shop", f"filedb:///{tmp_path}/shop.db"))
     answer = setup._check_source(SimpleNamespace(open_source=lambda _: engine), "shop")

@@ -468,7 +468,7 @@ def test_other_paths_and_methods_are_refused_in_json(api, method, path, status, 
 
 
 @pytest.mark.parametrize("sent_at", ["soon", "", 7, [], {}, True])
-def test_a_malformed_sent_at_costs_nothing(api, sent_at):
+def test_a_call_with_a_malformed_sent_at_is_accepted(api, sent_at):
     at = (START - dt.timedelta(hours=1)).isoformat()
     (verdict,) = api.batch(IDENTIFY | {"timestamp": at}, sentAt=sent_at)
     (text,) = verdict.pop("corrected")
@@ -581,7 +581,7 @@ def test_too_many_requests_at_a_time_are_answered_503(api, monkeypatch):
 
 
 @SQLITE
-def test_senders_who_may_be_anybody_do_not_take_the_place_of_known_ones(api, monkeypatch):
+def test_unauthenticated_senders_do_not_use_up_the_requests_of_known_senders(api, monkeypatch):
     monkeypatch.setattr(http, "MAX_UNKNOWN_REQUESTS", 0)
     assert api("POST", "/v1/identify", json=IDENTIFY | {"writeKey": KEY}).status_code == 503
     assert api.post("identify", IDENTIFY).status_code == 200

@@ -230,7 +230,7 @@ def test_a_sender_that_reads_no_answers_is_cut_off(serving, monkeypatch):
 
 
 @SQLITE
-def test_a_thousand_idle_connections_stop_nobody(serving):
+def test_a_thousand_idle_connections_do_not_block_requests(serving):
     with serving() as address, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(connect(address)) for _ in range(1_000)]
         for connection in idle[:500]:
@@ -244,7 +244,7 @@ def test_a_thousand_idle_connections_stop_nobody(serving):
 
 
 @SQLITE
-def test_of_too_many_connections_the_one_that_is_idle_for_the_longest_time_is_cut_off(serving, monkeypatch):
+def test_beyond_the_limit_the_connection_that_has_been_idle_longest_is_closed(serving, monkeypatch):
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with serving() as address, begun(address) as busy, connect(address) as first, connect(address) as second:
         for connection in (first, second, first):  # the first was used last
@@ -261,7 +261,7 @@ def test_of_too_many_connections_the_one_that_is_idle_for_the_longest_time_is_cu
 
 
 @SQLITE
-def test_while_all_connections_are_busy_a_new_one_is_cut_off(serving, monkeypatch):
+def test_a_new_connection_is_closed_while_all_others_are_busy(serving, monkeypatch):
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
     with serving() as address, begun(address) as busy:
         with connect(address) as surplus:

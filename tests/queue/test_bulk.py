@@ -219,7 +219,7 @@ def test_a_job_that_userpilot_no_longer_knows(hand_queue, userpilot, work):
     assert jobs(hand_queue.engine)[0].status == "lost"
 
 
-def test_a_job_that_is_unknown_and_still_runs_turns_no_value_back(hand_queue, userpilot, work):
+def test_an_unknown_job_that_still_runs_overwrites_no_newer_value(hand_queue, userpilot, work):
     userpilot.limit(bulk_rows_per_minute=60)
     hand_queue.fill(400, kind="push")
     done = []
@@ -294,7 +294,7 @@ def test_a_job_of_ours_in_an_unknown_state_holds_up_bulk_until_a_deadline(hand_q
     assert jobs(hand_queue.engine)[-1].status == "completed"
 
 
-def test_an_upload_that_is_refused_although_the_key_is_valid_leaves_its_guilty_row(
+def test_an_upload_that_is_refused_although_the_key_is_valid_is_split_until_only_the_refused_row_is_left(
     hand_queue, userpilot, work
 ):
     refuse_rows_of(userpilot, "u100", status=403)
@@ -547,7 +547,7 @@ def test_a_process_that_ends_waits_for_its_last_answer_and_not_for_its_job(
     assert max(slow.waits) > 1
 
 
-def test_in_a_job_too_users_come_after_their_company(hand_queue, clock, work):
+def test_users_come_after_their_company_in_a_job_too(hand_queue, clock, work):
     hand_queue.add(
         "acme", {"seats": 5}, action="company", next_attempt_at=clock.now() + dt.timedelta(seconds=90)
     )

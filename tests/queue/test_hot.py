@@ -153,7 +153,7 @@ def test_one_refused_merge_of_many_deliveries_is_sent_apart_beside_the_others(ha
     assert [list(payload["metadata"]) for payload in hot[:2]] == [["t19999"], ["t19998"]]
 
 
-def test_of_a_hot_users_refused_merge_only_the_refused_delivery_dies(hand_queue, work):
+def test_only_the_refused_delivery_of_a_hot_users_merge_becomes_dead(hand_queue, work):
     fill(hand_queue, 1_200, is_hot, body=lambda number: {"bad": 1} if number == 700 else {"n": number})
     refusal = Answer(Outcome.REFUSED, 400, None, "bad is bad", None)
     sender = Recorder(lambda payload: refusal if "bad" in payload["metadata"] else None)

@@ -53,7 +53,7 @@ def fill_all_lanes(queue, count):
 
 
 @pytest.mark.parametrize("status", [200, 302, 403, 404, 413, 502])
-def test_a_gateways_page_kills_nothing_and_everything_goes_on_afterwards(
+def test_a_gateways_page_makes_no_delivery_dead_and_delivery_continues_afterwards(
     hand_queue, userpilot, deliver, status
 ):
     fill_all_lanes(hand_queue, 4)
@@ -70,7 +70,7 @@ def test_a_gateways_page_kills_nothing_and_everything_goes_on_afterwards(
     assert len(userpilot.state.events) == 4
 
 
-def test_a_page_does_not_count_towards_giving_up(hand_queue, userpilot, deliver):
+def test_a_delivery_is_not_given_up_because_of_pages(hand_queue, userpilot, deliver):
     delivery_id = hand_queue.add("u1", {"plan": "pro"})
     userpilot.faults.add({"status": 404, **PAGE})
     deliver(hours=6)
@@ -292,7 +292,7 @@ def test_a_503_with_retry_after_pauses_its_lane_and_no_other(hand_queue, clock, 
 
 
 @pytest.mark.parametrize("status", [400, 404])
-def test_many_refusals_in_a_row_pause_the_lane_instead_of_killing_the_queue(
+def test_many_refusals_in_a_row_pause_the_lane_and_the_others_stay_pending(
     hand_queue, userpilot, deliver, status
 ):
     hand_queue.fill(60)
@@ -309,7 +309,7 @@ def test_many_refusals_in_a_row_pause_the_lane_instead_of_killing_the_queue(
     assert hand_queue.counts() == {"dead": 4, "accepted": 56}
 
 
-def test_a_new_process_does_not_begin_to_kill_again(hand_queue, userpilot, deliver):
+def test_a_new_process_continues_the_pause_after_many_refusals(hand_queue, userpilot, deliver):
     hand_queue.fill(100)
     userpilot.faults.add({"status": 404, "body": JSON_ERROR})
 
@@ -342,7 +342,7 @@ def test_refusals_among_acceptances_do_not_slow_the_lane(hand_queue, clock, user
     assert clock.seconds < 60
 
 
-def test_an_answer_that_is_not_given_counts_for_giving_up(hand_queue, userpilot, deliver):
+def test_a_missing_answer_counts_as_an_attempt(hand_queue, userpilot, deliver):
     hand_queue.fill(1)
     silent = Silent(userpilot)
 

@@ -189,7 +189,7 @@ def test_a_merged_request_that_fails_for_the_third_time_is_sent_apart(status_cod
     assert not repeat([call], status_code)[0].isolated
 
 
-def test_what_proves_nothing_is_never_the_death_of_a_delivery():
+def test_an_inconclusive_answer_does_not_make_a_delivery_dead():
     worn = delivery(1, {"a": 1}, attempts=99, first=NOW - dt.timedelta(days=9))
     (settled,) = repeat([worn], 404, Outcome.UNKNOWN, is_evidence=False)
 
@@ -197,7 +197,7 @@ def test_what_proves_nothing_is_never_the_death_of_a_delivery():
     assert repeat([worn], 500)[0].status.value == "dead"
 
 
-def test_a_doubtful_refusal_is_an_attempt_and_dies_with_the_message_in_the_end():
+def test_a_doubtful_refusal_counts_as_an_attempt_and_its_message_is_stored_with_the_dead_delivery():
     fresh, worn = delivery(1, {"a": 1}), delivery(1, {"a": 1}, attempts=8, first=NOW - dt.timedelta(hours=4))
 
     assert repeat([fresh], 400, Outcome.DOUBTFUL)[0].status.value == "pending"

@@ -220,7 +220,7 @@ def test_a_library_for_another_language_is_understood(serving, name):
 
 @SQLITE
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_library_with_a_wrong_key_is_told_so_in_json(serving, name):
+def test_a_library_with_a_wrong_key_gets_an_answer_in_json(serving, name):
     wrong = base64.b64encode(b"wrong-of-the-shop!:").decode()
     sent = REQUESTS[name].replace(BASIC.encode(), f"Basic {wrong}".encode())
     if name in {"C#", "Kotlin"}:

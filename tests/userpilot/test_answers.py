@@ -88,7 +88,7 @@ PAGES = [
     "status_code", [200, 202, 400, 401, 403, 404, 405, 409, 413, 422, 500, 502, 503, 520, 999]
 )
 @pytest.mark.parametrize(("body", "headers"), PAGES)
-def test_a_page_proves_nothing_whatever_its_status(status_code, body, headers):
+def test_a_page_is_no_answer_about_a_delivery_whatever_its_status(status_code, body, headers):
     if "br" in headers.values() and status_code < 300:  # it cannot be read, and counts as empty
         return
     answer = judged(status_code, body, **headers)

@@ -164,7 +164,7 @@ def test_every_audience_has_the_users_counted_by_hand(engine, shop):
         ),
     ],
 )
-def test_a_mapping_that_does_not_fit_says_so(engine, shop, mapping, message):
+def test_a_mapping_that_does_not_match_its_table_is_an_error(engine, shop, mapping, message):
     with engines.read(engine) as connection, pytest.raises(DefinitionError, match=message):
         users_of(connection, configured("entity('orders').count() > 0", shop, [mapping]))
 

@@ -159,7 +159,7 @@ def test_every_prefix_is_an_error_at_its_end(text):
 
 
 @pytest.mark.parametrize("text", VALID)
-def test_the_layout_of_a_query_means_the_same(text):
+def test_the_layout_of_a_query_parses_to_the_same_tree(text):
     query = parse_query(text)
     assert parse_query(query_text(query)) == query
     assert query_text(parse_query(query_text(query))) == query_text(query)
@@ -183,7 +183,7 @@ WORDS = [
 @given(st.lists(st.sampled_from(WORDS), max_size=60).map("".join) | st.text(max_size=60))
 @example("'\\")
 @example("trait('a') = -")
-def test_no_text_raises_anything_but_its_own_error(text):
+def test_every_text_parses_or_raises_a_query_error(text):
     position = error_position(text)
     if position is None:
         query = parse_query(text)

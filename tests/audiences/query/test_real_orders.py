@@ -78,7 +78,7 @@ def by_hand(schema, sql, day):
 
 
 @pytest.mark.parametrize("name", AUDIENCES)
-def test_the_query_has_the_members_of_the_sql_on_every_day(engine, orders, name):
+def test_the_query_has_the_same_members_as_the_sql_on_every_day(engine, orders, name):
     text, sql = AUDIENCES[name]
     mapping = TableMapping(
         "orders", f"{orders}orders", user_id="user_id", timestamp="ordered_on", event="Order Completed"
