@@ -1,8 +1,8 @@
 """The daemon runs definitions when their slots are due, delivers, reloads the configuration, and stops on request.
 
 APScheduler only ticks. Each tick reads from the database what is due, so missed ticks, clock changes, restarts and
-other daemons do no harm. It waits for no lock: what another transaction delays is done by a later tick. At most
-[daemon] concurrency definitions run at a time, each in its own thread, which goes on with the next one that is due. One
+other daemons do no harm. A tick does not wait for a lock: a later tick does what another transaction delays. At most
+[daemon] concurrency definitions run at a time, each in its own thread, which then runs the next one that is due. One
 more thread delivers. Next: audiences/slots.py, which decides what is due; app.py, which runs and delivers.
 """
 
@@ -29,9 +29,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 5.0
 QUEUE_POLL_SECONDS = 1.0  # also how often requests to stop or reload, and the clock, are checked
 LOCK_SECONDS = 2.0  # a tick waits no longer for a lock
-GATHER_SECONDS = (
-    10.0  # deliveries of runs that start within this time go together, and then at least as long singly
-)
+# Changes of runs that start within this time are delivered together; the next wait begins as long after its end.
+GATHER_SECONDS = 10.0
 LATE_LOG_SECONDS = 60.0  # between two events about the same lateness
 STOPPED_SECONDS = 300.0  # between two checks whether a refused key works again
 IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent, unless something else becomes due

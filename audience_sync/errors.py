@@ -28,7 +28,7 @@ class AudienceSyncError(Exception):
 
 
 def unexpected(error: Exception) -> str:
-    """Describe an error that no code foresaw: its type and place, for a report. Its message may hold a user's data."""
+    """Describe an unexpected error by its type and place, for a report. Its message may contain a user's data."""
     name = f"{type(error).__module__}.{type(error).__name__}".removeprefix("builtins.")
     frames = traceback.extract_tb(error.__traceback__)
     return f"{name} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else name

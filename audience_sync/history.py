@@ -277,7 +277,7 @@ def _last_committed(connection: sa.Connection, definition_id: int, at: dt.dateti
 
 
 def _page_end(connection: sa.Connection, definition_id: int, after: str) -> str | None:
-    """The user id with which a page of members and past members ends; None if all that are left fit."""
+    """The last user id of a page of members and past members; None if all the remaining ones fit into the page."""
     heads = []
     for table in (tables.members, tables.past_members):
         is_left = (table.c.definition_id == definition_id, table.c.user_id > after)
@@ -463,7 +463,7 @@ def _failed_runs(
 
 
 def _last_decided() -> sa.ScalarSelect[int]:
-    """The newest run of a definition that ended. A canary that ended well says nothing about the definition."""
+    """The newest run of a definition that ended. A canary that did not fail does not count."""
     other = tables.runs.alias("other").c
     is_canary = sa.and_(other.mode == "canary", other.status.in_(("succeeded", "held", "rejected")))
     newest = sa.select(other.run_id).where(

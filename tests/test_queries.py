@@ -1,4 +1,4 @@
-"""Queries and mapped tables in the configuration: what is refused, and with which words."""
+"""Queries and mapped tables in the configuration: what is refused, and with which message."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def audience(name, query, source=None):
         ('[[audiences]]\nname = "A"\nsql = "SELECT 1"\nquery = "x"\n', "expected either sql or query"),
         (audience("A", "event('X').cnt() > 1"), "query: line 1, column 12: unknown function cnt"),
         (audience("A", "event('X').count()"), "an audience needs a condition"),
-        (audience("A", "entity('x').count() > 1"), r"entity\('x'\) is not mapped by any \[tables.\*\] on our own"),
+        (audience("A", "entity('x').count() > 1"), r"entity\('x'\) is not mapped by any \[tables.\*\] on the database of"),
         (audience("A", "event('x').count() > 1", "shop"), r"event\('x'\) is not mapped .* on the source shop"),
         (ORDERS + audience("A", "entity('order').count() > 1", "shop"), "did you mean orders"),
         (ORDERS + audience("A", "entity('orders').count() > 1"), "is not mapped"),
@@ -57,7 +57,7 @@ def audience(name, query, source=None):
         ('[tables.x]\ntable = "t"\nuser_id = "u"\nprofil = true\n', "did you mean profile"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_query_or_a_table_is_said(load, text, message):
+def test_a_wrong_query_or_table_is_refused_with_its_reason(load, text, message):
     with pytest.raises(ConfigError, match=message):
         load(text)
 

@@ -162,14 +162,14 @@ def review(
 
 
 def _lookup(definition: Definition, source: sa.Engine | None) -> _Query:
-    """Return a query in whose name tables are looked at, within the definition's timeout."""
+    """Return an empty query for reading the catalog of tables within the definition's timeout."""
     deadline = time.monotonic() + definition.timeout_seconds
     return _Query(definition, QUERY, "", None, (), None, source, deadline, Stop())
 
 
 @contextmanager
 def _contained(definition: Definition) -> Iterator[None]:
-    """Turn whatever a driver or a library raises by its own fault into an error of this definition."""
+    """Turn an unexpected error of a driver or a library into an error of this definition."""
     try:
         yield
     except (AudienceSyncError, sa.exc.DBAPIError):

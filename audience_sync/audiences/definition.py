@@ -17,7 +17,7 @@ MAX_KEY_LENGTH = 200
 MIN_LOST = 10  # members of the last snapshot from which an empty one is held, whatever `above` is
 # A capital letter followed by two lower-case letters starts a word: OrderCompleted, HTTPServer. VIPs stays whole.
 _NEW_WORD = re.compile(r"(?<=[A-Za-z])(?=[A-Z][a-z]{2})")
-# Unicode's names tell how to write a Latin letter that has no decomposition, such as ø, ł and æ.
+# Unicode's names show how to write a Latin letter that has no decomposition, such as ø, ł and æ.
 _LETTERS = {"ENG": "NG", "ETH": "D", "SCHWA": "E", "SHARP S": "SS", "THORN": "TH"}
 _LATIN = re.compile(
     r"LATIN (?P<case>CAPITAL|SMALL) (?:LETTER|LIGATURE) (?:AFRICAN |BARRED |DOTLESS |OPEN |SCRIPT )?"

@@ -1,7 +1,7 @@
 """PostgreSQL's expressions for the canonical text of ids and values, which depend on the type of the column.
 
-None of them may raise an error, whatever the value is: a cast that could fail comes after a check of the text. No type
-may depend on a session's settings; compute.py fixes those that a cast to text obeys.
+No expression may raise an error, whatever the value is: a cast that could fail follows a check of the text. The text must
+not depend on a session's settings; compute.py fixes the settings that affect a cast to text.
 """
 
 from collections.abc import Callable, Sequence
@@ -168,7 +168,7 @@ def _json(kind: str, column: Column, *, string: str, number: Callable[[str], str
     text = f"({name} #>> '{{}}')"
     string = string.format(text)
     number_text = number(f"CAST({text} AS numeric)")
-    if kind == "json":  # jsonb has refused already what no text can hold, and what no numeric can hold
+    if kind == "json":  # jsonb itself refuses strings and numbers that text and numeric cannot hold
         string = (
             f"CASE WHEN {_is_broken(f'CAST({name} AS text)', column.encoding)} THEN {other} ELSE {string} END"
         )
@@ -180,7 +180,7 @@ def _json(kind: str, column: Column, *, string: str, number: Callable[[str], str
 
 
 def _is_broken(raw: str, encoding: str) -> str:
-    """Return the condition for a JSON string whose escapes are no text: NUL, and one half of a pair of surrogates."""
+    """Return the condition for a JSON string with an escape that text cannot hold: NUL, or a lone surrogate."""
     escapes = rf"replace({raw}, '\\', '')"
     pair = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
     broken = rf"{escapes} ~ '\\u0000' OR regexp_replace({escapes}, '{pair}', '', 'g') ~ '\\u[dD][89a-fA-F]'"

@@ -58,7 +58,7 @@ _DIALECTS = {
     "postgresql": "postgres", "mssql": "tsql", "clickhousedb": "clickhouse", "mariadb": "mysql",
 }  # fmt: skip
 
-# The tokens of SQL. Space and comments have no group. What opens a quote or a comment that never ends matches nothing.
+# The tokens of SQL. Space and comments have no group. An unclosed quote or comment matches no token.
 _LETTER = r"A-Za-z_\u0080-\U0010ffff"
 _COMMON = rf"""
 [ \t\n\r\f\v]+ | --[^\n\r]*
@@ -148,7 +148,7 @@ def check_before_run(sql: str, dialect: str) -> None:
 
 
 def _plainly_reads(sql: str, dialect: str) -> bool:
-    """Return whether the SQL is one query whose words only read; false also for what needs a closer look."""
+    """Return whether the SQL is one query whose words show that it only reads; false if only sqlglot can tell."""
     if dialect not in SUPPORTED:
         return False
     tokens = _tokenize(sql, dialect)
@@ -260,7 +260,7 @@ def _pattern(tokens: str) -> re.Pattern[str]:
 
 
 def _end_of_nested_comment(sql: str, start: int, dialect: str) -> int:
-    """Return the end of a comment of PostgreSQL, which may hold others."""
+    """Return the end of a PostgreSQL comment, which may contain other comments."""
     depth = 0
     if sql.startswith("/*", start) and _TOKENS.get(dialect) is _POSTGRESQL:
         for edge in _COMMENT_EDGE.finditer(sql, start):

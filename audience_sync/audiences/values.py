@@ -113,7 +113,7 @@ def register_functions(connection: sa.Connection) -> None:
 
 
 def _never_failing(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return null in place of an error: SQLite would hide it, and it would look like a signal."""
+    """Return null if the function raises an error: SQLite would hide the error, and it would look like a signal."""
 
     def call(raw: Any) -> Any:
         try:

@@ -169,7 +169,7 @@ calls = sa.Table(
     sa.Column(
         "left_out", Json
     ),  # traits that are not sent: those with a definition's key, or beyond the limits
-    sa.Column("corrected", Json),  # a list of texts: what was read otherwise than it was written
+    sa.Column("corrected", Json),  # a list of texts, one for each correction
     sa.CheckConstraint("status IN ('accepted', 'ignored')", name="status"),
     sa.CheckConstraint("status <> 'ignored' OR reason IS NOT NULL", name="reason"),
     _partial_index("ix_calls_ignored", IGNORED, "call_id"),

@@ -95,7 +95,7 @@ class CallRate:
 
 @dataclass(slots=True)
 class RefusalLog:
-    """Logs refusals, but no more in a second than a log can take; `unlogged` counts the others before the next one."""
+    """Logs at most LOGGED_PER_SECOND refusals a second; `unlogged` in an event counts the ones skipped before it."""
 
     clock: Clock
     _since: float = float("-inf")

@@ -460,7 +460,7 @@ def delete_held(connection: sa.Connection, run_id: int) -> None:
 def take_over(
     connection: sa.Connection, run_id: int, delivery_class: str, value_at: dt.datetime, held_run_id: int
 ) -> None:
-    """Make the held deliveries that a run shares with a replaced one its own."""
+    """Give a run the held deliveries that it shares with a replaced one."""
     sql(
         connection,
         "UPDATE {our}deliveries SET run_id = :run_id, class = :class, value_at = :value_at "

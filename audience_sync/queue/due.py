@@ -87,9 +87,9 @@ def _pending_by_claim_index(action: str, delivery_class: str) -> sa.ColumnElemen
 
 @dataclass(frozen=True, slots=True)
 class DueSubject:
-    """A subject in a stretch of a queue; `first` is not behind its first delivery there.
+    """A subject in a stretch of a queue; `first` is a position at or before its first delivery there.
 
-    `was_attempted`: one of these deliveries was. `is_sending`: a request of the subject is under way.
+    `was_attempted`: one of these deliveries was attempted. `is_sending`: a request of the subject is in flight.
     """
 
     subject_id: str

@@ -14,7 +14,7 @@ THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # without Retry-After, Use
 LONGEST_PAUSE_SECONDS = 900.0
 FAILURES_BEFORE_PAUSE = 5
 REFUSALS_BEFORE_PAUSE = 5
-# So many may be refused between two pauses: deliveries behind many that are rightly refused must get through.
+# Between two pauses more refusals are allowed, so that valid deliveries behind many invalid ones are reached.
 REFUSALS_BETWEEN_PAUSES = 20
 LONGEST_REFUSAL_PAUSE_SECONDS = 120.0
 LONGEST_FOREIGN_JOB_SECONDS = 1800.0
@@ -73,12 +73,12 @@ class Lane:
 
     @property
     def _is_trying(self) -> bool:
-        """Return whether one request at a time starts, until one succeeds."""
+        """Return whether the lane sends only one request at a time, until one succeeds."""
         return bool(self.pause_level or self.throttle_streak or self.is_refusing)
 
     @property
     def trial(self) -> dict[str, int]:
-        """State that the next process needs if this one ends before a request succeeds."""
+        """State to store for the next process, in case this one ends before a request succeeds."""
         if self.is_refusing:
             return {"refusal_streak": self.refusal_streak}
         return {"pause_level": self.pause_level} if self.pause_level else {}
@@ -100,7 +100,7 @@ class Lane:
     def startable(self, now: float, *, push: bool = False) -> int:
         """Return how many requests may start now, beside those in flight.
 
-        Of pushes only a few, so that a call that comes a moment later is not behind a second's worth of them.
+        For pushes the number is small, so that a call that arrives a moment later does not wait behind a second of pushes.
         """
         most = self.most_in_flight - self.in_flight
         if push:

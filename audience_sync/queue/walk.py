@@ -1,14 +1,14 @@
 """The search for subjects that are due in one queue (an action and a class), some rows at a time.
 
-A walk goes through the queue in the order in which its deliveries became due, and remembers where it is, so that no
-number of deliveries that cannot be sent now makes it start all over. It passes deliveries whose subject is busy:
+A walk reads the queue in the order in which its deliveries became due, and keeps its position, so that it does not start
+again because of deliveries that cannot be sent now. It skips deliveries whose subject is busy:
 
-- The subject of a request in flight is noted in `passed`, and gets its turn again after the answer. While others wait,
-  these subjects get a twentieth of the lane each, and half of it at most together.
-- What waits for anything else is found by the next pass: from time to time, another search goes through the part of
-  the queue that was read before.
+- If the subject has a request in flight, it is noted in `passed`, and gets another turn after the answer. While others
+  wait, each of these subjects gets a twentieth of the lane, and all of them together at most half of it.
+- A subject that waits for any other reason is found by the next pass: from time to time, a search reads the part of the
+  queue that was read before.
 
-Each search reads a limited number of rows of both parts. All state is a hint: deliveries.py reads what is claimed.
+Each search reads a limited number of rows of both parts. All state is a hint: deliveries.py checks what is claimed.
 """
 
 import datetime as dt
@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from audience_sync.queue import due
 from audience_sync.queue.due import START, DueSubject, Position
 
-SHARE = 20  # of a lane's turns, the one that a passed subject gets while others wait
+SHARE = 20  # a passed subject gets one of so many turns of the lane while others wait
 MOST_PASSED = 10_000  # subjects that are noted; further ones are found by the next pass
 FIRST_ROWS = 50  # of a search's first step; the following ones are longer
 
@@ -67,7 +67,7 @@ class Walk:
         return self.is_at_end and self.passed.keys() <= set(in_flight)
 
     def is_over(self, answer_count: int) -> bool:
-        """Return whether nothing was left in the queue by a pass since so many answers."""
+        """Return whether a pass found nothing left to send, and no answer has arrived since (`answer_count`)."""
         is_passed = self.front == self.tail and self._answer_count == answer_count
         return is_passed and self.is_search_over(())
 
@@ -85,7 +85,7 @@ class Walk:
         return subjects
 
     def _position(self) -> Position | None:
-        """Return where to read on; None if this search is over."""
+        """Return the position from which to continue; None if this search is over."""
         if self.front < self.tail and self._rows_left[True] > 0:
             return self.front
         return self.tail if self._rows_left[False] > 0 and not self.is_at_end else None

@@ -355,7 +355,7 @@ class Worker:
         return claimed
 
     def _is_open(self, delivery_class: str) -> bool:
-        """Return whether this class may be sent: while more changes of the same users come, only calls are."""
+        """Return whether this class may be sent now: while `is_gathering`, only calls are sent."""
         return delivery_class == "call" or not self.is_gathering()
 
     def _claim_from(
@@ -413,7 +413,7 @@ class Worker:
         waits = []
         for queue, walk in self._walks.items():
             if self._is_open(walk.delivery_class) and self._lanes[walk.action].room(monotonic):
-                if not walk.is_over(self._answer_count):  # an answer may have set something free
+                if not walk.is_over(self._answer_count):  # an answer may have unblocked a subject
                     walk.begin_pass()
                     self._poll_at.pop(queue, None)
                     waits.append(self._lanes[walk.action].wait_seconds(monotonic, push=queue[1] == "push"))

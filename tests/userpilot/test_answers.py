@@ -109,7 +109,7 @@ def test_a_page_of_a_429_slows_the_lane_down():
 
 @pytest.mark.parametrize("status_code", [301, 302, 307, 407, 511])
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b"moved"])
-def test_the_statuses_of_proxies_prove_nothing(status_code, body):
+def test_the_statuses_of_proxies_are_no_answer_about_a_delivery(status_code, body):
     answer = judged(status_code, body)
     assert (answer.outcome, answer.is_evidence) == (Outcome.FAILED, False)
 

@@ -76,7 +76,7 @@ class _Joined:
 
 
 class Users(Scope):
-    """The users for whom a query is evaluated, and what is joined to them: reduced streams, profiles, definitions."""
+    """The users of a query, and what is joined to them: reduced streams, profiles, definitions."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class Users(Scope):
         return _Joined(users, users.c.user_id)
 
     def _drivers(self, condition: tree.Condition) -> set[Any] | None:
-        """Return keys of joined relations that contain every user for whom the condition is true; None if unknown."""
+        """Return keys of joined relations that contain every user with a true condition; None if unknown."""
         match condition:
             case tree.Conjunction(operands):
                 sets = [drivers for operand in operands if (drivers := self._drivers(operand)) is not None]
