@@ -34,7 +34,7 @@ GATHER_SECONDS = 10.0
 LATE_LOG_SECONDS = 60.0  # between two events about the same lateness
 STOPPED_SECONDS = 300.0  # between two checks whether a refused key works again
 IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent, unless something else becomes due
-JUST_QUEUED = dt.timedelta(seconds=1)  # in which a delivery is committed after its time
+JUST_QUEUED = dt.timedelta(seconds=1)  # a delivery is committed at most this long after its time
 PRUNE_SECONDS = 3600.0
 ENDING_SECONDS = 60.0  # a request may take half of it
 CLOCK_SECONDS = 2.0  # the wall clock was set if it moves further than this against the monotonic clock
@@ -66,9 +66,7 @@ class Daemon:
     _is_delayed: bool = False
     _pause_delivery: threading.Event = field(default_factory=threading.Event)
     _deliver_at: float = 0.0
-    _waiting_since: dt.datetime | None = (
-        None  # all that was due then waits: only what became due later is new
-    )
+    _waiting_since: dt.datetime | None = None  # deliveries that were due at this time wait for something
     _prune_at: float = 0.0
 
     def run(self) -> None:
@@ -242,7 +240,7 @@ class Daemon:
             self._deliver_at = app.clock.monotonic() + STOPPED_SECONDS
         elif report.is_left:  # another process delivers
             self._deliver_at = app.clock.monotonic() + IDLE_SECONDS
-        elif not report.request_count:  # it waits for its subject, or a lane is paused
+        elif not report.request_count:  # deliveries wait for their subject, or a lane is paused
             self._deliver_at = app.clock.monotonic() + IDLE_SECONDS
             self._waiting_since = now - JUST_QUEUED
 

@@ -76,7 +76,7 @@ def pages(
         before = page[-1][id_name]
 
 
-# As the partial indexes say it.
+# Written as in the partial indexes, so that they are used.
 _IS_RUNNING = tables.runs.c.status == sa.literal_column("'running'")
 _IS_HELD = tables.runs.c.status == sa.literal_column("'held'")
 _RUNS = sa.select(tables.runs, tables.definitions.c.key).join(
@@ -227,7 +227,7 @@ def _last_runs(connection: sa.Connection) -> dict[str, dict[str, Any]]:
 
 
 def _newest(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
-    """The id of each definition's newest run under a condition, looked up in the index of runs; or null."""
+    """The id of each definition's newest run that meets a condition, by the index of runs; null if there is none."""
     is_of = tables.runs.c.definition_id == tables.definitions.c.definition_id
     newest = (
         sa.select(tables.runs.c.run_id).where(is_of, *where).order_by(tables.runs.c.run_id.desc()).limit(1)

@@ -1,9 +1,9 @@
-"""Queries beside SQL that somebody who knows the database would write by hand.
+"""The time of queries, compared with SQL that an expert would write by hand.
 
     python benchmarks/definitions.py [--users 100000] [--events-per-user 20] [--database both]
 
 Ten definitions over our own profiles and events, from a plain count to a funnel. Both ways must find the same users.
-Each is run three times in turn, and the fastest counts. No rows travel: `count(*)` is taken around both.
+Each is run three times in turn, and the fastest counts. Both are wrapped in `count(*)`, so no rows are transferred.
 """
 
 import argparse
@@ -28,7 +28,7 @@ NOW = dt.datetime(2026, 11, 27, 12, tzinfo=dt.UTC)
 DAYS = 365
 RUNS = 3
 MEDIAN, MOST = 1.5, 3.0
-PLAIN = {"no_parameters": True}  # a percent sign is only that
+PLAIN = {"no_parameters": True}  # a percent sign is not a parameter
 # name: (query, SQL for SQLite, SQL for PostgreSQL); {days N} is the moment N days ago.
 DEFINITIONS = {
     "bought in 30 days": (

@@ -1,10 +1,10 @@
-"""Whether one user with very many deliveries slows the others down.
+"""The pace of the other users' deliveries beside one user with very many deliveries.
 
     python benchmarks/hot.py [--hot 1000000] [--others 10000] [--action track] [--multiple 20] [--database sqlite]
 
-The sandbox, in a process of its own, has the documented limits times the multiple. First the others' deliveries are
-sent alone, then beside those of the hot user, which were queued before them. The pace of the others is measured until
-the last of them is accepted, and the peak memory of the delivering process.
+The sandbox, in a process of its own, has the documented limits times the multiple. The others' deliveries are sent first
+alone, then beside those of the hot user, which were queued before them. Measured are the pace of the others until the
+last of them is accepted, and the peak memory of the delivering process.
 """
 
 import argparse

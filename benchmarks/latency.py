@@ -1,9 +1,9 @@
-"""What all lanes reach at Userpilot's documented limits when each answer takes a second.
+"""The pace of all lanes at Userpilot's documented limits when each answer takes a second.
 
     python benchmarks/latency.py [--latency 1] [--seconds 120] [--database sqlite]
 
-Long backlogs of identifies, events and companies are delivered at once, spread evenly, the identifies also by bulk jobs.
-After the first minute and a half, in which the window fills, what the sandbox accepts is counted.
+Long backlogs of identifies, events and companies are delivered at the same time, the identifies also by bulk jobs. The
+window fills in the first minute and a half; after that, the requests that the sandbox accepts are counted.
 """
 
 import argparse

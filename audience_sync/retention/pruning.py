@@ -111,7 +111,7 @@ _OF_USER = (_other.c.subject_id == past_members.c.user_id) & (_other.c.action ==
 _IS_UNDECIDED = sa.exists().where(_OF_USER, UNSETTLED) | sa.exists().where(_OF_USER, WAITING)
 _HAS_UNSETTLED_DELIVERY = sa.exists().where(deliveries.c.call_id == calls.c.call_id, ~_SETTLED)
 _IS_UNDER_WAY = sa.exists().where(deliveries.c.request_id == requests.c.request_id, SENDING)
-# In the order in which they left: by user, the first definitions would take all the time, and the last never their turn.
+# Past members are pruned in the order in which they left. By user, the first definitions could take all the time.
 _BY_EXIT = (past_members.c.exited_run_id, past_members.c.definition_id, past_members.c.user_id)
 _LEFT_AT = (
     sa.select(runs.c.finished_at).where(runs.c.run_id == past_members.c.exited_run_id).scalar_subquery()
