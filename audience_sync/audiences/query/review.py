@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog
-from audience_sync.audiences.query.comparisons import SqlValue
+from audience_sync.audiences.query.comparisons import SqlValue, chain
 from audience_sync.audiences.query.compiler import Users, statement_text
 from audience_sync.audiences.query.configured import ConfiguredQuery
 from audience_sync.audiences.query.layout import path_text, quoted
@@ -116,49 +116,43 @@ def _never_seen(
 
 def _review_use(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime) -> list[str]:
     users = Users(catalog, as_of)
-    name = type(use.value).__name__.lower()
-    text = f"{name}({quoted(path_text(use.value.path))})"
-    rows_name = "profiles"
+    text = f"{type(use.value).__name__.lower()}({quoted(path_text(use.value.path))})"
+    from_: sa.FromClause | None
     if use.stream is not None:
         row = Row(users, replace(use.stream, filters=()), None)
         items, value = row.value(use.value)
         from_, conditions = row.from_, row.conditions
         text += f" of {use.stream.kind}({quoted(use.stream.name)})"
         rows_name = "events" if use.stream.kind is tree.StreamKind.EVENT else "rows"
+    elif use.value.path.steps[0] in catalog.definitions:
+        return []
     else:
-        if use.value.path.steps[0] in catalog.definitions:
-            return []
         items, value = users.trait_value(use.value.path)
-        only = users.only_table()
-        conditions = []
-        if only is None:
+        from_, conditions, rows_name = users.only_table(), [], "profiles"
+        if from_ is None:
             return [f"{text} was never seen: no table of profiles has this column"]
-        from_ = only
-    for table in items:
-        from_ = from_.join(table, sa.true())
     parts = _parts(users, value)
     values: sa.Select[Any] = sa.select(
         value.exists.label("has_value"), *(part.label(kind) for kind, part in parts.items())
     )
-    sample = values.select_from(from_).where(*conditions).limit(SAMPLED_ROWS).subquery("sample")
+    sample = (
+        values.select_from(chain([from_, *items])).where(*conditions).limit(SAMPLED_ROWS).subquery("sample")
+    )
     counts: list[Any] = [sa.func.sum(sa.case((sample.c.has_value, 1), else_=0))]
     counts += [sa.func.count(sample.c[kind]) for kind in parts]
     exist_count, *kind_counts = list[Any](_run(connection, sa.select(*counts), catalog).one())
     if not exist_count:
         return [f"{text} was never seen"]
-    by_kind = dict(zip(parts, kind_counts, strict=True))
-    if use.wanted is None or by_kind.get(use.wanted, 0) == exist_count:
+    kinds = dict(zip(parts, kind_counts, strict=True))
+    wrong_count = exist_count - kinds.get(use.wanted or "", 0)
+    if use.wanted is None or not wrong_count:
         return []
-    others = {kind: count for kind, count in by_kind.items() if kind not in {use.wanted, "date"} and count}
-    wrong = exist_count - by_kind.get(use.wanted, 0)
-    what = (
-        _NAMES[next(iter(others))]
-        if len(others) == 1 and use.wanted != "date"
-        else f"not {_NAMES[use.wanted]}"
-    )
-    return [
-        f"{text} is {what} in {wrong:,} of {exist_count:,} {rows_name}: the comparison needs {_NAMES[use.wanted]}"
-    ]
+    others = [kind for kind, count in kinds.items() if kind not in {use.wanted, "date"} and count]
+    is_one_kind = len(others) == 1 and use.wanted != "date"
+    actual = _NAMES[others[0]] if is_one_kind else f"not {_NAMES[use.wanted]}"
+    needed = _NAMES[use.wanted]
+    where = f"{wrong_count:,} of {exist_count:,} {rows_name}"
+    return [f"{text} is {actual} in {where}: the comparison needs {needed}"]
 
 
 def _parts(users: Users, value: SqlValue) -> dict[str, Any]:
