@@ -7,7 +7,8 @@ import shutil
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,10 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A server of this test process, from the wheel."""
+    """A server of this test process, from the wheel. The databases of a test are dropped when it ends."""
 
     base: str
+    created: list[str] = field(default_factory=list)
 
     def url(self, name):
         return self.base.replace("/postgres?", f"/{name}?")
@@ -54,6 +56,7 @@ class PostgresServer:
     def create(self, template="template0"):
         name = f"test_{next(_numbers)}"
         self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.created.append(name)
         return name
 
     def run(self, statement):
@@ -61,6 +64,22 @@ class PostgresServer:
         with engine.connect() as connection:
             connection.exec_driver_sql(statement)
         engine.dispose()
+
+    def drop(self, names):
+        for name in names:
+            self.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+_servers = []
+
+
+@pytest.fixture(autouse=True)
+def _no_database_is_left():
+    before = [len(server.created) for server in _servers]
+    yield
+    for server, count in zip_longest(_servers, before, fillvalue=0):
+        server.drop(server.created[count:])
+        del server.created[count:]
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +92,9 @@ def postgres():
     for setting in ("fsync", "full_page_writes", "synchronous_commit"):  # no test cuts the power
         running.run(f"ALTER SYSTEM SET {setting} = off")
     running.run("SELECT pg_reload_conf()")
+    _servers.append(running)
     yield running
+    _servers.remove(running)
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -103,6 +124,7 @@ def _sqlite_template(tmp_path_factory):
 @pytest.fixture(scope="session")
 def _postgres_template(postgres):
     name = postgres.create()
+    postgres.created.remove(name)  # it stays
     _migrate(postgres.url(name))
     return name
 

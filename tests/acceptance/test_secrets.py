@@ -62,7 +62,7 @@ COMPUTING = {  # counts definitions under way
     "postgresql": (
         "SELECT count(*) FROM pg_stat_activity "
         "WHERE datname = current_database() AND state = 'active' "
-        "AND starts_with(query, 'CREATE TEMPORARY TABLE') AND strpos(query, 'n(i)') > 0"
+        "AND strpos(query, 'audience_sync_snapshot') > 0 AND strpos(query, 'n(i)') > 0"
     ),
 }
 SHOP = """
