@@ -32,6 +32,11 @@ os.environ.pop(
     "PYTHONDONTWRITEBYTECODE", None
 )  # hundreds of processes are started, and each would compile the package
 
+# Thousands of databases are written and thrown away, so their files are in memory where there is room for them.
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8_000_000_000:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+
 # CI runs the same examples each time, so that only the change decides; other runs draw new ones. No time limit.
 hypothesis_settings.register_profile(
     "ours",
