@@ -98,6 +98,13 @@ _EXPECTED = {
     "NAME": "a name",
     "$END": "the end",
 }
+_SQL_WORDS = {
+    "in": "for IN write one_of, as in trait('country').one_of('DE', 'FR')",
+    "is": "for IS NULL write absent, as in trait('country').absent(), else exists()",
+    "like": "for LIKE write contains, starts_with or ends_with, as in trait('email').ends_with('@example.com')",
+    "between": "for BETWEEN write two comparisons, with >=, AND and <=",
+}
+_CURLED_QUOTES = "\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
 _WRONG_SIGNS = {"&&": "AND", "||": "OR", "<>": "!=", "=>": ">=", "=<": "<="}
 
 
@@ -106,7 +113,7 @@ def _unexpected(text: str, error: UnexpectedInput) -> tuple[int, str]:
     if isinstance(error, UnexpectedToken):
         is_end = error.token.type == "$END"
         position = len(text.rstrip()) if is_end else start_of(error.token)
-        if not is_end and (reason := NOT_HERE.get(error.token.lower())):
+        if not is_end and (reason := (NOT_HERE | _SQL_WORDS).get(error.token.lower())):
             return position, reason
     else:
         position = error.pos_in_stream or 0
@@ -117,13 +124,29 @@ def _unexpected(text: str, error: UnexpectedInput) -> tuple[int, str]:
         sign = text[max(0, start) : start + 2]
         if sign in _WRONG_SIGNS:
             return max(0, start), f"write `{_WRONG_SIGNS[sign]}` for `{sign}`"
-    if isinstance(error, UnexpectedToken):
-        return position, f"expected {_expected(error.accepts or error.expected)}"
+    if not isinstance(error, UnexpectedToken):
+        return _unexpected_character(text, position)
+    accepted = set(error.accepts or error.expected)
+    if word and accepted and accepted <= {"LPAR", "COLON"}:
+        return word.start(), _unquoted_word(word[0].strip())
+    return position, f"expected {_expected(accepted)}"
+
+
+def _unexpected_character(text: str, position: int) -> tuple[int, str]:
     if text[position] in "\"'":
         return len(text), "this string has no closing quote"
+    if text[position] in _CURLED_QUOTES:
+        return position, "write straight quotes, ' or \""
     if text[position] == "!":
         return position, "write NOT before a condition, or != between two values"
     return position, f"unexpected character {shown(text[position])!r}"
+
+
+def _unquoted_word(word: str) -> str:
+    if word.lower() == "null":
+        return "there is no null: write absent() or exists(), as in trait('country').absent()"
+    name = shown(word)
+    return f"{name} needs quotes, '{name}', or to be a function: property('{name}'), trait('{name}')"
 
 
 def _expected(accepted: Collection[str]) -> str:
