@@ -169,7 +169,7 @@ def _expected(kind: Any) -> str:
 def _sentence(comment: str) -> str:
     """The comment without the other values that it begins with: those have a column."""
     comment = re.sub(r'^or ("[^"]*"(, )?)+[:;]? *', "", comment)
-    return comment[:1].upper() + comment[1:]
+    return comment if re.match(r"\w+\(", comment) else comment[:1].upper() + comment[1:]
 
 
 def _cell(text: str) -> str:

@@ -1,5 +1,6 @@
 """The commands for writing queries: preview, explain."""
 
+import contextlib
 import json
 import sys
 import time
@@ -59,6 +60,11 @@ def preview(
     """
     with session.open_app(context) as app, session.stoppable(app):
         app.load_keys()
+        if any(definition.key == query for definition in app.settings.definitions):
+            raise ConfigError(
+                f"{query} is the key of a definition, and preview takes a query: `audience-sync plan {query}` computes "
+                f"the definition, `audience-sync explain {query}` shows it."
+            )
         definition = _definition(app, query, source, is_trait=is_trait)
         now = app.clock.now()
         moment = session.parse_time(as_of) or now
@@ -130,7 +136,18 @@ def _definition(app: "App", query: str, source: str | None, *, is_trait: bool) -
     try:
         return app.query_definition(text, source, kind.TRAIT if is_trait else kind.AUDIENCE)
     except ConfigError as error:
+        if not is_trait and _is_trait(app, text, source):
+            raise ConfigError(
+                f"The query cannot be used: {error}\nWith --trait it is read as a trait's."
+            ) from error
         raise ConfigError(f"The query cannot be used: {error}") from error
+
+
+def _is_trait(app: "App", text: str, source: str | None) -> bool:
+    with contextlib.suppress(ConfigError):
+        app.query_definition(text, source, lazy.definition.Kind.TRAIT)
+        return True
+    return False
 
 
 def _read(query: str) -> str:

@@ -168,7 +168,8 @@ def _check_definition(app: "App", definition: "Definition") -> str:
     if definition.query is not None:
         moment = moments[definition.key]
         warnings = lazy.compute.review(app.engine, definition, moment, app.source(definition))
-    return "; ".join([output.plural(planned.plans[0].member_count, "member"), *warnings])
+    members = output.plural(planned.plans[0].member_count, "member")
+    return f"{members}, but {'; '.join(warnings)}" if warnings else members
 
 
 def sandbox(

@@ -78,7 +78,12 @@ def configure_queries(
 ) -> tuple[Definition, ...]:
     """Give each query the tables and definitions that it needs, of those on the same database."""
     return tuple(
-        replace(definition, query=_configured(path, definition, definition.query, definitions, mappings))
+        replace(
+            definition,
+            query=_configured(
+                f"{path}: {definition.name}: query: ", definition, definition.query, definitions, mappings
+            ),
+        )
         if definition.query is not None
         else definition
         for definition in definitions
@@ -97,12 +102,12 @@ def unnamed_definition(settings: "Settings", text: str, source: str | None, kind
     parse = parser.parse_query if kind is Kind.TRAIT else parser.parse_condition
     query = ConfiguredQuery(text, parse(text))
     definition = Definition("query", "query", kind, source=source)
-    query = _configured(settings.path, definition, query, settings.definitions, settings.tables)
+    query = _configured("", definition, query, settings.definitions, settings.tables)
     return replace(definition, query=query)
 
 
 def _configured(
-    path: Path,
+    place: str,
     definition: Definition,
     query: ConfiguredQuery,
     definitions: Sequence[Definition],
@@ -116,14 +121,20 @@ def _configured(
         if other.source == definition.source
     }
     reached: dict[str, QueryDefinition] = {}
-    scalars = _reach(path, [definition.key], query.query, others, reached)
+    scalars = _reach(place, [definition.key], query.query, others, reached)
     tables = {mapping.name: mapping for mapping in mappings if mapping.source == definition.source}
-    needed = _needed(path, definition, scalars, tables)
-    return replace(query, mappings=needed, definitions=reached, known_events=tuple(_events(tables)))
+    needed = _needed(place, definition, scalars, tables)
+    return replace(
+        query,
+        mappings=needed,
+        definitions=reached,
+        known_events=tuple(_events(tables)),
+        known_keys=tuple(others),
+    )
 
 
 def _reach(
-    path: Path,
+    place: str,
     keys: list[str],
     query: tree.Query,
     others: Mapping[str, QueryDefinition],
@@ -138,17 +149,17 @@ def _reach(
         if key in keys:
             circle = " → ".join([*keys[keys.index(key) :], key])
             raise ConfigError(
-                f"{path}: the file: these definitions refer to each other: {circle}. Remove one of the references"
+                f"{place}these definitions refer to each other: {circle}. Remove one of the references"
             )
         if key in others and key not in reached:
             reached[key] = other = others[key]
             if other.query is not None:
-                scalars += _reach(path, [*keys, key], other.query, others, reached)
+                scalars += _reach(place, [*keys, key], other.query, others, reached)
     return scalars
 
 
 def _needed(
-    path: Path, definition: Definition, scalars: Iterable[tree.Scalar], tables: Mapping[str, TableMapping]
+    place: str, definition: Definition, scalars: Iterable[tree.Scalar], tables: Mapping[str, TableMapping]
 ) -> tuple[TableMapping, ...]:
     """Return the mapped tables that these scalars read, those that they are nested in, and the profiles."""
     needed = {name for name, mapping in tables.items() if mapping.profile}
@@ -166,7 +177,7 @@ def _needed(
                 f"the source {definition.source}" if definition.source else "the database of audience-sync"
             )
             raise ConfigError(
-                f"{path}: {definition.name}: query: {stream.kind}('{shown(stream.name)}') is not mapped by any "
+                f"{place}{stream.kind}('{shown(stream.name)}') is not mapped by any "
                 f"[tables.*] on {where}: {did_you_mean(stream.name, known)}"
             )
         needed.update(names)

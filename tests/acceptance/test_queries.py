@@ -99,9 +99,14 @@ def test_a_preview_of_a_trait(command):
         ),
         (
             "event('Order Completed').where(property('totl') > 3).count() >= 1",
-            ["property('totl') of event('Order Completed') was never seen"],
+            ["property('totl') of event('Order Completed') was never seen: did you mean total?"],
         ),
         ("trait('country') = 'DE'", ["trait('country') was never seen"]),
+        ("trait('recent_buyer') = true", ["trait('recent_buyer') was never seen: did you mean recent_buyers?"]),
+        (
+            "trait('recent_buyers') = 1",
+            ["trait('recent_buyers') is an audience, so true or false: the comparison needs a number"],
+        ),
     ],
 )  # fmt: skip
 def test_a_preview_warns_of_what_is_probably_a_mistake(command, query, warnings):
@@ -123,6 +128,8 @@ def test_a_query_comes_from_a_file_or_from_standard_input(command, tmp_path, env
         (["preview", "event('A').count()"], "an audience needs a condition"),
         (["preview", "event('A').cout() > 1"], "unknown function cout: did you mean count?"),
         (["preview", "nothing.txt"], "nothing.txt is neither a query nor the key of a definition"),
+        (["preview", "recent_buyers"], "recent_buyers is the key of a definition, and preview takes a query"),
+        (["preview", "event('A').count()"], "With --trait it is read as a trait's"),
         (["preview", "entity('order').count() > 1"], "entity('order') is not mapped"),
         (["preview", "entity('orders').count() > 1", "--source", "shop"], "There is no [sources.shop]"),
         (["preview", "trait('a') = 1", "--as-of", "2999-01-01"], "is in the future"),
@@ -167,3 +174,14 @@ def test_a_failing_query_does_not_stop_the_others(command):
     assert runs["first_plan"]["status"] == "succeeded"
     assert runs["recent_buyers"]["status"] == "failed"
     assert "timestamp: it has no column ordered" in runs["recent_buyers"]["error"]
+
+
+def test_check_warns_of_a_column_that_a_definition_hides_and_of_times_that_are_none(command):
+    text = command.path.read_text()
+    hiding = text.replace('event = "Order', 'profile = true\nevent = "Order').replace("Total Spend", "Total")
+    command.path.write_text(hiding.replace("trait('total_spend')", "trait('total')"))
+    warning = "trait('total') is the definition total here, not the column of [tables.orders]"
+    assert command.document("preview", "trait('total') > 1")["warnings"] == [warning]
+    command.path.write_text(text.replace('timestamp = "ordered_at"', 'timestamp = "total"'))
+    warning = "event('Order Completed') has no row with a user and a time up to now"
+    assert warning in command.document("preview", "event('Order Completed').count() > 0")["warnings"]

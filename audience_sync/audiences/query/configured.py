@@ -41,7 +41,7 @@ class QueryDefinition:
 class ConfiguredQuery:
     """A definition's query, with the mapped tables and the definitions that it needs.
 
-    `known_events`: the names of all mapped events on the same database, for hints.
+    For hints, `known_events` and `known_keys`: all mapped events and all definitions on the same database.
     """
 
     text: str
@@ -49,6 +49,7 @@ class ConfiguredQuery:
     mappings: tuple[TableMapping, ...] = ()
     definitions: Mapping[str, QueryDefinition] = field(default_factory=dict)
     known_events: tuple[str, ...] = ()
+    known_keys: tuple[str, ...] = ()
 
     def sql_texts(self) -> list[str]:
         """Return the SQL of the configuration that the query's statement will contain."""

@@ -48,7 +48,7 @@ def review_query(
     ]
     for use in uses:
         if use.stream is None or replace(use.stream, filters=()) not in empty:
-            warnings += _review_use(connection, use, catalog, as_of)
+            warnings += _review_use(connection, use, catalog, as_of, configured.known_keys)
     return list(dict.fromkeys(warnings))
 
 
@@ -107,14 +107,18 @@ def _never_seen(
     text = f"{stream.kind}({quoted(stream.name)})"
     table = catalog.event(stream.name) if stream.kind is tree.StreamKind.EVENT else None
     if table is None or table.event_name is None:
-        return f"{text} has no rows"
+        rows = catalog.tables.get(stream.name) if table is None else table
+        has_time = rows is not None and rows.mapping.timestamp is not None
+        return f"{text} has no row with a user{' and a time up to now' * has_time}"
     events = table.from_clause("e")
     names = sa.select(events.c[table.event_name]).distinct().limit(SAMPLED_NAMES)
     known = [*mapped, *(name for (name,) in _run(connection, names, catalog))]
     return f"{text} was never seen: {did_you_mean(stream.name, known, 'no event has a similar name')}"
 
 
-def _review_use(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime) -> list[str]:
+def _review_use(
+    connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime, keys: Sequence[str]
+) -> list[str]:
     users = Users(catalog, as_of)
     text = f"{type(use.value).__name__.lower()}({quoted(path_text(use.value.path))})"
     from_: sa.FromClause | None
@@ -125,12 +129,12 @@ def _review_use(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: d
         text += f" of {use.stream.kind}({quoted(use.stream.name)})"
         rows_name = "events" if use.stream.kind is tree.StreamKind.EVENT else "rows"
     elif use.value.path.steps[0] in catalog.definitions:
-        return []
+        return list(_review_definition(use, catalog))
     else:
         items, value = users.trait_value(use.value.path)
         from_, conditions, rows_name = users.only_table(), [], "profiles"
         if from_ is None:
-            return [f"{text} was never seen: no table of profiles has this column"]
+            return [f"{text} was never seen: {_no_trait(use.value.path.steps[0], catalog, keys)}"]
     parts = _parts(users, value)
     values: sa.Select[Any] = sa.select(
         value.exists.label("has_value"), *(part.label(kind) for kind, part in parts.items())
@@ -142,7 +146,10 @@ def _review_use(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: d
     counts += [sa.func.count(sample.c[kind]) for kind in parts]
     exist_count, *kind_counts = list[Any](_run(connection, sa.select(*counts), catalog).one())
     if not exist_count:
-        return [f"{text} was never seen"]
+        first = use.value.path.steps[0]
+        known = _columns(use, catalog, keys)
+        hint = "" if first in known else did_you_mean(first, known, "")
+        return [f"{text} was never seen: {hint}" if hint else f"{text} was never seen"]
     kinds = dict(zip(parts, kind_counts, strict=True))
     wrong_count = exist_count - kinds.get(use.wanted or "", 0)
     if use.wanted is None or not wrong_count:
@@ -153,6 +160,41 @@ def _review_use(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: d
     needed = _NAMES[use.wanted]
     where = f"{wrong_count:,} of {exist_count:,} {rows_name}"
     return [f"{text} is {actual} in {where}: the comparison needs {needed}"]
+
+
+def _review_definition(use: _Use, catalog: Catalog) -> Iterator[str]:
+    """Yield what is odd about a trait that is another definition."""
+    key = use.value.path.steps[0]
+    tables = [
+        table.name for table in catalog.profile_tables() if key in table.columns and not table.properties
+    ]
+    if tables:
+        yield f"trait({quoted(key)}) is the definition {key} here, not the column of [tables.{tables[0]}]"
+    if not catalog.definitions[key].is_trait and use.wanted is not None:
+        yield f"trait({quoted(key)}) is an audience, so true or false: the comparison needs {_NAMES[use.wanted]}"
+
+
+def _no_trait(name: str, catalog: Catalog, keys: Sequence[str]) -> str:
+    columns = [column for table in catalog.profile_tables() for column in table.columns]
+    return did_you_mean(
+        name,
+        [*keys, *columns],
+        "no table of profiles has this column, and no definition on this database this key",
+    )
+
+
+def _columns(use: _Use, catalog: Catalog, keys: Sequence[str]) -> list[str]:
+    """Return the names that may have been meant, where they are known without a look at the rows."""
+    if use.stream is None:
+        return [
+            *keys,
+            *(name for table in catalog.profile_tables() if not table.properties for name in table.columns),
+        ]
+    if isinstance(use.value, tree.Context):
+        return []
+    is_event = use.stream.kind is tree.StreamKind.EVENT
+    table = catalog.event(use.stream.name) if is_event else catalog.tables.get(use.stream.name)
+    return list(table.columns) if table is not None and not table.properties else []
 
 
 def _parts(users: Users, value: SqlValue) -> dict[str, Any]:
