@@ -247,7 +247,10 @@ def show_delivery(report: "Report | None", pending: int) -> None:
     """Print what was sent; `pending` counts what is left in the whole queue."""
     if report is None:
         waiting = f"{output.plural(pending, 'delivery', 'deliveries')} in the queue"
-        output.line(f"Nothing was sent. `audience-sync deliver` or the daemon sends {waiting}.")
+        how = (
+            f"`audience-sync deliver` or the daemon sends {waiting}" if pending else "Nothing is in the queue"
+        )
+        output.line(f"Nothing was sent. {how}.")
         return
     if not report.request_count and not report.accepted_count and not pending:
         output.line("There was nothing to send.")
