@@ -130,6 +130,11 @@ def _configured(
         definitions=reached,
         known_events=tuple(_events(tables)),
         known_keys=tuple(others),
+        events_elsewhere={
+            mapping.event: mapping.source
+            for mapping in mappings
+            if mapping.event is not None and mapping.source not in (None, definition.source)
+        },
     )
 
 

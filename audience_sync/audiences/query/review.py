@@ -42,9 +42,7 @@ def review_query(
     unfiltered = dict.fromkeys(replace(stream, filters=()) for stream in streams)
     empty = {stream for stream in unfiltered if not _is_seen(connection, stream, catalog, as_of)}
     warnings = [
-        _never_seen(connection, stream, catalog, configured.known_events)
-        for stream in unfiltered
-        if stream in empty
+        _never_seen(connection, stream, catalog, configured) for stream in unfiltered if stream in empty
     ]
     for use in uses:
         if use.stream is None or replace(use.stream, filters=()) not in empty:
@@ -102,7 +100,7 @@ def _is_seen(connection: sa.Connection, stream: tree.Stream, catalog: Catalog, a
 
 
 def _never_seen(
-    connection: sa.Connection, stream: tree.Stream, catalog: Catalog, mapped: Sequence[str]
+    connection: sa.Connection, stream: tree.Stream, catalog: Catalog, configured: ConfiguredQuery
 ) -> str:
     text = f"{stream.kind}({quoted(stream.name)})"
     table = catalog.event(stream.name) if stream.kind is tree.StreamKind.EVENT else None
@@ -110,9 +108,11 @@ def _never_seen(
         rows = catalog.tables.get(stream.name) if table is None else table
         has_time = rows is not None and rows.mapping.timestamp is not None
         return f"{text} has no row with a user{' and a time up to now' * has_time}"
+    if stream.name in configured.events_elsewhere:
+        return f"{text} was never seen here: it is mapped on the source {configured.events_elsewhere[stream.name]}"
     events = table.from_clause("e")
     names = sa.select(events.c[table.event_name]).distinct().limit(SAMPLED_NAMES)
-    known = [*mapped, *(name for (name,) in _run(connection, names, catalog))]
+    known = [*configured.known_events, *(name for (name,) in _run(connection, names, catalog))]
     return f"{text} was never seen: {did_you_mean(stream.name, known, 'no event has a similar name')}"
 
 
