@@ -36,20 +36,23 @@ _OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"
 # question about one is answered by an index.
 
 
-def _exists(condition: str) -> str:
-    """Return a condition that PostgreSQL tests subject by subject: OFFSET keeps it from joining whole tables."""
-    return f"EXISTS (SELECT 1 FROM {{our}}deliveries b WHERE {condition} LIMIT 1 OFFSET 0)"
+def _exists(condition: str, order: str) -> str:
+    """Return whether a delivery exists, in a form that is tested subject by subject, by the index sorted by this column.
+
+    PostgreSQL may turn EXISTS into a join of whole tables, and SQLite may choose another index for it.
+    """
+    return f"(SELECT 1 FROM {{our}}deliveries b WHERE {condition} ORDER BY b.{order} LIMIT 1) IS NOT NULL"
 
 
 _ATTEMPTED = f"{_OF_SUBJECT} AND b.status IN ('pending', 'sending') AND b.attempt_count > 0"
-_IS_SENDING = _exists(f"{_ATTEMPTED} AND b.status = 'sending'")
+_IS_SENDING = _exists(f"{_ATTEMPTED} AND b.status = 'sending'", "quiet_until")
 _QUIET_UNTIL = (
     f"(SELECT max(b.quiet_until) FROM {{our}}deliveries b WHERE {_ATTEMPTED} AND b.status = 'pending' "
     "AND b.quiet_until > :now)"
 )
-_WAS_ATTEMPTED = _exists(_ATTEMPTED)
+_WAS_ATTEMPTED = _exists(_ATTEMPTED, "status")
 _ISOLATED = f"{_OF_SUBJECT} AND b.status = 'pending' AND b.alone"
-_HAS_ISOLATED = _exists(_ISOLATED)
+_HAS_ISOLATED = _exists(_ISOLATED, "value_at")
 _UNSETTLED = f"{_OF_SUBJECT} AND b.status IN ('pending', 'sending')"
 
 
@@ -341,8 +344,8 @@ def _waiting_for_another(
     return {delivery_id for delivery_id, other in others.items() if other in unknown}
 
 
-_HAS_ACCEPTED = _exists(f"{_OF_SUBJECT} AND b.status = 'accepted'")
-_IS_AWAITED = f"{_exists(_UNSETTLED)} AND NOT {_HAS_ACCEPTED}"
+_HAS_ACCEPTED = _exists(f"{_OF_SUBJECT} AND b.status = 'accepted'", "value_at")
+_IS_AWAITED = f"{_exists(_UNSETTLED, 'delivery_id')} AND NOT {_HAS_ACCEPTED}"
 
 _ALL_BUT_HELD = tuple(status for status in Status if status is not Status.HELD)
 
@@ -374,7 +377,7 @@ def superseded_traits(
             "action": action,
             "since": min(value.value_at for value in itertools.chain(*by_subject.values())),
         }
-        for subject in _where(connection, by_subject, _exists(where), **parameters):
+        for subject in _where(connection, by_subject, _exists(where, "value_at"), **parameters):
             newest = _newest_values(connection, subject, by_subject[subject], where, parameters)
             for value in by_subject[subject]:
                 names = frozenset(name for name in value.body if newest.get(name, _age(value)) > _age(value))

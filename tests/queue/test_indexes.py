@@ -85,10 +85,36 @@ def test_delivery_uses_indexes(plans, backend, worker_of):
     worker = worker_of(on_progress=lambda report: report.accepted_count > 60 and worker.stop.set())
     worker.deliver()
     run = " ".join(statement for statement, _ in plans)
-    assert all(words in run for words in ("NOT EXISTS", "UPDATE", "requests SET ended_at", "min("))
+    assert all(words in run for words in ("IS NOT NULL", "UPDATE", "requests SET ended_at", "min("))
     # PostgreSQL may: to recover, once when a process takes over; and to build a hash of tracks that wait for an identify.
     once = ["ended_at IS NULL", "b.action = 'track'"] if backend == "postgresql" else []
     assert_uses_indexes(plans, backend, but=once)
+
+
+OF_SUBJECTS = {"claim", "sending", "unsettled", "attempted", "isolated", "accepted"}  # their names end so
+
+
+def test_no_statement_of_delivery_reads_all_deliveries_of_a_status_or_subject(plans, filled, worker_of):
+    now = LATELY
+    hot = [delivery(1, action, "pending") | {"subject_id": "hot"} for action in ("identify", "track")]
+    company = delivery(1, "company", "pending") | {"subject_id": "hot", "body": {"seats": 1}}
+    call = {"class": "call", "run_id": None, "definition_id": None, "call_id": 1, "created_at": now}
+    late = hot[0] | call | {"body": {"vip": True, "@company": "hot"}, "value_at": LONG_AGO}
+    accepted = hot[0] | {"status": "accepted", "settled_at": now, "request_id": 1}
+    with engines.write(filled) as connection:
+        rows = [*hot, company, late, late | {"alone": True}, accepted]
+        for row in rows:
+            connection.execute(tables.deliveries.insert(), [row] * 50)
+    plans.clear()
+    worker = worker_of(on_progress=lambda report: report.request_count > 60 and worker.stop.set())
+    worker.deliver()
+    used = {}
+    searches = [each for each in plans if re.search(r"deliveries [bd]\b", each[0])]
+    for statement, plan in searches:
+        for index in re.findall(r"ix_deliveries_\w+", " ".join(plan)):
+            used.setdefault(index.removeprefix("ix_deliveries_"), statement)
+    assert used.keys() <= OF_SUBJECTS, {name: used[name] for name in used.keys() - OF_SUBJECTS}
+    assert used.keys() >= {"attempted", "isolated", "accepted"}
 
 
 def test_pruning_uses_indexes_and_small_transactions(plans, filled, backend, monkeypatch):
