@@ -197,3 +197,9 @@ def test_every_text_parses_or_raises_a_query_error(text):
         assert parse_query(query_text(query)) == query
     else:
         assert 0 <= position <= len(text)
+
+
+@pytest.mark.parametrize("text", ["trait('a\0b') = 1", "trait('a') = '\udcff'"])
+def test_characters_that_are_no_text_are_refused(text):
+    with pytest.raises(QueryError, match="this character is no text"):
+        parse_query(text)
