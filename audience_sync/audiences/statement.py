@@ -210,6 +210,12 @@ def bind(sql: str, dialect: str) -> BoundText:
     return BoundText(tuple(parts), tuple(names))
 
 
+def without_end(sql: str, dialect: str) -> str:
+    """Return the SQL without the semicolons and comments at its end, so that it can stand in parentheses."""
+    tokens = _tokenize(sql, dialect)
+    return sql[: tokens[-1].end] if tokens else ""
+
+
 def _parameters(sql: str, tokens: list[_Token]) -> list[_Token]:
     """Return the parameters. Any other name after a colon is an error, except in an array slice or a path (`a:b`)."""
     parameters = []

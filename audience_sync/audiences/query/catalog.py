@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import statement
 from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
 from audience_sync.audiences.query.dialect import Dialect, described_columns
+from audience_sync.audiences.query.moments import moment_text
 from audience_sync.audiences.query.on_postgresql import POSTGRESQL
 from audience_sync.audiences.query.on_sqlite import SQLITE
 from audience_sync.errors import DefinitionError
@@ -22,8 +23,8 @@ DIALECTS: dict[str, Dialect] = {"sqlite": SQLITE, "postgresql": POSTGRESQL}
 class ReadTable:
     """A table as the compiler reads it: `columns` has the kind of each column.
 
-    Kinds: integer, number, text, boolean, date, timestamp, timestamptz, json, jsonb and other. SQLite also has `any`, for
-    columns without a declared type, and for our own tables `document` and `moment`.
+    Kinds: integer, number, real (of four bytes), text, uuid, bpchar, boolean, date, timestamp, timestamptz, json, jsonb and
+    other. SQLite also has `any`, for columns without a declared type, and for our own tables `document` and `moment`.
 
     Columns of our own tables: `properties` is the document that property(…) reads instead of the columns, `context` the
     document of context(…), `event_name` the name of the event. `arrival` orders rows of equal timestamps in any table.
@@ -40,6 +41,11 @@ class ReadTable:
     def name(self) -> str:
         return self.mapping.name
 
+    @property
+    def place(self) -> tuple[str, bool]:
+        """Return what identifies the table: a section may have the name of a table of ours."""
+        return self.mapping.name, self.properties is not None
+
     def from_clause(self, name: str) -> sa.FromClause:
         """Return the table, or the query that replaces it, under another name."""
         columns: list[Any] = [sa.column(column) for column in self.columns]
@@ -51,24 +57,27 @@ class ReadTable:
 
 def sql_text(sql: str) -> sa.TextClause:
     """Return SQL that SQLAlchemy leaves as it is: `:as_of` is bound later."""
-    return sa.text(f"{without_semicolon(sql)}\n".replace(":", "\\:"))
-
-
-def without_semicolon(sql: str) -> str:
-    return sql.strip().rstrip(";")
+    return sa.text(f"{sql}\n".replace(":", "\\:"))
 
 
 def describe(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
     """Return the name of each column of a query, and its type as the driver reports it."""
-    bound = statement.bind(
-        f"SELECT * FROM ({without_semicolon(sql)}\n) AS q LIMIT 0", connection.dialect.name
+    return described_columns(
+        execute(connection, f"SELECT * FROM ({sql}\n) AS q LIMIT 0", dt.datetime.now(dt.UTC))
     )
-    style = connection.dialect.paramstyle
-    values: dict[str, Any] = {"as_of": dt.datetime.now(dt.UTC), "today": dt.datetime.now(dt.UTC).date()}
+
+
+def execute(connection: sa.Connection, sql: str, as_of: dt.datetime) -> sa.CursorResult[Any]:
+    """Run a query for what is known of it only: `:today` is the day in UTC."""
+    bound = statement.bind(sql, connection.dialect.name)
+    style, moment = connection.dialect.paramstyle, as_of.astimezone(dt.UTC)
+    values: dict[str, Any] = {"as_of": moment, "today": moment.date()}
     if connection.dialect.name == "sqlite":
-        values = dict.fromkeys(values, "")
-    result = connection.exec_driver_sql(bound.render(style), bound.arguments(style, values) or None)
-    return described_columns(result)
+        values = {"as_of": moment_text(moment)[:19], "today": moment.date().isoformat()}
+    arguments = bound.arguments(style, values)
+    if not arguments:
+        return connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
+    return connection.exec_driver_sql(bound.render(style), arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +153,33 @@ def read_catalog(connection: sa.Connection, configured: ConfiguredQuery, *, is_o
     schema = str(connection.get_execution_options()["our"]).strip('."') if is_own else ""
     catalog = own_catalog(dialect, schema or None) if is_own else Catalog(dialect)
     tables = {mapping.name: _read_table(connection, mapping) for mapping in configured.mappings}
-    columns = {
-        key: column_kinds(connection, TableMapping(key, sql=definition.sql))
+    definitions = {
+        key: replace(definition, sql=statement.without_end(definition.sql, dialect))
         for key, definition in configured.definitions.items()
+    }
+    columns = {
+        key: _read_definition(connection, key, definition)
+        for key, definition in definitions.items()
         if definition.query is None
     }
-    return replace(catalog, tables=tables, definitions=configured.definitions, definition_columns=columns)
+    return replace(catalog, tables=tables, definitions=definitions, definition_columns=columns)
+
+
+def _read_definition(connection: sa.Connection, key: str, definition: QueryDefinition) -> dict[str, str]:
+    """Return the kinds of the columns of a definition in SQL."""
+    columns = column_kinds(connection, TableMapping(key, sql=definition.sql))
+    names = {name.lower() for name in columns}
+    for name in ("user_id", "value") if definition.is_trait else ("user_id",):
+        if name not in names:
+            raise DefinitionError(
+                f"trait('{key}') cannot be read: the SQL of {key} returns no column {name}: {did_you_mean(name, names)}"
+            )
+    return columns
 
 
 def _read_table(connection: sa.Connection, mapping: TableMapping) -> ReadTable:
+    if mapping.sql is not None:
+        mapping = replace(mapping, sql=statement.without_end(mapping.sql, connection.dialect.name))
     try:
         with connection.begin_nested():
             columns = column_kinds(connection, mapping)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog
 from audience_sync.audiences.query.dialect import Expression
-from audience_sync.audiences.query.moments import parse_moment
+from audience_sync.audiences.query.moments import moved, parse_moment
 from audience_sync.audiences.query.tree import Comparator, Reducer
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
     Comparator.AT_MOST: operator.le,
 }
 _DAY = dt.timedelta(days=1)
+_MOST_IN_A_ROW = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,10 @@ class Scope:
             for argument in compared.arguments:
                 items, right = self.value(argument)
                 tests.append(_with_items(items, test(left, right)))
+            while len(tests) > _MOST_IN_A_ROW:  # SQLite's expressions are at most 1,000 levels deep
+                starts = range(0, len(tests), _MOST_IN_A_ROW)
+                chunks = [tests[start : start + _MOST_IN_A_ROW] for start in starts]
+                tests = [sa.func.coalesce(sa.or_(*chunk), sa.false()) for chunk in chunks]
             return tests[0] if len(tests) == 1 else sa.or_(*tests)
 
         match comparator:
@@ -237,10 +242,10 @@ class Scope:
             now = now.replace(hour=0, minute=0, second=0, microsecond=0)
             unit = _DAY - dt.timedelta(microseconds=1)  # to the end of the day
         first, last = {
-            Comparator.WITHIN_LAST: (now - span.length, now + unit),
-            Comparator.WITHIN_NEXT: (now, now + span.length + unit),
-            Comparator.BEFORE_LAST: (None, now - span.length + unit),
-            Comparator.AFTER_NEXT: (now + span.length, None),
+            Comparator.WITHIN_LAST: (moved(now, -span.length), now + unit),
+            Comparator.WITHIN_NEXT: (now, moved(now, span.length + unit)),
+            Comparator.BEFORE_LAST: (None, moved(now, unit - span.length)),
+            Comparator.AFTER_NEXT: (moved(now, span.length), None),
         }[comparator]
         lowest = first and self.db.moment_literal(first)
         highest = last and self.db.moment_literal(last)

@@ -88,14 +88,14 @@ class Users(Scope):
         super().__init__(catalog, as_of.astimezone(dt.UTC))
         self._parents = parents  # keys of the definitions that this query is a part of
         self._joined: dict[Any, _Joined] = {}  # by reduction, by table name, by ("definition", key)
-        self._read: dict[str, ReadTable] = {}  # mapped tables that the query names
+        self._read: dict[Any, ReadTable] = {}  # by place: mapped tables that the query names
         self._names = names or itertools.count(1)  # one series for a statement
 
     def name(self) -> str:
         return f"q{next(self._names)}"
 
     def alias(self, table: ReadTable) -> sa.FromClause:
-        self._read[table.name] = table
+        self._read[table.place] = table
         return table.from_clause(self.name())
 
     def relation(self, select: sa.Select[Any], *, is_grouped: bool) -> sa.FromClause:
@@ -155,9 +155,14 @@ class Users(Scope):
     def _all_users(self) -> list[_Joined]:
         """Return the relations of everybody who has a profile, and of everybody in a table that the query names."""
         profiles = self.catalog.profile_tables()
-        tables = {table.name: table for table in [*profiles, *self._read.values()]}
+        tables = {table.place: table for table in [*profiles, *self._read.values()]}
         if self.catalog.profiles in profiles:  # everybody who has an event of ours has a profile of ours
-            tables = {name: table for name, table in tables.items() if table is not self.catalog.events}
+            tables = {place: table for place, table in tables.items() if table is not self.catalog.events}
+        if not tables:
+            raise ConfigError(
+                "the query names no table of users on its source: mark one of its [tables.*] with profile = true, "
+                "so that traits have users"
+            )
         return [self._of_table(table, only_user=True) for table in tables.values()]
 
     def _of_table(self, table: ReadTable, *, only_user: bool = False) -> _Joined:
@@ -333,7 +338,7 @@ class Users(Scope):
         match kind:
             case "any":
                 return SqlValue(exists, *self.db.parts_of_any(column))
-            case "integer" | "number":
+            case "integer" | "number" | "real":
                 return SqlValue(exists, number=self.db.number_of_column(column, kind))
             case "boolean":
                 return SqlValue(exists, boolean=self.db.boolean_of_column(column))

@@ -76,8 +76,13 @@ class Dialect(ABC):
     def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
         """Return the number and the text of a column that holds values of any type."""
 
+    @abstractmethod
     def text_of(self, column: Expression, kind: str) -> Expression:
-        return column if kind == "text" else sa.cast(column, sa.Text)
+        """Return a column's text; a number's is the one that it has as a user id."""
+
+    @abstractmethod
+    def key_of(self, column: Expression, kind: str) -> Expression:
+        """Return what two columns of the same kind are compared by: equal only where their texts are equal."""
 
     # Moments.
 

@@ -10,6 +10,20 @@ MOMENT_PATTERN = (
 )
 
 
+def moved(moment: dt.datetime, length: dt.timedelta) -> dt.datetime:
+    """Return a moment earlier or later; beyond all years, the first day of the first or last one."""
+    try:
+        return moment + length
+    except OverflowError:
+        year = dt.MINYEAR if length < dt.timedelta(0) else dt.MAXYEAR
+        return dt.datetime(year, 1, 1, tzinfo=moment.tzinfo)
+
+
+def moment_text(moment: dt.datetime) -> str:
+    """Return a moment in UTC as databases write it, with four digits of the year."""
+    return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
+
+
 def parse_moment(text: str) -> dt.datetime | None:
     """Return the moment that a text names, or None if it is not a date. Without a zone it is in UTC; a day is its midnight.
 

@@ -18,12 +18,14 @@ from audience_sync.audiences.query.dialect import (
     JsonValue,
     described_columns,
 )
+from audience_sync.audiences.query.moments import moment_text
 
 KINDS = {
     **dict.fromkeys(("int2", "int4", "int8"), "integer"),
-    **dict.fromkeys(("numeric", "float4", "float8"), "number"),
+    **dict.fromkeys(("numeric", "float8"), "number"),
+    "float4": "real",
     **dict.fromkeys(("text", "varchar"), "text"),
-    **{name: name for name in ("date", "timestamp", "timestamptz", "json", "jsonb")},
+    **{name: name for name in ("date", "timestamp", "timestamptz", "json", "jsonb", "uuid", "bpchar")},
     "bool": "boolean",
 }
 
@@ -32,12 +34,19 @@ _DATE = (
     "^(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
     "([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])?)?$"
 )
+_LEAST: Expression = sa.literal_column("2.5e-324")  # a cast to float8 refuses what is nearer to 0
+_ZERO: Expression = sa.literal_column("0::float8")
+# Escapes in JSON that are no text: NUL, and one half of a pair of surrogates. A backslash before them may be escaped.
+_HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_NO_TEXT: Expression = sa.literal_column(
+    rf"'(?<!\\)((?:\\\\)*)(?:\\u0000|{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW})'"
+)
 _ZONE = "(Z|[+-][0-9]{2}:[0-9]{2})$"
 
 
 @dataclass(frozen=True, slots=True)
 class PostgresqlJson(JsonValue):
-    """A JSON value: a jsonb expression, or a json one, which may contain text that PostgreSQL cannot convert to a string."""
+    """A JSON value: a jsonb expression, or json, in which U+FFFD replaces what PostgreSQL cannot convert to a string."""
 
     document: Expression
     is_binary: bool
@@ -71,16 +80,20 @@ class PostgresqlJson(JsonValue):
     @property
     def number(self) -> Expression:
         exact = sa.cast(self.document if self.is_binary else self._scalar, sa.Numeric)
-        is_double = exact.between(-LARGEST_DOUBLE, LARGEST_DOUBLE)
-        return sa.case((self._kind == "number", sa.case((is_double, sa.cast(exact, sa.Double)))))
+        is_number = self._kind == "number"
+        if not self.is_binary:  # json takes any number of digits, and any exponent
+            is_short = sa.func.length(self._scalar) <= 300
+            has_short_exponent = self._scalar.op("!~", is_comparison=True)("[eE][+-]?0*[1-9][0-9]{3}")
+            is_number = sa.and_(is_number, is_short, has_short_exponent)
+        is_zero = sa.func.abs(exact) < _LEAST
+        double = sa.case(
+            (is_zero, _ZERO), (exact.between(-LARGEST_DOUBLE, LARGEST_DOUBLE), sa.cast(exact, sa.Double))
+        )
+        return sa.case((is_number, double))
 
     @property
     def text(self) -> Expression:
-        is_string = self._kind == "string"
-        if not self.is_binary:
-            odd: Expression = sa.literal_column(r"'\\u(0000|[dD][89a-fA-F])'")
-            is_string = sa.and_(is_string, ~sa.cast(self.document, sa.Text).op("~")(odd))
-        return sa.case((is_string, self._scalar))
+        return sa.case((self._kind == "string", self._scalar))
 
     @property
     def boolean(self) -> Expression:
@@ -98,7 +111,12 @@ class OnPostgresql(Dialect):
     moment_kinds = frozenset({"date", "timestamp", "timestamptz"})
 
     def json_of_column(self, column: Expression, kind: str) -> PostgresqlJson:
-        return PostgresqlJson(column, kind == "jsonb")
+        if kind == "jsonb":
+            return PostgresqlJson(column, True)
+        text = sa.cast(column, sa.Text)
+        readable = sa.func.regexp_replace(text, _NO_TEXT, r"\1\ufffd", "g")
+        document = sa.case((text.op("~")(_NO_TEXT), sa.cast(readable, postgresql.JSON)), else_=column)
+        return PostgresqlJson(document, False)
 
     def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
         return sa.null(), sa.cast(column, sa.Text)  # every column has a type
@@ -119,14 +137,35 @@ class OnPostgresql(Dialect):
         names = {row.oid: row.typname for row in rows}
         return {name: names[oid] for name, oid in described}
 
+    def text_of(self, column: Expression, kind: str) -> Expression:
+        text = column if kind == "text" else sa.cast(column, sa.Text)
+        if kind not in {"number", "real"}:
+            return text
+        whole = sa.cast(column, sa.Numeric)
+        is_whole = sa.and_(self._is_double(whole), whole == sa.func.trunc(whole))
+        digits = sa.cast(sa.func.trunc(whole), sa.Text)
+        return sa.case((is_whole, digits), else_=sa.cast(self.number_of_column(column, kind), sa.Text))
+
+    def key_of(self, column: Expression, kind: str) -> Expression:
+        return self.text_of(column, kind) if kind in {"other", "json", "jsonb"} else column
+
     # Moments.
 
     def moment_literal(self, moment: dt.datetime) -> Expression:
-        return sa.literal_column(f"TIMESTAMP '{moment:%Y-%m-%d %H:%M:%S.%f}'")
+        return sa.literal_column(f"TIMESTAMP '{moment_text(moment)}'")
 
     def _moment_of_column(self, column: Expression, kind: str) -> Expression:
         utc = sa.func.timezone("UTC", column) if kind == "timestamptz" else sa.cast(column, sa.DateTime())
-        return sa.case((sa.func.isfinite(column), utc))
+        return sa.case((self._has_moment(column, kind), utc))
+
+    def _has_moment(self, column: Expression, kind: str) -> Expression:
+        """Return whether the column holds a moment: a date may be later than every timestamp."""
+        is_finite: Expression = sa.func.isfinite(column)
+        return (
+            sa.and_(is_finite, column < sa.literal_column("DATE '294276-01-01'"))
+            if kind == "date"
+            else is_finite
+        )
 
     def moment_of_text(self, text: Expression) -> Expression:
         given = sa.select(text.label("t")).correlate_except().subquery("given")
@@ -154,7 +193,7 @@ class OnPostgresql(Dialect):
 
     def moment_text(self, column: Expression, kind: str) -> Expression:
         if kind == "date":
-            return sa.case((sa.func.isfinite(column), sa.func.to_char(column, "YYYY-MM-DD")))
+            return sa.case((self._has_moment(column, kind), sa.func.to_char(column, "YYYY-MM-DD")))
         moment = self._moment_of_column(column, kind)
         fraction = sa.func.rtrim(sa.func.to_char(moment, ".US"), "0")
         whole = sa.func.to_char(moment, 'YYYY-MM-DD"T"HH24:MI:SS', type_=sa.Text)
@@ -173,9 +212,9 @@ class OnPostgresql(Dialect):
 
         def bound(moment: dt.datetime) -> Expression:
             if kind == "date":  # a date is after a moment if it is after the moment's day
-                return sa.literal_column(f"DATE '{moment:%Y-%m-%d}'")
+                return sa.literal_column(f"DATE '{moment_text(moment)[:10]}'")
             zone = "+00" if kind == "timestamptz" else ""
-            return sa.literal_column(f"{kind.upper()} '{moment:%Y-%m-%d %H:%M:%S.%f}{zone}'")
+            return sa.literal_column(f"{kind.upper()} '{moment_text(moment)}{zone}'")
 
         lower = bound(after) if after else sa.literal_column(f"{kind.upper()} '-infinity'")
         return self._between(column, lower, bound(until))
@@ -188,11 +227,27 @@ class OnPostgresql(Dialect):
     def finite(self, number: Expression) -> Expression:
         """Return a number of any type as a double, NULL if no double can hold it."""
         wide = sa.cast(number, sa.Numeric)
-        is_double = sa.and_(wide != sa.literal_column("'NaN'::numeric"), sa.func.abs(wide) <= LARGEST_DOUBLE)
-        return sa.case((is_double, sa.cast(number, sa.Double)))
+        return sa.case(
+            (sa.func.abs(wide) < _LEAST, _ZERO), (self._is_double(wide), sa.cast(number, sa.Double))
+        )
+
+    def _is_double(self, wide: Expression) -> Expression:
+        return sa.and_(wide != sa.literal_column("'NaN'::numeric"), sa.func.abs(wide) <= LARGEST_DOUBLE)
 
     def number_of_column(self, column: Expression, kind: str) -> Expression:
-        return sa.cast(column, sa.Double) if kind == "integer" else self.finite(column)
+        if kind == "integer":
+            return sa.cast(column, sa.Double)
+        return self.finite(self._shortest(column) if kind == "real" else column)
+
+    def _shortest(self, column: Expression) -> Expression:
+        """Return the shortest number that a float4 stands for: 0.1, not 0.100000001490116."""
+        wide = sa.cast(column, sa.Double)
+        digits: list[Expression] = [
+            sa.cast(sa.func.to_char(wide, f"9.{'9' * (count - 1)}EEEE"), sa.Double) for count in (6, 7, 8, 9)
+        ]
+        is_special = column.in_([sa.literal_column(f"'{name}'") for name in ("NaN", "Infinity", "-Infinity")])
+        tries = [(sa.cast(number, sa.REAL) == column, number) for number in digits]
+        return sa.case((is_special, wide), *tries, else_=wide)
 
     def at_15_digits(self, number: Expression) -> Expression:
         return sa.cast(sa.func.to_char(number, "9.99999999999999EEEE"), sa.Double)
@@ -216,8 +271,14 @@ class OnPostgresql(Dialect):
         return sa.func.right(text, sa.func.length(part)) == part
 
     def number_text(self, number: Expression) -> Expression:
-        rounded = sa.cast(self.at_15_digits(number), sa.Numeric)
-        return sa.cast(sa.func.trim_scale(rounded), sa.Text)
+        size = sa.func.abs(self.at_15_digits(number))
+        plain = sa.cast(sa.func.trim_scale(sa.cast(self.at_15_digits(number), sa.Numeric)), sa.Text)
+        exponential = sa.func.ltrim(sa.func.to_char(number, "9.99999999999999EEEE"))
+        short = sa.func.regexp_replace(exponential, "[.]?0*e", "e")
+        is_plain = sa.or_(
+            size == 0, sa.and_(size >= sa.literal_column("1e-4"), size < sa.literal_column("1e15"))
+        )
+        return sa.case((is_plain, plain), else_=short)
 
     def joined(self, text: Expression, *order: Expression) -> Expression:
         return sa.func.string_agg(text, postgresql.aggregate_order_by(sa.literal_column("', '"), *order))

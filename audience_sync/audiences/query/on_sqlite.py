@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
 from audience_sync.audiences.query.dialect import LARGEST_DOUBLE, Dialect, Expression, JsonValue
+from audience_sync.audiences.query.moments import moment_text, moved
 
 _DAY = "[0-9][0-9][0-9][0-9]-[0-1][0-9]-[0-3][0-9]"
 _TIME = f"{_DAY}[T ][0-2][0-9]:[0-5][0-9]"
@@ -124,16 +125,22 @@ class OnSqlite(Dialect):
         return types
 
     def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
-        text = sa.case((sa.func.typeof(column) == "text", column))
+        text = sa.case((sa.func.typeof(column) == "text", sa.collate(column, "BINARY")))
         return self.number_of_column(column, "any"), text
+
+    def text_of(self, column: Expression, kind: str) -> Expression:
+        text = column if kind == "text" else sa.cast(column, sa.Text)
+        if kind in {"number", "any"}:
+            text = sa.case((sa.func.typeof(column) == "real", self.number_text(column)), else_=text)
+        return sa.collate(text, "BINARY")
+
+    def key_of(self, column: Expression, kind: str) -> Expression:
+        return column if kind in {"integer", "number"} else sa.collate(column, "BINARY")
 
     # Moments.
 
-    def _moment(self, moment: dt.datetime) -> str:
-        return f"{moment:%Y-%m-%d %H:%M:%S.%f}"
-
     def moment_literal(self, moment: dt.datetime) -> Expression:
-        return sa.literal(self._moment(moment), sa.Text)
+        return sa.literal(moment_text(moment), sa.Text)
 
     def _moment_of_column(self, column: Expression) -> Expression:
         return self.moment_of_text(sa.case((sa.func.typeof(column) == "text", column)))
@@ -224,14 +231,14 @@ class OnSqlite(Dialect):
         if kind == "moment":  # of our own tables
             return self._between(column, after, until)
         day = dt.timedelta(days=1)
-        nearly = [column < f"{until + 2 * day:%Y-%m-%d}"] if until.year < 9999 else []
+        nearly = [column < moment_text(until + 2 * day)[:10]] if until.year < 9999 else []
         if after is not None:  # the text of a moment begins with its day, by any zone
-            nearly.append(column >= f"{after - day:%Y-%m-%d}")
+            nearly.append(column >= moment_text(moved(after, -day))[:10])
         return sa.and_(*nearly, self._between(self._moment_of_column(column), after, until))
 
     def _between(self, moment: Expression, after: dt.datetime | None, until: dt.datetime) -> Expression:
-        is_early = moment <= self._moment(until)
-        return is_early if after is None else sa.and_(moment > self._moment(after), is_early)
+        is_early = moment <= moment_text(until)
+        return is_early if after is None else sa.and_(moment > moment_text(after), is_early)
 
     # Numbers and text.
 

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences.query import tree
-from audience_sync.audiences.query.catalog import Catalog
+from audience_sync.audiences.query.catalog import Catalog, execute
 from audience_sync.audiences.query.comparisons import SqlValue, chain
 from audience_sync.audiences.query.compiler import Users, statement_text
 from audience_sync.audiences.query.configured import ConfiguredQuery
@@ -42,7 +42,9 @@ def review_query(
     unfiltered = dict.fromkeys(replace(stream, filters=()) for stream in streams)
     empty = {stream for stream in unfiltered if not _is_seen(connection, stream, catalog, as_of)}
     warnings = [
-        _never_seen(connection, stream, catalog, configured) for stream in unfiltered if stream in empty
+        _never_seen(connection, stream, catalog, configured, as_of)
+        for stream in unfiltered
+        if stream in empty
     ]
     for use in uses:
         if use.stream is None or replace(use.stream, filters=()) not in empty:
@@ -96,11 +98,15 @@ def _is_seen(connection: sa.Connection, stream: tree.Stream, catalog: Catalog, a
     select: sa.Select[Any] = (
         sa.select(sa.literal_column("1")).select_from(row.from_).where(*row.conditions).limit(1)
     )
-    return _run(connection, select, catalog).first() is not None
+    return _run(connection, select, catalog, as_of).first() is not None
 
 
 def _never_seen(
-    connection: sa.Connection, stream: tree.Stream, catalog: Catalog, configured: ConfiguredQuery
+    connection: sa.Connection,
+    stream: tree.Stream,
+    catalog: Catalog,
+    configured: ConfiguredQuery,
+    as_of: dt.datetime,
 ) -> str:
     text = f"{stream.kind}({quoted(stream.name)})"
     table = catalog.event(stream.name) if stream.kind is tree.StreamKind.EVENT else None
@@ -112,7 +118,7 @@ def _never_seen(
         return f"{text} was never seen here: it is mapped on the source {configured.events_elsewhere[stream.name]}"
     events = table.from_clause("e")
     names = sa.select(events.c[table.event_name]).distinct().limit(SAMPLED_NAMES)
-    known = [*configured.known_events, *(name for (name,) in _run(connection, names, catalog))]
+    known = [*configured.known_events, *(name for (name,) in _run(connection, names, catalog, as_of))]
     return f"{text} was never seen: {did_you_mean(stream.name, known, 'no event has a similar name')}"
 
 
@@ -144,7 +150,7 @@ def _review_use(
     )
     counts: list[Any] = [sa.func.sum(sa.case((sample.c.has_value, 1), else_=0))]
     counts += [sa.func.count(sample.c[kind]) for kind in parts]
-    exist_count, *kind_counts = list[Any](_run(connection, sa.select(*counts), catalog).one())
+    exist_count, *kind_counts = list[Any](_run(connection, sa.select(*counts), catalog, as_of).one())
     if not exist_count:
         first = use.value.path.steps[0]
         known = _columns(use, catalog, keys)
@@ -202,6 +208,7 @@ def _parts(users: Users, value: SqlValue) -> dict[str, Any]:
     return value.kinds() | ({"date": moment} if moment is not None else {})
 
 
-def _run(connection: sa.Connection, select: sa.Select[Any], catalog: Catalog) -> sa.CursorResult[Any]:
-    text = statement_text(select, catalog)
-    return connection.exec_driver_sql(text, execution_options={"no_parameters": True})
+def _run(
+    connection: sa.Connection, select: sa.Select[Any], catalog: Catalog, as_of: dt.datetime
+) -> sa.CursorResult[Any]:
+    return execute(connection, statement_text(select, catalog), as_of)

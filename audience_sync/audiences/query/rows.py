@@ -16,6 +16,7 @@ from audience_sync.audiences.query.comparisons import (
     chain,
 )
 from audience_sync.audiences.query.dialect import Dialect, Expression
+from audience_sync.audiences.query.moments import moved
 from audience_sync.audiences.query.tree import Comparator, Reducer
 from audience_sync.errors import ConfigError
 from audience_sync.suggest import did_you_mean
@@ -66,10 +67,19 @@ class Row(Scope):
         mapping = self.table.mapping
         if mapping.parent == parent.table.name:
             self.from_ = self.alias
-            return _same(self, mapping.parent_id or "", parent, parent.table.mapping.id or "")
+            return _same(
+                self.db,
+                (self.alias, self.table, mapping.parent_id or ""),
+                (parent.alias, parent.table, parent.table.mapping.id or ""),
+            )
         if self.user_kind == parent.user_kind:
-            return self.user == parent.user
+            return self.user_key == parent.user_key
         return self.user_text == parent.user_text
+
+    @property
+    def user_key(self) -> Expression:
+        """Return what identifies the user among users of columns of the same kind."""
+        return self.db.key_of(self.user, self.user_kind)
 
     @property
     def user_text(self) -> Expression:
@@ -87,8 +97,8 @@ class Row(Scope):
         timestamp, kind = self.alias.c[column], self.table.columns[column]
         before_run = [window for window in stream.windows if not window.of_parent]
         for window in before_run:
-            until = self.as_of - window.end
-            self.conditions.append(self.db.is_within(timestamp, kind, self.as_of - window.start, until))
+            after, until = moved(self.as_of, -window.start), moved(self.as_of, -window.end)
+            self.conditions.append(self.db.is_within(timestamp, kind, after, until))
         if not before_run:
             self.conditions.append(self.db.is_within(timestamp, kind, None, self.as_of))
         for window in stream.windows:
@@ -152,12 +162,16 @@ class Row(Scope):
         return exists if is_there else ~exists
 
 
-def _same(row: Row, column: str, other: Row, other_column: str) -> Expression:
-    kinds = row.table.columns[column], other.table.columns[other_column]
-    left, right = row.alias.c[column], other.alias.c[other_column]
-    if kinds[0] == kinds[1]:
-        return left == right
-    return row.db.text_of(left, kinds[0]) == row.db.text_of(right, kinds[1])
+def _same(
+    db: Dialect, one: tuple[sa.FromClause, ReadTable, str], other: tuple[sa.FromClause, ReadTable, str]
+) -> Expression:
+    """Return whether two columns, each of a table by an alias, are equal; by their texts if their kinds differ."""
+    (left, left_kind), (right, right_kind) = (
+        (alias.c[column], table.columns[column]) for alias, table, column in (one, other)
+    )
+    if left_kind == right_kind:
+        return db.key_of(left, left_kind) == db.key_of(right, right_kind)
+    return db.text_of(left, left_kind) == db.text_of(right, right_kind)
 
 
 def asks_whether_any(compared: tree.Compared) -> bool | None:
@@ -181,7 +195,7 @@ def reduced(row: Row, reduction: tree.Reduction, *, is_grouped: bool) -> sa.Sele
     """Return the SELECT of the reduced values by kind: for each user (`user_id`) if grouped, else for the current row."""
     db, reducer = row.db, reduction.reducer
     keys = [row.user_text.label("user_id")] if is_grouped else []
-    groups = [row.user] if is_grouped else []
+    groups = [row.user_key] if is_grouped else []
     items, value = row.value(reduction.value) if reduction.value is not None else ([], ABSENT)
     from_ = chain([row.from_, *items])
 
@@ -266,5 +280,9 @@ def user_of(users: "Users", table: ReadTable, alias: sa.FromClause) -> tuple[sa.
     parent = users.catalog.tables[table.mapping.parent or ""]
     outer = users.alias(parent)
     from_, user, kind = user_of(users, parent, outer)
-    link = alias.c[table.mapping.parent_id or ""] == outer.c[parent.mapping.id or ""]
+    link = _same(
+        users.db,
+        (alias, table, table.mapping.parent_id or ""),
+        (outer, parent, parent.mapping.id or ""),
+    )
     return alias.join(from_, link), user, kind

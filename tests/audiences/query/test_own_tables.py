@@ -5,12 +5,13 @@ import datetime as dt
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.audiences.query.catalog import read_catalog
+from audience_sync.audiences.query.catalog import Catalog, read_catalog
 from audience_sync.audiences.query.compiler import compile_query
 from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
 from audience_sync.audiences.query.parser import parse_query
+from audience_sync.audiences.query.review import review_query
 from audience_sync.db import dialects, engines
-from audience_sync.errors import DefinitionError
+from audience_sync.errors import ConfigError, DefinitionError
 
 NOW = dt.datetime(2026, 11, 27, 12, tzinfo=dt.UTC)
 TABLES = """
@@ -179,3 +180,210 @@ def test_hostile_names_are_quoted(engine, shop):
     text = "entity('odd').where(property('x:y') = 1 AND property('x:y') != ';--').count() > 0"
     with engines.read(engine) as connection:
         assert users_of(connection, configured(text, "", [mapping])) == {"it's"}
+
+
+def add_tables(engine, shop, *statements):
+    with engines.write(engine) as connection:
+        for statement in statements:
+            connection.exec_driver_sql(
+                statement.format(schema=shop), execution_options={"no_parameters": True}
+            )
+
+
+def value_of(connection, query):
+    """Return the one value of a trait."""
+    compiled = compile_query(query.query, read_catalog(connection, query, is_own=True), NOW, is_trait=True)
+    rows = connection.exec_driver_sql(compiled.sql, execution_options={"no_parameters": True}).all()
+    return rows[0].value if rows else None
+
+
+def test_ids_of_numeric_columns_are_the_ones_that_are_sent(engine, shop):
+    kind = "REAL" if dialects.is_sqlite(engine) else "numeric(10, 2)"
+    add_tables(
+        engine,
+        shop,
+        f"CREATE TABLE {{schema}}visits (who {kind})",
+        "INSERT INTO {schema}visits VALUES (1.00), (2.50), (NULL)",
+    )
+    mappings = [*MAPPINGS, TableMapping("visits", "{schema}visits", user_id="who")]
+    with engines.read(engine) as connection:
+        for text, users in {
+            "entity('visits').count() = 1": "1 2.5",
+            "entity('visits').count() = 1 AND event('Order').count() >= 1": "1",
+            "NOT (entity('visits').count() = 1) AND trait('country').exists()": "2 3",
+            "event('Order').where(entity('visits').count() = 1).count() >= 1": "1",
+        }.items():
+            assert users_of(connection, configured(text, shop, mappings)) == set(users.split()), text
+
+
+def test_links_between_columns_of_different_types_compare_texts(engine, shop):
+    uuid = "00000000-0000-0000-0000-00000000000"
+    add_tables(
+        engine,
+        shop,
+        "CREATE TABLE {schema}carts (id uuid, who varchar(9))",
+        "CREATE TABLE {schema}items (cart_id char(36), sku text)",
+        f"INSERT INTO {{schema}}carts VALUES ('{uuid}1', 'a'), ('{uuid}2', 'b')",
+        f"INSERT INTO {{schema}}items VALUES ('{uuid}1', 'x')",
+    )
+    mappings = [
+        TableMapping("carts", "{schema}carts", user_id="who", id="id"),
+        TableMapping("items", "{schema}items", parent="carts", parent_id="cart_id"),
+    ]
+    with engines.read(engine) as connection:
+        for text in (
+            "entity('carts').where(entity('items').count() > 0).count() > 0",
+            "entity('items').count() = 1",
+        ):
+            assert users_of(connection, configured(text, shop, mappings)) == {"a"}, text
+
+
+def test_a_columns_collation_does_not_make_different_texts_equal(engine, shop):
+    if not dialects.is_sqlite(engine):
+        pytest.skip("the server of the tests has no collation that ignores case")
+    add_tables(
+        engine,
+        shop,
+        "CREATE TABLE people (who text COLLATE NOCASE, nick text COLLATE NOCASE, pad text COLLATE RTRIM)",
+        "INSERT INTO people VALUES ('a', 'Bob', 'x '), ('A', 'bob', 'x')",
+    )
+    mappings = [
+        TableMapping("people", "people", user_id="who", profile=True),
+        TableMapping("again", sql="SELECT * FROM people", user_id="who"),
+    ]
+    with engines.read(engine) as connection:
+        for text, users in {
+            "trait('nick') = 'bob'": "A",
+            "trait('nick').one_of('bob', 'x')": "A",
+            "trait('nick') != 'bob'": "a",
+            "trait('nick') >= 'a'": "A",
+            "trait('pad') = 'x'": "A",
+            "entity('people').count() = 1": "a A",
+            "entity('again').where(property('nick') = 'bob').count() = 1": "A",
+            "entity('people').where(entity('again').count() = 1).count() = 1": "a A",
+        }.items():
+            assert users_of(connection, configured(text, shop, mappings)) == set(users.split()), text
+
+
+ODD = """
+INSERT INTO {schema}odd VALUES
+  ('tiny', '1e-400', NULL, '{{"n": 1e-400, "x": 1}}'), ('huge', '1e400', NULL, '{{"n": 1e20000, "x": 1}}'),
+  ('escape', NULL, NULL, '{{"n": 1, "s": "a\\\\u0000", "t": "\\u0000", "u": "\\ud83d", "v": "\\ud83d\\ude00", "x": 1}}'),
+  ('late', NULL, '{late}', NULL), ('old', NULL, '0099-01-01', NULL)
+"""
+
+
+def test_no_value_makes_a_query_fail(engine, shop):
+    is_sqlite = dialects.is_sqlite(engine)
+    add_tables(
+        engine,
+        shop,
+        "CREATE TABLE {schema}odd (who text, n numeric, day date, doc json)",
+        ODD.replace("{late}", "9999-12-31" if is_sqlite else "5874897-12-31"),
+    )
+    mappings = [TableMapping("odd", "{schema}odd", user_id="who", profile=True)]
+    with engines.read(engine) as connection:
+        for text, users in {
+            "trait('n') < 1": "tiny",
+            "trait('n').exists()": "tiny huge",
+            "trait('doc.n') < 2": "tiny escape",
+            "trait('doc.x') = 1": "tiny huge escape",
+            "trait('doc.s').starts_with('a')": "escape",
+            "trait('doc.u').exists()": "escape",
+            "trait('doc.v') = '\U0001f600'": "escape",
+            "trait('day').before_date('0100-01-01')": "old",
+            "trait('day').after_date('0098-12-31') AND trait('day').before_date('0900-01-01')": "old",
+            "trait('day').before_last(36500 days)": "old",
+        }.items():
+            assert users_of(connection, configured(text, shop, mappings)) == set(users.split()), text
+
+
+def test_a_real_column_has_the_number_that_was_written(engine, shop):
+    add_tables(
+        engine,
+        shop,
+        "CREATE TABLE {schema}rated (who text, stars real)",
+        "INSERT INTO {schema}rated VALUES ('a', 4.7), ('b', 16777216), ('c', NULL)",
+    )
+    mappings = [TableMapping("rated", "{schema}rated", user_id="who", profile=True)]
+    with engines.read(engine) as connection:
+        assert users_of(connection, configured("trait('stars') = 4.7", shop, mappings)) == {"a"}
+        assert users_of(connection, configured("trait('stars') = 16777216", shop, mappings)) == {"b"}
+
+
+def test_a_list_shows_numbers_alike_on_both_databases(engine, shop):
+    add_tables(
+        engine,
+        shop,
+        "CREATE TABLE {schema}amounts (who text, n double precision)",
+        "INSERT INTO {schema}amounts SELECT 'a', n FROM (SELECT 1e-5 AS n UNION SELECT 0.0001 UNION SELECT 0 UNION "
+        "SELECT 123456789012345 UNION SELECT 1e15 UNION SELECT 1.5e20 UNION SELECT -2.05e-10) AS x",
+    )
+    mappings = [TableMapping("amounts", "{schema}amounts", user_id="who")]
+    query = configured("entity('amounts').unique(property('n'))", shop, mappings)
+    with engines.read(engine) as connection:
+        shown = "-2.05e-10, 0, 1e-05, 0.0001, 123456789012345, 1e+15, 1.5e+20"
+        assert value_of(connection, query) == shown
+
+
+def test_sql_may_end_with_a_comment_behind_its_semicolon(engine, shop):
+    sql = "SELECT * FROM {schema}orders WHERE state = 'paid'; -- paid ones"
+    mappings = [TableMapping("paid", sql=sql, user_id="customer_id")]
+    buyers = QueryDefinition(False, sql=f"SELECT customer_id AS user_id FROM {shop}orders; -- all")
+    text = "entity('paid').count() = 2 AND trait('buyers') = true"
+    with engines.read(engine) as connection:
+        assert users_of(connection, configured(text, shop, mappings, buyers=buyers)) == {"1"}
+
+
+def test_a_mapped_table_may_have_the_name_of_one_of_ours(engine, shop):
+    mappings = [TableMapping("events", "{schema}orders", user_id="customer_id")]
+    text = "event('Nothing').count() = 0 AND entity('events').count() >= 0"
+    with engines.read(engine) as connection:
+        assert users_of(connection, configured(text, shop, mappings)) == {"1", "2"}
+
+
+def test_a_definition_without_the_columns_that_a_trait_needs_says_so(engine, shop):
+    people = QueryDefinition(True, sql=f"SELECT id AS user_id FROM {shop}customers")
+    with (
+        engines.read(engine) as connection,
+        pytest.raises(DefinitionError, match="the SQL of people returns no column value"),
+    ):
+        users_of(connection, configured("trait('people') = 1", shop, people=people))
+
+
+def test_a_list_of_thousands_of_values_can_be_compared(engine, shop):
+    numbers = ", ".join(str(number) for number in range(60, 3_000))
+    strings = ", ".join(f"'{number}'" for number in range(1_500))
+    with engines.read(engine) as connection:
+        for text, users in {
+            f"event('Order').where(property('total').one_of({numbers})).count() = 1": "1",
+            f"trait('country').none_of({strings})": "1 2 3",
+            f"trait('country').omits({strings})": "1 2 3",
+        }.items():
+            assert users_of(connection, configured(text, shop)) == set(users.split()), text[:60]
+
+
+def test_a_run_of_long_ago_reads_what_was_before_it(engine, shop):
+    query = configured(
+        "event('Order').within(36500 days).count() = 0 AND trait('joined').within_last(36500 days)", shop
+    )
+    with engines.read(engine) as connection:
+        catalog = read_catalog(connection, query, is_own=True)
+        compiled = compile_query(query.query, catalog, dt.datetime(50, 1, 1, tzinfo=dt.UTC), is_trait=False)
+        assert connection.exec_driver_sql(compiled.sql, execution_options={"no_parameters": True}).all() == []
+
+
+def test_warnings_are_computed_of_sql_with_the_runs_moment(engine, shop):
+    sql = "SELECT * FROM {schema}orders WHERE created_at <= :as_of AND created_at <> :today"
+    mappings = [TableMapping("recent", sql=sql, user_id="customer_id")]
+    query = configured("entity('recent').where(property('state') > 1).count() > 0", shop, mappings)
+    with engines.read(engine) as connection:
+        catalog = read_catalog(connection, query, is_own=True)
+        (warning,) = review_query(connection, query, catalog, NOW)
+    assert "is a string in 3 of 3 rows: the comparison needs a number" in warning
+
+
+def test_a_query_without_a_table_of_users_says_what_is_missing(backend):
+    for text in ("NOT (trait('x') = 1)", "trait('x') = 1", "trait('x').absent()"):
+        with pytest.raises(ConfigError, match=r"mark one of its \[tables.\*\] with profile = true"):
+            compile_query(parse_query(text), Catalog(backend), NOW, is_trait=False)
