@@ -107,7 +107,7 @@ def main():
     parser.add_argument("--hot", type=int, default=1_000_000, help="deliveries of one user")
     parser.add_argument("--others", type=int, default=10_000, help="other users, with a delivery each")
     parser.add_argument("--action", choices=tuple(BODY), default="track")
-    parser.add_argument("--multiple", type=int, default=20, help="of the documented limits")
+    parser.add_argument("--multiple", type=int, default=5, help="of the documented limits")
     parser.add_argument("--database", choices=("sqlite", "postgresql", "both"), default="both")
     options = parser.parse_args()
     names = ("sqlite", "postgresql") if options.database == "both" else (options.database,)

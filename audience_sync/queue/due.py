@@ -27,8 +27,8 @@ FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the 
 
 START = (dt.datetime(1970, 1, 1, tzinfo=dt.UTC), 0)
 MOST_MERGED = 500  # deliveries in a request, the oldest first
-MOST_READ = 10_000  # rows of a queue that one search reads
-STEP_ROWS = 2_000  # that one statement reads
+MOST_READ = 50_000  # rows of a queue that one search reads
+STEP_ROWS = 10_000  # that one statement reads
 Position = tuple[dt.datetime, int]  # next_attempt_at and delivery_id: the order of a queue
 
 _OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"

@@ -23,7 +23,9 @@ from audience_sync.queue.due import START, DueSubject, Position
 
 SHARE = 20  # a passed subject gets one of so many turns of the lane while others wait
 MOST_PASSED = 10_000  # subjects that are noted; further ones are found by the next pass
-FIRST_ROWS = 50  # of a search's first step; the following ones are longer
+FIRST_ROWS = 50  # of a step; where a few subjects have all the rows, the following ones are longer
+PASS_ROWS = 1_000  # that a pass may read in each time between two searches: a few percent of it
+DENSE = 10  # rows of a subject in a step
 
 
 @dataclass(slots=True)
@@ -40,27 +42,26 @@ class Walk:
     searched_at: dt.datetime = START[0]
     quiet_until: dt.datetime | None = None  # the first moment at which a subject's grace ends
     _answer_count: int = -1  # when the current pass began
-    _pass_at: float = -math.inf
-    _pass_seconds: float = 0.0
-    _pass_rows: int = 0
+    _began_at: float = -math.inf  # when the current or last pass did
+    _pass_rows: int = 0  # read since
     _others_count: int = 0  # subjects that had their turn since a passed one had
-    _now: float = 0.0
     _rows_left: dict[bool, int] = field(default_factory=dict)  # of this search; True: in the current pass
     _step_rows: int = FIRST_ROWS
     _seen: set[str] = field(default_factory=set)  # in this search
 
     def begin(self, monotonic: float, pass_seconds: float, answer_count: int) -> None:
         """Begin a search. A short pass begins after `pass_seconds`, a longer one after a longer time."""
-        self._now, self._pass_seconds = monotonic, pass_seconds
+        is_reading_on = self._rows_left.get(False, 1) <= 0  # the last search did not reach the end
         self._rows_left = {True: due.MOST_READ, False: due.MOST_READ}
-        self._step_rows, self._seen, self.is_at_end = FIRST_ROWS, set(), False
-        if self.front == self.tail and monotonic >= self._pass_at:
+        self._seen, self.is_at_end = set(), False
+        seconds = pass_seconds * max(1.0, self._pass_rows / PASS_ROWS)
+        if self.front == self.tail and monotonic >= self._began_at + seconds and not is_reading_on:
             self.front, self._pass_rows, self.quiet_until = START, 0, None
-            self._answer_count = answer_count
+            self._answer_count, self._began_at = answer_count, monotonic
 
     def begin_pass(self) -> None:
         """Make the next search begin a pass."""
-        self._pass_at = -math.inf
+        self._began_at = -math.inf
 
     def is_search_over(self, in_flight: Collection[str]) -> bool:
         """Return whether the last search found all that may be sent now."""
@@ -112,8 +113,9 @@ class Walk:
             self._seen.add(subject.subject_id)
             self._others_count += 1
             subjects.append(subject)
-        # A subject costs as much as ten rows.
-        cost = max(1, stretch.row_count + 10 * len(stretch.subjects))
+        is_dense = stretch.row_count >= DENSE * len(stretch.subjects)
+        self._step_rows = min(4 * self._step_rows, due.STEP_ROWS) if is_dense else FIRST_ROWS
+        cost = max(1, stretch.row_count + DENSE * len(stretch.subjects))
         self._move(position, end, stretch.row_count, cost, is_last=is_last)
 
     def _is_free(self, subject: DueSubject, in_flight: Collection[str]) -> bool:
@@ -128,14 +130,11 @@ class Walk:
     def _move(self, position: Position, end: Position, row_count: int, cost: int, *, is_last: bool) -> None:
         is_pass = self.front < self.tail
         self._rows_left[is_pass and position == self.front] -= cost
-        self._step_rows = min(4 * self._step_rows, due.STEP_ROWS)
+        self._pass_rows += row_count
         self.is_at_end = is_last
         if is_pass and position == self.front:
-            self._pass_rows += row_count
             self.front = self.tail if is_last else end
             self.tail = max(self.front, self.tail)
-            if self.front == self.tail:
-                self._pass_at = self._now + self._pass_seconds * max(1.0, self._pass_rows / due.STEP_ROWS)
         else:
             self.front, self.tail = (self.front if is_pass else end), end
 
