@@ -549,7 +549,7 @@ def test_a_process_that_ends_waits_for_its_last_answer_and_not_for_its_job(
 
 def test_users_come_after_their_company_in_a_job_too(hand_queue, clock, work):
     hand_queue.add(
-        "acme", {"seats": 5}, action="company", next_attempt_at=clock.now() + dt.timedelta(seconds=90)
+        "acme", {"seats": 5}, action="company", next_attempt_at=clock.now() + dt.timedelta(seconds=45)
     )
     for number in range(300):
         hand_queue.add(f"u{number}", {"@company": "acme"} if number % 10 == 0 else {"vip": True})
