@@ -180,7 +180,7 @@ def conditions(depth=0):
 
 @given(data=st.data())
 @settings(
-    max_examples=int(os.environ.get("QUERY_EXAMPLES", "100")),
+    max_examples=int(os.environ.get("QUERY_EXAMPLES", "60")),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking a query takes very long
     suppress_health_check=[
         HealthCheck.function_scoped_fixture,
