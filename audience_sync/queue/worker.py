@@ -422,6 +422,8 @@ class Worker:
             elif due.subjects_due(connection, *queue, now, 1, self.settings.fingerprint):
                 waits.append(self._queue_seconds(*queue))
         shortest = self._soon([*waits, *self._later(connection, now)])
+        if 0 < shortest < SHORTEST_WAIT_SECONDS:  # a wait shorter than a clock's tick would never end
+            shortest = SHORTEST_WAIT_SECONDS
         return min(shortest, self.settings.poll_seconds) if shortest < math.inf else math.inf
 
     def _later(self, connection: sa.Connection, now: dt.datetime) -> Iterator[float]:
