@@ -76,6 +76,7 @@ MEANINGS = {
     ): "For a trait: the type to which its values are converted, such as SQLite's 1 and 0 to booleans",
     ("audiences", "sql"): "One query that returns `user_id`, for a trait also `value`; or `query`",
     ("audiences", "query"): "A query in [Segment's language](query-language.md), in place of `sql`",
+    ("tables", "sql"): "A query in place of the table",
     ("tables", "table"): "The table, optionally with its schema; or `sql`",
     ("tables", "source"): "The database that has it; default: the one of audience-sync",
     ("mappings", "name"): "Its name, for messages",

@@ -233,18 +233,6 @@ def test_a_name_of_one_key_in_every_version_is_refused_before_the_database_is_re
         settings.load(path, {}, resolve_keys=False)
 
 
-# Names of later releases. A release that brings one moves it to the tables above.
-LATER = {
-    AUDIENCE: "query", TRAIT: "query",
-}  # fmt: skip
-CASES = [(f"{place}\n{name} = 's3cret'", name) for place, names in LATER.items() for name in names.split()]
-
-
-@pytest.mark.parametrize(("text", "name"), CASES)
-def test_a_name_of_a_later_release_says_so(refused, text, name):
-    assert refused(text).partition(": ")[2] == f"{name} is not supported yet: remove it"
-
-
 TABLE = "expected a table of names and values"
 RATE = "[destination]: track_per_minute: expected a whole number from 1 to 1000000"
 SCHEMA = "[database]: schema: expected at most 63 lower-case letters, digits and underscores, not starting with a digit"
@@ -311,11 +299,11 @@ REFUSED = [
     ("audiences = 's3cret'", "the file: audiences: expected [[audiences]], with two brackets"),
     ("[audiences]", "the file: audiences: expected [[audiences]], with two brackets"),
     ("audiences = ['s3cret']", f"[[audiences]] number 1: {TABLE}"),
-    ("[[audiences]]\nname = 'A'", "[[audiences]] A: sql: missing: expected a string that is not empty"),
+    ("[[audiences]]\nname = 'A'", "[[audiences]] A: missing: sql or query"),
     ("[[traits]]\nsql = 's3cret'", "[[traits]] number 1: name: missing: expected a string that is not empty"),
-    ("[[traits]]\nname = 'A'\nsql = ' '", "[[traits]] A: sql: expected a string that is not empty"),
+    ("[[traits]]\nname = 'A'\nsql = ' '", "[[traits]] A: expected either sql or query"),
     ("[[traits]]\nname = ' '\nsql = 's3cret'", "[[traits]]  : name: expected a string that is not empty"),
-    ("[[traits]]\nname = 'A'\nsql = 8675309", "[[traits]] A: sql: expected a string that is not empty"),
+    ("[[traits]]\nname = 'A'\nsql = 8675309", "[[traits]] A: sql: expected a string"),
     (TRAIT + "enabled = 's3cret'", "[[traits]] A: enabled: expected true or false"),
     (TRAIT + "timeout = 8675309", "[[traits]] A: timeout: expected a span, such as"),
     (TRAIT + "key = 8675309", "[[traits]] A: key: expected a string"),

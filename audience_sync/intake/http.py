@@ -196,7 +196,7 @@ class TrackingApi:
         headers = error.headers if isinstance(error, HTTPException) else None
         message = "there is no such path: calls go to /v1/batch, and /openapi.json describes the API"
         if status == 405:
-            message = f"this path takes {(headers or {}).get('Allow', 'other methods')} only"
+            message = f"this path takes {', '.join(sorted((headers or {}).get('Allow', 'other methods').split(', ')))} only"
         return self._refused(request, RefusalError(status, message, headers))
 
     def _refused(self, request: Request, refusal: RefusalError) -> Response:

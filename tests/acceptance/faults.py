@@ -19,7 +19,7 @@ from audience_sync.db import dialects
 from tests.conftest import PostgresServer
 
 USERS = 120
-IN_FLIGHT = 8
+IN_FLIGHT = 32  # at most in a lane
 EVERYONE = "SELECT user_id FROM people WHERE is_in = 1"
 SLOWLY = (
     f"{EVERYONE} AND (SELECT count(*) FROM people a, people b, people c, people d, people e) > 0"  # minutes

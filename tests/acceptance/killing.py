@@ -25,7 +25,7 @@ from audience_sync.sandbox import Limits, Sandbox
 
 SEED = os.environ.get("KILLS_SEED") or str(time.time_ns())
 KILLS_OF_A_SCENE = 100
-IN_FLIGHT = 8
+IN_FLIGHT = 32  # at most in a lane
 SYNCS_TO_REACH_A_POINT = 5
 RECOVERED_WITHIN_SECONDS = 150
 HEARTBEAT = "SELECT heartbeat_at FROM {our}destination"
