@@ -241,9 +241,9 @@ NAMES = {
 }
 IDS = [
     "it's", 'say "yes"', "a;b", "100%", "%s", ":x", "{our}", "a\\b", "two\nlines", "\u202eabc", "\U0001f600",
-    "cafe\u0301", "caf\u00e9", "Ann", "ann", "007", "7", "7.0", " a ", "\u00a0", "null", "x" * 255, "\u4e16" * 255,
+    "cafe\u0301", "caf\u00e9", "Ann", "ann", "007", "7", "7.0", " a ", "null", "x" * 255, "\u4e16" * 255,
 ]  # fmt: skip
-UNFIT = ["", " \t", "x" * 256, "y" * 1_000_000, None]
+UNFIT = ["", " \t", "\u00a0", "x" * 256, "y" * 1_000_000, None]
 
 
 @pytest.mark.parametrize("name", ["two\\nlines", "\\u202eright to left"])

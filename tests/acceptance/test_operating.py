@@ -5,14 +5,13 @@ import datetime as dt
 import gzip
 import json
 import shutil
-import tomllib
 from collections import Counter
 
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.cli.demo import CONFIGURATION
 from audience_sync.sandbox import Limits, Sandbox
+from tests.audiences.query.test_real_orders import AUDIENCES
 
 GOOD = "SELECT user_id FROM people"
 HIGH = "high_value_customers"
@@ -113,8 +112,7 @@ def shop(company, backend, orders):
 @pytest.fixture
 def high_value(start, backend):
     """A configuration with the demo's audience of that name; on PostgreSQL with its expression for a day."""
-    audiences = tomllib.loads(CONFIGURATION.format(url="", per_minute=1))["audiences"]
-    [query] = [each["sql"] for each in audiences if each["name"] == "High Value Customers"]
+    _, query = AUDIENCES["High Value Customers"]
     if backend == "postgresql":
         query = query.replace("date(:as_of)", "CAST(:as_of AS date)")
     return start({"High Value Customers": query})
