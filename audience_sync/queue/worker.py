@@ -175,10 +175,8 @@ class Worker:
         self._bulk = BulkLane(self.settings.jobs, self.clock, self._lanes["identify"])
         self._database_time = dialects.now(connection), monotonic
         self._recover(connection, ())
-        window_start = self._database_now() - dt.timedelta(seconds=window)
-        for end in requests.recent_request_ends(connection, window_start):
-            seconds_ago = max(0.0, (self._database_now() - end.ended_at).total_seconds())
-            self._lanes[end.lane].ended.append(monotonic - seconds_ago)
+        for end in requests.recent_request_ends(connection, self._database_now() - dt.timedelta(seconds=window)):
+            self._lanes[end.lane].ended.append(self._monotonic_of(end.ended_at))
         slow_downs = destination.slow_downs(connection)
         for name, lane in self._paces():
             if name in slow_downs:
@@ -195,6 +193,11 @@ class Worker:
         """Return the time by the database's clock, by which requests are recorded: another machine's may be wrong."""
         moment, monotonic = self._database_time
         return moment + dt.timedelta(seconds=self.clock.monotonic() - monotonic)
+
+    def _monotonic_of(self, moment: dt.datetime) -> float:
+        """Return a past moment of the database's clock by our own one, which goes on while this process takes over."""
+        database_time, monotonic = self._database_time
+        return min(monotonic + (moment - database_time).total_seconds(), self.clock.monotonic())
 
     def _lane(self, name: str) -> pace.Lane:
         per_minute, window = self.settings.per_minute[name], self.settings.window_seconds

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from audience_sync.db import dialects, engines
+from audience_sync.queue.pace import requests_in_flight
+from audience_sync.queue.worker import MAX_IN_FLIGHT
 from audience_sync.sandbox import Limits, Sandbox
 
 SEED = os.environ.get("KILLS_SEED") or str(time.time_ns())
 KILLS_OF_A_SCENE = 100
-IN_FLIGHT = 32  # at most in a lane
 SYNCS_TO_REACH_A_POINT = 5
 RECOVERED_WITHIN_SECONDS = 150
 HEARTBEAT = "SELECT heartbeat_at FROM {our}destination"
@@ -49,9 +50,15 @@ class Company:
             window_seconds=self.window_seconds,
         )
 
+    @property
+    def in_flight(self):
+        """The most requests that a crash may repeat: those in flight in a lane of this limit."""
+        return min(MAX_IN_FLIGHT, requests_in_flight(self.identify_per_minute / self.window_seconds))
+
 
 BULK_ROWS_PER_MINUTE = 2_400
 SMALL = Company(60, 30, 1_000_000, 10_000)
+MANY = Company(100, 90, 1_000_000, 10_000)  # more changes than requests that may be in flight
 WITH_JOBS = Company(100, 90, 20, 15, window_seconds=3.0)  # each sync has jobs, three at least
 
 
@@ -78,7 +85,7 @@ KINDS = {  # a run passes each point once for each of the three definitions
                         run_committed=(1, 2, 3)),
     ),
     "requests": Kind(
-        "claiming, sending and settling requests", 25, company=SMALL,
+        "claiming, sending and settling requests", 25, company=MANY,
         points=passings(claimed=(1, 2, 3), before_send=(1, 5, 12, 17), after_send=(1, 6, 13, 19),
                         settled=(1, 2, 3), lease_released=(1,)),
     ),

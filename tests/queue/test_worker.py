@@ -549,6 +549,25 @@ def test_the_window_holds_across_processes_whose_clocks_differ(hand_queue, clock
     assert min(started[5:]) >= 60
 
 
+def test_the_window_holds_while_a_process_takes_long_to_take_over(hand_queue, clock, worker_of):
+    pace = {"identify": 5, "track": 5, "company": 5}
+    hand_queue.fill(5, next_attempt_at=clock.now() - dt.timedelta(hours=1))
+    worker_of(clock=clock, per_minute=pace).deliver()
+    last_end = max(row.ended_at for row in hand_queue.requests())
+    hand_queue.fill(5, prefix="v", next_attempt_at=clock.now() - dt.timedelta(hours=1))
+    clock.seconds += 10
+
+    def slow(_connection, _cursor, statement, *_):
+        clock.seconds += 5 * ("ended_at IS NULL" in statement)  # requests of a lost process are ended
+
+    sa.event.listen(hand_queue.engine, "before_cursor_execute", slow)
+    worker_of(clock=clock, per_minute=pace, poll_seconds=5).deliver()
+    sa.event.remove(hand_queue.engine, "before_cursor_execute", slow)
+
+    assert hand_queue.counts() == {"accepted": 10}
+    assert min(row.started_at for row in hand_queue.requests()[5:]) >= last_end + dt.timedelta(seconds=60)
+
+
 def test_a_worker_that_lost_its_lease_writes_nothing(queue, worker_of, sandbox):
     queue.fill(20)
     worker = worker_of()
