@@ -75,7 +75,7 @@ def endless_statements(engine):
         return dialects.sql(
             connection,
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active' "
-            "AND strpos(query, 'audience_sync_snapshot') > 0 AND strpos(query, 'n(i)') > 0",
+            "AND starts_with(query, 'INSERT INTO pg_temp.audience_sync_snapshot') AND strpos(query, 'n(i)') > 0",
         ).scalar_one()
 
 
