@@ -213,7 +213,7 @@ class Simulation:
             self._deliver_all()
 
     def _deliver_all(self):
-        for _ in range(60):
+        for _ in range(400):
             self.deliver()
             if not self._pending():
                 return
