@@ -175,7 +175,9 @@ class Worker:
         self._bulk = BulkLane(self.settings.jobs, self.clock, self._lanes["identify"])
         self._database_time = dialects.now(connection), monotonic
         self._recover(connection, ())
-        for end in requests.recent_request_ends(connection, self._database_now() - dt.timedelta(seconds=window)):
+        for end in requests.recent_request_ends(
+            connection, self._database_now() - dt.timedelta(seconds=window)
+        ):
             self._lanes[end.lane].ended.append(self._monotonic_of(end.ended_at))
         slow_downs = destination.slow_downs(connection)
         for name, lane in self._paces():

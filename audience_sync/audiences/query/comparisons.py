@@ -5,10 +5,11 @@ A condition may be null instead of false; only NOT has to distinguish them.
 
 import datetime as dt
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import Any, assert_never
 
 import sqlalchemy as sa
 
@@ -17,9 +18,6 @@ from audience_sync.audiences.query.catalog import Catalog
 from audience_sync.audiences.query.dialect import Expression
 from audience_sync.audiences.query.moments import moved, parse_moment
 from audience_sync.audiences.query.tree import Comparator, Reducer
-
-if TYPE_CHECKING:
-    from audience_sync.audiences.query.rows import Row
 
 KINDS = ("number", "text", "boolean")  # of scalars, in the order in which values of several kinds are sorted
 ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
@@ -90,7 +88,7 @@ def _opposite(condition: tree.Condition) -> tree.Compared | None:
     return None
 
 
-class Scope:
+class Scope(ABC):
     """Compiles conditions and comparisons. `Users` and `Row` extend it, and compile the scalars."""
 
     def __init__(self, catalog: Catalog, as_of: dt.datetime) -> None:
@@ -116,7 +114,7 @@ class Scope:
             return _negated(_with_items(items, left.exists))
         return _with_items(items, self._test(compared, left))
 
-    def value(self, scalar: tree.Scalar) -> "tuple[list[sa.FromClause], SqlValue]":
+    def value(self, scalar: tree.Scalar) -> tuple[list[sa.FromClause], SqlValue]:
         """Return the tables of the list items in the scalar's path, and the scalar's value for one of the items."""
         match scalar:
             case tree.Constant(value):
@@ -125,20 +123,20 @@ class Scope:
                 return [], self.reduction(scalar)
             case tree.Trait(path):
                 return self.trait_value(path)
-            case tree.Property(path, of_parent) | tree.Context(path, of_parent):
-                return self.row(of_parent).column_value(path, in_context=isinstance(scalar, tree.Context))
+            case tree.Property() | tree.Context():
+                return self.property_value(scalar)
             case _:
                 assert_never(scalar)
 
-    def row(self, of_parent: bool) -> "Row":
-        """Return the current row, or the enclosing one; the parser refuses a property if there is none."""
-        raise NotImplementedError(of_parent)
+    @abstractmethod
+    def property_value(self, scalar: tree.Property | tree.Context) -> tuple[list[sa.FromClause], SqlValue]:
+        """Return a value of the current row or of the enclosing one."""
 
-    def trait_value(self, path: tree.ValuePath) -> "tuple[list[sa.FromClause], SqlValue]":
-        raise NotImplementedError
+    @abstractmethod
+    def trait_value(self, path: tree.ValuePath) -> tuple[list[sa.FromClause], SqlValue]: ...
 
-    def reduction(self, reduction: tree.Reduction) -> SqlValue:
-        raise NotImplementedError
+    @abstractmethod
+    def reduction(self, reduction: tree.Reduction) -> SqlValue: ...
 
     def _constant(self, value: str | float | bool) -> SqlValue:
         match value:

@@ -11,7 +11,7 @@ import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import sqlalchemy as sa
 
@@ -207,6 +207,9 @@ class Users(Scope):
         return True
 
     # Scalars.
+
+    def property_value(self, scalar: tree.Property | tree.Context) -> NoReturn:
+        raise AssertionError(f"the parser refuses a property outside of a stream: {scalar}")
 
     def compared(self, compared: tree.Compared) -> Expression:
         left = compared.left

@@ -128,17 +128,14 @@ class Row(Scope):
         arrivals = [self.alias.c[self.table.arrival]] if self.table.arrival else []
         return [*moments, *arrivals]
 
-    def row(self, of_parent: bool) -> "Row":
-        if not of_parent:
-            return self
-        assert self.parent is not None  # noqa: S101  (the parser checked)
-        return self.parent
-
-    def column_value(self, path: tree.ValuePath, *, in_context: bool) -> tuple[list[sa.FromClause], SqlValue]:
-        document = self.table.context if in_context else self.table.properties
-        if in_context and document is None:
+    def property_value(self, scalar: tree.Property | tree.Context) -> tuple[list[sa.FromClause], SqlValue]:
+        row = self.parent if scalar.of_parent else self
+        assert row is not None  # noqa: S101  (the parser checked)
+        is_context = isinstance(scalar, tree.Context)
+        document = row.table.context if is_context else row.table.properties
+        if is_context and document is None:
             return [], ABSENT
-        return self.users.value_in(self.table, self.alias, document, path)
+        return self.users.value_in(row.table, row.alias, document, scalar.path)
 
     def trait_value(self, path: tree.ValuePath) -> tuple[list[sa.FromClause], SqlValue]:
         return self.users.trait_of(path, self)
