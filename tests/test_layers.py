@@ -204,4 +204,4 @@ def test_each_owner_writes_its_tables(repository):
     ],
 )
 def test_a_foreign_statement_is_noticed(statement, table):
-    assert foreign_writes("history.py", statement) == {table}
+    assert foreign_writes("history/runs.py", statement) == {table}

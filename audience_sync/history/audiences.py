@@ -1,0 +1,75 @@
+"""Questions about definitions: how they stand, and their sizes."""
+
+import datetime as dt
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences import slots
+from audience_sync.db import dialects, tables
+from audience_sync.history.runs import RUNS, held_runs, run_rows
+from audience_sync.settings import Settings
+
+
+def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
+    """The configured definitions, then the keys that were synced but are not in the configuration any more."""
+    configured = {definition.key: definition for definition in settings.definitions}
+    rows = connection.execute(
+        sa.select(tables.definitions).order_by(tables.definitions.c.definition_id)
+    ).all()
+    stored = {row.key: row for row in rows}
+    sizes, last_runs = _member_counts(connection), _last_runs(connection)
+    held = {run["key"] for run in held_runs(connection)}
+    outlooks = slots.outlooks(connection, settings.definitions, now)
+    documents = []
+    for key in dict.fromkeys([*configured, *stored]):
+        row, definition = stored.get(key), configured.get(key)
+        if row is not None and row.retired_at is not None:
+            state = "retired"
+        elif definition is None:
+            state = "not configured"
+        elif key in held:
+            state = "held"
+        else:
+            state = "enabled" if definition.enabled else "disabled"
+        outlook = outlooks.get(key)
+        documents.append(
+            {
+                "key": key,
+                "name": definition.name if definition else stored[key].name,
+                "kind": definition.kind.value if definition else stored[key].kind,
+                "member_count": sizes.get(key, 0),
+                "last_run": last_runs.get(key),
+                "next_slot_at": outlook.next_at if outlook and not outlook.waits else None,
+                "state": state,
+            }
+        )
+    return documents
+
+
+def _last_runs(connection: sa.Connection) -> dict[str, dict[str, Any]]:
+    run_ids = connection.execute(_newest()).scalars().all()
+    return {run["key"]: run for run in run_rows(connection, ids=[run_id for run_id in run_ids if run_id])}
+
+
+def _newest(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """The id of each definition's newest run that meets a condition, by the index of runs; null if there is none."""
+    is_of = tables.runs.c.definition_id == tables.definitions.c.definition_id
+    newest = (
+        sa.select(tables.runs.c.run_id).where(is_of, *where).order_by(tables.runs.c.run_id.desc()).limit(1)
+    )
+    return sa.select(newest.correlate(tables.definitions).scalar_subquery()).select_from(tables.definitions)
+
+
+def _member_counts(connection: sa.Connection) -> dict[str, int]:
+    """The sizes of the last committed snapshots, without the members who were erased since."""
+    run_ids = connection.execute(_newest(tables.runs.c.status == "succeeded")).scalars().all()
+    query = RUNS.where(dialects.is_among(connection, tables.runs.c.run_id, filter(None, run_ids)))
+    query = query.add_columns(tables.definitions.c.forgotten_count)
+    return {row.key: row.member_count - row.forgotten_count for row in connection.execute(query)}
+
+
+def definition_id(connection: sa.Connection, key: str) -> int | None:
+    """The id of a key that was synced before."""
+    query = sa.select(tables.definitions.c.definition_id).where(tables.definitions.c.key == key)
+    return connection.execute(query).scalar()

@@ -1,0 +1,124 @@
+"""The state of the queue, the lanes, the daemon and the schedules."""
+
+import datetime as dt
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences import slots
+from audience_sync.db import leases, tables
+from audience_sync.history.runs import UNSETTLED, failed_runs, held_runs
+from audience_sync.queue import destination, due
+from audience_sync.settings import Settings
+
+LANES = ("identify", "track", "company", "bulk")
+MINUTE = dt.timedelta(minutes=1)
+ALIVE_SECONDS = 60.0  # since the daemon's last heartbeat
+
+
+def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
+    """The state of the queue, the lanes, the daemon and the schedules."""
+    counts = due.counts(connection, tables.deliveries.c.status.in_((*UNSETTLED, "dead")))
+    created_at, is_queued = (
+        tables.deliveries.c.created_at,
+        tables.deliveries.c.status.in_(("pending", "sending")),
+    )
+    oldest = sa.select(sa.func.min(created_at, type_=created_at.type)).where(is_queued)
+    stopped = destination.stopped(connection)
+    holder = leases.holder(connection, leases.QUEUE)
+    job = _bulk_job(connection)
+    return {
+        "stopped": stopped and {"since": stopped[0], "reason": stopped[1]},
+        "deliverer": holder and {"host": holder.host, "pid": holder.pid},
+        "pending_count": counts.get("pending", 0) + counts.get("sending", 0),
+        "held_count": counts.get("held", 0),
+        "held_runs": held_runs(connection),
+        "dead_count": counts.get("dead", 0),
+        "oldest_at": connection.execute(oldest).scalar(),
+        "late_count": _retried_count(connection, now),
+        "bulk_job": job,
+        "call_count": connection.execute(sa.select(sa.func.count()).select_from(tables.calls)).scalar_one(),
+        "daemon": daemon_state(connection, now),
+        "lanes": _lanes(connection, settings, job, now),
+        **_schedules(connection, settings, now),
+    }
+
+
+def _retried_count(connection: sa.Connection, now: dt.datetime) -> int:
+    """The number of deliveries that failed and wait for another attempt."""
+    statement = sa.select(sa.func.count()).where(
+        tables.deliveries.c.status == "pending",
+        tables.deliveries.c.attempt_count > 0,
+        tables.deliveries.c.next_attempt_at > now,
+    )
+    return int(connection.execute(statement).scalar_one())
+
+
+def _bulk_job(connection: sa.Connection) -> dict[str, Any] | None:
+    """The bulk job that is under way."""
+    columns = [
+        tables.bulk_jobs.c[name]
+        for name in ("job_id", "state", "row_count", "completed_count", "submitted_at")
+    ]
+    query = sa.select(*columns).where(tables.bulk_jobs.c.status.in_(("uploading", "running")))
+    row = connection.execute(query.order_by(tables.bulk_jobs.c.request_id.desc()).limit(1)).one_or_none()
+    return None if row is None else dict(row._mapping)  # noqa: SLF001  (SQLAlchemy's public name)
+
+
+def daemon_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
+    heartbeat_at = destination.last_heartbeat(connection)
+    is_alive = heartbeat_at is not None and now - heartbeat_at < dt.timedelta(seconds=ALIVE_SECONDS)
+    return {"heartbeat_at": heartbeat_at, "is_alive": is_alive}
+
+
+def _lanes(
+    connection: sa.Connection, settings: Settings, job: dict[str, Any] | None, now: dt.datetime
+) -> dict[str, dict[str, Any]]:
+    """Each lane's limit and use, in requests; the bulk lane's in rows."""
+    since = now - MINUTE
+    requests = sa.select(tables.requests.c.lane, sa.func.count().label("number"))
+    is_recent = sa.and_(tables.requests.c.lane.in_(LANES), tables.requests.c.started_at > since)
+    requests = requests.where(is_recent).group_by(tables.requests.c.lane)
+    rows = sa.select(sa.func.coalesce(sa.func.sum(tables.bulk_jobs.c.row_count), 0))
+    sent = {row.lane: row.number for row in connection.execute(requests)}
+    sent["bulk"] = int(connection.execute(rows.where(tables.bulk_jobs.c.submitted_at > since)).scalar_one())
+    slow, limits = destination.slow_downs(connection), settings.destination
+    per_minute = {
+        "identify": limits.identify_per_minute,
+        "track": limits.track_per_minute,
+        "company": limits.company_per_minute,
+        "bulk": limits.bulk_rows_per_minute if limits.bulk else 0,
+    }
+    lanes = {
+        name: {
+            "per_minute": int(limit * slow.get(name, {}).get("factor", 1.0)),
+            "sent_last_minute": sent.get(name, 0),
+            "paused_until": slow.get(name, {}).get("paused_until"),
+            "reason": slow.get(name, {}).get("reason"),
+        }
+        for name, limit in per_minute.items()
+    }
+    if not lanes["bulk"]["reason"] and (job or not limits.bulk):
+        lanes["bulk"]["reason"] = _describe(job) if job else "switched off"
+    return lanes
+
+
+def _describe(job: dict[str, Any]) -> str:
+    done = "" if job["completed_count"] is None else f", {job['completed_count']:,} done"
+    return f"a job of {job['row_count']:,} rows since {job['submitted_at']:%Y-%m-%d %H:%M}{done}"
+
+
+def _schedules(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
+    """The runs that failed, the next slots in order, and the keys whose slots wait for a held run or are late."""
+    outlooks = slots.outlooks(connection, settings.definitions, now)
+    upcoming = sorted(
+        (outlook.next_at, key) for key, outlook in outlooks.items() if outlook.next_at and not outlook.waits
+    )
+    late_since = {key: outlook.late_since for key, outlook in outlooks.items() if outlook.late_since}
+    return {
+        "failed_runs": failed_runs(connection, settings, outlooks),
+        "next_slots": [{"key": key, "slot_at": slot_at} for slot_at, key in upcoming],
+        "waiting": [key for key, outlook in outlooks.items() if outlook.waits],
+        "late": list(late_since),
+        "late_since": late_since,
+    }
