@@ -1,4 +1,4 @@
-# Python 3.11 or newer and make are all that is needed. One test needs node and npm, and is skipped without them.
+# Python 3.11 or newer and make are all that is needed. A few tests need PgBouncer, or node and npm, and are skipped without.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

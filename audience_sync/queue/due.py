@@ -74,11 +74,6 @@ def refresh_statistics(connection: sa.Connection) -> None:
         sql(connection, "ANALYZE {our}deliveries")
 
 
-def not_by_index(column: sa.Column[str]) -> sa.ColumnElement[str]:
-    """Return the column as an expression that no index matches."""
-    return column.concat("")
-
-
 def _pending_by_full_index() -> sa.ColumnElement[bool]:
     """Return the condition for pending in a form that matches a status column of an index, but no partial index."""
     return deliveries.c.status.in_(("pending", ""))

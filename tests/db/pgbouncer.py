@@ -8,8 +8,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import sqlalchemy as sa
+
+from tests.tools import required
 
 SECONDS = 60  # to start, at a high load
 
@@ -17,9 +18,7 @@ SECONDS = 60  # to start, at a high load
 @contextmanager
 def pgbouncer(server_url, mode, **more):
     """Run PgBouncer in a pool mode; yield a function that returns the URL of a database through it."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        pytest.skip("PgBouncer is not installed (Debian: apt-get install pgbouncer)")
+    program = required("pgbouncer", "apt-get install pgbouncer, on Debian")
     url = sa.make_url(server_url)
     socket = Path(url.query["host"])
     folder = Path(tempfile.mkdtemp(prefix="pgb-"))

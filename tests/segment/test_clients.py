@@ -1,7 +1,6 @@
 """Segment's own libraries send to `serve`: every call arrives once, also when the server is killed in between."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from audience_sync.db import dialects, engines
 from tests.intake.conftest import KEY, served
+from tests.tools import required
 
 CLIENTS = Path(__file__).parent / "clients"
 COUNT = 60  # of each of six types
@@ -23,14 +23,11 @@ TYPES = ("identify", "track", "group", "page", "screen", "alias")
 @pytest.fixture(scope="session")
 def node(tmp_path_factory):
     """The command that sends with the library for Node, which is installed first."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        wanted = "node and npm are not installed: Segment's library for Node needs them"
-        # No test is skipped in CI; at home Python alone is enough.
-        pytest.fail(wanted) if os.environ.get("CI") else pytest.skip(wanted)
+    node, npm = (required(program, "Segment's library for Node needs it") for program in ("node", "npm"))
     folder = tmp_path_factory.mktemp("clients") / "node"
     shutil.copytree(CLIENTS, folder, ignore=shutil.ignore_patterns("node_modules"))
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True)
-    return ["node", str(folder / "send.mjs")]
+    subprocess.run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True)
+    return [node, str(folder / "send.mjs")]
 
 
 @pytest.fixture(params=["python", "python with gzip", "node"])

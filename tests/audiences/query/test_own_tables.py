@@ -238,9 +238,9 @@ def test_links_between_columns_of_different_types_compare_texts(engine, shop):
             assert users_of(connection, configured(text, shop, mappings)) == {"a"}, text
 
 
+# On PostgreSQL only a collation of ICU can make them equal, and the tests' server is built without ICU.
+@pytest.mark.parametrize("backend", ["sqlite"])
 def test_a_columns_collation_does_not_make_different_texts_equal(engine, shop):
-    if not dialects.is_sqlite(engine):
-        pytest.skip("the server of the tests has no collation that ignores case")
     add_tables(
         engine,
         shop,
