@@ -3,12 +3,13 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 import msgspec
 
+from audience_sync.audiences.query.configured import TableMapping
 from audience_sync.errors import MissingVariable
 
 # Messages show a description after "expected".
@@ -175,19 +176,16 @@ class DefaultSettings(Table, frozen=True):
     ready_sql: str = ""
 
 
-class TableSettings(Table, frozen=True):
-    """A table that queries read as events, as an entity or as a part of the profiles."""
-
-    table: str | None = None
-    sql: str | None = None
-    source: str | None = None
-    user_id: str | None = None
-    timestamp: str | None = None
-    event: str | None = None
-    parent: str | None = None
-    parent_id: str | None = None
-    id: str | None = None
-    profile: bool = False
+# A table that queries read as events, as an entity or as a part of the profiles. Its name is that of the section.
+TableSettings = cast(
+    "type[Table]",
+    msgspec.defstruct(
+        "TableSettings",
+        [(field.name, field.type, field.default) for field in fields(TableMapping) if field.name != "name"],
+        bases=(Table,),
+        frozen=True,
+    ),
+)
 
 
 class DefinitionSettings(DefaultSettings, frozen=True, kw_only=True):
