@@ -19,7 +19,7 @@ from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_a
 
 from audience_sync.calls.operations import COMPARISONS, FUNCTIONS, MAX_GLOB_LENGTH, glob
 from audience_sync.errors import ConfigError
-from audience_sync.suggest import did_you_mean
+from audience_sync.suggest import did_you_mean, located, one_of
 
 MAX_LENGTH = 10_000
 MAX_LEVELS = 50
@@ -85,9 +85,9 @@ def parse_trigger(text: str) -> Expression:
     try:
         expression = cast("Expression", _parser().parse(text))  # _Builder's result
     except _Mistake as mistake:
-        raise ConfigError(_located(text, mistake.position, mistake.message)) from None
+        raise ConfigError(located(text, mistake.position, mistake.message)) from None
     except UnexpectedInput as error:
-        raise ConfigError(_located(text, *_unexpected(text, error))) from None
+        raise ConfigError(located(text, *_unexpected(text, error))) from None
     level: list[Expression] = [expression]
     for _ in range(MAX_LEVELS):
         level = [child for node in level for child in _children(node)]
@@ -289,13 +289,4 @@ def _expected(accepted: Collection[str]) -> str:
         return "a value: a field, text in quotes, a number, true, false, null, a list, or a function"
     if "PATH" in accepted:
         return "a list or a field"
-    *names, last = [name for terminal, name in _EXPECTED.items() if terminal in accepted]
-    return f"{', '.join(names)} or {last}" if names else last
-
-
-def _located(text: str, position: int, message: str) -> str:
-    before, after = text[:position].rpartition("\n")[2], text[position:].partition("\n")[0]
-    start = before[-30:]
-    excerpt = "".join(letter if letter.isprintable() else " " for letter in start + after[:30])
-    line = text.count("\n", 0, position) + 1
-    return f"line {line}, column {len(before) + 1}: {message}\n    {excerpt}\n    {' ' * len(start)}^"
+    return one_of([name for terminal, name in _EXPECTED.items() if terminal in accepted])

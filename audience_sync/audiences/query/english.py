@@ -5,6 +5,7 @@ from typing import TypeGuard, assert_never
 from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.layout import length_text, path_text, span_text
 from audience_sync.audiences.query.tree import Comparator, Reducer
+from audience_sync.suggest import one_of
 
 OF_USER = "the user's "  # precedes a trait among properties
 _COMPARISONS = {
@@ -97,7 +98,7 @@ def _compared(compared: tree.Compared, whose: str) -> str:
         text = span_text(compared.span)
     else:
         values = [_scalar(argument, whose) for argument in compared.arguments]
-        text = " or ".join([", ".join(values[:-1]), values[-1]]) if len(values) > 1 else "".join(values)
+        text = one_of(values) if values else ""
     return f"{_scalar(left, whose)} {_COMPARISONS[comparator].format(text)}"
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from lark import Lark, Token, Tree, UnexpectedInput, UnexpectedToken
 
 from audience_sync.errors import ConfigError
-from audience_sync.suggest import shown
+from audience_sync.suggest import located, one_of, shown
 
 MAX_LENGTH = 20_000
 MAX_LEVELS = 64
@@ -24,7 +24,7 @@ class QueryError(ConfigError):
 
     def __init__(self, text: str, position: int, reason: str) -> None:
         self.position, self.reason = position, reason
-        super().__init__(_located(text, position, reason))
+        super().__init__(located(text, position, reason))
 
 
 @cache
@@ -156,18 +156,8 @@ def _expected(accepted: Collection[str]) -> str:
         return "a condition, such as event('Order Completed').count() >= 1"
     if {"TRUE", "NAME"} <= set(accepted):
         return "a value: a string in quotes, a number, true, false, trait(…) or another function"
-    *names, last = [name for terminal, name in _EXPECTED.items() if terminal in accepted] or [
-        "something else"
-    ]
-    return f"{', '.join(names)} or {last}" if names else last
-
-
-def _located(text: str, position: int, reason: str) -> str:
-    before, after = text[:position].rpartition("\n")[2], text[position:].partition("\n")[0]
-    start = before[-30:]
-    excerpt = "".join(letter if letter.isprintable() else " " for letter in start + after[:30])
-    line = text.count("\n", 0, position) + 1
-    return f"line {line}, column {len(before) + 1}: {reason}\n    {excerpt}\n    {' ' * len(start)}^"
+    names = [name for terminal, name in _EXPECTED.items() if terminal in accepted]
+    return one_of(names or ["something else"])
 
 
 def start_of(token: Token) -> int:
