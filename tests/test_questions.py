@@ -4,12 +4,12 @@ import datetime as dt
 import re
 
 import pytest
-import sqlalchemy as sa
 
 from audience_sync import history
 from audience_sync.db import dialects, engines, tables
 from audience_sync.retention import erasure
 from audience_sync.settings import load
+from tests.plans import recorded_plans
 
 ROWS = 3_000
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
@@ -132,21 +132,9 @@ def filled(engine, request):
 
 @pytest.fixture
 def plans(filled):
-    """Record each statement with its plan."""
-    recorded = []
-
-    def explain(connection, _cursor, statement, parameters, *_):
-        if statement.lstrip().upper().startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
-            how = "EXPLAIN QUERY PLAN" if dialects.is_sqlite(filled) else "EXPLAIN"
-            cursor = connection.connection.dbapi_connection.cursor()
-            cursor.execute(
-                f"{how} {statement}", parameters[0] if isinstance(parameters, list) else parameters
-            )
-            recorded.append((statement, [str(row[-1]) for row in cursor.fetchall()]))
-
-    sa.event.listen(filled, "before_cursor_execute", explain)
-    yield recorded
-    sa.event.remove(filled, "before_cursor_execute", explain)
+    """Each statement with its plan."""
+    with recorded_plans(filled) as recorded:
+        yield recorded
 
 
 QUESTIONS = {
