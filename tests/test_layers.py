@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "sandbox": set(),
     "intake": BASE | {"queue", "calls", "settings", "app"},
     "daemon": BASE | {"queue", "audiences", "app"},
+    "web": BASE | {"queue", "audiences", "settings", "app", "history"},
 }
-ONLY_CLI_IMPORTS = {"cli", "daemon", "intake", "history", "sandbox"}
+ONLY_CLI_IMPORTS = {"cli", "daemon", "intake", "sandbox", "web"}
 ONLY_STANDARD_LIBRARY = {"errors", "clock", "crash", "suggest"}
 
 

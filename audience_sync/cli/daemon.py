@@ -59,14 +59,14 @@ def serve(
         typer.Option(metavar="PORT", min=0, max=65_535, help="The port to listen on; 0 takes a free one."),
     ] = 8040,
 ) -> None:
-    """Accept calls by HTTP, until stopped.
+    """Show the dashboard and accept calls by HTTP, until stopped.
 
-    The API is the one that Segment's libraries call: give them this address as host, and a key of [tracking]
-    write_keys. Calls are stored and queued; `daemon` or `deliver` sends them. Needs the extra packages of
-    `pip install 'audience-sync[web]'`.
+    Open the address in a browser to see the dashboard. The API for calls is the one that Segment's libraries use: give
+    them this address as host, and a key of [tracking] write_keys. Calls are stored and queued; `daemon` or `deliver`
+    sends them. Needs the extra packages of `pip install 'audience-sync[web]'`.
     """
     try:
-        http, server, writer = lazy.http, lazy.server, lazy.writer
+        http, server, site, writer = lazy.http, lazy.server, lazy.site, lazy.writer
     except ImportError as error:
         raise ConfigError("serve needs more packages: run pip install 'audience-sync[web]'.") from error
     with session.open_app(context) as app:
@@ -85,12 +85,11 @@ def serve(
 
         with server.listen(host, port) as listening:
             shown = f"[{host}]" if ":" in host else host
-            output.line(
-                f"Listening on http://{shown}:{listening.getsockname()[1]}/ for calls. Ctrl-C stops it."
-            )
+            address = f"http://{shown}:{listening.getsockname()[1]}/"
+            output.line(f"The dashboard is at {address}, where calls are accepted, too. Ctrl-C stops it.")
             sys.stdout.flush()
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, stop)
             with writer.Writer(app) as running:
-                api = http.TrackingApi(app, running).asgi()
+                api = http.TrackingApi(app, running).asgi(site.dashboard(app))
                 server.TrackingServer(api, app.stop).run(sockets=[listening])

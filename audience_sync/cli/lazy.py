@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from audience_sync.queue import deliveries, destination, due
     from audience_sync.retention import erasure
     from audience_sync.userpilot import answers
+    from audience_sync.web import site
 
 PACKAGES = {
     "audience_sync": ("app", "daemon", "history", "intake", "sandbox"),
@@ -34,6 +35,7 @@ PACKAGES = {
     "audience_sync.queue": ("deliveries", "destination", "due"),
     "audience_sync.retention": ("erasure",),
     "audience_sync.userpilot": ("answers",),
+    "audience_sync.web": ("site",),
 }
 
 

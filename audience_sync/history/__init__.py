@@ -3,7 +3,7 @@
 Answers are dicts with the names of the JSON output.
 """
 
-from audience_sync.history.audiences import definition_id, definitions
+from audience_sync.history.audiences import definition_id, definitions, recent_sizes
 from audience_sync.history.members import member_rows
 from audience_sync.history.overview import daemon_state, status
 from audience_sync.history.paging import pages
@@ -19,6 +19,7 @@ __all__ = [
     "delivery_rows",
     "member_rows",
     "pages",
+    "recent_sizes",
     "run_in_full",
     "run_rows",
     "status",

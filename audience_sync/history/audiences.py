@@ -10,6 +10,8 @@ from audience_sync.db import dialects, tables
 from audience_sync.history.runs import RUNS, held_runs, run_rows
 from audience_sync.settings import Settings
 
+_UNITED = 100  # queries in a statement; SQLite allows 500
+
 
 def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
     """The configured definitions, then the keys that were synced but are not in the configuration any more."""
@@ -73,3 +75,28 @@ def definition_id(connection: sa.Connection, key: str) -> int | None:
     """The id of a key that was synced before."""
     query = sa.select(tables.definitions.c.definition_id).where(tables.definitions.c.key == key)
     return connection.execute(query).scalar()
+
+
+def recent_sizes(connection: sa.Connection, limit: int = 30) -> dict[str, list[int]]:
+    """The sizes after the last committed runs of each definition, oldest first, by key."""
+    keys = {
+        row.definition_id: row.key
+        for row in connection.execute(sa.select(tables.definitions.c.definition_id, tables.definitions.c.key))
+    }
+    sizes: dict[str, list[int]] = {key: [] for key in keys.values()}
+    runs = tables.runs.c
+    for start in range(0, len(keys), _UNITED):
+        ids = list(keys)[start : start + _UNITED]
+        newest = (
+            sa.select(
+                sa.select(runs.definition_id, runs.run_id, runs.member_count)
+                .where(runs.definition_id == definition_id, runs.status == "succeeded")
+                .order_by(runs.run_id.desc())
+                .limit(limit)
+                .subquery()
+            )
+            for definition_id in ids
+        )
+        for row in sorted(connection.execute(sa.union_all(*newest)), key=lambda row: row.run_id):
+            sizes[keys[row.definition_id]].append(row.member_count)
+    return sizes

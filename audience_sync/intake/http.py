@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from audience_sync import __version__, intake, logs
@@ -176,19 +176,26 @@ class TrackingApi:
         self._description = json.loads(Path(__file__).with_name("openapi.json").read_bytes())
         self._description["info"]["version"] = __version__
 
-    def asgi(self) -> Starlette:
+    def asgi(self, dashboard: ASGIApp | None = None) -> Starlette:
+        """Return the application; a dashboard answers all paths outside of /v1 that are not the API's."""
+        routes: list[BaseRoute] = [
+            *(Route(f"/v1/{name}", self._post, methods=["POST"]) for name in _KINDS),
+            Route("/healthz", self._health, methods=["GET"]),
+            Route("/openapi.json", self._openapi, methods=["GET"]),
+        ]
+        if dashboard is not None:
+            routes += [Mount("/v1", self._no_path), Mount("/", dashboard)]
         application = Starlette(
-            routes=[
-                *(Route(f"/v1/{name}", self._post, methods=["POST"]) for name in _KINDS),
-                Route("/healthz", self._health, methods=["GET"]),
-                Route("/openapi.json", self._openapi, methods=["GET"]),
-            ],
+            routes=routes,
             middleware=[Middleware(CanonicalPath)],
             exception_handlers={404: self._refuse_path, 405: self._refuse_path},
         )
         application.router.redirect_slashes = False
         application.state.refusals = self.refusals
         return application
+
+    async def _no_path(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (await self._refuse_path(Request(scope), HTTPException(404)))(scope, receive, send)
 
     async def _refuse_path(self, request: Request, error: Exception) -> Response:
         """Answer a request with a path or a method that the API does not have."""

@@ -122,6 +122,6 @@ def served(command, port=0):
     with command.popen("serve", "--port", str(port)) as process:
         said = process.stdout.readline()
         try:
-            yield process, int(re.fullmatch(r"Listening on http://127.0.0.1:(\d+)/ for calls.*\n", said)[1])
+            yield process, int(re.fullmatch(r"The dashboard is at http://127.0.0.1:(\d+)/, .*\n", said)[1])
         finally:
             process.send_signal(signal.SIGKILL)

@@ -1,0 +1,91 @@
+"""Turns answers of `history` into HTML: the template environment, and how numbers, times and states look."""
+
+import datetime as dt
+import json
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+from urllib.parse import urlencode
+
+import jinja2
+from markupsafe import Markup, escape
+
+from audience_sync import __version__
+
+# A shape beside each state's word, so that nobody depends on colours: (CSS class, shape).
+STATES = {
+    "enabled": ("good", "●"), "succeeded": ("good", "✓"), "accepted": ("good", "✓"),
+    "running": ("busy", "◐"), "pending": ("busy", "◔"), "sending": ("busy", "◐"),
+    "held": ("warn", "▲"), "late": ("warn", "▲"), "abandoned": ("bad", "✕"),
+    "failed": ("bad", "✕"), "dead": ("bad", "✕"), "stopped": ("bad", "■"),
+    "disabled": ("quiet", "○"), "retired": ("quiet", "○"), "not configured": ("quiet", "○"),
+    "rejected": ("quiet", "○"), "cancelled": ("quiet", "○"), "ignored": ("quiet", "○"),
+}  # fmt: skip
+SPARKLINE_WIDTH, SPARKLINE_HEIGHT = 120, 28
+
+
+@cache
+def environment() -> jinja2.Environment:
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("audience_sync.web"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters.update(number=number, moment=time_tag, state=state, sparkline=sparkline, json=as_json)
+    templates.globals.update(link=link, version=__version__)
+    return templates
+
+
+def number(value: float | None) -> str:
+    """A number with separators; nothing for None."""
+    return "" if value is None else f"{value:,}"
+
+
+def time_tag(value: dt.datetime | None) -> Markup:
+    """A time in UTC; the browser adds the local time as a tooltip."""
+    if value is None:
+        return Markup()
+    utc = value.astimezone(dt.UTC)
+    text = f"{utc:%Y-%m-%d %H:%M}" if utc.second == 0 else f"{utc:%Y-%m-%d %H:%M:%S}"
+    return Markup('<time datetime="{}">{}</time>').format(utc.isoformat(timespec="seconds"), text)
+
+
+def state(name: str) -> Markup:
+    """A state as a shape and a word."""
+    look, shape = STATES.get(name, ("quiet", "○"))
+    return Markup('<span class="state {}"><span aria-hidden="true">{}</span> {}</span>').format(
+        look, shape, name
+    )
+
+
+def sparkline(sizes: Iterable[int]) -> Markup:
+    """A small line chart of numbers, oldest first."""
+    numbers = list(sizes)
+    if len(numbers) < 2:
+        return Markup()
+    low, high = min(numbers), max(numbers)
+    step = SPARKLINE_WIDTH / (len(numbers) - 1)
+    scale = (SPARKLINE_HEIGHT - 4) / ((high - low) or 1)
+    middle = SPARKLINE_HEIGHT / 2
+    points = " ".join(
+        f"{place * step:.1f},{middle if high == low else SPARKLINE_HEIGHT - 2 - (value - low) * scale:.1f}"
+        for place, value in enumerate(numbers)
+    )
+    label = f"from {numbers[0]:,} to {numbers[-1]:,} members in {len(numbers)} runs"
+    return Markup(
+        '<svg class="sparkline" viewBox="0 0 {} {}" role="img" aria-label="{}" preserveAspectRatio="none">'
+        '<polyline points="{}" vector-effect="non-scaling-stroke"/></svg>'
+    ).format(SPARKLINE_WIDTH, SPARKLINE_HEIGHT, label, points)
+
+
+def as_json(value: Any) -> str:
+    """A value as readable JSON; a template escapes it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def link(path: str, **parameters: Any) -> str:
+    """A path with a query string of the parameters that are set."""
+    given = {name: str(value) for name, value in parameters.items() if value not in (None, "")}
+    return str(escape(path)) if not given else f"{path}?{urlencode(given)}"

@@ -1,0 +1,18 @@
+// What the pages do beyond HTML: local times, the search key, and the charts.
+"use strict";
+
+function addLocalTimes(root) {
+  for (const time of root.querySelectorAll("time[datetime]")) {
+    time.title = new Date(time.dateTime).toLocaleString(undefined, { dateStyle: "full", timeStyle: "long" });
+  }
+}
+
+document.addEventListener("keydown", (event) => {
+  const isTyping = event.target.closest("input, textarea, select");
+  if (event.key === "/" && !isTyping && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    event.preventDefault();
+    document.getElementById("find")?.focus();
+  }
+});
+document.addEventListener("htmx:afterSwap", () => addLocalTimes(document));
+addLocalTimes(document);
