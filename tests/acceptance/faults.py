@@ -181,6 +181,7 @@ def own_server():
     folder = tempfile.mkdtemp(prefix="audience-sync-pg-")
     server = OwnServer(folder)
     yield server
+    server.postgres.engine.dispose()
     server.control("stop")
     shutil.rmtree(folder)
 
