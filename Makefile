@@ -10,9 +10,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# The program with its dependencies; what the demo needs.
+# The program with its dependencies; what the demo and its dashboard need.
 $(VENV)/program: pyproject.toml | $(BIN)/pip
-	$(PIP) --editable .
+	$(PIP) --editable ".[web]"
 	touch $@
 
 # The program, the test tools and the linters.

@@ -9,6 +9,7 @@ import gzip
 import importlib.resources
 import json
 import os
+import shlex
 import shutil
 import sqlite3
 import sys
@@ -91,8 +92,13 @@ def run(folder: Path) -> None:
             _sync_days(app, sandbox.url)
             _send_calls(app, sandbox.url)
             _show_history(app)
-    output.line("Everything that was computed and sent is stored. Look around:")
-    program = f"{_program()} --config {configuration}"
+    output.line()
+    output.line(
+        "Everything that was computed and sent is stored. To see it, open the dashboard in a browser:"
+    )
+    program = f"{_program()} --config {shlex.quote(str(configuration))}"
+    output.line(f"  {program} serve")
+    output.line("It says at which address. The same on the command line:")
     for command in (
         "list",
         "explain at_risk",

@@ -206,7 +206,7 @@ def demo(
     """Try everything on real orders, without an account.
 
     Starts a local stand-in for Userpilot, loads a year of orders into SQLite, syncs three audiences for each day of a
-    month and sends a few calls. It ends with commands that explore the result.
+    month and sends a few calls. It ends with commands that explore the result; the first, `serve`, shows it in a browser.
     """
     lazy.demo.run(folder)
 

@@ -1,10 +1,13 @@
 """The wheel, installed outside the checkout, contains a working program with its migrations and data."""
 
 import contextlib
+import re
 import sqlite3
 import subprocess
 import sys
 import tomllib
+
+import httpx
 
 
 def run(*arguments, **options):
@@ -46,7 +49,26 @@ def test_the_installed_wheel_works(tmp_path, repository, environ):
     asked = program("sync", "--no-deliver")  # one member of the starter's audience, two values of its trait
     assert "sends 3 deliveries in the queue." in asked
 
-    assert "31 syncs of three audiences" in program("demo", "months")
+    ended = program("demo", "months")
+    assert "31 syncs of three audiences" in ended
+    suggested = ended.partition("open the dashboard in a browser:\n")[2].splitlines()[0]
+    assert suggested.endswith(" --config months/audience_sync.toml serve")
+    serve = (sys.executable, "-P", "-m", "audience_sync", *suggested.split()[-3:], "--port", "0")
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, cwd=home, env=environ) as process:
+        try:
+            address = re.search(r"http://127.0.0.1:\d+/", process.stdout.readline())[0]
+            page = httpx.get(address)
+            assert "at_risk" in page.text
+            for name in re.findall(r'(?:src|href)="/(static/[^"]+)"', page.text):
+                assert httpx.get(address + name).status_code == 200, name
+        finally:
+            process.terminate()
+    shipped = {path.relative_to(install) for path in (install / "audience_sync" / "web").rglob("*.*")}
+    assert {path for path in shipped if path.suffix not in {".py", ".pyc"}} == {
+        path.relative_to(repository)
+        for path in (repository / "audience_sync" / "web").rglob("*.*")
+        if path.suffix not in {".py", ".pyc"}
+    }
     asked = program("--config", "months/audience_sync.toml", "history", "at_risk")
     assert "succeeded" in asked
     assert "CC BY 4.0" in (install / "audience_sync" / "demo_data" / "ATTRIBUTION.txt").read_text()
