@@ -1,6 +1,5 @@
 """The tables that a query may read, with the kinds of their columns: our own profiles and events, and [tables.*]."""
 
-import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,8 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import statement
 from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
-from audience_sync.audiences.query.dialect import Dialect, described_columns
-from audience_sync.audiences.query.moments import moment_text
+from audience_sync.audiences.query.dialect import Dialect
 from audience_sync.audiences.query.on_postgresql import POSTGRESQL
 from audience_sync.audiences.query.on_sqlite import SQLITE
 from audience_sync.errors import DefinitionError
@@ -24,7 +22,8 @@ class ReadTable:
     """A table as the compiler reads it: `columns` has the kind of each column.
 
     Kinds: integer, number, real (of four bytes), text, uuid, bpchar, boolean, date, timestamp, timestamptz, json, jsonb and
-    other. SQLite also has `any`, for columns without a declared type, and for our own tables `document` and `moment`.
+    other. SQLite also has `any`, for columns whose values have a type each, and for our own tables `document` and `moment`.
+    PostgreSQL also has `text_c`, for text of the collation C, and `collated`, for text of any other than its own and C.
 
     Columns of our own tables: `properties` is the document that property(…) reads instead of the columns, `context` the
     document of context(…), `event_name` the name of the event. `arrival` orders rows of equal timestamps in any table.
@@ -58,26 +57,6 @@ class ReadTable:
 def sql_text(sql: str) -> sa.TextClause:
     """Return SQL that SQLAlchemy leaves as it is: `:as_of` is bound later."""
     return sa.text(f"{sql}\n".replace(":", "\\:"))
-
-
-def describe(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
-    """Return the name of each column of a query, and its type as the driver reports it."""
-    return described_columns(
-        execute(connection, f"SELECT * FROM ({sql}\n) AS q LIMIT 0", dt.datetime.now(dt.UTC))
-    )
-
-
-def execute(connection: sa.Connection, sql: str, as_of: dt.datetime) -> sa.CursorResult[Any]:
-    """Run a query for what is known of it only: `:today` is the day in UTC."""
-    bound = statement.bind(sql, connection.dialect.name)
-    style, moment = connection.dialect.paramstyle, as_of.astimezone(dt.UTC)
-    values: dict[str, Any] = {"as_of": moment, "today": moment.date()}
-    if connection.dialect.name == "sqlite":
-        values = {"as_of": moment_text(moment)[:19], "today": moment.date().isoformat()}
-    arguments = bound.arguments(style, values)
-    if not arguments:
-        return connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
-    return connection.exec_driver_sql(bound.render(style), arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +93,17 @@ def own_catalog(dialect: str, schema: str | None = None) -> Catalog:
     """Return the catalog of our own database, without [tables.*]."""
     prefix = f"{schema}." if schema else ""
     is_sqlite = dialect == "sqlite"
-    document = "document" if is_sqlite else "jsonb"
+    document, user_id = ("document", "text") if is_sqlite else ("jsonb", "text_c")
     profiles = ReadTable(
         TableMapping("profiles", f"{prefix}profiles", user_id="user_id", profile=True),
-        {"user_id": "text", "traits": document},
+        {"user_id": user_id, "traits": document},
         properties="traits",
     )
     events = ReadTable(
         TableMapping("events", f"{prefix}events", user_id="user_id", timestamp="timestamp"),
         {
             "event_id": "integer",
-            "user_id": "text",
+            "user_id": user_id,
             "name": "text",
             "properties": document,
             "context": document,
@@ -167,7 +146,7 @@ def read_catalog(connection: sa.Connection, configured: ConfiguredQuery, *, is_o
 
 def _read_definition(connection: sa.Connection, key: str, definition: QueryDefinition) -> dict[str, str]:
     """Return the kinds of the columns of a definition in SQL."""
-    columns = column_kinds(connection, TableMapping(key, sql=definition.sql))
+    columns = DIALECTS[connection.dialect.name].column_kinds(connection, None, definition.sql)
     names = {name.lower() for name in columns}
     for name in ("user_id", "value") if definition.is_trait else ("user_id",):
         if name not in names:
@@ -182,7 +161,8 @@ def _read_table(connection: sa.Connection, mapping: TableMapping) -> ReadTable:
         mapping = replace(mapping, sql=statement.without_end(mapping.sql, connection.dialect.name))
     try:
         with connection.begin_nested():
-            columns = column_kinds(connection, mapping)
+            db = DIALECTS[connection.dialect.name]
+            columns = db.column_kinds(connection, mapping.table, mapping.sql)
     except sa.exc.NoSuchTableError as error:
         raise DefinitionError(f"[tables.{mapping.name}] cannot be read: there is no table {error}") from error
     except sa.exc.DBAPIError as error:
@@ -193,11 +173,3 @@ def _read_table(connection: sa.Connection, mapping: TableMapping) -> ReadTable:
             hint = did_you_mean(column, columns)
             raise DefinitionError(f"[tables.{mapping.name}] {setting}: it has no column {column}: {hint}")
     return ReadTable(mapping, columns, arrival=mapping.id)
-
-
-def column_kinds(connection: sa.Connection, mapping: TableMapping) -> dict[str, str]:
-    """Return the kind of each column of a table or query."""
-    db = DIALECTS[connection.dialect.name]
-    described = describe(connection, mapping.sql) if mapping.sql is not None else None
-    types = db.column_types(connection, mapping.table, described)
-    return {name: db.column_kind(type_name) for name, type_name in types.items()}

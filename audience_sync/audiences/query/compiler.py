@@ -75,6 +75,11 @@ class _Joined:
     user_id: Expression
 
 
+def _is_stream(key: Any) -> bool:
+    """Return whether a joined relation is a reduced stream: few of all users, and found by an index."""
+    return isinstance(key, tree.Reduction)
+
+
 class Users(Scope):
     """The users of a query, and what is joined to them: reduced streams, profiles, definitions."""
 
@@ -181,7 +186,9 @@ class Users(Scope):
         match condition:
             case tree.Conjunction(operands):
                 sets = [drivers for operand in operands if (drivers := self._drivers(operand)) is not None]
-                return min(sets, key=len, default=None)
+                return min(
+                    sets, key=lambda drivers: (len(drivers), not all(map(_is_stream, drivers))), default=None
+                )
             case tree.Disjunction(operands):
                 either = [self._drivers(operand) for operand in operands]
                 return None if None in either else set().union(*(drivers for drivers in either if drivers))

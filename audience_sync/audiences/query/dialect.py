@@ -10,12 +10,31 @@ from typing import Any, ClassVar, TypeAlias
 
 import sqlalchemy as sa
 
+from audience_sync.audiences import statement
+from audience_sync.audiences.query.moments import moment_text
+
 Expression: TypeAlias = sa.ColumnElement[Any]
 LARGEST_DOUBLE: Expression = sa.literal_column("1.7976931348623157e308")
 
 
-def described_columns(result: sa.CursorResult[Any]) -> list[tuple[str, Any]]:
-    """Return the name of each column of a result, and its type as the driver reports it; close the result."""
+def execute(
+    connection: sa.Connection, sql: str, as_of: dt.datetime = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
+) -> sa.CursorResult[Any]:
+    """Run a query for what is known of it only: `:today` is the day in UTC."""
+    bound = statement.bind(sql, connection.dialect.name)
+    style, moment = connection.dialect.paramstyle, as_of.astimezone(dt.UTC)
+    values: dict[str, Any] = {"as_of": moment, "today": moment.date()}
+    if connection.dialect.name == "sqlite":
+        values = {"as_of": moment_text(moment)[:19], "today": moment.date().isoformat()}
+    arguments = bound.arguments(style, values)
+    if not arguments:
+        return connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
+    return connection.exec_driver_sql(bound.render(style), arguments)
+
+
+def described_columns(connection: sa.Connection, sql: str) -> list[tuple[str, Any]]:
+    """Return the name of each column of a query, and its type as the driver reports it."""
+    result = execute(connection, f"SELECT * FROM ({sql}\n) AS q LIMIT 0")
     columns = [(column[0], column[1]) for column in (result.cursor.description if result.cursor else ())]
     result.close()
     return columns
@@ -60,14 +79,8 @@ class Dialect(ABC):
     value_types: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
-    def column_kind(self, type_name: str) -> str:
-        """Return how the language sees a column, by the name of its type."""
-
-    @abstractmethod
-    def column_types(
-        self, connection: sa.Connection, table: str | None, described: list[tuple[str, Any]] | None
-    ) -> dict[str, str]:
-        """Return the name of the type of each column of a table, or of a query that the driver has described."""
+    def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
+        """Return how the language sees each column of a table, or of a query (catalog.py has the kinds)."""
 
     @abstractmethod
     def json_of_column(self, column: Expression, kind: str) -> JsonValue: ...
@@ -83,6 +96,13 @@ class Dialect(ABC):
     @abstractmethod
     def key_of(self, column: Expression, kind: str) -> Expression:
         """Return what two columns of the same kind are compared by: equal only where their texts are equal."""
+
+    def are_same(self, own: tuple[Expression, str], other: tuple[Expression, str]) -> Expression:
+        """Return whether two columns, each with its kind, are equal, in a form that can use an index of the first."""
+        (column, kind), (other_column, other_kind) = own, other
+        if kind == other_kind:
+            return self.key_of(column, kind) == self.key_of(other_column, kind)
+        return self.text_of(column, kind) == self.text_of(other_column, other_kind)
 
     # Moments.
 
@@ -102,13 +122,23 @@ class Dialect(ABC):
         """Return a column of a date or timestamp type as the language's text."""
 
     @abstractmethod
-    def shifted(self, moment: Expression, span: dt.timedelta) -> Expression: ...
-
-    @abstractmethod
     def is_within(
         self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
     ) -> Expression:
         """Return whether a column's moment is after one moment and not after another, in a form that can use an index."""
+
+    @abstractmethod
+    def is_within_parent(
+        self,
+        own: tuple[Expression, str],
+        parent: tuple[Expression, str],
+        spans: tuple[dt.timedelta, dt.timedelta],
+        until: dt.datetime,
+    ) -> Expression:
+        """Return whether a column's moment is between two spans after a parent's moment, which is not after `until`.
+
+        `own` and `parent` are columns with their kinds.
+        """
 
     # Numbers and text.
 

@@ -17,6 +17,7 @@ from audience_sync.audiences.query.dialect import (
     Expression,
     JsonValue,
     described_columns,
+    execute,
 )
 from audience_sync.audiences.query.moments import moment_text
 
@@ -27,6 +28,12 @@ KINDS = {
     **dict.fromkeys(("text", "varchar"), "text"),
     **{name: name for name in ("date", "timestamp", "timestamptz", "json", "jsonb", "uuid", "bpchar")},
     "bool": "boolean",
+}
+_COLLATED_KINDS = {
+    ("text", '"default"'): "text",
+    ("text", '"C"'): "text_c",
+    ("bpchar", '"default"'): "bpchar",
+    ("bpchar", '"C"'): "bpchar",
 }
 
 # A date, a time and a zone that exist; whether the month has that day is checked separately.
@@ -121,24 +128,32 @@ class OnPostgresql(Dialect):
     def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
         return sa.null(), sa.cast(column, sa.Text)  # every column has a type
 
-    def column_kind(self, type_name: str) -> str:
-        """Return how the language sees a column, by the name of its type in pg_type; a domain's is its base type's."""
-        return KINDS.get(type_name, "other")
-
-    def column_types(
-        self, connection: sa.Connection, table: str | None, described: list[tuple[str, Any]] | None
-    ) -> dict[str, str]:
-        """Return the type of each column of a table or query, by its name in pg_type; a domain's is its base type's."""
-        if described is None:
+    def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
+        """Return the kinds by the types' names in pg_type, a domain's by its base type's, and by the texts' collations."""
+        if sql is None:
             preparer: Any = connection.dialect.identifier_preparer
-            name = ".".join(preparer.quote(part) for part in (table or "").rsplit(".", 1))
-            described = described_columns(connection.exec_driver_sql(f"SELECT * FROM {name} LIMIT 0"))
+            sql = f"SELECT * FROM {'.'.join(preparer.quote(part) for part in (table or '').rsplit('.', 1))}"
+        described = described_columns(connection, sql)
         rows = connection.execute(_TYPE_NAMES, {"oids": [oid for _, oid in described]})
-        names = {row.oid: row.typname for row in rows}
-        return {name: names[oid] for name, oid in described}
+        types = {row.oid: row.typname for row in rows}
+        kinds = [KINDS.get(types[oid], "other") for _, oid in described]
+        texts = [number for number, kind in enumerate(kinds) if kind in {"text", "bpchar"}]
+        if texts:
+            asked = ", ".join(f"pg_catalog.pg_collation_for(q.c{number})" for number in texts)
+            columns = ", ".join(f"c{number}" for number in range(len(kinds)))
+            joined = f"(SELECT 1) AS one LEFT JOIN ({sql}\n) AS q ({columns}) ON false"  # one row, and none is read
+            for number, collation in zip(
+                texts, execute(connection, f"SELECT {asked} FROM {joined}").one(), strict=True
+            ):
+                kinds[number] = _COLLATED_KINDS.get((kinds[number], collation), "collated")
+        return {name: kind for (name, _), kind in zip(described, kinds, strict=True)}
 
     def text_of(self, column: Expression, kind: str) -> Expression:
-        text = column if kind == "text" else sa.cast(column, sa.Text)
+        text = column if kind in {"text", "text_c"} else sa.cast(column, sa.Text)
+        if (
+            kind == "collated"
+        ):  # another collation may ignore case, refuse to search, or conflict with a column's
+            return sa.collate(text, "C")
         if kind not in {"number", "real"}:
             return text
         whole = sa.cast(column, sa.Numeric)
@@ -147,7 +162,12 @@ class OnPostgresql(Dialect):
         return sa.case((is_whole, digits), else_=sa.cast(self.number_of_column(column, kind), sa.Text))
 
     def key_of(self, column: Expression, kind: str) -> Expression:
-        return self.text_of(column, kind) if kind in {"other", "json", "jsonb"} else column
+        return self.text_of(column, kind) if kind in {"other", "json", "jsonb", "collated"} else column
+
+    def are_same(self, own: tuple[Expression, str], other: tuple[Expression, str]) -> Expression:
+        if (own[1], other[1]) == ("text", "text_c"):  # an index is used only in its own collation
+            return own[0] == sa.collate(other[0], "default")
+        return super().are_same(own, other)
 
     # Moments.
 
@@ -199,8 +219,28 @@ class OnPostgresql(Dialect):
         whole = sa.func.to_char(moment, 'YYYY-MM-DD"T"HH24:MI:SS', type_=sa.Text)
         return whole + sa.func.rtrim(fraction, ".", type_=sa.Text) + "Z"
 
-    def shifted(self, moment: Expression, span: dt.timedelta) -> Expression:
-        return moment + sa.literal_column(f"INTERVAL '{span // dt.timedelta(hours=1)} hours'")
+    def is_within_parent(
+        self,
+        own: tuple[Expression, str],
+        parent: tuple[Expression, str],
+        spans: tuple[dt.timedelta, dt.timedelta],
+        until: dt.datetime,
+    ) -> Expression:
+        """Compare the column itself, so that an index can be used. `least`: no sum is later than every timestamp."""
+        (column, kind), (of_parent, parent_kind) = own, parent
+        if kind in self.moment_kinds and kind == parent_kind:
+            start = sa.func.least(of_parent, self._bound(until, kind))
+        else:
+            start = sa.func.least(self.moment_of(of_parent, parent_kind), self.moment_literal(until))
+            start = sa.func.timezone("UTC", start) if kind == "timestamptz" else start
+        moment = column if kind in self.moment_kinds else self.moment_of(column, kind)
+        after, last = (
+            start.op("+")(sa.literal_column(f"INTERVAL '{span // dt.timedelta(hours=1)} hours'"))
+            if span
+            else start
+            for span in spans
+        )
+        return sa.and_(moment > after, moment <= last)
 
     def is_within(
         self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
@@ -210,14 +250,15 @@ class OnPostgresql(Dialect):
             lowest = None if after is None else self.moment_literal(after)
             return self._between(moment, lowest, self.moment_literal(until))
 
-        def bound(moment: dt.datetime) -> Expression:
-            if kind == "date":  # a date is after a moment if it is after the moment's day
-                return sa.literal_column(f"DATE '{moment_text(moment)[:10]}'")
-            zone = "+00" if kind == "timestamptz" else ""
-            return sa.literal_column(f"{kind.upper()} '{moment_text(moment)}{zone}'")
+        lower = self._bound(after, kind) if after else sa.literal_column(f"{kind.upper()} '-infinity'")
+        return self._between(column, lower, self._bound(until, kind))
 
-        lower = bound(after) if after else sa.literal_column(f"{kind.upper()} '-infinity'")
-        return self._between(column, lower, bound(until))
+    def _bound(self, moment: dt.datetime, kind: str) -> Expression:
+        """Return a moment as a column of a date or timestamp type is compared with it."""
+        if kind == "date":  # a date is after a moment if it is after the moment's day
+            return sa.literal_column(f"DATE '{moment_text(moment)[:10]}'")
+        zone = "+00" if kind == "timestamptz" else ""
+        return sa.literal_column(f"{kind.upper()} '{moment_text(moment)}{zone}'")
 
     def _between(self, moment: Expression, after: Expression | None, until: Expression) -> Expression:
         return moment <= until if after is None else sa.and_(moment > after, moment <= until)

@@ -3,6 +3,7 @@
 A moment is text in the form of our own tables: `2026-01-31 12:00:00.000000`, in UTC.
 """
 
+import contextlib
 import datetime as dt
 import functools
 import operator
@@ -14,12 +15,32 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
-from audience_sync.audiences.query.dialect import LARGEST_DOUBLE, Dialect, Expression, JsonValue
+from audience_sync.audiences import statement
+from audience_sync.audiences.query.dialect import (
+    LARGEST_DOUBLE,
+    Dialect,
+    Expression,
+    JsonValue,
+    described_columns,
+)
 from audience_sync.audiences.query.moments import moment_text, moved
 
 _DAY = "[0-9][0-9][0-9][0-9]-[0-1][0-9]-[0-3][0-9]"
 _TIME = f"{_DAY}[T ][0-2][0-9]:[0-5][0-9]"
 _ZONE = "[+-][0-2][0-9]:[0-5][0-9]"
+_VIEW = "audience_sync_columns"
+# Kinds by patterns of declared types. `NUM` is what SQLite says of a computed number.
+_KINDS = (
+    ("^(NUM)?$", "any"),
+    ("JSON", "json"),
+    ("BOOL", "boolean"),
+    ("TIMESTAMP|DATETIME", "timestamp"),
+    ("DATE", "date"),
+    (r"\bU?(TINY|SMALL|MEDIUM|BIG|HUGE)?INT(EGER)?[0-9]*\b", "integer"),
+    ("CHAR|CLOB|TEXT|UUID", "text"),
+    ("REAL|FLOA|DOUB|NUMERIC|DECIMAL|NUMBER", "number"),
+    ("INT", "any"),  # POINT and INTERVAL: SQLite makes integers of texts that look like one
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +106,39 @@ class SqliteJson(JsonValue):
         return sa.case((self.kind == "true", sa.true()), (self.kind == "false", sa.false()))
 
 
+def _kind(type_name: str) -> str:
+    """Return the kind of a declared type. A value has a type of its own; the name decides how the language sees it."""
+    for pattern, kind in _KINDS:
+        if re.search(pattern, type_name):
+            return kind
+    return "other"
+
+
+def _declared_types(connection: sa.Connection, *names: str) -> dict[str, str]:
+    """Return the declared type of each column of a table or view; `names`: its name, and its schema."""
+    columns = sa.func.pragma_table_xinfo(*names).table_valued("name", "type")
+    return {column: type_name or "" for column, type_name in connection.execute(sa.select(columns))}
+
+
+def _types_of_query(connection: sa.Connection, sql: str) -> dict[str, str]:
+    """Return the declared type of each column of a query: of a column of a table its own, else empty.
+
+    Only a view of the query shows them. A temporary one writes nothing to the database, and is undone.
+    """
+    types = {name: "" for name, _ in described_columns(connection, sql)}
+    text = "NULL".join(statement.bind(sql, "sqlite").parts)  # a view has no parameters
+    is_read_only = connection.exec_driver_sql("PRAGMA query_only").scalar_one()
+    with contextlib.suppress(sa.exc.DBAPIError), connection.begin_nested() as savepoint:
+        connection.exec_driver_sql("PRAGMA query_only = OFF")
+        connection.exec_driver_sql(
+            f"CREATE TEMP VIEW {_VIEW} AS SELECT * FROM ({text}\n)", execution_options={"no_parameters": True}
+        )
+        types |= _declared_types(connection, _VIEW, "temp")
+        savepoint.rollback()
+    connection.exec_driver_sql(f"PRAGMA query_only = {is_read_only}")
+    return types
+
+
 class OnSqlite(Dialect):
     sqlalchemy = sqlite.dialect(paramstyle="named")
     moment_kinds = frozenset({"date", "timestamp"})
@@ -94,35 +148,16 @@ class OnSqlite(Dialect):
         document = column if kind == "document" else sa.case((sa.func.json_valid(column), column))
         return SqliteJson.in_document(document, ("$",))
 
-    def column_kind(self, type_name: str) -> str:
-        """Return how the language sees a column, by its declared type."""
-        name = type_name.upper()
-        if not name:
-            return "any"
-        for words, kind in (
-            (("JSON",), "json"),
-            (("BOOL",), "boolean"),
-            (("TIMESTAMP", "DATETIME"), "timestamp"),
-            (("DATE",), "date"),
-            (("INT",), "integer"),
-            (("CHAR", "CLOB", "TEXT", "UUID"), "text"),
-            (("REAL", "FLOA", "DOUB", "NUMERIC", "DECIMAL", "NUMBER"), "number"),
-        ):
-            if any(word in name for word in words):
-                return kind
-        return "other"
-
-    def column_types(
-        self, connection: sa.Connection, table: str | None, described: list[tuple[str, Any]] | None
-    ) -> dict[str, str]:
-        if described is not None:
-            return {name: "" for name, _ in described}
-        schema, _, name = (table or "").rpartition(".")
-        columns = sa.func.pragma_table_xinfo(name, *([schema] if schema else [])).table_valued("name", "type")
-        types = {column: type_name or "" for column, type_name in connection.execute(sa.select(columns))}
-        if not types:
-            raise sa.exc.NoSuchTableError(table)
-        return types
+    def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
+        """Return the kinds by the declared types."""
+        if sql is not None:
+            types = _types_of_query(connection, sql)
+        else:
+            schema, _, name = (table or "").rpartition(".")
+            types = _declared_types(connection, name, *([schema] if schema else []))
+            if not types:
+                raise sa.exc.NoSuchTableError(table)
+        return {column: _kind(type_name.upper()) for column, type_name in types.items()}
 
     def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
         text = sa.case((sa.func.typeof(column) == "text", sa.collate(column, "BINARY")))
@@ -221,7 +256,20 @@ class OnSqlite(Dialect):
             sa.case((sa.func.substr(moment, 21) == "000000", whole), else_=trimmed), "Z"
         )
 
-    def shifted(self, moment: Expression, span: dt.timedelta) -> Expression:
+    def is_within_parent(
+        self,
+        own: tuple[Expression, str],
+        parent: tuple[Expression, str],
+        spans: tuple[dt.timedelta, dt.timedelta],
+        until: dt.datetime,  # noqa: ARG002  (datetime() of a moment too late is NULL)
+    ) -> Expression:
+        moment, of_parent = self.moment_of(*own), self.moment_of(*parent)
+        after, last = (self._shifted(of_parent, span) for span in spans)
+        return sa.and_(moment > after, moment <= last)
+
+    def _shifted(self, moment: Expression, span: dt.timedelta) -> Expression:
+        if not span:
+            return moment
         hours = span // dt.timedelta(hours=1)
         return self._concatenated(sa.func.datetime(moment, f"{hours:+} hours"), sa.func.substr(moment, 20))
 

@@ -8,10 +8,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences.query import tree
-from audience_sync.audiences.query.catalog import Catalog, execute
+from audience_sync.audiences.query.catalog import Catalog
 from audience_sync.audiences.query.comparisons import SqlValue, chain
 from audience_sync.audiences.query.compiler import Users, statement_text
 from audience_sync.audiences.query.configured import ConfiguredQuery
+from audience_sync.audiences.query.dialect import execute
 from audience_sync.audiences.query.layout import path_text, quoted
 from audience_sync.audiences.query.rows import Row
 from audience_sync.audiences.query.tree import WITH_DATE, WITH_SPAN, WITH_STRINGS, Comparator, Reducer

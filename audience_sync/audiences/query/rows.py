@@ -67,14 +67,8 @@ class Row(Scope):
         mapping = self.table.mapping
         if mapping.parent == parent.table.name:
             self.from_ = self.alias
-            return _same(
-                self.db,
-                (self.alias, self.table, mapping.parent_id or ""),
-                (parent.alias, parent.table, parent.table.mapping.id or ""),
-            )
-        if self.user_kind == parent.user_kind:
-            return self.user_key == parent.user_key
-        return self.user_text == parent.user_text
+            return _is_nested(self.db, (self.alias, self.table), (parent.alias, parent.table))
+        return self.db.are_same((self.user, self.user_kind), (parent.user, parent.user_kind))
 
     @property
     def user_key(self) -> Expression:
@@ -94,7 +88,7 @@ class Row(Scope):
                     f"{stream.kind}('{stream.name}') has no timestamp in [tables.*]: a window needs one"
                 )
             return
-        timestamp, kind = self.alias.c[column], self.table.columns[column]
+        timestamp, kind = self.timestamp
         before_run = [window for window in stream.windows if not window.of_parent]
         for window in before_run:
             after, until = moved(self.as_of, -window.start), moved(self.as_of, -window.end)
@@ -113,18 +107,18 @@ class Row(Scope):
             raise ConfigError(
                 f"[tables.{name}] has no timestamp: `parent:` in {stream.kind}('{stream.name}') needs one"
             )
-        own, of_parent = self.moment, parent.moment
-        self.conditions.append(own > self.db.shifted(of_parent, window.start))
-        self.conditions.append(own <= self.db.shifted(of_parent, window.end))
+        spans = (window.start, window.end)
+        self.conditions.append(self.db.is_within_parent(self.timestamp, parent.timestamp, spans, self.as_of))
 
     @property
-    def moment(self) -> Expression:
+    def timestamp(self) -> tuple[Expression, str]:
+        """Return the column of the timestamp, and its kind."""
         column = self.table.mapping.timestamp or ""
-        return self.db.moment_of(self.alias.c[column], self.table.columns[column])
+        return self.alias.c[column], self.table.columns[column]
 
     def order(self) -> list[Expression]:
         """Return the order of rows: by timestamp, then by arrival."""
-        moments = [self.moment] if self.table.mapping.timestamp else []
+        moments = [self.db.moment_of(*self.timestamp)] if self.table.mapping.timestamp else []
         arrivals = [self.alias.c[self.table.arrival]] if self.table.arrival else []
         return [*moments, *arrivals]
 
@@ -159,16 +153,15 @@ class Row(Scope):
         return exists if is_there else ~exists
 
 
-def _same(
-    db: Dialect, one: tuple[sa.FromClause, ReadTable, str], other: tuple[sa.FromClause, ReadTable, str]
+def _is_nested(
+    db: Dialect, own: tuple[sa.FromClause, ReadTable], parent: tuple[sa.FromClause, ReadTable]
 ) -> Expression:
-    """Return whether two columns, each of a table by an alias, are equal; by their texts if their kinds differ."""
-    (left, left_kind), (right, right_kind) = (
-        (alias.c[column], table.columns[column]) for alias, table, column in (one, other)
+    """Return whether a row of a nested table belongs to the row of its parent, both by their aliases."""
+    (alias, table), (outer, parent_table) = own, parent
+    parent_id, outer_id = table.mapping.parent_id or "", parent_table.mapping.id or ""
+    return db.are_same(
+        (alias.c[parent_id], table.columns[parent_id]), (outer.c[outer_id], parent_table.columns[outer_id])
     )
-    if left_kind == right_kind:
-        return db.key_of(left, left_kind) == db.key_of(right, right_kind)
-    return db.text_of(left, left_kind) == db.text_of(right, right_kind)
 
 
 def asks_whether_any(compared: tree.Compared) -> bool | None:
@@ -277,9 +270,4 @@ def user_of(users: "Users", table: ReadTable, alias: sa.FromClause) -> tuple[sa.
     parent = users.catalog.tables[table.mapping.parent or ""]
     outer = users.alias(parent)
     from_, user, kind = user_of(users, parent, outer)
-    link = _same(
-        users.db,
-        (alias, table, table.mapping.parent_id or ""),
-        (outer, parent, parent.mapping.id or ""),
-    )
-    return alias.join(from_, link), user, kind
+    return alias.join(from_, _is_nested(users.db, (alias, table), (outer, parent))), user, kind
