@@ -105,6 +105,11 @@ class BoundText:
         marks = [_PLACEHOLDERS[paramstyle].format(name, number) for number, name in enumerate(self.names, 1)]
         return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 
+    def with_literal(self, name: str, literal: str) -> str:
+        """Return the text in its own style, with a literal in place of one parameter."""
+        marks = [literal if each == name else f":{each}" for each in self.names]
+        return "".join(part + mark for part, mark in zip(self.parts, [*marks, ""], strict=True))
+
     def arguments(self, paramstyle: str, values: Mapping[str, Any]) -> dict[str, Any] | tuple[Any, ...]:
         """Return the driver's arguments for the text; `values` has one for each of PARAMETERS."""
         if paramstyle in {"named", "pyformat"}:

@@ -115,7 +115,11 @@ def _configured(
 ) -> ConfiguredQuery:
     others = {
         other.key: QueryDefinition(
-            other.kind is Kind.TRAIT, other.query.query if other.query else None, other.sql
+            other.kind is Kind.TRAIT,
+            other.query.query if other.query else None,
+            other.sql,
+            other.value_type,
+            other.timezone,
         )
         for other in definitions
         if other.source == definition.source

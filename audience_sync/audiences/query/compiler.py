@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import sqlalchemy as sa
 
+from audience_sync.audiences import statement
 from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog, ReadTable, sql_text
 from audience_sync.audiences.query.comparisons import (
@@ -29,10 +30,12 @@ from audience_sync.audiences.query.configured import QueryDefinition
 from audience_sync.audiences.query.dialect import Expression
 from audience_sync.audiences.query.rows import COUNTS, Row, asks_whether_any, of_reduction, reduced, user_of
 from audience_sync.audiences.query.tree import ANY_ITEM, Comparator, Reducer
+from audience_sync.audiences.schedule import load_zone
 from audience_sync.errors import ConfigError
 
 _NUMBER_TESTS = {**ORDERS, Comparator.EQUALS: operator.eq, Comparator.DIFFERS: operator.ne}
 _DOCUMENT_KINDS = {"document", "json", "jsonb"}
+_TEXT_KINDS = {"integer", "number", "real", "any"}  # whose text may have more digits than a double
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,23 +282,35 @@ class Users(Scope):
             return self._sql_relation(key, definition)
         users = Users(self.catalog, self.as_of, (*self._parents, key), self._names)
         if isinstance(definition.query, tree.Condition):
-            columns = [sa.true().label("boolean")] if definition.is_trait else []
-            return users.audience(definition.query).add_columns(*columns).distinct().cte(self.name())
-        parts, select = users.scalar_parts(definition.query)
-        return select.add_columns(*(part.label(kind) for kind, part in parts.items())).cte(self.name())
+            select = users.audience(definition.query).distinct()
+            parts: dict[str, Expression] = {"boolean": sa.true()} if definition.is_trait else {}
+        else:
+            parts, select = users.scalar_parts(definition.query)
+        return select.add_columns(*self._labelled(parts, definition)).cte(self.name())
 
     def _sql_relation(self, key: str, definition: QueryDefinition) -> sa.FromClause:
         """Return the users of a definition in SQL, with a trait's value by kind."""
         kinds = {name.lower(): (name, kind) for name, kind in self.catalog.definition_columns[key].items()}
-        result = sql_text(definition.sql).columns(*(sa.column(name) for name, _ in kinds.values()))
+        today = self.as_of.astimezone(load_zone(definition.timezone)).date()
+        bound = statement.bind(definition.sql, self.catalog.dialect)
+        sql = bound.with_literal("today", self.db.date_literal(today))
+        result = sql_text(sql).columns(*(sa.column(name) for name, _ in kinds.values()))
         rows = result.subquery(self.name())
         user, user_kind = kinds["user_id"]
         columns = [self.db.text_of(rows.c[user], user_kind).label("user_id")]
         if definition.is_trait:
             value, kind = kinds["value"]
             parts = self._value_of_column(rows.c[value], kind).kinds()
-            columns += [part.label(name) for name, part in parts.items()]
+            if definition.value_type == "string" and set(parts) <= {"number", "text"} and kind in _TEXT_KINDS:
+                parts = {"text": self.db.text_of(rows.c[value], kind)}  # with all digits
+            columns += self._labelled(parts, definition)
         return sa.select(*columns).where(rows.c[user].is_not(None)).distinct().cte(self.name())
+
+    def _labelled(self, parts: dict[str, Any], definition: QueryDefinition) -> list[Any]:
+        """Return a trait's value by kind, converted to the definition's type."""
+        if definition.value_type is not None:
+            parts = self.db.converted(parts, definition.value_type)
+        return [part.label(kind) for kind, part in parts.items()]
 
     def trait_of(self, path: tree.ValuePath, row: "Row") -> tuple[list[sa.FromClause], SqlValue]:
         """Return a trait of a row's user, by correlated subqueries."""

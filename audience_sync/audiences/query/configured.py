@@ -30,11 +30,16 @@ class TableMapping:
 
 @dataclass(frozen=True, slots=True)
 class QueryDefinition:
-    """A definition that queries may name as a trait: a query, or SQL."""
+    """A definition that queries may name as a trait: a query, or SQL.
+
+    `value_type`: what a trait's values are converted to; `timezone`: of `:today` in the SQL.
+    """
 
     is_trait: bool
     query: Query | None = None
     sql: str = ""
+    value_type: str | None = None
+    timezone: str = "UTC"
 
 
 @dataclass(frozen=True, slots=True)

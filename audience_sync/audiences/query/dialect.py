@@ -12,7 +12,9 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import statement
 from audience_sync.audiences.query.moments import moment_text
+from audience_sync.audiences.values import FALSE_WORDS, TRUE_WORDS
 
+_BLANKS = '" '  # around a text that is converted
 Expression: TypeAlias = sa.ColumnElement[Any]
 LARGEST_DOUBLE: Expression = sa.literal_column("1.7976931348623157e308")
 
@@ -170,6 +172,42 @@ class Dialect(ABC):
     @abstractmethod
     def number_text(self, number: Expression) -> Expression:
         """Return a number as a list shows it: whole ones as integers, others with up to 15 digits."""
+
+    @abstractmethod
+    def number_of_text(self, text: Expression) -> Expression:
+        """Return the number that a text is converted to by the type of a trait, null if it names none."""
+
+    def converted(self, parts: Mapping[str, Any], value_type: str) -> dict[str, Any]:
+        """Return the value with these expressions by kind, converted to the type of a trait; null if it cannot be."""
+        number, text, boolean = (parts.get(kind) for kind in ("number", "text", "boolean"))
+        word = None if text is None else sa.func.lower(sa.func.trim(text, _BLANKS))
+        either: list[Any] = []
+        match value_type:
+            case "boolean":
+                kind, either = "boolean", [boolean]
+                if number is not None:
+                    either.append(sa.case((number == 1, sa.true()), (number == 0, sa.false())))
+                if word is not None:
+                    either.append(
+                        sa.case((word.in_(TRUE_WORDS), sa.true()), (word.in_(FALSE_WORDS), sa.false()))
+                    )
+            case "number":
+                kind, either = "number", [number]
+                if boolean is not None:
+                    either.append(sa.case((boolean, 1.0), (~boolean, 0.0)))
+                if text is not None:
+                    either.append(self.number_of_text(sa.func.trim(text, _BLANKS)))
+            case _:
+                kind, either = "text", [text]
+                if number is not None:
+                    either.append(self.number_text(number))
+                if boolean is not None:
+                    either.append(sa.case((boolean, "true"), (~boolean, "false")))
+        return {kind: sa.func.coalesce(*[part for part in either if part is not None], sa.null())}
+
+    @abstractmethod
+    def date_literal(self, date: dt.date) -> str:
+        """Return a date in SQL, as `:today` is bound."""
 
     @abstractmethod
     def joined(self, text: Expression, *order: Expression) -> Expression:

@@ -20,6 +20,7 @@ from audience_sync.audiences.query.dialect import (
     execute,
 )
 from audience_sync.audiences.query.moments import moment_text
+from audience_sync.audiences.values import MAX_NUMBER_LENGTH, NUMBER
 
 KINDS = {
     **dict.fromkeys(("int2", "int4", "int8"), "integer"),
@@ -320,6 +321,13 @@ class OnPostgresql(Dialect):
             size == 0, sa.and_(size >= sa.literal_column("1e-4"), size < sa.literal_column("1e15"))
         )
         return sa.case((is_plain, plain), else_=short)
+
+    def number_of_text(self, text: Expression) -> Expression:
+        is_number = sa.and_(sa.func.length(text) <= MAX_NUMBER_LENGTH, text.op("~")(f"^{NUMBER}$"))
+        return sa.case((is_number, self.finite(sa.cast(text, sa.Numeric))))
+
+    def date_literal(self, date: dt.date) -> str:
+        return f"DATE '{date.isoformat()}'"
 
     def joined(self, text: Expression, *order: Expression) -> Expression:
         return sa.func.string_agg(text, postgresql.aggregate_order_by(sa.literal_column("', '"), *order))

@@ -24,6 +24,7 @@ from audience_sync.audiences.query.dialect import (
     described_columns,
 )
 from audience_sync.audiences.query.moments import moment_text, moved
+from audience_sync.audiences.values import MAX_NUMBER_LENGTH
 
 _DAY = "[0-9][0-9][0-9][0-9]-[0-1][0-9]-[0-3][0-9]"
 _TIME = f"{_DAY}[T ][0-2][0-9]:[0-5][0-9]"
@@ -325,6 +326,29 @@ class OnSqlite(Dialect):
         whole = sa.cast(sa.cast(number, sa.Integer), sa.Text)
         is_whole = sa.and_(sa.func.abs(number) < 1e15, number == sa.cast(number, sa.Integer))
         return sa.case((is_whole, whole), (number.is_not(None), sa.func.printf("%.15g", number)))
+
+    def number_of_text(self, text: Expression) -> Expression:
+        """Check the text by its parts: SQLite's cast reads as much of any text as is a number."""
+
+        def unsigned(part: Expression) -> Expression:
+            return sa.func.substr(part, sa.case((part.op("GLOB")("[-+]*"), 2), else_=1))
+
+        at = sa.func.instr(sa.func.lower(text), "e")
+        digits = unsigned(sa.case((at > 0, sa.func.substr(text, 1, at - 1)), else_=text))
+        exponent = unsigned(sa.func.substr(text, at + 1))
+        is_number = sa.and_(
+            sa.func.length(text) <= MAX_NUMBER_LENGTH,
+            digits.op("GLOB")("*[0-9]*"),
+            digits.op("NOT GLOB")("*[^0-9.]*"),
+            digits.op("NOT GLOB")("*.*.*"),
+            sa.or_(
+                at == 0, sa.and_(exponent.op("NOT GLOB")("*[^0-9]*"), sa.func.length(exponent).between(1, 3))
+            ),
+        )
+        return sa.case((is_number, self.finite(sa.cast(text, sa.REAL))))
+
+    def date_literal(self, date: dt.date) -> str:
+        return f"'{date.isoformat()}'"
 
     def joined(self, text: Expression, *order: Expression) -> Expression:  # noqa: ARG002
         return sa.func.group_concat(text, ", ")

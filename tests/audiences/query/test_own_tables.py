@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from audience_sync.audiences.query.catalog import Catalog, read_catalog
 from audience_sync.audiences.query.compiler import compile_query
 from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
+from audience_sync.audiences.query.dialect import execute
 from audience_sync.audiences.query.parser import parse_query
 from audience_sync.audiences.query.review import review_query
 from audience_sync.db import dialects, engines
@@ -127,8 +128,7 @@ def configured(text, schema, mappings=MAPPINGS, **definitions):
 def users_of(connection, query):
     catalog = read_catalog(connection, query, is_own=True)
     compiled = compile_query(query.query, catalog, NOW, is_trait=False)
-    rows = connection.exec_driver_sql(compiled.sql, execution_options={"no_parameters": True})
-    return {user for (user,) in rows}
+    return {user for (user,) in execute(connection, compiled.sql, NOW)}
 
 
 def test_every_audience_has_the_users_counted_by_hand(engine, shop):
@@ -238,19 +238,36 @@ def test_links_between_columns_of_different_types_compare_texts(engine, shop):
             assert users_of(connection, configured(text, shop, mappings)) == {"a"}, text
 
 
-# On PostgreSQL only a collation of ICU can make them equal, and the tests' server is built without ICU.
-@pytest.mark.parametrize("backend", ["sqlite"])
 def test_a_columns_collation_does_not_make_different_texts_equal(engine, shop):
+    if dialects.is_sqlite(engine):
+        loose, padded = "NOCASE", "RTRIM"
+    else:
+        # The server of the tests cannot ignore case. A collation that may is refused by searches, and two that differ
+        # conflict: both are errors unless the query says how it compares.
+        loose, padded = "public.loose", "public.padded"
+        for name in (loose, padded):
+            add_tables(
+                engine,
+                shop,
+                f"CREATE COLLATION {name} (locale = 'C.UTF-8')",
+                f"UPDATE pg_collation SET collisdeterministic = false WHERE collname = '{name[7:]}'",
+            )
     add_tables(
         engine,
         shop,
-        "CREATE TABLE people (who text COLLATE NOCASE, nick text COLLATE NOCASE, pad text COLLATE RTRIM)",
-        "INSERT INTO people VALUES ('a', 'Bob', 'x '), ('A', 'bob', 'x')",
+        f"CREATE TABLE {{schema}}people (who text COLLATE {loose}, nick text COLLATE {loose}, "
+        f"pad varchar(9) COLLATE {padded}, code char(3) COLLATE {padded})",
+        "INSERT INTO {schema}people VALUES ('a', 'Bob', 'x ', 'k'), ('A', 'bob', 'x', 'l')",
+        f"CREATE TABLE {{schema}}plain (who text, other text COLLATE {padded})",
+        "INSERT INTO {schema}plain VALUES ('a', 'Bob'), ('a', 'bob')",
     )
     mappings = [
-        TableMapping("people", "people", user_id="who", profile=True),
-        TableMapping("again", sql="SELECT * FROM people", user_id="who"),
+        TableMapping("people", "{schema}people", user_id="who", profile=True, id="nick"),
+        TableMapping("again", sql="SELECT * FROM {schema}people", user_id="who"),
+        TableMapping("plain", "{schema}plain", user_id="who"),
+        TableMapping("nested", "{schema}plain", parent="people", parent_id="other"),
     ]
+    buyers = QueryDefinition(True, sql=f"SELECT who AS user_id, nick AS value FROM {shop}people")
     with engines.read(engine) as connection:
         for text, users in {
             "trait('nick') = 'bob'": "A",
@@ -261,8 +278,153 @@ def test_a_columns_collation_does_not_make_different_texts_equal(engine, shop):
             "entity('people').count() = 1": "a A",
             "entity('again').where(property('nick') = 'bob').count() = 1": "A",
             "entity('people').where(entity('again').count() = 1).count() = 1": "a A",
+            "trait('nick').contains('o') AND trait('nick').starts_with('b') AND trait('nick').ends_with('b')": "A",
+            "trait('code') = 'k' AND trait('code').contains('k')": "a",
+            "trait('nick').after_date('2020-01-01')": "",
+            "entity('again').where(property('nick') != property('pad')).count() = 1": "a A",
+            "entity('again').unique(property('nick')).contains('b')": "",
+            "entity('again').mode(property('nick')) = 'Bob'": "a",
+            "entity('again').max(property('nick') as string) = 'bob'": "A",
+            "entity('plain').where(entity('people').where(property('nick') = property(parent: 'other')).count() = 1)"
+            ".count() = 1": "a",
+            "entity('people').where(entity('nested').count() = 1).count() = 1": "a A",
+            "entity('plain').count() = 2 AND trait('nick') = 'Bob'": "a",
+            "NOT (entity('plain').count() = 2)": "A",
+            "event('Nothing').count() = 0 AND trait('buyers') = 'bob'": "A",
+        }.items():
+            query = configured(text, shop, mappings, buyers=buyers)
+            assert users_of(connection, query) == set(users.split()), text
+
+
+def test_a_query_as_a_table_has_the_declared_types_of_its_columns(engine, shop):
+    sql = "SELECT c.*, rank + 1 AS above, '2026-11-27' AS said FROM {schema}customers AS c WHERE joined <= :as_of -- all"
+    mappings = [
+        TableMapping("customers", sql=sql, user_id="id", profile=True),
+        TableMapping(
+            "orders", sql="SELECT * FROM {schema}orders", user_id="customer_id", timestamp="created_at"
+        ),
+    ]
+    vip = QueryDefinition(True, sql=f"SELECT id AS user_id, is_vip AS value FROM {shop}customers")
+    with engines.read(engine) as connection:
+        for text, users in {
+            "trait('is_vip') = true": "1",
+            "trait('is_vip') = 1": "",
+            "trait('joined') = '2026-11-20'": "1",
+            "trait('seen') = '2026-11-27T11:00:00Z'": "1",
+            "trait('extra.plan') = 'pro'": "1",
+            "trait('rank') = 1.5": "1",
+            "trait('above') = 2.5": "1",
+            "trait('said').within_last(0 days)": "1 3",
+            "trait('vip') = true": "1",
+            "entity('orders').within(7 days).count() = 1": "1 2",
+        }.items():
+            query = configured(text, shop, mappings, vip=vip)
+            assert users_of(connection, query) == set(users.split()), text
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+def test_sqlite_sources_that_can_only_be_read_show_declared_types(engine, shop):
+    source = engines.open_source("shop", engine.url.render_as_string())
+    mappings = [TableMapping("customers", sql="SELECT * FROM customers", user_id="id", profile=True)]
+    query = configured("trait('is_vip') = true", shop, mappings)
+    with source.connect() as connection:
+        catalog = read_catalog(connection, query, is_own=False)
+        assert connection.exec_driver_sql("PRAGMA query_only").scalar_one() == 1
+    assert catalog.tables["customers"].columns["is_vip"] == "boolean"
+
+
+def test_a_declared_type_with_int_in_its_name_need_not_be_of_numbers(engine, shop):
+    point = "point" if dialects.is_sqlite(engine) else "text"
+    add_tables(
+        engine,
+        shop,
+        f"CREATE TABLE {{schema}}places (who text, at {point}, lasts interval, size bigint)",
+        "INSERT INTO {schema}places VALUES ('a', '(1,2)', '1 day', 7), ('b', NULL, NULL, NULL)",
+    )
+    mappings = [TableMapping("places", "{schema}places", user_id="who", profile=True)]
+    with engines.read(engine) as connection:
+        for text, users in {
+            "trait('at') = '(1,2)'": "a",
+            "trait('at').starts_with('(1')": "a",
+            "trait('lasts') = '1 day'": "a",
+            "trait('lasts').absent()": "b",
+            "trait('size') = 7": "a",
         }.items():
             assert users_of(connection, configured(text, shop, mappings)) == set(users.split()), text
+
+
+def test_a_trait_in_sql_has_the_type_of_its_definition(engine, shop):
+    add_tables(
+        engine,
+        shop,
+        "CREATE TABLE {schema}raw (who text, flag integer, word text, price text, code bigint, ok boolean)",
+        "INSERT INTO {schema}raw VALUES ('a', 1, ' Yes ', '12.50', 12345678901234567, {true}), "
+        "('b', 0, 'off', ' +1e3', 1, {false}), ('c', 2, 'maybe', '1.2.3', NULL, NULL), "
+        "('d', NULL, NULL, '.5', NULL, NULL), ('e', NULL, '', '1e', NULL, NULL), ('f', NULL, '1', '5.', NULL, NULL), "
+        "('g', NULL, 'TRUE', '1e400', NULL, NULL), ('h', NULL, NULL, '-', NULL, NULL), "
+        "('i', NULL, NULL, '\"7\"', NULL, NULL), ('j', NULL, NULL, '1e1234', NULL, NULL)".replace(
+            "{true}", "1" if dialects.is_sqlite(engine) else "true"
+        ).replace("{false}", "0" if dialects.is_sqlite(engine) else "false"),
+    )
+
+    def typed(column, value_type):
+        sql = f"SELECT who AS user_id, {column} AS value FROM {shop}raw"
+        return QueryDefinition(True, sql=sql, value_type=value_type)
+
+    definitions = {
+        "flag": typed("flag", "boolean"),
+        "word": typed("word", "boolean"),
+        "price": typed("price", "number"),
+        "code": typed("code", "string"),
+        "ok": typed("ok", "string"),
+        "known": typed("ok", "number"),
+        "sum": QueryDefinition(
+            True, parse_query("entity('raw').sum(property('flag'))"), value_type="boolean"
+        ),
+    }
+    mappings = [TableMapping("raw", "{schema}raw", user_id="who", profile=True)]
+    with engines.read(engine) as connection:
+        for text, users in {
+            "trait('flag') = true": "a",
+            "trait('flag') = false": "b",
+            "trait('flag').exists()": "a b",
+            "trait('word') = true": "a f g",
+            "trait('word') = false": "b",
+            "trait('price') = 12.5": "a",
+            "trait('price') = 1000": "b",
+            "trait('price') = 0.5": "d",
+            "trait('price') = 5": "f",
+            "trait('price') = 7": "i",
+            "trait('price').exists()": "a b d f i",
+            "trait('code') = '12345678901234567'": "a",
+            "trait('code') = 1": "",
+            "trait('ok') = 'true' AND trait('ok').starts_with('t')": "a",
+            "trait('known') >= 0": "a b",
+            "trait('sum') = true": "a",
+        }.items():
+            query = configured(text, shop, mappings, **definitions)
+            assert users_of(connection, query) == set(users.split()), text
+
+
+@pytest.mark.parametrize(
+    ("timezone", "users"), [("UTC", {"1"}), ("Pacific/Kiritimati", {"2"}), ("Pacific/Pago_Pago", {"3"})]
+)
+def test_today_in_a_named_definition_is_the_date_in_its_own_time_zone(engine, shop, timezone, users):
+    moment = NOW.replace(hour=10, minute=30)  # the 28th in Kiritimati, the 26th in Pago Pago
+    day = "text" if dialects.is_sqlite(engine) else "date"
+    add_tables(
+        engine,
+        shop,
+        f"CREATE TABLE {{schema}}days (who text, day {day})",
+        "INSERT INTO {schema}days VALUES ('1', '2026-11-27'), ('2', '2026-11-28'), ('3', '2026-11-26')",
+    )
+    sql = f"SELECT who AS user_id FROM {shop}days WHERE day = :today AND ':today' <> ''"
+    days = QueryDefinition(False, sql=sql, timezone=timezone)
+    query = configured("trait('days') = true", shop, days=days)
+    with engines.read(engine) as connection:
+        catalog = read_catalog(connection, query, is_own=True)
+        compiled = compile_query(query.query, catalog, moment, is_trait=False)
+        assert {user for (user,) in execute(connection, compiled.sql, moment)} == users
 
 
 ODD = """
