@@ -11,11 +11,12 @@ from audience_sync.audiences.query.compiler import compile_query
 from audience_sync.audiences.query.configured import ConfiguredQuery, TableMapping
 from audience_sync.audiences.query.parser import parse_condition
 from audience_sync.db import dialects, engines
+from tests.plans import recorded_plans
 
 NOW = dt.datetime(2026, 11, 27, 12, tzinfo=dt.UTC)
 PLAIN = {"no_parameters": True}
 BY_NAME, BY_USER = "ix_events_name_timestamp", "ix_events_user_id_timestamp"
-# 10,000 users, of whom 2,000 have 30,000 events in 400 days: 75 a day, a third of them orders.
+# 10,000 users, 2,000 of them with 30,000 events in 400 days: 75 a day, a third of them orders.
 FILL = {
     "sqlite": """
 INSERT INTO profiles (user_id, traits, trait_times, first_seen_at, last_seen_at)
@@ -53,38 +54,23 @@ def filled(engine):
     return engine
 
 
+INDEX = re.compile(r"(?:using|Bitmap Index Scan on|INDEX) (\w+)")
+WHOLE = {"sqlite": re.compile(r"^SCAN (\w+)"), "postgresql": re.compile(r"Seq Scan on (\w+)")}
+
+
 def plan(engine, text, *mappings):
     """Return the indexes that a query's plan uses, and the tables that it reads whole."""
     query = ConfiguredQuery(text, parse_condition(text), mappings)
     with engines.read(engine) as connection:
         catalog = read_catalog(connection, query, is_own=True)
         compiled = compile_query(query.query, catalog, NOW, is_trait=False).sql
-        if dialects.is_sqlite(engine):
-            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", execution_options=PLAIN)
-            details = [row.detail for row in rows]
-            names = {alias: table for table, alias in re.findall(r"(?:FROM|JOIN) (\w+) AS (\w+)", compiled)}
-            indexes = {found[1] for detail in details if (found := re.search(r"INDEX (\w+) \(", detail))}
-            whole = {
-                names.get(found[1], found[1])
-                for detail in details
-                if (found := re.match(r"SCAN (\w+)", detail))
-            }
-            return indexes, whole & {"events", "profiles", "shop"}
-        (tree,) = connection.exec_driver_sql(
-            f"EXPLAIN (FORMAT JSON) {compiled}", execution_options=PLAIN
-        ).scalar_one()
-
-    nodes = list(nodes_of(tree["Plan"]))
-    return (
-        {node["Index Name"] for node in nodes if "Index Name" in node},
-        {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"},
-    )
-
-
-def nodes_of(node):
-    yield node
-    for child in node.get("Plans", ()):
-        yield from nodes_of(child)
+        with recorded_plans(engine) as recorded:
+            connection.exec_driver_sql(compiled, execution_options=PLAIN)
+    ((_, lines),) = recorded
+    names = {alias: table for table, alias in re.findall(r"(?:FROM|JOIN) (\w+) AS (\w+)", compiled)}
+    indexes = {found[1] for line in lines if (found := INDEX.search(line))}
+    whole = {found[1] for line in lines if (found := WHOLE[engine.dialect.name].search(line))}
+    return indexes, {names.get(table, table) for table in whole} & {"events", "profiles", "shop"}
 
 
 @pytest.mark.parametrize(
