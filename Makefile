@@ -1,4 +1,5 @@
-# Python 3.11 or newer and make are all that is needed. A few tests need PgBouncer, or node and npm, and are skipped without.
+# Python 3.11 or newer and make are all that is needed. A few tests need PgBouncer, Chromium, or node and npm, and
+# are skipped without.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -14,5 +14,8 @@ document.addEventListener("keydown", (event) => {
     document.getElementById("find")?.focus();
   }
 });
+document.addEventListener("htmx:beforeSwap", (event) => {  // what the reader types, or has reached by keyboard, stays
+  if (event.detail.target.id === "live" && event.detail.target.querySelector(":focus-visible")) event.detail.shouldSwap = false;
+});
 document.addEventListener("htmx:afterSwap", () => addLocalTimes(document));
 addLocalTimes(document);
