@@ -29,6 +29,7 @@ from audience_sync.settings import Settings, load, queries, with_stored_keys
 from audience_sync.settings.schema import span_seconds
 from audience_sync.stopping import Stop
 from audience_sync.userpilot import payloads
+from audience_sync.userpilot.answers import Outcome
 
 if TYPE_CHECKING:
     from audience_sync.userpilot.client import Client
@@ -109,6 +110,27 @@ class App:
             destination.api_key.require(),
             ca_file=destination.ca_file,
             only_public=destination.is_public,
+        )
+
+    def check_key(self) -> str:
+        """Ask the endpoint whether it accepts the API key; return what it said.
+
+        Raises ConfigError if it does not, or gives no answer.
+        """
+        with self.client() as client:
+            answer = client.validate()
+        endpoint = self.settings.destination.endpoint
+        match answer.outcome:
+            case Outcome.ACCEPTED:
+                return f"accepted by {endpoint}"
+            case Outcome.UNAUTHORISED:
+                raise ConfigError(
+                    f"{endpoint} refused it (HTTP {answer.status_code}): put the right key into [destination] api_key."
+                )
+        if answer.status_code == 404:
+            return f"not verified, because {endpoint} answers but has no way to validate a key"
+        raise ConfigError(
+            f"{endpoint} did not answer: {answer.error}. Check [destination] endpoint and the network."
         )
 
     def sync(

@@ -40,6 +40,8 @@ SECTIONS = (
     ),
     ("destination", "[destination]", schema.DestinationSettings, "Userpilot."),
     ("tracking", "[tracking]", schema.TrackingSettings, "The HTTP API that `audience-sync serve` opens."),
+    ("web", "[web]", schema.WebSettings, "The dashboard of `audience-sync serve`."),
+    ("web.users", "[[web.users]]", schema.WebUser, "The people who sign in to the dashboard, any number."),
     ("logging", "[logging]", schema.LoggingSettings, "Logs go to standard error."),
     (
         "daemon",
@@ -67,6 +69,10 @@ MEANINGS = {
         "sources",
         "url",
     ): "The database; those other than SQLite and PostgreSQL need SQLAlchemy's driver and `experimental`",
+    ("web", "dashboard"): "Serve the dashboard, and not only the tracking API",
+    ("web.users", "name"): "The name to sign in with",
+    ("web.users", "role"): "`read` sees everything; `operate` may also approve, reject, retry and discard",
+    ("web", "users"): "The people who sign in: `[[web.users]]`, below",
     ("logging", "format"): "Lines of text, or one JSON object a line",
     ("logging", "level"): "The lowest level that is logged",
     ("audiences", "name"): "Its name; the key is made from it",
@@ -123,6 +129,7 @@ def starter_comments() -> dict[str, dict[str, str]]:
         text = line.removeprefix("# ")
         if header := re.match(r"\[+([a-z_]+)[a-z_.]*\]", text):
             section = {"traits": "audiences"}.get(header[1], header[1])
+            section = "web.users" if text.startswith("[[web.users]]") else section
         elif option := re.match(r"""([a-z_]+) = (?:"[^"]*"|'[^']*'|[^#]*?)\s*(?:#\s*(.*))?$""", text):
             comments.setdefault(section, {}).setdefault(option[1], (option[2] or "").strip())
     return comments

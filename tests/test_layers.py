@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "settings": ROOT | {"audiences", "calls"},
     "app": BASE | {"userpilot", "queue", "retention", "audiences", "calls", "settings"},
     "sandbox": set(),
-    "intake": BASE | {"queue", "calls", "settings", "app"},
+    "remote": set(),
+    "intake": BASE | {"queue", "calls", "settings", "app", "remote"},
     "daemon": BASE | {"queue", "audiences", "app"},
-    "web": BASE | {"queue", "audiences", "settings", "app", "history"},
+    "web": BASE | {"queue", "audiences", "settings", "app", "history", "remote"},
 }
 ONLY_CLI_IMPORTS = {"cli", "daemon", "intake", "sandbox", "web"}
 ONLY_STANDARD_LIBRARY = {"errors", "clock", "crash", "suggest"}
@@ -131,6 +132,8 @@ OWNERS = {
     "events": "calls",
     "forgotten": "retention",
     "leases": "db",
+    "sessions": "web/sessions.py",
+    "actions": "web/record.py",
 }
 EXCEPTION = "retention"
 SQL_WRITE = re.compile(r"\b(?:INSERT\s+INTO|UPDATE|DELETE\s+FROM)\s+\{{1,2}our\}{1,2}(\w+|\{)", re.IGNORECASE)

@@ -63,18 +63,25 @@ def serve(
 
     Open the address in a browser to see the dashboard. The API for calls is the one that Segment's libraries use: give
     them this address as host, and a key of [tracking] write_keys. Calls are stored and queued; `daemon` or `deliver`
-    sends them. Needs the extra packages of `pip install 'audience-sync[web]'`.
+    sends them. To listen for other machines, the dashboard needs users ([[web.users]]) and the API write keys. Needs
+    the extra packages of `pip install 'audience-sync[web]'`.
     """
     try:
-        http, server, site, writer = lazy.http, lazy.server, lazy.site, lazy.writer
+        http, remote, server, site, writer = lazy.http, lazy.remote, lazy.server, lazy.site, lazy.writer
     except ImportError as error:
         raise ConfigError("serve needs more packages: run pip install 'audience-sync[web]'.") from error
     with session.open_app(context) as app:
         _log_everything(app)
-        if not http.is_loopback(host) and not app.settings.tracking.require_write_keys():
-            raise ConfigError(
-                f"{host} can be reached from other machines: set [tracking] write_keys first, or listen on 127.0.0.1."
-            )
+        web, users = app.settings.web, app.settings.web.require_users()
+        if not remote.is_loopback(host):
+            reachable = f"{host} can be reached from other machines"
+            if not app.settings.tracking.require_write_keys():
+                raise ConfigError(f"{reachable}: set [tracking] write_keys first, or listen on 127.0.0.1.")
+            if web.dashboard and not users:
+                raise ConfigError(
+                    f"{reachable}: give the dashboard users first ([[web.users]]), set [web] dashboard = false to serve "
+                    "the tracking API alone, or listen on 127.0.0.1."
+                )
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             if app.stop.is_set():
@@ -86,10 +93,14 @@ def serve(
         with server.listen(host, port) as listening:
             shown = f"[{host}]" if ":" in host else host
             address = f"http://{shown}:{listening.getsockname()[1]}/"
-            output.line(f"The dashboard is at {address}, where calls are accepted, too. Ctrl-C stops it.")
+            output.line(
+                f"The dashboard is at {address}, where calls are accepted, too. Ctrl-C stops it."
+                if web.dashboard
+                else f"Calls are accepted at {address}. Ctrl-C stops it."
+            )
             sys.stdout.flush()
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, stop)
             with writer.Writer(app) as running:
-                api = http.TrackingApi(app, running).asgi(site.dashboard(app))
+                api = http.TrackingApi(app, running).asgi(site.dashboard(app) if web.dashboard else None)
                 server.TrackingServer(api, app.stop).run(sockets=[listening])

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from audience_sync import app, daemon, history, intake, sandbox
+    from audience_sync import app, daemon, history, intake, remote, sandbox
     from audience_sync.audiences import compute, decisions, definition, foreign, plan, runs, statement
     from audience_sync.audiences.query import english, layout
     from audience_sync.calls import operations, times
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from audience_sync.intake import files, http, server, writer
     from audience_sync.queue import deliveries, destination, due
     from audience_sync.retention import erasure
+    from audience_sync.settings import passwords
     from audience_sync.userpilot import answers
     from audience_sync.web import site
 
 PACKAGES = {
-    "audience_sync": ("app", "daemon", "history", "intake", "sandbox"),
+    "audience_sync": ("app", "daemon", "history", "intake", "remote", "sandbox"),
     "audience_sync.audiences": (
         "compute",
         "decisions",
@@ -34,6 +35,7 @@ PACKAGES = {
     "audience_sync.intake": ("files", "http", "server", "writer"),
     "audience_sync.queue": ("deliveries", "destination", "due"),
     "audience_sync.retention": ("erasure",),
+    "audience_sync.settings": ("passwords",),
     "audience_sync.userpilot": ("answers",),
     "audience_sync.web": ("site",),
 }

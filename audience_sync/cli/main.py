@@ -24,6 +24,7 @@ COMMANDS = (
     ("Set up", "check", setup.check),
     ("Set up", "demo", setup.demo),
     ("Set up", "sandbox", setup.sandbox),
+    ("Set up", "password", setup.password),
     ("Set up", "db upgrade", setup.upgrade),
     ("Set up", "db current", setup.current),
     ("Set up", "db downgrade", setup.downgrade),

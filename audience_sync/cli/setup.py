@@ -1,6 +1,8 @@
 """The commands that set up: init, check, demo, sandbox, db."""
 
 import contextlib
+import getpass
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -69,7 +71,7 @@ def _checks(app: "App", *, accept_destination: bool) -> Iterator[bool]:
     yield (has_database := _try("database", partial(_check_database, app)))
     for name in app.settings.sources:
         yield _try(f"source {name}", partial(_check_source, app, name))
-    yield (has_key := _try("API key", partial(_check_key, app)))
+    yield (has_key := _try("API key", app.check_key))
     if accept_destination and not (has_database and has_key):
         output.line("wrong  destination: not accepted, because the database or the API key is wrong")
     elif accept_destination:
@@ -113,23 +115,6 @@ def _check_source(app: "App", name: str) -> str:
     if is_writable:
         return "reachable, but its role may write: give audience-sync a role that may only SELECT"
     return "reachable"
-
-
-def _check_key(app: "App") -> str:
-    with contextlib.closing(app.client()) as client:
-        answer = client.validate()
-    endpoint = app.settings.destination.endpoint
-    if answer.outcome is lazy.answers.Outcome.ACCEPTED:
-        return f"accepted by {endpoint}"
-    if answer.outcome is lazy.answers.Outcome.UNAUTHORISED:
-        raise ConfigError(
-            f"{endpoint} refused it (HTTP {answer.status_code}): put the right key into [destination] api_key."
-        )
-    if answer.status_code == 404:
-        return f"not verified, because {endpoint} answers but has no way to validate a key"
-    raise ConfigError(
-        f"{endpoint} did not answer: {answer.error}. Check [destination] endpoint and the network."
-    )
 
 
 def _check_destination(app: "App") -> str:
@@ -209,6 +194,25 @@ def demo(
     month and sends a few calls. It ends with commands that explore the result; the first, `serve`, shows it in a browser.
     """
     lazy.demo.run(folder)
+
+
+def password() -> None:
+    """Make the hash of a password for [[web.users]].
+
+    Asks twice on a terminal; otherwise it reads a line of standard input. The hash goes to standard output.
+    """
+    if sys.stdin is not None and sys.stdin.isatty():
+        given = getpass.getpass("Password: ")
+        if given != getpass.getpass("The same again: "):
+            raise ConfigError("The two are not the same. Run `audience-sync password` again.")
+    else:
+        try:
+            given = (sys.stdin.buffer.readline() if sys.stdin else b"").decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise ConfigError("The password is not UTF-8.") from None
+    if len(given) < lazy.passwords.MIN_LENGTH:
+        raise ConfigError(f"The password is too short: take at least {lazy.passwords.MIN_LENGTH} characters.")
+    output.line(lazy.passwords.hash_password(given))
 
 
 def upgrade(context: typer.Context) -> None:

@@ -357,3 +357,30 @@ leases = sa.Table(
     sa.Column("expires_at", UtcDateTime),
     sa.CheckConstraint("(owner IS NULL) = (expires_at IS NULL)", name="held"),
 )
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("token_hash", sa.Text, primary_key=True),  # SHA-256 of the cookie's token, in hexadecimal
+    sa.Column("user_name", sa.Text, nullable=False),
+    sa.Column("credential", sa.Text, nullable=False),  # a hash of the user's role and password hash
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("last_seen_at", UtcDateTime, nullable=False),
+)
+
+actions = sa.Table(
+    "actions",
+    metadata,
+    sa.Column("action_id", Serial, primary_key=True),
+    sa.Column("started_at", UtcDateTime, nullable=False),
+    sa.Column("user_name", sa.Text, nullable=False),
+    sa.Column("address", sa.Text, nullable=False),  # of the browser
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("result", sa.Text),
+    sa.Column("ended_at", UtcDateTime),
+    sa.CheckConstraint("status IN ('running', 'done', 'refused', 'failed')", name="status"),
+    sa.CheckConstraint("(status = 'running') = (ended_at IS NULL)", name="ended"),
+    sqlite_autoincrement=True,
+)

@@ -10,7 +10,6 @@ import binascii
 import contextlib
 import datetime as dt
 import hmac
-import ipaddress
 import json
 import logging
 import re
@@ -20,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -30,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from audience_sync import __version__, intake, logs
+from audience_sync import __version__, intake, logs, remote
 from audience_sync.app import App
 from audience_sync.calls.model import CallType, PreparedCall, Receipt
 from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, decode_json, read_optional_time
@@ -299,7 +297,7 @@ class TrackingApi:
         if self._write_keys:
             if "Authorization" in request.headers and not self._is_write_key(_basic_user(request)):
                 raise RefusalError(401, "the write key is not known", {"WWW-Authenticate": "Basic"})
-        elif not (_BROWSER_HEADERS.isdisjoint(request.headers.keys()) and is_loopback(_host(request))):
+        elif not (_BROWSER_HEADERS.isdisjoint(request.headers.keys()) and remote.is_local(request.scope)):
             raise RefusalError(403, "without [tracking] write_keys only programs on this machine may send")
 
     def _is_write_key(self, value: object) -> bool:
@@ -346,21 +344,6 @@ class TrackingApi:
 
 def _failing(reason: str) -> Response:
     return JSONResponse({"status": "failing", "reason": reason}, status_code=503)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _host(request: Request) -> str:
-    """Return the host of the Host header; starlette would return our own address for an invalid one."""
-    try:
-        return urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _basic_user(request: Request) -> str | None:

@@ -24,16 +24,20 @@ from audience_sync.settings.schema import (
     DefaultSettings,
     DestinationSettings,
     LoggingSettings,
+    Networks,
     SourceSettings,
     Table,
     TrackingSettings,
+    WebSettings,
+    WebUser,
 )
-from audience_sync.settings.sections import Section, absolute, read_toml
+from audience_sync.settings.sections import Section, absolute, expected, read_toml
 from audience_sync.settings.urls import database_url, is_supported, normalize_endpoint
 from audience_sync.suggest import shown
 
 VARIABLE = "AUDIENCE_SYNC_CONFIG"
 PATHS = ("config/audience_sync.toml", "audience_sync.toml")
+MAX_USER_NAME = 100
 _LISTS = ("audiences", "traits", "mappings")  # also allowed in included files
 _NAMES = (
     "include",
@@ -43,6 +47,7 @@ _NAMES = (
     "destination",
     "logging",
     "tracking",
+    "web",
     "daemon",
     "defaults",
     *_LISTS,
@@ -61,6 +66,7 @@ class Settings(Table, frozen=True):
     definitions: tuple[Definition, ...]  # audiences, then traits, each in the order of the files
     mappings: tuple[mappings.Mapping, ...]  # without the presets, in the order of the files
     daemon: DaemonSettings = DaemonSettings()
+    web: WebSettings = WebSettings()
 
 
 def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
@@ -105,6 +111,7 @@ def load(
         logging=top.section("[logging]").convert(document.get("logging", {}), LoggingSettings),
         tracking=top.section("[tracking]").convert(document.get("tracking", {}), TrackingSettings),
         daemon=top.section("[daemon]").convert(document.get("daemon", {}), DaemonSettings),
+        web=_web(top, document.get("web", {})),
         tables=(),
         definitions=(),
         mappings=(),
@@ -161,13 +168,16 @@ def _included(top: Section, patterns: Any, folder: Path) -> Iterator[tuple[Secti
 def _tables(files: list[tuple[Section, dict[str, Any]]], name: str) -> Iterator[tuple[Section, Any]]:
     """Yield the tables `[[name]]` of all files."""
     for file, document in files:
-        tables = document.get(name, [])
-        if not isinstance(tables, list):
-            file.fail(f"{name}: expected [[{name}]], with two brackets")
-        for number, table in enumerate(tables, 1):
-            label = table.get("name") if isinstance(table, dict) else None
-            shown_label = shown(label) if isinstance(label, str) and label else f"number {number}"
-            yield file.section(f"[[{name}]] {shown_label}"), table
+        yield from _sections(file, name, document.get(name, []))
+
+
+def _sections(file: Section, name: str, tables: Any) -> Iterator[tuple[Section, Any]]:
+    if not isinstance(tables, list):
+        file.fail(f"{name}: expected [[{name}]], with two brackets")
+    for number, table in enumerate(tables, 1):
+        label = table.get("name") if isinstance(table, dict) else None
+        shown_label = shown(label) if isinstance(label, str) and label else f"number {number}"
+        yield file.section(f"[[{name}]] {shown_label}"), table
 
 
 _T = TypeVar("_T", DatabaseSettings, SourceSettings)
@@ -208,6 +218,27 @@ def _destination(section: Section, table: Any, folder: Path) -> DestinationSetti
         endpoint=normalize_endpoint(section, destination.endpoint, custom=destination.allow_custom_endpoint),
         ca_file=str(absolute(folder, destination.ca_file)) if destination.ca_file else "",
     )
+
+
+def _web(top: Section, table: Any) -> WebSettings:
+    section = top.section("[web]")
+    section.check_names(table, WebSettings.__struct_fields__)
+    web = section.convert({name: table[name] for name in table if name != "users"}, WebSettings)
+    try:
+        _ = web.proxy_networks
+    except ValueError:
+        section.fail(f"trusted_proxies: expected {expected(Networks)}")
+    users: dict[str, WebUser] = {}
+    for place, each in _sections(top, "web.users", table.get("users", [])):
+        user = place.convert(each, WebUser)
+        if not user.name.isprintable() or user.name != user.name.strip() or len(user.name) > MAX_USER_NAME:
+            place.fail(
+                f"name: expected at most {MAX_USER_NAME} characters on one line, without spaces around"
+            )
+        if user.name in users:
+            place.fail("name: another user has the same: each needs one of their own")
+        users[user.name] = user
+    return msgspec.structs.replace(web, users=tuple(users.values()))
 
 
 def with_stored_keys(settings: Settings, stored: Mapping[tuple[str, str], list[str]]) -> Settings:

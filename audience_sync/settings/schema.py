@@ -1,6 +1,7 @@
 """The tables of the configuration file: names, types and defaults, and the descriptions that messages show."""
 
 import hashlib
+import ipaddress
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ import msgspec
 
 from audience_sync.audiences.query.configured import TableMapping
 from audience_sync.errors import MissingVariable
+from audience_sync.settings import passwords
 
 # Messages show a description after "expected".
 Span = Annotated[
@@ -67,6 +69,19 @@ class WriteKey(Secret):
     pattern = r"[!-9;-~]+"  # no colon: Basic authentication splits there
 
 
+class PasswordHash(Secret):
+    pattern = passwords.PATTERN
+
+
+Password = Annotated[
+    PasswordHash,
+    msgspec.Meta(description="the hash that `audience-sync password` prints, not the password itself"),
+]
+Role = Annotated[Literal["read", "operate"], msgspec.Meta(description='"read" or "operate"')]
+Networks = Annotated[
+    tuple[str, ...],
+    msgspec.Meta(description='a list of addresses or networks, such as ["127.0.0.1", "10.0.0.0/8"]'),
+]
 ApiKey = Annotated[
     Secret, msgspec.Meta(description="printable ASCII without spaces or line ends, and not empty")
 ]
@@ -161,6 +176,30 @@ class TrackingSettings(Table, frozen=True):
 
     def require_write_keys(self) -> tuple[str, ...]:
         return tuple(key.require() for key in self.write_keys)
+
+
+class WebUser(Table, frozen=True):
+    name: Text
+    password: Password
+    role: Role
+
+
+class WebSettings(Table, frozen=True):
+    """The dashboard, which is for this machine only, and only to read, if there are no users."""
+
+    dashboard: bool = True
+    trusted_proxies: Networks = ()
+    users: tuple[WebUser, ...] = ()
+
+    def require_users(self) -> dict[str, WebUser]:
+        """Return the users by name. Raises MissingVariable if the hash of one is not there."""
+        for user in self.users:
+            user.password.require()
+        return {user.name: user for user in self.users}
+
+    @property
+    def proxy_networks(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        return [ipaddress.ip_network(text, strict=False) for text in self.trusted_proxies]
 
 
 class DefaultSettings(Table, frozen=True):

@@ -1,16 +1,179 @@
-"""Access to the dashboard. Without configured users, programs on this machine may read it."""
+"""Access to the dashboard: who asks, from where, and what that person may do.
 
+Without configured users it is for browsers on this machine, and only to read: the request must name this machine as its
+host, and no proxy may have passed it on. With users, everything but the sign-in needs a session.
+"""
+
+import hmac
+import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from audience_sync import remote
+from audience_sync.settings.schema import WebSettings, WebUser
+
+SIGN_IN_FIRST = "[[web.users]]: `audience-sync password` makes the hash of a password"
+_READING = {"GET", "HEAD"}
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """The person who asks: signed in with a role, or, without configured users, somebody on this machine."""
+    """The person who asks: signed in with a role, not signed in, or, without configured users, on this machine."""
 
     name: str | None = None
     role: str = "read"
     csrf: str = ""
 
     @property
+    def may_read(self) -> bool:
+        return self.role in {"read", "operate"}
+
+    @property
     def may_operate(self) -> bool:
         return self.role == "operate"
+
+
+STRANGER = Viewer(role="none")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The users of the dashboard, and the checks of a request's headers."""
+
+    users: Mapping[str, WebUser]
+
+    @classmethod
+    def configured(cls, settings: WebSettings) -> "Access":
+        return cls(settings.require_users())
+
+    def refusal(self, request: Request) -> str | None:
+        """Return why a request is refused for everybody; None if it is not."""
+        if not self.users:
+            if not remote.is_loopback(remote.host_name(request.headers)):
+                return (
+                    "Without users the dashboard is for this machine only: open it as http://127.0.0.1 or "
+                    f"http://localhost, or configure {SIGN_IN_FIRST}."
+                )
+            if remote.came_through_proxy(request.scope):
+                return f"Without users the dashboard answers no proxy: configure {SIGN_IN_FIRST}."
+        if request.method in _READING and _is_from_elsewhere(request):
+            return "The request comes from another site."
+        return None
+
+
+def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str | None:
+    """Return why a form is refused: it must be from a page of ours, and of this person's session if there is one."""
+    source = _source(request)
+    if comes_by_link(request) or source is None or source != own_origin(request):
+        return (
+            "The form was not sent by a page of this dashboard. If there is a proxy in front of it, name that in "
+            "[web] trusted_proxies, and make it set X-Forwarded-Proto and X-Forwarded-Host."
+        )
+    if viewer and not (
+        viewer.csrf and hmac.compare_digest(viewer.csrf.encode(), csrf.encode(errors="replace"))
+    ):
+        return "The form belongs to another session: open the page again."
+    return None
+
+
+def is_visit(request: Request) -> bool:
+    """Tell whether a person follows a link to a page, in a window of its own."""
+    headers = request.headers
+    mode, target = headers.get("Sec-Fetch-Mode", "navigate"), headers.get("Sec-Fetch-Dest", "document")
+    return request.method in _READING and (mode, target) == ("navigate", "document")
+
+
+def comes_by_link(request: Request) -> bool:
+    """Tell whether another site's link leads here: browsers then send no session."""
+    return request.headers.get("Sec-Fetch-Site") in {"cross-site", "same-site"}
+
+
+def own_origin(request: Request) -> str | None:
+    return _origin(f"{request.scope['scheme']}://{request.headers.get('Host', '')}")
+
+
+def local_path(text: str | None) -> str:
+    """Return a path of our own with its query, to go to after a form; the first page for anything else."""
+    if text is None or not text.isprintable() or "\\" in text or len(text) > 2_000:
+        return "/"
+    return text if text.startswith("/") and not text.startswith("//") else "/"
+
+
+def _is_from_elsewhere(request: Request) -> bool:
+    if comes_by_link(request) and not (is_visit(request) and not request.url.path.startswith("/static/")):
+        return True
+    given = request.headers.get("Origin")
+    return given is not None and (_origin(given) is None or _origin(given) != own_origin(request))
+
+
+def _source(request: Request) -> str | None:
+    """Return the origin of the page that sends a form."""
+    return _origin(request.headers.get("Origin", request.headers.get("Referer", "")))
+
+
+def _origin(url: str) -> str | None:
+    """Return the scheme, host and port of an address; None if it has none."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    return (
+        f"{parts.scheme}://{parts.hostname}:{port}"
+        if parts.hostname and port and "@" not in parts.netloc
+        else None
+    )
+
+
+class TrustedProxies:
+    """Takes the browser's address, scheme and host from the headers of proxies that the configuration names."""
+
+    def __init__(self, app: ASGIApp, settings: WebSettings) -> None:
+        self._app = app
+        self._networks = settings.proxy_networks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._trusts(_peer(scope)):
+            scope = {**scope, "headers": list(scope["headers"])}
+            headers = MutableHeaders(scope=scope)
+            scope["client"] = (self._browser(scope), 0)
+            proto, host = (_last(headers, f"X-Forwarded-{name}") for name in ("Proto", "Host"))
+            if proto in {"http", "https"}:
+                scope["scheme"] = proto
+            if host:
+                headers["Host"] = host
+        await self._app(scope, receive, send)
+
+    def _browser(self, scope: Scope) -> str:
+        """Return the last address that no trusted proxy has; what stands before it may be forged."""
+        address = _peer(scope)
+        passed = ",".join(Headers(scope=scope).getlist("X-Forwarded-For")).split(",")
+        for text in reversed(passed):
+            if not self._trusts(address):
+                break
+            try:
+                address = str(ipaddress.ip_address(text.strip()))
+            except ValueError:
+                break
+        return address
+
+    def _trusts(self, address: str) -> bool:
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        return any(ip in network for network in self._networks)
+
+
+def _peer(scope: Scope) -> str:
+    return scope["client"][0] if scope.get("client") else ""
+
+
+def _last(headers: Headers, name: str) -> str:
+    return ",".join(headers.getlist(name)).rpartition(",")[2].strip().lower()

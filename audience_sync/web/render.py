@@ -15,6 +15,7 @@ from audience_sync import __version__
 # A shape beside each state's word, so that nobody depends on colours: (CSS class, shape).
 STATES = {
     "enabled": ("good", "●"), "succeeded": ("good", "✓"), "accepted": ("good", "✓"),
+    "done": ("good", "✓"), "refused": ("warn", "▲"),
     "running": ("busy", "◐"), "pending": ("busy", "◔"), "sending": ("busy", "◐"),
     "held": ("warn", "▲"), "late": ("warn", "▲"), "abandoned": ("bad", "✕"),
     "failed": ("bad", "✕"), "dead": ("bad", "✕"), "stopped": ("bad", "■"),

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from audience_sync.app import App
-from audience_sync.web import render
+from audience_sync.web import record, render
 from audience_sync.web.access import Viewer
 
 PAGE_ROWS = 50  # of a table on a page
@@ -22,6 +22,10 @@ class NotFound(Exception):  # noqa: N818  (an answer, not an error)
 
 class BadRequest(Exception):  # noqa: N818
     """A parameter of the address or form cannot be used. The message says which, and what would be right."""
+
+
+class Forbidden(Exception):  # noqa: N818
+    """The person who asks may not do this. The message says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +55,35 @@ class View:
 
     def html(self, template: str, *, live: bool = False, **values: Any) -> Response:
         """Render a template. A live page is asked for again every few seconds while it is open."""
-        page = render.environment().get_template(template)
-        parameters = self.request.url.query
-        path = self.request.url.path + (f"?{parameters}" if parameters else "")
-        return HTMLResponse(page.render(**values, viewer=self.viewer, live=live, path=path, now=self.now))
+        notice = self.number("notice")
+        if notice is not None:
+            values["notice"] = record.find_action(self.connection, notice, self.viewer.name or "")
+        return html(template, self.viewer, here(self.request), self.now, live=live, **values)
 
 
 Page = Callable[[View], Response]
+
+
+def html(
+    template: str,
+    viewer: Viewer,
+    path: str,
+    now: dt.datetime,
+    *,
+    status_code: int = 200,
+    live: bool = False,
+    **values: Any,
+) -> Response:
+    """Render a template for a person who is at a path."""
+    page = render.environment().get_template(template)
+    values = {"notice": None} | values
+    return HTMLResponse(page.render(**values, viewer=viewer, live=live, path=path, now=now), status_code)
+
+
+def here(request: Request) -> str:
+    """Return the path and query of a request, without the notice that was shown there."""
+    url = request.url.remove_query_params("notice")
+    return f"{url.path}?{url.query}" if url.query else url.path
 
 
 def row_id(name: str, text: str) -> int:

@@ -1,0 +1,36 @@
+"""The origin of an HTTP request: this machine, another one, or a proxy that passes it on."""
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+_PROXY_HEADERS = ("forwarded", "via", "x-real-ip")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def host_name(headers: Headers) -> str:
+    """Return the host of the Host header; starlette would return our own address for an invalid one."""
+    try:
+        return urlsplit(f"//{headers.get('Host', '')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def came_through_proxy(scope: Scope) -> bool:
+    """Tell whether a proxy has passed the request on: it says so, or it speaks HTTP/1.0, as nginx does by default."""
+    return scope.get("http_version") == "1.0" or any(
+        name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in Headers(scope=scope)
+    )
+
+
+def is_local(scope: Scope) -> bool:
+    """Tell whether a program on this machine asks for this machine, without a proxy between them."""
+    return is_loopback(host_name(Headers(scope=scope))) and not came_through_proxy(scope)

@@ -1,0 +1,183 @@
+"""Actions of people: decide about held runs and deliveries, and accept the destination.
+
+Each action needs the role `operate`. It is recorded before it is done, and its result afterwards, also where it is
+refused or fails.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from audience_sync import history
+from audience_sync.app import App
+from audience_sync.audiences import decisions, foreign
+from audience_sync.db import engines
+from audience_sync.errors import AudienceSyncError, Busy, ConfigError, NotApproved, unexpected
+from audience_sync.queue import deliveries
+from audience_sync.web import record
+from audience_sync.web.access import SIGN_IN_FIRST, Viewer, form_refusal, local_path
+from audience_sync.web.signin import Form, client_address
+from audience_sync.web.view import PAGE_ROWS, BadRequest, Forbidden, View, row_id
+
+CHUNK = 1_000  # deliveries that a transaction decides about
+MAX_TARGET = 300  # characters of a target, and of a filter in it
+FILTER = {
+    "key": "key",
+    "action": "action",
+    "error": "error",
+    "user": "user_id",
+}  # fields, and what `history` calls them
+
+
+@dataclass(frozen=True, slots=True)
+class FormAction:
+    """Its name in the record, what a form is about, and what does it and returns its result."""
+
+    name: str
+    target: Callable[[Form], str]
+    perform: Callable[[App, Form], str]
+
+
+def act(action: FormAction, app: App, viewer: Viewer, request: Request, form: Form) -> Response:
+    """Do what a form asks for, and go back to its page, which shows the result."""
+    if viewer.name is None:
+        raise Forbidden(
+            f"Without users the dashboard only shows things. To act here, configure {SIGN_IN_FIRST}."
+        )
+    refusal = form_refusal(request, viewer, form.get("csrf", ""))
+    if refusal is None and not viewer.may_operate:
+        refusal = "Your role is to read. Ask for the role operate in [[web.users]], or somebody who has it."
+    with engines.write(app.engine) as connection:
+        who = (viewer.name, client_address(request))
+        action_id = record.start_action(connection, *who, action.name, action.target(form), app.clock.now())
+    status, result = ("refused", refusal) if refusal else _outcome(action, app, form)
+    with engines.write(app.engine) as connection:
+        record.end_action(connection, action_id, status, result, app.clock.now())
+    if refusal:
+        raise Forbidden(refusal)
+    return RedirectResponse(_with_notice(local_path(form.get("back")), action_id), 303)
+
+
+def _outcome(action: FormAction, app: App, form: Form) -> tuple[str, str]:
+    try:
+        return "done", action.perform(app, form)
+    except (ConfigError, NotApproved, Busy, BadRequest) as error:
+        return "refused", str(error)
+    except AudienceSyncError as error:
+        return "failed", str(error)
+    except Exception as error:  # noqa: BLE001  (a bug: never a traceback)
+        return "failed", f"An unexpected error: {unexpected(error)}. Please report it."
+
+
+def _with_notice(path: str, action_id: int) -> str:
+    parts = urlsplit(path)
+    others = [
+        (name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True) if name != "notice"
+    ]
+    return f"{parts.path}?{urlencode([*others, ('notice', action_id)])}"
+
+
+def _run(form: Form) -> str:
+    return f"run {form['run_id']}"[:MAX_TARGET]
+
+
+def _approve(app: App, form: Form) -> str:
+    run_id = row_id("The run", form["run_id"])
+    decisions.approve(app.engine, run_id, app.clock, app.destination)
+    with engines.read(app.engine) as connection:
+        [run] = history.run_rows(connection, ids=[run_id])
+    counts = ", ".join(f"{run[f'{name}_count']:,} {name}" for name in ("entered", "exited", "changed"))
+    return f"Run {run_id} of {run['key']} is committed: {counts}. Its changes are in the queue."
+
+
+def _reject(app: App, form: Form) -> str:
+    run_id = row_id("The run", form["run_id"])
+    decisions.reject(app.engine, run_id, app.clock)
+    return f"Run {run_id} is rejected. Nothing of it is sent, and the next run computes again."
+
+
+def _deliveries(form: Form) -> str:
+    if form.get("all"):
+        filters = "".join(f", {name} {value}" for name, value in _filter(form).items())
+        return f"all dead deliveries{filters}"[:MAX_TARGET]
+    return f"deliveries {', '.join(form.getlist('id'))}"[:MAX_TARGET]
+
+
+def _retry(app: App, form: Form) -> str:
+    count, refusals = 0, list[str]()
+    for ids in _chosen(app, form):
+        with engines.write(app.engine) as connection:
+            retried = deliveries.retry(connection, ids, app.clock.now())
+        count += retried.count
+        refusals += retried.refusals[:1]
+    return " ".join([f"{_number(count)} queued again.", *refusals[:1]])
+
+
+def _discard(app: App, form: Form) -> str:
+    count = total = 0
+    for ids in _chosen(app, form):
+        with engines.write(app.engine) as connection:
+            count += deliveries.discard(connection, ids, app.clock.now())
+        total += len(ids)
+    others = "" if count == total else " The others are settled already, or belong to a held run."
+    return f"{_number(count)} cancelled.{others}"
+
+
+def _chosen(app: App, form: Form) -> Iterator[list[int]]:
+    """Yield the ids of a form, or those of all dead deliveries that its filter matches."""
+    if not form.get("all"):
+        ids = [row_id("A delivery", text) for text in dict.fromkeys(form.getlist("id"))]
+        if not ids:
+            raise BadRequest("Choose the deliveries first.")
+        yield ids
+        return
+    if form["all"] != "dead":
+        raise BadRequest("all must be dead.")
+    rows = partial(history.delivery_rows, status="dead", limit=CHUNK)
+    filters = {FILTER[name]: value for name, value in _filter(form).items()}
+    before: int | None = None
+    while not app.stop.is_set():
+        with engines.read(app.engine) as connection:
+            ids = [row["delivery_id"] for row in rows(connection, before=before, **filters)]
+        if not ids:
+            return
+        yield ids
+        before = ids[-1]
+
+
+def _filter(form: Form) -> dict[str, Any]:
+    return {name: form[name] for name in FILTER if form.get(name)}
+
+
+def _number(count: int) -> str:
+    return f"{count:,} delivery is" if count == 1 else f"{count:,} deliveries are"
+
+
+def _accept_destination(app: App, _form: Form) -> str:
+    app.check_key()
+    with engines.write(app.engine) as connection:
+        keys = foreign.accept_destination(connection, app.destination)
+    return f"The destination is accepted for {', '.join(keys) or 'everything'}."
+
+
+ACTIONS = {
+    "/runs/{run_id}/approve": FormAction("approve", _run, _approve),
+    "/runs/{run_id}/reject": FormAction("reject", _run, _reject),
+    "/deliveries/retry": FormAction("retry", _deliveries, _retry),
+    "/deliveries/discard": FormAction("discard", _deliveries, _discard),
+    "/destination/accept": FormAction(
+        "accept the destination", lambda _: "the destination", _accept_destination
+    ),
+}
+
+
+def actions(view: View) -> Response:
+    """The page that shows what people did."""
+    rows = record.action_rows(view.connection, before=view.number("before"), limit=PAGE_ROWS + 1)
+    is_more = len(rows) > PAGE_ROWS
+    return view.html("actions.html", actions=rows[:PAGE_ROWS], is_more=is_more)

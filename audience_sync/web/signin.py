@@ -1,0 +1,185 @@
+"""Signing in and out: the form, the cookie, and the limits on guessing."""
+
+import contextlib
+import datetime as dt
+import ipaddress
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from starlette.datastructures import ImmutableMultiDict
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from audience_sync import logs
+from audience_sync.app import App
+from audience_sync.clock import Clock
+from audience_sync.db import engines
+from audience_sync.errors import DatabaseError
+from audience_sync.settings.passwords import is_password
+from audience_sync.web import sessions
+from audience_sync.web.access import SIGN_IN_FIRST, STRANGER, Access, Viewer, form_refusal, local_path
+from audience_sync.web.view import Forbidden, NotFound, View, html
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 10  # that may fail at once, of a name and from an address
+ATTEMPT_SECONDS = 60.0  # until another one may fail
+MAX_REMEMBERED = 10_000  # names and addresses
+WAIT_SECONDS = 0.2  # for the database, to record that a session is used
+
+Form = ImmutableMultiDict[str, str]
+
+
+@dataclass(slots=True)
+class Throttle:
+    """Limits the attempts to sign in, of each user name and from each address. Only those that fail count."""
+
+    clock: Clock
+    _free_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, name: str, address: str) -> float:
+        """Count an attempt and return 0 if it may be made; else return the seconds to wait."""
+        with self._lock:
+            now = self.clock.monotonic()
+            free_at = {key: max(now, self._free_at.get(key, now)) for key in _keys(name, address)}
+            wait = max(free_at.values()) - now - (MAX_ATTEMPTS - 1) * ATTEMPT_SECONDS
+            if wait > 0:
+                return wait
+            for key, at in free_at.items():
+                self._free_at[key] = at + ATTEMPT_SECONDS
+                self._free_at.move_to_end(key)
+            while len(self._free_at) > MAX_REMEMBERED:
+                self._free_at.popitem(last=False)
+            return 0.0
+
+    def give_back(self, name: str, address: str) -> None:
+        """Do not count an attempt that succeeded."""
+        with self._lock:
+            for key in _keys(name, address):
+                if key in self._free_at:
+                    self._free_at[key] -= ATTEMPT_SECONDS
+
+
+def _keys(name: str, address: str) -> list[str]:
+    with contextlib.suppress(ValueError):
+        ip = ipaddress.ip_address(address)
+        if ip.version == 6:  # one household or server has many of these
+            address = str(ipaddress.ip_network((ip, 64), strict=False))
+    return [f"user {name[:200]}", f"address {address}"]
+
+
+def sign_in_page(view: View) -> Response:
+    if view.viewer.may_read:
+        if view.viewer.name is None:
+            raise NotFound(
+                f"Nobody signs in here, because there are no users. To have some, configure {SIGN_IN_FIRST}."
+            )
+        return RedirectResponse(local_path(view.text("next")), 303)
+    return view.html("login.html", next=local_path(view.text("next")), name="", problem=None)
+
+
+def sign_in(app: App, access: Access, throttle: Throttle, request: Request, form: Form) -> Response:
+    """Begin a session for a name and its password. The time that it takes does not tell whether there is such a user."""
+    if not access.users:
+        raise Forbidden(
+            f"Nobody signs in here, because there are no users. To have some, configure {SIGN_IN_FIRST}."
+        )
+    if refusal := form_refusal(request, None):
+        raise Forbidden(refusal)
+    name, address = form.get("name", "").strip(), client_address(request)
+    wait = throttle.take(name, address)
+    if wait:
+        logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="too many attempts")
+        return _again(app, form, f"Too many attempts failed. Try again in {_duration(wait)}.", 429, wait)
+    user = access.users.get(name)
+    stored = (user or next(iter(access.users.values()))).password.require()
+    if not is_password(form.get("password", ""), stored) or user is None:
+        logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="wrong name or password")
+        return _again(app, form, "The name or the password is wrong.", 403)
+    throttle.give_back(name, address)
+    with engines.write(app.engine) as connection:
+        sessions.end_session(connection, _token(request))
+        token = sessions.start_session(connection, user, app.clock.now())
+    logs.event(log, logging.INFO, "signed in", user=name, address=address)
+    answer = RedirectResponse(local_path(form.get("next")), 303)
+    answer.set_cookie(
+        _cookie(request),
+        token,
+        max_age=int(sessions.LIFE.total_seconds()),
+        path="/",
+        secure=_is_https(request),
+        httponly=True,
+        samesite="strict",
+    )
+    return answer
+
+
+def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response:
+    if refusal := form_refusal(request, viewer if viewer.name else None, form.get("csrf", "")):
+        raise Forbidden(refusal)
+    with engines.write(app.engine) as connection:
+        sessions.end_session(connection, _token(request))
+    answer = RedirectResponse("/login", 303)
+    answer.delete_cookie(
+        _cookie(request), path="/", secure=_is_https(request), httponly=True, samesite="strict"
+    )
+    return answer
+
+
+def viewer(app: App, access: Access, connection: sa.Connection, request: Request) -> tuple[Viewer, bool]:
+    """Return who asks, and whether this use of the session is to be recorded."""
+    if not access.users:
+        return Viewer(), False
+    token, now = _token(request), app.clock.now()
+    session = sessions.find_session(connection, token, access.users, now) if token else None
+    if session is None:
+        return STRANGER, False
+    user, last_seen_at = session
+    is_by_person = "HX-Request" not in request.headers  # else the page asks, and nobody may be there
+    is_due = is_by_person and now - last_seen_at >= sessions.SEEN_EVERY
+    return Viewer(user.name, user.role, sessions.csrf_token(token)), is_due
+
+
+def record_use(app: App, request: Request) -> None:
+    """Record that a session is used, unless the database is busy."""
+    with contextlib.suppress(DatabaseError), engines.write(app.engine, WAIT_SECONDS) as connection:
+        sessions.set_last_seen(connection, _token(request), app.clock.now())
+
+
+def client_address(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def _again(app: App, form: Form, problem: str, status: int, wait: float = 0.0) -> Response:
+    values: dict[str, Any] = {
+        "next": local_path(form.get("next")),
+        "name": form.get("name", "")[:100],
+        "problem": problem,
+    }
+    answer = html("login.html", STRANGER, "/login", app.clock.now(), status_code=status, **values)
+    if wait:
+        answer.headers["Retry-After"] = str(int(wait) + 1)
+    return answer
+
+
+def _duration(seconds: float) -> str:
+    span = dt.timedelta(seconds=int(seconds) + 1)
+    minutes, rest = divmod(int(span.total_seconds()), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _token(request: Request) -> str:
+    return request.cookies.get(_cookie(request), "")
+
+
+def _cookie(request: Request) -> str:
+    return "__Host-audience_sync" if _is_https(request) else "audience_sync"
+
+
+def _is_https(request: Request) -> bool:
+    return bool(request.scope["scheme"] == "https")
