@@ -18,6 +18,7 @@ from tests.acceptance.conftest import clean
 from tests.conftest import SCHEMA
 from tests.tools import required
 from tests.web.browser import scene
+from tests.web.conftest import PASSWORD, USERS
 
 QUIET = (
     "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
@@ -71,6 +72,7 @@ def site(request, scene_folder, tmp_path_factory):
         server.created.remove(name)  # it stays
         sqlite_url, url = url, server.url(name)
         path.write_text(path.read_text().replace("sqlite:///audience_sync.db", url))
+    path.write_text(path.read_text() + USERS)
     engine = engines.open_own(url, SCHEMA)
     if request.param == "postgresql":
         scene.copy_rows(sqlite_url, engine)
@@ -92,13 +94,20 @@ def browser():
 
 @pytest.fixture
 def open_tab(browser, site):
-    """open_tab(**options of the context) opens a tab; at the end, nothing may have complained in any of them."""
+    """open_tab(...) opens a tab of a user who is signed in; at the end, none of the tabs may have complained."""
     with contextlib.ExitStack() as stack:
         complaints = []
 
-        def open_tab(**options):
-            context = stack.enter_context(browser.new_context(base_url=site.address, **options))
+        def open_tab(user="olga", **options):
+            context = stack.enter_context(
+                browser.new_context(base_url=site.address, **{"viewport": DESKTOP} | options)
+            )
             context.set_default_timeout(PATIENCE_MS)
+            if user:
+                form, headers = {"name": user, "password": PASSWORD}, {"Origin": site.address}
+                assert (
+                    context.request.post("/login", form=form, headers=headers, max_redirects=0).status == 303
+                )
             tab = context.new_page()
             tab.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
             tab.on("pageerror", lambda error: complaints.append(f"error: {error}"))
@@ -114,4 +123,4 @@ def open_tab(browser, site):
 
 @pytest.fixture
 def tab(open_tab):
-    return open_tab(viewport=DESKTOP)
+    return open_tab()

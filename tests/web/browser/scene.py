@@ -5,6 +5,7 @@ import datetime as dt
 import json
 import re
 
+import pytest
 import sqlalchemy as sa
 
 from audience_sync import intake
@@ -50,7 +51,9 @@ sql = "SELECT user_id, count(*) AS value FROM orders WHERE user_id < '12400' GRO
 
 def make(folder):
     """Run the demo in a folder, then add what goes wrong, and hostile text."""
-    demo.run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "DAYS", 20)  # 63 runs: more than a page has
+        demo.run(folder)
     path = folder / "audience_sync.toml"
     path.write_text(path.read_text() + DEFINITIONS)
     shop = sa.create_engine(f"sqlite:///{folder}/shop.db")
@@ -63,6 +66,9 @@ def make(folder):
     with FaultySandbox(port, limits=Limits(identify_per_minute=1_000_000)) as sandbox, open_app(path) as app:
         errors = {"errors": [{"message": ERROR, "status": 400}]}
         sandbox.faults.add({"user_id": USER_ID, "path": "/v1/track", "status": 400, "body": errors})
+        for user_id in ("bob", "eve"):
+            sandbox.faults.add({"user_id": user_id, "path": "/v1/track", "status": 400, "body": errors})
+            intake.track(app, user_id, "Refused")
         now = app.clock.now() - dt.timedelta(minutes=5)
         by_key = {definition.key: definition for definition in app.definitions()}
         for key in ("odd_ids", "big_spenders", "order_count"):

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from playwright.sync_api import expect
 
 from audience_sync.db import engines, leases, tables
-from tests.web.browser.conftest import DESKTOP, PATIENCE_MS
+from tests.web.browser.conftest import PATIENCE_MS
 
 POLL_MS = 3_100  # a little more than the seconds between two looks of a live page
 expect.set_options(timeout=PATIENCE_MS)
@@ -107,8 +107,7 @@ def test_the_first_tab_skips_to_the_content(tab):
 
 
 @pytest.mark.parametrize("media", ["screen", "print"])
-def test_what_is_printed_is_the_content(open_tab, media):
-    tab = open_tab(viewport=DESKTOP)
+def test_what_is_printed_is_the_content(tab, media):
     tab.goto("/")
     tab.emulate_media(media=media)
     expect(tab.get_by_role("main")).to_be_visible()
