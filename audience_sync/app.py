@@ -112,23 +112,23 @@ class App:
             only_public=destination.is_public,
         )
 
-    def check_key(self) -> str:
-        """Ask the endpoint whether it accepts the API key; return what it said.
+    def check_key(self) -> bool:
+        """Return whether the endpoint accepted the API key; False if it has no way to validate one.
 
-        Raises ConfigError if it does not, or gives no answer.
+        Raises ConfigError if it refuses the key, or gives no answer.
         """
         with self.client() as client:
             answer = client.validate()
         endpoint = self.settings.destination.endpoint
         match answer.outcome:
             case Outcome.ACCEPTED:
-                return f"accepted by {endpoint}"
+                return True
             case Outcome.UNAUTHORISED:
                 raise ConfigError(
                     f"{endpoint} refused it (HTTP {answer.status_code}): put the right key into [destination] api_key."
                 )
         if answer.status_code == 404:
-            return f"not verified, because {endpoint} answers but has no way to validate a key"
+            return False
         raise ConfigError(
             f"{endpoint} did not answer: {answer.error}. Check [destination] endpoint and the network."
         )

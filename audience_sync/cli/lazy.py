@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from audience_sync import app, daemon, history, intake, remote, sandbox
     from audience_sync.audiences import compute, decisions, definition, foreign, plan, runs, statement
-    from audience_sync.audiences.query import english, layout
+    from audience_sync.audiences.query import english, layout, review
     from audience_sync.calls import operations, times
     from audience_sync.cli import demo
     from audience_sync.db import checks, engines, leases, migrate
@@ -28,7 +28,7 @@ PACKAGES = {
         "runs",
         "statement",
     ),
-    "audience_sync.audiences.query": ("english", "layout"),
+    "audience_sync.audiences.query": ("english", "layout", "review"),
     "audience_sync.calls": ("operations", "times"),
     "audience_sync.cli": ("demo",),
     "audience_sync.db": ("checks", "engines", "leases", "migrate"),

@@ -3,7 +3,9 @@
 import contextlib
 import getpass
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,107 +56,143 @@ def check(
 ) -> None:
     """Check the configuration, databases, API key and definitions.
 
-    Prints a line for each check: ok, or what is wrong and what to do. Sends no users and stores no members.
+    Each line begins with ok, with warn if something may be a mistake, or with wrong. Sends no users and stores no
+    members.
+
+    Exit codes: 0, also with warnings; 2 if something is wrong.
     """
     with session.open_app(context, migrated=False) as app:
         output.line(f"ok     configuration: {app.settings.path} is valid")
-        results = list(_checks(app, accept_destination=accept_destination))
-    if not all(results):
-        failed = output.plural(results.count(False), "check")
-        output.line(f"{failed} failed: fix what is marked wrong, then run `audience-sync check` again.")
+        marks = Counter(_checks(app, accept_destination=accept_destination))
+    warnings = output.plural(marks["warn"], "warning")
+    if marks["wrong"]:
+        failed = output.plural(marks["wrong"], "check") + " failed" + f", {warnings}" * bool(marks["warn"])
+        output.line(f"{failed}: fix what is marked wrong, then run `audience-sync check` again.")
         raise typer.Exit(ConfigError.exit_code)
-    output.line("Everything is ready. `audience-sync plan` shows what a sync would send.")
+    ready = f"Everything is ready{f', with {warnings}' if marks['warn'] else ''}."
+    output.line(f"{ready} `audience-sync plan` shows what a sync would send.")
 
 
-def _checks(app: "App", *, accept_destination: bool) -> Iterator[bool]:
-    """Make the checks one by one; whether each succeeded."""
-    yield (has_database := _try("database", partial(_check_database, app)))
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """What a check says about something that works. Each warning is about what may be a mistake."""
+
+    text: str = ""
+    warnings: Sequence[str] = ()
+
+
+def _checks(app: "App", *, accept_destination: bool) -> Iterator[str]:
+    """Make the checks one by one; yield the mark of each line that they print."""
+    yield from (database := _try("database", partial(_check_database, app)))
     for name in app.settings.sources:
-        yield _try(f"source {name}", partial(_check_source, app, name))
-    yield (has_key := _try("API key", app.check_key))
-    if accept_destination and not (has_database and has_key):
+        yield from _try(f"source {name}", partial(_check_source, app, name))
+    yield from (key := _try("API key", partial(_check_key, app)))
+    if accept_destination and "wrong" in database + key:
         output.line("wrong  destination: not accepted, because the database or the API key is wrong")
     elif accept_destination:
         with lazy.engines.write(app.engine) as connection:
             keys = lazy.foreign.accept_destination(connection, app.destination)
         output.line(f"ok     destination: accepted for {', '.join(keys) or 'everything'}")
-    if has_database:
-        yield _try("destination", partial(_check_destination, app))
-        yield (has_keys := _try("keys", partial(_check_keys, app)))
-        for definition in app.settings.definitions if has_keys else ():
-            yield _try(f"definition {definition.key}", partial(_check_definition, app, definition))
+    if "wrong" not in database:
+        yield from _checks_with_database(app)
 
 
-def _try(name: str, action: Callable[[], str]) -> bool:
-    """Print the result of one check."""
+def _checks_with_database(app: "App") -> Iterator[str]:
+    if app.destination.fingerprint is not None:  # without one, the API key is marked wrong
+        yield from _try("destination", partial(_check_destination, app))
+    yield from (keys := _try("keys", partial(_check_keys, app)))
+    if app.settings.tables:
+        yield from _try("tables", partial(_check_tables, app))
+    for definition in app.settings.definitions if "wrong" not in keys else ():
+        yield from _try(f"definition {definition.key}", partial(_check_definition, app, definition))
+
+
+def _try(name: str, action: Callable[[], _Passed]) -> list[str]:
+    """Make one check and print its result; return the mark of each line."""
     try:
-        output.line(f"ok     {name}: {action()}")
+        passed = action()
     except AudienceSyncError as error:
-        output.line(f"wrong  {name}: {str(error).removeprefix(f'{name.rsplit(maxsplit=1)[-1]}: ')}")
-        return False
+        lines = [("wrong", str(error).removeprefix(f"{name.rsplit(maxsplit=1)[-1]}: "))]
     except Exception as error:  # noqa: BLE001  (such as a driver's, about a parameter of a url)
-        output.line(f"wrong  {name}: an unexpected error: {unexpected(error)}")
-        return False
-    return True
+        lines = [("wrong", f"an unexpected error: {unexpected(error)}")]
+    else:
+        lines = [("warn", warning) for warning in passed.warnings] or [("ok", passed.text)]
+        if passed.text and passed.warnings:
+            lines[0] = ("warn", f"{passed.text}, but {passed.warnings[0]}")
+    for mark, text in lines:
+        output.line(f"{mark:<5}  {name}: {text}")
+    return [mark for mark, _ in lines]
 
 
-def _check_database(app: "App") -> str:
+def _check_database(app: "App") -> _Passed:
     lazy.migrate.ensure(app.engine)
     description = lazy.checks.check_own(app.engine, app.settings.database.schema)
-    return f"{description}, version {lazy.migrate.HEAD} of our tables"
+    return _Passed(f"{description}, version {lazy.migrate.HEAD} of our tables")
 
 
-def _check_source(app: "App", name: str) -> str:
+def _check_source(app: "App", name: str) -> _Passed:
     engine = app.open_source(name)
     is_writable = lazy.checks.source_is_writable(engine)
     if engine.dialect.name not in lazy.statement.SUPPORTED:
-        return (
+        warning = (
             "reachable, experimental: neither a timeout nor Ctrl-C ends a running statement, and only the check of the "
             "SQL keeps a definition from writing: give audience-sync a role that may only SELECT"
         )
+        return _Passed(warnings=[warning])
     if is_writable:
-        return "reachable, but its role may write: give audience-sync a role that may only SELECT"
-    return "reachable"
+        return _Passed("reachable", ["its role may write: give audience-sync a role that may only SELECT"])
+    return _Passed("reachable")
 
 
-def _check_destination(app: "App") -> str:
-    if app.destination.fingerprint is None:
-        return "not checked, because the API key is missing"
+def _check_key(app: "App") -> _Passed:
+    endpoint = app.settings.destination.endpoint
+    if app.check_key():
+        return _Passed(f"accepted by {endpoint}")
+    return _Passed(warnings=[f"not verified, because {endpoint} answers but has no way to validate a key"])
+
+
+def _check_destination(app: "App") -> _Passed:
     with lazy.engines.read(app.engine) as connection:
         keys = lazy.foreign.foreign_keys(connection, app.destination)
     if keys:
         message = lazy.destination.other_destination(keys[0])
         raise ConfigError(f"the last sync of {', '.join(keys)} was {message}.")
-    return "unchanged"
+    return _Passed("unchanged")
 
 
-def _check_keys(app: "App") -> str:
+def _check_keys(app: "App") -> _Passed:
     app.load_keys()
     with lazy.engines.read(app.engine) as connection:
         definitions = lazy.history.definitions(connection, app.settings, app.clock.now())
     keys = sorted(row["key"] for row in definitions if row["state"] == "not configured")
     if keys:
-        return (
+        warning = (
             f"not in the configuration any more: {', '.join(keys)}. Userpilot keeps their last values until "
             "`audience-sync retire KEY`"
         )
-    return "every key that was synced is configured or retired"
+        return _Passed(warnings=[warning])
+    return _Passed("every key that was synced is configured or retired")
 
 
-def _check_definition(app: "App", definition: "Definition") -> str:
+def _check_tables(app: "App") -> _Passed:
+    """Check whether [tables.*] hide the profiles of calls. Their columns are checked with each definition."""
+    with lazy.engines.read(app.engine) as connection:
+        warning = lazy.review.hidden_profiles(connection, app.settings.tables)
+    return _Passed(f"{len(app.settings.tables):,} mapped", [warning] if warning else [])
+
+
+def _check_definition(app: "App", definition: "Definition") -> _Passed:
     app.definitions([definition.key])  # a retired key is an error
     engine = app.source(definition) or app.engine
+    warnings = []
     if definition.query is None:
         warnings = lazy.statement.check(definition.sql, engine.dialect.name)
     moments = lazy.runs.resolve_as_of(app.engine, [definition], None, app.clock.now())
     planned, _ = app.plan([definition], moments)
     for message in planned.errors.values():
         raise DefinitionError(message)
-    if definition.query is not None:
-        moment = moments[definition.key]
-        warnings = lazy.compute.review(app.engine, definition, moment, app.source(definition))
-    members = output.plural(planned.plans[0].member_count, "member")
-    return f"{members}, but {'; '.join(warnings)}" if warnings else members
+    warnings += lazy.compute.review(app.engine, definition, moments[definition.key], app.source(definition))
+    return _Passed(output.plural(planned.plans[0].member_count, "member"), warnings)
 
 
 def sandbox(

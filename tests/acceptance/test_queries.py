@@ -107,6 +107,41 @@ def test_a_preview_of_a_trait(command):
             "trait('recent_buyers') = 1",
             ["trait('recent_buyers') is an audience, so true or false: the comparison needs a number"],
         ),
+        (
+            "trait('total_spend') > '30'",
+            ["trait('total_spend') is a number in 3 of 3 users: the comparison needs a string"],
+        ),
+        (
+            "trait('first_plan').contains('pro', '1')",
+            ["trait('first_plan') is not a string in 2 of 3 users: the comparison needs a string"],
+        ),
+        (
+            "event('Order Completed').within(9000 days).sum(property('total')) >= '30'",
+            ["event('Order Completed').sum(property('total')) is a number: the comparison needs a string"],
+        ),
+        (
+            "event('Plan Chosen').count() > event('Plan Chosen').last(property('plan'))",
+            [("property('plan') of event('Plan Chosen') is not a number in 2 of 3 events: "
+            "the comparison needs a number")],
+        ),
+        (
+            "event('Plan Chosen').unique(property('plan')) = 'pro'",
+            ["event('Plan Chosen').unique(property('plan')) is a list: the comparison needs a string"],
+        ),
+        (
+            "event('Order Completed').where(property('total') = true).count() > 0",
+            [("property('total') of event('Order Completed') is a number in 4 of 4 events: "
+            "the comparison needs a boolean")],
+        ),
+        (
+            "event('Order Completed').where(property('total') > property('totl')).count() > 0",
+            ["property('totl') of event('Order Completed') was never seen: did you mean total?"],
+        ),
+        ("event('Plan Chosen').where(property('plan') = 'true').count() > 0", [
+            "property('plan') of event('Plan Chosen') is a number in 1 of 3 events: the comparison needs a string"
+        ]),
+        ("trait('total_spend') > 30 AND trait('recent_buyers') = 'true'", []),
+        ("trait('total_spend') > trait('first_plan')", []),
     ],
 )  # fmt: skip
 def test_a_preview_warns_of_what_is_probably_a_mistake(command, query, warnings):
@@ -152,17 +187,80 @@ def test_explain_shows_the_query_the_english_and_the_sql(command, engine):
 
 
 def test_check_names_what_is_wrong_with_a_query(command):
-    lines = command("check")[1].splitlines()
+    code, output = command("check")
+    lines = output.splitlines()
+    assert code == 0
     assert "ok     definition recent_buyers: 0 members" in lines or any(
         line.startswith("ok     definition recent_buyers: ") for line in lines
     )
+    assert lines[-1] == "Everything is ready. `audience-sync plan` shows what a sync would send."
     text = command.path.read_text().replace("property('total')", "property('totals')")
-    command.path.write_text(text)
-    assert "property('totals') of event('Order Completed') was never seen" in command("check")[1]
+    command.path.write_text(text.replace("'Plan Chosen'", "'Plan Choosen'"))
+    code, output = command("check")
+    lines = output.splitlines()
+    assert (code, [line for line in lines if line.startswith("warn")]) == (0, [
+        ("warn   definition total_spend: 0 members, but property('totals') of event('Order Completed') was never seen: "
+         "did you mean total?"),
+        ("warn   definition first_plan: 0 members, but event('Plan Choosen') was never seen: "
+         "did you mean Plan Chosen?"),
+    ])  # fmt: skip
+    assert not any(line.startswith(("ok     definition total_spend", "wrong")) for line in lines)
+    assert lines[-1].startswith("Everything is ready, with 2 warnings. ")
     command.path.write_text(text.replace('user_id = "user_id"', 'user_id = "user"'))
     code, output = command("check")
     assert code == 2
     assert "[tables.orders] user_id: it has no column user: did you mean user_id?" in output
+    assert output.splitlines()[-1].startswith("3 checks failed: ")
+
+
+def test_check_prints_each_warning_of_a_definition(command):
+    text = command.path.read_text()
+    command.path.write_text(
+        text.replace("trait('recent_buyers') = true", "trait('recent') = 1 AND trait('x') = 1")
+    )
+    lines = command("check")[1].splitlines()
+    key = "warn   definition good_recent_buyers: "
+    assert [line for line in lines if line.startswith("warn")] == [
+        f"{key}0 members, but trait('recent') was never seen: did you mean recent_buyers?",
+        f"{key}trait('x') was never seen",
+    ]
+    assert lines[-1].startswith("Everything is ready, with 2 warnings. ")
+
+
+def test_check_warns_of_mapped_profiles_that_hide_those_of_calls(command, company, engine):
+    schema = "" if dialects.is_sqlite(engine) else "public."
+    company(f"CREATE TABLE {schema}customers (id integer, country text)")
+    company(f"INSERT INTO {schema}customers VALUES (1, 'DE')")
+    mapped = f'[tables.customers]\ntable = "{schema}customers"\nuser_id = "id"\nprofile = true\n'
+    command.path.write_text(command.path.read_text() + mapped)
+    for user in ("1", "9"):
+        assert command("identify", user, "--trait", "plan=pro", "--no-deliver")[0] == 0
+    ours = "profiles" if dialects.is_sqlite(engine) else "audience_sync.profiles"
+    hidden = (
+        "the profiles that calls made are hidden from queries by profile = true of [tables.customers]. "
+        f"To read them as well, map a query on our table {ours} with profile = true"
+    )
+    code, output = command("check")
+    assert (code, f"warn   tables: 2 mapped, but {hidden}" in output.splitlines()) == (0, True), output
+    assert output.splitlines()[-1].startswith("Everything is ready, with 1 warning. ")
+    seen = "trait('plan') was seen in calls, but their profiles are hidden by profile = true of [tables.customers]"
+    assert command.document("preview", "trait('plan') = 'pro'")["warnings"] == [seen]
+
+    select = f"SELECT user_id, user_id AS plan FROM {ours}"
+    company(f"CREATE VIEW {schema}people AS {select}")
+    for table in (f'sql = "{select}"', f'table = "{schema}people"'):
+        more = f'[tables.people]\n{table}\nuser_id = "user_id"\nprofile = true\n'
+        command.path.write_text(command.path.read_text().partition("[tables.people]")[0] + more)
+        assert "ok     tables: 3 mapped" in command("check")[1].splitlines()
+        assert command.document("preview", "trait('plan') = '9'")["sample"] == ["9"]
+
+
+def test_check_says_nothing_of_profiles_when_no_call_made_one(command, engine):
+    with engine.begin() as connection:
+        dialects.sql(connection, "DELETE FROM {our}profiles")
+    text = command.path.read_text()
+    command.path.write_text(text.replace('event = "Order', 'profile = true\nevent = "Order'))
+    assert "ok     tables: 1 mapped" in command("check")[1].splitlines()
 
 
 def test_a_failing_query_does_not_stop_the_others(command):

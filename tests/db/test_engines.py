@@ -107,8 +107,10 @@ def test_a_misspelt_file_is_not_created(opened, tmp_path, scheme):
 def test_check_reports_the_missing_guarantees_of_an_experimental_source(opened, tmp_path):
     sqlite3.connect(tmp_path / "shop.db").close()
     engine = opened(engines.open_source("shop", f"filedb:///{tmp_path}/shop.db"))
-    answer = setup._check_source(SimpleNamespace(open_source=lambda _: engine), "shop")
-    assert answer.startswith("reachable, experimental: neither a timeout nor Ctrl-C ends a running statement")
+    (warning,) = setup._check_source(SimpleNamespace(open_source=lambda _: engine), "shop").warnings
+    assert warning.startswith(
+        "reachable, experimental: neither a timeout nor Ctrl-C ends a running statement"
+    )
 
 
 def test_a_source_by_uri_is_opened(opened, tmp_path):
