@@ -14,7 +14,7 @@ _UNITED = 100  # queries in a statement; SQLite allows 500
 
 
 def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
-    """The configured definitions, then the keys that were synced but are not in the configuration any more."""
+    """The configured definitions, then the keys that were sent but are not in the configuration any more."""
     configured = {definition.key: definition for definition in settings.definitions}
     rows = connection.execute(
         sa.select(tables.definitions).order_by(tables.definitions.c.definition_id)
@@ -23,8 +23,9 @@ def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime)
     sizes, last_runs = _member_counts(connection), _last_runs(connection)
     held = {run["key"] for run in held_runs(connection)}
     outlooks = slots.outlooks(connection, settings.definitions, now)
+    used = {row.key for row in rows if row.retired_at is not None} | held | _sent_keys(connection)
     documents = []
-    for key in dict.fromkeys([*configured, *stored]):
+    for key in dict.fromkeys([*configured, *filter(used.__contains__, stored)]):
         row, definition = stored.get(key), configured.get(key)
         if row is not None and row.retired_at is not None:
             state = "retired"
@@ -52,6 +53,16 @@ def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime)
 def _last_runs(connection: sa.Connection) -> dict[str, dict[str, Any]]:
     run_ids = connection.execute(_newest()).scalars().all()
     return {run["key"]: run for run in run_rows(connection, ids=[run_id for run_id in run_ids if run_id])}
+
+
+def _sent_keys(connection: sa.Connection) -> set[str]:
+    """The keys with which anybody ever entered, so that Userpilot may have a value."""
+    has_entered = sa.exists().where(
+        tables.runs.c.definition_id == tables.definitions.c.definition_id,
+        tables.runs.c.status == "succeeded",
+        tables.runs.c.entered_count > 0,
+    )
+    return set(connection.execute(sa.select(tables.definitions.c.key).where(has_entered)).scalars())
 
 
 def _newest(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:

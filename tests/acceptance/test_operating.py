@@ -355,6 +355,20 @@ def test_a_retired_key_is_false_for_everyone_and_stays_reserved(start, people, s
     assert (code, "every key that was synced is configured or retired" in output) == (2, True), output
 
 
+def test_a_definition_with_which_nobody_entered_need_not_be_retired(start, people):
+    people("ann")
+    tried = {"Broken": "SELECT user_id FROM nowhere", "Empty": f"SELECT user_id FROM ({GOOD}) AS g WHERE 1 = 2"}
+    assert start({"Good": GOOD} | tried)("sync", "--no-deliver")[0] == 1
+    assert start({"Good": GOOD, "Waiting": GOOD})("sync", "waiting", "--hold")[0] == 3
+    command = start({"Good": GOOD})
+    states = {row["key"]: row["state"] for row in command.document("list")}
+    assert states == {"good": "enabled", "waiting": "not configured"}
+    assert command("reject", "4")[0] == 0
+    code, output = command("check")
+    assert (code, "ok     keys: every key that was synced is configured or retired" in output) == (0, True), output
+    assert command.document("history", "broken")[0]["status"] == "failed"
+
+
 def contents(url):
     """Contents of our tables as text."""
     engine = sa.create_engine(url, poolclass=sa.NullPool)
