@@ -63,6 +63,8 @@ class Daemon:
     _taking: threading.Lock = field(default_factory=threading.Lock)
     _gather_until: float = 0.0
     _late_log_at: float = 0.0
+    _started_at: dt.datetime | None = None  # the first tick
+    _heartbeat_at: dt.datetime | None = None
     _is_delayed: bool = False
     _pause_delivery: threading.Event = field(default_factory=threading.Event)
     _deliver_at: float = 0.0
@@ -96,9 +98,10 @@ class Daemon:
         finally:
             self.app.stop.set()
             self._pause_delivery.set()
-            ticker.shutdown(wait=False)
+            ticker.shutdown()  # a tick that is under way waits for locks, so a few seconds at most
             delivering.join(ENDING_SECONDS)
             self._await_runs()
+            self._end_heartbeat()
             logs.event(log, logging.INFO, "daemon stopped")
 
     def _clock_offset(self) -> float:
@@ -111,12 +114,24 @@ class Daemon:
         while self._running and clock.monotonic() < end:
             clock.sleep(0.05)
 
+    def _end_heartbeat(self) -> None:
+        """Make `status` say at once that the daemon is not running; without it, that takes a minute."""
+        try:
+            if self._heartbeat_at is not None:
+                with engines.write(self.app.engine, LOCK_SECONDS) as connection:
+                    destination.end_heartbeat(connection, self._heartbeat_at)
+        except DatabaseError as error:
+            _log_error(error)
+
     def tick(self) -> None:
         """Record a heartbeat, start what is due, and prune from time to time."""
         app, clock = self.app, self.app.clock
+        now = clock.now()
+        self._started_at = min(self._started_at or now, now)
         try:
             with engines.write(app.engine, LOCK_SECONDS) as connection:
-                destination.record_heartbeat(connection, clock.now())
+                destination.record_heartbeat(connection, now)
+            self._heartbeat_at = now
             self._given_back.clear()
             while (slot := self._take_next()) is not None:
                 self.start(slot.definition.key, partial(self._sync_one_by_one, app, slot))
@@ -151,7 +166,9 @@ class Daemon:
             return taken[0] if taken else None
 
     def _log_late(self, due: Sequence[slots.Due], now: dt.datetime) -> None:
-        late = [slot for slot in due if slot.due_at < now - slots.LATE_AFTER]
+        # What was due before this daemon started has waited for the daemon, not for its turn.
+        late_before = now - slots.LATE_AFTER
+        late = [slot for slot in due if max(slot.due_at, self._started_at or now) < late_before]
         if late and self.app.clock.monotonic() >= self._late_log_at:
             self._late_log_at = self.app.clock.monotonic() + LATE_LOG_SECONDS
             first = late[0]

@@ -562,6 +562,36 @@ def test_lateness_is_reported_for_definitions_that_never_ran_and_for_short_inter
     assert late_since(30) == minute(5)
 
 
+def test_slots_that_were_missed_before_the_daemon_started_are_not_late(life, caplog):
+    def late():
+        return [record.fields for record in caplog.records if record.getMessage() == "runs are late"]
+
+    app = life.daemon.app
+    with engines.write(app.engine) as connection:
+        records.register_definitions(connection, app.definitions(), life.clock.now())
+    life.daemon._running.add("in")  # as if a manual run were in progress
+    life.tick_at("2026-03-17 00:00")
+    life.tick_at("2026-03-17 00:02")
+    assert late() == []
+    life.tick_at("2026-03-17 00:03")
+    assert late() == [{"count": 1, "key": "in", "seconds": 167_580}]
+
+
+def test_a_daemon_that_stopped_is_not_running(life):
+    life.daemon.tick()
+    assert life.status()["daemon"]["is_alive"] is True
+    life.daemon._end_heartbeat()
+    assert life.status()["daemon"]["is_alive"] is False
+
+
+def test_a_daemon_that_stops_leaves_the_heartbeat_of_another(life):
+    life.daemon.tick()
+    life.clock.sleep(1)
+    life.begin().tick()
+    life.daemon._end_heartbeat()
+    assert life.status()["daemon"] == {"heartbeat_at": life.clock.now(), "is_alive": True}
+
+
 def test_a_late_run_is_logged_once_a_minute(life, caplog):
     life.tick_at("2026-03-15 01:00")
     life.daemon.app.stop.set()

@@ -13,7 +13,6 @@ from audience_sync.settings import Settings
 
 LANES = ("identify", "track", "company", "bulk")
 MINUTE = dt.timedelta(minutes=1)
-ALIVE_SECONDS = 60.0  # since the daemon's last heartbeat
 
 
 def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
@@ -67,8 +66,7 @@ def _bulk_job(connection: sa.Connection) -> dict[str, Any] | None:
 
 def daemon_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
     heartbeat_at = destination.last_heartbeat(connection)
-    is_alive = heartbeat_at is not None and now - heartbeat_at < dt.timedelta(seconds=ALIVE_SECONDS)
-    return {"heartbeat_at": heartbeat_at, "is_alive": is_alive}
+    return {"heartbeat_at": heartbeat_at, "is_alive": destination.is_alive(heartbeat_at, now)}
 
 
 def _lanes(

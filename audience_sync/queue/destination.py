@@ -16,6 +16,7 @@ from audience_sync.db.tables import destination
 from audience_sync.queue import deliveries
 from audience_sync.userpilot.answers import Answer, Outcome
 
+ALIVE = dt.timedelta(seconds=60)  # after its last heartbeat a daemon is not running any more
 MADE_FOR_ANOTHER = "made for another destination than the one that is configured now"
 
 
@@ -138,6 +139,17 @@ def set_slow_downs(connection: sa.Connection, lanes: dict[str, Any]) -> None:
 
 def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
     _set_destination(connection, heartbeat_at=now)
+
+
+def end_heartbeat(connection: sa.Connection, heartbeat_at: dt.datetime) -> None:
+    """Make a heartbeat as old as that of a process that is gone, unless another daemon has recorded one since."""
+    ended = destination.update().where(destination.c.heartbeat_at == heartbeat_at)
+    connection.execute(ended.values(heartbeat_at=heartbeat_at - ALIVE))
+
+
+def is_alive(heartbeat_at: dt.datetime | None, now: dt.datetime) -> bool:
+    """Return whether a daemon that recorded its last heartbeat then is still running."""
+    return heartbeat_at is not None and now - heartbeat_at < ALIVE
 
 
 def last_heartbeat(connection: sa.Connection) -> dt.datetime | None:

@@ -124,6 +124,8 @@ def test_a_daemon_catches_up_delivers_and_stops(start, company, make_due, sandbo
     assert runs(command) == [("in", "succeeded")]
     assert '"message": "run succeeded"' in output
     assert '"message": "daemon stopped"' in output
+    assert "runs are late" not in output  # it was due before the daemon started
+    assert command.document("status")["daemon"]["is_alive"] is False
     assert len({entry.user_id for entry in sandbox.state.requests}) == len(sandbox.state.requests)
 
 
