@@ -357,7 +357,10 @@ def test_a_retired_key_is_false_for_everyone_and_stays_reserved(start, people, s
 
 def test_a_definition_with_which_nobody_entered_need_not_be_retired(start, people):
     people("ann")
-    tried = {"Broken": "SELECT user_id FROM nowhere", "Empty": f"SELECT user_id FROM ({GOOD}) AS g WHERE 1 = 2"}
+    tried = {
+        "Broken": "SELECT user_id FROM nowhere",
+        "Empty": f"SELECT user_id FROM ({GOOD}) AS g WHERE 1 = 2",
+    }
     assert start({"Good": GOOD} | tried)("sync", "--no-deliver")[0] == 1
     assert start({"Good": GOOD, "Waiting": GOOD})("sync", "waiting", "--hold")[0] == 3
     command = start({"Good": GOOD})
@@ -365,7 +368,9 @@ def test_a_definition_with_which_nobody_entered_need_not_be_retired(start, peopl
     assert states == {"good": "enabled", "waiting": "not configured"}
     assert command("reject", "4")[0] == 0
     code, output = command("check")
-    assert (code, "ok     keys: every key that was synced is configured or retired" in output) == (0, True), output
+    assert (code, "ok     keys: every key that was synced is configured or retired" in output) == (0, True), (
+        output
+    )
     assert command.document("history", "broken")[0]["status"] == "failed"
 
 
