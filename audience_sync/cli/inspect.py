@@ -1,6 +1,7 @@
 """The commands that look inside: status, list, history, show, members, user, deliveries, calls."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,8 @@ from audience_sync.cli.session import Json, RunId
 from audience_sync.errors import ConfigError
 
 if TYPE_CHECKING:
+    import datetime as dt
+
     import sqlalchemy as sa
 
     from audience_sync.app import App
@@ -252,24 +255,33 @@ def user(
     user_id: Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.")],
     as_json: Json = False,
 ) -> None:
-    """Show a user's memberships, profile and deliveries."""
+    """Show a user's memberships, profile and deliveries, and whether the user was erased."""
     with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
         document = lazy.history.user(connection, user_id)
+        erasure = lazy.erasure.find_erasure(connection, user_id)
     if as_json:
         output.document(document)
         return
-    if not document["memberships"] and not document["deliveries"] and document["profile"] is None:
+    if erasure is not None:
+        output.line(_erasure(user_id, erasure.forgotten_at, erasure.returns_at))
+    elif not document["memberships"] and not document["deliveries"] and document["profile"] is None:
         output.line(f"There is nothing about {user_id}: no membership, no call and no delivery.")
-        return
-    if document["memberships"]:
-        rows = [
-            [row["key"], _json(row["value"]), output.moment(row["from"]), output.moment(row["to"])]
-            for row in document["memberships"]
-        ]
-        output.table(["key", "value", "from (UTC)", "to (UTC)"], rows)
+    rows = [
+        [row["key"], _json(row["value"]), output.moment(row["from"]), output.moment(row["to"])]
+        for row in document["memberships"]
+    ]
+    output.table(["key", "value", "from (UTC)", "to (UTC)"], rows)
     if document["profile"]:
         output.line(f"profile: {_json(document['profile']['traits'])}")
     _show_deliveries(document["deliveries"][:SHOWN_ROWS])
+
+
+def _erasure(user_id: str, forgotten_at: "dt.datetime", returns_at: "dt.datetime | None") -> str:
+    text = f"{user_id} was erased on {output.moment(forgotten_at)} UTC: everything that was stored here, and at Userpilot."
+    if returns_at is not None:
+        return f"{text} The user may be computed and sent again from {output.moment(returns_at)} UTC on."
+    again = f"`audience-sync forget {shlex.quote(user_id)} --allow-return`"
+    return f"{text} Runs and calls leave this user out until {again}."
 
 
 def _json(value: Any) -> str:

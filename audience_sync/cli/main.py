@@ -55,6 +55,8 @@ COMMANDS = (
     ("Inspect", "calls", inspect.calls),
 )
 
+TAKE_QUERIES = {"preview", "explain"}  # which give advice themselves if the shell divided a query
+
 
 class Grouped(TyperGroup):
     """A group of commands whose help lists them under the headings of COMMANDS."""
@@ -95,7 +97,10 @@ def _register() -> None:
         is_db = name.startswith("db ")
         text = re.sub(r"\n\n(?=  )", "\n\n\b\n", introspection.getdoc(function) or "")
         (db if is_db else app).command(
-            name.removeprefix("db "), help=text, rich_help_panel=None if is_db else heading
+            name.removeprefix("db "),
+            help=text,
+            rich_help_panel=None if is_db else heading,
+            context_settings={"allow_extra_args": name in TAKE_QUERIES},
         )(function)
 
 

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from audience_sync.app import App
 
 
+ERASED = {  # nouns for the rows of each table
+    "members": ("membership",),
+    "past_members": ("past membership",),
+    "deliveries": ("delivery", "deliveries"),
+    "calls": ("call",),
+    "events": ("event",),
+    "profiles": ("profile",),
+}
+
+
 def approve(context: typer.Context, run_id: RunId) -> None:
     """Commit the changes of a held run.
 
@@ -86,10 +96,15 @@ def forget(
             output.line(f"{user_id} may be computed and sent again from {output.moment(moment)} UTC on.")
             return
         with app.client() as client:
-            ended_count = lazy.erasure.forget_everywhere(app.engine, client, user_id, app.clock)
+            counts = lazy.erasure.forget_everywhere(app.engine, client, user_id, app.clock)
+    erased = [output.plural(counts[table], *noun) for table, noun in ERASED.items() if counts[table]]
     output.line(
-        f"Userpilot accepted the deletion and carries it out at 02:00 UTC. Here all rows about {user_id} are erased, "
-        f"{output.plural(ended_count, 'membership')} among them. Later runs and calls leave this user out."
+        f"Erased here of {user_id}: {', '.join(erased)}."
+        if erased
+        else f"Nothing was stored here about {user_id}."
+    )
+    output.line(
+        "Userpilot accepted the deletion and carries it out at 02:00 UTC. Later runs and calls leave this user out."
     )
     output.line(f"To let the user return: `audience-sync forget {quoted} --allow-return`.")
 

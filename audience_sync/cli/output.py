@@ -120,11 +120,13 @@ def span(seconds: float) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """Print a table that fits the terminal (80 columns without one) and cuts nothing off.
+    """Print a table that fits the terminal (80 columns without one) and cuts nothing off; nothing if it has no rows.
 
     `numbers` names the columns that are aligned to the right. Long texts are folded. Where that is not enough, the
     key goes on a line of its own above the rest of its row.
     """
+    if not rows:
+        return
     width = _terminal_width()
     layout = _layout(columns, rows, numbers, width)
     line()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from audience_sync.audiences.definition import Definition
 
 MAX_BYTES = 100_000
+UNQUOTED_NAME = re.compile(r"\b(event|entity|trait|property|context)\(\s*(?!parent\s*:)[^'\"\s)]")
+QUOTES_ADVICE = (
+    "The shell may have removed quotes: put the whole query into single quotes and its strings into double quotes, or "
+    "pass it on standard input, with - in its place."
+)
+DATABASES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}  # those that run queries
 
 Query = Annotated[
     str,
@@ -58,6 +65,7 @@ def preview(
         audience-sync preview "event('Order Completed').within(30 days).count() >= 1"
         audience-sync preview big_spenders.txt --source shop
     """
+    _require_whole(context)
     with session.open_app(context) as app, session.stoppable(app):
         app.load_keys()
         if any(definition.key == query for definition in app.settings.definitions):
@@ -103,13 +111,14 @@ def explain(
     is_trait: IsTrait = False,
     as_json: Json = False,
 ) -> None:
-    """Show a query laid out, in plain English, and the SQL that runs.
+    """Show a query in plain English, laid out, and as the SQL that runs.
 
     For a definition in SQL, shows the SQL that runs.
 
         audience-sync explain "event('Order Completed').count() >= 1"
         audience-sync explain ordered_recently
     """
+    _require_whole(context)
     with session.open_app(context) as app, session.stoppable(app):
         app.load_keys()
         configured = {definition.key: definition for definition in app.settings.definitions}
@@ -125,9 +134,9 @@ def explain(
     if as_json:
         output.document({"query": query, "english": english, "sql": sql, "dialect": dialect})
         return
-    for text in (query, english, sql):
-        if text is not None:
-            output.line(f"{text}\n" if text is not sql else text)
+    if query is not None:
+        output.line(f"{english}\n\n{query}\n\nThe SQL that runs on {DATABASES[dialect]}:\n")
+    output.line(sql)
 
 
 def _definition(app: "App", query: str, source: str | None, *, is_trait: bool) -> "Definition":
@@ -136,11 +145,20 @@ def _definition(app: "App", query: str, source: str | None, *, is_trait: bool) -
     try:
         return app.query_definition(text, source, kind.TRAIT if is_trait else kind.AUDIENCE)
     except ConfigError as error:
+        message = f"The query cannot be used: {error}"
         if not is_trait and _is_trait(app, text, source):
-            raise ConfigError(
-                f"The query cannot be used: {error}\nWith --trait it is read as a trait's."
-            ) from error
-        raise ConfigError(f"The query cannot be used: {error}") from error
+            message += "\nWith --trait it is read as a trait's."
+        if text is query and UNQUOTED_NAME.search(query):
+            message += f"\n{QUOTES_ADVICE}"
+        raise ConfigError(message) from error
+
+
+def _require_whole(context: typer.Context) -> None:
+    """Refuse a query that the shell has divided at its spaces."""
+    if context.args:
+        raise ConfigError(
+            f"The query came in {len(context.args) + 1} pieces, the second of them {context.args[0]!r}. {QUOTES_ADVICE}"
+        )
 
 
 def _is_trait(app: "App", text: str, source: str | None) -> bool:

@@ -75,7 +75,7 @@ def check(
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """What a check says about something that works. Each warning is about what may be a mistake."""
+    """The result of a check that nothing failed. Each warning is about what may be a mistake."""
 
     text: str = ""
     warnings: Sequence[str] = ()

@@ -1,6 +1,6 @@
 """The commands that compute and send: plan, sync, deliver."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,7 +75,8 @@ def _show_plan(planned: "Plans", forecast: "Forecast", *, as_json: bool) -> None
                 output.line(f"{plan.key} {name}, for example: {', '.join(users)}")
         if plan.held:
             output.line(f"{plan.key} would be held for approval. {plan.held.reason}")
-    output.line(_duration(forecast))
+    if plans or not planned.errors:
+        output.line(_duration(forecast))
 
 
 def _duration(forecast: "Forecast") -> str:
@@ -165,11 +166,12 @@ def sync(
         report = None if no_deliver else deliver_now(app, run_ids)
         with lazy.engines.read(app.engine) as connection:
             runs = lazy.history.run_rows(connection, ids=run_ids)[::-1]
+            unusable = lazy.history.unusable_counts(connection, run_ids)
             pending = lazy.due.pending_count(connection)
     if as_json:
         output.document({"runs": runs, "delivery": _delivery(report, pending)})
     else:
-        show_runs(runs)
+        _show_runs(runs, unusable)
         show_delivery(report, pending)
     if refused:
         raise refused[0]
@@ -179,7 +181,7 @@ def sync(
     )
 
 
-def show_runs(runs: Sequence[dict[str, Any]]) -> None:
+def _show_runs(runs: Sequence[dict[str, Any]], unusable: Mapping[int, int]) -> None:
     """Print a table of runs, and below it what needs attention."""
     show_table(runs)
     for run in runs:
@@ -187,9 +189,9 @@ def show_runs(runs: Sequence[dict[str, Any]]) -> None:
             output.line(held(run["run_id"], run["key"], run["error"]))
         elif run["error"]:
             output.line(f"Run {run['run_id']} of {run['key']} {run['status']}: {run['error']}")
-        if run["set_aside_count"]:
+        if count := unusable[run["run_id"]]:
             output.line(
-                f"Run {run['run_id']} of {run['key']} left out {output.plural(run['set_aside_count'], 'row')} that "
+                f"Run {run['run_id']} of {run['key']} left out {output.plural(count, 'row')} that "
                 f"cannot be used: `audience-sync show {run['run_id']}` shows the reasons."
             )
 

@@ -8,7 +8,7 @@ from audience_sync.history.members import member_rows
 from audience_sync.history.overview import daemon_state, status
 from audience_sync.history.paging import pages
 from audience_sync.history.queue import call_rows, delivery_rows
-from audience_sync.history.runs import run_in_full, run_rows
+from audience_sync.history.runs import run_in_full, run_rows, unusable_counts
 from audience_sync.history.users import user
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "run_in_full",
     "run_rows",
     "status",
+    "unusable_counts",
     "user",
 ]

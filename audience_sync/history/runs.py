@@ -10,6 +10,7 @@ from audience_sync.db import dialects, leases, tables
 from audience_sync.history.paging import older
 from audience_sync.settings import Settings
 
+ON_PURPOSE = {"forgotten", "not_eligible"}  # reasons for which rows are set aside although they can be used
 SAMPLE = 5
 UNSETTLED = ("held", "pending", "sending")
 
@@ -88,6 +89,15 @@ def _run(row: Any, own: dict[str, int], of_held: dict[str, int]) -> dict[str, An
 def _set_aside(row: Any) -> dict[str, int]:
     """Rows that could not be used, by reason. Earlier releases also stored duplicates, which collapse instead."""
     return {reason: count for reason, count in (row.set_aside or {}).items() if reason != "duplicate"}
+
+
+def unusable_counts(connection: sa.Connection, ids: Collection[int]) -> dict[int, int]:
+    """Counts of the rows of each run that could not be used, without those that were left out on purpose."""
+    query = sa.select(tables.runs).where(dialects.is_among(connection, tables.runs.c.run_id, ids))
+    return {
+        row.run_id: sum(count for reason, count in _set_aside(row).items() if reason not in ON_PURPOSE)
+        for row in connection.execute(query)
+    }
 
 
 def run_in_full(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:

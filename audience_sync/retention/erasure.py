@@ -2,8 +2,9 @@
 
 import datetime as dt
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 
@@ -25,8 +26,8 @@ class UserDeleter(Protocol):
     def delete_user(self, user_id: str, /) -> Answer: ...
 
 
-def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clock: Clock) -> int:
-    """Have Userpilot delete a user, then erase the user here; return how many memberships that ended.
+def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clock: Clock) -> Counter[str]:
+    """Have Userpilot delete a user, then erase the user here; return how many rows of each table were erased.
 
     Raises:
         NotForgotten: Userpilot did not accept the deletion; nothing was changed.
@@ -45,15 +46,15 @@ def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clo
     with engines.write(engine) as connection:
         _exclude(connection, user_id, clock.now())
         definition_ids = _definition_ids(connection)
-    ended_count = 0
+    erased = Counter[str]()
     for definition_id in definition_ids:
         with engines.write(
             engine
         ) as connection:  # so that it waits for one run's commit at a time and delays no other
-            ended_count += _end_membership(connection, definition_id, user_id)
+            erased += _end_membership(connection, definition_id, user_id)
     with engines.write(engine) as connection:
-        _erase_calls(connection, user_id)
-    return ended_count
+        erased += _erase_calls(connection, user_id)
+    return erased
 
 
 def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
@@ -64,7 +65,7 @@ def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
     ended = [_end_membership(connection, number, user_id) for number in _definition_ids(connection)]
     _exclude(connection, user_id, now)
     _erase_calls(connection, user_id)
-    return sum(ended)
+    return sum(erased["members"] for erased in ended)
 
 
 def _exclude(connection: sa.Connection, user_id: str, now: dt.datetime) -> None:
@@ -80,8 +81,8 @@ def _definition_ids(connection: sa.Connection) -> Sequence[int]:
     return connection.execute(query).scalars().all()
 
 
-def _end_membership(connection: sa.Connection, definition_id: int, user_id: str) -> bool:
-    """Erase the user from a definition and its deliveries; return whether the user was a member.
+def _end_membership(connection: sa.Connection, definition_id: int, user_id: str) -> Counter[str]:
+    """Erase the user from a definition and its deliveries; return how many rows of each table were erased.
 
     The lock makes it wait for a run that is committing its changes, which may be the user's.
     """
@@ -89,25 +90,36 @@ def _end_membership(connection: sa.Connection, definition_id: int, user_id: str)
     connection.execute(sa.select(definitions).where(is_definition).with_for_update(key_share=True))
     key = {"definition_id": definition_id, "user_id": user_id}
     where = "WHERE definition_id = :definition_id AND user_id = :user_id"
-    is_member = sql(connection, f"DELETE FROM {{our}}members {where}", **key).rowcount == 1
-    sql(connection, f"DELETE FROM {{our}}past_members {where}", **key)
-    if is_member:
+    erased = Counter(
+        {
+            table: sql(connection, f"DELETE FROM {{our}}{table} {where}", **key).rowcount
+            for table in ("members", "past_members")
+        }
+    )
+    if erased["members"]:
         forgotten_count = definitions.c.forgotten_count + 1
         connection.execute(definitions.update().where(is_definition).values(forgotten_count=forgotten_count))
-    _delete_deliveries(connection, user_id, deliveries.c.definition_id == definition_id)
-    return is_member
+    erased["deliveries"] = _delete_deliveries(
+        connection, user_id, deliveries.c.definition_id == definition_id
+    )
+    return erased
 
 
-def _erase_calls(connection: sa.Connection, user_id: str) -> None:
-    """Erase the user's calls, what they say, and the rest of the deliveries."""
-    _delete_deliveries(connection, user_id)
+def _erase_calls(connection: sa.Connection, user_id: str) -> Counter[str]:
+    """Erase the user's calls, what they say, and the rest of the deliveries; return how many rows of each table."""
+    erased = Counter(deliveries=_delete_deliveries(connection, user_id))
     for table in ("profiles", "events", "calls"):
-        sql(connection, f"DELETE FROM {{our}}{table} WHERE user_id = :user_id", user_id=user_id)
-    sql(connection, "DELETE FROM {our}calls WHERE anonymous_id = :id AND user_id IS NULL", id=user_id)
-    sql(connection, "UPDATE {our}calls SET anonymous_id = NULL WHERE anonymous_id = :id", id=user_id)
+        where = "WHERE user_id = :user_id"
+        erased[table] = sql(connection, f"DELETE FROM {{our}}{table} {where}", user_id=user_id).rowcount
+    for change in (
+        "DELETE FROM {our}calls WHERE anonymous_id = :id AND user_id IS NULL",
+        "UPDATE {our}calls SET anonymous_id = NULL WHERE anonymous_id = :id",
+    ):
+        erased["calls"] += sql(connection, change, id=user_id).rowcount
+    return erased
 
 
-def _delete_deliveries(connection: sa.Connection, user_id: str, *where: sa.ColumnElement[bool]) -> None:
+def _delete_deliveries(connection: sa.Connection, user_id: str, *where: sa.ColumnElement[bool]) -> int:
     is_of_user = sa.and_(deliveries.c.subject_id == user_id, deliveries.c.action != "company", *where)
     request_ids = sa.select(deliveries.c.request_id).where(is_of_user)
     connection.execute(  # Userpilot's error messages may quote the id
@@ -115,7 +127,13 @@ def _delete_deliveries(connection: sa.Connection, user_id: str, *where: sa.Colum
         .where(requests.c.request_id.in_(request_ids), requests.c.error.is_not(None))
         .values(error=None)
     )
-    delete_deliveries(connection, deliveries.delete().where(is_of_user))
+    return delete_deliveries(connection, deliveries.delete().where(is_of_user))
+
+
+def find_erasure(connection: sa.Connection, user_id: str) -> sa.Row[Any] | None:
+    """Return when a user was erased (`forgotten_at`) and may be sent again (`returns_at`); None if never erased."""
+    query = sa.select(forgotten).where(forgotten.c.user_hash == user_hash(user_id))
+    return connection.execute(query).one_or_none()
 
 
 def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
@@ -123,11 +141,11 @@ def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
 
     Returns the moment of that, or None if the user was not erased.
     """
-    is_user = forgotten.c.user_hash == user_hash(user_id)
-    row = connection.execute(sa.select(forgotten).where(is_user)).one_or_none()
+    row = find_erasure(connection, user_id)
     if row is None:
         return None
     returns_at = next_deletions(row.forgotten_at)
+    is_user = forgotten.c.user_hash == row.user_hash
     connection.execute(forgotten.update().where(is_user).values(returns_at=returns_at))
     return returns_at
 

@@ -406,7 +406,9 @@ def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
     assert sandbox.state.deletions == []
 
     sandbox.faults.clear()
-    assert command("forget", "erase-me")[0] == 0
+    code, output = command("forget", "erase-me")
+    erased = "Erased here of erase-me: 1 membership, 2 deliveries, 1 call, 1 event, 1 profile."
+    assert (code, erased in output) == (0, True), output
     assert [deletion["ids"] for deletion in sandbox.state.deletions] == [["erase-me"]]
     assert mentions(url, "erase-me") == []
     sandbox.state.delete_now()
@@ -414,17 +416,60 @@ def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
     seen = len(sandbox.state.requests)
     code, run = sync(command)
     assert (code, run["status"], counts(run)) == (0, "succeeded", (2, 0, 1, 0))
+    output = command("sync")[1]
+    assert "row" not in output
+    assert "erase-me was erased on " in (shown := command("user", "erase-me")[1])
+    assert "Runs and calls leave this user out until `audience-sync forget erase-me --allow-return`" in shown
     asked = command.popen("identify", "erase-me", "--trait", "plan=pro")
     assert command.document("show", str(run["run_id"]))["set_aside"] == {"forgotten": 1}
     code, output = command.ended(asked)
     assert (code, "ignored: the user was forgotten" in output) == (0, True), output
 
     assert command("forget", "erase-me", "--allow-return")[0] == 0
+    assert "The user may be computed and sent again from " in command("user", "erase-me")[1]
     code, run = sync(command)
     assert (code, run["set_aside_count"], counts(run)) == (0, 1, (2, 0, 0, 0))
     assert mentions(url, "erase-me") == []
     assert len(sandbox.state.requests) == seen
     assert audience(sandbox, "good") == {"ann": True, "bob": True}
+
+
+def test_a_user_of_whom_nothing_is_stored_is_left_out_later(good, people, sandbox):
+    command = good()
+    people("ann")
+    code, output = command("forget", "no one")
+    assert (code, output.splitlines()[0]) == (0, "Nothing was stored here about no one.")
+    assert "Later runs and calls leave this user out." in output
+    assert [deletion["ids"] for deletion in sandbox.state.deletions] == [["no one"]]
+    assert "no one was erased on " in command("user", "no one")[1]
+    assert (
+        command("user", "ann")[1] == "There is nothing about ann: no membership, no call and no delivery.\n"
+    )
+    people("ann", "no one")
+    code, run = sync(command)
+    assert (code, run["set_aside_count"], counts(run)) == (0, 1, (1, 1, 0, 0))
+
+
+def test_only_rows_that_cannot_be_used_are_announced(start, people):
+    people("ann", "bob", "erase-me")
+    with_null = "SELECT user_id FROM people UNION ALL SELECT NULL"
+    command = start({"Good": with_null}, extra="[defaults]\neligible_sql = \"SELECT 'ann' AS user_id\"")
+    assert command("forget", "erase-me")[0] == 0
+    code, output = command("sync", "--no-deliver")
+    assert (code, "Run 1 of good left out 1 row that cannot be used" in output) == (0, True), output
+    assert command.document("show", "1")["set_aside"] == {"not_eligible": 1, "forgotten": 1, "null": 1}
+    assert command.document("history")[0]["set_aside_count"] == 3
+
+
+def test_a_plan_that_fails_prints_the_error_only(start, people):
+    people("ann")
+    broken = start({"Broken": "SELECT user_id FROM nowhere"})
+    code, output = broken("plan")
+    assert code == 1
+    assert output.startswith("audience-sync: broken: its SQL does not work: ")
+    assert len(output.splitlines()) == 1
+    code, output = start({"Broken": "SELECT user_id FROM nowhere", "Good": GOOD})("plan")
+    assert (code, "good" in output, "A sync would send 1 request" in output) == (1, True, True), output
 
 
 @pytest.fixture

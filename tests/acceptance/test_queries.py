@@ -177,13 +177,51 @@ def test_a_preview_that_fails_gives_the_reason(command, arguments, message):
     assert message in output
 
 
+@pytest.mark.parametrize("name", ["preview", "explain"])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["event(Order Completed).count() >= 1"],
+        ["event(Order", "Completed).count() >= 1"],
+        ["event(Order).where(property(total) > 3).count() >= 1"],
+        ["trait('a') = 1 AND trait(plan.name) = pro"],
+    ],
+)
+def test_a_query_without_its_quotes_gets_advice_about_the_shell(command, name, pieces):
+    code, output = command(name, *pieces)
+    assert code == 2
+    assert (
+        "The shell may have removed quotes: put the whole query into single quotes and its strings" in output
+    )
+    assert "pass it on standard input, with - in its place." in output
+    assert "Usage" not in output
+
+
+@pytest.mark.parametrize(
+    "query", ["event('A').cout() > 1", "property(parent: 'a') = 1", "event().count() > 1"]
+)
+def test_a_query_with_its_quotes_gets_no_advice_about_the_shell(command, query):
+    code, output = command("preview", query)
+    assert (code, "shell" in output) == (2, False), output
+
+
 def test_explain_shows_the_query_the_english_and_the_sql(command, engine):
     explained = command.document("explain", "good_recent_buyers")
     assert explained["query"] == "trait('recent_buyers') = true AND trait('total_spend') >= 100"
     assert explained["english"] == ("Users where recent_buyers is true and total_spend is at least 100.")
     assert explained["sql"].startswith("WITH ")
     assert explained["dialect"] == engine.dialect.name
+    code, output = command("explain", "good_recent_buyers")
+    name = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}[engine.dialect.name]
+    parts = [explained["english"], explained["query"], f"The SQL that runs on {name}:", explained["sql"]]
+    assert (code, output) == (0, "\n\n".join(parts) + "\n")
     assert "SELECT" in command("explain", "event('A').count() > 1")[1]
+
+
+def test_explain_shows_the_sql_of_a_definition_in_sql_alone(command):
+    text = '[[audiences]]\nname = "Everybody"\nsql = "SELECT \'a\' AS user_id"\n'
+    command.path.write_text(command.path.read_text() + text)
+    assert command("explain", "everybody") == (0, "SELECT 'a' AS user_id\n")
 
 
 def test_check_names_what_is_wrong_with_a_query(command):

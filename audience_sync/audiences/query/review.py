@@ -261,7 +261,7 @@ def _review_definition(
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """How many of the sampled rows have a value, and how many have one of each kind."""
+    """Counts of the sampled rows: those that have a value, and those that have one of each kind."""
 
     value_count: int
     kind_counts: dict[str, int]
