@@ -41,6 +41,16 @@ def audience(name, query, source=None):
         (ORDERS + audience("A", "entity('order').count() > 1", "shop"), "did you mean orders"),
         (ORDERS + audience("A", "entity('orders').count() > 1"), "is not mapped"),
         (
+            ORDERS + audience("A", "event('X').where(entity('orders').count() > 1).count() > 1"),
+            (r"A: query: entity\('orders'\) is not mapped by any \[tables.\*\] on the database of audience-sync, where "
+             r"this query runs: \[tables.orders\] is on the source shop"),
+        ),
+        (
+            '[tables.mine]\ntable = "t"\nuser_id = "u"\ntimestamp = "t"\nevent = "E"\n'
+            + audience("A", "event('E').count() > 1", "shop"),
+            r"on the source shop, where this query runs: \[tables.mine\] is on the database of audience-sync",
+        ),
+        (
             audience("A", "trait('b') = true") + audience("B", "trait('c') = true") + audience("C", "trait('a') = 1"),
             "refer to each other: a → b → c → a",
         ),
@@ -54,12 +64,23 @@ def audience(name, query, source=None):
         ('[tables.x]\ntable = "t"\nparent = "y"\nparent_id = "p"\n', r"there is no such \[tables.NAME\]"),
         (ORDERS + '[tables.x]\ntable = "t"\nparent = "orders"\n', "missing: parent_id"),
         (ORDERS + '[tables.x]\ntable = "t"\nparent = "orders"\nparent_id = "p"\n', "has another source"),
+        (
+            ORDERS + '[tables.x]\ntable = "t"\nparent = "orders"\nparent_id = "p"\n',
+            r"\[tables.orders\] has another source: it is on the source shop, and this table on the database of audience-",
+        ),
         ('[tables.x]\ntable = "t"\nuser_id = "u"\nprofil = true\n', "did you mean profile"),
     ],
 )  # fmt: skip
 def test_a_wrong_query_or_table_is_refused_with_its_reason(load, text, message):
     with pytest.raises(ConfigError, match=message):
         load(text)
+
+
+def test_a_query_knows_where_other_definitions_are_computed(load):
+    loaded = load(audience("A", "trait('b') = true") + audience("B", "trait('plan') = 'pro'", "shop"))
+    here, there = (definition.query.keys_elsewhere for definition in loaded.definitions)
+    assert here == {"b": "the source shop"}
+    assert there == {"a": "the database of audience-sync"}
 
 
 def test_a_query_gets_what_it_names_and_no_more(load):

@@ -356,7 +356,7 @@ def calls(
         [
             str(call["call_id"]),
             call["type"],
-            call["user_id"] or "",
+            call["user_id"] or f"{call['anonymous_id'] or ''} (anonymous)".strip(),
             call["event"] or call["group_id"] or "",
             call["status"],
             output.moment(call["received_at"]),

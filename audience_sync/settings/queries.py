@@ -60,7 +60,10 @@ def check_tables(top: Section, mappings: Sequence[TableMapping]) -> None:
             continue
         parent = by_name[mapping.parent]
         if parent.source != mapping.source:
-            section.fail(f"parent: [tables.{shown(parent.name)}] has another source")
+            section.fail(
+                f"parent: [tables.{shown(parent.name)}] has another source: it is on {_database(parent.source)}, and "
+                f"this table on {_database(mapping.source)}"
+            )
         if parent.id is None:
             section.fail(
                 f"parent: [tables.{shown(parent.name)}] needs id, the column that parent_id refers to"
@@ -127,7 +130,8 @@ def _configured(
     reached: dict[str, QueryDefinition] = {}
     scalars = _reach(place, [definition.key], query.query, others, reached)
     tables = {mapping.name: mapping for mapping in mappings if mapping.source == definition.source}
-    needed = _needed(place, definition, scalars, tables)
+    elsewhere = [mapping for mapping in mappings if mapping.source != definition.source]
+    needed = _needed(place, definition, scalars, tables, elsewhere)
     return replace(
         query,
         mappings=needed,
@@ -136,8 +140,11 @@ def _configured(
         known_keys=tuple(others),
         events_elsewhere={
             mapping.event: mapping.source
-            for mapping in mappings
-            if mapping.event is not None and mapping.source not in (None, definition.source)
+            for mapping in elsewhere
+            if mapping.event is not None and mapping.source is not None
+        },
+        keys_elsewhere={
+            other.key: _database(other.source) for other in definitions if other.source != definition.source
         },
     )
 
@@ -168,26 +175,32 @@ def _reach(
 
 
 def _needed(
-    place: str, definition: Definition, scalars: Iterable[tree.Scalar], tables: Mapping[str, TableMapping]
+    place: str,
+    definition: Definition,
+    scalars: Iterable[tree.Scalar],
+    tables: Mapping[str, TableMapping],
+    elsewhere: Iterable[TableMapping],
 ) -> tuple[TableMapping, ...]:
-    """Return the mapped tables that these scalars read, those that they are nested in, and the profiles."""
+    """Return the mapped tables that these scalars read, those that they are nested in, and the profiles.
+
+    `tables` are those on the definition's database, `elsewhere` the others.
+    """
     needed = {name for name, mapping in tables.items() if mapping.profile}
     for scalar in scalars:
         if not isinstance(scalar, tree.Reduction):
             continue
-        stream = scalar.stream
-        if stream.kind is tree.StreamKind.ENTITY:
-            names = [name for name in tables if name == stream.name]
-        else:
-            names = [name for name, mapping in tables.items() if mapping.event == stream.name]
-        if not names and (stream.kind is tree.StreamKind.ENTITY or definition.source is not None):
-            known = tables if stream.kind is tree.StreamKind.ENTITY else _events(tables)
-            where = (
-                f"the source {definition.source}" if definition.source else "the database of audience-sync"
-            )
+        names = _mapped(scalar.stream, tables.values())
+        is_entity = scalar.stream.kind is tree.StreamKind.ENTITY
+        if not names and (is_entity or definition.source is not None):
+            others = [mapping for mapping in elsewhere if _mapped(scalar.stream, [mapping])]
+            if others:
+                there = f"[tables.{shown(others[0].name)}] is on {_database(others[0].source)}"
+                reason = f"where this query runs: {there}"
+            else:
+                reason = did_you_mean(scalar.stream.name, tables if is_entity else _events(tables))
             raise ConfigError(
-                f"{place}{stream.kind}('{shown(stream.name)}') is not mapped by any "
-                f"[tables.*] on {where}: {did_you_mean(stream.name, known)}"
+                f"{place}{scalar.stream.kind}('{shown(scalar.stream.name)}') is not mapped by any [tables.*] on "
+                f"{_database(definition.source)}{', ' if others else ': '}{reason}"
             )
         needed.update(names)
     waiting = list(needed)
@@ -197,6 +210,17 @@ def _needed(
             needed.add(parent)
             waiting.append(parent)
     return tuple(mapping for name, mapping in tables.items() if name in needed)
+
+
+def _mapped(stream: tree.Stream, mappings: Iterable[TableMapping]) -> list[str]:
+    """Return the names of the tables that a stream reads."""
+    if stream.kind is tree.StreamKind.ENTITY:
+        return [mapping.name for mapping in mappings if mapping.name == stream.name]
+    return [mapping.name for mapping in mappings if mapping.event == stream.name]
+
+
+def _database(source: str | None) -> str:
+    return f"the source {source}" if source else "the database of audience-sync"
 
 
 def _events(tables: Mapping[str, TableMapping]) -> list[str]:

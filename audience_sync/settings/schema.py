@@ -94,8 +94,6 @@ WriteKeys = Annotated[
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    later: ClassVar[tuple[str, ...]] = ()  # names that a later release will accept
-
     def __repr__(self) -> str:  # fields hold secrets, and a repr may be logged or printed in a traceback
         return f"{type(self).__name__}(…)"
 

@@ -34,18 +34,16 @@ class Section:
     def message(self, problem: str) -> str:
         return f"{self.path}: {self.name}: {problem}"
 
-    def check_names(self, table: Any, known: Iterable[str], later: Iterable[str] = ()) -> None:
+    def check_names(self, table: Any, known: Iterable[str]) -> None:
         if not isinstance(table, dict):
             self.fail("expected a table of names and values")
         for name in table:
-            if name in later:
-                self.fail(f"{name} is not supported yet: remove it")
             if name not in known:
                 self.fail(f"unknown name {shown(name)}: {did_you_mean(name, known)}")
 
     def convert(self, table: Any, shape: type[_T]) -> _T:
         """Replace the variables in a table, and check its names and types."""
-        self.check_names(table, shape.__struct_fields__, shape.later)
+        self.check_names(table, shape.__struct_fields__)
         types = {field.name: field.type for field in msgspec.structs.fields(shape)}
         try:
             values = {name: self._value(name, value, types[name]) for name, value in table.items()}

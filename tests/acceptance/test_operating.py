@@ -461,6 +461,21 @@ def test_only_rows_that_cannot_be_used_are_announced(start, people):
     assert command.document("history")[0]["set_aside_count"] == 3
 
 
+def test_a_call_without_a_user_id_shows_its_anonymous_id(good, people, tmp_path):
+    people("ann")
+    lines = (
+        '{"type": "identify", "userId": "ann", "anonymousId": "a-1"}',
+        '{"type": "page", "anonymousId": "a-2"}',
+    )
+    (tmp_path / "calls.ndjson").write_text("\n".join(lines), encoding="utf-8")
+    command = good()
+    assert command("import", str(tmp_path / "calls.ndjson"))[0] == 0
+    output = command("calls")[1]
+    assert "a-2 (anonymous)" in output
+    assert "a-1" not in output
+    assert "ann (anonymous)" not in output
+
+
 def test_a_plan_that_fails_prints_the_error_only(start, people):
     people("ann")
     broken = start({"Broken": "SELECT user_id FROM nowhere"})

@@ -46,8 +46,9 @@ class QueryDefinition:
 class ConfiguredQuery:
     """A definition's query, with the mapped tables and the definitions that it needs.
 
-    For hints, `known_events` and `known_keys`: all mapped events and all definitions on the same database, and
-    `events_elsewhere`: the source of each event that is mapped on another one.
+    For hints, `known_events` and `known_keys`: all mapped events and all definitions on the same database;
+    `events_elsewhere`: the source of each event that is mapped on another one; `keys_elsewhere`: the database of each
+    definition that is computed on another one.
     """
 
     text: str
@@ -57,6 +58,7 @@ class ConfiguredQuery:
     known_events: tuple[str, ...] = ()
     known_keys: tuple[str, ...] = ()
     events_elsewhere: Mapping[str, str] = field(default_factory=dict)
+    keys_elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def sql_texts(self) -> list[str]:
         """Return the SQL of the configuration that the query's statement will contain."""

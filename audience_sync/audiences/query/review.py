@@ -62,7 +62,7 @@ def review_query(
     ]
     for use in uses:
         if use.stream is None or replace(use.stream, filters=()) not in empty:
-            warnings += _review_use(connection, use, catalog, as_of, configured.known_keys)
+            warnings += _review_use(connection, use, catalog, as_of, configured)
     return list(dict.fromkeys(warnings))
 
 
@@ -196,7 +196,7 @@ def _never_seen(
 
 
 def _review_use(
-    connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime, keys: Sequence[str]
+    connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime, configured: ConfiguredQuery
 ) -> Iterator[str]:
     """Yield what is odd about a value."""
     if isinstance(use.value, tree.Reduction):
@@ -213,12 +213,14 @@ def _review_use(
     if sample is None and _is_hidden(connection, use, catalog, as_of):
         hiding = " and ".join(f"[tables.{table.name}]" for table in catalog.profile_tables())
         yield f"{name} was seen in calls, but their profiles are hidden by profile = true of {hiding}"
-    elif sample is None:
-        yield f"{name} was never seen: {_no_trait(first, catalog, keys)}"
-    elif sample.value_count:
+    elif sample is not None and sample.value_count:
         yield from _review_kinds(name, sample, use.wanted, _rows_name(use.stream))
+    elif use.stream is None and first in configured.keys_elsewhere:
+        yield f"{name} was never seen here: the definition {first} is computed on {configured.keys_elsewhere[first]}"
+    elif sample is None:
+        yield f"{name} was never seen: {_no_trait(first, catalog, configured.known_keys)}"
     else:
-        known = _columns(use, catalog, keys)
+        known = _columns(use, catalog, configured.known_keys)
         hint = "" if first in known else did_you_mean(first, known, "")
         yield f"{name} was never seen: {hint}" if hint else f"{name} was never seen"
 

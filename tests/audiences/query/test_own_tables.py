@@ -1,6 +1,7 @@
 """Queries over a company's own tables: columns of every kind, nested entities, profiles, views and queries as tables."""
 
 import datetime as dt
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -543,6 +544,15 @@ def test_warnings_are_computed_of_sql_with_the_runs_moment(engine, shop):
         catalog = read_catalog(connection, query, is_own=True)
         (warning,) = review_query(connection, query, catalog, NOW)
     assert "is a string in 3 of 3 rows: the comparison needs a number" in warning
+
+
+def test_a_trait_that_is_a_definition_on_another_database_is_named(engine, shop):
+    query = replace(configured("trait('far') = true", shop), keys_elsewhere={"far": "the source crm"})
+    with engines.read(engine) as connection:
+        catalog = read_catalog(connection, query, is_own=True)
+        assert review_query(connection, query, catalog, NOW) == [
+            "trait('far') was never seen here: the definition far is computed on the source crm"
+        ]
 
 
 def test_a_query_without_a_table_of_users_says_what_is_missing(backend):
