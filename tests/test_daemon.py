@@ -587,7 +587,9 @@ def test_a_daemon_that_stopped_is_not_running(life):
 def test_a_daemon_that_stops_leaves_the_heartbeat_of_another(life):
     life.daemon.tick()
     life.clock.sleep(1)
-    life.begin().tick()
+    other = life.begin()
+    other.tick()
+    other.app.close()
     life.daemon._end_heartbeat()
     assert life.status()["daemon"] == {"heartbeat_at": life.clock.now(), "is_alive": True}
 
