@@ -139,9 +139,8 @@ class TrustedProxies:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._trusts(_peer(scope)):
-            scope = {**scope, "headers": list(scope["headers"])}
-            headers = MutableHeaders(scope=scope)
-            scope["client"] = (self._browser(scope), 0)
+            scope = {**scope, "client": (self._browser(scope), 0)}
+            headers = MutableHeaders(scope=scope)  # a copy, in this scope only
             proto, host = (_last(headers, f"X-Forwarded-{name}") for name in ("Proto", "Host"))
             if proto in {"http", "https"}:
                 scope["scheme"] = proto

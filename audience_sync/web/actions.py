@@ -109,13 +109,16 @@ def _deliveries(form: Form) -> str:
 
 
 def _retry(app: App, form: Form) -> str:
-    count, refusals = 0, list[str]()
+    count = refused_count = 0
+    reason = ""
     for ids in _chosen(app, form):
         with engines.write(app.engine) as connection:
             retried = deliveries.retry(connection, ids, app.clock.now())
         count += retried.count
-        refusals += retried.refusals[:1]
-    return " ".join([f"{_number(count)} queued again.", *refusals[:1]])
+        refused_count += len(retried.refusals)
+        reason = reason or next(iter(retried.refusals), "")
+    others = f" {refused_count:,} more cannot be: {reason}" if refused_count else ""
+    return f"{_number(count)} queued again.{others}"
 
 
 def _discard(app: App, form: Form) -> str:

@@ -120,7 +120,7 @@ def sign_in(app: App, access: Access, throttle: Throttle, request: Request, form
 
 
 def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response:
-    if refusal := form_refusal(request, viewer if viewer.name else None, form.get("csrf", "")):
+    if refusal := form_refusal(request, viewer, form.get("csrf", "")):
         raise Forbidden(refusal)
     with engines.write(app.engine) as connection:
         sessions.end_session(connection, _token(request))

@@ -223,7 +223,7 @@ class Site:
 def dashboard(app: App) -> Starlette:
     """Return the dashboard of an app."""
     site = Site(app)
-    return Starlette(
+    application = Starlette(
         routes=site.routes(),
         middleware=[
             Middleware(SafeHeaders),
@@ -232,6 +232,8 @@ def dashboard(app: App) -> Starlette:
         ],
         exception_handlers={404: site.no_page, 405: site.no_page},
     )
+    application.router.redirect_slashes = False  # it would redirect to the host that the request names
+    return application
 
 
 def _nothing(_view: View) -> Response:

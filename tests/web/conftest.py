@@ -53,7 +53,10 @@ class Browser:
         """Send a form from a page of the dashboard."""
         sent = {"Origin": self.address, "Sec-Fetch-Site": "same-origin"} | (headers or {})
         return self(
-            "POST", path, data=data or {}, headers={name: value for name, value in sent.items() if value}
+            "POST",
+            path,
+            data=data or {"button": ""},
+            headers={name: value for name, value in sent.items() if value},
         )
 
     def sign_in(self, name="olga", password=PASSWORD, **fields):
@@ -70,13 +73,13 @@ class Browser:
 
 @pytest.fixture
 def make_app(url, tmp_path):
-    """Make an app on the test's database; `text` is added to its configuration."""
+    """Make an app on the test's database; `text` is added to its configuration, after the key of the destination."""
     opened = []
 
-    def make(text=""):
+    def make(text="", first_key='api_key = "k"'):
         path = tmp_path / "audience_sync.toml"
         path.write_text(
-            f'[database]\nurl = "{url}"\n[destination]\napi_key = "k"\n{text}\n'
+            f'[database]\nurl = "{url}"\n[destination]\n{first_key}\n{text}\n'
             '[[audiences]]\nname = "VIPs"\nsql = "SELECT user_id FROM people"\n'
         )
         engine = engines.open_own(url, SCHEMA)
@@ -93,8 +96,8 @@ def browse(make_app):
     """Open the dashboard of a configuration in a browser."""
 
     def browse(text="", **options):
-        app = make_app(text)
-        return Browser(app, site.dashboard(app), **options)
+        app = make_app(text, **options)
+        return Browser(app, site.dashboard(app))
 
     return browse
 

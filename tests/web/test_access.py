@@ -1,0 +1,282 @@
+"""Access without users, headers of proxies and other sites, and the headers of every answer."""
+
+import pytest
+from starlette.requests import Request
+
+from audience_sync import remote
+from audience_sync.web import access, actions, site
+from tests.web.conftest import USERS
+
+SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
+SAFE = {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
+    "object-src 'none'",
+    "x-frame-options": "DENY",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+LOCAL_HOSTS = ["127.0.0.1:8040", "localhost", "LOCALHOST:1", "[::1]:8040", "127.9.9.9"]
+FOREIGN_HOSTS = [
+    "evil.example",
+    "evil.example:8040",  # leads here, perhaps: DNS rebinding
+    "127.0.0.1.evil.example",
+    "localhost.evil.example",
+    "localhost:1@evil.example",
+    "evil.example#@localhost",
+    "192.168.1.7:8040",
+    "0.0.0.0:8040",
+    "[::1",
+    "",
+]
+OF_PROXIES = [
+    {"Forwarded": "for=192.0.2.1"},
+    {"Via": "1.1 proxy"},
+    {"X-Real-IP": "127.0.0.1"},
+    {"X-Forwarded-For": "127.0.0.1"},
+    {"X-Forwarded-Host": "localhost"},
+    {"X-Forwarded-Proto": "http"},
+    {"x-forwarded-server": ""},
+]
+BY_LINK = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+
+def routes():
+    """Each (method, path) of the dashboard that is not a static file, with a value for each parameter."""
+    for path in [*site.PAGES, "/login"]:
+        yield "GET", fill(path)
+    for path in ["/login", "/logout", *actions.ACTIONS]:
+        yield "POST", fill(path)
+
+
+def fill(path):
+    return path.replace("{run_id}", "1").replace("{", "").replace(":path}", "").replace("}", "")
+
+
+@SQLITE
+def test_the_routes_are_the_pages_the_actions_and_the_static_files(browse):
+    table = {
+        (method, fill(route.path))
+        for route in browse().asgi.routes
+        for method in getattr(route, "methods", ["MOUNT"])
+        if method != "HEAD"
+    }
+    assert table == {*routes(), ("MOUNT", "/static")}
+
+
+# Without users.
+
+
+@SQLITE
+def test_without_users_every_page_is_for_a_browser_on_this_machine(browse):
+    browser = browse()
+    for method, path in routes():
+        for host in LOCAL_HOSTS:
+            if method == "GET":
+                assert browser.get(path, headers={"Host": host}).status_code in {200, 400, 404}, (path, host)
+        for headers in [*({"Host": host} for host in FOREIGN_HOSTS), *OF_PROXIES]:
+            answer = browser(method, path, headers=headers)
+            assert answer.status_code == 403, (path, headers)
+            assert "[[web.users]]" in answer.text
+    for headers in [{"Host": "evil.example"}, *OF_PROXIES]:
+        assert browser.get("/static/dashboard.css", headers=headers).status_code == 403
+
+
+@SQLITE
+def test_without_users_nobody_can_act(browse):
+    browser = browse()
+    for path in actions.ACTIONS:
+        answer = browser.post(fill(path), {"id": "1"})
+        assert answer.status_code == 403
+        assert "To act here, configure [[web.users]]: `audience-sync password` makes the hash" in answer.text
+    assert "Nobody has done anything yet." in browser.get("/actions").text
+    assert browser.sign_in().status_code == 403
+    assert browser.get("/login").status_code == 404
+    assert 'class="account"' not in browser.get("/").text
+
+
+@pytest.mark.parametrize(("version", "is_passed_on"), [("1.0", True), ("1.1", False)])
+def test_nginx_is_known_by_its_version_of_http(version, is_passed_on):
+    scope = {"type": "http", "http_version": version, "headers": [(b"host", b"localhost")]}
+    assert remote.came_through_proxy(scope) is is_passed_on
+    assert remote.is_local(scope) is not is_passed_on
+
+
+# Other sites.
+
+
+@SQLITE
+@pytest.mark.parametrize("text", ["", USERS])
+def test_another_site_may_link_to_a_page_and_nothing_else(browse, text):
+    browser = browse(text)
+    for where in ("cross-site", "same-site"):
+        by_link = {"Sec-Fetch-Site": where, **BY_LINK}
+        assert browser.get("/", headers=by_link).status_code == 200
+        for path, headers in [
+            ("/", {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}),
+            ("/", {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}),
+            ("/actions", {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}),
+            ("/static/dashboard.js", {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "script"}),
+            ("/static/dashboard.js", BY_LINK),
+        ]:
+            assert browser.get(path, headers={"Sec-Fetch-Site": where} | headers).status_code == 403, path
+    for origin in (
+        "http://evil.example",
+        "null",
+        "http://localhost",
+        "https://localhost:8040",
+        "http://[",
+        "",
+    ):
+        assert browser.get("/", headers={"Origin": origin}).status_code == 403, origin
+
+
+# Proxies.
+
+
+def seen(browse, headers, peer="10.0.0.9", trusted='"10.0.0.0/8", "::1"'):
+    """The address, scheme and host that the dashboard sees."""
+    scopes = []
+
+    async def app(scope, _receive, _send):
+        scopes.append(scope)
+
+    settings = browse(f"[web]\ntrusted_proxies = [{trusted}]\n{USERS}").app.settings.web
+    middle = access.TrustedProxies(app, settings)
+    given = [(name.lower().encode(), value.encode()) for name, value in headers]
+    scope = {"type": "http", "scheme": "http", "client": (peer, 1), "headers": [(b"host", b"in:1"), *given]}
+    running = middle(scope, None, None)
+    with pytest.raises(StopIteration):
+        running.send(None)
+    request = Request(scopes[0])
+    return request.client.host, scopes[0]["scheme"], request.headers["Host"]
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([], ("10.0.0.9", "http", "in:1")),
+        ([("X-Forwarded-For", "192.0.2.1")], ("192.0.2.1", "http", "in:1")),
+        ([("X-Forwarded-For", "203.0.113.7, 192.0.2.1")], ("192.0.2.1", "http", "in:1")),
+        ([("X-Forwarded-For", "203.0.113.7, 192.0.2.1, 10.1.1.1")], ("192.0.2.1", "http", "in:1")),
+        ([("X-Forwarded-For", "203.0.113.7"), ("X-Forwarded-For", "192.0.2.1")], ("192.0.2.1", "http", "in:1")),
+        ([("X-Forwarded-For", "2001:db8::1")], ("2001:db8::1", "http", "in:1")),
+        ([("X-Forwarded-For", "<script>")], ("10.0.0.9", "http", "in:1")),
+        ([("X-Forwarded-For", "")], ("10.0.0.9", "http", "in:1")),
+        ([("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "sync.example")], ("10.0.0.9", "https", "sync.example")),
+        ([("X-Forwarded-Proto", "javascript")], ("10.0.0.9", "http", "in:1")),
+    ],
+)  # fmt: skip
+def test_a_trusted_proxy_tells_who_asks(browse, headers, expected):
+    assert seen(browse, headers) == expected
+
+
+@SQLITE
+def test_other_peers_are_not_believed(browse):
+    headers = [("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "x")]
+    assert seen(browse, headers, peer="192.0.2.9") == ("192.0.2.9", "http", "in:1")
+    assert seen(browse, headers, peer="") == ("", "http", "in:1")
+    assert seen(browse, headers, trusted="") == ("10.0.0.9", "http", "in:1")
+    assert seen(browse, headers[:1], peer="::ffff:10.0.0.9") == ("127.0.0.1", "http", "in:1")
+
+
+@SQLITE
+def test_a_trusted_proxy_opens_nothing_without_users(browse):
+    browser = browse('[web]\ntrusted_proxies = ["127.0.0.1"]')
+    forwarded = {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Host": "localhost"}
+    assert browser.get("/", headers=forwarded).status_code == 403
+
+
+# Every answer.
+
+
+@SQLITE
+def test_every_answer_has_the_safe_headers_whatever_happens(browse, monkeypatch):
+    for browser in (browse(), browse(USERS)):
+        answers = [browser(method, path) for method, path in routes()]
+        answers += [
+            browser(method, path)
+            for path in ("/", "/nothing", "/static/dashboard.css", "/static/none", "/runs/1/approve")
+            for method in ("GET", "HEAD", "OPTIONS", "PUT", "TRACE", "POST")
+        ]
+        answers += [browser.get("/", headers={"Sec-Fetch-Site": "cross-site", **BY_LINK}), browser.sign_in()]
+        monkeypatch.setitem(site.PAGES, "/", None)  # a page that fails
+        broken = browse("" if not browser.app.settings.web.users else USERS)
+        answers.append(broken.get("/"))
+        monkeypatch.undo()
+        for answer in answers:
+            for name, value in SAFE.items():
+                assert answer.headers.get_list(name) == [value], (answer.request.url, name)
+            is_static = answer.request.url.path.startswith("/static/")
+            assert answer.headers["cache-control"] == ("max-age=86400" if is_static else "no-store")
+            assert "Traceback" not in answer.text
+
+
+@SQLITE
+def test_other_methods_are_refused_with_those_that_are_not(browse):
+    browser = browse()
+    for method in ("OPTIONS", "PUT", "DELETE", "TRACE", "POST"):
+        answer = browser(method, "/")
+        assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, {"GET", "HEAD"})
+    answer = browser.get("/runs/1/approve")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    head = browser("HEAD", "/")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../site.py",
+        "/static/%2e%2e/site.py",
+        "/static/..%2fsite.py",
+        "/static/..%5csite.py",
+        "/static/....//site.py",
+        "/static/%252e%252e/site.py",
+        "/static//etc/passwd",
+        "/static/%2fetc%2fpasswd",
+        "/static/%00",
+        "/static/" + "a" * 5_000,
+        "/static/vendor",
+        "/static/vendor/",
+        "/static/",
+        "/static",
+    ],
+)
+def test_static_files_lead_nowhere_else(browse, path):
+    answer = browse().get(path)
+    assert answer.status_code == 404
+    assert "There is nothing here" in answer.text
+
+
+@SQLITE
+def test_a_write_key_opens_no_page(browse):
+    browser = browse(f'[tracking]\nwrite_keys = ["canary"]\n{USERS}')
+    answer = browser.get("/", auth=("canary", ""))
+    assert (answer.status_code, answer.headers["location"]) == (303, "/login?next=%2F")
+
+
+@SQLITE
+def test_without_a_session_every_page_leads_to_the_sign_in(browse):
+    browser = browse(USERS)
+    for method, path in [*routes(), ("GET", "/nothing")]:
+        if path == "/login":
+            continue
+        answer = browser(method, path) if method == "GET" else browser.post(path, {"id": "1"})
+        assert answer.status_code == 303, path
+        assert answer.headers["location"].startswith("/login"), path
+        assert answer.text == ""
+    assert "VIPs" not in browser.get("/login").text
+    assert "<nav" not in browser.get("/login").text
+
+
+def test_own_origin_is_that_of_the_browser():
+    assert (
+        access.own_origin(
+            Request({"type": "http", "scheme": "https", "headers": [(b"host", b"Sync.example")]})
+        )
+        == "https://sync.example:443"
+    )
