@@ -52,3 +52,4 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/hot.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/daemon.py
+	$(BIN)/python benchmarks/dashboard.py --members 100000 --deliveries 1000000
