@@ -252,7 +252,39 @@ ACTION = "[[mappings]] Mine: action: expected identifyUser or identifyCompany or
 DIRECTIVE = "[[mappings]] Mine: fields.name: unknown directive @pat: did you mean @path?"
 TOO_MANY = "the file: mappings: there are 48, but a destination takes 50, including the presets: remove 1"
 NO_ENDPOINT = "[destination]: endpoint: expected https://HOST/, without credentials, query or fragment"
+HASH = "$scrypt$ln=15,r=8,p=3$AAAAAAAAAAAAAAAAAAAAAA$" + "s3cret/A" * 5 + "AAA"  # of nothing
+USER = f"[[web.users]]\nname = 'Ann'\npassword = '{HASH}'\nrole = 'read'\n"
+PASSWORD = "[[web.users]] Ann: password: expected the hash that `audience-sync password` prints, not the password itself"
+PROXIES = (
+    '[web]: trusted_proxies: expected a list of addresses or networks, such as ["127.0.0.1", "10.0.0.0/8"]'
+)
+USER_NAME = "name: expected at most 100 characters on one line, without spaces around"
 REFUSED = [
+    # the dashboard
+    ("web = 's3cret'", f"[web]: {TABLE}"),
+    ("[web]\ndashbord = false", "[web]: unknown name dashbord: did you mean dashboard?"),
+    ("[web]\ndashboard = 's3cret'", "[web]: dashboard: expected true or false"),
+    ("[web]\ntrusted_proxies = 's3cret'", PROXIES),
+    ("[web]\ntrusted_proxies = ['s3cret']", PROXIES),
+    ("[web]\ntrusted_proxies = ['10.0.0.0/33']", PROXIES),
+    ("[web]\ntrusted_proxies = [8675309]", PROXIES),
+    ("[web]\nusers = 's3cret'", "the file: web.users: expected [[web.users]], with two brackets"),
+    ("[web.users]\nname = 'Ann'", "the file: web.users: expected [[web.users]], with two brackets"),
+    ("[web]\nusers = ['s3cret']", f"[[web.users]] number 1: {TABLE}"),
+    ("[[web.users]]\nrole = 'read'", "[[web.users]] number 1: name: missing: expected a string"),
+    ("[[web.users]]\nname = 'Ann'\nrole = 'read'", PASSWORD.replace("password: e", "password: missing: e", 1)),
+    *((USER.replace(HASH, wrong), PASSWORD) for wrong in (
+        "s3cret", "s3cret8675309", "$2b$12$s3cret", "$scrypt$s3cret", HASH.replace("15", "11"), HASH.replace("15", "18"),
+        HASH.replace("r=8", "r=17"), HASH.replace("p=3", "p=17"), HASH + "!", HASH[:-20], HASH.replace("scrypt", "argon2id"),
+    )),
+    (USER.replace(f"'{HASH}'", "8675309"), PASSWORD),
+    (USER.replace("'read'", "'s3cret'"), '[[web.users]] Ann: role: expected "read" or "operate"'),
+    (USER.replace("role = 'read'", ""), '[[web.users]] Ann: role: missing: expected "read" or "operate"'),
+    (USER + "rol = 1", "[[web.users]] Ann: unknown name rol: did you mean role?"),
+    (USER + USER, "[[web.users]] Ann: name: another user has the same: each needs one of their own"),
+    (USER.replace("'Ann'", "' Ann'"), f"[[web.users]]  Ann: {USER_NAME}"),
+    (USER.replace("'Ann'", '"A\\u0007"'), "[[web.users]] "),
+    (USER.replace("Ann", "A" * 101), "[[web.users]] "),
     # the tracking API and the mappings
     ("[tracking]\nwrite_keys = 's3cret'", WRITE_KEYS),
     ("[tracking]\nwrite_keys = ['s3cret:']", WRITE_KEYS),
@@ -638,6 +670,34 @@ def test_a_missing_write_key_is_an_error_only_for_what_serves(load, tmp_path):
     assert str(error.value) == f"{tmp_path}/audience_sync.toml: {why}"
     assert load(text, {"WRITE_KEY": "k"}).tracking.require_write_keys() == ("known", "k")
     assert load("").tracking.require_write_keys() == ()
+
+
+def test_the_users_of_the_dashboard(load):
+    text = (
+        "[web]\ntrusted_proxies = ['10.1.2.3/8', '::1']\n"
+        + USER
+        + USER.replace("Ann", "Bob").replace("read", "operate")
+    )
+    web = load(text).web
+    assert [(name, user.role) for name, user in web.require_users().items()] == [
+        ("Ann", "read"),
+        ("Bob", "operate"),
+    ]
+    assert (web.dashboard, [str(network) for network in web.proxy_networks]) == (
+        True,
+        ["10.0.0.0/8", "::1/128"],
+    )
+    assert HASH not in f"{web} {web!r} {web.users} {web.users[0].password!r} {load(text)!r}"
+    assert (load("").web.require_users(), load("").web.dashboard) == ({}, True)
+
+
+def test_a_missing_hash_is_an_error_only_for_what_serves(load, tmp_path):
+    text = USER.replace(HASH, "${ANN_HASH}")
+    assert load(text, {"ANN_HASH": HASH}).web.require_users()["Ann"].password.require() == HASH
+    with pytest.raises(MissingVariable) as error:
+        load(text, {}).web.require_users()
+    why = "[[web.users]] Ann: password: set the environment variable ANN_HASH, which is missing"
+    assert str(error.value) == f"{tmp_path}/audience_sync.toml: {why}"
 
 
 def test_the_api_key_comes_from_the_environment_unless_set(load, refused):

@@ -239,15 +239,17 @@ def password() -> None:
 
     Asks twice on a terminal; otherwise it reads a line of standard input. The hash goes to standard output.
     """
-    if sys.stdin is not None and sys.stdin.isatty():
-        given = getpass.getpass("Password: ")
-        if given != getpass.getpass("The same again: "):
-            raise ConfigError("The two are not the same. Run `audience-sync password` again.")
-    else:
-        try:
+    try:
+        if sys.stdin is not None and sys.stdin.isatty():
+            given = getpass.getpass("Password: ")
+            if given != getpass.getpass("The same again: "):
+                raise ConfigError("The two are not the same. Run `audience-sync password` again.")
+        else:
             given = (sys.stdin.buffer.readline() if sys.stdin else b"").decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise ConfigError("The password is not UTF-8.") from None
+    except UnicodeDecodeError:
+        raise ConfigError("The password is not UTF-8.") from None
+    except EOFError:
+        raise ConfigError("No password was given.") from None
     if len(given) < lazy.passwords.MIN_LENGTH:
         raise ConfigError(f"The password is too short: take at least {lazy.passwords.MIN_LENGTH} characters.")
     output.line(lazy.passwords.hash_password(given))

@@ -187,6 +187,20 @@ def test_constraints_tie_a_status_to_its_columns(engine, table, values):
             connection.execute(insert.values(row | values))
 
 
+@pytest.mark.parametrize("name", ["sessions", "actions"])
+def test_a_foreign_table_with_a_name_that_is_new_stops_the_upgrade(empty, name):
+    migrate.upgrade(empty, "0011")
+    with engines.write(empty) as connection:
+        dialects.sql(connection, f"CREATE TABLE {{our}}{name} (mine int)")
+    before = catalog(empty)
+    with pytest.raises(DatabaseError, match=f"has a table {name} that audience-sync did not make, and needs"):
+        migrate.upgrade(empty)
+    assert (catalog(empty), migrate.current(empty)) == (before, "0011")
+    with engines.write(empty) as connection:
+        dialects.sql(connection, f"DROP TABLE {{our}}{name}")
+    migrate.upgrade(empty)
+
+
 def test_a_foreign_table_with_one_of_our_names_stops_the_upgrade(empty):
     with engines.write(empty) as connection:
         if not dialects.is_sqlite(empty):

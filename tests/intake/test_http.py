@@ -227,6 +227,11 @@ def test_without_write_keys_only_local_programs_that_are_no_browser_may_send(mak
         {"Origin": "http://127.0.0.1:8040"},
         {"Origin": "null"},
         {"Sec-Fetch-Site": "cross-site"},
+        {"Forwarded": "for=192.0.2.1"},  # through a proxy on this machine
+        {"Via": "1.1 proxy"},
+        {"X-Real-IP": "192.0.2.1"},
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"X-Forwarded-Proto": "https"},
     ]
     for headers in refusing:
         answer = api.post("identify", IDENTIFY, headers=headers)

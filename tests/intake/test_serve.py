@@ -20,6 +20,7 @@ from audience_sync.db import dialects, engines
 from audience_sync.intake import http, server
 from tests.conftest import SCHEMA
 from tests.intake.conftest import AS_SHOP, KEY, served
+from tests.web.conftest import HASH, PASSWORD, USERS
 
 SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
 TRACKING = f'[tracking]\nwrite_keys = ["{KEY}"]\ncalls_per_second = 1_000_000'
@@ -113,6 +114,71 @@ def test_without_write_keys_it_stays_on_this_machine(start):
         "audience-sync: 0.0.0.0 can be reached from other machines: set [tracking] write_keys first, or listen on "
         "127.0.0.1.\n"
     )
+
+
+@SQLITE
+def test_without_users_the_dashboard_stays_on_this_machine(start):
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        code, said = start({}, TRACKING)("serve", "--host", host, "--port", "0")
+        assert code == 2
+        assert said == (
+            f"audience-sync: {host} can be reached from other machines: give the dashboard users first ([[web.users]]), "
+            "set [web] dashboard = false to serve the tracking API alone, or listen on 127.0.0.1.\n"
+        )
+    missing = USERS.replace(HASH, "${MISSING_HASH}")
+    code, said = start({}, f"{TRACKING}\n{missing}")("serve", "--port", "0")
+    assert code == 2
+    assert said.endswith("olga: password: set the environment variable MISSING_HASH, which is missing\n")
+
+
+@SQLITE
+@pytest.mark.parametrize("text", ["[web]\ndashboard = false", USERS])
+def test_other_machines_reach_the_api_alone_or_the_dashboard_with_users(start, text):
+    command = start({}, f"{TRACKING}\n{text}")
+    with command.popen("serve", "--host", "0.0.0.0", "--port", "0") as process:
+        said = process.stdout.readline()
+        port = int(re.search(r"http://0.0.0.0:(\d+)/", said)[1])
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Host": "sync.example"}) as client:
+            page = client.get("/")
+            call = client.post("/v1/identify", json={"userId": "ann"}, headers=AS_SHOP)
+        process.send_signal(signal.SIGKILL)
+    assert call.status_code == 200
+    if text == USERS:
+        assert said.startswith("The dashboard is at ")
+        assert (page.status_code, page.headers["location"]) == (303, "/login?next=%2F")
+    else:
+        assert said == f"Calls are accepted at http://0.0.0.0:{port}/. Ctrl-C stops it.\n"
+        assert (page.status_code, page.json()["success"]) == (404, False)
+
+
+@SQLITE
+def test_a_session_posts_no_call_and_a_write_key_opens_no_page(start):
+    with served(start({}, f"{TRACKING}\n{USERS}")) as (_, port):
+        address = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=address, headers={"Origin": address}) as client:
+            signed_in = client.post("/login", data={"name": "olga", "password": PASSWORD})
+            assert (signed_in.status_code, client.get("/").status_code) == (303, 200)
+            assert client.post("/v1/identify", json={"userId": "ann"}).status_code == 401
+            forged = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "127.0.0.1"}
+            assert (
+                client.get("/", headers=forged).status_code == 200
+            )  # of a proxy that is not trusted: ignored
+        with httpx.Client(base_url=address, headers=AS_SHOP) as client:
+            assert client.get("/").status_code == 303
+            assert client.post("/runs/1/approve", data={"csrf": KEY}).status_code == 303
+
+
+@SQLITE
+def test_without_users_and_write_keys_a_proxy_opens_nothing(start):
+    with served(start({})) as (_, port), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        assert client.get("/").status_code == 200
+        assert client.post("/v1/identify", json={"userId": "ann"}).status_code == 200
+        for headers in ({"X-Forwarded-For": "192.0.2.1"}, {"Host": "evil.example"}):
+            assert client.get("/", headers=headers).status_code == 403
+            assert client.post("/v1/identify", json={"userId": "ann"}, headers=headers).status_code == 403
+        with connect(("127.0.0.1", port)) as nginx:
+            nginx.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+            assert nginx.recv(100).startswith(b"HTTP/1.1 403 ")
 
 
 @SQLITE
