@@ -1,7 +1,8 @@
 """The clock, which is passed as an argument so that tests can set the time."""
 
 import time
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 
@@ -24,6 +25,26 @@ class SystemClock:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseClock:
+    """The database's clock, by which requests are recorded: another machine's may be wrong.
+
+    It showed `moment` when our own one showed `monotonic`.
+    """
+
+    clock: Clock
+    moment: datetime
+    monotonic: float
+
+    def now(self) -> datetime:
+        return self.moment + timedelta(seconds=self.clock.monotonic() - self.monotonic)
+
+    def monotonic_of(self, moment: datetime) -> float:
+        """Return a past moment by our own clock, which goes on while this process takes over."""
+        seconds = (moment - self.moment).total_seconds()
+        return min(self.monotonic + seconds, self.clock.monotonic())
 
 
 def isoformat(moment: datetime) -> str:

@@ -1,37 +1,37 @@
 """Work the queue: one process at a time claims, one thread decides, a few threads send.
 
 The path goes on here once a run or a call has committed its deliveries (deliveries.py). Each cycle of `Worker._work` is
-one transaction: renew the lease, settle answered requests, claim deliveries (due.py says which, pace.py how many).
-Requests are recorded (requests.py) before they are sent, so that after a crash the next process knows what may have
-reached Userpilot. The threads of senders.py send them with userpilot/client.py, and outcomes.py decides what the answers
-mean. Long backlogs of users are also sent by bulk jobs (bulk.py), in the same transactions.
+one transaction: renew the lease, settle answered requests, claim deliveries (queues.py and due.py say which, pace.py how
+many). Requests are recorded (requests.py) before they are sent, so that after a crash the next process knows what may have
+reached Userpilot. The threads of senders.py send them (sending.py), and outcomes.py decides what the answers mean. Long
+backlogs of users are also sent by bulk jobs (bulk.py), in the same transactions.
 """
 
 import contextlib
 import datetime as dt
-import itertools
 import logging
 import math
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import sqlalchemy as sa
 
 from audience_sync import crash, logs
-from audience_sync.clock import Clock
+from audience_sync.clock import Clock, DatabaseClock
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import DatabaseError, LeaseLost
 from audience_sync.queue import deliveries, destination, due, outcomes, pace, requests
 from audience_sync.queue.bulk import BulkLane, BulkSettings, Transaction
-from audience_sync.queue.jobs import JobRequest, JobSender
+from audience_sync.queue.jobs import JobRequest
 from audience_sync.queue.progress import Progress, Report
+from audience_sync.queue.queues import Queues
 from audience_sync.queue.senders import Senders
-from audience_sync.queue.walk import Walk
+from audience_sync.queue.sending import Reply, RequestSender, Sender
 from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
@@ -39,31 +39,14 @@ log = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 32  # requests of a lane; few lanes need so many
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
-IDLE_EXIT_SECONDS = 60.0  # the worker waits for what becomes due within this time
 QUEUE_POLL_SECONDS = 0.2  # how soon new deliveries in the queue are noticed
-SHORTEST_WAIT_SECONDS = 0.01
 LARGE_BACKLOG = 10_000  # deliveries
 RECONNECT_SECONDS = (0.5, 2.0, 8.0)
 SERVICE_UNAVAILABLE = 503  # its Retry-After concerns the whole lane, that of other failures the delivery
-VALIDATE_PATH = "v1/validate"
-VALIDATION_SECONDS = 10.0  # for which the answer about the key is used
-QUEUES = tuple(itertools.product(due.LANES, due.CLASSES))
-
-
-class Sender(JobSender, Protocol):
-    def send(self, path: str, payload: dict[str, Any], /) -> Answer: ...
 
 
 _NOT_SENT = "Not sent: this process was suspended, and another may have taken over"
 _TRACKS_WAIT = "an event whose outcome is unknown may still arrive"
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A request and its answer; None if it was not sent."""
-
-    request: requests.ClaimedRequest | JobRequest
-    answer: Answer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +96,10 @@ class Worker:
     open_senders: Callable[[], Senders[Reply]] = lambda: Senders(len(due.LANES) * MAX_IN_FLIGHT + 1)
     _lanes: dict[str, pace.Lane] = field(default_factory=dict)
     _bulk: BulkLane = field(init=False)
+    _queues: Queues = field(init=False)
+    _database_clock: DatabaseClock = field(init=False)
+    _request_sender: RequestSender = field(init=False)
     _in_flight: dict[int, requests.ClaimedRequest] = field(default_factory=dict)
-    _walks: dict[tuple[str, str], Walk] = field(default_factory=dict)
-    _poll_at: dict[tuple[str, str], float] = field(default_factory=dict)  # when to search a queue again
-    _answer_count: int = 0
-    _database_time: tuple[dt.datetime, float] = (due.START[0], 0.0)  # at a moment in monotonic seconds
-    _validation: Answer | None = None  # the last answer about the key
-    _validated_at: float = -math.inf
-    _validating: threading.Lock = field(default_factory=threading.Lock)
-    _turn: int = 0
     _progress: Progress = field(default_factory=Progress)
     _slow_downs: set[tuple[str, bool, str]] = field(default_factory=set)  # as they were last recorded
 
@@ -169,16 +147,23 @@ class Worker:
     def _take_over(self, connection: sa.Connection) -> None:
         """Start from the state that earlier processes left in the database."""
         now, monotonic, window = self.clock.now(), self.clock.monotonic(), self.settings.window_seconds
-        self._in_flight, self._poll_at = {}, {}
+        self._in_flight = {}
+        self._request_sender = RequestSender(self.sender, self.settings.build, self.clock)
         self._lanes = {name: self._lane(name) for name in due.LANES}
-        self._walks = {queue: Walk(*queue, self.settings.fingerprint) for queue in QUEUES}
+        self._queues = Queues(
+            self._lanes,
+            self.clock,
+            self.settings.poll_seconds,
+            self.settings.fingerprint,
+            self.is_gathering,
+        )
         self._bulk = BulkLane(self.settings.jobs, self.clock, self._lanes["identify"])
-        self._database_time = dialects.now(connection), monotonic
+        self._database_clock = DatabaseClock(self.clock, dialects.now(connection), monotonic)
         self._recover(connection, ())
         for end in requests.recent_request_ends(
-            connection, self._database_now() - dt.timedelta(seconds=window)
+            connection, self._database_clock.now() - dt.timedelta(seconds=window)
         ):
-            self._lanes[end.lane].ended.append(self._monotonic_of(end.ended_at))
+            self._lanes[end.lane].ended.append(self._database_clock.monotonic_of(end.ended_at))
         slow_downs = destination.slow_downs(connection)
         for name, lane in self._paces():
             if name in slow_downs:
@@ -190,16 +175,6 @@ class Worker:
             due.refresh_statistics(connection)
         stopped = destination.stopped(connection)
         self.report.stopped = stopped and stopped.reason
-
-    def _database_now(self) -> dt.datetime:
-        """Return the time by the database's clock, by which requests are recorded: another machine's may be wrong."""
-        moment, monotonic = self._database_time
-        return moment + dt.timedelta(seconds=self.clock.monotonic() - monotonic)
-
-    def _monotonic_of(self, moment: dt.datetime) -> float:
-        """Return a past moment of the database's clock by our own one, which goes on while this process takes over."""
-        database_time, monotonic = self._database_time
-        return min(monotonic + (moment - database_time).total_seconds(), self.clock.monotonic())
 
     def _lane(self, name: str) -> pace.Lane:
         per_minute, window = self.settings.per_minute[name], self.settings.window_seconds
@@ -216,7 +191,7 @@ class Worker:
             connection,
             self.clock.now(),
             self.settings.grace,
-            ended_at=self._database_now(),
+            ended_at=self._database_clock.now(),
             tracks_at_most_once=self.settings.tracks_at_most_once,
             known_request_ids=known,
         )
@@ -249,12 +224,12 @@ class Worker:
                     if cycle.claims:
                         crash.at("claimed")
                     for claimed in cycle.claims:
-                        senders.start(partial(self._send, claimed, cycle.send_by))
+                        senders.start(partial(self._request_sender.send, claimed, cycle.send_by))
                     if job_request is not None:
-                        senders.start(partial(self._send, job_request, cycle.send_by))
+                        senders.start(partial(self._request_sender.send, job_request, cycle.send_by))
                     if cycle.is_over:
                         break
-                    wait = self._busy_seconds() if cycle.idle_seconds is None else cycle.idle_seconds
+                    wait = self._wait_seconds() if cycle.idle_seconds is None else cycle.idle_seconds
                     wait = min(wait, self._bulk.wait_seconds(), RENEW_SECONDS)
                     ended = self._evaluate(self._collect(senders, wait))
         except LeaseLost as lost:
@@ -270,7 +245,7 @@ class Worker:
             return False
         with engines.read(self.engine) as connection:  # later deliveries are left to other processes
             self.report.pending_count = due.pending_count(connection)
-            return self._has_become_due(connection)
+            return self._queues.has_become_due(connection)
 
     def _is_ending(self) -> bool:
         return self.stop.is_set() or self.report.stopped is not None
@@ -308,21 +283,24 @@ class Worker:
         if self.report.stopped and destination.stopped(connection) is None:
             destination.stop(connection, self.clock.now(), self.report.stopped)
         is_ending = self._is_ending()
-        claimed = [] if is_ending else self._claim(connection, lease.epoch)
+        claimed: list[requests.ClaimedRequest] = []
+        if not is_ending:
+            under_way = self._in_flight.values()
+            claimed = self._queues.claim(connection, lease.epoch, under_way, self._database_clock.now)
         settled_by_jobs = self._bulk.step(
             Transaction(
                 connection,
                 self.clock.now(),
                 lease.epoch,
                 live_count=sum(request.action == "identify" for request in claimed),
-                fronts={name: self._walks["identify", name].front for name in due.CLASSES},
+                fronts=self._queues.fronts("identify"),
                 may_start=not self.is_gathering(),
                 is_ending=is_ending,
             )
         )
         idle_seconds, is_over = None, False
         if not claimed and not self._in_flight and not self._bulk.is_busy:
-            idle_seconds = self._idle_seconds(connection)
+            idle_seconds = self._queues.idle_seconds(connection)
             is_over = is_ending or idle_seconds == math.inf
         self._record_slow_downs(connection, is_over=is_over)
         if is_over:
@@ -340,158 +318,9 @@ class Worker:
         self._progress.settled("identify", settled["accepted"] + settled["cancelled"])
         return job_request
 
-    def _claim(self, connection: sa.Connection, epoch: int) -> list[requests.ClaimedRequest]:
-        """Claim what may start now: calls, then changes, then pushes; the lanes in turn, each within its limit."""
-        claimed: list[requests.ClaimedRequest] = []
-        monotonic = self.clock.monotonic()
-        self._turn += 1
-        due.prefer_index_scans(connection)
-        for queue in QUEUES:
-            if not self._is_open(queue[1]):
-                self._poll_at[queue] = monotonic + self.settings.poll_seconds
-        for delivery_class, turn in itertools.product(due.CLASSES, range(len(due.LANES))):
-            name = due.LANES[(self._turn + turn) % len(due.LANES)]
-            room = self._lanes[name].startable(monotonic, push=delivery_class == "push")
-            room -= sum(request.action == name for request in claimed)
-            if room > 0 and self._poll_at.get((name, delivery_class), -math.inf) <= monotonic:
-                claimed += self._claim_from(
-                    connection, epoch, self._walks[name, delivery_class], room, claimed
-                )
-        return claimed
-
-    def _is_open(self, delivery_class: str) -> bool:
-        """Return whether this class may be sent now: while `is_gathering`, only calls are sent."""
-        return delivery_class == "call" or not self.is_gathering()
-
-    def _claim_from(
-        self,
-        connection: sa.Connection,
-        epoch: int,
-        walk: Walk,
-        room: int,
-        before: Sequence[requests.ClaimedRequest],
-    ) -> list[requests.ClaimedRequest]:
-        """Claim the next requests of a queue; `before` are this transaction's other claims."""
-        now, monotonic, name = self.clock.now(), self.clock.monotonic(), walk.action
-        walk.begin(monotonic, self.settings.poll_seconds, self._answer_count)
-        under_way = [*self._in_flight.values(), *before]
-        in_flight = {request.subject_id for request in under_way if request.action == name}
-        claimed: list[requests.ClaimedRequest] = []
-        while left := room - len(claimed):
-            subjects = walk.next_subjects(connection, now, left, in_flight)
-            if not subjects:
-                break
-            counts = {subject.subject_id: subject.delivery_count for subject in subjects}
-            chosen = deliveries.choose_next(connection, name, list(counts), now, self.settings.fingerprint)
-            for subject_id in chosen.cancelled_subjects:
-                walk.put_back(subject_id)
-            if not chosen.groups:
-                continue
-            claims = deliveries.claim(
-                connection, name, epoch, chosen.groups, self._database_now(), walk.delivery_class
-            )
-            for request in claims:
-                in_flight.add(request.subject_id)
-                if counts[request.subject_id] > len(request.deliveries):
-                    walk.put_back(request.subject_id)
-            claimed += claims
-        if walk.is_search_over(in_flight) and len(claimed) < room:
-            self._poll_at[name, walk.delivery_class] = monotonic + self.settings.poll_seconds
-        return claimed
-
-    # How long a cycle waits for answers before the next one begins.
-
-    def _queue_seconds(self, name: str, delivery_class: str) -> float:
-        """Return the seconds until a request of this queue may start."""
-        monotonic = self.clock.monotonic()
-        until_poll = self._poll_at.get((name, delivery_class), -math.inf) - monotonic
-        until_room = self._lanes[name].wait_seconds(monotonic, push=delivery_class == "push")
-        return max(until_poll, until_room, SHORTEST_WAIT_SECONDS)
-
-    def _busy_seconds(self) -> float:
+    def _wait_seconds(self) -> float:
         """Return the seconds until a request may start beside those in flight."""
-        return math.inf if self._is_ending() else min(self._queue_seconds(*queue) for queue in QUEUES)
-
-    def _idle_seconds(self, connection: sa.Connection) -> float:
-        """Return the seconds to wait while nothing is in flight; infinite if nothing becomes due soon."""
-        now, monotonic = self.clock.now(), self.clock.monotonic()
-        waits = []
-        for queue, walk in self._walks.items():
-            if self._is_open(walk.delivery_class) and self._lanes[walk.action].room(monotonic):
-                if not walk.is_over(self._answer_count):  # an answer may have unblocked a subject
-                    walk.begin_pass()
-                    self._poll_at.pop(queue, None)
-                    waits.append(self._lanes[walk.action].wait_seconds(monotonic, push=queue[1] == "push"))
-                elif walk.quiet_until is not None:
-                    waits.append(max(self._queue_seconds(*queue), (walk.quiet_until - now).total_seconds()))
-            elif due.subjects_due(connection, *queue, now, 1, self.settings.fingerprint):
-                waits.append(self._queue_seconds(*queue))
-        shortest = self._soon([*waits, *self._later(connection, now)])
-        if 0 < shortest < SHORTEST_WAIT_SECONDS:  # a wait shorter than a clock's tick would never end
-            shortest = SHORTEST_WAIT_SECONDS
-        return min(shortest, self.settings.poll_seconds) if shortest < math.inf else math.inf
-
-    def _later(self, connection: sa.Connection, now: dt.datetime) -> Iterator[float]:
-        """Yield the seconds until pending deliveries may be due that were not at the last search."""
-        since = min(walk.searched_at for walk in self._walks.values())
-        for moment in due.next_due(connection, min(since, now)):
-            queue_seconds = self._queue_seconds(moment.action, moment.delivery_class)
-            yield max(queue_seconds, (moment.due_at - now).total_seconds())
-
-    @staticmethod
-    def _soon(waits: Collection[float]) -> float:
-        """Return the shortest of these waits; infinite if it is so long that the work ends."""
-        shortest = min(waits, default=math.inf)
-        # A full window has room again after a minute and the time of a request; longer pauses end the work.
-        return shortest if shortest <= IDLE_EXIT_SECONDS + 1 else math.inf
-
-    def _has_become_due(self, connection: sa.Connection) -> bool:
-        """Return whether anything has become due, or will be soon, since the last search."""
-        now = self.clock.now()
-        waits = [
-            self._queue_seconds(*queue)
-            for queue, walk in self._walks.items()
-            if due.read_stretch(connection, *queue, now, walk.tail, 1, self.settings.fingerprint).subjects
-        ]
-        return self._soon([*waits, *self._later(connection, now)]) < math.inf
-
-    # Sending, in a thread.
-
-    def _send(self, request: requests.ClaimedRequest | JobRequest, send_by: float) -> Reply:
-        """Send a request, unless the lease may have expired: another process may have sent newer values."""
-        if self.clock.monotonic() > send_by:
-            return Reply(request, None)
-        try:
-            answer = self._ask(request)
-            if answer.outcome is Outcome.UNAUTHORISED:
-                answer = destination.about_key(answer, self._validate())
-            return Reply(request, answer)
-        except Exception as error:  # noqa: BLE001  (it becomes the request's error; nothing else in the thread catches it)
-            return Reply(
-                request, Answer(Outcome.UNKNOWN, None, None, f"{type(error).__name__} while sending", None)
-            )
-
-    def _ask(self, request: requests.ClaimedRequest | JobRequest) -> Answer:
-        return request.send(self.sender) if isinstance(request, JobRequest) else self._send_claimed(request)
-
-    def _send_claimed(self, claimed: requests.ClaimedRequest) -> Answer:
-        try:
-            body = outcomes.body_of(claimed.deliveries)
-            path, payload = self.settings.build(claimed.action, claimed.subject_id, body)
-        except Exception as error:  # noqa: BLE001  (concerns this delivery alone)
-            return Answer(Outcome.REFUSED, None, None, f"It cannot be written ({type(error).__name__})", None)
-        crash.at("before_send")
-        answer = self.sender.send(path, payload)
-        crash.at("after_send")
-        return answer
-
-    def _validate(self) -> Answer:
-        """Ask whether the key is valid, once for all the refusals that come together."""
-        with self._validating:
-            if self._validation is None or self.clock.monotonic() > self._validated_at + VALIDATION_SECONDS:
-                self._validation = self.sender.get(VALIDATE_PATH)
-                self._validated_at = self.clock.monotonic()
-            return self._validation
+        return math.inf if self._is_ending() else self._queues.busy_seconds()
 
     # Answers.
 
@@ -538,10 +367,10 @@ class Worker:
             )
             for delivery in claimed.deliveries
         ]
-        self._search_again(claimed)
+        self._queues.search_again(claimed)
         return requests.EndedRequest(
             claimed.request_id,
-            self._database_now(),
+            self._database_clock.now(),
             None,
             None,
             _NOT_SENT,
@@ -551,13 +380,7 @@ class Worker:
 
     def _forget(self, claimed: requests.ClaimedRequest) -> None:
         del self._in_flight[claimed.request_id]
-        self._answer_count += 1
-
-    def _search_again(self, claimed: requests.ClaimedRequest) -> None:
-        """Search the queues of this lane at once: the subject's next request may be due."""
-        self._walks[claimed.action, claimed.delivery_class].put_back(claimed.subject_id)
-        for delivery_class in due.CLASSES:
-            self._poll_at.pop((claimed.action, delivery_class), None)
+        self._queues.has_answer()
 
     def _end(self, claimed: requests.ClaimedRequest, answer: Answer) -> requests.EndedRequest:
         """Decide what an answer means, outside of the transaction that settles it, which may be repeated."""
@@ -576,15 +399,11 @@ class Worker:
         self._progress.settled(claimed.action, len(final))
         if claimed.action == "track" and answer.outcome is Outcome.UNKNOWN and settings.tracks_at_most_once:
             self._delay_tracks()
-        is_passed = any(
-            claimed.subject_id in self._walks[claimed.action, delivery_class].passed
-            for delivery_class in due.CLASSES
-        )
-        if is_passed or len(final) < len(settlements):
-            self._search_again(claimed)
+        if self._queues.is_passed(claimed) or len(final) < len(settlements):
+            self._queues.search_again(claimed)
         return requests.EndedRequest(
             claimed.request_id,
-            self._database_now(),
+            self._database_clock.now(),
             answer.status_code,
             answer.x_request_id,
             answer.error,
