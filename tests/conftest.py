@@ -142,14 +142,24 @@ def _migrate(url):
     engine.dispose()
 
 
+@pytest.fixture(scope="session")
+def new_database(request):
+    """new_database(backend, folder) is the URL of a new database, migrated."""
+
+    def create(backend, folder):
+        if backend == "sqlite":
+            shutil.copy(request.getfixturevalue("_sqlite_template"), folder / "own.db")
+            return f"sqlite:///{folder}/own.db"
+        server = request.getfixturevalue("postgres")
+        return server.url(server.create(request.getfixturevalue("_postgres_template")))
+
+    return create
+
+
 @pytest.fixture
-def url(backend, tmp_path, request):
+def url(backend, tmp_path, new_database):
     """URL of a migrated database."""
-    if backend == "sqlite":
-        shutil.copy(request.getfixturevalue("_sqlite_template"), tmp_path / "own.db")
-        return f"sqlite:///{tmp_path}/own.db"
-    server = request.getfixturevalue("postgres")
-    return server.url(server.create(request.getfixturevalue("_postgres_template")))
+    return new_database(backend, tmp_path)
 
 
 @pytest.fixture
