@@ -8,11 +8,13 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync.audiences import runs
-from audience_sync.audiences.definition import Definition, Kind
+from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.db import dialects, engines, tables
 from audience_sync.queue.destination import Destination
 
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+WARY = Guard(above=4, max_exit_ratio=0.5, max_enter_ratio=1.0)
+FIVE = ["ann", "bob", "cid", "dan", "eve"]
 
 
 @dataclass
@@ -123,3 +125,20 @@ def world(engine):
         schema = "" if dialects.is_sqlite(engine) else "public."
         dialects.sql(connection, f"CREATE TABLE {schema}people (user_id text, value double precision)")
     return World(engine)
+
+
+@pytest.fixture
+def known(world):
+    """Five members whose deliveries were accepted."""
+    world.people(*FIVE)
+    world.sync(world.audience())
+    world.settle("accepted")
+    return world
+
+
+def held(world):
+    return world.query("SELECT run_id, held_by, error FROM {our}runs WHERE status = 'held'")
+
+
+def counts(run):
+    return (run.member_count, run.entered_count, run.exited_count, run.changed_count)

@@ -217,3 +217,11 @@ def worker_of(engine, sandbox):
     yield make
     for client in clients:
         client.close()
+
+
+def log(sandbox):
+    return [(entry.user_id, entry.body.get("metadata")) for entry in sandbox.state.requests]
+
+
+def properties(sandbox):
+    return {user: state["properties"] for user, state in sandbox.state.users.items()}
