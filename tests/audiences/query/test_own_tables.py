@@ -515,8 +515,9 @@ def test_a_definition_without_the_columns_that_a_trait_needs_says_so(engine, sho
 
 
 def test_a_list_of_thousands_of_values_can_be_compared(engine, shop):
-    numbers = ", ".join(str(number) for number in range(60, 3_000))
-    strings = ", ".join(f"'{number}'" for number in range(1_500))
+    most = 3_000 if dialects.is_sqlite(engine) else 1_100  # SQLite's expressions have at most 1,000 levels
+    numbers = ", ".join(str(number) for number in range(60, most))
+    strings = ", ".join(f"'{number}'" for number in range(most // 2))
     with engines.read(engine) as connection:
         for text, users in {
             f"event('Order').where(property('total').one_of({numbers})).count() = 1": "1",
