@@ -57,6 +57,11 @@ def utc(text):
     return dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)
 
 
+def take_due(engine, definitions, now, *, limit, running=()):
+    """Take at most `limit` due slots of these definitions; `running` are keys to skip."""
+    return slots.take(engine, slots.find_due(engine, definitions, now, running), now, limit=limit)
+
+
 class Life:
     """A daemon that ticks and delivers once an hour, and the company's people."""
 
@@ -209,7 +214,7 @@ def test_an_interrupted_run_is_caught_up(life):
     life.live_until("2026-03-15 01:00")
     (definition,) = life.daemon.app.definitions()
     life.clock.moment = utc("2026-03-15 02:00")
-    (slot,) = slots.take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
+    (slot,) = take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
     with engines.write(life.daemon.app.engine) as connection:  # its process is killed here
         run_id = records.start_run(
             connection, slot.definition_id, mode="first", trigger="schedule", as_of=slot.slot_at,
@@ -225,7 +230,7 @@ def test_an_interrupted_full_slot_is_caught_up_as_a_full_run(life):
     life.live_until("2026-03-30 12:00")
     (definition,) = life.daemon.app.definitions()
     life.clock.moment = utc("2026-04-02 12:00")  # down over the full slot of 1 April
-    (slot,) = slots.take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
+    (slot,) = take_due(life.daemon.app.engine, [definition], life.clock.now(), limit=1)
     assert (slot.slot_at, slot.full) == (utc("2026-04-02 00:30"), True)
     life.live_until("2026-04-02 13:00")  # its process is gone
     assert life.history()[-1]["mode"] == "full"
@@ -310,13 +315,13 @@ def test_two_daemons_never_take_one_slot_twice(engine, count):
         for number in range(3)
     ]
     start = utc("2026-03-15 00:00")
-    slots.take_due(engine, definitions, start, limit=9)  # first seen
+    take_due(engine, definitions, start, limit=9)  # first seen
     taken, barrier = [], threading.Barrier(2)
 
     def work():
         for minute in range(1, count + 1):
             barrier.wait(300)
-            due = slots.take_due(engine, definitions, start + dt.timedelta(minutes=minute), limit=9)
+            due = take_due(engine, definitions, start + dt.timedelta(minutes=minute), limit=9)
             taken.extend((slot.definition.key, slot.slot_at) for slot in due)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
@@ -331,16 +336,16 @@ def test_due_slots_are_taken_up_to_the_limit_and_not_of_running_definitions(engi
     every = schedule.parse_schedule("every 1 minute", "UTC")
     definitions = [Definition(key, key, Kind.AUDIENCE, "SELECT 1", schedule=every) for key in "abcd"]
     start = utc("2026-03-15 00:00")
-    slots.take_due(engine, definitions, start, limit=9)
+    take_due(engine, definitions, start, limit=9)
     later = start + dt.timedelta(minutes=5)
     assert [
-        each.definition.key for each in slots.take_due(engine, definitions, later, limit=2, running=("a",))
+        each.definition.key for each in take_due(engine, definitions, later, limit=2, running=("a",))
     ] == [
         "b",
         "c",
     ]
-    assert [each.definition.key for each in slots.take_due(engine, definitions, later, limit=9)] == ["a", "d"]
-    assert slots.take_due(engine, definitions, later, limit=9) == []
+    assert [each.definition.key for each in take_due(engine, definitions, later, limit=9)] == ["a", "d"]
+    assert take_due(engine, definitions, later, limit=9) == []
 
 
 # Failures.
@@ -464,7 +469,7 @@ def test_a_run_that_ends_its_process_again_and_again_is_not_repeated_at_once(lif
     engine, times = life.daemon.app.engine, []
     life.clock.moment = utc("2026-03-15 01:30")
     while life.clock.moment < utc("2026-03-15 02:00"):
-        for slot in slots.take_due(engine, [definition], life.clock.now(), limit=1):
+        for slot in take_due(engine, [definition], life.clock.now(), limit=1):
             times.append(f"{life.clock.moment:%H:%M}")
             with engines.write(
                 engine
@@ -516,7 +521,7 @@ def fleet(count, **options):
 
 def test_every_definition_runs_when_there_are_more_than_can_run_and_the_longest_due_comes_first(engine):
     definitions, ran = fleet(60), []
-    slots.take_due(engine, definitions, START, limit=9)
+    take_due(engine, definitions, START, limit=9)
     for number in range(1, 11):
         for _ in range(6):  # 24 of 60 in a minute
             due = slots.find_due(engine, definitions, minute(number))
@@ -546,7 +551,7 @@ def test_the_statements_of_a_tick_do_not_depend_on_the_number_of_definitions(lif
 
 def test_lateness_is_reported_for_definitions_that_never_ran_and_for_short_intervals(engine):
     (definition,) = fleet(1)
-    slots.take_due(engine, [definition], START, limit=1)
+    take_due(engine, [definition], START, limit=1)
 
     def late_since(number):
         with engines.read(engine) as connection:
@@ -557,7 +562,7 @@ def test_lateness_is_reported_for_definitions_that_never_ran_and_for_short_inter
         destination.record_heartbeat(connection, START)
     assert late_since(3) is None
     assert late_since(4) == minute(1)
-    assert slots.take_due(engine, [definition], minute(4), limit=1)
+    assert take_due(engine, [definition], minute(4), limit=1)
     assert late_since(7) is None
     assert late_since(30) == minute(5)
 

@@ -72,18 +72,6 @@ class Outlook:
     retry_at: dt.datetime | None = None
 
 
-def take_due(
-    engine: sa.Engine,
-    definitions: Sequence[Definition],
-    now: dt.datetime,
-    *,
-    limit: int,
-    running: Collection[str] = (),
-) -> list[Slot]:
-    """Take at most `limit` due slots of these definitions, the longest due first; `running` are keys to skip."""
-    return take(engine, find_due(engine, definitions, now, running), now, limit=limit)
-
-
 def find_due(
     engine: sa.Engine,
     definitions: Sequence[Definition],
