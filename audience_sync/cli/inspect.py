@@ -255,7 +255,10 @@ def user(
     user_id: Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.")],
     as_json: Json = False,
 ) -> None:
-    """Show a user's memberships, profile and deliveries, and whether the user was erased."""
+    """Show a user's memberships, profile and deliveries.
+
+    It also says when the user was erased.
+    """
     with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
         document = lazy.history.user(connection, user_id)
         erasure = lazy.erasure.find_erasure(connection, user_id)
@@ -265,7 +268,7 @@ def user(
     if erasure is not None:
         output.line(_erasure(user_id, erasure.forgotten_at, erasure.returns_at))
     elif not document["memberships"] and not document["deliveries"] and document["profile"] is None:
-        output.line(f"There is nothing about {user_id}: no membership, no call and no delivery.")
+        output.line(f"There is nothing about {user_id}: no membership, no profile and no delivery.")
     rows = [
         [row["key"], _json(row["value"]), output.moment(row["from"]), output.moment(row["to"])]
         for row in document["memberships"]

@@ -111,7 +111,7 @@ def explain(
     is_trait: IsTrait = False,
     as_json: Json = False,
 ) -> None:
-    """Show a query in plain English, laid out, and as the SQL that runs.
+    """Show a query in plain English, laid out, and the SQL that runs.
 
     For a definition in SQL, shows the SQL that runs.
 

@@ -195,7 +195,7 @@ def _needed(
             others = [mapping for mapping in elsewhere if _mapped(scalar.stream, [mapping])]
             if others:
                 there = f"[tables.{shown(others[0].name)}] is on {_database(others[0].source)}"
-                reason = f"where this query runs: {there}"
+                reason = f"where this query runs: {there}. A query reads one database, which its source names"
             else:
                 reason = did_you_mean(scalar.stream.name, tables if is_entity else _events(tables))
             raise ConfigError(

@@ -443,7 +443,8 @@ def test_a_user_of_whom_nothing_is_stored_is_left_out_later(good, people, sandbo
     assert [deletion["ids"] for deletion in sandbox.state.deletions] == [["no one"]]
     assert "no one was erased on " in command("user", "no one")[1]
     assert (
-        command("user", "ann")[1] == "There is nothing about ann: no membership, no call and no delivery.\n"
+        command("user", "ann")[1]
+        == "There is nothing about ann: no membership, no profile and no delivery.\n"
     )
     people("ann", "no one")
     code, run = sync(command)
