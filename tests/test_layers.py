@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "retention": BASE | {"userpilot", "queue"},
     "audiences": BASE | {"queue", "retention"},
     "calls": BASE | {"queue", "retention", "userpilot"},
-    "history": BASE | {"queue", "audiences", "settings"},
+    "history": BASE | {"queue", "retention", "audiences", "settings"},
     "settings": ROOT | {"audiences", "calls"},
     "app": BASE | {"userpilot", "queue", "retention", "audiences", "calls", "settings"},
     "sandbox": set(),

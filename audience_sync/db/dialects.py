@@ -21,6 +21,7 @@ CHUNK = (
     500  # ids in a statement as single parameters, whose number is limited: SQLite 32,766, PostgreSQL 65,535
 )
 CANCEL_SECONDS = 5.0
+MAX_ID = 2**63 - 1
 Id = TypeVar("Id", int, str)
 
 
@@ -74,6 +75,30 @@ def is_among(
     if len(listed) <= CHUNK:
         return column.in_(listed)
     return column.in_(sa.select(sa.column("value")).select_from(sa.func.json_each(json.dumps(listed))))
+
+
+def newest_of(
+    connection: sa.Connection,
+    columns: Mapping[sa.Column[Any], Any],
+    id_column: sa.Column[int],
+    before: int | None,
+) -> tuple[list[sa.ColumnElement[bool]], list[sa.UnaryExpression[Any]]]:
+    """Return conditions and an order: rows with these values in columns, newest first, by an index on these and the id.
+
+    PostgreSQL compares whole index entries. If it compared the columns, it would expect such rows everywhere, and might
+    read the whole table backwards to find the first of them.
+    """
+    below = MAX_ID if before is None else before
+    if is_sqlite(connection) or not columns:
+        return [column == value for column, value in columns.items()] + [id_column < below], [
+            id_column.desc()
+        ]
+    entry, values = [*columns, id_column], list(columns.values())
+    types = [column.type for column in entry]
+    first, end = sa.tuple_(*values, -1, types=types), sa.tuple_(*values, below, types=types)
+    present = [column.is_not(None) for column in columns]  # so that a partial index is used
+    is_between = [sa.tuple_(*entry) > first, sa.tuple_(*entry) < end]
+    return [*present, *is_between], [column.desc() for column in entry]
 
 
 def json_list(connection: sa.Connection, parameter: str) -> str:

@@ -3,26 +3,78 @@
 Answers are dicts with the names of the JSON output.
 """
 
-from audience_sync.history.audiences import definition_id, definitions, recent_sizes
+from audience_sync.history.audiences import definition_id, definition_keys, definitions, recent_sizes
 from audience_sync.history.members import member_rows
-from audience_sync.history.overview import daemon_state, status
-from audience_sync.history.paging import pages
-from audience_sync.history.queue import call_rows, delivery_rows
+from audience_sync.history.names import event_names, trait_names
+from audience_sync.history.overview import LANES, daemon_state, status
+from audience_sync.history.paging import Found, pages
+from audience_sync.history.queue import (
+    ACTIONS,
+    CALL_STATUSES,
+    CALL_TYPES,
+    OUTCOMES,
+    STATUSES,
+    bulk_job,
+    call_rows,
+    count_dead,
+    deliveries_of_request,
+    delivery_details,
+    delivery_rows,
+    find_calls,
+    find_deliveries,
+    find_requests,
+    request_rows,
+)
 from audience_sync.history.runs import run_in_full, run_rows, unusable_counts
-from audience_sync.history.users import user
+from audience_sync.history.schedule import next_day, past_day
+from audience_sync.history.users import (
+    erased_at,
+    memberships_now,
+    similar_ids,
+    time_line,
+    user,
+    user_profile,
+    waiting_of_user,
+)
 
 __all__ = [
+    "ACTIONS",
+    "CALL_STATUSES",
+    "CALL_TYPES",
+    "LANES",
+    "OUTCOMES",
+    "STATUSES",
+    "Found",
+    "bulk_job",
     "call_rows",
+    "count_dead",
     "daemon_state",
     "definition_id",
+    "definition_keys",
     "definitions",
+    "deliveries_of_request",
+    "delivery_details",
     "delivery_rows",
+    "erased_at",
+    "event_names",
+    "find_calls",
+    "find_deliveries",
+    "find_requests",
     "member_rows",
+    "memberships_now",
+    "next_day",
     "pages",
+    "past_day",
     "recent_sizes",
+    "request_rows",
     "run_in_full",
     "run_rows",
+    "similar_ids",
     "status",
+    "time_line",
+    "trait_names",
     "unusable_counts",
     "user",
+    "user_profile",
+    "waiting_of_user",
 ]

@@ -88,6 +88,14 @@ def definition_id(connection: sa.Connection, key: str) -> int | None:
     return connection.execute(query).scalar()
 
 
+def definition_keys(connection: sa.Connection) -> dict[int, str]:
+    """The keys that were synced before, by id."""
+    query = sa.select(tables.definitions.c.definition_id, tables.definitions.c.key)
+    return {
+        row.definition_id: row.key for row in connection.execute(query.order_by(tables.definitions.c.key))
+    }
+
+
 def recent_sizes(connection: sa.Connection, limit: int = 30) -> dict[str, list[int]]:
     """The sizes after the last committed runs of each definition, oldest first, by key."""
     keys = {

@@ -21,6 +21,9 @@ STATES = {
     "failed": ("bad", "✕"), "dead": ("bad", "✕"), "stopped": ("bad", "■"),
     "disabled": ("quiet", "○"), "retired": ("quiet", "○"), "not configured": ("quiet", "○"),
     "rejected": ("quiet", "○"), "cancelled": ("quiet", "○"), "ignored": ("quiet", "○"),
+    "entered": ("good", "→"), "exited": ("quiet", "←"), "changed": ("busy", "↻"),
+    "no answer": ("warn", "?"), "under way": ("busy", "◐"), "completed": ("good", "✓"),
+    "gathering": ("busy", "◔"), "uploading": ("busy", "◐"), "lost": ("bad", "?"), "dropped": ("warn", "?"),
 }  # fmt: skip
 SPARKLINE_WIDTH, SPARKLINE_HEIGHT = 120, 28
 
@@ -35,6 +38,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     templates.filters.update(number=number, moment=time_tag, state=state, sparkline=sparkline, json=as_json)
+    templates.filters["short"] = short
     templates.globals.update(link=link, version=__version__)
     return templates
 
@@ -81,9 +85,15 @@ def sparkline(sizes: Iterable[int]) -> Markup:
     ).format(SPARKLINE_WIDTH, SPARKLINE_HEIGHT, label, points)
 
 
-def as_json(value: Any) -> str:
+def as_json(value: Any, indent: int | None = None) -> str:
     """A value as readable JSON; a template escapes it."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=str, indent=indent)
+
+
+def short(text: Any, length: int) -> str:
+    """A text of at most so many characters, on one line."""
+    line = " ".join(str(text)[: length + 1].split())
+    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def link(path: str, **parameters: Any) -> str:

@@ -31,7 +31,11 @@ from audience_sync.web.access import (
     local_path,
 )
 from audience_sync.web.overview import overview
+from audience_sync.web.query import query_page
+from audience_sync.web.queue import calls_page, deliveries_page, request_page, requests_page
 from audience_sync.web.render import link
+from audience_sync.web.schedule import schedule_page
+from audience_sync.web.users import user_page
 from audience_sync.web.view import BadRequest, Forbidden, NotFound, Page, View, here, html
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,13 @@ FORM_SECONDS = 20.0  # to receive a form
 PAGES: dict[str, Page] = {
     "/": overview,
     "/actions": actions.actions,
+    "/user": user_page,
+    "/deliveries": deliveries_page,
+    "/calls": calls_page,
+    "/requests": requests_page,
+    "/requests/{request_id}": request_page,
+    "/schedule": schedule_page,
+    "/query": query_page,
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "

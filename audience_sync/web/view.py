@@ -1,7 +1,7 @@
 """A request for a page, its parameters, and its answer."""
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +42,24 @@ class View:
         object.__setattr__(self, "now", self.app.clock.now())
 
     def text(self, name: str) -> str | None:
-        """A parameter of the address; None if it is missing or empty."""
-        return self.request.query_params.get(name) or None
+        """A parameter of the address; None if it is missing or empty.
+
+        Raises BadRequest if it has a NUL character, which PostgreSQL cannot compare with anything.
+        """
+        text = self.request.query_params.get(name) or None
+        if text and "\0" in text:
+            raise BadRequest(f"{name} contains a NUL character, which no text in the database has.")
+        return text
+
+    def choice(self, name: str, known: Collection[str]) -> str | None:
+        """A parameter of the address that is one of the known words.
+
+        Raises BadRequest if it is another.
+        """
+        text = self.text(name)
+        if text is not None and text not in known:
+            raise BadRequest(f"{name} cannot be {text[:40]!r}: it is one of {', '.join(known)}.")
+        return text
 
     def number(self, name: str) -> int | None:
         """A parameter of the address that is an id.
@@ -52,6 +68,10 @@ class View:
         """
         text = self.text(name)
         return None if text is None else row_id(name, text)
+
+    def path_id(self, name: str) -> int:
+        """An id in the path. Raises BadRequest as `number` does."""
+        return row_id(name, self.request.path_params[name])
 
     def html(self, template: str, *, live: bool = False, **values: Any) -> Response:
         """Render a template. A live page is asked for again every few seconds while it is open."""

@@ -17,5 +17,21 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("htmx:beforeSwap", (event) => {  // what the reader types, or has reached by keyboard, stays
   if (event.detail.target.id === "live" && event.detail.target.querySelector(":focus-visible")) event.detail.shouldSwap = false;
 });
+function offerCopies(root) {
+  for (const button of root.querySelectorAll("button[data-copy]")) {
+    button.hidden = !navigator.clipboard;
+    button.onclick = async () => {
+      await navigator.clipboard.writeText(document.querySelector(button.dataset.copy).textContent);
+      button.textContent = "Copied";
+    };
+  }
+}
+document.addEventListener("keydown", (event) => {
+  const form = event.target.closest("form.query");
+  if (form && event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+
 document.addEventListener("htmx:afterSwap", () => addLocalTimes(document));
+document.addEventListener("htmx:afterSwap", () => offerCopies(document));
+offerCopies(document);
 addLocalTimes(document);

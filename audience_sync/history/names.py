@@ -1,0 +1,31 @@
+"""Names of events and traits that calls have brought, as help for writing queries."""
+
+import sqlalchemy as sa
+
+from audience_sync.db import tables
+
+SHOWN_NAMES = 40
+SAMPLED_PROFILES = 200
+
+
+def event_names(connection: sa.Connection) -> list[str]:
+    """The first names of events in order, each found by one look into the index."""
+    name = tables.events.c.name
+    names: list[str] = []
+    while len(names) < SHOWN_NAMES:
+        query = (
+            sa.select(sa.func.min(name))
+            if not names
+            else sa.select(sa.func.min(name)).where(name > names[-1])
+        )
+        following = connection.execute(query).scalar()
+        if following is None:
+            break
+        names.append(following)
+    return names
+
+
+def trait_names(connection: sa.Connection) -> list[str]:
+    """Names of traits in some profiles."""
+    sample = connection.execute(sa.select(tables.profiles.c.traits).limit(SAMPLED_PROFILES)).scalars()
+    return sorted({name for traits in sample for name in traits})[:SHOWN_NAMES]

@@ -1,0 +1,111 @@
+"""The schedule: what ran in the last day, and what comes in the next."""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.audiences import slots
+from audience_sync.audiences.definition import Definition
+from audience_sync.db import tables
+from audience_sync.history.audiences import definition_keys
+from audience_sync.history.paging import united
+from audience_sync.settings import Settings
+
+DAY = dt.timedelta(days=1)
+SHOWN_ONE_BY_ONE = 6  # runs or slots of a definition in a day; more are shown as one line
+
+
+def past_day(connection: sa.Connection, now: dt.datetime) -> list[dict[str, Any]]:
+    """The runs of the last day, newest first: one line each, or one for a definition with many.
+
+    A line of many has the newest run, and the numbers of the newest SHOWN_ONE_BY_ONE by status.
+    """
+    keys = definition_keys(connection)
+    slot_of_run = _slot_of_run(connection, list(keys), now)
+    by_definition: dict[int, list[dict[str, Any]]] = {}
+    for row in _newest_runs(connection, list(keys)):
+        if row.started_at > now - DAY:
+            slot_at = slot_of_run.get(row.run_id)
+            is_late = slot_at is not None and row.started_at - slot_at > slots.LATE_AFTER
+            line = row._asdict() | {"key": keys[row.definition_id], "slot_at": slot_at, "is_late": is_late}
+            by_definition.setdefault(row.definition_id, []).append(line)
+    lines = []
+    for runs in by_definition.values():
+        if len(runs) <= SHOWN_ONE_BY_ONE:
+            lines += runs
+        else:
+            statuses = [run["status"] for run in runs[:-1]]
+            counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+            lines.append(runs[0] | {"counts": counts})
+    return sorted(lines, key=lambda line: line["started_at"], reverse=True)
+
+
+def _newest_runs(connection: sa.Connection, definition_ids: Sequence[int]) -> list[Any]:
+    """The newest runs of each definition, newest first; one more than is shown."""
+    names = ("run_id", "definition_id", "status", "trigger", "mode", "started_at", "finished_at", "error")
+    query = sa.select(*(tables.runs.c[name] for name in names)).order_by(tables.runs.c.run_id.desc())
+    queries = [
+        query.where(tables.runs.c.definition_id == number).limit(SHOWN_ONE_BY_ONE + 1)
+        for number in definition_ids
+    ]
+    return sorted(united(connection, queries), key=lambda row: row.run_id, reverse=True)
+
+
+def _slot_of_run(
+    connection: sa.Connection, definition_ids: Sequence[int], now: dt.datetime
+) -> dict[int, dt.datetime]:
+    column = tables.schedule_slots.c
+    queries = [
+        sa.select(column.run_id, column.slot_at)
+        .where(column.definition_id == number, column.slot_at > now - 2 * DAY)
+        .order_by(column.slot_at.desc())
+        .limit(SHOWN_ONE_BY_ONE + 1)
+        for number in definition_ids
+    ]
+    return {row.run_id: row.slot_at for row in united(connection, queries) if row.run_id is not None}
+
+
+def next_day(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
+    """The slots of the next day in order: one line each, or one for a definition with many, with their distance.
+
+    A definition whose slots wait for a person, or are late, has one line that says so.
+    """
+    outlooks = slots.outlooks(connection, settings.definitions, now)
+    lines: list[dict[str, Any]] = []
+    for definition in settings.definitions:
+        outlook = outlooks[definition.key]
+        if outlook.next_at is None:
+            continue
+        line = {"key": definition.key, "late_since": outlook.late_since, "waits": outlook.waits}
+        line |= {"every": None, "is_full": False}
+        if outlook.retry_at is not None:
+            lines.append(line | {"slot_at": outlook.retry_at, "is_retry": True})
+        line["is_retry"] = False
+        upcoming = _upcoming(definition, now)
+        if outlook.waits or len(upcoming) > SHOWN_ONE_BY_ONE:
+            lines.append(line | {"slot_at": outlook.next_at, "every": _minutes_between(upcoming)})
+        else:
+            lines += [line | {"slot_at": slot_at, "is_full": is_full} for slot_at, is_full in upcoming]
+    return sorted(lines, key=lambda line: line["slot_at"])
+
+
+def _minutes_between(upcoming: Sequence[tuple[dt.datetime, bool]]) -> float | None:
+    """The mean time between slots."""
+    if len(upcoming) < 2:
+        return None
+    return (upcoming[-1][0] - upcoming[0][0]).total_seconds() / 60 / (len(upcoming) - 1)
+
+
+def _upcoming(definition: Definition, now: dt.datetime) -> list[tuple[dt.datetime, bool]]:
+    """The next slots within a day, at most one more than is shown; with whether they are full ones."""
+    upcoming: dict[dt.datetime, bool] = {}
+    for schedule, is_full in ((definition.schedule, False), (definition.full_schedule, True)):
+        moment = now
+        while schedule is not None and len(upcoming) <= 2 * SHOWN_ONE_BY_ONE:
+            moment = schedule.next(moment)
+            if moment > now + DAY:
+                break
+            upcoming[moment] = is_full
+    return sorted(upcoming.items())[: SHOWN_ONE_BY_ONE + 1]

@@ -1,0 +1,122 @@
+"""The page for writing queries."""
+
+import html
+import re
+import threading
+import tomllib
+
+import pytest
+
+from audience_sync.db import tables
+from audience_sync.web import query
+from tests.queue.conftest import START
+from tests.web.pages import HOSTILE, open_pages
+
+PRO = "trait('plan') = 'pro'"
+CONFIGURATION = (
+    '[sources.shop]\nurl = "sqlite:///nowhere.db"\n'
+    '[[audiences]]\nname = "VIPs"\nquery = "trait(\'a\').exists()"\n'
+)
+
+
+@pytest.fixture
+def pages(url, tmp_path):
+    opened = open_pages(url, tmp_path, CONFIGURATION)
+    times = {"first_seen_at": START, "last_seen_at": START}
+    for number in range(3):
+        profile = {"user_id": f"user{number}", "traits": {"plan": "pro", "n": number}, "trait_times": {}}
+        opened.add(tables.profiles, profile | times)
+    event = {"call_id": 1, "user_id": "user0", "name": "It's <b>", "properties": {}, "context": {}}
+    opened.add(tables.events, event | {"timestamp": START, "received_at": START})
+    yield opened
+    opened.app.close()
+
+
+@pytest.fixture
+def _one_preview(monkeypatch):
+    monkeypatch.setattr(query, "_previews", threading.BoundedSemaphore(1))
+
+
+def test_a_query_is_computed_read_in_english_and_ready_to_configure(pages):
+    text = pages.text("/query", text=PRO, name="Pro users")
+    for words in (
+        "3 users",
+        "user0 user1 user2",
+        "Users where plan is “pro”.",
+        "The SQL that runs",
+        "SELECT",
+    ):
+        assert words in text
+    body = pages.get("/query", text=PRO, name="Pro users").text
+    block = html.unescape(re.search(r'<pre id="block"[^>]*>(.*?)</pre>', body, re.DOTALL)[1])
+    assert tomllib.loads(block) == {"audiences": [{"name": "Pro users", "query": PRO}]}
+
+
+def test_a_trait_has_values(pages):
+    assert "user1 1" in pages.text("/query", text="trait('n')", kind="trait")
+
+
+def test_the_place_of_a_mistake_is_marked(pages):
+    body = pages.get("/query", text="trait('plan').exist()").text
+    assert "It cannot be used yet" in body
+    assert "line 1, column 15" in body
+    assert "\n                  ^" in body
+    assert "For the configuration" not in body
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "trait('<script>alert(1)</script>') = 1", "(" * 500, "#", "'"])
+def test_any_text_gives_a_page_that_shows_it(pages, text):
+    assert text[:8] in pages.text("/query", text=text)
+
+
+@pytest.mark.usefixtures("_one_preview")
+def test_while_one_types_nothing_is_computed(pages):
+    with query._previews:
+        text = pages.text("/query", text=PRO, check="1")
+    assert ("Users where plan is “pro”." in text, "try again" in text) == (True, False)
+
+
+@pytest.mark.parametrize("site", ["none", "same-origin", "cross-site", "same-site"])
+def test_another_site_cannot_have_a_query_computed(pages, site):
+    body = pages.get("/query", headers={"Sec-Fetch-Site": site}, text=PRO).text
+    is_ours = site in {"none", "same-origin"}
+    assert ("Computed in" in body, "Another site led here" in body) == (is_ours, not is_ours)
+
+
+@pytest.mark.usefixtures("_one_preview")
+def test_only_a_few_previews_run_at_a_time(pages):
+    with query._previews:
+        assert "try again in a moment" in pages.text("/query", text=PRO)
+    for _ in range(2):
+        assert "3 users" in pages.text("/query", text=PRO)
+
+
+@pytest.mark.usefixtures("_one_preview")
+def test_an_error_of_the_database_is_told_and_frees_the_place(pages):
+    for _ in range(2):
+        text = pages.text("/query", text="trait('a').exists()", source="shop")
+        assert "It cannot be used yet query: the source shop cannot be read" in text
+
+
+def test_what_can_be_used_is_beside_it(pages):
+    text = pages.text("/query")
+    for words in ("event('It\\'s <b>')", "trait('n')", "trait('plan')", "trait('vips')"):
+        assert words in text
+    assert [pages.get("/query", **{name: "x"}).status_code for name in ("source", "kind")] == [400, 400]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PRO,
+        "trait('''x''')",
+        "line one\nline 'two'",
+        'back\\slash "quoted"',
+        "tab\tbell\x07 del\x7f",
+        "ends '",
+    ],
+)
+def test_the_block_is_toml_of_the_same_query(text):
+    block = query._configuration(text, "shop", query.Kind.TRAIT, HOSTILE)
+    [trait] = tomllib.loads(block)["traits"]
+    assert (trait["query"].strip(), trait["name"], trait["source"]) == (text, HOSTILE, "shop")
