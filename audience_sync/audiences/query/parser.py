@@ -1,11 +1,9 @@
-"""Parse a query. grammar.lark has the syntax; this module knows the functions, their order and their arguments.
+"""Parse a query. grammar.lark has the syntax, parts.py reads spans and paths; here are the functions with their arguments.
 
 The tree is built once the syntax of the whole text is right, so every message points at the first wrong position.
 """
 
 import datetime as dt
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,8 +22,18 @@ from audience_sync.audiences.query.form import (
     tokens_of,
 )
 from audience_sync.audiences.query.moments import parse_moment
+from audience_sync.audiences.query.parts import (
+    Mistake,
+    ParsedCall,
+    check_parent,
+    fail,
+    parsed_call,
+    parsed_number,
+    parsed_path,
+    parsed_span,
+    unquoted,
+)
 from audience_sync.audiences.query.tree import (
-    ANY_ITEM,
     SIGN_OF,
     WITH_DATE,
     WITH_SPAN,
@@ -47,17 +55,13 @@ from audience_sync.audiences.query.tree import (
     Stream,
     StreamKind,
     Trait,
-    ValuePath,
     Where,
     Window,
 )
 from audience_sync.suggest import did_you_mean, shown
 
 MAX_EXTRACTORS = 50
-MAX_DAYS = 36_500
-MAX_DIGITS = 300  # any number of so many digits fits into a double
 MAX_COUNT = 1_000_000_000
-MAX_STEPS = 32
 
 SIGNS = {"==": Comparator.EQUALS} | {sign: comparator for comparator, sign in SIGN_OF.items()}
 EXTRACTORS = ("event", "entity", "trait", "property", "context", "literal")
@@ -65,7 +69,6 @@ FILTERS = ("where", "within", "between")
 REDUCERS = ("count", "sum", "avg", "min", "max", "mode", "first", "last", "unique")
 COMPARATORS = tuple(comparator.value for comparator in Comparator)
 _WITH_ONE_ARGUMENT = {*SIGN_OF, *WITH_DATE}
-_UNITS = {"hour": False, "hours": False, "day": True, "days": True}
 
 
 def parse_condition(text: str) -> Condition:
@@ -94,13 +97,8 @@ def parse_query(text: str) -> Query:
     tree = parse_form(text)
     try:
         return _complete(_Builder().query(tree, _Scope()))
-    except _Mistake as mistake:
+    except Mistake as mistake:
         raise QueryError(text, min(mistake.position, len(text)), mistake.reason) from None
-
-
-class _Mistake(Exception):  # noqa: N818  (parse_query turns it into a QueryError)
-    def __init__(self, position: int, reason: str) -> None:
-        self.position, self.reason = position, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,21 +137,9 @@ class _ParentPath:
     position: int
 
 
-@dataclass(frozen=True, slots=True)
-class _FunctionCall:
-    name: str
-    start: int
-    end: int  # behind its closing parenthesis
-    arguments: list[Tree[Token]]
-
-
-def _fail(position: int, reason: str) -> NoReturn:
-    raise _Mistake(position, reason)
-
-
 def _fail_unreduced(parsed: _ParsedStream) -> NoReturn:
     kind = parsed.stream.kind.value
-    _fail(
+    fail(
         parsed.end, f"{kind}(…) is a list of rows: add a reducer, such as .count() or .sum(property('total'))"
     )
 
@@ -190,12 +176,12 @@ class _Builder:
         query = _complete(self.query(node, scope))
         if isinstance(query, Condition):
             return query
-        return _fail(end_of(node), "a condition is needed here: compare this value with something")
+        return fail(end_of(node), "a condition is needed here: compare this value with something")
 
     def scalar(self, node: Tree[Token], scope: _Scope) -> Scalar:
         query = _complete(self.query(node, scope))
         if isinstance(query, Condition):
-            _fail(begin_of(node), "a value is needed here, not a condition")
+            fail(begin_of(node), "a value is needed here, not a condition")
         return query
 
     def _signed(self, node: Tree[Token], scope: _Scope) -> Compared:
@@ -203,7 +189,7 @@ class _Builder:
         assert isinstance(left, Tree) and isinstance(sign, Token) and isinstance(right, Tree)  # noqa: S101, PT018
         value = self.scalar(left, scope)
         if isinstance(value, Constant):
-            _fail(
+            fail(
                 begin_of(left),
                 "the left side is an extractor, such as trait(…): put the literal on the right",
             )
@@ -214,97 +200,97 @@ class _Builder:
         assert isinstance(token, Token)  # noqa: S101
         match token.type:
             case "STRING":
-                return Constant(_unquoted(token))
+                return Constant(unquoted(token))
             case "NUMBER":
-                return Constant(_number(token))
+                return Constant(parsed_number(token))
         return Constant(token.type == "TRUE")
 
     # Chains: an extractor, filters in any order, a reducer, a comparator.
 
     def _chain(self, node: Tree[Token], scope: _Scope) -> Query | _ParsedStream:
-        first, *rest = [_function_call(child) for child in children_of(node)]
+        first, *rest = [parsed_call(child) for child in children_of(node)]
         value = self._extract(first, scope)
         for before, call in pairwise([first, *rest]):
             value = self._apply(value, before, call, scope)
         return value
 
-    def _extract(self, call: _FunctionCall, scope: _Scope) -> Query | _ParsedStream:
+    def _extract(self, call: ParsedCall, scope: _Scope) -> Query | _ParsedStream:
         name = call.name
         if name not in EXTRACTORS:
             _fail_to_extract(call)
         argument = self._only_argument(call, scope)
         if name == "literal":
-            return argument if isinstance(argument, Constant) else _fail(call.start, "write literal('x')")
+            return argument if isinstance(argument, Constant) else fail(call.start, "write literal('x')")
         self._extractor_count += 1
         if self._extractor_count > MAX_EXTRACTORS:
-            _fail(call.start, f"a query has at most {MAX_EXTRACTORS} extractors")
+            fail(call.start, f"a query has at most {MAX_EXTRACTORS} extractors")
         if name in {"property", "context"}:
             return self._property(call, argument, scope)
         text = _string(argument, call)
         if name == "trait":
-            return Trait(_path(text, call))
+            return Trait(parsed_path(text, call))
         if not text:
-            _fail(call.start, f"{name}('') has no name")
+            fail(call.start, f"{name}('') has no name")
         return _ParsedStream(Stream(StreamKind(name), text), call.end)
 
-    def _property(self, call: _FunctionCall, argument: Any, scope: _Scope) -> Property | Context:
+    def _property(self, call: ParsedCall, argument: Any, scope: _Scope) -> Property | Context:
         kind = Property if call.name == "property" else Context
         if isinstance(argument, _ParentPath):
             if scope.is_argument:
-                _fail(call.start, f"a reducer takes {call.name}('…') of its own rows, not of the parent")
+                fail(call.start, f"a reducer takes {call.name}('…') of its own rows, not of the parent")
             if scope.depth < 2:
-                _fail(call.start, f"{call.name}(parent: …) needs another `where` around this one")
-            return kind(_path(argument.text, call), of_parent=True)
+                fail(call.start, f"{call.name}(parent: …) needs another `where` around this one")
+            return kind(parsed_path(argument.text, call), of_parent=True)
         text = _string(argument, call)
         if not scope.depth and not scope.is_argument:
-            _fail(call.start, f"{call.name}(…) belongs to an event: use it inside where(…) or a reducer")
-        return kind(_path(text, call))
+            fail(call.start, f"{call.name}(…) belongs to an event: use it inside where(…) or a reducer")
+        return kind(parsed_path(text, call))
 
-    def _only_argument(self, call: _FunctionCall, scope: _Scope) -> Any:
+    def _only_argument(self, call: ParsedCall, scope: _Scope) -> Any:
         if len(call.arguments) != 1:
-            _fail(call.start, f"{call.name}(…) takes one argument")
+            fail(call.start, f"{call.name}(…) takes one argument")
         return self._argument(call.arguments[0], scope)
 
     def _argument(self, node: Tree[Token], scope: _Scope) -> Any:
         match node.data:
             case "span":
-                return _ParsedSpan(_span(node), False, begin_of(node))
+                return _ParsedSpan(parsed_span(node), False, begin_of(node))
             case "parent_span":
-                _check_parent(node)
-                return _ParsedSpan(_span(children_of(node)[0]), True, begin_of(node))
+                check_parent(node)
+                return _ParsedSpan(parsed_span(children_of(node)[0]), True, begin_of(node))
             case "parent_path":
-                _check_parent(node)
-                return _ParentPath(_unquoted(tokens_of(node)[-1]), begin_of(node))
+                check_parent(node)
+                return _ParentPath(unquoted(tokens_of(node)[-1]), begin_of(node))
             case "cast":
                 kind = tokens_of(node)[-1]
                 if kind.lower() not in {"string", "number"}:
-                    _fail(start_of(kind), _cast_reason(kind))
+                    fail(start_of(kind), _cast_reason(kind))
                 return _ParsedCast(self.query(children_of(node)[0], scope), kind.lower(), start_of(kind))
         return self.query(node, scope)
 
     def _apply(
-        self, value: Query | _ParsedStream, before: _FunctionCall, call: _FunctionCall, scope: _Scope
+        self, value: Query | _ParsedStream, before: ParsedCall, call: ParsedCall, scope: _Scope
     ) -> Query | _ParsedStream:
         """Apply a filter, reducer or comparator to the value before it."""
         name = call.name
         if isinstance(value, _ParsedStream):
             return self._apply_to_stream(value, call, scope)
         if isinstance(value, Condition):
-            _fail(call.start, f"nothing can follow {before.name}(…): it ends a condition")
+            fail(call.start, f"nothing can follow {before.name}(…): it ends a condition")
         if name == "count" and isinstance(value, Reduction) and value.reducer is Reducer.UNIQUE:
             if call.arguments:
-                _fail(call.start, "write unique(…).count()")
+                fail(call.start, "write unique(…).count()")
             return replace(value, reducer=Reducer.COUNT_UNIQUE)
         if name in FILTERS or name in REDUCERS:
-            _fail(call.start, f"{name}(…) belongs to event(…) or entity(…), before it is reduced")
+            fail(call.start, f"{name}(…) belongs to event(…) or entity(…), before it is reduced")
         if name not in COMPARATORS:
             _fail_unknown(call, COMPARATORS)
         if isinstance(value, Constant):
-            _fail(before.start, "the left side is an extractor, such as trait(…)")
+            fail(before.start, "the left side is an extractor, such as trait(…)")
         return self._compare(value, call, scope)
 
     def _apply_to_stream(
-        self, value: _ParsedStream, call: _FunctionCall, scope: _Scope
+        self, value: _ParsedStream, call: ParsedCall, scope: _Scope
     ) -> Reduction | _ParsedStream:
         if call.name in FILTERS:
             filters = (*value.stream.filters, self._filter(call, scope))
@@ -315,7 +301,7 @@ class _Builder:
             _fail_unreduced(value)
         return _fail_unknown(call, (*FILTERS, *REDUCERS))
 
-    def _filter(self, call: _FunctionCall, scope: _Scope) -> Where | Window:
+    def _filter(self, call: ParsedCall, scope: _Scope) -> Where | Window:
         if call.name == "where":
             if len(call.arguments) != 1 or call.arguments[0].data in {
                 "span",
@@ -323,165 +309,106 @@ class _Builder:
                 "parent_path",
                 "cast",
             }:
-                _fail(call.start, "write where( condition )")
+                fail(call.start, "write where( condition )")
             return Where(self.condition(call.arguments[0], _Scope(scope.depth + 1)))
         arguments = [self._argument(node, scope) for node in call.arguments]
         example = {"within": "within(7 days)", "between": "between(7 days, 10 days)"}[call.name]
         count = 1 if call.name == "within" else 2
         if len(arguments) != count or not all(isinstance(argument, _ParsedSpan) for argument in arguments):
-            _fail(call.start, f"write {example}")
+            fail(call.start, f"write {example}")
         first, *more = arguments
         if first.is_of_parent and not scope.depth:
-            _fail(first.position, "`parent:` needs a where(…) of another event around it")
+            fail(first.position, "`parent:` needs a where(…) of another event around it")
         if any(argument.is_of_parent for argument in more):
-            _fail(more[0].position, "write `parent:` once, before the first span")
+            fail(more[0].position, "write `parent:` once, before the first span")
         lengths = [argument.span.length for argument in arguments]
         if lengths != sorted(lengths):
-            _fail(more[0].position, "the shorter span comes first")
+            fail(more[0].position, "the shorter span comes first")
         near, far = lengths if more else (dt.timedelta(0), *lengths)
         return Window(near, far, of_parent=True) if first.is_of_parent else Window(far, near)
 
-    def _reduce(self, stream: Stream, call: _FunctionCall, scope: _Scope) -> Reduction:
+    def _reduce(self, stream: Stream, call: ParsedCall, scope: _Scope) -> Reduction:
         reducer = Reducer(call.name)
         if reducer is Reducer.COUNT:
             if call.arguments:
-                _fail(call.start, "count() takes no argument")
+                fail(call.start, "count() takes no argument")
             return Reduction(stream, reducer)
         most = 2 if reducer is Reducer.MODE else 1
         if not 1 <= len(call.arguments) <= most:
-            _fail(call.start, f"write {call.name}(property('…'))")
+            fail(call.start, f"write {call.name}(property('…'))")
         argument = self._argument(call.arguments[0], _Scope(scope.depth, is_argument=True))
         cast = argument.kind if isinstance(argument, _ParsedCast) else None
         value = argument.value if isinstance(argument, _ParsedCast) else argument
         if not isinstance(value, Property | Context):
-            _fail(begin_of(call.arguments[0]), f"write {call.name}(property('…'))")
+            fail(begin_of(call.arguments[0]), f"write {call.name}(property('…'))")
         if cast == "string" and reducer not in {Reducer.MIN, Reducer.MAX, Reducer.MODE}:
-            _fail(argument.position, f"{call.name}(…) is not of strings: leave `as string` out")
+            fail(argument.position, f"{call.name}(…) is not of strings: leave `as string` out")
         as_text = cast == "string" and reducer is not Reducer.MODE
         least = self._least_count(call, scope) if len(call.arguments) == most == 2 else 1
         return Reduction(stream, reducer, value, as_text, least)
 
-    def _least_count(self, call: _FunctionCall, scope: _Scope) -> int:
+    def _least_count(self, call: ParsedCall, scope: _Scope) -> int:
         least = self._argument(call.arguments[1], scope)
         value = least.value if isinstance(least, Constant) else None
         if type(value) is not int or not 1 <= value <= MAX_COUNT:
-            _fail(begin_of(call.arguments[1]), "the second argument of mode(…) is a whole number from 1 on")
+            fail(begin_of(call.arguments[1]), "the second argument of mode(…) is a whole number from 1 on")
         return value
 
-    def _compare(self, value: Scalar, call: _FunctionCall, scope: _Scope) -> Compared:
+    def _compare(self, value: Scalar, call: ParsedCall, scope: _Scope) -> Compared:
         comparator = Comparator(call.name)
         arguments = [self._argument(node, scope) for node in call.arguments]
         if comparator in WITH_SPAN:
             if len(arguments) != 1 or not isinstance(arguments[0], _ParsedSpan) or arguments[0].is_of_parent:
-                _fail(call.start, f"write {call.name}(7 days)")
+                fail(call.start, f"write {call.name}(7 days)")
             return Compared(value, comparator, span=arguments[0].span)
         for node, argument in zip(call.arguments, arguments, strict=True):
             if isinstance(argument, _ParsedStream):
                 _fail_unreduced(argument)
             if not isinstance(argument, Constant | Trait | Property | Context | Reduction):
-                _fail(begin_of(node), f"{call.name}(…) takes values, such as 'DE' or trait('country')")
+                fail(begin_of(node), f"{call.name}(…) takes values, such as 'DE' or trait('country')")
             self._check_argument(comparator, argument, begin_of(node))
         if comparator in {Comparator.EXISTS, Comparator.ABSENT} and arguments:
-            _fail(call.start, f"{call.name}() takes no argument")
+            fail(call.start, f"{call.name}() takes no argument")
         if comparator in _WITH_ONE_ARGUMENT and len(arguments) != 1:
-            _fail(call.start, f"{call.name}(…) takes one argument")
+            fail(call.start, f"{call.name}(…) takes one argument")
         if comparator not in {Comparator.EXISTS, Comparator.ABSENT} and not arguments:
-            _fail(call.start, f"{call.name}(…) takes at least one argument")
+            fail(call.start, f"{call.name}(…) takes at least one argument")
         return Compared(value, comparator, tuple(arguments))
 
     def _check_argument(self, comparator: Comparator, argument: Scalar, position: int) -> None:
         if not isinstance(argument, Constant):
             return
         if comparator in WITH_STRINGS and not isinstance(argument.value, str):
-            _fail(position, f"{comparator}(…) looks for a string: put it in quotes")
+            fail(position, f"{comparator}(…) looks for a string: put it in quotes")
         is_date = isinstance(argument.value, str) and parse_moment(argument.value) is not None
         if comparator in WITH_DATE and not is_date:
-            _fail(position, "not a date: write '2026-01-31' or '2026-01-31T12:00:00Z'")
+            fail(position, "not a date: write '2026-01-31' or '2026-01-31T12:00:00Z'")
 
 
-def _string(argument: Any, call: _FunctionCall) -> str:
+def _string(argument: Any, call: ParsedCall) -> str:
     if not isinstance(argument, Constant) or not isinstance(argument.value, str):
-        _fail(call.start, f"write {call.name}('…') with a string in quotes")
+        fail(call.start, f"write {call.name}('…') with a string in quotes")
     return argument.value
 
 
-def _fail_to_extract(call: _FunctionCall) -> NoReturn:
+def _fail_to_extract(call: ParsedCall) -> NoReturn:
     name = call.name
     if reason := NOT_HERE.get(name.lower()):
-        _fail(call.start, reason)
+        fail(call.start, reason)
     if name in FILTERS or name in REDUCERS or name in COMPARATORS:
-        _fail(call.start, f"{name}(…) follows an extractor, such as event('Order Completed').{name}(…)")
-    _fail(call.start, f"unknown function {shown(name)}: {did_you_mean(name, EXTRACTORS)}")
+        fail(call.start, f"{name}(…) follows an extractor, such as event('Order Completed').{name}(…)")
+    fail(call.start, f"unknown function {shown(name)}: {did_you_mean(name, EXTRACTORS)}")
 
 
-def _fail_unknown(call: _FunctionCall, known: Iterable[str]) -> NoReturn:
+def _fail_unknown(call: ParsedCall, known: Iterable[str]) -> NoReturn:
     if reason := NOT_HERE.get(call.name.lower()):
-        _fail(call.start, reason)
+        fail(call.start, reason)
     if call.name in EXTRACTORS:
-        _fail(call.start, f"{call.name}(…) begins a value: it cannot follow a dot")
-    _fail(call.start, f"unknown function {shown(call.name)}: {did_you_mean(call.name, known)}")
-
-
-def _check_parent(node: Tree[Token]) -> None:
-    name = tokens_of(node)[0]
-    if name != "parent":
-        _fail(start_of(name), f"unknown word {shown(name)}: did you mean parent?")
+        fail(call.start, f"{call.name}(…) begins a value: it cannot follow a dot")
+    fail(call.start, f"unknown function {shown(call.name)}: {did_you_mean(call.name, known)}")
 
 
 def _cast_reason(kind: str) -> str:
     if kind.lower() == "array":
         return "`as array` is not supported"
     return f"unknown type {shown(kind)}: known are string, number"
-
-
-def _function_call(node: Tree[Token]) -> _FunctionCall:
-    name, *_ = node.children
-    assert isinstance(name, Token)  # noqa: S101
-    return _FunctionCall(str(name), start_of(name), end_of(node), children_of(node))
-
-
-def _span(node: Tree[Token]) -> Span:
-    number, unit = tokens_of(node)
-    if unit.lower() not in _UNITS:
-        _fail(start_of(unit), f"unknown unit {shown(unit)}: known are hour, hours, day, days")
-    is_days = _UNITS[unit.lower()]
-    most = MAX_DAYS if is_days else MAX_DAYS * 24
-    if not number.isdigit() or len(number) > len(str(most)) or int(number) > most:
-        _fail(start_of(number), f"a span is a whole number of hours or days, at most {MAX_DAYS:,} days")
-    return Span(int(number), is_days)
-
-
-def _unquoted(token: Token) -> str:
-    return re.sub(r"\\(['\"\\])", r"\1", token[1:-1])
-
-
-def _number(token: Token) -> int | float:
-    if len(token) > MAX_DIGITS:
-        _fail(start_of(token), f"a number has at most {MAX_DIGITS} digits")
-    number = int(token) if re.fullmatch(r"-?\d+", token) else float(token)
-    if not math.isfinite(float(number)):
-        _fail(start_of(token), "this number is too large")
-    return number
-
-
-def _path(text: str, call: _FunctionCall) -> ValuePath:
-    r"""Split a path at its dots. `\.` is a dot in a name, `\\` a backslash."""
-    steps, step, is_escaped = [], "", False
-    for letter in text:
-        if is_escaped:
-            step, is_escaped = step + (letter if letter in "\\." else f"\\{letter}"), False
-        elif letter == "\\":
-            is_escaped = True
-        elif letter == ".":
-            steps.append(step)
-            step = ""
-        else:
-            step += letter
-    steps.append(step + "\\" * is_escaped)
-    if not all(steps):
-        _fail(call.start, f"{call.name}(…) has an empty name in its path")
-    if steps[0] == ANY_ITEM:
-        _fail(call.start, f"{call.name}(…) begins with a name, not with $")
-    if len(steps) > MAX_STEPS:
-        _fail(call.start, f"a path has at most {MAX_STEPS} steps")
-    return ValuePath(tuple(steps))
