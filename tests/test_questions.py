@@ -154,6 +154,37 @@ QUESTIONS = {
     "user": lambda connection, _: history.user(connection, "u7"),
     "calls": lambda connection, _: history.call_rows(connection, "ignored", limit=20),
     "calls of all": lambda connection, _: history.call_rows(connection, None, limit=20),
+    "memberships": lambda connection, _: history.memberships_now(connection, "u7"),
+    "time line": lambda connection, _: history.time_line(connection, "u7", before=2_000, limit=20),
+    "waiting": lambda connection, _: history.waiting_of_user(connection, "u7", 20),
+    "similar ids": lambda connection, _: history.similar_ids(connection, "U7"),
+    "past day": lambda connection, _: history.past_day(connection, LATER),
+    "next day": lambda connection, settings: history.next_day(connection, settings, LATER),
+    "names": lambda connection, _: history.event_names(connection),
+    "dead that match": lambda connection, _: history.count_dead(
+        connection, action="identify", key="key1", user_id=None, error="refused"
+    ),
+    **{
+        f"deliveries of {filters}": lambda connection, _, filters=filters: history.find_deliveries(
+            connection, **filters, limit=20
+        )
+        for filters in (
+            {},
+            {"status": "dead", "error": "nothing"},
+            {"status": "accepted", "key": "key1", "before": 900},
+            {"user_id": "u7"},
+            {"user_id": "u7", "status": "dead", "before": 900},
+            {"run_id": 7},
+            {"run_id": 7, "status": "accepted", "before": 900},
+        )
+    },
+    **{
+        f"calls of {filters}": lambda connection, _, filters=filters: history.find_calls(
+            connection, **filters, limit=20
+        )
+        for filters in ({"status": "ignored"}, {"user_id": "u7", "event": "Seen"}, {"event": "Seen"})
+    },
+    "requests": lambda connection, _: history.find_requests(connection, outcome="refused", limit=20),
     "forget": lambda connection, _: erasure.forget(connection, "u7", LATER),
     **{
         f"deliveries {status}": lambda connection, _, status=status: history.delivery_rows(

@@ -137,7 +137,7 @@ def _delivery_ids(
             column.action == "identify",
             column.value_at == moment,
         )
-        for sent in connection.execute(accepted):
+        for sent in connection.execute(accepted.limit(LOOKED_AT)):
             if sent.run_id == entered.get(sent.definition_id):
                 ids.setdefault(sent.definition_id, sent.delivery_id)
     return cancelled | ids
@@ -194,7 +194,7 @@ def waiting_of_user(connection: sa.Connection, user_id: str, limit: int) -> list
     ids: list[int] = []
     for where in (tables.UNSETTLED, tables.WAITING):
         query = sa.select(column.delivery_id).where(
-            where, column.subject_id == user_id, column.action != "company"
+            where, column.subject_id == user_id, column.action.in_(("identify", "track"))
         )
         ids += connection.execute(query.limit(limit)).scalars()
     return delivery_details(connection, sorted(ids, reverse=True)[:limit])
