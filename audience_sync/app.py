@@ -144,6 +144,17 @@ class App:
         source = partial(self.source, definition)
         return runs.sync(self.engine, definition, as_of, self.clock, options, source=source, stop=self.stop)
 
+    @property
+    def pace(self) -> split.Pace:
+        """The configured limits of the lanes that send users."""
+        destination = self.settings.destination
+        return split.Pace(
+            live_limit=destination.identify_per_minute,
+            live_per_second=destination.identify_per_minute / WINDOW_SECONDS,
+            rows_per_second=destination.bulk_rows_per_minute / 60,
+            rows_per_job=destination.rows_per_job,
+        )
+
     def plan(
         self, definitions: Sequence[Definition], moments: dict[str, dt.datetime]
     ) -> tuple[plan.Plans, split.Forecast]:
@@ -155,16 +166,9 @@ class App:
             except SourceError as error:
                 errors[definition.key] = f"{definition.key}: {error}"
         planned = plan.plan(self.engine, pairs, moments, self.clock.now(), self.destination)
-        destination = self.settings.destination
-        pace = split.Pace(
-            live_limit=destination.identify_per_minute,
-            live_per_second=destination.identify_per_minute / WINDOW_SECONDS,
-            rows_per_second=destination.bulk_rows_per_minute / 60,
-            rows_per_job=destination.rows_per_job,
-        )
         push_count, user_count = planned.affected.push_count, planned.affected.user_count
         planned = replace(planned, errors=errors | planned.errors)
-        return planned, split.forecast(push_count, user_count - push_count, pace)
+        return planned, split.forecast(push_count, user_count - push_count, self.pace)
 
     def query_definition(self, text: str, source: str | None, kind: Kind) -> Definition:
         """Return a definition of a query that is not configured, to preview or explain it."""

@@ -50,3 +50,13 @@ class DatabaseClock:
 def isoformat(moment: datetime) -> str:
     """Format a time as we always print it: 2011-06-01T00:00:00Z."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, rounded as people would."""
+    if seconds < 1:
+        return "less than a second"
+    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+        if seconds >= 1.5 * size:
+            return f"{round(seconds / size)} {unit}s"
+    return f"{round(seconds)} second{'' if round(seconds) == 1 else 's'}"

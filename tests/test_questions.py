@@ -145,12 +145,36 @@ def plans(filled):
         yield recorded
 
 
+def changes_of(connection, status, what):
+    """The changes of a run with such a state, which has some of each."""
+    counts = {"entered_count": 9, "exited_count": 9, "changed_count": 9, "member_count": 9}
+    new = RUN | counts | {"definition_id": 1, "status": status, "held_by": "hold"}
+    [run_id] = connection.execute(tables.runs.insert().values(new)).inserted_primary_key
+    history.change_rows(connection, run_id, what, after="u1", limit=20)
+
+
 QUESTIONS = {
     "status": lambda connection, settings: history.status(connection, settings, LATER),
     "list": lambda connection, settings: history.definitions(connection, settings, LATER),
     "history": lambda connection, _: history.run_rows(connection, key="key1", limit=20),
     "history of all": lambda connection, _: history.run_rows(connection, limit=20),
+    "runs of a state": lambda connection, _: history.run_rows(connection, status="failed", limit=20),
     "show": lambda connection, _: history.run_in_full(connection, 7),
+    **{
+        f"{what} in a {status} run": lambda connection, _, what=what, status=status: changes_of(
+            connection, status, what
+        )
+        for what in history.CHANGES
+        for status in ("succeeded", "held", "rejected")
+    },
+    "settled": lambda connection, _: history.settled_at(connection, 7),
+    "attention": lambda connection, settings: history.attention(connection, settings, LATER),
+    "backlogs": lambda connection, _: history.backlogs(connection),
+    "recent runs": lambda connection, _: history.recent_runs(connection),
+    "sizes": lambda connection, _: history.size_rows(connection, 1, 20),
+    "definition": lambda connection, settings: history.definitions(connection, settings, LATER, "key1"),
+    "members": lambda connection, _: history.member_page(connection, 1, limit=20, prefix="u1", after="u12"),
+    "members at a time": lambda connection, _: history.member_page(connection, 1, NOON, limit=20),
     "user": lambda connection, _: history.user(connection, "u7"),
     "calls": lambda connection, _: history.call_rows(connection, "ignored", limit=20),
     "calls of all": lambda connection, _: history.call_rows(connection, None, limit=20),

@@ -17,7 +17,7 @@ import itertools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from typing import NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo, available_timezones
@@ -59,6 +59,7 @@ class Cron:
     days: frozenset[int]
     weekdays: frozenset[int]  # Sunday is 0
     is_either: bool  # both kinds of day are restricted: a day needs to match only one of them
+    text: str = field(default="", compare=False)  # as configured, here and below
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
         """Return the latest slot with after < slot <= until."""
@@ -97,6 +98,7 @@ class Cron:
 @dataclass(frozen=True, slots=True)
 class Every:
     span: timedelta
+    text: str = field(default="", compare=False)
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
         slot = until - (until - _EPOCH) % self.span
@@ -120,15 +122,16 @@ def parse_schedule(text: str, timezone: str) -> Schedule:
     fields = text.split()
     if not fields:
         raise ConfigError(f"a schedule is empty: write {_EXAMPLES}")
+    as_configured = " ".join(fields)
     if fields[0].lower() == "every":
-        return _every(" ".join(fields))
+        return replace(_every(as_configured), text=as_configured)
     if fields[0].startswith("@"):
-        fields = _nickname(" ".join(fields)).split()
+        fields = _nickname(as_configured).split()
     if len(fields) != 5:
         raise ConfigError(
             f"a schedule has five fields, without seconds or a year, and this one has {len(fields)}: write {_EXAMPLES}"
         )
-    return _cron(fields, zone)
+    return replace(_cron(fields, zone), text=as_configured)
 
 
 def _first_moment(local: datetime) -> datetime:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
-from audience_sync.clock import isoformat
+from audience_sync.clock import duration, isoformat
 
 if TYPE_CHECKING:
     from audience_sync.queue.progress import Report
@@ -107,16 +107,6 @@ def count(value: int | None) -> str:
 def plural(number: int, one: str, many: str = "") -> str:
     """Return a number with its noun: 1 row, 2,000 rows."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
-
-
-def span(seconds: float) -> str:
-    """Return a duration, rounded as people would."""
-    if seconds < 1:
-        return "less than a second"
-    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
-        if seconds >= 1.5 * size:
-            return f"{round(seconds / size)} {unit}s"
-    return plural(round(seconds), "second")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
@@ -224,7 +214,7 @@ def progress() -> Iterator[Callable[["Report"], None]]:
             done = report.accepted_count + report.dead_count + report.bulk_done_count
             total = done + report.pending_count - report.bulk_done_count
             lanes = [f"{name} {report.left[name]:,}" for name in report.left if report.left[name]]
-            update(completed=done, total=total, left=f"{', '.join(lanes)}: {span(report.seconds_left)}")
+            update(completed=done, total=total, left=f"{', '.join(lanes)}: {duration(report.seconds_left)}")
 
         yield show
 

@@ -12,6 +12,7 @@ import typer
 
 from audience_sync.cli import lazy, output, session
 from audience_sync.cli.session import Json
+from audience_sync.clock import duration
 from audience_sync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def preview(
             }
         )
         return
-    output.line(f"{output.plural(computed.member_count, 'user')}, computed in {output.span(seconds)}")
+    output.line(f"{output.plural(computed.member_count, 'user')}, computed in {duration(seconds)}")
     for user, value in sample.items():
         output.line(f"  {user}\t{json.dumps(value, ensure_ascii=False)}" if is_trait else f"  {user}")
     if computed.member_count > len(sample):

@@ -7,6 +7,7 @@ import typer
 
 from audience_sync.cli import lazy, output, session
 from audience_sync.cli.session import Json, NoDeliver
+from audience_sync.clock import duration
 from audience_sync.errors import Busy, ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _duration(forecast: "Forecast") -> str:
             jobs = f", {count:,} of them bulk jobs with {forecast.row_count:,} rows together"
     return (
         f"A sync would send {requests}{jobs}. At the configured limits that takes "
-        f"{output.span(forecast.seconds)}. Nothing was stored or sent."
+        f"{duration(forecast.seconds)}. Nothing was stored or sent."
     )
 
 

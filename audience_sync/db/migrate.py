@@ -15,7 +15,21 @@ from audience_sync.db import dialects, engines
 from audience_sync.db.tables import metadata
 from audience_sync.errors import DatabaseError
 
-KNOWN = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010", "0011", "0012")
+KNOWN = (
+    "0001",
+    "0002",
+    "0003",
+    "0004",
+    "0005",
+    "0006",
+    "0007",
+    "0008",
+    "0009",
+    "0010",
+    "0011",
+    "0012",
+    "0013",
+)
 HEAD = KNOWN[-1]
 VERSION_TABLE = "audience_sync_version"
 _LOCK = 4_710_226_013  # the key of PostgreSQL's advisory lock for migrations; any constant would do

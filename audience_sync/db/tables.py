@@ -81,6 +81,7 @@ UNSETTLED = sa.text("status IN ('pending', 'sending')")
 ATTEMPTED = sa.text("status IN ('pending', 'sending') AND attempt_count > 0")
 ISOLATED = sa.text("status = 'pending' AND alone")
 ACCEPTED = sa.text("status = 'accepted'")
+UNSUCCESSFUL = sa.text("status <> 'succeeded'")
 
 
 def _partial_index(name: str, where: sa.TextClause, *columns: str, unique: bool = False) -> sa.Index:
@@ -125,6 +126,7 @@ runs = sa.Table(
     _partial_index("uq_runs_running", sa.text("status = 'running'"), "definition_id", unique=True),
     _partial_index("uq_runs_held", HELD, "definition_id", unique=True),
     sa.Index("ix_runs_definition_id", "definition_id", "run_id"),
+    _partial_index("ix_runs_unsuccessful", UNSUCCESSFUL, "status", "run_id"),
     sqlite_autoincrement=True,
 )
 
@@ -135,6 +137,7 @@ members = sa.Table(
     sa.Column("user_id", UserId, primary_key=True),
     sa.Column("entered_run_id", Serial, nullable=False),
     sa.Column("value", sa.Text),  # a trait's, as JSON text
+    sa.Index("ix_members_entered_run_id", "entered_run_id", "definition_id", "user_id"),
     sqlite_with_rowid=False,
 )
 
@@ -147,7 +150,7 @@ past_members = sa.Table(
     sa.Column("exited_run_id", Serial, nullable=False),
     sa.Column("value", sa.Text),
     sa.Index("ix_past_members_exited_run_id", "exited_run_id", "definition_id", "user_id"),
-    sa.Index("ix_past_members_entered_run_id", "entered_run_id"),
+    sa.Index("ix_past_members_entered_run_id", "entered_run_id", "definition_id", "user_id"),
     sqlite_with_rowid=False,
 )
 

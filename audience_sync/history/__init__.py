@@ -3,10 +3,17 @@
 Answers are dicts with the names of the JSON output.
 """
 
-from audience_sync.history.audiences import definition_id, definition_keys, definitions, recent_sizes
-from audience_sync.history.members import member_rows
+from audience_sync.history.audiences import (
+    definition_id,
+    definition_keys,
+    definitions,
+    recent_runs,
+    size_rows,
+)
+from audience_sync.history.changes import CHANGES, change_rows, run_in_full
+from audience_sync.history.members import member_page, member_rows
 from audience_sync.history.names import event_names, trait_names
-from audience_sync.history.overview import LANES, daemon_state, status
+from audience_sync.history.overview import LANES, MOST_COUNTED, attention, backlogs, daemon_state, status
 from audience_sync.history.paging import Found, pages
 from audience_sync.history.queue import (
     ACTIONS,
@@ -25,7 +32,7 @@ from audience_sync.history.queue import (
     find_requests,
     request_rows,
 )
-from audience_sync.history.runs import run_in_full, run_rows, unusable_counts
+from audience_sync.history.runs import run_facts, run_rows, settled_at, unusable_counts
 from audience_sync.history.schedule import next_day, past_day
 from audience_sync.history.users import (
     erased_at,
@@ -41,12 +48,17 @@ __all__ = [
     "ACTIONS",
     "CALL_STATUSES",
     "CALL_TYPES",
+    "CHANGES",
     "LANES",
+    "MOST_COUNTED",
     "OUTCOMES",
     "STATUSES",
     "Found",
+    "attention",
+    "backlogs",
     "bulk_job",
     "call_rows",
+    "change_rows",
     "count_dead",
     "daemon_state",
     "definition_id",
@@ -60,16 +72,20 @@ __all__ = [
     "find_calls",
     "find_deliveries",
     "find_requests",
+    "member_page",
     "member_rows",
     "memberships_now",
     "next_day",
     "pages",
     "past_day",
-    "recent_sizes",
+    "recent_runs",
     "request_rows",
+    "run_facts",
     "run_in_full",
     "run_rows",
+    "settled_at",
     "similar_ids",
+    "size_rows",
     "status",
     "time_line",
     "trait_names",

@@ -13,16 +13,24 @@ from audience_sync.settings import Settings
 _UNITED = 100  # queries in a statement; SQLite allows 500
 
 
-def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
-    """The configured definitions, then the keys that were sent but are not in the configuration any more."""
-    configured = {definition.key: definition for definition in settings.definitions}
+def definitions(
+    connection: sa.Connection, settings: Settings, now: dt.datetime, only: str | None = None
+) -> list[dict[str, Any]]:
+    """The configured definitions, then the keys that were sent but are not in the configuration any more.
+
+    `only`: the one with this key.
+    """
+    is_asked = sa.true() if only is None else tables.definitions.c.key == only
+    configured = {
+        definition.key: definition for definition in settings.definitions if only in {None, definition.key}
+    }
     rows = connection.execute(
-        sa.select(tables.definitions).order_by(tables.definitions.c.definition_id)
+        sa.select(tables.definitions).where(is_asked).order_by(tables.definitions.c.definition_id)
     ).all()
     stored = {row.key: row for row in rows}
-    sizes, last_runs = _member_counts(connection), _last_runs(connection)
+    sizes, last_runs = _member_counts(connection, is_asked), _last_runs(connection, is_asked)
     held = {run["key"] for run in held_runs(connection)}
-    outlooks = slots.outlooks(connection, settings.definitions, now)
+    outlooks = slots.outlooks(connection, list(configured.values()), now)
     used = {row.key for row in rows if row.retired_at is not None} | held | _sent_keys(connection)
     documents = []
     for key in dict.fromkeys([*configured, *filter(used.__contains__, stored)]):
@@ -50,8 +58,8 @@ def definitions(connection: sa.Connection, settings: Settings, now: dt.datetime)
     return documents
 
 
-def _last_runs(connection: sa.Connection) -> dict[str, dict[str, Any]]:
-    run_ids = connection.execute(_newest()).scalars().all()
+def _last_runs(connection: sa.Connection, is_asked: sa.ColumnElement[bool]) -> dict[str, dict[str, Any]]:
+    run_ids = connection.execute(_newest().where(is_asked)).scalars().all()
     return {run["key"]: run for run in run_rows(connection, ids=[run_id for run_id in run_ids if run_id])}
 
 
@@ -74,9 +82,10 @@ def _newest(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     return sa.select(newest.correlate(tables.definitions).scalar_subquery()).select_from(tables.definitions)
 
 
-def _member_counts(connection: sa.Connection) -> dict[str, int]:
+def _member_counts(connection: sa.Connection, is_asked: sa.ColumnElement[bool]) -> dict[str, int]:
     """The sizes of the last committed snapshots, without the members who were erased since."""
-    run_ids = connection.execute(_newest(tables.runs.c.status == "succeeded")).scalars().all()
+    newest = _newest(tables.runs.c.status == "succeeded").where(is_asked)
+    run_ids = connection.execute(newest).scalars().all()
     query = RUNS.where(dialects.is_among(connection, tables.runs.c.run_id, filter(None, run_ids)))
     query = query.add_columns(tables.definitions.c.forgotten_count)
     return {row.key: row.member_count - row.forgotten_count for row in connection.execute(query)}
@@ -96,14 +105,15 @@ def definition_keys(connection: sa.Connection) -> dict[int, str]:
     }
 
 
-def recent_sizes(connection: sa.Connection, limit: int = 30) -> dict[str, list[int]]:
-    """The sizes after the last committed runs of each definition, oldest first, by key."""
+def recent_runs(connection: sa.Connection, limit: int = 30) -> dict[str, dict[str, Any]]:
+    """By key, the sizes after the last committed runs, oldest first, and how many deliveries of them are pending."""
     keys = {
         row.definition_id: row.key
         for row in connection.execute(sa.select(tables.definitions.c.definition_id, tables.definitions.c.key))
     }
-    sizes: dict[str, list[int]] = {key: [] for key in keys.values()}
-    runs = tables.runs.c
+    recent: dict[str, dict[str, Any]] = {key: {"sizes": [], "pending_count": 0} for key in keys.values()}
+    key_of_run = {}
+    runs, deliveries = tables.runs.c, tables.deliveries.c
     for start in range(0, len(keys), _UNITED):
         ids = list(keys)[start : start + _UNITED]
         newest = (
@@ -117,5 +127,26 @@ def recent_sizes(connection: sa.Connection, limit: int = 30) -> dict[str, list[i
             for definition_id in ids
         )
         for row in sorted(connection.execute(sa.union_all(*newest)), key=lambda row: row.run_id):
-            sizes[keys[row.definition_id]].append(row.member_count)
-    return sizes
+            key_of_run[row.run_id] = keys[row.definition_id]
+            recent[keys[row.definition_id]]["sizes"].append(row.member_count)
+    is_pending = (
+        dialects.is_among(connection, deliveries.run_id, key_of_run),
+        deliveries.status.in_(("pending", "sending")),
+    )
+    pending = sa.select(deliveries.run_id, sa.func.count()).where(*is_pending).group_by(deliveries.run_id)
+    for run_id, count in connection.execute(pending):
+        recent[key_of_run[run_id]]["pending_count"] += count
+    return recent
+
+
+def size_rows(connection: sa.Connection, definition_id: int, limit: int) -> list[dict[str, Any]]:
+    """A definition's size, and how many entered and exited, after each of its last committed runs, oldest first."""
+    runs = tables.runs.c
+    names = ("run_id", "as_of", "member_count", "entered_count", "exited_count", "mode")
+    newest = (
+        sa.select(*(runs[name] for name in names))
+        .where(runs.definition_id == definition_id, runs.status == "succeeded")
+        .order_by(runs.run_id.desc())
+        .limit(limit)
+    )
+    return [dict(row._mapping) for row in connection.execute(newest)][::-1]  # noqa: SLF001  (SQLAlchemy's public name)

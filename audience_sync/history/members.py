@@ -1,13 +1,16 @@
 """Questions about the members of an audience, now or at a past time."""
 
 import datetime as dt
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.db import engines, tables
+from audience_sync.db import dialects, engines, tables
 from audience_sync.history.paging import PAGE
+
+MOST_READ = 10  # pieces of PAGE users that a page of members may take
 
 
 def member_rows(
@@ -29,6 +32,53 @@ def member_rows(
         after = last
 
 
+def member_page(
+    connection: sa.Connection,
+    definition_id: int,
+    at: dt.datetime | None = None,
+    *,
+    prefix: str = "",
+    after: str = "",
+    limit: int,
+) -> dict[str, Any]:
+    """Members whose ids begin with a prefix, now or at a past time, ordered by user id: at most `limit` after an id.
+
+    `run`: the run after which they were members, and its time; None before the first. `after`: the id after which the
+    next page begins; None on the last one. A page may have few members, or none, where most users have left.
+    """
+    run_id = _last_committed(connection, definition_id, at)
+    rows: list[sa.Row[Any]] = []
+    last: str | None = after
+    for _ in range(MOST_READ if run_id is not None and "\0" not in prefix + after else 0):
+        start, last = last or "", _page_end(connection, definition_id, last or "", prefix)
+        query = _members_after(run_id or 0, definition_id, start, last, prefix)
+        rows += connection.execute(query.limit(limit + 1 - len(rows)))
+        if len(rows) > limit:
+            last = rows[limit - 1].user_id
+        if len(rows) > limit or last is None:
+            break
+    shown = rows[:limit]
+    moments = _moments(connection, {run_id or 0, *(row.entered_run_id for row in shown)})
+    return {
+        "run": run_id and {"run_id": run_id, "as_of": moments[run_id]},
+        "after": last or None,
+        "members": [
+            {
+                "user_id": row.user_id,
+                "value": None if row.value is None else json.loads(row.value),
+                "since": moments.get(row.entered_run_id),
+            }
+            for row in shown
+        ],
+    }
+
+
+def _moments(connection: sa.Connection, run_ids: set[int]) -> dict[int, dt.datetime]:
+    runs = sa.select(tables.runs.c.run_id, tables.runs.c.as_of)
+    found = connection.execute(runs.where(dialects.is_among(connection, tables.runs.c.run_id, run_ids)))
+    return {row.run_id: row.as_of for row in found}
+
+
 def _last_committed(connection: sa.Connection, definition_id: int, at: dt.datetime | None) -> int | None:
     """The last run that was committed, for a moment that is not after `at`. Later runs have greater ids."""
     query = sa.select(sa.func.max(tables.runs.c.run_id)).where(
@@ -37,11 +87,28 @@ def _last_committed(connection: sa.Connection, definition_id: int, at: dt.dateti
     return connection.execute(query if at is None else query.where(tables.runs.c.as_of <= at)).scalar()
 
 
-def _page_end(connection: sa.Connection, definition_id: int, after: str) -> str | None:
+def _is_left(table: sa.Table, definition_id: int, after: str, prefix: str) -> list[sa.ColumnElement[bool]]:
+    """The conditions for a definition's users after an id whose ids begin with a prefix: one range of the index."""
+    user_id = table.c.user_id
+    is_after = user_id > after if after >= prefix else user_id >= prefix
+    end = _end_of_prefix(prefix)
+    return [table.c.definition_id == definition_id, is_after, *([user_id < end] if end else [])]
+
+
+def _end_of_prefix(prefix: str) -> str:
+    """The first text after all that begin with a prefix, byte by byte; empty if there is none."""
+    prefix = prefix.rstrip(chr(0x10FFFF))
+    if not prefix:
+        return ""
+    following = ord(prefix[-1]) + 1
+    return prefix[:-1] + chr(0xE000 if following == 0xD800 else following)  # there are no surrogates in UTF-8
+
+
+def _page_end(connection: sa.Connection, definition_id: int, after: str, prefix: str = "") -> str | None:
     """The last user id of a page of members and past members; None if all the remaining ones fit into the page."""
     heads = []
     for table in (tables.members, tables.past_members):
-        is_left = (table.c.definition_id == definition_id, table.c.user_id > after)
+        is_left = _is_left(table, definition_id, after, prefix)
         head = sa.select(table.c.user_id).where(*is_left).order_by(table.c.user_id).limit(PAGE)
         heads.append(sa.select(head.subquery()))
     users = sa.union_all(*heads).subquery()
@@ -49,11 +116,13 @@ def _page_end(connection: sa.Connection, definition_id: int, after: str) -> str 
     return connection.execute(query).scalar()
 
 
-def _members_after(run_id: int, definition_id: int, after: str, last: str | None) -> sa.CompoundSelect[Any]:
+def _members_after(
+    run_id: int, definition_id: int, after: str, last: str | None, prefix: str = ""
+) -> sa.CompoundSelect[Any]:
     parts = []
     for table in (tables.members, tables.past_members):
-        part = sa.select(table.c.user_id, table.c.value).where(
-            table.c.definition_id == definition_id, table.c.user_id > after, table.c.entered_run_id <= run_id
+        part = sa.select(table.c.user_id, table.c.value, table.c.entered_run_id).where(
+            *_is_left(table, definition_id, after, prefix), table.c.entered_run_id <= run_id
         )
         if last is not None:
             part = part.where(table.c.user_id <= last)

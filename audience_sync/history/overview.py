@@ -13,6 +13,7 @@ from audience_sync.settings import Settings
 
 LANES = ("identify", "track", "company", "bulk")
 MINUTE = dt.timedelta(minutes=1)
+MOST_COUNTED = 1_000_000
 
 
 def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
@@ -23,24 +24,42 @@ def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> d
         tables.deliveries.c.status.in_(("pending", "sending")),
     )
     oldest = sa.select(sa.func.min(created_at, type_=created_at.type)).where(is_queued)
+    return attention(connection, settings, now) | {
+        "pending_count": counts.get("pending", 0) + counts.get("sending", 0),
+        "held_count": counts.get("held", 0),
+        "dead_count": counts.get("dead", 0),
+        "oldest_at": connection.execute(oldest).scalar(),
+        "late_count": _retried_count(connection, now),
+        "call_count": connection.execute(sa.select(sa.func.count()).select_from(tables.calls)).scalar_one(),
+    }
+
+
+def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
+    """Problems that need a person, the lanes, the daemon and the schedules; counts to MOST_COUNTED at most."""
     stopped = destination.stopped(connection)
     holder = leases.holder(connection, leases.QUEUE)
     job = _bulk_job(connection)
     return {
         "stopped": stopped and {"since": stopped[0], "reason": stopped[1]},
         "deliverer": holder and {"host": holder.host, "pid": holder.pid},
-        "pending_count": counts.get("pending", 0) + counts.get("sending", 0),
-        "held_count": counts.get("held", 0),
         "held_runs": held_runs(connection),
-        "dead_count": counts.get("dead", 0),
-        "oldest_at": connection.execute(oldest).scalar(),
-        "late_count": _retried_count(connection, now),
+        "dead_count": _count_of(connection, tables.DEAD),
         "bulk_job": job,
-        "call_count": connection.execute(sa.select(sa.func.count()).select_from(tables.calls)).scalar_one(),
         "daemon": daemon_state(connection, now),
         "lanes": _lanes(connection, settings, job, now),
         **_schedules(connection, settings, now),
     }
+
+
+def backlogs(connection: sa.Connection) -> dict[str, int]:
+    """The pending deliveries of each lane that sends single requests, counted to MOST_COUNTED."""
+    action = tables.deliveries.c.action
+    return {lane: _count_of(connection, tables.PENDING, action == lane) for lane in due.LANES}
+
+
+def _count_of(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> int:
+    some = sa.select(tables.deliveries.c.delivery_id).where(*where).limit(MOST_COUNTED).subquery()
+    return connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
 
 
 def _retried_count(connection: sa.Connection, now: dt.datetime) -> int:

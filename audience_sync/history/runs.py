@@ -1,5 +1,6 @@
-"""Questions about runs: their counts, who changed in them, and which are held or failed."""
+"""Questions about runs: their counts, and which are held or failed."""
 
+import datetime as dt
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ def run_rows(
     connection: sa.Connection,
     *,
     key: str | None = None,
+    status: str | None = None,
     ids: Collection[int] | None = None,
     before: int | None = None,
     limit: int | None = None,
@@ -38,21 +40,25 @@ def run_rows(
     query = older(RUNS, tables.runs.c.run_id, before)
     if key is not None:
         query = query.where(tables.definitions.c.key == key)
+    if status is not None:
+        query = query.where(tables.runs.c.status == status)
+        if status != "succeeded":
+            query = query.where(tables.UNSUCCESSFUL)  # for its partial index
     if ids is not None:
         query = query.where(dialects.is_among(connection, tables.runs.c.run_id, ids))
     rows = connection.execute(query.order_by(tables.runs.c.run_id.desc()).limit(limit)).all()
-    counts: dict[int, dict[str, int]] = {run_id: {} for row in rows for run_id in (row.run_id, _held_id(row))}
+    counts: dict[int, dict[str, int]] = {run_id: {} for row in rows for run_id in (row.run_id, held_id(row))}
     grouped = (
         sa.select(tables.deliveries.c.run_id, tables.deliveries.c.status, sa.func.count())
         .where(dialects.is_among(connection, tables.deliveries.c.run_id, counts))
         .group_by(tables.deliveries.c.run_id, tables.deliveries.c.status)
     )
-    for run_id, status, count in connection.execute(grouped):
-        counts[run_id][status] = count
-    return [_run(row, counts[row.run_id], counts[_held_id(row)]) for row in rows]
+    for run_id, its_status, count in connection.execute(grouped):
+        counts[run_id][its_status] = count
+    return [_run(row, counts[row.run_id], counts[held_id(row)]) for row in rows]
 
 
-def _held_id(row: Any) -> int:
+def held_id(row: Any) -> int:
     """The run id of a run's held deliveries; a held run may have taken them over from the run that it replaced."""
     held_id: int = (row.deliveries_run_id if row.status == "held" else None) or row.run_id
     return held_id
@@ -100,72 +106,27 @@ def unusable_counts(connection: sa.Connection, ids: Collection[int]) -> dict[int
     }
 
 
-def run_in_full(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
-    """A run with what was set aside and samples of the users who changed; None if there is no such run."""
+def run_facts(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
+    """A run with what it was compared with, why it is held, and what was set aside; None if there is no such run."""
     rows = run_rows(connection, ids=[run_id])
     if not rows:
         return None
-    row = connection.execute(sa.select(tables.runs).where(tables.runs.c.run_id == run_id)).one()
-    is_committed = row.status not in {"held", "rejected"}
-    return (
-        rows[0]
-        | {"held_by": row.held_by, "set_aside": _set_aside(row)}
-        | (_samples(connection, row) if is_committed else _held_samples(connection, row))
-    )
-
-
-def _samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
-    """Users who changed in a committed run, from the intervals that it began and ended."""
-    began = sa.union(
-        _users(tables.members, tables.members.c.entered_run_id, row),
-        _users(tables.past_members, tables.past_members.c.entered_run_id, row),
-    ).subquery()
-    ended = _users(tables.past_members, tables.past_members.c.exited_run_id, row).subquery()
-    entered, exited = sa.select(began.c.user_id), sa.select(ended.c.user_id)
-    return {
-        "entered_sample": _sample(connection, entered.except_(exited)),
-        "exited_sample": _sample(connection, exited.except_(entered)),
-        "changed_sample": _sample(connection, entered.intersect(exited)),
+    query = RUNS.add_columns(tables.definitions.c.name, tables.definitions.c.kind)
+    row = connection.execute(query.where(tables.runs.c.run_id == run_id)).one()
+    return rows[0] | {
+        "name": row.name,
+        "kind": row.kind,
+        "baseline_run_id": row.baseline_run_id,
+        "held_by": row.held_by,
+        "set_aside": _set_aside(row),
     }
 
 
-def _held_samples(connection: sa.Connection, row: Any) -> dict[str, list[str]]:
-    """Users that a held or rejected run would change, from its deliveries and the members."""
-    definition = connection.execute(
-        sa.select(tables.definitions).where(tables.definitions.c.definition_id == row.definition_id)
-    ).one()
-    exit_body = f'{{"{definition.key}": {"false" if definition.kind == "audience" else "null"}}}'
-    body = sa.cast(tables.deliveries.c.body, sa.Text)
-    is_member = sa.exists().where(
-        tables.members.c.definition_id == row.definition_id,
-        tables.members.c.user_id == tables.deliveries.c.subject_id,
-    )
-    value = tables.members.c.value
-    is_same = sa.exists().where(
-        tables.members.c.definition_id == row.definition_id,
-        tables.members.c.user_id == tables.deliveries.c.subject_id,
-        sa.or_(value.is_(None), body == sa.literal(f'{{"{definition.key}": ').concat(value).concat("}")),
-    )
-    is_held = tables.deliveries.c.status == "held"
-    users = sa.select(tables.deliveries.c.subject_id.label("user_id")).where(
-        tables.deliveries.c.run_id == _held_id(row), is_held if row.status == "held" else ~is_held
-    )
-    return {
-        "entered_sample": _sample(connection, users.where(body != exit_body, ~is_member)),
-        "exited_sample": _sample(connection, users.where(body == exit_body, is_member)),
-        "changed_sample": _sample(connection, users.where(body != exit_body, is_member, ~is_same)),
-    }
-
-
-def _users(table: sa.Table, column: sa.Column[int], row: Any) -> sa.Select[Any]:
-    query = sa.select(table.c.user_id).where(column == row.run_id)
-    return query.where(table.c.definition_id == row.definition_id) if table is tables.members else query
-
-
-def _sample(connection: sa.Connection, users: sa.SelectBase) -> list[str]:
-    subquery = users.subquery()
-    statement = sa.select(subquery.c.user_id).order_by(subquery.c.user_id).limit(SAMPLE)
-    return list(connection.execute(statement).scalars())
+def settled_at(connection: sa.Connection, run_id: int) -> dt.datetime | None:
+    """The time at which the last delivery of a run was settled; its deliveries are read one by one."""
+    column = tables.deliveries.c.settled_at
+    newest = sa.select(sa.func.max(column, type_=column.type)).where(tables.deliveries.c.run_id == run_id)
+    return connection.execute(newest).scalar()
 
 
 def held_runs(connection: sa.Connection) -> list[dict[str, Any]]:

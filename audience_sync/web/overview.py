@@ -1,16 +1,74 @@
 """The first page: what needs a person, how each definition stands, and how fast each lane sends."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from starlette.responses import Response
 
 from audience_sync import history
+from audience_sync.app import App
+from audience_sync.audiences import foreign
+from audience_sync.clock import duration
+from audience_sync.queue import split
+from audience_sync.queue.destination import other_destination
 from audience_sync.web.view import View
 
 
 def overview(view: View) -> Response:
-    status = history.status(view.connection, view.app.settings, view.now)
+    status = history.attention(view.connection, view.app.settings, view.now)
     definitions = history.definitions(view.connection, view.app.settings, view.now)
-    sizes = history.recent_sizes(view.connection)
+    foreign_keys = foreign.foreign_keys(view.connection, view.app.destination)
+    lanes = list(_lanes(view.app, status, history.backlogs(view.connection)))
+    recent = history.recent_runs(view.connection)
+    for row in definitions:
+        of_key = recent.get(row["key"], {"sizes": [], "pending_count": 0})
+        held = row["last_run"] if row["state"] == "held" and row["last_run"] else None
+        row["sizes"] = of_key["sizes"]
+        row["pending_count"] = of_key["pending_count"] + (held["pending_count"] if held else 0)
+        row["state"] = definition_state(row, status)
     is_busy = bool(status["deliverer"] or status["bulk_job"]) or any(
-        row["last_run"] and row["last_run"]["status"] == "running" for row in definitions
+        row["state"] == "running" for row in definitions
     )
-    return view.html("overview.html", live=is_busy, status=status, definitions=definitions, sizes=sizes)
+    return view.html(
+        "overview.html",
+        live=is_busy,
+        status=status,
+        definitions=definitions,
+        lanes=lanes,
+        foreign_keys=foreign_keys,
+        foreign_advice=other_destination(foreign_keys[0]) if len(foreign_keys) == 1 else other_destination(),
+        settings_path=view.app.settings.path,
+        most_counted=history.MOST_COUNTED,
+    )
+
+
+def definition_state(row: dict[str, Any], status: dict[str, Any]) -> str:
+    """The state of a definition as pages show it: what needs a person comes first."""
+    if row["state"] != "enabled":
+        return str(row["state"])
+    failed = {run["key"]: str(run["status"]) for run in status["failed_runs"]}
+    if row["key"] in failed:
+        return failed[row["key"]]
+    if row["key"] in status["late_since"]:
+        return "late"
+    return "running" if row["last_run"] and row["last_run"]["status"] == "running" else "enabled"
+
+
+def _lanes(app: App, status: dict[str, Any], backlogs: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The lanes with what they still have to send, and how long that takes at their limits."""
+    job = status["bulk_job"]
+    in_job = max(0, job["row_count"] - (job["completed_count"] or 0)) if job else 0
+    for name, lane in status["lanes"].items():
+        pending = in_job if name == "bulk" else backlogs[name]
+        if name == "identify":
+            seconds = split.forecast(pending, 0, app.pace).seconds
+        else:
+            seconds = pending / lane["per_minute"] * 60 if lane["per_minute"] else 0.0
+        left = (
+            f"about {duration(seconds)}"
+            if pending and seconds >= 1
+            else "less than a second"
+            if pending
+            else ""
+        )
+        yield lane | {"name": name, "pending": pending, "left": left}

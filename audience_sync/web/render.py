@@ -2,7 +2,7 @@
 
 import datetime as dt
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 from urllib.parse import urlencode
@@ -11,13 +11,15 @@ import jinja2
 from markupsafe import Markup, escape
 
 from audience_sync import __version__
+from audience_sync.clock import duration
+from audience_sync.web.highlight import highlight
 
 # A shape beside each state's word, so that nobody depends on colours: (CSS class, shape).
 STATES = {
     "enabled": ("good", "●"), "succeeded": ("good", "✓"), "accepted": ("good", "✓"),
     "done": ("good", "✓"), "refused": ("warn", "▲"),
     "running": ("busy", "◐"), "pending": ("busy", "◔"), "sending": ("busy", "◐"),
-    "held": ("warn", "▲"), "late": ("warn", "▲"), "abandoned": ("bad", "✕"),
+    "held": ("warn", "▲"), "late": ("warn", "▲"), "not running": ("warn", "▲"), "abandoned": ("bad", "✕"),
     "failed": ("bad", "✕"), "dead": ("bad", "✕"), "stopped": ("bad", "■"),
     "disabled": ("quiet", "○"), "retired": ("quiet", "○"), "not configured": ("quiet", "○"),
     "rejected": ("quiet", "○"), "cancelled": ("quiet", "○"), "ignored": ("quiet", "○"),
@@ -25,7 +27,8 @@ STATES = {
     "no answer": ("warn", "?"), "under way": ("busy", "◐"), "completed": ("good", "✓"),
     "gathering": ("busy", "◔"), "uploading": ("busy", "◐"), "lost": ("bad", "?"), "dropped": ("warn", "?"),
 }  # fmt: skip
-SPARKLINE_WIDTH, SPARKLINE_HEIGHT = 120, 28
+SPARKLINE_SIZE = (120, 28)
+CHART_SIZE = (1000, 200)
 
 
 @cache
@@ -37,7 +40,9 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    templates.filters.update(number=number, moment=time_tag, state=state, sparkline=sparkline, json=as_json)
+    filters = (number, state, sparkline, chart, highlight, duration)
+    templates.filters.update({function.__name__: function for function in filters})
+    templates.filters.update(moment=time_tag, json=as_json)
     templates.filters["short"] = short
     templates.globals.update(link=link, version=__version__)
     return templates
@@ -70,19 +75,34 @@ def sparkline(sizes: Iterable[int]) -> Markup:
     numbers = list(sizes)
     if len(numbers) < 2:
         return Markup()
-    low, high = min(numbers), max(numbers)
-    step = SPARKLINE_WIDTH / (len(numbers) - 1)
-    scale = (SPARKLINE_HEIGHT - 4) / ((high - low) or 1)
-    middle = SPARKLINE_HEIGHT / 2
-    points = " ".join(
-        f"{place * step:.1f},{middle if high == low else SPARKLINE_HEIGHT - 2 - (value - low) * scale:.1f}"
-        for place, value in enumerate(numbers)
-    )
     label = f"from {numbers[0]:,} to {numbers[-1]:,} members in {len(numbers)} runs"
+    return _line_chart("sparkline", SPARKLINE_SIZE, range(len(numbers)), numbers, label)
+
+
+def chart(points: Sequence[tuple[dt.datetime, int]]) -> Markup:
+    """A line chart of sizes over time, oldest first, for readers without JavaScript."""
+    if len(points) < 2:
+        return Markup()
+    numbers = [size for _, size in points]
+    (first, _), (last, _) = points[0], points[-1]
+    label = f"{min(numbers):,} to {max(numbers):,} members from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
+    seconds = [(at - first).total_seconds() for at, _ in points]
+    return _line_chart("chart", CHART_SIZE, seconds, numbers, label)
+
+
+def _line_chart(
+    name: str, size: tuple[int, int], places: Sequence[float], numbers: Sequence[int], label: str
+) -> Markup:
+    (width, height), low, high = size, min(numbers), max(numbers)
+    step, scale = width / (places[-1] or 1), (height - 4) / ((high - low) or 1)
+    points = " ".join(
+        f"{place * step:.1f},{height / 2 if high == low else height - 2 - (value - low) * scale:.1f}"
+        for place, value in zip(places, numbers, strict=True)
+    )
     return Markup(
-        '<svg class="sparkline" viewBox="0 0 {} {}" role="img" aria-label="{}" preserveAspectRatio="none">'
+        '<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}" preserveAspectRatio="none">'
         '<polyline points="{}" vector-effect="non-scaling-stroke"/></svg>'
-    ).format(SPARKLINE_WIDTH, SPARKLINE_HEIGHT, label, points)
+    ).format(name, width, height, label, points)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -30,10 +30,12 @@ from audience_sync.web.access import (
     is_visit,
     local_path,
 )
+from audience_sync.web.definitions import definition, members, members_csv, sizes
 from audience_sync.web.overview import overview
 from audience_sync.web.query import query_page
 from audience_sync.web.queue import calls_page, deliveries_page, request_page, requests_page
 from audience_sync.web.render import link
+from audience_sync.web.runs import changes, run, runs
 from audience_sync.web.schedule import schedule_page
 from audience_sync.web.users import user_page
 from audience_sync.web.view import BadRequest, Forbidden, NotFound, Page, View, here, html
@@ -48,6 +50,13 @@ MAX_FIELDS = 5_000
 FORM_SECONDS = 20.0  # to receive a form
 PAGES: dict[str, Page] = {
     "/": overview,
+    "/definitions/{key}": definition,
+    "/definitions/{key}/members": members,
+    "/definitions/{key}/members.csv": members_csv,
+    "/definitions/{key}/sizes.json": sizes,
+    "/runs": runs,
+    "/runs/{run_id}": run,
+    "/runs/{run_id}/changes": changes,
     "/actions": actions.actions,
     "/user": user_page,
     "/deliveries": deliveries_page,

@@ -73,6 +73,26 @@ class View:
         """An id in the path. Raises BadRequest as `number` does."""
         return row_id(name, self.request.path_params[name])
 
+    def part(self, name: str) -> str:
+        """A part of the address's path."""
+        return str(self.request.path_params[name])
+
+    def moment(self, name: str) -> dt.datetime | None:
+        """A parameter of the address that is a date or a time, in UTC unless it has an offset.
+
+        Raises BadRequest if it is neither.
+        """
+        text = self.text(name)
+        if text is None:
+            return None
+        try:
+            given = dt.datetime.fromisoformat(text.strip())
+            return (given if given.tzinfo else given.replace(tzinfo=dt.UTC)).astimezone(dt.UTC)
+        except (ValueError, OverflowError):
+            raise BadRequest(
+                f"{name} must be a date or a time, such as 2026-05-01 or 2026-05-01T12:00Z, not {text[:40]!r}"
+            ) from None
+
     def html(self, template: str, *, live: bool = False, **values: Any) -> Response:
         """Render a template. A live page is asked for again every few seconds while it is open."""
         notice = self.number("notice")

@@ -30,8 +30,59 @@ document.addEventListener("keydown", (event) => {
   const form = event.target.closest("form.query");
   if (form && event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
+// Charts of a definition: its size, and who entered and exited. Both show the same time; dragging zooms, a double click
+// shows everything again. Colours are those of the page, so they are read again when the reader's theme changes.
+
+const isDark = window.matchMedia("(prefers-color-scheme: dark)");
+
+function colourOf(element, name) {
+  const probe = element.appendChild(document.createElement("span"));
+  probe.className = name;
+  const colour = getComputedStyle(probe).color;
+  probe.remove();
+  return colour;
+}
+
+function makeCharts(element, points) {
+  const soft = colourOf(element, "state");
+  const cursor = { sync: { key: "runs", scales: ["x", null] }, drag: { x: true, y: false } };
+  const when = (seconds, incr) => new Date(seconds * 1000).toISOString().slice(...(incr < 86400 ? [5, 16] : incr < 2400000 ? [0, 10] : [0, 7])).replace("T", " ");
+  const axis = { stroke: soft, grid: { stroke: `color-mix(in srgb, ${soft} 20%, transparent)`, width: 1 }, ticks: { show: false } };
+  const count = (_, values) => values.map((value) => (Number.isInteger(value) ? value.toLocaleString("en") : ""));
+  const figure = (_, value) => (value === null ? "–" : value.toLocaleString("en"));
+  const line = (label, colour, more) => ({ label, stroke: colour, width: 1.6, value: figure, points: { show: points.times.length < 60 }, ...more });
+  const time = { label: "As of", value: "{YYYY}-{MM}-{DD} {HH}:{mm}" };
+  const chart = (height, label, series, data) => {
+    const place = element.appendChild(document.createElement("div"));
+    place.setAttribute("role", "img");
+    place.setAttribute("aria-label", label);
+    const options = {
+      width: element.clientWidth, height, cursor, series: [time, ...series], tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
+      axes: [{ ...axis, space: 90, values: (_, splits, __, ___, incr) => splits.map((seconds) => when(seconds, incr)) }, { ...axis, values: count, size: 64 }],
+    };
+    return new uPlot(options, [points.times, ...data], place);
+  };
+  const busy = colourOf(element, "state busy");
+  element.replaceChildren();
+  return [
+    chart(220, "Chart of the size over time; the table of runs has the figures",
+      [line("Members", busy, { fill: `color-mix(in srgb, ${busy} 12%, transparent)` })], [points.members]),
+    chart(150, "Chart of who entered and exited in each run; the table of runs has the figures",
+      [line("Entered", colourOf(element, "state good")), line("Exited", colourOf(element, "state bad"), { dash: [5, 3] })], [points.entered, points.exited]),
+  ];
+}
+
+async function showCharts(element) {
+  const answer = await fetch(element.dataset.sizes);
+  if (!answer.ok) return; // the chart of the server stays
+  const points = await answer.json();
+  let charts = makeCharts(element, points);
+  isDark.addEventListener("change", () => { charts = makeCharts(element, points); });
+  new ResizeObserver(() => charts.forEach((chart) => chart.setSize({ width: element.clientWidth, height: chart.height }))).observe(element);
+}
 
 document.addEventListener("htmx:afterSwap", () => addLocalTimes(document));
 document.addEventListener("htmx:afterSwap", () => offerCopies(document));
 offerCopies(document);
 addLocalTimes(document);
+document.querySelectorAll("[data-sizes]").forEach(showCharts);

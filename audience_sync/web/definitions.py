@@ -1,0 +1,142 @@
+"""The pages of a definition: how its size developed, what it is, its runs and its members."""
+
+import csv
+import datetime as dt
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+from starlette.responses import Response, StreamingResponse
+
+from audience_sync import history
+from audience_sync.audiences.definition import Definition
+from audience_sync.audiences.query import english, layout
+from audience_sync.clock import duration
+from audience_sync.web.overview import definition_state
+from audience_sync.web.view import PAGE_ROWS, NotFound, View
+
+MAX_POINTS = 20_000  # of a chart: two years of hourly runs
+DRAWN_RUNS = 1_000  # in the chart that the server draws, and that a sentence sums up
+SHOWN_RUNS, SHOWN_MEMBERS = 20, 10
+TREND = dt.timedelta(days=30)
+CSV_ROWS = 1_000  # in a piece of a download
+# Spreadsheets take a cell that begins so for a formula; a number is none.
+_FORMULA = re.compile(r"(?!-?\d+(?:\.\d+)?\Z)[=+\-@\t\r\n]")
+
+
+def definition(view: View) -> Response:
+    row, configured, definition_id = _asked(view)
+    status = history.attention(view.connection, view.app.settings, view.now)
+    row["state"] = definition_state(row, status)
+    key, points, members = row["key"], [], None
+    if definition_id is not None:
+        points = history.size_rows(view.connection, definition_id, DRAWN_RUNS)
+        members = history.member_page(view.connection, definition_id, limit=SHOWN_MEMBERS)
+    query = configured.query if configured else None
+    runs = history.run_rows(view.connection, key=key, limit=SHOWN_RUNS + 1)
+    return view.html(
+        "definition.html",
+        live=row["state"] == "running",
+        row=row,
+        definition=configured,
+        text=layout.query_text(query.query) if query else configured and configured.sql,
+        english=query and english.english_text(query.query),
+        runs=runs[:SHOWN_RUNS],
+        is_more=len(runs) > SHOWN_RUNS,
+        points=[(point["as_of"], point["member_count"]) for point in points],
+        trend=trend(points),
+        members=members,
+        settings_path=view.app.settings.path,
+        failed_run=next((run for run in status["failed_runs"] if run["key"] == key), None),
+        late_since=status["late_since"].get(key),
+    )
+
+
+def sizes(view: View) -> Response:
+    """The points of the chart, in columns; times in seconds since 1970."""
+    definition_id = _asked(view)[2]
+    rows = [] if definition_id is None else history.size_rows(view.connection, definition_id, MAX_POINTS)
+    columns = {
+        "times": [int(row["as_of"].timestamp()) for row in rows],
+        "members": [row["member_count"] for row in rows],
+        # Everyone enters in the first run, beside which no other change could be seen.
+        "entered": [None if row["mode"] == "first" else row["entered_count"] for row in rows],
+        "exited": [None if row["mode"] == "first" else row["exited_count"] for row in rows],
+    }
+    return Response(msgspec.json.encode(columns), media_type="application/json")
+
+
+def members(view: View) -> Response:
+    row, _, definition_id = _asked(view)
+    prefix, at = view.text("prefix") or "", view.moment("at")
+    page = None
+    if definition_id is not None:
+        after = view.text("after") or ""
+        page = history.member_page(
+            view.connection, definition_id, at, prefix=prefix, after=after, limit=PAGE_ROWS
+        )
+    return view.html("members.html", row=row, members=page, prefix=prefix, at=at, after=view.text("after"))
+
+
+def members_csv(view: View) -> Response:
+    """All members, now or at a past time. The pieces are read in transactions of their own, while they are sent."""
+    row, _, definition_id = _asked(view)
+    at = view.moment("at")
+    rows = iter(()) if definition_id is None else history.member_rows(view.app.engine, definition_id, at)
+    name = f"{row['key']}-{(at or view.now).astimezone(dt.UTC):%Y-%m-%dT%H%MZ}.csv"
+    return StreamingResponse(
+        _csv(rows, has_values=row["kind"] == "trait"),
+        media_type="text/csv; charset=utf-8",
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
+    )
+
+
+def _csv(rows: Iterator[tuple[str, str | None]], *, has_values: bool) -> Iterator[str]:
+    yield "user_id,value\r\n" if has_values else "user_id\r\n"
+    while piece := list(itertools.islice(rows, CSV_ROWS)):
+        text = io.StringIO()
+        csv.writer(text).writerows(
+            (cell(user_id), cell(_plain(value))) if has_values else (cell(user_id),)
+            for user_id, value in piece
+        )
+        yield text.getvalue()
+
+
+def _plain(value: str | None) -> str:
+    """A trait's value as text: strings without quotes, everything else as JSON."""
+    parsed = None if value is None else json.loads(value)
+    return parsed if isinstance(parsed, str) else value or ""
+
+
+def cell(text: str) -> str:
+    """A text that a spreadsheet does not take for a formula: an apostrophe is put before one."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def trend(points: Sequence[dict[str, Any]]) -> str:
+    """A sentence about the size in the last 30 days before the last run."""
+    since = points[-1]["as_of"] - TREND if points else None
+    recent = [point for point in points if since is not None and point["as_of"] >= since]
+    if len(recent) < 2:
+        return ""
+    first, last = recent[0], recent[-1]
+    before, after = first["member_count"], last["member_count"]
+    span = duration((last["as_of"] - first["as_of"]).total_seconds())
+    if before == after:
+        return f"As many members as {span} before: {after:,}."
+    word = "Grew" if after > before else "Shrank"
+    return f"{word} from {before:,} to {after:,} members in {span}."
+
+
+def _asked(view: View) -> tuple[dict[str, Any], Definition | None, int | None]:
+    """The definition of the address, as it stands and as it is configured, and its id once it was used."""
+    key = view.part("key")
+    rows = [] if "\0" in key else history.definitions(view.connection, view.app.settings, view.now, key)
+    if not rows:
+        raise NotFound(f"There is no definition with the key {key[:200]}. The overview lists all of them.")
+    configured = next((one for one in view.app.settings.definitions if one.key == key), None)
+    return rows[0], configured, history.definition_id(view.connection, key)

@@ -1,0 +1,45 @@
+"""Colours for SQL and for queries: words in HTML with a class for each kind."""
+
+import re
+
+from markupsafe import Markup
+
+# What is not closed goes on to the end, so that each character is looked at once.
+_SQL = re.compile(
+    r"""(?P<comment>--[^\n]*|/\*.*?(?:\*/|\Z))
+    |(?P<string>'(?:[^']|'')*(?:'|\Z))
+    |(?P<name>"(?:[^"]|"")*(?:"|\Z))
+    |(?P<parameter>(?<![:\w]):[A-Za-z_]\w*)
+    |(?P<number>\b\d+(?:\.\d+)?\b)
+    |(?P<keyword>\b(?:ALL|AND|AS|ASC|BETWEEN|BY|CASE|CAST|CROSS|DESC|DISTINCT|ELSE|END|EXCEPT|EXISTS|FALSE|FETCH|FILTER
+        |FROM|FULL|GROUP|HAVING|IN|INNER|INTERSECT|INTERVAL|IS|JOIN|LATERAL|LEFT|LIKE|ILIKE|LIMIT|NOT|NULL|OFFSET|ON|OR
+        |ORDER|OUTER|OVER|PARTITION|RIGHT|SELECT|THEN|TRUE|UNION|USING|VALUES|WHEN|WHERE|WINDOW|WITH)\b)
+    |(?P<function>\b[A-Za-z_]\w*(?=\())
+    |\w+""",
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+_QUERY = re.compile(
+    r"""(?P<comment>\#[^\n]*)
+    |(?P<string>'(?:\\.|[^'\\])*(?:'|\Z)|"(?:\\.|[^"\\])*(?:"|\Z))
+    |(?P<number>\b\d+(?:\.\d+)?\b)
+    |(?P<keyword>\b(?:AND|OR|NOT|AS|TRUE|FALSE)\b)
+    |(?P<function>\b[A-Za-z_]\w*(?=\())
+    |\w+""",
+    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+)
+
+
+def highlight(text: str, language: str = "sql") -> Markup:
+    """Return a text as HTML; the language is sql or query."""
+    parts, end = [Markup()], 0
+    for match in (_QUERY if language == "query" else _SQL).finditer(text):
+        parts.append(Markup("{}").format(text[end : match.start()]))
+        kind = match.lastgroup
+        parts.append(
+            Markup('<span class="{}">{}</span>').format(kind, match[0])
+            if kind
+            else Markup("{}").format(match[0])
+        )
+        end = match.end()
+    parts.append(Markup("{}").format(text[end:]))
+    return Markup().join(parts)

@@ -1,0 +1,96 @@
+"""The pages of runs: all of them, what one did, and who changed in it."""
+
+from typing import Any
+
+from starlette.responses import Response
+
+from audience_sync import history
+from audience_sync.web.view import PAGE_ROWS, BadRequest, NotFound, View, row_id
+
+STATUSES = ("running", "held", "rejected", "succeeded", "failed", "abandoned")
+SHOWN_CHANGES = 10
+COUNTED = 10_000  # deliveries of a run of which the last one is looked for
+MODES = {
+    "first": "the first one, which sends every member",
+    "changes": "sends what changed",
+    "full": "sends every member and everyone who left",
+    "canary": "a canary: single users only",
+    "retire": "retires the key",
+}
+
+
+def runs(view: View) -> Response:
+    key, status = view.text("key"), view.text("status")
+    if status is not None and status not in STATUSES:
+        raise BadRequest(f"There is no status {status[:40]!r}: choose {', '.join(STATUSES)}.")
+    before, rows = view.number("before"), []
+    if "\0" not in (key or ""):
+        rows = history.run_rows(view.connection, key=key, status=status, before=before, limit=PAGE_ROWS + 1)
+    return view.html(
+        "runs.html",
+        live=any(run["status"] == "running" for run in rows),
+        runs=rows[:PAGE_ROWS],
+        is_more=len(rows) > PAGE_ROWS,
+        is_later=before is not None,
+        key=key,
+        status=status,
+        statuses=STATUSES,
+        keys=sorted(definition.key for definition in view.app.settings.definitions),
+    )
+
+
+def run(view: View) -> Response:
+    run = _asked(view)
+    samples = {
+        what: history.change_rows(view.connection, run["run_id"], what, limit=SHOWN_CHANGES)
+        for what in history.CHANGES
+        if run[f"{what}_count"]
+    }
+    retry_at = None
+    if run["status"] in {"failed", "abandoned"}:
+        failed = history.attention(view.connection, view.app.settings, view.now)["failed_runs"]
+        retry_at = next((other["retry_at"] for other in failed if other["run_id"] == run["run_id"]), None)
+    delivered = ("accepted", "pending", "dead", "cancelled")
+    count = sum(run[f"{name}_count"] for name in delivered)
+    return view.html(
+        "run.html",
+        live=run["status"] == "running" or (bool(run["pending_count"]) and run["status"] == "succeeded"),
+        run=run,
+        before=None
+        if run["member_count"] is None
+        else run["member_count"] - run["entered_count"] + run["exited_count"],
+        seconds=run["finished_at"] and (run["finished_at"] - run["started_at"]).total_seconds(),
+        mode=MODES[run["mode"]],
+        samples=samples,
+        shown_changes=SHOWN_CHANGES,
+        delivered=[(name, run[f"{name}_count"]) for name in delivered],
+        delivery_count=count,
+        settled_at=history.settled_at(view.connection, run["run_id"]) if 0 < count <= COUNTED else None,
+        retry_at=retry_at,
+    )
+
+
+def changes(view: View) -> Response:
+    run, what = _asked(view), view.text("what") or "entered"
+    if what not in history.CHANGES:
+        raise BadRequest(f"what must be one of {', '.join(history.CHANGES)}.")
+    after = view.text("after") or ""
+    users: list[dict[str, Any]] = []
+    if "\0" not in after:
+        users = history.change_rows(view.connection, run["run_id"], what, after=after, limit=PAGE_ROWS + 1)
+    return view.html(
+        "changes.html",
+        run=run,
+        what=what,
+        users=users[:PAGE_ROWS],
+        next_after=users[PAGE_ROWS - 1]["user_id"] if len(users) > PAGE_ROWS else None,
+        is_first=not after,
+    )
+
+
+def _asked(view: View) -> dict[str, Any]:
+    run_id = row_id("The number of a run", view.part("run_id"))
+    run = history.run_facts(view.connection, run_id)
+    if run is None:
+        raise NotFound(f"There is no run {run_id}. Runs has the list of all of them.")
+    return run

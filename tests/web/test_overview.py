@@ -1,0 +1,157 @@
+"""The overview: what needs a person and what to do, how each definition stands, and what the lanes have to send."""
+
+import datetime as dt
+
+import pytest
+
+from audience_sync.audiences import runs
+from audience_sync.db import engines
+from audience_sync.queue import destination
+from audience_sync.web.overview import overview
+from tests.web.synced import SPEND, VIPS, Pages
+
+
+@pytest.fixture
+def pages(engine, url, tmp_path):
+    return Pages(engine, tmp_path, url)
+
+
+def row(pages, key):
+    """The row of a definition, as text."""
+    return pages.text("/").split("Audiences and traits")[1].split(f" {key} ", 1)[1].split(" Delivery ")[0]
+
+
+def needs(pages):
+    return pages.text("/").split("Needs attention")[1].split("Audiences and traits")[0].strip()
+
+
+def test_an_empty_database_says_how_to_begin(pages):
+    text = pages.text("/")
+    assert "There are no definitions yet. To make the first:" in text
+    assert f"[[traits]] in {pages.app.settings.path}" in text
+    assert "Nothing is waiting to be sent." in text
+
+
+def test_a_definition_without_a_run_shows_the_command(pages):
+    pages.configure(VIPS)
+    assert row(pages, "vips").startswith("VIPs ● enabled - never: audience-sync sync vips 2026-01-01 02:00")
+
+
+def test_a_definition_has_its_size_its_sparkline_and_what_is_pending_of_all_its_runs(pages):
+    pages.configure(VIPS)
+    pages.people("ann", "bob")
+    pages.sync()
+    pages.people("ann", "bob", "cyd")
+    run_id = pages.sync()
+    assert row(pages, "vips") == "VIPs ● enabled 3 2026-01-01 00:02:05 ✓ succeeded 2026-01-01 02:00 3"
+    page = pages.get("/").text
+    assert 'aria-label="from 2 to 3 members in 2 runs"' in page
+    assert f'href="/runs/{run_id}"' in page
+
+
+def test_a_lane_shows_what_it_has_to_send_and_for_how_long(pages):
+    pages.configure(VIPS, 'api_key = "k"\nidentify_per_minute = 6\nbulk = false')
+    pages.people(*(f"u{number:02}" for number in range(30)))
+    pages.sync()
+    text = pages.text("/")
+    assert "No process is sending at the moment: audience-sync deliver or the daemon" in text
+    assert "identify 30 about 5 minutes, once it is sent 0 6 normal" in text
+    assert "bulk 0 - 0 0 switched off" in text
+
+
+def test_a_failed_run_is_shown_with_its_reason_and_the_command(pages):
+    pages.configure('[[audiences]]\nname = "Broken"\nsql = "SELECT user_id FROM nowhere_at_all"\n')
+    run_id = pages.sync("broken")
+    assert row(pages, "broken").startswith("Broken ✕ failed 0")
+    text = needs(pages)
+    assert f"✕ failed run {run_id} of broken : broken: its SQL does not work" in text
+    assert "To try now: audience-sync sync broken" in text
+
+
+def test_a_held_run_shows_readers_the_commands_and_operators_the_buttons(pages):
+    pages.configure(VIPS)
+    pages.people("ann")
+    run_id = pages.sync(hold=True)
+    text = needs(pages)
+    assert f"▲ held run {run_id} of vips waits for a decision." in text
+    assert f"audience-sync approve {run_id} commits exactly these changes" in text
+    assert "<button" not in pages.get("/").text.partition("<main")[2]
+    page = pages.as_operator(overview, "/")
+    assert f'<form class="decide" method="post" action="/runs/{run_id}/approve">' in page
+    assert f'formaction="/runs/{run_id}/reject"' in page
+    assert page.count('name="csrf" value="secret"') == 2  # and to sign out
+    assert row(pages, "vips").startswith("VIPs ▲ held 0")
+
+
+def test_a_late_definition_shows_since_when(pages):
+    pages.configure(VIPS.replace("sql", 'schedule = "every 1 minute"\nsql'))
+    pages.people("ann")
+    pages.sync()
+    with engines.write(pages.engine) as connection:
+        destination.record_heartbeat(connection, pages.clock.now())
+    pages.clock.sleep(3_600)
+    text = needs(pages)
+    assert (
+        "▲ late vips should have run at 2026-01-01 00:02 . It runs once audience-sync daemon is started."
+        in text
+    )
+    assert "▲ not running The daemon has not run since 2026-01-01 00:01" in text
+    assert row(pages, "vips").startswith("VIPs ▲ late 1")
+
+
+def test_dead_deliveries_lead_to_their_page(pages):
+    pages.configure(VIPS)
+    pages.people("ann", "bob")
+    pages.sync()
+    pages.execute("UPDATE {our}deliveries SET status = 'dead', error = 'no', settled_at = created_at")
+    assert "✕ dead 2 deliveries Userpilot refused for good." in needs(pages)
+    assert '<a href="/deliveries?status=dead">' in pages.get("/").text
+
+
+def test_a_stopped_destination_shows_why(pages):
+    with engines.write(pages.engine) as connection:
+        destination.stop(
+            connection, dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "Userpilot refused the API key: set another."
+        )
+    text = needs(pages)
+    assert (
+        text
+        == "■ stopped Nothing is sent since 2026-01-01 00:00 . Userpilot refused the API key: set another."
+    )
+
+
+def test_a_changed_destination_shows_what_to_do(pages):
+    pages.configure(VIPS + SPEND)
+    pages.people(("ann", "1"))
+    pages.sync()
+    pages.configure(VIPS + SPEND, 'api_key = "another"')
+    text = needs(pages)
+    assert (
+        "▲ held The members of vips were made for another destination than the one that is configured now"
+        in text
+    )
+    assert "audience-sync sync vips --full" in text
+    assert 'action="/destination/accept"' in pages.as_operator(overview, "/")
+
+
+def test_nothing_needs_attention_without_schedules(pages):
+    pages.configure(VIPS.replace("sql", 'schedule = ""\nsql'))
+    assert needs(pages) == "✓ succeeded Nothing needs attention."
+    pages.configure(VIPS)
+    assert needs(pages).startswith(
+        "▲ not running No daemon has run on this database, so nothing runs by schedule."
+    )
+
+
+def test_the_page_is_live_only_while_something_runs(pages):
+    pages.configure(VIPS)
+    pages.people("ann")
+    run_id = pages.sync()
+    assert "hx-get" not in pages.get("/").text
+    pages.execute(
+        "UPDATE {our}runs SET status = 'running', finished_at = NULL WHERE run_id = :run_id", run_id=run_id
+    )
+    with engines.write(pages.engine) as connection:
+        runs.take_lease(connection, "vips", 600)
+    page = pages.get("/").text
+    assert 'hx-get="/" hx-trigger="every 3s"' in page

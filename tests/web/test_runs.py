@@ -1,0 +1,181 @@
+"""The pages of runs: the list, what a run did with counts that add up, and who changed."""
+
+from itertools import chain
+
+import pytest
+
+from audience_sync.web.runs import run as run_page
+from tests.web.synced import SPEND, VIPS, Pages
+
+
+@pytest.fixture
+def pages(engine, url, tmp_path):
+    return Pages(engine, tmp_path, url)
+
+
+def test_a_run_is_told_as_steps_whose_counts_add_up(pages):
+    pages.configure(VIPS)
+    pages.people("ann", "bob", "cyd", None)
+    first = pages.sync()
+    pages.execute("UPDATE {our}deliveries SET status = 'accepted', request_id = 1, settled_at = created_at")
+    pages.people("bob", "dan")
+    second = pages.sync()
+    text = pages.text(f"/runs/{first}")
+    assert text.startswith(
+        f"Run {first} of vips ✓ succeeded · the first one, which sends every member · by hand"
+    )
+    assert "set aside: 1 row: no user id" in text or "set aside: 1 row:" in text
+    assert "Compared with nothing, because it is the first 0 before + 3 entered - 0 exited = 3 after" in text
+    assert "Delivered 3 deliveries, the last one settled 2026-01-01 00:01" in text
+    assert "✓ accepted 3" in text
+    text = pages.text(f"/runs/{second}")
+    assert f"Compared with run {first} 3 before + 1 entered - 2 exited = 2 after" in text
+    assert "Delivered 3 deliveries: ◔ pending 3" in text
+    assert text.endswith("Entered: 1 User dan Exited: 2 User ann cyd")
+    page = pages.get(f"/runs/{second}").text
+    assert f'href="/deliveries?run={second}&amp;status=pending"' in page
+    assert f"<title>Run {second} of vips · audience-sync</title>" in page
+
+
+def test_a_run_that_changed_nothing_says_so(pages):
+    pages.configure(VIPS)
+    pages.people("ann")
+    pages.sync()
+    text = pages.text(f"/runs/{pages.sync()}")
+    assert "1 before + 0 entered - 0 exited = 1 after" in text
+    assert "Delivered nothing: there was nothing to send" in text
+
+
+def test_a_failed_run_shows_the_error_and_what_to_do(pages):
+    pages.configure('[[audiences]]\nname = "Broken"\nsql = "SELECT user_id FROM nowhere_at_all"\n')
+    text = pages.text(f"/runs/{pages.sync('broken')}")
+    assert "Why it failed broken: its SQL does not work" in text
+    assert "Nothing of it was stored or sent. Once the cause is mended: audience-sync sync broken" in text
+    assert "Failed 2026-01-01 00:01" in text
+
+
+def test_a_held_run_shows_its_changes_and_the_reason_beside_the_decision(pages):
+    pages.configure(VIPS.replace("sql", "guard_above = 1\nsql"))
+    pages.people("ann", "bob", "cyd")
+    pages.sync()
+    pages.people("cyd", "<dan>")
+    run_id = pages.sync()
+    text = pages.text(f"/runs/{run_id}")
+    assert (
+        "It waits for a decision The guard holds it: 2 of 3 members would leave, and max_exit_ratio is 0.5."
+        in text
+    )
+    assert f"audience-sync approve {run_id} commits exactly these changes" in text
+    assert "3 before + 1 entered - 2 exited = 2 would be members" in text
+    assert "Deliveries 3 deliveries: ▲ held 3" in text
+    assert text.endswith("Entered: 1 User <dan> Exited: 2 User ann bob")
+    page = pages.as_operator(run_page, f"/runs/{run_id}", run_id=str(run_id))
+    assert f'action="/runs/{run_id}/approve"' in page
+    assert f'formaction="/runs/{run_id}/reject"' in page
+    assert f'name="back" value="/runs/{run_id}"' in page
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_traits_changes_have_old_and_new_values(pages, hold):
+    pages.configure(SPEND)
+    pages.people(("ann", "1"), ("bob", "2"), ("cyd", "3"))
+    pages.sync("spend")
+    pages.people(("ann", '"1"'), ("bob", "2"), ("dan", "<4>"))
+    run_id = pages.sync("spend", hold=hold)
+    text = pages.text(f"/runs/{run_id}")
+    assert "(1 changed their value)" in text
+    assert text.endswith(
+        'Entered: 1 User New value dan "<4>" Exited: 1 User Old value cyd "3" '
+        'Changed: 1 User Old value New value ann "1" "\\"1\\""'
+    )
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("sorted_rows", [0, 10_000])
+def test_the_changes_of_a_run_are_shown_page_by_page(pages, hold, sorted_rows, monkeypatch):
+    monkeypatch.setattr("audience_sync.history.changes.SORTED_ROWS", sorted_rows)
+    pages.configure(SPEND)
+    users = [f"u{number:03}" for number in range(180)]
+    pages.people(*((user, "1") for user in users[:120]))
+    pages.sync("spend")
+    pages.people(*((user, "2" if number % 2 else "1") for number, user in enumerate(users) if number >= 60))
+    run_id = pages.sync("spend", hold=hold)
+    text = pages.text(f"/runs/{run_id}")
+    for what, expected in {"entered": users[120:], "exited": users[:60], "changed": users[61:120:2]}.items():
+        found = pages.users(f"/runs/{run_id}/changes?what={what}")
+        assert list(chain(*found)) == expected
+        assert [len(page) for page in found] == ([50, 10] if len(expected) == 60 else [30])
+        assert f"All {len(expected)} who {what}" in text
+    assert "There are no more." in pages.text(f"/runs/{run_id}/changes?what=exited&after=zzz")
+    if not hold:  # and long afterwards
+        pages.people()
+        pages.sync("spend")
+        for what, expected in {
+            "entered": users[120:],
+            "exited": users[:60],
+            "changed": users[61:120:2],
+        }.items():
+            assert list(chain(*pages.users(f"/runs/{run_id}/changes?what={what}"))) == expected
+
+
+def test_hostile_ids_change_as_others_do(pages):
+    pages.configure(VIPS)
+    hostile = ["<script>alert(1)</script>", "x" * 255, "\u202e\u05d0\u05d1", "🦊", "a&b?c=d#e", "'\""]
+    pages.people(*hostile)
+    run_id = pages.sync()
+    assert sorted(chain(*pages.users(f"/runs/{run_id}/changes?what=entered"))) == sorted(hostile)
+    assert "<script>alert" not in pages.get(f"/runs/{run_id}").text
+
+
+def test_runs_are_listed_newest_first_by_key_and_state(pages):
+    assert "There are no runs yet: audience-sync sync makes the first." in pages.text("/runs")
+    pages.configure(VIPS + SPEND)
+    pages.people(("ann", "1"))
+    vips, spend = pages.sync(), pages.sync("spend")
+    held = pages.sync(hold=True)
+
+    def listed(path):
+        page = pages.get(path).text
+        return [run_id for run_id in (held, spend, vips) if f'<a href="/runs/{run_id}"' in page]
+
+    assert listed("/runs") == [held, spend, vips]
+    assert listed("/runs?key=vips") == [held, vips]
+    assert listed("/runs?status=held") == [held]
+    assert listed("/runs?key=spend&status=held") == []
+    assert listed("/runs?key=%00") == []
+    assert "There are no such runs." in pages.text("/runs?key=nobody")
+    assert "There is no status 'odd': choose running, held," in pages.text("/runs?status=odd", 400)
+
+
+def test_older_runs_are_a_page_away(pages):
+    pages.configure(VIPS)
+    pages.people("ann")
+    first = pages.sync()
+    for _ in range(7):  # 2, 4, 8 …, 128 runs
+        pages.execute(
+            'INSERT INTO {our}runs (definition_id, mode, "trigger", status, as_of, started_at, finished_at, '
+            'member_count) SELECT definition_id, mode, "trigger", status, as_of, started_at, finished_at, 1 FROM {our}runs'
+        )
+    page = pages.get("/runs?key=vips").text
+    assert page.count('aria-label="Run ') == 50
+    assert f"/runs?key=vips&amp;before={first + 78}" in page
+    last = pages.get(f"/runs?key=vips&before={first + 28}").text
+    assert last.count('aria-label="Run ') == 28
+    assert 'rel="next"' not in last
+    assert '<a href="/runs?key=vips">Newest</a>' in last
+
+
+@pytest.mark.parametrize(
+    "path", ["/runs/0", "/runs/99", "/runs/9999999999999999999/changes", "/runs/99/changes", "/runs/x"]
+)
+def test_a_run_that_is_not_there(pages, path):
+    answer = pages.get(path, 400 if "x" in path or len(path) > 20 else 404)
+    assert "There is no run" in answer.text or "must be a whole number" in answer.text
+
+
+def test_other_changes_are_unknown(pages):
+    pages.configure(VIPS)
+    run_id = pages.sync()
+    assert "what must be one of entered, exited, changed." in pages.text(
+        f"/runs/{run_id}/changes?what=<b>", 400
+    )
