@@ -71,7 +71,7 @@ def test_a_held_run_shows_its_changes_and_the_reason_beside_the_decision(pages):
     assert text.endswith("Entered: 1 User <dan> Exited: 2 User ann bob")
     page = pages.as_operator(run_page, f"/runs/{run_id}", run_id=str(run_id))
     assert f'action="/runs/{run_id}/approve"' in page
-    assert f'formaction="/runs/{run_id}/reject"' in page
+    assert f'action="/runs/{run_id}/reject"' in page
     assert f'name="back" value="/runs/{run_id}"' in page
 
 
