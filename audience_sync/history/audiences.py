@@ -106,7 +106,7 @@ def definition_keys(connection: sa.Connection) -> dict[int, str]:
 
 
 def recent_runs(connection: sa.Connection, limit: int = 30) -> dict[str, dict[str, Any]]:
-    """By key, the sizes after the last committed runs, oldest first, and how many deliveries of them are pending."""
+    """The sizes after the last committed runs, oldest first, and the number of their pending deliveries, by key."""
     keys = {
         row.definition_id: row.key
         for row in connection.execute(sa.select(tables.definitions.c.definition_id, tables.definitions.c.key))
