@@ -75,8 +75,8 @@ def member_page(
 
 def _moments(connection: sa.Connection, run_ids: set[int]) -> dict[int, dt.datetime]:
     runs = sa.select(tables.runs.c.run_id, tables.runs.c.as_of)
-    found = connection.execute(runs.where(dialects.is_among(connection, tables.runs.c.run_id, run_ids)))
-    return {row.run_id: row.as_of for row in found}
+    rows = connection.execute(runs.where(dialects.is_among(connection, tables.runs.c.run_id, run_ids)))
+    return {row.run_id: row.as_of for row in rows}
 
 
 def _last_committed(connection: sa.Connection, definition_id: int, at: dt.datetime | None) -> int | None:
