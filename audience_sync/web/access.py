@@ -47,10 +47,6 @@ class Access:
 
     users: Mapping[str, WebUser]
 
-    @classmethod
-    def configured(cls, settings: WebSettings) -> "Access":
-        return cls(settings.require_users())
-
     def refusal(self, request: Request) -> str | None:
         """Return why a request is refused for everybody; None if it is not."""
         if not self.users:

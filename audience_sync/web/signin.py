@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ MAX_REMEMBERED = 10_000  # names and addresses
 WAIT_SECONDS = 0.2  # for the database, to record that a session is used
 
 Form = ImmutableMultiDict[str, str]
+FormHandler = Callable[[App, Viewer, Request, Form], Response]
 
 
 @dataclass(slots=True)
@@ -83,7 +85,9 @@ def sign_in_page(view: View) -> Response:
     return view.html("login.html", next=local_path(view.text("next")), name="", problem=None)
 
 
-def sign_in(app: App, access: Access, throttle: Throttle, request: Request, form: Form) -> Response:
+def sign_in(
+    access: Access, throttle: Throttle, app: App, _viewer: Viewer, request: Request, form: Form
+) -> Response:
     """Begin a session for a name and its password. The time that it takes does not tell whether there is such a user."""
     if not access.users:
         raise Forbidden(

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 import anyio
@@ -38,13 +40,14 @@ from audience_sync.web.render import link
 from audience_sync.web.runs import changes, run, runs
 from audience_sync.web.schedule import schedule_page
 from audience_sync.web.users import user_page
-from audience_sync.web.view import BadRequest, Forbidden, NotFound, Page, View, here, html
+from audience_sync.web.view import FormError, NotFound, Page, Refusal, View, here, html
 
 log = logging.getLogger(__name__)
 
 MAX_PAGES = 4  # that are made at a time, so that pages do not take the processor from the calls
 MAX_SIGN_INS = 2  # at a time; each takes 32 MB
-MAX_WAITING = 20  # sign-ins that wait for others
+MAX_WAITING = 20  # forms, or sign-ins, that wait for others
+FORM_TYPE = "application/x-www-form-urlencoded"
 MAX_FORM_BYTES = 64 * 1024
 MAX_FIELDS = 5_000
 FORM_SECONDS = 20.0  # to receive a form
@@ -75,14 +78,6 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-
-
-class Refused(Exception):  # noqa: N818  (an answer, not an error)
-    """A form that is not read."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class SafeHeaders:
@@ -124,20 +119,23 @@ class Site:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.access = Access.configured(app.settings.web)
-        self._throttle = signin.Throttle(app.clock)
+        self.access = Access(app.settings.web.require_users())
         self._pages = anyio.CapacityLimiter(MAX_PAGES)
-        self._sign_ins = anyio.CapacityLimiter(MAX_SIGN_INS)
+        self._in_progress = Counter[anyio.CapacityLimiter]()  # forms
 
     def routes(self) -> list[Route | Mount]:
         pages = PAGES | {"/login": signin.sign_in_page}
+        sign_in = partial(signin.sign_in, self.access, signin.Throttle(self.app.clock))
+        forms: dict[str, signin.FormHandler] = {
+            path: partial(actions.act, action) for path, action in actions.ACTIONS.items()
+        }
+        limiters = {"/login": anyio.CapacityLimiter(MAX_SIGN_INS)}
+        forms |= {"/login": sign_in, "/logout": signin.sign_out}
         return [
             *(Route(path, partial(self._show, page), methods=["GET"]) for path, page in pages.items()),
-            Route("/login", self._sign_in, methods=["POST"]),
-            Route("/logout", partial(self._post, signin.sign_out), methods=["POST"]),
             *(
-                Route(path, partial(self._post, partial(actions.act, action)), methods=["POST"])
-                for path, action in actions.ACTIONS.items()
+                Route(path, partial(self._post, form, limiters.get(path, self._pages)), methods=["POST"])
+                for path, form in forms.items()
             ),
             Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
         ]
@@ -158,63 +156,51 @@ class Site:
         return answer
 
     def _ask_to_sign_in(self, request: Request) -> Response:
-        if comes_by_link(request) and is_visit(
-            request
-        ):  # the next request, from our own page, has the session
+        if comes_by_link(request) and is_visit(request):  # the next request, from our page, has the session
             return html("visit.html", STRANGER, local_path(here(request)), self.app.clock.now())
         return RedirectResponse(link("/login", next=here(request)), 303)
 
-    async def _post(self, action: Callable[..., Response], request: Request) -> Response:
-        form = await self._form(request)
-        if isinstance(form, Response):
-            return form
+    async def _post(
+        self, action: signin.FormHandler, limiter: anyio.CapacityLimiter, request: Request
+    ) -> Response:
+        try:
+            async with asyncio.timeout(FORM_SECONDS):
+                form = await _read_form(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # the sender is gone
+        except TimeoutError:
+            return self._unread(FormError(408, "It took too long. Send it again."))
+        except FormError as error:
+            return self._unread(error)
+        if self._in_progress[limiter] >= limiter.total_tokens + MAX_WAITING:
+            return self._unread(FormError(429, "Too many people do this at once. Try again in 10 seconds."))
         work = partial(self._guarded, self._action, action, request, form)
-        return await anyio.to_thread.run_sync(work, limiter=self._pages)
+        self._in_progress[limiter] += 1
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=limiter)
+        finally:
+            self._in_progress[limiter] -= 1
 
-    def _action(self, action: Callable[..., Response], request: Request, form: signin.Form) -> Response:
+    def _action(self, action: signin.FormHandler, request: Request, form: signin.Form) -> Response:
         with engines.read(self.app.engine) as connection:
             viewer, _ = signin.viewer(self.app, self.access, connection, request)
         request.state.viewer = viewer
-        if not viewer.may_read:
+        if not viewer.may_read and request.url.path != "/login":
             return RedirectResponse("/login", 303)
         return action(self.app, viewer, request, form)
 
-    async def _sign_in(self, request: Request) -> Response:
-        form = await self._form(request)
-        if isinstance(form, Response):
-            return form
-        if self._sign_ins.statistics().tasks_waiting >= MAX_WAITING:
-            answer = self.error(STRANGER, 429, "Too many people sign in at once", "Try again in 10 seconds.")
-            answer.headers["Retry-After"] = "10"
-            return answer
-        request.state.viewer = STRANGER
-        work = partial(signin.sign_in, self.app, self.access, self._throttle)
-        return await anyio.to_thread.run_sync(self._guarded, work, request, form, limiter=self._sign_ins)
-
-    async def _form(self, request: Request) -> signin.Form | Response:
-        try:
-            async with asyncio.timeout(FORM_SECONDS):
-                return await _read_form(request)
-        except TimeoutError:
-            answer = self.error(STRANGER, 408, "The form took too long", "Send it again.")
-        except Refused as refused:
-            answer = self.error(STRANGER, refused.status, "The form cannot be read", str(refused))
-        except ClientDisconnect:
-            return Response(status_code=499)  # the sender is gone
-        answer.headers["Connection"] = "close"  # the rest is not read
+    def _unread(self, error: FormError) -> Response:
+        answer = self.error(STRANGER, error.status, error.title, str(error))
+        answer.headers.update({"Connection": "close", "Retry-After": "10"})  # the rest is not read
         return answer
 
-    def _guarded(self, work: Callable[..., Response], *arguments: object) -> Response:
+    def _guarded(self, work: Callable[..., Response], *arguments: Any) -> Response:
         """Do the work for a request, which is among the arguments; answer with a page whatever happens."""
         request = next(each for each in arguments if isinstance(each, Request))
         try:
             return work(*arguments)
-        except NotFound as error:
-            status, title, message = 404, "There is nothing here", str(error)
-        except BadRequest as error:
-            status, title, message = 400, "This address cannot be used", str(error)
-        except Forbidden as error:
-            status, title, message = 403, "This is refused", str(error)
+        except Refusal as error:
+            status, title, message = error.status, error.title, str(error)
         except DatabaseError as error:
             status, title, message = 503, "The database cannot be used", str(error)
         except AudienceSyncError as error:
@@ -262,21 +248,19 @@ def _nothing(_view: View) -> Response:
 
 async def _read_form(request: Request) -> signin.Form:
     """Read a form together with the parameters of its address. Never hold more than MAX_FORM_BYTES in memory."""
-    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != (
-        "application/x-www-form-urlencoded"
-    ):
-        raise Refused(415, "It must be sent as application/x-www-form-urlencoded.")
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != FORM_TYPE:
+        raise FormError(415, f"It must be sent as {FORM_TYPE}.")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_FORM_BYTES:
-            raise Refused(413, f"It is larger than {MAX_FORM_BYTES // 1024} KB.")
+            raise FormError(413, f"It is larger than {MAX_FORM_BYTES // 1024} KB.")
     try:
         fields = parse_qsl(
             body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
         )
     except ValueError as error:
-        raise Refused(400, "It is not valid, or has too many fields.") from error
+        raise FormError(400, "It is not valid, or has too many fields.") from error
     if any("\0" in text for field in fields for text in field):
-        raise Refused(400, "It holds a NUL character.")
+        raise FormError(400, "It holds a NUL character.")
     return signin.Form([*fields, *request.path_params.items()])

@@ -16,16 +16,36 @@ from audience_sync.web.access import Viewer
 PAGE_ROWS = 50  # of a table on a page
 
 
-class NotFound(Exception):  # noqa: N818  (an answer, not an error)
-    """There is nothing at this address. The message says what is missing."""
+class Refusal(Exception):  # noqa: N818  (an answer, not an error)
+    """An answer that is not what was asked for. The message says why, and what to do."""
+
+    status, title = 400, "This address cannot be used"
 
 
-class BadRequest(Exception):  # noqa: N818
+class BadRequest(Refusal):
     """A parameter of the address or form cannot be used. The message says which, and what would be right."""
 
 
-class Forbidden(Exception):  # noqa: N818
-    """The person who asks may not do this. The message says why, and what to do."""
+class NotFound(Refusal):
+    """There is nothing at this address. The message says what is missing."""
+
+    status, title = 404, "There is nothing here"
+
+
+class Forbidden(Refusal):
+    """The person who asks may not do this."""
+
+    status, title = 403, "This is refused"
+
+
+class FormError(Refusal):
+    """A form is not read."""
+
+    title = "The form cannot be read"
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 """Sign-in, sessions and their end, and the limits on guessing."""
 
+import asyncio
 import threading
 
+import httpx
 import pytest
 
 from audience_sync.db import dialects, engines
@@ -386,6 +388,39 @@ def test_a_form_that_does_not_come_is_not_waited_for(olga, monkeypatch):
 
     headers = {"Origin": HERE, "Content-Type": "application/x-www-form-urlencoded"}
     assert olga("POST", "/login", content=slowly(), headers=headers).status_code == 408
+
+
+@SQLITE
+def test_two_passwords_are_hashed_at_a_time_and_a_crowd_is_sent_away(browse, monkeypatch):
+    at_work, most, sent = [], [], site.MAX_SIGN_INS + site.MAX_WAITING + 5
+    enough = threading.Event()
+
+    def slowly(*_):
+        at_work.append(1)
+        most.append(len(at_work))
+        enough.wait(60)
+        at_work.pop()
+        return False
+
+    monkeypatch.setattr(signin, "is_password", slowly)
+    monkeypatch.setattr(signin, "MAX_ATTEMPTS", 1_000)
+    browser = browse(USERS)
+
+    async def crowd():
+        transport = httpx.ASGITransport(browser.asgi)
+        async with httpx.AsyncClient(transport=transport, base_url=HERE, headers={"Origin": HERE}) as client:
+            data = {"name": "olga", "password": "guess"}
+            tasks = [asyncio.ensure_future(client.post("/login", data=data)) for _ in range(sent)]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            page = await client.get("/login")  # is not held up
+            enough.set()
+            return page, [await task for task in tasks]
+
+    page, answers = asyncio.run(crowd())
+    assert page.status_code == 200
+    statuses = [answer.status_code for answer in answers]
+    assert (statuses.count(429), statuses.count(403)) == (5, sent - 5)
+    assert max(most) == 2
 
 
 # Hashes.
