@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.db import dialects, engines, tables
-from audience_sync.history.paging import PAGE
+from audience_sync.history import paging
 
 MOST_READ = 10  # pieces of PAGE users that a page of members may take
 
@@ -109,10 +109,10 @@ def _page_end(connection: sa.Connection, definition_id: int, after: str, prefix:
     heads = []
     for table in (tables.members, tables.past_members):
         is_left = _is_left(table, definition_id, after, prefix)
-        head = sa.select(table.c.user_id).where(*is_left).order_by(table.c.user_id).limit(PAGE)
+        head = sa.select(table.c.user_id).where(*is_left).order_by(table.c.user_id).limit(paging.PAGE)
         heads.append(sa.select(head.subquery()))
     users = sa.union_all(*heads).subquery()
-    query = sa.select(users.c.user_id).order_by(users.c.user_id).offset(PAGE - 1).limit(1)
+    query = sa.select(users.c.user_id).order_by(users.c.user_id).offset(paging.PAGE - 1).limit(1)
     return connection.execute(query).scalar()
 
 

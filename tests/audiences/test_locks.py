@@ -9,6 +9,7 @@ from audience_sync import crash, history
 from audience_sync.audiences import foreign, records
 from audience_sync.clock import SystemClock
 from audience_sync.db import engines
+from audience_sync.history import paging
 from audience_sync.queue.destination import Destination
 from audience_sync.retention import erasure
 from audience_sync.userpilot.answers import Answer, Outcome
@@ -111,7 +112,7 @@ def test_pages_show_the_same_as_one_answer(world, monkeypatch, size):
     for users in ("abcde", "acx", "abcdefg"):
         world.people(*users)
         world.sync(world.audience())
-    monkeypatch.setattr(history, "PAGE", size)
+    monkeypatch.setattr(paging, "PAGE", size)
     for rows, id_name in ((history.run_rows, "run_id"), (history.delivery_rows, "delivery_id")):
         with engines.read(world.engine) as connection:
             whole = rows(connection)
@@ -124,7 +125,7 @@ def test_members_are_read_in_pages_now_and_at_each_past_time(world, monkeypatch,
     for values in snapshots:
         world.people(*values.items())
         moments.append(world.sync(world.trait()).as_of)
-    monkeypatch.setattr(history, "PAGE", size)
+    monkeypatch.setattr(paging, "PAGE", size)
 
     def members(at=None):
         return [(user, float(value)) for user, value in history.member_rows(world.engine, 1, at)]
@@ -135,7 +136,7 @@ def test_members_are_read_in_pages_now_and_at_each_past_time(world, monkeypatch,
 
 
 def test_the_pages_of_members_belong_to_one_run_even_if_another_is_committed_meanwhile(world, monkeypatch):
-    monkeypatch.setattr(history, "PAGE", 2)
+    monkeypatch.setattr(paging, "PAGE", 2)
     world.people(("a", 1), ("b", 2), ("c", 3), ("d", 4), ("e", 5))
     world.sync(world.trait())
     members = history.member_rows(world.engine, 1, None)
