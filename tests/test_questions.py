@@ -208,6 +208,7 @@ QUESTIONS = {
         )
         for filters in ({"status": "ignored"}, {"user_id": "u7", "event": "Seen"}, {"event": "Seen"})
     },
+    "deliveries of a request": lambda connection, _: history.deliveries_of_request(connection, 7, None, 20),
     "requests": lambda connection, _: history.find_requests(connection, outcome="refused", limit=20),
     "forget": lambda connection, _: erasure.forget(connection, "u7", LATER),
     **{

@@ -29,6 +29,7 @@ KNOWN = (
     "0011",
     "0012",
     "0013",
+    "0014",
 )
 HEAD = KNOWN[-1]
 VERSION_TABLE = "audience_sync_version"

@@ -176,7 +176,7 @@ calls = sa.Table(
     sa.CheckConstraint("status IN ('accepted', 'ignored')", name="status"),
     sa.CheckConstraint("status <> 'ignored' OR reason IS NOT NULL", name="reason"),
     _partial_index("ix_calls_ignored", IGNORED, "call_id"),
-    _partial_index("ix_calls_user_id", sa.text("user_id IS NOT NULL"), "user_id"),
+    _partial_index("ix_calls_user_id", sa.text("user_id IS NOT NULL"), "user_id", "call_id"),
     _partial_index("ix_calls_anonymous_id", sa.text("anonymous_id IS NOT NULL"), "anonymous_id"),
     sqlite_autoincrement=True,
 )
@@ -228,7 +228,10 @@ deliveries = sa.Table(
     _partial_index("ix_deliveries_call_id", sa.text("call_id IS NOT NULL"), "call_id"),
     sa.Index("ix_deliveries_subject_id", "subject_id", "delivery_id"),
     sa.Index("ix_deliveries_status", "status", "delivery_id"),
-    _partial_index("ix_deliveries_run_id", sa.text("run_id IS NOT NULL"), "run_id", "status"),
+    _partial_index("ix_deliveries_run_id", sa.text("run_id IS NOT NULL"), "run_id", "status", "delivery_id"),
+    _partial_index(
+        "ix_deliveries_request_id", sa.text("request_id IS NOT NULL"), "request_id", "delivery_id"
+    ),
     sqlite_autoincrement=True,
 )
 
