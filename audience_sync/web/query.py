@@ -43,6 +43,7 @@ def query_page(view: View) -> Response:
     answer = None
     if text is not None:
         answer = _read(view, text, source, kind, name or "My " + kind.value)
+    is_checked_only = view.text("check") is not None  # the page then takes the answer alone
     return view.html(
         "query.html",
         text=text or "",
@@ -52,8 +53,8 @@ def query_page(view: View) -> Response:
         answer=answer,
         settings=view.app.settings,
         quoted=layout.quoted,
-        event_names=history.event_names(view.connection),
-        trait_names=history.trait_names(view.connection),
+        event_names=[] if is_checked_only else history.event_names(view.connection),
+        trait_names=[] if is_checked_only else history.trait_names(view.connection),
     )
 
 
