@@ -20,18 +20,12 @@ def delivery_rows(
     connection: sa.Connection,
     *,
     status: str | None = None,
-    key: str | None = None,
-    action: str | None = None,
-    error: str | None = None,
     user_id: str | None = None,
     ids: Collection[int] | None = None,
     before: int | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Deliveries, newest first, each with the answer to the last request that carried it.
-
-    `key` is that of the definition that made them; `error` is a part of their error, in any case.
-    """
+    """Deliveries, newest first, each with the answer to the last request that carried it."""
     query = (
         sa.select(tables.deliveries, tables.requests.c.status_code, tables.requests.c.x_request_id)
         .join(tables.requests, tables.requests.c.request_id == tables.deliveries.c.request_id, isouter=True)
@@ -41,13 +35,6 @@ def delivery_rows(
     query = older(query, tables.deliveries.c.delivery_id, before)
     if status is not None:
         query = query.where(tables.deliveries.c.status == status)
-    if key is not None:
-        of_key = sa.select(tables.definitions.c.definition_id).where(tables.definitions.c.key == key)
-        query = query.where(tables.deliveries.c.definition_id == of_key.scalar_subquery())
-    if action is not None:
-        query = query.where(tables.deliveries.c.action == action)
-    if error is not None:
-        query = query.where(tables.deliveries.c.error.icontains(error, autoescape=True))
     if user_id is not None:
         query = query.where(
             tables.deliveries.c.subject_id == user_id, tables.deliveries.c.action != "company"

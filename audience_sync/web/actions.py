@@ -6,7 +6,6 @@ refused or fails.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -26,12 +25,8 @@ from audience_sync.web.view import PAGE_ROWS, BadRequest, Forbidden, View, row_i
 
 CHUNK = 1_000  # deliveries that a transaction decides about
 MAX_TARGET = 300  # characters of a target, and of a filter in it
-FILTER = {
-    "key": "key",
-    "action": "action",
-    "error": "error",
-    "user": "user_id",
-}  # fields, and what `history` calls them
+# Fields of a filter, and what `history` calls them.
+FILTER = {"key": "key", "action": "action", "error": "error", "user": "user_id", "run": "run_id"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +136,18 @@ def _chosen(app: App, form: Form) -> Iterator[list[int]]:
         return
     if form["all"] != "dead":
         raise BadRequest("all must be dead.")
-    rows = partial(history.delivery_rows, status="dead", limit=CHUNK)
-    filters = {FILTER[name]: value for name, value in _filter(form).items()}
+    filters: dict[str, Any] = {FILTER[name]: value for name, value in _filter(form).items()}
+    if "run_id" in filters:
+        filters["run_id"] = row_id("The run", filters["run_id"])
     before: int | None = None
     while not app.stop.is_set():
         with engines.read(app.engine) as connection:
-            ids = [row["delivery_id"] for row in rows(connection, before=before, **filters)]
-        if not ids:
+            hits = history.find_deliveries(connection, status="dead", before=before, limit=CHUNK, **filters)
+        if hits.ids:
+            yield hits.ids
+        if hits.older is None:
             return
-        yield ids
-        before = ids[-1]
+        before = hits.older
 
 
 def _filter(form: Form) -> dict[str, Any]:

@@ -161,6 +161,9 @@ def test_chosen_deliveries_are_retried_and_discarded(olga):
         ({"user": "user1"}, {1}),
         ({"user": "user4"}, set()),
         ({"user": "user5", "error": "400", "action": "identify"}, {5}),
+        ({"run": "1"}, {1, 2, 3, 4}),
+        ({"run": "1", "user": "user2"}, {2}),
+        ({"run": "2"}, set()),
     ],
 )
 @pytest.mark.parametrize("verb", ["retry", "discard"])
@@ -196,6 +199,7 @@ def test_all_dead_deliveries_that_a_filter_matches(olga, monkeypatch, verb, fiel
         ({"id": "x"}, "A delivery must be a whole number, not 'x'"),
         ({"id": ["1", "9" * 19]}, f"A delivery must be a whole number, not '{'9' * 19}'"),
         ({"all": "accepted"}, "all must be dead."),
+        ({"all": "dead", "run": "x"}, "The run must be a whole number, not 'x'"),
     ],
 )
 def test_a_choice_that_means_nothing_changes_nothing(olga, verb, fields, result):
