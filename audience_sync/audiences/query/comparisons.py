@@ -167,9 +167,9 @@ class Scope(ABC):
             case Comparator.EXISTS:
                 return left.exists
             case Comparator.EQUALS | Comparator.ONE_OF:
-                return any_argument(self._equal)
+                return self._equals_any(left, compared.arguments)
             case Comparator.DIFFERS | Comparator.NONE_OF:
-                return sa.and_(left.exists, _negated(any_argument(self._equal)))
+                return sa.and_(left.exists, _negated(self._equals_any(left, compared.arguments)))
             case Comparator.CONTAINS:
                 return any_argument(partial(_of_texts, self.db.contains))
             case Comparator.OMITS:
@@ -183,6 +183,32 @@ class Scope(ABC):
             case Comparator.AFTER_DATE:
                 return any_argument(partial(self._ordered_moments, operator.gt))
         return any_argument(partial(self._ordered, ORDERS[comparator]))
+
+    def _equals_any(self, left: SqlValue, arguments: Iterable[tree.Scalar]) -> Expression:
+        """Return whether the left side equals one of the arguments. Literals are one list, which a database hashes."""
+        tests, literals = [], list[SqlValue]()
+        for argument in arguments:
+            items, right = self.value(argument)
+            if right.constant is None:
+                tests.append(_with_items(items, self._equal(left, right)))
+            else:
+                literals.append(right)
+        numbers = [each for each in literals if each.number is not None]
+        names = [  # a boolean equals its name
+            str(each.constant).lower() if isinstance(each.constant, bool) else each.constant
+            for each in literals
+            if each.number is None
+        ]
+        booleans = [
+            sa.true() if name == "true" else sa.false() for name in names if name in {"true", "false"}
+        ]
+        if left.number is not None and numbers:
+            tests.append(_is_in(self._numbers(left, numbers[0])[0], [each.number for each in numbers]))
+        if left.text is not None and names:
+            tests.append(_is_in(left.text, [sa.literal(name, sa.Text) for name in names]))
+        if left.boolean is not None and booleans:
+            tests.append(_is_in(left.boolean, booleans))
+        return tests[0] if len(tests) == 1 else any_of(tests)
 
     def _equal(self, left: SqlValue, right: SqlValue) -> Expression:
         tests = []
@@ -266,6 +292,11 @@ def chain(tables: list[sa.FromClause]) -> sa.FromClause:
     return first
 
 
+def _is_in(value: Any, literals: list[Any]) -> Expression:
+    is_in: Expression = value == literals[0] if len(literals) == 1 else value.in_(literals)
+    return is_in
+
+
 def _of_texts(
     test: Callable[[Expression, Expression], Expression], left: SqlValue, right: SqlValue
 ) -> Expression:
@@ -279,9 +310,4 @@ def _starts_with(text: Expression, part: Expression) -> Expression:
 def _is_named(boolean: SqlValue, text: SqlValue) -> Expression:
     """Return whether a boolean's name is the text."""
     assert boolean.boolean is not None and text.text is not None  # noqa: S101, PT018
-    if isinstance(boolean.constant, bool):
-        return text.text == str(boolean.constant).lower()
-    if isinstance(text.constant, str):
-        constant = {"true": sa.true(), "false": sa.false()}.get(text.constant)
-        return sa.false() if constant is None else boolean.boolean == constant
     return text.text == sa.case((boolean.boolean, "true"), (~boolean.boolean, "false"))
