@@ -26,7 +26,9 @@ def _laid_out(query: tree.Query, indent: int) -> str:
             parts = [_operand(query, operand, indent) for operand in operands]
             return f"\n{' ' * indent}{word} ".join(parts)
         case tree.Negation(operand):
-            return f"NOT {_in_parentheses(operand, indent)}"
+            if _needs_parentheses(query, operand):
+                return f"NOT {_in_parentheses(operand, indent)}"
+            return f"NOT {_laid_out(operand, indent)}"  # parentheses would be another level
         case tree.Compared(tree.Reduction() as left):
             return _laid_out(left, indent) + line[len(_line(left)) :]
         case tree.Reduction(stream):

@@ -1,9 +1,14 @@
-"""The query language's texts: what parses, what the errors say and where they point."""
+"""The query language's texts: what parses, what the errors say and where they point.
 
+QUERY_EXAMPLES=1000000 tries a million texts.
+"""
+
+import os
 import re
+from random import Random
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audience_sync.audiences.query import tree
@@ -165,7 +170,14 @@ def test_every_prefix_is_an_error_at_its_end(text):
         assert position is None or position >= last_token, (prefix, position)
 
 
-@pytest.mark.parametrize("text", VALID)
+@pytest.mark.parametrize(
+    "text",
+    [
+        *VALID,
+        "NOT " * 63 + "trait('a') = 1",
+        "event('A').where(NOT " * 31 + "trait('a') = 1" + ").count() = 1" * 31,
+    ],
+)
 def test_the_layout_of_a_query_parses_to_the_same_tree(text):
     query = parse_query(text)
     assert parse_query(query_text(query)) == query
@@ -187,16 +199,69 @@ WORDS = [
 ]
 
 
-@given(st.lists(st.sampled_from(WORDS), max_size=60).map("".join) | st.text(max_size=60))
-@example("'\\")
-@example("trait('a') = -")
-def test_every_text_parses_or_raises_a_query_error(text):
+DEEP = [
+    "(",
+    "NOT ",
+    "event('A').where(",
+    "trait('a').one_of(",
+    "{",
+    "'",
+    "\\",
+    "trait('a') = 1 AND (",
+    ".count()",
+    "# ",
+]
+
+
+def fuzzed(random):
+    """A text of random words or bytes, deeply nested, or a valid query with mistakes in it."""
+    kind = random.randrange(8)
+    if kind == 0:
+        return "".join(random.choices(WORDS, k=random.randrange(40)))
+    if kind == 1:
+        return random.randbytes(random.randrange(60)).decode(
+            random.choice(["latin-1", "utf-8"]), "surrogateescape"
+        )
+    if kind == 2:
+        opening = "".join(random.choices(DEEP, k=random.randrange(1, 3))) * random.choice(
+            [1, 5, 63, 64, 65, 900]
+        )
+        return opening + random.choice(
+            ["", "trait('a') = 1", "trait('a').exists()" + ")" * opening.count("(")]
+        )
+    text = random.choice(VALID)
+    for _ in range(random.randrange(1, 4)):
+        start, end = sorted(random.choices(range(len(text) + 1), k=2))
+        put = random.choice(
+            ["", *random.choices(WORDS, k=3), text[start:end] * 2, chr(random.randrange(0x500))]
+        )
+        text = text[:start] + put + text[random.choice([start, start + 1, end]) :]
+    return text
+
+
+def check_text(text):
     position = error_position(text)
     if position is None:
         query = parse_query(text)
-        assert parse_query(query_text(query)) == query
+        assert parse_query(query_text(query)) == query, text
     else:
-        assert 0 <= position <= len(text)
+        assert 0 <= position <= len(text), text
+
+
+@given(st.integers(0, 2**64))
+@settings(max_examples=max(1, int(os.environ.get("QUERY_EXAMPLES", "400")) // 20))
+def test_every_text_parses_or_raises_a_query_error(seed):
+    random = Random(seed)
+    for _ in range(20):
+        check_text(fuzzed(random))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["'\\", "trait('a') = -", "", "\n" * 20_001, "(" * 20_000, "trait('a').one_of(" + "1," * 1_000 + "1)"],
+)
+def test_an_odd_text_parses_or_raises_a_query_error(text):
+    check_text(text)
 
 
 @pytest.mark.parametrize("text", ["trait('a\0b') = 1", "trait('a') = '\udcff'"])
