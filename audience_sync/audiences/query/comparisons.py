@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any, assert_never
 
 import sqlalchemy as sa
+from sqlalchemy.sql import operators as sql_operators
 
 from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog
 from audience_sync.audiences.query.dialect import Expression
 from audience_sync.audiences.query.moments import moved, parse_moment
-from audience_sync.audiences.query.tree import Comparator, Reducer
+from audience_sync.audiences.query.tree import Comparator
 
 KINDS = ("number", "text", "boolean")  # of scalars, in the order in which values of several kinds are sorted
 ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
@@ -26,6 +27,8 @@ ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
     Comparator.LESS_THAN: operator.lt,
     Comparator.AT_MOST: operator.le,
 }
+NUMBER_TESTS = {**ORDERS, Comparator.EQUALS: operator.eq, Comparator.DIFFERS: operator.ne}
+_NULL_TESTS = {sql_operators.is_, sql_operators.is_not}
 _DAY = dt.timedelta(days=1)
 _MOST_IN_A_ROW = 50
 
@@ -57,35 +60,12 @@ def by_kind(columns: Any) -> dict[str, Any]:
 
 
 def _negated(condition: Expression) -> Expression:
-    if isinstance(condition, sa.Exists):
-        return ~condition
-    return sa.not_(sa.func.coalesce(condition, sa.false()))
+    is_never_null = isinstance(condition, sa.Exists) or getattr(condition, "operator", None) in _NULL_TESTS
+    return ~condition if is_never_null else sa.not_(sa.func.coalesce(condition, sa.false()))
 
 
 def any_of(conditions: Iterable[Expression]) -> Expression:
     return sa.or_(sa.false(), *conditions)
-
-
-_OPPOSITES = {
-    Comparator.EQUALS: Comparator.DIFFERS,
-    Comparator.DIFFERS: Comparator.EQUALS,
-    Comparator.AT_LEAST: Comparator.LESS_THAN,
-    Comparator.LESS_THAN: Comparator.AT_LEAST,
-    Comparator.GREATER_THAN: Comparator.AT_MOST,
-    Comparator.AT_MOST: Comparator.GREATER_THAN,
-}
-
-
-def _opposite(condition: tree.Condition) -> tree.Compared | None:
-    """Return the opposite of a comparison of a count with a number, which is faster than NOT; else None."""
-    match condition:
-        case tree.Compared(
-            tree.Reduction(reducer=Reducer.COUNT | Reducer.COUNT_UNIQUE) as left,
-            comparator,
-            (tree.Constant(int() | float(), is_boolean=False) as number,),
-        ) if comparator in _OPPOSITES:
-            return tree.Compared(left, _OPPOSITES[comparator], (number,))
-    return None
 
 
 class Scope(ABC):
@@ -101,8 +81,7 @@ class Scope(ABC):
             case tree.Disjunction(operands):
                 return sa.or_(*map(self.condition, operands))
             case tree.Negation(operand):
-                opposite = _opposite(operand)
-                return _negated(self.condition(operand)) if opposite is None else self.compared(opposite)
+                return _negated(self.condition(operand))
             case tree.Compared():
                 return self.compared(condition)
             case _:

@@ -8,7 +8,6 @@ what differs between databases is in on_sqlite.py and on_postgresql.py.
 
 import datetime as dt
 import itertools
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -20,7 +19,7 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog, ReadTable, sql_text
 from audience_sync.audiences.query.comparisons import (
     ABSENT,
-    ORDERS,
+    NUMBER_TESTS,
     Scope,
     SqlValue,
     any_of,
@@ -33,7 +32,6 @@ from audience_sync.audiences.query.tree import ANY_ITEM, Comparator, Reducer
 from audience_sync.audiences.schedule import load_zone
 from audience_sync.errors import ConfigError
 
-_NUMBER_TESTS = {**ORDERS, Comparator.EQUALS: operator.eq, Comparator.DIFFERS: operator.ne}
 _DOCUMENT_KINDS = {"document", "json", "jsonb"}
 _TEXT_KINDS = {"integer", "number", "real", "any"}  # whose text may have more digits than a double
 
@@ -212,8 +210,8 @@ class Users(Scope):
         if left.reducer not in COUNTS:
             return comparator in {Comparator.ABSENT, Comparator.OMITS}
         match compared.arguments:
-            case (tree.Constant(int() | float() as number, is_boolean=False),) if comparator in _NUMBER_TESTS:
-                return bool(_NUMBER_TESTS[comparator](0, number))
+            case (tree.Constant(int() | float() as number, is_boolean=False),) if comparator in NUMBER_TESTS:
+                return bool(NUMBER_TESTS[comparator](0, number))
         return True
 
     # Scalars.

@@ -1,5 +1,6 @@
 """Rows of a stream: which rows belong to it, their values, and what they are reduced to."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import ReadTable
 from audience_sync.audiences.query.comparisons import (
     ABSENT,
+    NUMBER_TESTS,
     Scope,
     SqlValue,
     any_of,
@@ -17,7 +19,7 @@ from audience_sync.audiences.query.comparisons import (
 )
 from audience_sync.audiences.query.dialect import Dialect, Expression
 from audience_sync.audiences.query.moments import moved
-from audience_sync.audiences.query.tree import Comparator, Reducer
+from audience_sync.audiences.query.tree import Reducer
 from audience_sync.errors import ConfigError
 from audience_sync.suggest import did_you_mean
 
@@ -25,13 +27,6 @@ if TYPE_CHECKING:
     from audience_sync.audiences.query.compiler import Users
 
 COUNTS = {Reducer.COUNT, Reducer.COUNT_UNIQUE}
-_ASKS_WHETHER_ANY: dict[tuple[Comparator, Any], bool] = {
-    (Comparator.AT_LEAST, 1): True,
-    (Comparator.GREATER_THAN, 0): True,
-    (Comparator.LESS_THAN, 1): False,
-    (Comparator.EQUALS, 0): False,
-    (Comparator.AT_MOST, 0): False,
-}
 
 
 class Row(Scope):
@@ -167,8 +162,14 @@ def _is_nested(
 def asks_whether_any(compared: tree.Compared) -> bool | None:
     """Return True if a comparison asks whether there are rows, False if it asks whether there are none, else None."""
     match compared.left, compared.arguments:
-        case tree.Reduction(reducer=Reducer.COUNT), (tree.Constant(value, is_boolean=False),):
-            return _ASKS_WHETHER_ANY.get((compared.comparator, value))
+        case (
+            tree.Reduction(reducer=Reducer.COUNT),
+            (tree.Constant(int() | float() as number, is_boolean=False),),
+        ) if compared.comparator in NUMBER_TESTS:
+            none, one, most = (
+                bool(NUMBER_TESTS[compared.comparator](count, number)) for count in (0, 1, math.inf)
+            )
+            return one if none != one == most else None
     return None
 
 

@@ -37,11 +37,16 @@ EVENTS = [
     ("cy", "Added to Cart", ago(3), {"sku": "a"}),
     ("cy", "Order Completed", ago(2, hours=12), {"total": 5}),
     ("dee", "Page", ago(1), {"path": "/a%b_c"}),
+    ("dee", "Paid", ago(1), {"euros": 0.1}),
+    ("dee", "Paid", ago(1), {"euros": 0.2}),
 ]
 AUDIENCES = {
     "event('Order Completed').count() >= 1": "ann bob cy",
     "event('Order Completed').count() = 0": "dee",
+    "event('Order Completed').count() != 0": "ann bob cy",
     "NOT (event('Order Completed').count() >= 1)": "dee",
+    "NOT (event('Order Completed').count() >= 2)": "bob dee",
+    "NOT (event('Order Completed').count() != 1)": "bob",
     "event('Order Completed').within(7 days).count() >= 1": "ann cy",
     "event('Order Completed').between(7 days, 30 days).count() >= 1": "ann cy",
     "event('Order Completed').between(7 days, 30 days).count() = 2": "cy",
@@ -55,6 +60,7 @@ AUDIENCES = {
     "event('Order Completed').sum(property('total')) > 150": "ann bob",
     "event('Order Completed').sum(property('total')) = 150.5": "ann",
     "event('Order Completed').avg(property('total')).at_most(3)": "cy",
+    "event('Paid').sum(property('euros')) = 0.3": "dee",
     "event('Order Completed').min(property('total')) < 31": "ann cy",
     "event('Order Completed').max(property('total') as string) = '99'": "cy",
     "event('Order Completed').first(property('coupon')) = 'X'": "ann",
@@ -62,6 +68,8 @@ AUDIENCES = {
     "event('Order Completed').unique(property('products.$.sku')).count() = 2": "ann",
     "event('Order Completed').mode(property('products.$.sku')) = 'a'": "ann",
     "event('Order Completed').mode(property('products.$.sku'), 3).exists()": "",
+    "event('Order Completed').mode(property('total')) = 1": "cy",
+    "event('Order Completed').mode(property('coupon')) = 'X'": "ann",
     "event('Order Completed').count() > event('Added to Cart').count()": "ann cy",
     "event('Added to Cart').where(NOT (event('Order Completed').within(parent: 1 day).count() >= 1))"
     ".within(7 days).count() >= 1": "bob",
@@ -113,6 +121,7 @@ AUDIENCES = {
 }  # fmt: skip
 VALUES = {
     "event('Order Completed').sum(property('total'))": {"ann": 150.5, "bob": 500, "cy": 6},
+    "event('Paid').sum(property('euros'))": {"dee": 0.3},
     "event('Order Completed').avg(property('total'))": {"ann": 75.25, "bob": 500, "cy": 3},
     "event('Order Completed').count()": {"ann": 2, "bob": 1, "cy": 3},
     "event('Order Completed').unique(property('products.$.sku')).count()": {"ann": 2},
