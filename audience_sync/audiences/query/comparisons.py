@@ -16,7 +16,7 @@ from sqlalchemy.sql import operators as sql_operators
 
 from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.catalog import Catalog
-from audience_sync.audiences.query.dialect import Expression
+from audience_sync.audiences.query.dialect import Expression, JsonValue, is_one_of
 from audience_sync.audiences.query.moments import moved, parse_moment
 from audience_sync.audiences.query.tree import Comparator
 
@@ -43,6 +43,7 @@ class SqlValue:
     boolean: Expression | None = None
     moment: Expression | None = None  # of a column; the moment of a text is derived from it
     constant: str | float | bool | None = None
+    document: JsonValue | None = None
     is_rounded: bool = False  # a sum or an average, which is compared at 15 digits
 
     def kinds(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class Scope(ABC):
                 literals.append(right)
         numbers = [each for each in literals if each.number is not None]
         names = [  # a boolean equals its name
-            str(each.constant).lower() if isinstance(each.constant, bool) else each.constant
+            str(each.constant).lower() if isinstance(each.constant, bool) else str(each.constant)
             for each in literals
             if each.number is None
         ]
@@ -182,11 +183,11 @@ class Scope(ABC):
             sa.true() if name == "true" else sa.false() for name in names if name in {"true", "false"}
         ]
         if left.number is not None and numbers:
-            tests.append(_is_in(self._numbers(left, numbers[0])[0], [each.number for each in numbers]))
+            tests.append(is_one_of(self._numbers(left, numbers[0])[0], [each.number for each in numbers]))
         if left.text is not None and names:
-            tests.append(_is_in(left.text, [sa.literal(name, sa.Text) for name in names]))
+            tests.append(left.document.is_text(names) if left.document else is_one_of(left.text, names))
         if left.boolean is not None and booleans:
-            tests.append(_is_in(left.boolean, booleans))
+            tests.append(is_one_of(left.boolean, booleans))
         return tests[0] if len(tests) == 1 else any_of(tests)
 
     def _equal(self, left: SqlValue, right: SqlValue) -> Expression:
@@ -269,11 +270,6 @@ def chain(tables: list[sa.FromClause]) -> sa.FromClause:
     for table in rest:
         first = first.join(table, sa.true())
     return first
-
-
-def _is_in(value: Any, literals: list[Any]) -> Expression:
-    is_in: Expression = value == literals[0] if len(literals) == 1 else value.in_(literals)
-    return is_in
 
 
 def _of_texts(

@@ -96,6 +96,8 @@ class Users(Scope):
         self._joined: dict[Any, _Joined] = {}  # by reduction, by table name, by ("definition", key)
         self._read: dict[Any, ReadTable] = {}  # by place: mapped tables that the query names
         self._names = names or itertools.count(1)  # one series for a statement
+        self._users_name = self.name() if parents else "users"
+        self._user_id: Expression | None = None  # of the users whom an audience is about
 
     def name(self) -> str:
         return f"q{next(self._names)}"
@@ -115,8 +117,10 @@ class Users(Scope):
     # What is selected.
 
     def audience(self, condition: tree.Condition) -> sa.Select[Any]:
+        drivers = self._drivers(condition)
+        self._user_id = self._driving_user_id(drivers)
         where = self.condition(condition)
-        from_, user_id = self._from(self._drivers(condition))
+        from_, user_id = self._from(drivers)
         return sa.select(user_id.label("user_id")).select_from(from_).where(where)
 
     def trait(self, query: tree.Query) -> tuple[sa.Select[Any], str]:
@@ -133,9 +137,9 @@ class Users(Scope):
         if items:
             raise ConfigError("a trait has one value for each user: a path with $ gives several")
         parts = value.kinds()
-        drivers: set[Any] | None = self._drivers(tree.Compared(query, Comparator.EXISTS))
+        drivers: list[Any] | None = self._drivers(tree.Compared(query, Comparator.EXISTS))
         if isinstance(query, tree.Reduction):  # a count of nothing is no value
-            relation, drivers = self._joined[query].from_, {query}
+            relation, drivers = self._joined[query].from_, [query]
             parts = by_kind(relation.c)
             if query.reducer in {Reducer.SUM, Reducer.AVG}:
                 parts["number"] = self.db.at_15_digits(parts["number"])
@@ -143,20 +147,46 @@ class Users(Scope):
         is_there = any_of(part.is_not(None) for part in parts.values())
         return parts, sa.select(user_id.label("user_id")).select_from(from_).where(is_there)
 
-    def _from(self, drivers: set[Any] | None) -> tuple[sa.FromClause, Expression]:
+    def _from(self, drivers: list[Any] | None) -> tuple[sa.FromClause, Expression]:
         """Return the FROM that joins everything to the users of the drivers, or to all users if `drivers` is None."""
         joined = dict(self._joined)
         if drivers is not None and len(drivers) == 1:
-            first = joined.pop(next(iter(drivers)))
+            first = joined.pop(drivers[0])
         else:
             relations = [self._joined[key] for key in drivers] if drivers is not None else self._all_users()
             selects = [sa.select(part.user_id.label("user_id")).select_from(part.from_) for part in relations]
-            users = sa.union(*selects).cte("users")
+            users = sa.union(*selects).cte(self._users_name)
             first = _Joined(users, users.c.user_id)
         from_ = first.from_
         for other in joined.values():
             from_ = from_.outerjoin(other.from_, other.user_id == first.user_id)
         return from_, first.user_id
+
+    def _driving_user_id(self, drivers: list[Any] | None) -> Expression:
+        """Return the id of the users of the drivers, or of all users, as a subquery refers to it."""
+        for driver in drivers or ():
+            self._join(driver)
+        if drivers is None or len(drivers) != 1:
+            return sa.literal_column(f"{self._users_name}.user_id")
+        return self._joined[drivers[0]].user_id
+
+    def _join(self, key: Any) -> None:
+        """Join a reduced stream, a definition or a table of profiles by its key."""
+        if key in self._joined:
+            return
+        match key:
+            case tree.Reduction():
+                select = reduced(Row(self, key.stream, None), key, is_grouped=True)
+                relation = self.relation(select, is_grouped=True)
+                self._joined[key] = _Joined(relation, relation.c.user_id)
+            case ("definition", name):
+                relation = self._definition_relation(name, self.catalog.definitions[name])
+                self._joined[key] = _Joined(relation, relation.c.user_id)
+            case _:
+                self._joined[key] = self._of_table(self._profile_table(key))
+
+    def _profile_table(self, name: str) -> ReadTable:
+        return next(table for table in self.catalog.profile_tables() if table.name == name)
 
     def _all_users(self) -> list[_Joined]:
         """Return the relations of everybody who has a profile, and of everybody in a table that the query names."""
@@ -177,12 +207,11 @@ class Users(Scope):
         text = self.db.text_of(user, kind)
         if not only_user:
             return _Joined(from_, text)
-        users = (
-            sa.select(text.label("user_id")).select_from(from_).where(user.is_not(None)).subquery(self.name())
-        )
+        ids = sa.select(text.label("user_id")).select_from(from_).where(user.is_not(None))
+        users = (ids if table is self.catalog.profiles else ids.distinct()).subquery(self.name())
         return _Joined(users, users.c.user_id)
 
-    def _drivers(self, condition: tree.Condition) -> set[Any] | None:
+    def _drivers(self, condition: tree.Condition) -> list[Any] | None:
         """Return keys of joined relations that contain every user with a true condition; None if unknown."""
         match condition:
             case tree.Conjunction(operands):
@@ -191,16 +220,20 @@ class Users(Scope):
                     sets, key=lambda drivers: (len(drivers), not all(map(_is_stream, drivers))), default=None
                 )
             case tree.Disjunction(operands):
-                either = [self._drivers(operand) for operand in operands]
-                return None if None in either else set().union(*(drivers for drivers in either if drivers))
+                either = dict[Any, None]()
+                for operand in operands:
+                    drivers = self._drivers(operand)
+                    if drivers is None:
+                        return None
+                    either |= dict.fromkeys(drivers)
+                return list(either)
             case tree.Compared(tree.Reduction() as left):
-                return None if self._is_true_without_rows(condition) else {left}
+                return None if self._is_true_without_rows(condition) else [left]
             case tree.Compared(tree.Trait(path), comparator):
                 if comparator in {Comparator.ABSENT, Comparator.OMITS}:
                     return None
                 key = self._trait_key(path)
-                is_audience = isinstance(key, tuple) and not self.catalog.definitions[key[1]].is_trait
-                return None if key is None or is_audience else {key}
+                return None if key is None or self._is_audience(key) else [key]
         return None
 
     def _is_true_without_rows(self, compared: tree.Compared) -> bool:
@@ -223,8 +256,16 @@ class Users(Scope):
         left = compared.left
         if not isinstance(left, tree.Reduction) or left.reducer not in COUNTS:
             return super().compared(compared)
-        self.reduction(left)
         is_there = asks_whether_any(compared)
+        if (
+            self.db.has_semi_joins
+            and is_there is not None
+            and left not in self._joined
+            and self._user_id is not None
+        ):
+            row = Row(self, left.stream, None)
+            return row.exists(is_there, row.user_text == self._user_id)
+        self._join(left)
         if is_there is not None:
             user_id = self._joined[left].user_id
             return user_id.is_not(None) if is_there else user_id.is_(None)
@@ -234,12 +275,8 @@ class Users(Scope):
         return self._test(compared, SqlValue(number.is_not(None), number=number))
 
     def reduction(self, reduction: tree.Reduction) -> SqlValue:
-        if reduction not in self._joined:
-            select = reduced(Row(self, reduction.stream, None), reduction, is_grouped=True)
-            relation = self.relation(select, is_grouped=True)
-            self._joined[reduction] = _Joined(relation, relation.c.user_id)
-        relation = self._joined[reduction].from_
-        return of_reduction(reduction, by_kind(relation.c))
+        self._join(reduction)
+        return of_reduction(reduction, by_kind(self._joined[reduction].from_.c))
 
     def _trait_key(self, path: tree.ValuePath) -> Any:
         """Return where a trait is read from: ("definition", key), a table's name, or None if nobody has it."""
@@ -251,24 +288,24 @@ class Users(Scope):
                 return table.name
         return None
 
+    def _is_audience(self, key: Any) -> bool:
+        """Return whether the key of a trait is that of an audience, which has a value for every user."""
+        return isinstance(key, tuple) and not self.catalog.definitions[key[1]].is_trait
+
     def trait_value(self, path: tree.ValuePath) -> tuple[list[sa.FromClause], SqlValue]:
         key = self._trait_key(path)
         if key is None:
             return [], ABSENT
         if isinstance(key, tuple):
             return [], self._definition_value(key)
-        table = next(table for table in self.catalog.profile_tables() if table.name == key)
-        if key not in self._joined:
-            self._joined[key] = self._of_table(table)
+        self._join(key)
+        table = self._profile_table(key)
         return self.value_in(table, self._joined[key].from_, table.properties, path)
 
     def _definition_value(self, key: tuple[str, str]) -> SqlValue:
-        definition = self.catalog.definitions[key[1]]
-        if key not in self._joined:
-            relation = self._definition_relation(key[1], definition)
-            self._joined[key] = _Joined(relation, relation.c.user_id)
+        self._join(key)
         relation = self._joined[key].from_
-        if not definition.is_trait:
+        if self._is_audience(key):
             return SqlValue(sa.true(), boolean=relation.c.user_id.is_not(None))
         return _value_of(by_kind(relation.c))
 
@@ -325,7 +362,7 @@ class Users(Scope):
             return of_row.limit(1).scalar_subquery()
 
         parts: dict[str, Any] = {kind: of_user(part) for kind, part in value.kinds().items()}
-        if isinstance(self._trait_key(path), tuple) and set(parts) == {"boolean"}:
+        if self._is_audience(self._trait_key(path)):
             parts["boolean"] = sa.func.coalesce(parts["boolean"], sa.false())
         return [], _value_of(parts)
 
@@ -351,7 +388,7 @@ class Users(Scope):
                 items.append(table)
             else:
                 value = value.at(step)
-        return items, SqlValue(value.exists, value.number, value.text, value.boolean)
+        return items, SqlValue(value.exists, value.number, value.text, value.boolean, document=value)
 
     def _value_of_column(self, column: Expression, kind: str) -> SqlValue:
         exists = column.is_not(None)

@@ -5,7 +5,7 @@ on_sqlite.py and on_postgresql.py implement them.
 
 import datetime as dt
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import sqlalchemy as sa
@@ -42,6 +42,11 @@ def described_columns(connection: sa.Connection, sql: str) -> list[tuple[str, An
     return columns
 
 
+def is_one_of(value: Any, literals: Sequence[Any]) -> Expression:
+    found: Expression = value == literals[0] if len(literals) == 1 else value.in_(literals)
+    return found
+
+
 class JsonValue(ABC):
     """A value in a JSON document: for each kind, an expression that is null for a value of another kind."""
 
@@ -69,16 +74,22 @@ class JsonValue(ABC):
     @abstractmethod
     def boolean(self) -> Expression: ...
 
+    def is_text(self, texts: Sequence[str]) -> Expression:
+        """Return whether this is one of these strings."""
+        return is_one_of(self.text, texts)
+
 
 class Dialect(ABC):
     """The expressions that differ between databases.
 
+    `has_semi_joins`: EXISTS is joined set by set, not looked up for each user, and so needs no grouped rows.
     `value_types` has the kinds of traits whose column does not show their type, with the type to convert to.
     """
 
     sqlalchemy: ClassVar[sa.Dialect]
     moment_kinds: ClassVar[frozenset[str]]
     value_types: ClassVar[Mapping[str, str]] = {}
+    has_semi_joins: ClassVar[bool] = False
 
     @abstractmethod
     def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:

@@ -4,7 +4,8 @@ A moment is a `timestamp` in UTC.
 """
 
 import datetime as dt
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from audience_sync.audiences.query.dialect import (
     JsonValue,
     described_columns,
     execute,
+    is_one_of,
 )
 from audience_sync.audiences.query.moments import moment_text
 from audience_sync.audiences.values import MAX_NUMBER_LENGTH, NUMBER
@@ -103,6 +105,15 @@ class PostgresqlJson(JsonValue):
     def text(self) -> Expression:
         return sa.case((self._kind == "string", self._scalar))
 
+    def is_text(self, texts: Sequence[str]) -> Expression:
+        """Compare jsonb as it is: half the time of a check of its kind and a comparison of its text."""
+        if not self.is_binary:
+            return is_one_of(self.text, texts)
+        literals = [json.dumps(text, ensure_ascii=False) for text in texts]
+        return is_one_of(
+            self.document, [sa.cast(sa.literal(each, sa.Text), postgresql.JSONB) for each in literals]
+        )
+
     @property
     def boolean(self) -> Expression:
         return sa.case((self._kind == "boolean", sa.cast(self._scalar, sa.Boolean)))
@@ -117,6 +128,7 @@ _TYPE_NAMES = sa.text(
 class OnPostgresql(Dialect):
     sqlalchemy = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
     moment_kinds = frozenset({"date", "timestamp", "timestamptz"})
+    has_semi_joins = True
 
     def json_of_column(self, column: Expression, kind: str) -> PostgresqlJson:
         if kind == "jsonb":

@@ -143,8 +143,12 @@ class Row(Scope):
         if is_there is None:
             return super().compared(compared)
         assert isinstance(compared.left, tree.Reduction)  # noqa: S101
-        row = Row(self.users, compared.left.stream, self)
-        exists = sa.exists(sa.select(sa.literal_column("1")).select_from(row.from_).where(*row.conditions))
+        return Row(self.users, compared.left.stream, self).exists(is_there)
+
+    def exists(self, is_there: bool, *conditions: Expression) -> Expression:
+        """Return whether there are such rows or, if `is_there` is false, none."""
+        rows: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(self.from_)
+        exists = sa.exists(rows.where(*self.conditions, *conditions))
         return exists if is_there else ~exists
 
 

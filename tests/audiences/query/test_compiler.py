@@ -178,6 +178,13 @@ def conditions(depth=0):
     )
 
 
+def names_no_definition(query):
+    return not any(
+        isinstance(scalar, tree.Trait) and scalar.path.steps in {("0",), ("%",)}
+        for scalar in tree.scalars(query)
+    )
+
+
 @given(data=st.data())
 @settings(
     max_examples=int(os.environ.get("QUERY_EXAMPLES", "60")),
@@ -191,7 +198,12 @@ def conditions(depth=0):
 def test_a_random_query_gives_what_the_reference_says(engine, data):
     traits = {user: data.draw(DOCUMENTS) for user in USERS}
     rows = [reference.Row(*row[:3], number, *row[3:]) for number, row in enumerate(data.draw(ROWS), 1)]
-    world = reference.World(NOW, traits, rows)
+    definitions = {
+        "0": (data.draw(conditions().filter(names_no_definition)), False),
+        "%": (data.draw((conditions() | reductions()).filter(names_no_definition)), True),
+    }
+    definitions = data.draw(st.sampled_from([{}, {}, definitions]))
+    world = reference.World(NOW, traits, rows, definitions)
     is_trait = data.draw(st.booleans())
     query = data.draw(
         conditions() | reductions() | st.builds(tree.Trait, SINGLE_PATHS) if is_trait else conditions()
@@ -201,7 +213,7 @@ def test_a_random_query_gives_what_the_reference_says(engine, data):
     with engine.connect() as connection:
         write(connection, traits, rows)
         try:
-            actual = computed(connection, query, catalog_of(engine), NOW, is_trait=is_trait)
+            actual = computed(connection, query, catalog_of(engine, definitions), NOW, is_trait=is_trait)
         except sa.exc.OperationalError as error:  # SQLite before 3.46 has a limit, and few queries reach it
             if "parser stack overflow" not in str(error):
                 raise

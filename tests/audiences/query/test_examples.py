@@ -118,6 +118,14 @@ AUDIENCES = {
     "trait('is_buyer') = false": "dee",
     "trait('spent') > 100 AND trait('is_buyer') = true": "ann bob",
     "trait('skus').contains('a, b')": "ann",
+    "trait('is_new') = true AND trait('is_far') = true": "bob dee",
+    "trait('is_new') = false OR trait('is_far') = false": "ann cy",
+    "trait('small') = true AND trait('is_new') = false": "ann cy",
+    "trait('small').absent() AND trait('is_buyer') = true": "bob",
+    "event('Added to Cart').where(trait('is_new') = false AND trait('is_far') = true).count() > 0": "cy",
+    "event('Added to Cart').where(trait('is_new') != true OR trait('small').exists()).count() = 0": "bob dee",
+    "event('Page').count() >= 1 OR trait('country').absent()": "cy dee",
+    "event('Page').count() >= 1 OR event('Paid').count() = 0 AND trait('country') = 'DE'": "ann dee",
 }  # fmt: skip
 VALUES = {
     "event('Order Completed').sum(property('total'))": {"ann": 150.5, "bob": 500, "cy": 6},
@@ -140,6 +148,9 @@ DEFINITIONS = {
     "is_buyer": ("event('Order Completed').count() >= 1", False),
     "spent": ("event('Order Completed').sum(property('total'))", True),
     "skus": ("event('Order Completed').unique(property('products.$.sku'))", True),
+    "is_new": ("NOT event('Order Completed').count() >= 2", False),
+    "is_far": ("trait('country') != 'DE' OR trait('country').absent()", False),
+    "small": ("event('Order Completed').min(property('total')) < 50", True),
 }
 
 

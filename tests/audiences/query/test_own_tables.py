@@ -129,14 +129,16 @@ def configured(text, schema, mappings=MAPPINGS, **definitions):
 def users_of(connection, query):
     catalog = read_catalog(connection, query, is_own=True)
     compiled = compile_query(query.query, catalog, NOW, is_trait=False)
-    return {user for (user,) in execute(connection, compiled.sql, NOW)}
+    users = [user for (user,) in execute(connection, compiled.sql, NOW)]
+    assert len(users) == len(set(users)), "a user is there twice"
+    return set(users)
 
 
 def test_every_audience_has_the_users_counted_by_hand(engine, shop):
     definitions = {
         "buyers": QueryDefinition(
             False,
-            sql=f"SELECT DISTINCT customer_id AS user_id FROM {shop}orders WHERE customer_id IS NOT NULL",
+            sql=f"SELECT customer_id AS user_id FROM {shop}orders",
         ),
         "spent": QueryDefinition(
             True,
@@ -496,6 +498,14 @@ def test_sql_may_end_with_a_comment_behind_its_semicolon(engine, shop):
     text = "entity('paid').count() = 2 AND trait('buyers') = true"
     with engines.read(engine) as connection:
         assert users_of(connection, configured(text, shop, mappings, buyers=buyers)) == {"1"}
+
+
+def test_a_user_who_is_in_a_definition_twice_counts_once(engine, shop):
+    mappings = [TableMapping("orders", "{schema}orders", user_id="customer_id", profile=True)]
+    several = QueryDefinition(False, parse_query("trait('state').exists()"))
+    with engines.read(engine) as connection:
+        query = configured("trait('several') = true", shop, mappings, several=several)
+        assert users_of(connection, query) == {"1", "2"}
 
 
 def test_a_mapped_table_may_have_the_name_of_one_of_ours(engine, shop):

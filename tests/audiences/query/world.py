@@ -53,6 +53,7 @@ def computed(connection, query, catalog, as_of, *, is_trait):
     """Run a compiled query; return the users, or the value of each."""
     compiled = compile_query(query, catalog, as_of, is_trait=is_trait)
     rows = connection.exec_driver_sql(compiled.sql, execution_options={"no_parameters": True}).all()
+    assert len(rows) == len({row[0] for row in rows}), "a user is there twice"
     if not is_trait:
         return {user for (user,) in rows}
     if compiled.value_type == "json":
