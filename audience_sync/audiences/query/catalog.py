@@ -22,7 +22,8 @@ class ReadTable:
     """A table as the compiler reads it: `columns` has the kind of each column.
 
     Kinds: integer, number, real (of four bytes), text, uuid, bpchar, boolean, date, timestamp, timestamptz, json, jsonb and
-    other. SQLite also has `any`, for columns whose values have a type each, and for our own tables `document` and `moment`.
+    other; `moment` is the timestamp of our own events. SQLite also has `any`, for columns whose values have a type each, and
+    `document` for our own tables.
     PostgreSQL also has `text_c`, for text of the collation C, and `collated`, for text of any other than its own and C.
 
     Columns of our own tables: `properties` is the document that property(…) reads instead of the columns, `context` the
@@ -107,7 +108,7 @@ def own_catalog(dialect: str, schema: str | None = None) -> Catalog:
             "name": "text",
             "properties": document,
             "context": document,
-            "timestamp": "moment" if is_sqlite else "timestamptz",
+            "timestamp": "moment",
         },
         properties="properties",
         context="context",

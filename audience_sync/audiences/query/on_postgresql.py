@@ -51,6 +51,7 @@ _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _NO_TEXT: Expression = sa.literal_column(
     rf"'(?<!\\)((?:\\\\)*)(?:\\u0000|{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW})'"
 )
+_ZONED = {"timestamptz", "moment"}
 _ZONE = "(Z|[+-][0-9]{2}:[0-9]{2})$"
 
 
@@ -127,7 +128,7 @@ _TYPE_NAMES = sa.text(
 
 class OnPostgresql(Dialect):
     sqlalchemy = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
-    moment_kinds = frozenset({"date", "timestamp", "timestamptz"})
+    moment_kinds = frozenset({"date", "timestamp", "timestamptz", "moment"})
     has_semi_joins = True
 
     def json_of_column(self, column: Expression, kind: str) -> PostgresqlJson:
@@ -188,7 +189,9 @@ class OnPostgresql(Dialect):
         return sa.literal_column(f"TIMESTAMP '{moment_text(moment)}'")
 
     def _moment_of_column(self, column: Expression, kind: str) -> Expression:
-        utc = sa.func.timezone("UTC", column) if kind == "timestamptz" else sa.cast(column, sa.DateTime())
+        utc = sa.func.timezone("UTC", column) if kind in _ZONED else sa.cast(column, sa.DateTime())
+        if kind == "moment":
+            return utc
         return sa.case((self._has_moment(column, kind), utc))
 
     def _has_moment(self, column: Expression, kind: str) -> Expression:
@@ -245,7 +248,7 @@ class OnPostgresql(Dialect):
             start = sa.func.least(of_parent, self._bound(until, kind))
         else:
             start = sa.func.least(self.moment_of(of_parent, parent_kind), self.moment_literal(until))
-            start = sa.func.timezone("UTC", start) if kind == "timestamptz" else start
+            start = sa.func.timezone("UTC", start) if kind in _ZONED else start
         moment = column if kind in self.moment_kinds else self.moment_of(column, kind)
         after, last = (
             start.op("+")(sa.literal_column(f"INTERVAL '{span // dt.timedelta(hours=1)} hours'"))
@@ -263,15 +266,18 @@ class OnPostgresql(Dialect):
             lowest = None if after is None else self.moment_literal(after)
             return self._between(moment, lowest, self.moment_literal(until))
 
-        lower = self._bound(after, kind) if after else sa.literal_column(f"{kind.upper()} '-infinity'")
+        lower = self._bound(after, kind) if after else None
+        if lower is None and kind != "moment":
+            lower = sa.literal_column(f"{kind.upper()} '-infinity'")
         return self._between(column, lower, self._bound(until, kind))
 
     def _bound(self, moment: dt.datetime, kind: str) -> Expression:
         """Return a moment as a column of a date or timestamp type is compared with it."""
         if kind == "date":  # a date is after a moment if it is after the moment's day
             return sa.literal_column(f"DATE '{moment_text(moment)[:10]}'")
-        zone = "+00" if kind == "timestamptz" else ""
-        return sa.literal_column(f"{kind.upper()} '{moment_text(moment)}{zone}'")
+        if kind in _ZONED:
+            return sa.literal_column(f"TIMESTAMPTZ '{moment_text(moment)}+00'")
+        return sa.literal_column(f"TIMESTAMP '{moment_text(moment)}'")
 
     def _between(self, moment: Expression, after: Expression | None, until: Expression) -> Expression:
         return moment <= until if after is None else sa.and_(moment > after, moment <= until)

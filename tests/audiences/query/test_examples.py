@@ -79,6 +79,7 @@ AUDIENCES = {
     ".count() = 1": "cy",
     "event('Added to Cart').where(event('Order Completed').where(property('products.0.sku') = property(parent: 'sku'))"
     ".count() > 0).count() > 0": "ann",
+    "event('Paid').where(event('Paid').within(parent: 1 day).count() >= 1).count() > 0": "",
     "event('Added to Cart').where(trait('vip') = true).count() > 0": "ann bob",
     "event('Page').where(property('path').contains('%b_')).count() > 0": "dee",
     "event('Page').where(property('path').contains('a_b')).count() > 0": "",
