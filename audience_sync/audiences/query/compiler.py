@@ -97,7 +97,7 @@ class Users(Scope):
         self._read: dict[Any, ReadTable] = {}  # by place: mapped tables that the query names
         self._names = names or itertools.count(1)  # one series for a statement
         self._users_name = self.name() if parents else "users"
-        self._user_id: Expression | None = None  # of the users whom an audience is about
+        self._user_id: Expression | None = None  # of an audience's users
 
     def name(self) -> str:
         return f"q{next(self._names)}"

@@ -43,8 +43,8 @@ def described_columns(connection: sa.Connection, sql: str) -> list[tuple[str, An
 
 
 def is_one_of(value: Any, literals: Sequence[Any]) -> Expression:
-    found: Expression = value == literals[0] if len(literals) == 1 else value.in_(literals)
-    return found
+    is_one: Expression = value == literals[0] if len(literals) == 1 else value.in_(literals)
+    return is_one
 
 
 class JsonValue(ABC):

@@ -16,8 +16,22 @@ def ago(days=0, **parts):
 
 
 TRAITS = {
-    "ann": {"country": "DE", "vip": True, "age": 31, "address": {"city": "Ulm"}, "renews_on": "2026-11-30"},
-    "bob": {"country": "FR", "vip": "true", "age": "31", "tags": ["new", "beta"], "score": None},
+    "ann": {
+        "country": "DE",
+        "vip": True,
+        "age": 31,
+        "address": {"city": "Ulm"},
+        "renews_on": "2026-11-30",
+        "left_on": "2024-02-29",
+    },
+    "bob": {
+        "country": "FR",
+        "vip": "true",
+        "age": "31",
+        "tags": ["new", "beta"],
+        "score": None,
+        "left_on": "2026-02-30",
+    },
     "cy": {"vip": False, "renews_on": "2026-11-27T23:30:00+01:00", "tags": []},
     "dee": {},
 }
@@ -115,6 +129,7 @@ AUDIENCES = {
     "trait('renews_on').before_date('2026-11-27T22:30:01Z')": "cy",
     "trait('renews_on').before_date('2026-11-27T22:30:00Z')": "",
     "trait('renews_on').after_date('2026-11-29')": "ann",
+    "trait('left_on').before_date('2026-11-27')": "ann",
     "trait('is_buyer') = true": "ann bob cy",
     "trait('is_buyer') = false": "dee",
     "trait('spent') > 100 AND trait('is_buyer') = true": "ann bob",
