@@ -68,7 +68,7 @@ def _slot_of_run(
 
 
 def next_day(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
-    """The slots of the next day in order: one line each, or one for a definition with many, with their distance.
+    """The slots of the next day in order: one line each, or one for a definition with many, whose `text` is as configured.
 
     A definition whose slots wait for a person, or are late, has one line that says so.
     """
@@ -79,23 +79,23 @@ def next_day(connection: sa.Connection, settings: Settings, now: dt.datetime) ->
         if outlook.next_at is None:
             continue
         line = {"key": definition.key, "late_since": outlook.late_since, "waits": outlook.waits}
-        line |= {"every": None, "is_full": False}
+        line |= {"is_frequent": False, "is_full": False, "text": _text(definition)}
         if outlook.retry_at is not None:
             lines.append(line | {"slot_at": outlook.retry_at, "is_retry": True})
         line["is_retry"] = False
         upcoming = _upcoming(definition, now)
         if outlook.waits or len(upcoming) > SHOWN_ONE_BY_ONE:
-            lines.append(line | {"slot_at": outlook.next_at, "every": _minutes_between(upcoming)})
+            lines.append(line | {"slot_at": outlook.next_at, "is_frequent": True})
         else:
             lines += [line | {"slot_at": slot_at, "is_full": is_full} for slot_at, is_full in upcoming]
     return sorted(lines, key=lambda line: line["slot_at"])
 
 
-def _minutes_between(upcoming: Sequence[tuple[dt.datetime, bool]]) -> float | None:
-    """The mean time between slots."""
-    if len(upcoming) < 2:
-        return None
-    return (upcoming[-1][0] - upcoming[0][0]).total_seconds() / 60 / (len(upcoming) - 1)
+def _text(definition: Definition) -> str:
+    """The schedules of a definition as they are configured."""
+    return " and ".join(
+        schedule.text for schedule in (definition.schedule, definition.full_schedule) if schedule
+    )
 
 
 def _upcoming(definition: Definition, now: dt.datetime) -> list[tuple[dt.datetime, bool]]:

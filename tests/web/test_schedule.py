@@ -40,8 +40,8 @@ def pages(url, tmp_path):
 def test_the_next_day_is_in_order_and_frequent_slots_are_one_line(pages):
     text = pages.text("/schedule").partition("The last day")[0]
     lines = [
-        "2026-01-02 00:05 often next of many: about every 5 minutes",
-        "2026-01-02 02:00 default next of many: about every 2 hours",
+        "2026-01-02 00:05 often next of many: every 5 minutes",
+        "2026-01-02 02:00 default next of many: 0 */2 * * *",
         "2026-01-02 06:00 daily changes",
         "2026-01-02 20:30 daily in full: every member is sent again",
     ]
