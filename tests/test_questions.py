@@ -252,3 +252,26 @@ def test_a_question_uses_indexes(plans, filled, backend, settings, question):
     for statement, plan in plans:
         whole = [line for line in plan if WHOLE[backend].search(line)]
         assert not whole or is_in_order(statement) or COUNTED.search(statement), (statement, plan)
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("what", history.CHANGES)
+@pytest.mark.parametrize("status", ["succeeded", "held"])
+def test_the_changes_of_a_run_are_read_in_order_from_the_last_page_on(
+    plans, filled, monkeypatch, what, status
+):
+    monkeypatch.setattr("audience_sync.history.changes.SORTED_ROWS", 0)
+    with filled.connect() as connection, engines.begin_write(connection):
+        changes_of(connection, status, what)
+        connection.get_transaction().rollback()
+    statement, plan = plans[-1]
+    assert "definition_id = ?" in statement
+    by_run = (
+        r"SEARCH [eb] USING .*INDEX ix_\w+ \((entered|exited)_run_id=\? AND definition_id=\? AND user_id>\?\)"
+    )
+    reads = [line for line in plan if re.match(by_run, line)]
+    if status == "held":
+        reads = [line for line in plan if line == "SEARCH d USING INDEX ix_deliveries_waiting (subject_id>?)"]
+        assert not any("TEMP B-TREE" in line for line in plan)
+    assert len(reads) == (1 if status == "held" or what == "exited" else 2), plan
+    assert not any(line.endswith("PRIMARY KEY (definition_id=? AND user_id>?)") for line in plan)

@@ -101,6 +101,14 @@ def newest_of(
     return [*present, *is_between], [column.desc() for column in entry]
 
 
+def indexed_by(connection: sa.Connection, index: str) -> str:
+    """Return what makes SQLite read a table by an index: it has no statistics, and may prefer a longer way.
+
+    Stands behind the table's name. PostgreSQL has statistics.
+    """
+    return f"INDEXED BY {index}" if is_sqlite(connection) else ""
+
+
 def json_list(connection: sa.Connection, parameter: str) -> str:
     """Return a FROM item with the column `value`: the texts in a parameter that is a JSON list, however many."""
     if is_sqlite(connection):

@@ -19,14 +19,14 @@ _OF_RUN = "{alias}.{event}_run_id = :run_id AND {alias}.definition_id = :definit
 _ENDED = _OF_RUN.format(alias="e", event="exited")
 _PARTS = {
     "entered": (
-        "SELECT b.user_id, CAST(NULL AS text) AS old_value, b.value AS new_value FROM {our}{table} b "
+        "SELECT b.user_id, CAST(NULL AS text) AS old_value, b.value AS new_value FROM {our}{table} b {by_entry} "
         f"WHERE {_OF_RUN.format(alias='b', event='entered')} AND b.user_id > :after AND NOT EXISTS "
         f"(SELECT 1 FROM {{our}}past_members e WHERE {_ENDED} AND e.user_id = b.user_id)"
     ),
     "changed": (
-        "SELECT e.user_id, e.value AS old_value, b.value AS new_value FROM {our}past_members e "
-        "JOIN {our}{table} b ON b.definition_id = e.definition_id AND b.user_id = e.user_id "
-        f"AND b.entered_run_id = :run_id WHERE {_ENDED} AND e.user_id > :after"
+        "SELECT e.user_id, e.value AS old_value, b.value AS new_value FROM {our}past_members e {by_exit} "
+        f"CROSS JOIN {{our}}{{table}} b WHERE {_ENDED} AND e.user_id > :after AND b.definition_id = :definition_id "
+        "AND b.user_id = e.user_id AND b.entered_run_id = :run_id"
     ),
 }
 _BEGAN = (
@@ -34,20 +34,26 @@ _BEGAN = (
     "AND b.entered_run_id = :run_id"
 )
 _TABLES = ("members", "past_members")
+_INDEXES = {
+    "{by_exit}": "ix_past_members_exited_run_id",
+    "{by_entry_of_members}": "ix_members_entered_run_id",
+    "{by_entry_of_past_members}": "ix_past_members_entered_run_id",
+}
 
 
 def _both(part: str) -> str:
     """Return the union of a part over both tables of memberships."""
-    parts = [
-        f"SELECT * FROM ({part.replace('{table}', table)} ORDER BY 1 LIMIT :limit) AS of_{table}"
-        for table in _TABLES
-    ]
+    parts = [f"SELECT * FROM ({_of(table, part)} ORDER BY 1 LIMIT :limit) AS of_{table}" for table in _TABLES]
     return f"{' UNION ALL '.join(parts)} ORDER BY user_id LIMIT :limit"
+
+
+def _of(table: str, part: str) -> str:
+    return part.replace("{by_entry}", f"{{by_entry_of_{table}}}").replace("{table}", table)
 
 
 _COMMITTED = {what: _both(part) for what, part in _PARTS.items()} | {
     "exited": (
-        "SELECT e.user_id, e.value AS old_value, CAST(NULL AS text) AS new_value FROM {our}past_members e "
+        "SELECT e.user_id, e.value AS old_value, CAST(NULL AS text) AS new_value FROM {our}past_members e {by_exit} "
         f"WHERE {_ENDED} AND e.user_id > :after"
         + "".join(f" AND NOT EXISTS ({_BEGAN.replace('{table}', table)})" for table in _TABLES)
         + " ORDER BY e.user_id LIMIT :limit"
@@ -70,70 +76,61 @@ def change_rows(
     ).one()
     if not getattr(row, f"{what}_count"):
         return []
-    if row.status in {"held", "rejected"}:
-        users = connection.execute(_held(row, what, after).limit(limit))
-    else:
-        users = dialects.sql(
-            connection,
-            _COMMITTED[what],
-            run_id=run_id,
-            definition_id=row.definition_id,
-            after=after,
-            limit=limit,
-        )
+    is_committed = row.status not in {"held", "rejected"}
+    statement, more = (
+        (_committed(connection, what), {"run_id": run_id}) if is_committed else _held(connection, row, what)
+    )
+    page = {"definition_id": row.definition_id, "after": after, "limit": limit}
+    users = dialects.sql(connection, statement, **page, **more)
     return [
         {"user_id": user.user_id, "old_value": _value(user.old_value), "new_value": _value(user.new_value)}
         for user in users
     ]
 
 
+def _committed(connection: sa.Connection, what: str) -> str:
+    """Return the statement about a committed run, which reads the memberships of the run by their indexes."""
+    statement = _COMMITTED[what]
+    for place, index in _INDEXES.items():
+        statement = statement.replace(place, dialects.indexed_by(connection, index))
+    return statement
+
+
 def _value(stored: str | None) -> Any:
     return None if stored is None else json.loads(stored)
 
 
-def _held(run: Any, what: str, after: str) -> sa.Select[Any]:
-    """Users that a held or rejected run would change, from its deliveries and the members."""
-    deliveries, members = tables.deliveries.c, tables.members.c
-    exit_body = f'{{"{run.key}": {"false" if run.kind == "audience" else "null"}}}'
-    body = sa.cast(deliveries.body, sa.Text)
-    old_value = members.value
-    # Keys need no quoting, so a body is its value in a frame of a known length.
-    new_value = sa.func.substr(body, len(run.key) + 6, sa.func.length(body) - len(run.key) - 6)
-    is_member = members.user_id.is_not(None)
-    where: tuple[sa.ColumnElement[bool], ...]
-    match what:
-        case "entered":
-            where = (body != exit_body, ~is_member)
-        case "exited":
-            where = (body == exit_body, is_member)
-        case _:
-            where = (body != exit_body, is_member, old_value.is_not(None), new_value != old_value)
-    is_shown = run.kind == "trait"
-    none = sa.null()
-    is_of_user = sa.and_(members.definition_id == run.definition_id, members.user_id == deliveries.subject_id)
-    return (
-        sa.select(
-            deliveries.subject_id.label("user_id"),
-            (old_value if is_shown else none).label("old_value"),
-            (new_value if is_shown and what != "exited" else none).label("new_value"),
-        )
-        .select_from(tables.deliveries.outerjoin(tables.members, is_of_user))
-        .where(*_of_held_run(run), deliveries.subject_id > after, *where)
-        .order_by(deliveries.subject_id)
-    )
-
-
-def _of_held_run(run: Any) -> tuple[sa.ColumnElement[bool] | sa.TextClause, ...]:
-    """The deliveries of a held or rejected run; many of them are read in the order of their users."""
-    deliveries = tables.deliveries.c
-    if run.status == "rejected":
-        return deliveries.run_id == run.run_id, deliveries.status != "held"
-    is_held = deliveries.status == "held"
+def _held(connection: sa.Connection, run: Any, what: str) -> tuple[str, dict[str, Any]]:
+    """Return the statement about users that a held or rejected run would change, and its parameters."""
     counts = (run.member_count, run.entered_count, run.exited_count, run.changed_count)
-    if sum(filter(None, counts)) <= SORTED_ROWS:
-        return deliveries.run_id == held_id(run), is_held
-    # + 0, because the index by run would find all of them; the index of waiting ones has their users in order.
-    return deliveries.run_id + 0 == held_id(run), is_held, tables.WAITING
+    is_large = run.status == "held" and sum(filter(None, counts)) > SORTED_ROWS
+    # A large run is read in the order of its users: + 0, because the index by run would find all of them.
+    by_user = dialects.indexed_by(connection, "ix_deliveries_waiting") if is_large else ""
+    status = "= 'held' AND d.status IN ('held', 'dead')" if run.status == "held" else "<> 'held'"
+    is_trait = run.kind == "trait"
+    # Keys need no quoting, so a body is its value in a frame of a known length.
+    new_value = (
+        f"substr(CAST(d.body AS text), {len(run.key) + 6}, length(CAST(d.body AS text)) - {len(run.key) + 6})"
+    )
+    condition = {
+        "entered": "CAST(d.body AS text) <> :exit_body AND m.user_id IS NULL",
+        "exited": "CAST(d.body AS text) = :exit_body",
+        "changed": f"CAST(d.body AS text) <> :exit_body AND m.value <> {new_value}",
+    }[what]
+    nothing = "CAST(NULL AS text)"
+    is_member = "m.definition_id = :definition_id AND m.user_id = d.subject_id"
+    # CROSS JOIN is SQLite's way to fix the order.
+    with_members = f"CROSS JOIN {{our}}members m WHERE {is_member} AND"
+    if what == "entered":
+        with_members = f"LEFT JOIN {{our}}members m ON {is_member} WHERE"
+    statement = (
+        f"SELECT d.subject_id AS user_id, {'m.value' if is_trait else nothing} AS old_value, "
+        f"{new_value if is_trait and what != 'exited' else nothing} AS new_value FROM {{our}}deliveries d {by_user} "
+        f"{with_members} d.run_id {'+ 0' if is_large else ''} = :held_id AND d.status {status} "
+        f"AND d.subject_id > :after AND {condition} ORDER BY d.subject_id LIMIT :limit"
+    )
+    exit_body = f'{{"{run.key}": {"null" if is_trait else "false"}}}'
+    return statement, {"held_id": held_id(run), "exit_body": exit_body}
 
 
 def run_in_full(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:

@@ -57,7 +57,7 @@ function makeCharts(element, points) {
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", label);
     const options = {
-      width: element.clientWidth, height, cursor, series: [time, ...series], tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
+      width: element.clientWidth, height, cursor, padding: [null, 36, null, null], series: [time, ...series], tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
       axes: [{ ...axis, space: 90, values: (_, splits, __, ___, incr) => splits.map((seconds) => when(seconds, incr)) }, { ...axis, values: count, size: 64 }],
     };
     return new uPlot(options, [points.times, ...data], place);
