@@ -196,13 +196,16 @@ def fill(app, size):
             "ELSE 'accepted' END)"
         )
         seconds = f"({of_run} - 1) / {d} * 3600"
+        is_track = f"{is_call} AND n % 20 = 0"
+        event = '{"event_name": "Order Completed", "metadata": {"total": 31.5}}'
         run(
             "INSERT INTO {our}deliveries (delivery_id, action, subject_id, body, class, run_id, definition_id, call_id, "
             "value_at, status, alone, attempt_count, created_at, first_attempt_at, next_attempt_at, settled_at, "
-            f"request_id, error) SELECT n, CASE WHEN {is_call} AND n % 20 = 0 THEN 'track' ELSE 'identify' END, "
+            f"request_id, error) SELECT n, CASE WHEN {is_track} THEN 'track' ELSE 'identify' END, "
             f"CASE WHEN n % 2000 = 11 THEN 'user-1' "
             f"ELSE 'user-' || (CASE WHEN {is_push} THEN n ELSE n * 7919 % {m} END) END, "
-            f"'{{\"audience_1\": true}}', CASE WHEN {is_call} THEN 'call' WHEN {is_push} THEN 'push' ELSE 'change' END, "
+            f"CASE WHEN {is_track} THEN '{event}' ELSE '{{\"audience_1\": true}}' END, "
+            f"CASE WHEN {is_call} THEN 'call' WHEN {is_push} THEN 'push' ELSE 'change' END, "
             f"CASE WHEN NOT {is_call} THEN {of_run} END, CASE WHEN NOT {is_call} THEN 1 + ({of_run} - 1) % {d} END, "
             f"CASE WHEN {is_call} THEN n / 10 END, {at(seconds)}, {status}, {false}, "
             f"CASE WHEN {status} IN ('held', 'pending') THEN 0 ELSE 1 END, {at(seconds)}, "

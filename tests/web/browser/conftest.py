@@ -1,29 +1,19 @@
 """Chromium, and `serve` on both databases with the same data. See scene.py for the data."""
 
-import contextlib
 import fcntl
 import os
-import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
 import pytest
 import sqlalchemy as sa
-from playwright.sync_api import sync_playwright
 
 from audience_sync.db import engines
-from tests.acceptance.conftest import clean
 from tests.conftest import SCHEMA
 from tests.tools import required
-from tests.web.browser import scene
+from tests.web.browser import running, scene
 from tests.web.conftest import PASSWORD, USERS
 
-QUIET = (
-    "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync"
-)
 PATIENCE_MS = 60_000  # for whatever a busy machine is asked to do
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
 
@@ -48,17 +38,8 @@ class Site:
 
     address: str
     engine: sa.Engine
+    ids: dict[str, int]  # of some runs and requests
     checked: list[str] = field(default_factory=list)  # kinds of links that were followed
-
-
-@contextlib.contextmanager
-def served(configuration):
-    command = [sys.executable, "-m", "audience_sync", "--config", str(configuration), "serve", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean()) as process:
-        try:
-            yield re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
@@ -76,8 +57,8 @@ def site(request, scene_folder, tmp_path_factory):
     engine = engines.open_own(url, SCHEMA)
     if request.param == "postgresql":
         scene.copy_rows(sqlite_url, engine)
-    with served(path) as address:
-        yield Site(address, engine)
+    with running.served(path) as address:
+        yield Site(address, engine, scene.interesting_ids(engine))
     engine.dispose()
 
 
@@ -85,42 +66,63 @@ def site(request, scene_folder, tmp_path_factory):
 def browser():
     """Chromium. Of a module, because Playwright's event loop would be in the way of other tests' loops."""
     executable = required("chromium", "install Debian's package chromium")
-    root = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=[*QUIET.split(), *root])
+    with running.chromium(executable) as browser:
         yield browser
-        browser.close()
+
+
+class Tabs:
+    """Tabs of users who are signed in, and what they complain of."""
+
+    def __init__(self, browser, site):
+        self.complaints = []
+        self._browser, self._site, self._lasting = browser, site, {}
+
+    def open(self, user="olga", **options):
+        """Open a tab in a context of its own; `options` are those of the context."""
+        context = self._browser.new_context(base_url=self._site.address, **{"viewport": DESKTOP} | options)
+        context.set_default_timeout(PATIENCE_MS)
+        if user:
+            form, headers = {"name": user, "password": PASSWORD}, {"Origin": self._site.address}
+            assert context.request.post("/login", form=form, headers=headers, max_redirects=0).status == 303
+        tab = context.new_page()
+        tab.on("console", lambda message: self._complain(f"console {message.type}: {message.text}"))
+        tab.on("pageerror", lambda error: self._complain(f"error: {error}"))
+        tab.on("requestfailed", self._complain_of_request)
+        tab.on("dialog", lambda dialog: (self._complain(f"dialog: {dialog.message}"), dialog.dismiss()))
+        return tab
+
+    def lasting(self, **options):
+        """Return the tab of a user with these options that the tests of a module share."""
+        name = str(options)
+        if name not in self._lasting:
+            self._lasting[name] = self.open(**options)
+        tab = self._lasting[name]
+        tab.set_viewport_size(DESKTOP)
+        tab.emulate_media(media="screen", color_scheme="light")
+        return tab
+
+    def _complain_of_request(self, request):
+        if request.failure != "net::ERR_ABORTED":  # as what a page still loads when it is left
+            self._complain(f"no answer: {request.url}, {request.failure}")
+
+    def _complain(self, complaint):
+        self.complaints.append(complaint)
+
+
+@pytest.fixture(scope="module")
+def _tabs_of_module(browser, site):
+    return Tabs(browser, site)
 
 
 @pytest.fixture
-def open_tab(browser, site):
-    """open_tab(...) opens a tab of a user who is signed in; at the end, none of the tabs may have complained."""
-    with contextlib.ExitStack() as stack:
-        complaints = []
-
-        def open_tab(user="olga", **options):
-            context = stack.enter_context(
-                browser.new_context(base_url=site.address, **{"viewport": DESKTOP} | options)
-            )
-            context.set_default_timeout(PATIENCE_MS)
-            if user:
-                form, headers = {"name": user, "password": PASSWORD}, {"Origin": site.address}
-                assert (
-                    context.request.post("/login", form=form, headers=headers, max_redirects=0).status == 303
-                )
-            tab = context.new_page()
-            tab.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
-            tab.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-            tab.on("requestfailed", lambda request: complaints.append(f"no answer: {request.url}"))
-            tab.on(
-                "dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss())
-            )
-            return tab
-
-        yield open_tab
+def tabs(_tabs_of_module):
+    """Opens tabs; at the end of the test, none of them may have complained."""
+    yield _tabs_of_module
+    complaints = list(_tabs_of_module.complaints)
+    _tabs_of_module.complaints.clear()
     assert complaints == []
 
 
 @pytest.fixture
-def tab(open_tab):
-    return open_tab()
+def tab(tabs):
+    return tabs.lasting()

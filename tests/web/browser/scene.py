@@ -23,6 +23,7 @@ EVENT = "</td><script>alert(2)</script>"
 TRAIT = "<svg onload=alert(3)>"
 NAME = "Odd <b>ids</b> {{ 7 * 7 }}"
 ERROR = "</title></textarea><iframe src=javascript:alert(4)>"
+ERROR_OF_RUN = f"no such table: {MARKER}"
 SQL = "SELECT user_id FROM odd -- </pre><script>alert(5)</script>"
 DEFINITIONS = f"""
 [[audiences]]
@@ -40,7 +41,7 @@ sql = "SELECT user_id FROM spenders"
 [[audiences]]
 name = "Broken"
 source = "shop"
-sql = "SELECT user_id FROM {TRAIT.replace('"', "'")} -- {TRAIT}"
+sql = 'SELECT user_id FROM "{MARKER}"'
 
 [[traits]]
 name = "Order Count"
@@ -85,7 +86,22 @@ def make(folder):
         app.sync(by_key["order_count"], app.clock.now(), RunOptions(full=True, hold=True))
         with contextlib.suppress(DefinitionError):
             app.sync(by_key["broken"], app.clock.now())
+        with engines.write(app.engine) as connection:  # else the requests of the last minute become fewer
+            connection.execute(tables.requests.update().values(started_at=now - dt.timedelta(hours=1)))
     shop.dispose()
+
+
+def interesting_ids(engine):
+    """Ids of runs and of a request, by what they show."""
+    runs, requests = tables.runs.c, tables.requests.c
+    queries = {
+        "first": sa.select(sa.func.min(runs.run_id)),
+        "held": sa.select(sa.func.min(runs.run_id)).where(runs.status == "held"),
+        "failed": sa.select(sa.func.max(runs.run_id)).where(runs.status == "failed"),
+        "refused": sa.select(sa.func.max(requests.request_id)).where(requests.status_code == 400),
+    }
+    with engines.read(engine) as connection:
+        return {name: connection.execute(query).scalar_one() for name, query in queries.items()}
 
 
 def copy_rows(source_url, engine):

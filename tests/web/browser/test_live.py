@@ -57,7 +57,8 @@ def requested(tab):
     return addresses
 
 
-def test_a_page_follows_what_runs_and_is_quiet_afterwards(tab, site):
+def test_a_page_follows_what_runs_and_is_quiet_afterwards(tabs, site):
+    tab = tabs.open()
     tab.clock.install()
     with running(site, "at_risk") as finish:
         tab.goto("/")
@@ -73,7 +74,8 @@ def test_a_page_follows_what_runs_and_is_quiet_afterwards(tab, site):
     assert addresses == []
 
 
-def test_a_live_page_does_not_move_under_the_keyboard(tab, site):
+def test_a_live_page_does_not_move_under_the_keyboard(tabs, site):
+    tab = tabs.open()
     tab.clock.install()
     with running(site, "at_risk"):
         tab.goto("/")
