@@ -4,6 +4,8 @@ import datetime as dt
 
 import pytest
 
+from audience_sync.audiences.query.catalog import own_catalog
+from audience_sync.audiences.query.compiler import compile_query
 from audience_sync.audiences.query.parser import parse_condition, parse_query
 from tests.audiences.query import reference
 from tests.audiences.query.world import catalog_of, computed, write
@@ -195,3 +197,8 @@ def test_every_trait_has_the_values_counted_by_hand(engine, world):
             query = parse_query(text)
             assert computed(connection, query, catalog, NOW, is_trait=True) == values, text
             assert reference.trait(world, query) == values, text
+
+
+def test_the_order_of_texts_does_not_depend_on_the_locale_of_a_server():
+    query = parse_condition("trait('a') > 'b'")
+    assert 'COLLATE "C"' in compile_query(query, own_catalog("postgresql"), NOW, is_trait=False).sql
