@@ -136,7 +136,7 @@ def test_a_changed_destination_shows_what_to_do(pages):
 
 def test_nothing_needs_attention_without_schedules(pages):
     pages.configure(VIPS.replace("sql", 'schedule = ""\nsql'))
-    assert needs(pages) == "✓ succeeded Nothing needs attention."
+    assert needs(pages) == "✓ Nothing needs attention."
     pages.configure(VIPS)
     assert needs(pages).startswith(
         "▲ not running No daemon has run on this database, so nothing runs by schedule."

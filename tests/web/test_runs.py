@@ -4,6 +4,7 @@ from itertools import chain
 
 import pytest
 
+from audience_sync.audiences import decisions
 from audience_sync.web.runs import run as run_page
 from tests.web.synced import SPEND, VIPS, Pages
 
@@ -67,12 +68,23 @@ def test_a_held_run_shows_its_changes_and_the_reason_beside_the_decision(pages):
     )
     assert f"audience-sync approve {run_id} commits exactly these changes" in text
     assert "3 before + 1 entered - 2 exited = 2 would be members" in text
-    assert "Deliveries 3 deliveries: ▲ held 3" in text
+    assert "Prepared 3 deliveries: ▲ held 3" in text
     assert text.endswith("Entered: 1 User <dan> Exited: 2 User ann bob")
     page = pages.as_operator(run_page, f"/runs/{run_id}", run_id=str(run_id))
     assert f'action="/runs/{run_id}/approve"' in page
     assert f'action="/runs/{run_id}/reject"' in page
     assert f'name="back" value="/runs/{run_id}"' in page
+
+
+def test_a_rejected_run_shows_why(pages):
+    pages.configure(VIPS)
+    pages.people("ann")
+    run_id = pages.sync(hold=True)
+    decisions.reject(pages.engine, run_id, pages.clock)
+    text = pages.text(f"/runs/{run_id}")
+    assert "Why it was rejected It was rejected by hand." in text
+    assert "Held, and rejected later 2026-01-01 00:01" in text
+    assert "Prepared 1 delivery, the last one settled 2026-01-01 00:01" in text
 
 
 @pytest.mark.parametrize("hold", [False, True])
