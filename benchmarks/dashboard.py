@@ -221,7 +221,7 @@ def fill(app, size):
         print(f"  {len(indexes)} indexes in {time.perf_counter() - started:.0f} s", flush=True)
         dialects.sql(connection, "CREATE TABLE people (user_id text)")
     with app.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("ANALYZE")
+        connection.exec_driver_sql("ANALYZE" if dialects.is_sqlite(connection) else "VACUUM (ANALYZE)")
 
 
 # The measurement.
@@ -280,7 +280,7 @@ def ask_page(connection, address):
     answer = connection.getresponse()
     content = answer.read()
     if answer.status != 200:
-        raise SystemExit(f"{address} answers {answer.status}: {content[:2000].decode()}")
+        raise SystemExit(f"{address} answers {answer.status}: {content.partition(b'<main')[2].decode()}")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from urllib.parse import urlencode
 from tests.web.browser import running
 
 IMAGES = Path(__file__).parent / "images"
-QUERY = "event('Order Completed').within(30 days).count() >= 1\nAND trait('high_value_customers') = true"
+QUERY = (
+    "event('Order Completed').sum(property('total_gbp')) >= 5000\nAND event('Order Completed').count() >= 12"
+)
 PAGES = {
     "overview": "/",
     "definition": "/definitions/at_risk",
     "run": "/runs/90",
     "user": "/user?id=12347",
-    "query": "/query?" + urlencode({"text": QUERY, "source": "shop", "name": "Active VIPs"}),
+    "query": "/query?" + urlencode({"text": QUERY, "source": "shop", "name": "Loyal VIPs"}),
 }
 DARK = {"overview"}
 SIZE = {"width": 1180, "height": 780}

@@ -48,6 +48,9 @@ api_key = "sandbox"
 identify_per_minute = {per_minute}
 track_per_minute = {per_minute}
 
+[defaults]
+schedule = ""   # the demo itself syncs, as of days of 2011
+
 [tables.orders]
 source = "shop"
 table = "orders"
