@@ -198,13 +198,14 @@ def fill(app, size):
         seconds = f"({of_run} - 1) / {d} * 3600"
         is_track = f"{is_call} AND n % 20 = 0"
         event = '{"event_name": "Order Completed", "metadata": {"total": 31.5}}'
+        body = f"CASE WHEN {is_track} THEN '{event}' ELSE '{{\"audience_1\": true}}' END"
         run(
             "INSERT INTO {our}deliveries (delivery_id, action, subject_id, body, class, run_id, definition_id, call_id, "
             "value_at, status, alone, attempt_count, created_at, first_attempt_at, next_attempt_at, settled_at, "
             f"request_id, error) SELECT n, CASE WHEN {is_track} THEN 'track' ELSE 'identify' END, "
             f"CASE WHEN n % 2000 = 11 THEN 'user-1' "
             f"ELSE 'user-' || (CASE WHEN {is_push} THEN n ELSE n * 7919 % {m} END) END, "
-            f"CASE WHEN {is_track} THEN '{event}' ELSE '{{\"audience_1\": true}}' END, "
+            f"{body if is_sqlite else f'CAST({body} AS json)'}, "
             f"CASE WHEN {is_call} THEN 'call' WHEN {is_push} THEN 'push' ELSE 'change' END, "
             f"CASE WHEN NOT {is_call} THEN {of_run} END, CASE WHEN NOT {is_call} THEN 1 + ({of_run} - 1) % {d} END, "
             f"CASE WHEN {is_call} THEN n / 10 END, {at(seconds)}, {status}, {false}, "
@@ -215,6 +216,13 @@ def fill(app, size):
             f"CASE WHEN {status} = 'dead' THEN 'the property is not known' END",
             deliveries,
         )
+        for table in () if is_sqlite else (tables.definitions, tables.runs, *heavy):
+            column = table.autoincrement_column
+            if column is not None:
+                name = f"pg_get_serial_sequence('{{our}}{table.name}', '{column.name}')"
+                dialects.sql(
+                    connection, f"SELECT setval({name}, max({column.name})) FROM {{our}}{table.name}"
+                )
         started = time.perf_counter()
         for index in indexes:
             index.create(connection)
@@ -240,7 +248,7 @@ ADDRESSES = {
 }
 LEFT_OUT = {"/definitions/{key}/members.csv"}  # a download
 WARM_UPS = 3
-OPEN_PAGES = ("/", "/definitions/audience_1", "/runs", "/deliveries", "/calls") * 4
+OPEN_PAGES = ("/", "/definitions/audience_1", "/runs", "/deliveries", "/calls")
 POLL_SECONDS = 3.0
 
 
@@ -397,7 +405,7 @@ def measure(name, url, folder, size, options):
         print(f"MISSED 200 ms: {', '.join(missed)}" if missed else "reached 200 ms on every page")
         if options.calls:
             os.sched_setaffinity(pid, {0})
-            paces = [pace(port, options.calls, with_pages=bool(turn % 2)) for turn in range(6)]
+            paces = [pace(port, options.calls, with_pages=bool(turn % 2)) for turn in range(options.turns)]
             alone, beside = (statistics.median(paces[turn::2]) for turn in (0, 1))
             print(
                 f"calls a second: {alone:,.0f}; while {len(OPEN_PAGES)} pages are open: {beside:,.0f}, {beside / alone:.2f}"
@@ -433,6 +441,7 @@ def main():
     parser.add_argument(
         "--calls", type=int, default=20_000, help="stored in each turn; 0 measures pages only"
     )
+    parser.add_argument("--turns", type=int, default=6, help="half of them with open pages")
     parser.add_argument("--only", default="", metavar="TEXT", help="pages whose address has this")
     parser.add_argument("--folder", type=Path, help="where the databases stay for the next time")
     parser.add_argument("--database", choices=("sqlite", "postgresql", "both"), default="both")
