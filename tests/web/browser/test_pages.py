@@ -19,7 +19,7 @@ ADDRESSES = {
     "/runs/{run_id}": ["/runs/{first}", "/runs/{held}", "/runs/{failed}"],
     "/runs/{run_id}/changes": ["/runs/{held}/changes?what=exited"],
     "/user": ["/user?id=12347", f"/user?{urlencode({'id': scene.USER_ID})}"],
-    "/deliveries": ["/deliveries?before=2000", "/deliveries?status=dead"],
+    "/deliveries": ["/deliveries?user=12347", "/deliveries?status=dead"],
     "/requests/{request_id}": ["/requests/{refused}"],
     "/query": [f"/query?{urlencode({'text': text, 'source': 'shop'})}" for text in (QUERY, scene.MARKER)],
 }
