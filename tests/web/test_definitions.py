@@ -135,7 +135,7 @@ def test_members_are_shown_page_by_page_now_and_at_a_past_time(pages):
 
 
 def test_few_members_among_many_who_left_are_found(pages, monkeypatch):
-    monkeypatch.setattr("audience_sync.history.members.PAGE", 5)
+    monkeypatch.setattr("audience_sync.history.paging.PAGE", 5)
     pages.configure(VIPS.replace("sql", "max_exit_ratio = 1.0\nsql"))
     users = [f"u{number:03}" for number in range(200)]
     pages.people(*users)
