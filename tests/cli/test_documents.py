@@ -1,6 +1,7 @@
 """The JSON that other programs read: one document on standard output, with the names of the contract."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ DELIVERY = {"accepted_count": 0, "dead_count": 0, "pending_count": 0, "request_c
 
 
 @pytest.fixture
-def program(url, tmp_path, sandbox):
+def program(url, tmp_path, sandbox, forker, monkeypatch):
     """Runs the command line on a database with three people, two of them in; SQL text comes back as a table."""
     (tmp_path / "audience_sync.toml").write_text(
         f"""
@@ -42,18 +43,15 @@ sql = "SELECT user_id, spent AS value FROM people"
         connection.exec_driver_sql("CREATE TABLE people (user_id text, spent integer)")
         connection.exec_driver_sql("INSERT INTO people VALUES ('a', 20), ('b', 30), ('c', 5), (NULL, 99)")
     engine.dispose()
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments, code=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "audience_sync", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with forker.start(arguments, os.environ, **streams) as process:
+            output, errors = process.communicate(timeout=100)
+        assert process.returncode == code, errors
+        assert "Traceback" not in errors
+        return output
 
     def document(*arguments, code=0):
         return json.loads(run(*arguments, "--json", code=code))
