@@ -45,9 +45,10 @@ class Store:
             tables.definitions, {"key": key, "name": key, "kind": "audience", "created_at": ago(1000)}
         )[0]
 
-    def run(self, definition_id=1, *, finished=500, member_count=9):
+    def run(self, definition_id=1, *, finished=500, member_count=9, entered_count=0):
         row = {"mode": "changes", "trigger": "manual", "status": "succeeded", "as_of": ago(finished)}
-        counts = {"member_count": member_count, "entered_count": 0, "exited_count": 0, "changed_count": 0}
+        counts = {"member_count": member_count, "entered_count": entered_count}
+        counts |= {"exited_count": 0, "changed_count": 0}
         times = {"started_at": ago(finished), "finished_at": ago(finished)}
         return self.insert(tables.runs, {"definition_id": definition_id} | row | counts | times)[0]
 
@@ -242,7 +243,7 @@ def test_requests_under_way_and_new_ones_stay(store):
 
 def test_a_user_is_shown_without_pruned_rows(store):
     store.definition()
-    store.run()
+    store.run(entered_count=1)
     request = store.request(started=100, ended=100)
     store.insert(tables.members, {"definition_id": 1, "user_id": "ann", "entered_run_id": 1})
     store.deliver(
