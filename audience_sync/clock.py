@@ -29,7 +29,7 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseClock:
-    """The database's clock, by which requests are recorded: another machine's may be wrong.
+    """The database's clock, by which requests are recorded, because another machine's clock may be wrong.
 
     It showed `moment` when our own one showed `monotonic`.
     """
@@ -42,7 +42,7 @@ class DatabaseClock:
         return self.moment + timedelta(seconds=self.clock.monotonic() - self.monotonic)
 
     def monotonic_of(self, moment: datetime) -> float:
-        """Return a past moment by our own clock, which goes on while this process takes over."""
+        """Return a past moment by our own monotonic clock, which runs on while this process takes over."""
         seconds = (moment - self.moment).total_seconds()
         return min(self.monotonic + seconds, self.clock.monotonic())
 
@@ -53,7 +53,7 @@ def isoformat(moment: datetime) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration, rounded as people would."""
+    """Return a duration in words, rounded to its largest unit."""
     if seconds < 1:
         return "less than a second"
     for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):

@@ -166,7 +166,7 @@ class Daemon:
             return taken[0] if taken else None
 
     def _log_late(self, due: Sequence[slots.Due], now: dt.datetime) -> None:
-        # What was due before this daemon started has waited for the daemon, not for its turn.
+        # A slot that was due before this daemon started counts as due from the start on.
         late_before = now - slots.LATE_AFTER
         late = [slot for slot in due if max(slot.due_at, self._started_at or now) < late_before]
         if late and self.app.clock.monotonic() >= self._late_log_at:

@@ -25,12 +25,12 @@ def host_name(headers: Headers) -> str:
 
 
 def came_through_proxy(scope: Scope) -> bool:
-    """Tell whether a proxy has passed the request on: it says so, or it speaks HTTP/1.0, as nginx does by default."""
+    """Return whether the request came through a proxy: its headers say so, or it is HTTP/1.0, nginx's default."""
     return scope.get("http_version") == "1.0" or any(
         name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in Headers(scope=scope)
     )
 
 
 def is_local(scope: Scope) -> bool:
-    """Tell whether a program on this machine asks for this machine, without a proxy between them."""
+    """Return whether a program on this machine sent the request to this machine, without a proxy between them."""
     return is_loopback(host_name(Headers(scope=scope))) and not came_through_proxy(scope)

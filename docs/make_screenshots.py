@@ -1,4 +1,4 @@
-"""Make docs/images/*.png: the dashboard of a demo in Chromium. Give the folder of a demo, or none to make one."""
+"""Make docs/images/*.png, pictures of the demo's dashboard in Chromium. Argument: the folder of a demo; without it, make one."""
 
 import shutil
 import subprocess

@@ -281,7 +281,7 @@ REFUSED = [
     (USER.replace("'read'", "'s3cret'"), '[[web.users]] Ann: role: expected "read" or "operate"'),
     (USER.replace("role = 'read'", ""), '[[web.users]] Ann: role: missing: expected "read" or "operate"'),
     (USER + "rol = 1", "[[web.users]] Ann: unknown name rol: did you mean role?"),
-    (USER + USER, "[[web.users]] Ann: name: another user has the same: each needs one of their own"),
+    (USER + USER, "[[web.users]] Ann: name: another user has the same name; give each user a different one"),
     (USER.replace("'Ann'", "' Ann'"), f"[[web.users]]  Ann: {USER_NAME}"),
     (USER.replace("'Ann'", '"A\\u0007"'), "[[web.users]] "),
     (USER.replace("Ann", "A" * 101), "[[web.users]] "),

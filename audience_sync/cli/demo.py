@@ -101,7 +101,7 @@ def run(folder: Path) -> None:
     )
     program = f"{_program()} --config {shlex.quote(str(configuration))}"
     output.line(f"  {program} serve")
-    output.line("It says at which address. The same on the command line:")
+    output.line("It prints its address. These commands show the same in the terminal:")
     for command in (
         "list",
         "explain at_risk",

@@ -280,7 +280,7 @@ def user(
 
 
 def _erasure(user_id: str, forgotten_at: "dt.datetime", returns_at: "dt.datetime | None") -> str:
-    text = f"{user_id} was erased on {output.moment(forgotten_at)} UTC: everything that was stored here, and at Userpilot."
+    text = f"{user_id} was erased on {output.moment(forgotten_at)} UTC, here and at Userpilot."
     if returns_at is not None:
         return f"{text} The user may be computed and sent again from {output.moment(returns_at)} UTC on."
     again = f"`audience-sync forget {shlex.quote(user_id)} --allow-return`"

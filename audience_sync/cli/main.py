@@ -55,7 +55,7 @@ COMMANDS = (
     ("Inspect", "calls", inspect.calls),
 )
 
-TAKE_QUERIES = {"preview", "explain"}  # which give advice themselves if the shell divided a query
+TAKE_QUERIES = {"preview", "explain"}  # these explain themselves what to do if the shell split a query
 
 
 class Grouped(TyperGroup):

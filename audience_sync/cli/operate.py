@@ -99,7 +99,7 @@ def forget(
             counts = lazy.erasure.forget_everywhere(app.engine, client, user_id, app.clock)
     erased = [output.plural(counts[table], *noun) for table, noun in ERASED.items() if counts[table]]
     output.line(
-        f"Erased here of {user_id}: {', '.join(erased)}."
+        f"Erased here for {user_id}: {', '.join(erased)}."
         if erased
         else f"Nothing was stored here about {user_id}."
     )

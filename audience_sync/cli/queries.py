@@ -148,17 +148,18 @@ def _definition(app: "App", query: str, source: str | None, *, is_trait: bool) -
     except ConfigError as error:
         message = f"The query cannot be used: {error}"
         if not is_trait and _is_trait(app, text, source):
-            message += "\nWith --trait it is read as a trait's."
+            message += "\nIt is a valid query of a trait: add --trait."
         if text is query and UNQUOTED_NAME.search(query):
             message += f"\n{QUOTES_ADVICE}"
         raise ConfigError(message) from error
 
 
 def _require_whole(context: typer.Context) -> None:
-    """Refuse a query that the shell has divided at its spaces."""
+    """Refuse a query that the shell split at its spaces."""
     if context.args:
         raise ConfigError(
-            f"The query came in {len(context.args) + 1} pieces, the second of them {context.args[0]!r}. {QUOTES_ADVICE}"
+            f"The shell split the query into {len(context.args) + 1} arguments; the second is {context.args[0]!r}. "
+            f"{QUOTES_ADVICE}"
         )
 
 

@@ -56,10 +56,9 @@ def check(
 ) -> None:
     """Check the configuration, databases, API key and definitions.
 
-    Each line begins with ok, with warn if something may be a mistake, or with wrong. Sends no users and stores no
-    members.
+    Each line begins with ok, with warn for a possible mistake, or with wrong. Sends no users and stores no members.
 
-    Exit codes: 0, also with warnings; 2 if something is wrong.
+    Exit codes: 0, even with warnings; 2 if something is wrong.
     """
     with session.open_app(context, migrated=False) as app:
         output.line(f"ok     configuration: {app.settings.path} is valid")
@@ -75,7 +74,7 @@ def check(
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """The result of a check that nothing failed. Each warning is about what may be a mistake."""
+    """The result of a check that did not fail. Each warning is about a possible mistake."""
 
     text: str = ""
     warnings: Sequence[str] = ()
@@ -242,8 +241,8 @@ def password() -> None:
     try:
         if sys.stdin is not None and sys.stdin.isatty():
             given = getpass.getpass("Password: ")
-            if given != getpass.getpass("The same again: "):
-                raise ConfigError("The two are not the same. Run `audience-sync password` again.")
+            if given != getpass.getpass("Repeat the password: "):
+                raise ConfigError("The passwords differ. Run `audience-sync password` again.")
         else:
             given = (sys.stdin.buffer.readline() if sys.stdin else b"").decode().rstrip("\r\n")
     except UnicodeDecodeError:
@@ -251,7 +250,7 @@ def password() -> None:
     except EOFError:
         raise ConfigError("No password was given.") from None
     if len(given) < lazy.passwords.MIN_LENGTH:
-        raise ConfigError(f"The password is too short: take at least {lazy.passwords.MIN_LENGTH} characters.")
+        raise ConfigError(f"The password is too short: use at least {lazy.passwords.MIN_LENGTH} characters.")
     output.line(lazy.passwords.hash_password(given))
 
 

@@ -1,4 +1,4 @@
-"""Questions about definitions: how they stand, and their sizes."""
+"""Questions about definitions: their states and sizes."""
 
 import datetime as dt
 from typing import Any
@@ -18,7 +18,7 @@ def definitions(
 ) -> list[dict[str, Any]]:
     """The configured definitions, then the keys that were sent but are not in the configuration any more.
 
-    `only`: the one with this key.
+    `only`: return only the one with this key.
     """
     is_asked = sa.true() if only is None else tables.definitions.c.key == only
     configured = {

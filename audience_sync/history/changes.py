@@ -1,7 +1,7 @@
 """Questions about who entered, exited or changed in a run.
 
-Of a committed run, the memberships that it began and ended answer; of a held or rejected one, its deliveries and the
-members. Each part of a question is read in the order of an index, and only as far as its limit.
+The changes of a committed run are read from the memberships that it began and ended; those of a held or rejected run,
+from its deliveries and the members. Each query reads an index in order, and stops at its limit.
 """
 
 import json
@@ -13,7 +13,7 @@ from audience_sync.db import dialects, tables
 from audience_sync.history.runs import SAMPLE, held_id, run_facts
 
 CHANGES = ("entered", "exited", "changed")
-SORTED_ROWS = 10_000  # deliveries of a held run that a question may sort
+SORTED_ROWS = 10_000  # deliveries of a held run that a query may sort
 
 _OF_RUN = "{alias}.{event}_run_id = :run_id AND {alias}.definition_id = :definition_id"
 _ENDED = _OF_RUN.format(alias="e", event="exited")
@@ -66,8 +66,8 @@ def change_rows(
 ) -> list[dict[str, Any]]:
     """The users who entered, exited or changed in a run, with a trait's old and new value, ordered by user id.
 
-    `after`: only greater user ids. Of a held or rejected run, those that it would change. Users who were erased since
-    are missing, and so are those whose past memberships were pruned.
+    `after`: only greater user ids. For a held or rejected run: the users whom it would change. Users who were erased
+    since are missing, and so are those whose past memberships were pruned.
     """
     row = connection.execute(
         sa.select(tables.runs, tables.definitions.c.key, tables.definitions.c.kind)
@@ -119,7 +119,7 @@ def _held(connection: sa.Connection, run: Any, what: str) -> tuple[str, dict[str
     }[what]
     nothing = "CAST(NULL AS text)"
     is_member = "m.definition_id = :definition_id AND m.user_id = d.subject_id"
-    # CROSS JOIN is SQLite's way to fix the order.
+    # In SQLite, CROSS JOIN fixes the order.
     with_members = f"CROSS JOIN {{our}}members m WHERE {is_member} AND"
     if what == "entered":
         with_members = f"LEFT JOIN {{our}}members m ON {is_member} WHERE"

@@ -1,4 +1,4 @@
-"""Names of events and traits that calls have brought, as help for writing queries."""
+"""Names of events and traits from calls, as help for writing queries."""
 
 import sqlalchemy as sa
 
@@ -9,7 +9,7 @@ SAMPLED_PROFILES = 200
 
 
 def event_names(connection: sa.Connection) -> list[str]:
-    """The first names of events in order, each found by one look into the index."""
+    """The first names of events in alphabetical order, each found by one lookup in the index."""
     name = tables.events.c.name
     names: list[str] = []
     while len(names) < SHOWN_NAMES:
@@ -26,6 +26,6 @@ def event_names(connection: sa.Connection) -> list[str]:
 
 
 def trait_names(connection: sa.Connection) -> list[str]:
-    """Names of traits in some profiles."""
+    """Names of traits in a sample of profiles."""
     sample = connection.execute(sa.select(tables.profiles.c.traits).limit(SAMPLED_PROFILES)).scalars()
     return sorted({name for traits in sample for name in traits})[:SHOWN_NAMES]

@@ -35,7 +35,7 @@ def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> d
 
 
 def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
-    """Problems that need a person, the lanes, the daemon and the schedules; counts to MOST_COUNTED at most."""
+    """Problems that need a person, the lanes, the daemon and the schedules. No count goes beyond MOST_COUNTED."""
     stopped = destination.stopped(connection)
     holder = leases.holder(connection, leases.QUEUE)
     job = _bulk_job(connection)
@@ -52,7 +52,7 @@ def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -
 
 
 def backlogs(connection: sa.Connection) -> dict[str, int]:
-    """The pending deliveries of each lane that sends single requests, counted to MOST_COUNTED."""
+    """The number of pending deliveries, MOST_COUNTED at most, of each lane that sends single requests."""
     action = tables.deliveries.c.action
     return {lane: _count_of(connection, tables.PENDING, action == lane) for lane in due.LANES}
 

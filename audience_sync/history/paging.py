@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from audience_sync.db import dialects, engines
 
 PAGE = 1_000  # rows that are read in one transaction
-SEARCHED = 5_000  # rows that a search looks at before it leaves the older ones to the next page
+SEARCHED = 5_000  # rows that a search reads for one page
 UNITED = 100  # queries in a statement; SQLite allows 500
 Matches = Callable[[Any], Iterable[sa.ColumnElement[bool]]]  # conditions on a table's columns
 
@@ -36,8 +36,8 @@ def pages(
 class Found:
     """Ids of rows, newest first.
 
-    `older`: the next page has the ids below this; None if there is none. `is_cut`: the search ended there because it
-    had looked at SEARCHED rows, so that its time has a limit.
+    `older`: the next page has the ids below this; None if there is no next page. `is_cut`: the search stopped there
+    because it had read SEARCHED rows, so that no search takes long.
     """
 
     ids: list[int]
@@ -57,7 +57,8 @@ def search(
 ) -> Found:
     """Search the rows with these values in indexed columns, newest first, for those that match all conditions.
 
-    There is an index on the columns and the id, in this order. `where`: what that index has, or nearly all rows meet.
+    There must be an index on these columns and the id, in this order. `where`: a condition of a partial index, or one that
+    nearly all rows meet.
     """
     [id_column] = table.primary_key.columns
     conditions, order = dialects.newest_of(connection, indexed, id_column, before)

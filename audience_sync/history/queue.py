@@ -12,7 +12,7 @@ ACTIONS = ("identify", "track", "company")
 STATUSES = ("held", "pending", "sending", "accepted", "dead", "cancelled")
 CALL_STATUSES = ("accepted", "ignored")
 CALL_TYPES = ("identify", "track", "group")
-COUNTED = 20_000  # dead deliveries that are looked at to count those that match
+COUNTED = 20_000  # dead deliveries that are read to count those that match
 OUTCOMES = ("accepted", "refused", "no answer", "under way")
 
 
@@ -92,7 +92,7 @@ def find_deliveries(
     before: int | None = None,
     limit: int,
 ) -> Found:
-    """Search deliveries. `key` is that of their definition, `error` a text that their error contains, in any case."""
+    """Search deliveries. `key`: of their definition. `error`: a part of their error, in upper or lower case."""
     column = tables.deliveries.c
     definition_id = tables.definitions.c.definition_id
     of_key = sa.select(definition_id).where(tables.definitions.c.key == key).scalar_subquery()
@@ -123,7 +123,7 @@ def find_deliveries(
 def count_dead(
     connection: sa.Connection, *, action: str | None, key: str | None, user_id: str | None, error: str | None
 ) -> tuple[int, bool]:
-    """The number of dead deliveries that match, and whether there may be more than those that were looked at."""
+    """The number of dead deliveries that match, and whether there may be more, because only COUNTED are read."""
     column = tables.deliveries.c
     dead = sa.select(tables.deliveries).where(column.status == "dead").order_by(column.delivery_id.desc())
     searched = dead.limit(COUNTED).subquery("searched")
@@ -163,7 +163,7 @@ def _of_run(
         for status in statuses
     ]
     ends = [part.older for part in parts if part.older is not None]
-    end = max(ends, default=None)  # below it, a part may have fewer than there are
+    end = max(ends, default=None)  # below this id, a part may be incomplete
     ids = sorted(
         (number for part in parts for number in part.ids if end is None or number >= end), reverse=True
     )
@@ -265,6 +265,6 @@ def bulk_job(connection: sa.Connection, request_id: int) -> dict[str, Any] | Non
 def deliveries_of_request(
     connection: sa.Connection, request_id: int, before: int | None, limit: int
 ) -> Found:
-    """The deliveries whose last request is this one; those that were sent again since belong to a later one."""
+    """The deliveries whose last request is this one. Deliveries that were sent again belong to a later request."""
     carried = {tables.deliveries.c.request_id: request_id}
     return search(connection, tables.deliveries, carried, before=before, limit=limit)

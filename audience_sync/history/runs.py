@@ -11,7 +11,7 @@ from audience_sync.db import dialects, leases, tables
 from audience_sync.history.paging import older
 from audience_sync.settings import Settings
 
-ON_PURPOSE = {"forgotten", "not_eligible"}  # reasons for which rows are set aside although they can be used
+ON_PURPOSE = {"forgotten", "not_eligible"}  # reasons to set aside rows that could be used
 SAMPLE = 5
 UNSETTLED = ("held", "pending", "sending")
 
@@ -35,7 +35,7 @@ def run_rows(
 ) -> list[dict[str, Any]]:
     """Runs, newest first, with the counts of their deliveries, including those that were pruned.
 
-    `before`: only those with smaller ids, here and below.
+    `before`: only those with smaller ids.
     """
     query = older(RUNS, tables.runs.c.run_id, before)
     if key is not None:
@@ -123,7 +123,7 @@ def run_facts(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
 
 
 def settled_at(connection: sa.Connection, run_id: int) -> dt.datetime | None:
-    """The time at which the last delivery of a run was settled; its deliveries are read one by one."""
+    """The time at which the last delivery of a run was settled. Slow for large runs: all their deliveries are read."""
     column = tables.deliveries.c.settled_at
     newest = sa.select(sa.func.max(column, type_=column.type)).where(tables.deliveries.c.run_id == run_id)
     return connection.execute(newest).scalar()
@@ -140,7 +140,7 @@ def held_runs(connection: sa.Connection) -> list[dict[str, Any]]:
 def failed_runs(
     connection: sa.Connection, settings: Settings, outlooks: Mapping[str, slots.Outlook]
 ) -> list[dict[str, Any]]:
-    """The failures of enabled definitions that no later run has made good, and when they are tried again.
+    """The enabled definitions' last runs that failed, and when they are tried again.
 
     A run whose process is gone counts as abandoned, before another process has found it.
     """
@@ -168,7 +168,7 @@ def failed_runs(
 
 
 def _last_decided() -> sa.ScalarSelect[int]:
-    """The newest run of a definition that ended. A canary that did not fail does not count."""
+    """The newest run of a definition that has ended, without canaries that did not fail."""
     other = tables.runs.alias("other").c
     is_canary = sa.and_(other.mode == "canary", other.status.in_(("succeeded", "held", "rejected")))
     newest = sa.select(other.run_id).where(

@@ -1,4 +1,4 @@
-"""The schedule: what ran in the last day, and what comes in the next."""
+"""The schedule: the runs of the last 24 hours, and the slots of the next 24."""
 
 import datetime as dt
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ SHOWN_ONE_BY_ONE = 6  # runs or slots of a definition in a day; more are shown a
 
 
 def past_day(connection: sa.Connection, now: dt.datetime) -> list[dict[str, Any]]:
-    """The runs of the last day, newest first: one line each, or one for a definition with many.
+    """The runs of the last 24 hours, newest first: one line each, or one line for a definition with many runs.
 
-    A line of many has the newest run, and the numbers of the newest SHOWN_ONE_BY_ONE by status.
+    A line for many runs has the newest one, and counts the newest SHOWN_ONE_BY_ONE by status.
     """
     keys = definition_keys(connection)
     slot_of_run = _slot_of_run(connection, list(keys), now)
@@ -68,9 +68,9 @@ def _slot_of_run(
 
 
 def next_day(connection: sa.Connection, settings: Settings, now: dt.datetime) -> list[dict[str, Any]]:
-    """The slots of the next day in order: one line each, or one for a definition with many, whose `text` is as configured.
+    """The slots of the next 24 hours in order: one line each, or one line for a definition with many slots.
 
-    A definition whose slots wait for a person, or are late, has one line that says so.
+    `text`: the schedule as configured. A definition whose slots wait for a decision has one line, which says so.
     """
     outlooks = slots.outlooks(connection, settings.definitions, now)
     lines: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ def _text(definition: Definition) -> str:
 
 
 def _upcoming(definition: Definition, now: dt.datetime) -> list[tuple[dt.datetime, bool]]:
-    """The next slots within a day, at most one more than is shown; with whether they are full ones."""
+    """The slots of the next 24 hours, at most one more than is shown; each with whether its run is a full one."""
     upcoming: dict[dt.datetime, bool] = {}
     for schedule, is_full in ((definition.schedule, False), (definition.full_schedule, True)):
         moment = now

@@ -14,11 +14,11 @@ from audience_sync.history.queue import delivery_details, delivery_rows
 from audience_sync.history.runs import SAMPLE
 from audience_sync.retention import erasure
 
-LOOKED_AT = 1_000  # newest deliveries of a user, in which those of the memberships are sought
+LOOKED_AT = 1_000  # newest deliveries of a user that are searched for those of the memberships
 SUGGESTED = 8
-_LAST = "\U0010ffff"  # sorts behind every other letter
+_LAST = "\U0010ffff"  # sorts after every other character
 
-# As the view membership_history, but looked up for each definition. CROSS JOIN is SQLite's way to fix the order.
+# Like the view membership_history, but with a lookup for each definition. In SQLite, CROSS JOIN fixes the order.
 _MEMBERSHIPS = """
 SELECT d.key, coalesce(m.value, 'true') AS value, r.as_of AS "from", NULL AS "to"
 FROM {our}definitions d CROSS JOIN {our}members m JOIN {our}runs r ON r.run_id = m.entered_run_id
@@ -78,7 +78,7 @@ def user_profile(connection: sa.Connection, user_id: str) -> dict[str, Any] | No
 
 
 def memberships_now(connection: sa.Connection, user_id: str) -> list[dict[str, Any]]:
-    """Each membership and trait that holds now, since which run, and the delivery that said so (None: not stored)."""
+    """Each current membership and trait: since which run, and its newest delivery; None if that is no longer stored."""
     statement = (
         "SELECT d.key, d.kind, d.definition_id, m.value, m.entered_run_id FROM {our}definitions d "
         "CROSS JOIN {our}members m WHERE m.definition_id = d.definition_id AND m.user_id = :user_id ORDER BY d.key"
@@ -111,7 +111,7 @@ def _delivery_ids(
 ) -> dict[int, int]:
     """The newest delivery of each membership, by definition.
 
-    It is sought among the user's newest deliveries, then among the accepted ones by the time of the value.
+    Search the user's newest deliveries, then the accepted ones by the time of the value.
     """
     column = tables.deliveries.c
     is_of_user = (column.subject_id == user_id, column.action != "company")
@@ -153,7 +153,7 @@ def time_line(
     keys = definition_keys(connection)
     events: dict[int, dict[str, Any]] = {}
     for row in _intervals(connection, list(keys), user_id, before, limit + 1):
-        # Sorted by their beginning, so that an interval which begins as another ends is a change.
+        # Sorted by their beginning: an interval that begins in the run in which another ends is a change.
         change = "changed" if row.entered_run_id in events else "entered"
         value = None if row.value is None else json.loads(row.value)
         events[row.entered_run_id] = {"key": keys[row.definition_id], "change": change, "value": value}
@@ -189,7 +189,7 @@ def _intervals(
 
 
 def waiting_of_user(connection: sa.Connection, user_id: str, limit: int) -> list[dict[str, Any]]:
-    """Deliveries of a user that are not settled yet, or wait for a person, newest first."""
+    """Deliveries of a user that are not settled yet, held or dead, newest first."""
     column = tables.deliveries.c
     ids: list[int] = []
     for where in (tables.UNSETTLED, tables.WAITING):
@@ -207,7 +207,7 @@ def erased_at(connection: sa.Connection, user_id: str) -> dict[str, Any] | None:
 
 
 def similar_ids(connection: sa.Connection, user_id: str) -> list[str]:
-    """Ids of users that begin as this one does, or are the same in other letters."""
+    """Ids of users that begin as this one does, or differ only in spaces, upper and lower case."""
     trimmed = user_id.strip()
     forms = dict.fromkeys(
         (user_id, trimmed, trimmed.lower(), trimmed.upper(), trimmed[: len(trimmed) // 2 + 1])

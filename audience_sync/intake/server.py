@@ -145,7 +145,7 @@ class TrackingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # uvicorn would believe them
+                proxy_headers=False,  # uvicorn would trust them from any proxy on this machine
                 timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )

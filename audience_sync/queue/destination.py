@@ -16,7 +16,7 @@ from audience_sync.db.tables import destination
 from audience_sync.queue import deliveries
 from audience_sync.userpilot.answers import Answer, Outcome
 
-ALIVE = dt.timedelta(seconds=60)  # after its last heartbeat a daemon is not running any more
+ALIVE = dt.timedelta(seconds=60)  # a daemon whose last heartbeat is older is not running
 MADE_FOR_ANOTHER = "made for another destination than the one that is configured now"
 
 
@@ -142,7 +142,7 @@ def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
 
 
 def end_heartbeat(connection: sa.Connection, heartbeat_at: dt.datetime) -> None:
-    """Make a heartbeat as old as that of a process that is gone, unless another daemon has recorded one since."""
+    """Make this heartbeat too old for a running daemon, unless another daemon has recorded one since."""
     ended = destination.update().where(destination.c.heartbeat_at == heartbeat_at)
     connection.execute(ended.values(heartbeat_at=heartbeat_at - ALIVE))
 

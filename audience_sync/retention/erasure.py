@@ -106,7 +106,7 @@ def _end_membership(connection: sa.Connection, definition_id: int, user_id: str)
 
 
 def _erase_calls(connection: sa.Connection, user_id: str) -> Counter[str]:
-    """Erase the user's calls, what they say, and the rest of the deliveries; return how many rows of each table."""
+    """Erase the user's calls, profile, events and remaining deliveries; return how many rows of each table."""
     erased = Counter(deliveries=_delete_deliveries(connection, user_id))
     for table in ("profiles", "events", "calls"):
         where = "WHERE user_id = :user_id"

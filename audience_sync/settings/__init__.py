@@ -236,7 +236,7 @@ def _web(top: Section, table: Any) -> WebSettings:
                 f"name: expected at most {MAX_USER_NAME} characters on one line, without spaces around"
             )
         if user.name in users:
-            place.fail("name: another user has the same: each needs one of their own")
+            place.fail("name: another user has the same name; give each user a different one")
         users[user.name] = user
     return msgspec.structs.replace(web, users=tuple(users.values()))
 

@@ -25,7 +25,7 @@ def hash_password(password: str) -> str:
 
 
 def is_password(password: str, stored: str) -> bool:
-    """Tell whether a hash is that of the password. The time that it takes depends on the hash alone."""
+    """Return whether a hash is that of the password. The time that it takes depends on the hash only."""
     match = re.fullmatch(PATTERN, stored)
     if match is None:
         raise ValueError("not a hash in the PHC form")

@@ -183,14 +183,14 @@ class WebUser(Table, frozen=True):
 
 
 class WebSettings(Table, frozen=True):
-    """The dashboard, which is for this machine only, and only to read, if there are no users."""
+    """The dashboard. Without users it is read-only, and only for this machine."""
 
     dashboard: bool = True
     trusted_proxies: Networks = ()
     users: tuple[WebUser, ...] = ()
 
     def require_users(self) -> dict[str, WebUser]:
-        """Return the users by name. Raises MissingVariable if the hash of one is not there."""
+        """Return the users by name. Raises MissingVariable if the variable with a user's hash is not set."""
         for user in self.users:
             user.password.require()
         return {user.name: user for user in self.users}

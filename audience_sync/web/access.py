@@ -1,7 +1,7 @@
 """Access to the dashboard: who asks, from where, and what that person may do.
 
-Without configured users it is for browsers on this machine, and only to read: the request must name this machine as its
-host, and no proxy may have passed it on. With users, everything but the sign-in needs a session.
+Without configured users, only browsers on this machine may read it, and nobody may act: the request must name this
+machine as its host, and must not come through a proxy. With users, everything but the sign-in needs a session.
 """
 
 import hmac
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from audience_sync import remote
 from audience_sync.settings.schema import WebSettings, WebUser
 
-SIGN_IN_FIRST = "[[web.users]]: `audience-sync password` makes the hash of a password"
+HOW_TO_ADD_USERS = "[[web.users]]: `audience-sync password` makes the hash of a password"
 _READING = {"GET", "HEAD"}
 
 
@@ -52,23 +52,23 @@ class Access:
         if not self.users:
             if not remote.is_loopback(remote.host_name(request.headers)):
                 return (
-                    "Without users the dashboard is for this machine only: open it as http://127.0.0.1 or "
-                    f"http://localhost, or configure {SIGN_IN_FIRST}."
+                    "Without users, only this machine can open the dashboard: use http://127.0.0.1 or "
+                    f"http://localhost, or configure {HOW_TO_ADD_USERS}."
                 )
             if remote.came_through_proxy(request.scope):
-                return f"Without users the dashboard answers no proxy: configure {SIGN_IN_FIRST}."
-        if request.method in _READING and _is_from_elsewhere(request):
-            return "The request comes from another site."
+                return f"Without users, the dashboard refuses requests from a proxy. Configure {HOW_TO_ADD_USERS}."
+        if request.method in _READING and _is_cross_site(request):
+            return "The request was sent by another site. Enter the dashboard's address in the browser."
         return None
 
 
 def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str | None:
-    """Return why a form is refused: it must be from a page of ours, and of this person's session if there is one."""
+    """Return why a form is refused; None if one of our pages sent it, with the token of this person's session if any."""
     source = _source(request)
-    if comes_by_link(request) or source is None or source != own_origin(request):
+    if comes_from_other_site(request) or source is None or source != own_origin(request):
         return (
-            "The form was not sent by a page of this dashboard. If there is a proxy in front of it, name that in "
-            "[web] trusted_proxies, and make it set X-Forwarded-Proto and X-Forwarded-Host."
+            "The form was not sent by a page of this dashboard. If the dashboard is behind a proxy, add the proxy's "
+            "address to [web] trusted_proxies, and have the proxy set X-Forwarded-Proto and X-Forwarded-Host."
         )
     if viewer and not (
         viewer.csrf and hmac.compare_digest(viewer.csrf.encode(), csrf.encode(errors="replace"))
@@ -78,14 +78,14 @@ def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str
 
 
 def is_visit(request: Request) -> bool:
-    """Tell whether a person follows a link to a page, in a window of its own."""
+    """Return whether the request opens a page in a browser's window, not in a frame or for a script."""
     headers = request.headers
     mode, target = headers.get("Sec-Fetch-Mode", "navigate"), headers.get("Sec-Fetch-Dest", "document")
     return request.method in _READING and (mode, target) == ("navigate", "document")
 
 
-def comes_by_link(request: Request) -> bool:
-    """Tell whether another site's link leads here: browsers then send no session."""
+def comes_from_other_site(request: Request) -> bool:
+    """Return whether another site caused the request. Browsers then leave the session's cookie out."""
     return request.headers.get("Sec-Fetch-Site") in {"cross-site", "same-site"}
 
 
@@ -94,14 +94,16 @@ def own_origin(request: Request) -> str | None:
 
 
 def local_path(text: str | None) -> str:
-    """Return a path of our own with its query, to go to after a form; the first page for anything else."""
+    """Return where to go after a form: the text if it is a path of ours, with or without a query; else the overview."""
     if text is None or not text.isprintable() or "\\" in text or len(text) > 2_000:
         return "/"
     return text if text.startswith("/") and not text.startswith("//") else "/"
 
 
-def _is_from_elsewhere(request: Request) -> bool:
-    if comes_by_link(request) and not (is_visit(request) and not request.url.path.startswith("/static/")):
+def _is_cross_site(request: Request) -> bool:
+    if comes_from_other_site(request) and not (
+        is_visit(request) and not request.url.path.startswith("/static/")
+    ):
         return True
     given = request.headers.get("Origin")
     return given is not None and (_origin(given) is None or _origin(given) != own_origin(request))
@@ -145,7 +147,7 @@ class TrustedProxies:
         await self._app(scope, receive, send)
 
     def _browser(self, scope: Scope) -> str:
-        """Return the last address that no trusted proxy has; what stands before it may be forged."""
+        """Return the last address that is not a trusted proxy's. The addresses before it may be forged."""
         address = _peer(scope)
         passed = ",".join(Headers(scope=scope).getlist("X-Forwarded-For")).split(",")
         for text in reversed(passed):

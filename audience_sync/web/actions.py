@@ -1,7 +1,7 @@
-"""Actions of people: decide about held runs and deliveries, and accept the destination.
+"""What people can do with the dashboard: decide about held runs and deliveries, and accept the destination.
 
-Each action needs the role `operate`. It is recorded before it is done, and its result afterwards, also where it is
-refused or fails.
+Each action needs the role `operate`. It is recorded before it is done. Its result is recorded afterwards, even if the
+action is refused or fails.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ from audience_sync.db import engines
 from audience_sync.errors import AudienceSyncError, Busy, ConfigError, NotApproved, unexpected
 from audience_sync.queue import deliveries
 from audience_sync.web import record
-from audience_sync.web.access import SIGN_IN_FIRST, Viewer, form_refusal, local_path
+from audience_sync.web.access import HOW_TO_ADD_USERS, Viewer, form_refusal, local_path
 from audience_sync.web.signin import Form, client_address
 from audience_sync.web.view import PAGE_ROWS, BadRequest, Forbidden, View, row_id
 
-CHUNK = 1_000  # deliveries that a transaction decides about
+CHUNK = 1_000  # deliveries that one transaction changes
 MAX_TARGET = 300  # characters of a target, and of a filter in it
 # Fields of a filter, and what `history` calls them.
 FILTER = {"key": "key", "action": "action", "error": "error", "user": "user_id", "run": "run_id"}
@@ -31,7 +31,7 @@ FILTER = {"key": "key", "action": "action", "error": "error", "user": "user_id",
 
 @dataclass(frozen=True, slots=True)
 class FormAction:
-    """Its name in the record, what a form is about, and what does it and returns its result."""
+    """An action: its name in the record, the target of a form, and the function that does it and returns the result."""
 
     name: str
     target: Callable[[Form], str]
@@ -39,14 +39,14 @@ class FormAction:
 
 
 def act(action: FormAction, app: App, viewer: Viewer, request: Request, form: Form) -> Response:
-    """Do what a form asks for, and go back to its page, which shows the result."""
+    """Do the action of a form, then redirect to the page of the form, which shows the result."""
     if viewer.name is None:
         raise Forbidden(
-            f"Without users the dashboard only shows things. To act here, configure {SIGN_IN_FIRST}."
+            f"Without users, the dashboard is read-only. To use its buttons, configure {HOW_TO_ADD_USERS}."
         )
     refusal = form_refusal(request, viewer, form.get("csrf", ""))
     if refusal is None and not viewer.may_operate:
-        refusal = "Your role is to read. Ask for the role operate in [[web.users]], or somebody who has it."
+        refusal = "Your role is read. This needs the role operate, which is set in [[web.users]]."
     with engines.write(app.engine) as connection:
         who = (viewer.name, client_address(request))
         action_id = record.start_action(connection, *who, action.name, action.target(form), app.clock.now())
@@ -82,7 +82,7 @@ def _run(form: Form) -> str:
 
 
 def _approve(app: App, form: Form) -> str:
-    run_id = row_id("The run", form["run_id"])
+    run_id = row_id("The run id", form["run_id"])
     decisions.approve(app.engine, run_id, app.clock, app.destination)
     with engines.read(app.engine) as connection:
         [run] = history.run_rows(connection, ids=[run_id])
@@ -91,7 +91,7 @@ def _approve(app: App, form: Form) -> str:
 
 
 def _reject(app: App, form: Form) -> str:
-    run_id = row_id("The run", form["run_id"])
+    run_id = row_id("The run id", form["run_id"])
     decisions.reject(app.engine, run_id, app.clock)
     return f"Run {run_id} is rejected. Nothing of it is sent, and the next run computes again."
 
@@ -112,7 +112,7 @@ def _retry(app: App, form: Form) -> str:
         count += retried.count
         refused_count += len(retried.refusals)
         reason = reason or next(iter(retried.refusals), "")
-    others = f" {refused_count:,} more cannot be: {reason}" if refused_count else ""
+    others = f" {refused_count:,} more cannot be queued: {reason}" if refused_count else ""
     return f"{_number(count)} queued again.{others}"
 
 
@@ -129,16 +129,16 @@ def _discard(app: App, form: Form) -> str:
 def _chosen(app: App, form: Form) -> Iterator[list[int]]:
     """Yield the ids of a form, or those of all dead deliveries that its filter matches."""
     if not form.get("all"):
-        ids = [row_id("A delivery", text) for text in dict.fromkeys(form.getlist("id"))]
+        ids = [row_id("A delivery id", text) for text in dict.fromkeys(form.getlist("id"))]
         if not ids:
-            raise BadRequest("Choose the deliveries first.")
+            raise BadRequest("No delivery is selected. Select at least one.")
         yield ids
         return
     if form["all"] != "dead":
-        raise BadRequest("all must be dead.")
+        raise BadRequest("all can only be dead.")
     filters: dict[str, Any] = {FILTER[name]: value for name, value in _filter(form).items()}
     if "run_id" in filters:
-        filters["run_id"] = row_id("The run", filters["run_id"])
+        filters["run_id"] = row_id("The run id", filters["run_id"])
     before: int | None = None
     while not app.stop.is_set():
         with engines.read(app.engine) as connection:
@@ -177,7 +177,7 @@ ACTIONS = {
 
 
 def actions(view: View) -> Response:
-    """The page that shows what people did."""
+    """The page with the record of actions."""
     rows = record.action_rows(view.connection, before=view.number("before"), limit=PAGE_ROWS + 1)
     is_more = len(rows) > PAGE_ROWS
     return view.html("actions.html", actions=rows[:PAGE_ROWS], is_more=is_more)

@@ -1,4 +1,4 @@
-"""The pages of a definition: how its size developed, what it is, its runs and its members."""
+"""The pages of a definition: its size over time, its query, its runs and its members."""
 
 import csv
 import datetime as dt
@@ -20,16 +20,16 @@ from audience_sync.web.overview import definition_state
 from audience_sync.web.view import PAGE_ROWS, NotFound, View
 
 MAX_POINTS = 20_000  # of a chart: two years of hourly runs
-DRAWN_RUNS = 1_000  # in the chart that the server draws, and that a sentence sums up
+DRAWN_RUNS = 1_000  # in the chart for browsers without JavaScript, and in the sentence about the trend
 SHOWN_RUNS, SHOWN_MEMBERS = 20, 10
 TREND = dt.timedelta(days=30)
 CSV_ROWS = 1_000  # in a piece of a download
-# Spreadsheets take a cell that begins so for a formula; a number is none.
+# Spreadsheets read a cell that begins like this as a formula, unless it is a number.
 _FORMULA = re.compile(r"(?!-?\d+(?:\.\d+)?\Z)[=+\-@\t\r\n]")
 
 
 def definition(view: View) -> Response:
-    row, configured, definition_id = _asked(view)
+    row, configured, definition_id = _requested(view)
     status = history.attention(view.connection, view.app.settings, view.now)
     row["state"] = definition_state(row, status)
     key, points, members = row["key"], [], None
@@ -58,12 +58,12 @@ def definition(view: View) -> Response:
 
 def sizes(view: View) -> Response:
     """The points of the chart, in columns; times in seconds since 1970."""
-    definition_id = _asked(view)[2]
+    definition_id = _requested(view)[2]
     rows = [] if definition_id is None else history.size_rows(view.connection, definition_id, MAX_POINTS)
     columns = {
         "times": [int(row["as_of"].timestamp()) for row in rows],
         "members": [row["member_count"] for row in rows],
-        # Everyone enters in the first run, beside which no other change could be seen.
+        # In the first run everyone enters, which would make all other changes too small to see.
         "entered": [None if row["mode"] == "first" else row["entered_count"] for row in rows],
         "exited": [None if row["mode"] == "first" else row["exited_count"] for row in rows],
     }
@@ -71,7 +71,7 @@ def sizes(view: View) -> Response:
 
 
 def members(view: View) -> Response:
-    row, _, definition_id = _asked(view)
+    row, _, definition_id = _requested(view)
     prefix, at = view.text("prefix") or "", view.moment("at")
     page = None
     if definition_id is not None:
@@ -84,7 +84,7 @@ def members(view: View) -> Response:
 
 def members_csv(view: View) -> Response:
     """All members, now or at a past time. The pieces are read in transactions of their own, while they are sent."""
-    row, _, definition_id = _asked(view)
+    row, _, definition_id = _requested(view)
     at = view.moment("at")
     rows = iter(()) if definition_id is None else history.member_rows(view.app.engine, definition_id, at)
     name = f"{row['key']}-{(at or view.now).astimezone(dt.UTC):%Y-%m-%dT%H%MZ}.csv"
@@ -113,12 +113,12 @@ def _plain(value: str | None) -> str:
 
 
 def cell(text: str) -> str:
-    """A text that a spreadsheet does not take for a formula: an apostrophe is put before one."""
+    """The text of a cell. An apostrophe before a formula keeps a spreadsheet from running it."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def trend(points: Sequence[dict[str, Any]]) -> str:
-    """A sentence about the size in the last 30 days before the last run."""
+    """A sentence that compares the size after the last run with that up to 30 days before."""
     since = points[-1]["as_of"] - TREND if points else None
     recent = [point for point in points if since is not None and point["as_of"] >= since]
     if len(recent) < 2:
@@ -127,13 +127,13 @@ def trend(points: Sequence[dict[str, Any]]) -> str:
     before, after = first["member_count"], last["member_count"]
     span = duration((last["as_of"] - first["as_of"]).total_seconds())
     if before == after:
-        return f"As many members as {span} before: {after:,}."
+        return f"The same size as {span} before: {after:,} members."
     word = "Grew" if after > before else "Shrank"
     return f"{word} from {before:,} to {after:,} members in {span}."
 
 
-def _asked(view: View) -> tuple[dict[str, Any], Definition | None, int | None]:
-    """The definition of the address, as it stands and as it is configured, and its id once it was used."""
+def _requested(view: View) -> tuple[dict[str, Any], Definition | None, int | None]:
+    """The requested definition as `history` has it and as it is configured, and its id; None if it was never synced."""
     key = view.part("key")
     rows = [] if "\0" in key else history.definitions(view.connection, view.app.settings, view.now, key)
     if not rows:

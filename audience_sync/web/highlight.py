@@ -1,10 +1,10 @@
-"""Colours for SQL and for queries: words in HTML with a class for each kind."""
+"""Syntax highlighting for SQL and for queries: HTML with a class for each kind of word."""
 
 import re
 
 from markupsafe import Markup
 
-# What is not closed goes on to the end, so that each character is looked at once.
+# A comment or string that is not closed extends to the end of the text, so that each character is read once.
 _SQL = re.compile(
     r"""(?P<comment>--[^\n]*|/\*.*?(?:\*/|\Z))
     |(?P<string>'(?:[^']|'')*(?:'|\Z))

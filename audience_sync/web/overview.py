@@ -1,4 +1,4 @@
-"""The first page: what needs a person, how each definition stands, and how fast each lane sends."""
+"""The overview: problems that need a person, the state of each definition, and the pace of each lane."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +43,7 @@ def overview(view: View) -> Response:
 
 
 def definition_state(row: dict[str, Any], status: dict[str, Any]) -> str:
-    """The state of a definition as pages show it: what needs a person comes first."""
+    """The state of a definition as pages show it: failed and late come before running and enabled."""
     if row["state"] != "enabled":
         return str(row["state"])
     failed = {run["key"]: str(run["status"]) for run in status["failed_runs"]}
@@ -55,7 +55,7 @@ def definition_state(row: dict[str, Any], status: dict[str, Any]) -> str:
 
 
 def _lanes(app: App, status: dict[str, Any], backlogs: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """The lanes with what they still have to send, and how long that takes at their limits."""
+    """The lanes, each with the number of its pending deliveries and the time to send them at its limit."""
     job = status["bulk_job"]
     in_job = max(0, job["row_count"] - (job["completed_count"] or 0)) if job else 0
     for name, lane in status["lanes"].items():

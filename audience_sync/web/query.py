@@ -1,4 +1,4 @@
-"""The page for writing queries: errors while one types, a preview, and the text for the configuration."""
+"""The page for writing queries: errors while the user types, a preview, and the block for the configuration."""
 
 import json
 import threading
@@ -15,13 +15,13 @@ from audience_sync.audiences.query import english, layout
 from audience_sync.errors import AudienceSyncError, Interrupted
 from audience_sync.web.view import View
 
-MAX_PREVIEWS = 2  # that run at a time, because each is a statement on the company's database
+MAX_PREVIEWS = 2  # at a time, because each runs a statement on the company's database
 _previews = threading.BoundedSemaphore(MAX_PREVIEWS)
 
 
 @dataclass(slots=True)
 class QueryAnswer:
-    """The readings of a query, or why it cannot be used. `preview` only if it was computed."""
+    """A query laid out, in English and as SQL, or its error. `preview` is None if the query was not computed."""
 
     error: str | None = None
     query: str | None = None
@@ -33,7 +33,7 @@ class QueryAnswer:
 
 
 def query_page(view: View) -> Response:
-    """Read a query, and compute it unless `check` says that it is still being written."""
+    """Parse a query, and compute it unless the address has `check`: then the user is still typing."""
     kind = Kind(view.choice("kind", [kind.value for kind in Kind]) or Kind.AUDIENCE)
     text, source, name = (
         view.text("text"),
@@ -43,7 +43,7 @@ def query_page(view: View) -> Response:
     answer = None
     if text is not None:
         answer = _read(view, text, source, kind, name or "My " + kind.value)
-    is_checked_only = view.text("check") is not None  # the page then takes the answer alone
+    is_checked_only = view.text("check") is not None  # the page then replaces its answer only
     return view.html(
         "query.html",
         text=text or "",
@@ -63,7 +63,7 @@ def _read(view: View, text: str, source: str | None, kind: Kind, name: str) -> Q
         definition = view.app.query_definition(text, source, kind)
     except AudienceSyncError as error:
         return QueryAnswer(error=str(error))
-    assert definition.query is not None  # noqa: S101  (it was made of a query)
+    assert definition.query is not None  # noqa: S101  (it was made from a query)
     answer = QueryAnswer(
         query=layout.query_text(definition.query.query),
         english=english.english_text(definition.query.query),
@@ -73,7 +73,7 @@ def _read(view: View, text: str, source: str | None, kind: Kind, name: str) -> Q
         if view.request.headers.get("Sec-Fetch-Site", "none") in {"none", "same-origin"}:
             _compute(view, definition, answer)
         else:
-            answer.notes.append("Another site led here, so nothing was computed: press Preview.")
+            answer.notes.append("The link came from another site, so nothing was computed: press Preview.")
     return answer
 
 

@@ -102,7 +102,7 @@ def requests_page(view: View) -> Response:
 
 
 def request_page(view: View) -> Response:
-    """One request, with the deliveries that it carried last and its bulk job."""
+    """One request, with its bulk job and those of its deliveries that no later request carried."""
     request_id = view.path_id("request_id")
     rows = history.request_rows(view.connection, [request_id])
     if not rows:

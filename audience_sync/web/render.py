@@ -1,4 +1,4 @@
-"""Turns answers of `history` into HTML: the template environment, and how numbers, times and states look."""
+"""Renders answers of `history` as HTML: the template environment, and the format of numbers, times and states."""
 
 import datetime as dt
 import json
@@ -14,7 +14,7 @@ from audience_sync import __version__
 from audience_sync.clock import duration
 from audience_sync.web.highlight import highlight
 
-# A shape beside each state's word, so that nobody depends on colours: (CSS class, shape).
+# (CSS class, shape) of each state. The shape helps people who cannot tell the colours apart.
 STATES = {
     "enabled": ("good", "●"), "succeeded": ("good", "✓"), "accepted": ("good", "✓"),
     "done": ("good", "✓"), "refused": ("warn", "▲"),

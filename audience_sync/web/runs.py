@@ -1,4 +1,4 @@
-"""The pages of runs: all of them, what one did, and who changed in it."""
+"""The pages of runs: the list, one run, and the users who changed in it."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from audience_sync.web.view import PAGE_ROWS, BadRequest, NotFound, View, row_id
 
 STATUSES = ("running", "held", "rejected", "succeeded", "failed", "abandoned")
 SHOWN_CHANGES = 10
-COUNTED = 10_000  # deliveries of a run of which the last one is looked for
+COUNTED = 10_000  # deliveries; of a larger run, the time of the last settled one is not shown
 MODES = {
-    "first": "the first one, which sends every member",
+    "first": "the first run, which sends every member",
     "changes": "sends what changed",
     "full": "sends every member and everyone who left",
     "canary": "a canary: single users only",
@@ -39,7 +39,7 @@ def runs(view: View) -> Response:
 
 
 def run(view: View) -> Response:
-    run = _asked(view)
+    run = _requested(view)
     samples = {
         what: history.change_rows(view.connection, run["run_id"], what, limit=SHOWN_CHANGES)
         for what in history.CHANGES
@@ -70,7 +70,7 @@ def run(view: View) -> Response:
 
 
 def changes(view: View) -> Response:
-    run, what = _asked(view), view.text("what") or "entered"
+    run, what = _requested(view), view.text("what") or "entered"
     if what not in history.CHANGES:
         raise BadRequest(f"what must be one of {', '.join(history.CHANGES)}.")
     after = view.text("after") or ""
@@ -85,9 +85,9 @@ def changes(view: View) -> Response:
     )
 
 
-def _asked(view: View) -> dict[str, Any]:
-    run_id = row_id("The number of a run", view.part("run_id"))
+def _requested(view: View) -> dict[str, Any]:
+    run_id = row_id("The run id", view.part("run_id"))
     run = history.run_facts(view.connection, run_id)
     if run is None:
-        raise NotFound(f"There is no run {run_id}. Runs has the list of all of them.")
+        raise NotFound(f"There is no run {run_id}. The page Runs lists all of them.")
     return run

@@ -1,4 +1,4 @@
-"""The page of the schedule: what ran in the last day, and what comes in the next."""
+"""The page of the schedule: the runs of the last 24 hours, and those due in the next 24."""
 
 from starlette.responses import Response
 

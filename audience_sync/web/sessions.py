@@ -1,7 +1,7 @@
 """Sessions of signed-in users: their table, how long they last, and what ends them.
 
-The browser has a random token, the table only its hash. A session belongs to a user with a role and a password: where
-the configuration has another one, or none, it has ended.
+The browser has a random token; the table has only its hash. A session ends when its user is removed from the
+configuration, or gets another role or password.
 """
 
 import datetime as dt
@@ -17,7 +17,7 @@ from audience_sync.settings.schema import WebUser
 
 LIFE = dt.timedelta(hours=12)
 IDLE = dt.timedelta(hours=2)
-SEEN_EVERY = dt.timedelta(minutes=1)  # how often the last use is written at most
+SEEN_EVERY = dt.timedelta(minutes=1)  # the last use is written at most this often
 
 
 def start_session(connection: sa.Connection, user: WebUser, now: dt.datetime) -> str:
@@ -54,7 +54,7 @@ def end_session(connection: sa.Connection, token: str) -> None:
 
 
 def csrf_token(token: str) -> str:
-    """Return what the forms of a session carry. It does not tell the session's own token."""
+    """Return the token that the forms of a session carry. The session's own token cannot be computed from it."""
     return hmac.new(token.encode(), b"csrf", hashlib.sha256).hexdigest()
 
 

@@ -22,15 +22,15 @@ from audience_sync.db import engines
 from audience_sync.errors import DatabaseError
 from audience_sync.settings.passwords import is_password
 from audience_sync.web import sessions
-from audience_sync.web.access import SIGN_IN_FIRST, STRANGER, Access, Viewer, form_refusal, local_path
+from audience_sync.web.access import HOW_TO_ADD_USERS, STRANGER, Access, Viewer, form_refusal, local_path
 from audience_sync.web.view import Forbidden, NotFound, View, html
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 10  # that may fail at once, of a name and from an address
-ATTEMPT_SECONDS = 60.0  # until another one may fail
+MAX_ATTEMPTS = 10  # that may fail at once, for a name and from an address
+ATTEMPT_SECONDS = 60.0  # until one more attempt may fail
 MAX_REMEMBERED = 10_000  # names and addresses
-WAIT_SECONDS = 0.2  # for the database, to record that a session is used
+WAIT_SECONDS = 0.2  # for a lock of the database, to record that a session is used
 
 Form = ImmutableMultiDict[str, str]
 FormHandler = Callable[[App, Viewer, Request, Form], Response]
@@ -38,14 +38,14 @@ FormHandler = Callable[[App, Viewer, Request, Form], Response]
 
 @dataclass(slots=True)
 class Throttle:
-    """Limits the attempts to sign in, of each user name and from each address. Only those that fail count."""
+    """Limits failed attempts to sign in, for each user name and from each address."""
 
     clock: Clock
     _free_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str, address: str) -> float:
-        """Count an attempt and return 0 if it may be made; else return the seconds to wait."""
+        """Count an attempt and return 0 if it is allowed; else return the seconds to wait."""
         with self._lock:
             now = self.clock.monotonic()
             free_at = {key: max(now, self._free_at.get(key, now)) for key in _keys(name, address)}
@@ -70,7 +70,7 @@ class Throttle:
 def _keys(name: str, address: str) -> list[str]:
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(address)
-        if ip.version == 6:  # one household or server has many of these
+        if ip.version == 6:  # one household or server has a whole network of addresses
             address = str(ipaddress.ip_network((ip, 64), strict=False))
     return [f"user {name[:200]}", f"address {address}"]
 
@@ -79,7 +79,7 @@ def sign_in_page(view: View) -> Response:
     if view.viewer.may_read:
         if view.viewer.name is None:
             raise NotFound(
-                f"Nobody signs in here, because there are no users. To have some, configure {SIGN_IN_FIRST}."
+                f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
             )
         return RedirectResponse(local_path(view.text("next")), 303)
     return view.html("login.html", next=local_path(view.text("next")), name="", problem=None)
@@ -88,10 +88,10 @@ def sign_in_page(view: View) -> Response:
 def sign_in(
     access: Access, throttle: Throttle, app: App, _viewer: Viewer, request: Request, form: Form
 ) -> Response:
-    """Begin a session for a name and its password. The time that it takes does not tell whether there is such a user."""
+    """Begin a session for a name and its password. A wrong name takes as long as a wrong password."""
     if not access.users:
         raise Forbidden(
-            f"Nobody signs in here, because there are no users. To have some, configure {SIGN_IN_FIRST}."
+            f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
         )
     if refusal := form_refusal(request, None):
         raise Forbidden(refusal)
@@ -136,7 +136,7 @@ def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response
 
 
 def viewer(app: App, access: Access, connection: sa.Connection, request: Request) -> tuple[Viewer, bool]:
-    """Return who asks, and whether this use of the session is to be recorded."""
+    """Return the person who asks, and whether to record this use of the session."""
     if not access.users:
         return Viewer(), False
     token, now = _token(request), app.clock.now()
@@ -144,7 +144,7 @@ def viewer(app: App, access: Access, connection: sa.Connection, request: Request
     if session is None:
         return STRANGER, False
     user, last_seen_at = session
-    is_by_person = "HX-Request" not in request.headers  # else the page asks, and nobody may be there
+    is_by_person = "HX-Request" not in request.headers  # else an open page refreshes itself
     is_due = is_by_person and now - last_seen_at >= sessions.SEEN_EVERY
     return Viewer(user.name, user.role, sessions.csrf_token(token)), is_due
 

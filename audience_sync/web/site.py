@@ -1,4 +1,4 @@
-"""The dashboard as an ASGI application: its routes, and what every answer has in common."""
+"""The dashboard as an ASGI application: its routes, limits, errors and headers."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ from audience_sync.web.access import (
     Access,
     TrustedProxies,
     Viewer,
-    comes_by_link,
+    comes_from_other_site,
     is_visit,
     local_path,
 )
@@ -44,7 +44,7 @@ from audience_sync.web.view import FormError, NotFound, Page, Refusal, View, her
 
 log = logging.getLogger(__name__)
 
-MAX_PAGES = 4  # that are made at a time, so that pages do not take the processor from the calls
+MAX_PAGES = 4  # that are made at a time, so that the API for calls stays fast
 MAX_SIGN_INS = 2  # at a time; each takes 32 MB
 MAX_WAITING = 20  # forms, or sign-ins, that wait for others
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -81,7 +81,7 @@ HEADERS = {
 
 
 class SafeHeaders:
-    """Adds HEADERS to every answer; pages are not stored by browsers or proxies."""
+    """Adds HEADERS to every answer, and keeps browsers and proxies from storing pages."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -111,7 +111,7 @@ class Gate:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await self._site.error(STRANGER, 403, "This is refused", refusal)(scope, receive, send)
+            await self._site.error(STRANGER, 403, "Not allowed", refusal)(scope, receive, send)
 
 
 class Site:
@@ -156,7 +156,8 @@ class Site:
         return answer
 
     def _ask_to_sign_in(self, request: Request) -> Response:
-        if comes_by_link(request) and is_visit(request):  # the next request, from our page, has the session
+        if comes_from_other_site(request) and is_visit(request):
+            # Our page asks again, and the browser then sends the session's cookie.
             return html("visit.html", STRANGER, local_path(here(request)), self.app.clock.now())
         return RedirectResponse(link("/login", next=here(request)), 303)
 
@@ -169,11 +170,11 @@ class Site:
         except ClientDisconnect:
             return Response(status_code=499)  # the sender is gone
         except TimeoutError:
-            return self._unread(FormError(408, "It took too long. Send it again."))
+            return self._unread(FormError(408, "It took too long to arrive. Send it again."))
         except FormError as error:
             return self._unread(error)
         if self._in_progress[limiter] >= limiter.total_tokens + MAX_WAITING:
-            return self._unread(FormError(429, "Too many people do this at once. Try again in 10 seconds."))
+            return self._unread(FormError(429, "Too many forms are waiting. Try again in 10 seconds."))
         work = partial(self._guarded, self._action, action, request, form)
         self._in_progress[limiter] += 1
         try:
@@ -195,7 +196,7 @@ class Site:
         return answer
 
     def _guarded(self, work: Callable[..., Response], *arguments: Any) -> Response:
-        """Do the work for a request, which is among the arguments; answer with a page whatever happens."""
+        """Do the work for a request, which is among the arguments. Any error becomes a page."""
         request = next(each for each in arguments if isinstance(each, Request))
         try:
             return work(*arguments)
@@ -216,7 +217,7 @@ class Site:
             return await self._show(_nothing, request)
         takes = (error.headers or {}).get("Allow", "other methods")
         viewer = STRANGER if self.access.users else Viewer()
-        answer = self.error(viewer, 405, "This address cannot be used so", f"It takes {takes} only.")
+        answer = self.error(viewer, 405, "Method not allowed", f"This address accepts {takes} only.")
         answer.headers["Allow"] = takes
         return answer
 
@@ -243,11 +244,11 @@ def dashboard(app: App) -> Starlette:
 
 
 def _nothing(_view: View) -> Response:
-    raise NotFound("The address leads to no page.")
+    raise NotFound("There is no page at this address.")
 
 
 async def _read_form(request: Request) -> signin.Form:
-    """Read a form together with the parameters of its address. Never hold more than MAX_FORM_BYTES in memory."""
+    """Read a form together with the parameters in its path. Never hold more than MAX_FORM_BYTES in memory."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != FORM_TYPE:
         raise FormError(415, f"It must be sent as {FORM_TYPE}.")
     body = bytearray()

@@ -1,4 +1,4 @@
-"""The page of a user: why the user is in, since when, and whether Userpilot accepted it."""
+"""The page of a user: the memberships, since when and why, and whether Userpilot accepted them."""
 
 from starlette.responses import Response
 
@@ -7,7 +7,7 @@ from audience_sync.audiences.definition import Definition
 from audience_sync.audiences.query import english
 from audience_sync.web.view import PAGE_ROWS, View
 
-FEW_ROWS = 20  # of calls and deliveries; their own pages have the rest
+FEW_ROWS = 20  # of calls and deliveries; the pages of calls and deliveries have the rest
 
 
 def user_page(view: View) -> Response:

@@ -17,29 +17,29 @@ PAGE_ROWS = 50  # of a table on a page
 
 
 class Refusal(Exception):  # noqa: N818  (an answer, not an error)
-    """An answer that is not what was asked for. The message says why, and what to do."""
+    """A request that is refused. The message says why, and what to do."""
 
     status, title = 400, "This address cannot be used"
 
 
 class BadRequest(Refusal):
-    """A parameter of the address or form cannot be used. The message says which, and what would be right."""
+    """A parameter of the address or form cannot be used. The message says which, and what is expected."""
 
 
 class NotFound(Refusal):
-    """There is nothing at this address. The message says what is missing."""
+    """The address has no page, or its run or definition does not exist. The message says which."""
 
-    status, title = 404, "There is nothing here"
+    status, title = 404, "Not found"
 
 
 class Forbidden(Refusal):
     """The person who asks may not do this."""
 
-    status, title = 403, "This is refused"
+    status, title = 403, "Not allowed"
 
 
 class FormError(Refusal):
-    """A form is not read."""
+    """A form that cannot be read."""
 
     title = "The form cannot be read"
 
@@ -74,17 +74,17 @@ class View:
     def choice(self, name: str, known: Collection[str]) -> str | None:
         """A parameter of the address that is one of the known words.
 
-        Raises BadRequest if it is another.
+        Raises BadRequest if it is another word.
         """
         text = self.text(name)
         if text is not None and text not in known:
-            raise BadRequest(f"{name} cannot be {text[:40]!r}: it is one of {', '.join(known)}.")
+            raise BadRequest(f"{name} must be one of {', '.join(known)}, not {text[:40]!r}.")
         return text
 
     def number(self, name: str) -> int | None:
         """A parameter of the address that is an id.
 
-        Raises BadRequest if it is no whole number that the database can hold.
+        Raises BadRequest if it is not a whole number that the database can hold.
         """
         text = self.text(name)
         return None if text is None else row_id(name, text)
@@ -114,7 +114,7 @@ class View:
             ) from None
 
     def html(self, template: str, *, live: bool = False, **values: Any) -> Response:
-        """Render a template. A live page is asked for again every few seconds while it is open."""
+        """Render a template. An open page reloads its content every few seconds if it is `live`."""
         notice = self.number("notice")
         if notice is not None:
             values["notice"] = record.find_action(self.connection, notice, self.viewer.name or "")
@@ -149,7 +149,7 @@ def here(request: Request) -> str:
 def row_id(name: str, text: str) -> int:
     """Return the id in a text.
 
-    Raises BadRequest if the text is no whole number that the database can hold.
+    Raises BadRequest if the text is not a whole number that the database can hold.
     """
     if not (text.isascii() and text.isdecimal() and int(text[:20]) < 2**63):
         raise BadRequest(f"{name} must be a whole number, not {text[:40]!r}")

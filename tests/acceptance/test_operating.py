@@ -407,7 +407,7 @@ def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
 
     sandbox.faults.clear()
     code, output = command("forget", "erase-me")
-    erased = "Erased here of erase-me: 1 membership, 2 deliveries, 1 call, 1 event, 1 profile."
+    erased = "Erased here for erase-me: 1 membership, 2 deliveries, 1 call, 1 event, 1 profile."
     assert (code, erased in output) == (0, True), output
     assert [deletion["ids"] for deletion in sandbox.state.deletions] == [["erase-me"]]
     assert mentions(url, "erase-me") == []

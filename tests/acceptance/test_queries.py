@@ -164,7 +164,7 @@ def test_a_query_comes_from_a_file_or_from_standard_input(command, tmp_path, env
         (["preview", "event('A').cout() > 1"], "unknown function cout: did you mean count?"),
         (["preview", "nothing.txt"], "nothing.txt is neither a query nor the key of a definition"),
         (["preview", "recent_buyers"], "recent_buyers is the key of a definition, and preview takes a query"),
-        (["preview", "event('A').count()"], "With --trait it is read as a trait's"),
+        (["preview", "event('A').count()"], "It is a valid query of a trait: add --trait."),
         (["preview", "entity('order').count() > 1"], "entity('order') is not mapped"),
         (["preview", "entity('orders').count() > 1", "--source", "shop"], "There is no [sources.shop]"),
         (["preview", "trait('a') = 1", "--as-of", "2999-01-01"], "is in the future"),

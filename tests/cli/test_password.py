@@ -55,8 +55,8 @@ def test_a_line_of_standard_input_is_hashed():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"too short\n", "The password is too short: take at least 10 characters."),
-        (b"", "The password is too short: take at least 10 characters."),
+        (b"too short\n", "The password is too short: use at least 10 characters."),
+        (b"", "The password is too short: use at least 10 characters."),
         (b"\xff\xfe\xfd long enough\n", "The password is not UTF-8."),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_password_that_cannot_be_used_is_refused(line, message):
 def test_a_terminal_asks_twice_and_shows_no_password():
     code, shown = typed("a good password\n", "a good password\n")
     assert code == 0
-    assert re.fullmatch(rf"Password: \nThe same again: \n{passwords.PATTERN}\n", shown)
+    assert re.fullmatch(rf"Password: \nRepeat the password: \n{passwords.PATTERN}\n", shown)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_terminal_asks_twice_and_shows_no_password():
     [
         (
             ("a good password\n", "another password\n"),
-            "The two are not the same. Run `audience-sync password` again.",
+            "The passwords differ. Run `audience-sync password` again.",
         ),
         (("\x04",), "No password was given."),
     ],

@@ -91,7 +91,7 @@ def test_without_users_nobody_can_act(browse):
     for path in actions.ACTIONS:
         answer = browser.post(fill(path), {"id": "1"})
         assert answer.status_code == 403
-        assert "To act here, configure [[web.users]]: `audience-sync password` makes the hash" in answer.text
+        assert "To use its buttons, configure [[web.users]]: `audience-sync password` makes the hash" in answer.text
     assert "Nobody has done anything yet." in browser.get("/actions").text
     assert browser.sign_in().status_code == 403
     assert browser.get("/login").status_code == 404
@@ -251,7 +251,7 @@ def test_other_methods_are_refused_with_those_that_are_not(browse):
 def test_static_files_lead_nowhere_else(browse, path):
     answer = browse().get(path)
     assert answer.status_code == 404
-    assert "There is nothing here" in answer.text
+    assert "Not found" in answer.text
 
 
 @SQLITE

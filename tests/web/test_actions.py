@@ -114,9 +114,9 @@ def test_a_held_run_is_rejected(olga):
     ("run_id", "result"),
     [
         ("7", "There is no run 7: `audience-sync history` lists them."),
-        ("x", "The run must be a whole number, not 'x'"),
-        ("-1", "The run must be a whole number, not '-1'"),
-        ("9" * 30, f"The run must be a whole number, not '{'9' * 30}'"),
+        ("x", "The run id must be a whole number, not 'x'"),
+        ("-1", "The run id must be a whole number, not '-1'"),
+        ("9" * 30, f"The run id must be a whole number, not '{'9' * 30}'"),
     ],
 )
 def test_a_run_that_does_not_exist_is_refused(olga, run_id, result):
@@ -134,7 +134,7 @@ def test_chosen_deliveries_are_retried_and_discarded(olga):
     assert statuses(olga) == ["pending", "pending", "dead", "accepted"]
     answer = olga.act("/deliveries/retry", id=["3", "4", "77"])
     assert notice(olga, answer) == (
-        "1 delivery is queued again. 2 more cannot be: Delivery 4 is accepted, not dead."
+        "1 delivery is queued again. 2 more cannot be queued: Delivery 4 is accepted, not dead."
     )
     answer = olga.act("/deliveries/discard", id=["2", "4"])
     assert notice(olga, answer) == (
@@ -195,11 +195,11 @@ def test_all_dead_deliveries_that_a_filter_matches(olga, monkeypatch, verb, fiel
 @pytest.mark.parametrize(
     ("fields", "result"),
     [
-        ({}, "Choose the deliveries first."),
-        ({"id": "x"}, "A delivery must be a whole number, not 'x'"),
-        ({"id": ["1", "9" * 19]}, f"A delivery must be a whole number, not '{'9' * 19}'"),
-        ({"all": "accepted"}, "all must be dead."),
-        ({"all": "dead", "run": "x"}, "The run must be a whole number, not 'x'"),
+        ({}, "No delivery is selected. Select at least one."),
+        ({"id": "x"}, "A delivery id must be a whole number, not 'x'"),
+        ({"id": ["1", "9" * 19]}, f"A delivery id must be a whole number, not '{'9' * 19}'"),
+        ({"all": "accepted"}, "all can only be dead."),
+        ({"all": "dead", "run": "x"}, "The run id must be a whole number, not 'x'"),
     ],
 )
 def test_a_choice_that_means_nothing_changes_nothing(olga, verb, fields, result):
@@ -239,14 +239,14 @@ def test_somebody_who_may_read_tries_every_action(rita):
     for path in actions.ACTIONS:
         answer = rita.act(fill(path), id="1", all="dead")
         assert answer.status_code == 403
-        assert "Your role is to read." in answer.text
+        assert "Your role is read." in answer.text
     assert statuses(rita) == ["dead"]
     done = record(rita)
     assert [(row[0], row[2], row[4]) for row in done] == [
         ("rita", action.name, "refused") for action in actions.ACTIONS.values()
     ]
     page = rita.get("/actions").text
-    assert page.count("Your role is to read.") == len(actions.ACTIONS)
+    assert page.count("Your role is read.") == len(actions.ACTIONS)
 
 
 @pytest.mark.parametrize("path", actions.ACTIONS)

@@ -79,7 +79,7 @@ def test_the_chart_has_columns_and_leaves_the_entries_of_the_first_run_out(pages
     [
         ([], ""),
         ([(0, 5)], ""),
-        ([(0, 5), (10, 5)], "As many members as 10 days before: 5."),
+        ([(0, 5), (10, 5)], "The same size as 10 days before: 5 members."),
         ([(0, 9_000), (10, 1_850), (40, 1_991)], "Grew from 1,850 to 1,991 members in 30 days."),
         ([(0, 9), (1, 8)], "Shrank from 9 to 8 members in 24 hours."),
         ([(0, 9), (300, 8)], ""),
@@ -108,7 +108,7 @@ def test_members_are_found_by_the_beginning_of_their_id_byte_by_byte(pages):
         "%F4%8F%BF%BF": [],
     }.items():
         assert pages.users(f"/definitions/vips/members?prefix={prefix}") == [found], prefix
-    assert "No member's id begins with zz . Capital letters count." in pages.text(
+    assert "No member's id begins with zz . Upper and lower case differ." in pages.text(
         "/definitions/vips/members?prefix=zz"
     )
 
@@ -128,7 +128,7 @@ def test_members_are_shown_page_by_page_now_and_at_a_past_time(pages):
     assert [len(page) for page in found] == [50, 50, 20]
     assert list(chain(*found)) == users
     assert pages.users("/definitions/vips/members?prefix=u01") == [users[10:20:2]]
-    assert "There was no committed run until then." in pages.text("/definitions/vips/members?at=2020-01-01")
+    assert "There was no committed run at that time." in pages.text("/definitions/vips/members?at=2020-01-01")
     assert "There are no members." not in pages.text("/definitions/vips/members?after=zz")
     assert "at must be a date or a time, such as" in pages.text("/definitions/vips/members?at=yesterday", 400)
     assert pages.get("/definitions/vips/members?at=0001-01-01T00:00%2B14:00", 400)
@@ -145,7 +145,9 @@ def test_few_members_among_many_who_left_are_found(pages, monkeypatch):
     found = pages.users("/definitions/vips/members")
     assert len(found) == 5  # each of the first four reads ten pieces of five users
     assert list(chain(*found)) == ["u000", "u190"]
-    assert "None among the users of this page." in pages.text("/definitions/vips/members?after=u001")
+    assert "There is no member on this page. Go on to the next." in pages.text(
+        "/definitions/vips/members?after=u001"
+    )
 
 
 def test_values_of_a_trait_are_shown_with_the_time_since_when(pages):

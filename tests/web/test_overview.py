@@ -55,7 +55,7 @@ def test_a_lane_shows_what_it_has_to_send_and_for_how_long(pages):
     pages.sync()
     text = pages.text("/")
     assert "No process is sending at the moment: audience-sync deliver or the daemon" in text
-    assert "identify 30 about 5 minutes, once it is sent 0 6 normal" in text
+    assert "identify 30 about 5 minutes after sending starts 0 6 normal" in text
     assert "bulk 0 - 0 0 switched off" in text
 
 
@@ -92,7 +92,7 @@ def test_a_late_definition_shows_since_when(pages):
     pages.clock.sleep(3_600)
     text = needs(pages)
     assert (
-        "▲ late vips should have run at 2026-01-01 00:02 . It runs once audience-sync daemon is started."
+        "▲ late vips should have run at 2026-01-01 00:02 . It runs as soon as audience-sync daemon is started."
         in text
     )
     assert "▲ not running The daemon has not run since 2026-01-01 00:01" in text
@@ -104,7 +104,7 @@ def test_dead_deliveries_lead_to_their_page(pages):
     pages.people("ann", "bob")
     pages.sync()
     pages.execute("UPDATE {our}deliveries SET status = 'dead', error = 'no', settled_at = created_at")
-    assert "✕ dead 2 deliveries Userpilot refused for good." in needs(pages)
+    assert "✕ dead 2 dead deliveries : Userpilot refused them, or every attempt failed." in needs(pages)
     assert '<a href="/deliveries?status=dead">' in pages.get("/").text
 
 
@@ -116,7 +116,7 @@ def test_a_stopped_destination_shows_why(pages):
     text = needs(pages)
     assert (
         text
-        == "■ stopped Nothing is sent since 2026-01-01 00:00 . Userpilot refused the API key: set another."
+        == "■ stopped Nothing has been sent since 2026-01-01 00:00 . Userpilot refused the API key: set another."
     )
 
 

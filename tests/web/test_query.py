@@ -58,7 +58,7 @@ def test_a_trait_has_values(pages):
 
 def test_the_place_of_a_mistake_is_marked(pages):
     body = pages.get("/query", text="trait('plan').exist()").text
-    assert "It cannot be used yet" in body
+    assert "The query cannot be used yet" in body
     assert "line 1, column 15" in body
     assert "\n                  ^" in body
     assert "For the configuration" not in body
@@ -80,7 +80,7 @@ def test_while_one_types_nothing_is_computed(pages):
 def test_another_site_cannot_have_a_query_computed(pages, site):
     body = pages.get("/query", headers={"Sec-Fetch-Site": site}, text=PRO).text
     is_ours = site in {"none", "same-origin"}
-    assert ("Computed in" in body, "Another site led here" in body) == (is_ours, not is_ours)
+    assert ("Computed in" in body, "The link came from another site" in body) == (is_ours, not is_ours)
 
 
 @pytest.mark.usefixtures("_one_preview")
@@ -95,7 +95,7 @@ def test_only_a_few_previews_run_at_a_time(pages):
 def test_an_error_of_the_database_is_told_and_frees_the_place(pages):
     for _ in range(2):
         text = pages.text("/query", text="trait('a').exists()", source="shop")
-        assert "It cannot be used yet query: the source shop cannot be read" in text
+        assert "The query cannot be used yet query: the source shop cannot be read" in text
 
 
 def test_what_can_be_used_is_beside_it(pages):

@@ -95,7 +95,7 @@ def test_a_page_leads_to_the_older_rows_with_its_filters(pages, monkeypatch):
 def test_a_search_looks_at_a_limited_number_of_rows_and_says_so(pages, monkeypatch):
     monkeypatch.setattr("audience_sync.history.paging.SEARCHED", 2)
     text = pages.text("/deliveries", error="such")
-    assert "Nothing was found among the newest deliveries down to number 3. Search the older ones" in text
+    assert "No match among the newest deliveries, searched down to number 3. Search the older ones" in text
     [older] = [address for address in pages.addresses("/deliveries", error="such") if "before=3" in address]
     assert "No such USER" in pages.text(older)
 

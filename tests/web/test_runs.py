@@ -23,15 +23,15 @@ def test_a_run_is_told_as_steps_whose_counts_add_up(pages):
     second = pages.sync()
     text = pages.text(f"/runs/{first}")
     assert text.startswith(
-        f"Run {first} of vips ✓ succeeded · the first one, which sends every member · by hand"
+        f"Run {first} of vips ✓ succeeded · the first run, which sends every member · by hand"
     )
     assert "set aside: 1 row: no user id" in text or "set aside: 1 row:" in text
     assert "Compared with nothing, because it is the first 0 before + 3 entered - 0 exited = 3 after" in text
-    assert "Delivered 3 deliveries, the last one settled 2026-01-01 00:01" in text
+    assert "Queued 3 deliveries, the last one settled 2026-01-01 00:01" in text
     assert "✓ accepted 3" in text
     text = pages.text(f"/runs/{second}")
     assert f"Compared with run {first} 3 before + 1 entered - 2 exited = 2 after" in text
-    assert "Delivered 3 deliveries: ◔ pending 3" in text
+    assert "Queued 3 deliveries: ◔ pending 3" in text
     assert text.endswith("Entered: 1 User dan Exited: 2 User ann cyd")
     page = pages.get(f"/runs/{second}").text
     assert f'href="/deliveries?run={second}&amp;status=pending"' in page
@@ -44,14 +44,14 @@ def test_a_run_that_changed_nothing_says_so(pages):
     pages.sync()
     text = pages.text(f"/runs/{pages.sync()}")
     assert "1 before + 0 entered - 0 exited = 1 after" in text
-    assert "Delivered nothing: there was nothing to send" in text
+    assert "Queued nothing: there was nothing to send" in text
 
 
 def test_a_failed_run_shows_the_error_and_what_to_do(pages):
     pages.configure('[[audiences]]\nname = "Broken"\nsql = "SELECT user_id FROM nowhere_at_all"\n')
     text = pages.text(f"/runs/{pages.sync('broken')}")
     assert "Why it failed broken: its SQL does not work" in text
-    assert "Nothing of it was stored or sent. Once the cause is mended: audience-sync sync broken" in text
+    assert "It stored and sent nothing. When the cause is fixed: audience-sync sync broken" in text
     assert "Failed 2026-01-01 00:01" in text
 
 
@@ -155,7 +155,7 @@ def test_runs_are_listed_newest_first_by_key_and_state(pages):
     assert listed("/runs?status=held") == [held]
     assert listed("/runs?key=spend&status=held") == []
     assert "key contains a NUL character" in pages.text("/runs?key=%00", 400)
-    assert "There are no such runs." in pages.text("/runs?key=nobody")
+    assert "No run matches." in pages.text("/runs?key=nobody")
     assert "There is no status 'odd': choose running, held," in pages.text("/runs?status=odd", 400)
 
 

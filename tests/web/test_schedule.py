@@ -38,7 +38,7 @@ def pages(url, tmp_path):
 
 
 def test_the_next_day_is_in_order_and_frequent_slots_are_one_line(pages):
-    text = pages.text("/schedule").partition("The last day")[0]
+    text = pages.text("/schedule").partition("Last 24 hours")[0]
     lines = [
         "2026-01-02 00:05 often next of many: every 5 minutes",
         "2026-01-02 02:00 default next of many: 0 */2 * * *",
@@ -59,7 +59,7 @@ def test_the_last_day_has_runs_with_their_slots_and_late_ones(pages):
     pages.add_run(3, at=START + 5 * HOUR, status="failed", error="broken <b>SQL</b>", trigger="manual")
     slot = {"definition_id": 1, "slot_at": slot_at, "taken_at": slot_at, "run_id": 2}
     pages.add(tables.schedule_slots, slot)
-    text = pages.text("/schedule").partition("The last day")[2]
+    text = pages.text("/schedule").partition("Last 24 hours")[2]
     assert "2026-01-01 05:00 daily 3 ✕ failed broken <b>SQL</b> by hand" in text
     assert "2026-01-01 03:00 daily 2 ✓ succeeded 2026-01-01 02:00 ▲ late" in text
     assert "2025-12-31" not in text
@@ -69,8 +69,8 @@ def test_many_runs_of_a_definition_are_one_line(pages):
     pages.add_definition("often")
     for number in range(1, 20):
         pages.add_run(number, at=START + number * HOUR, status="failed" if number == 18 else "succeeded")
-    text = pages.text("/schedule").partition("The last day")[2]
-    assert "the newest of many; of the last 6: 5 succeeded, 1 failed (all)" in text
+    text = pages.text("/schedule").partition("Last 24 hours")[2]
+    assert "the newest of many runs; the last 6: 5 succeeded, 1 failed (all)" in text
     assert text.count("often") == 1
     assert "/runs?key=often" in pages.addresses("/schedule")
 
@@ -80,6 +80,6 @@ def test_a_late_definition_and_one_that_waits_say_so(pages):
     pages.add_definition("often", 2)
     pages.add_run(1, 1, status="held", held_by="hold")
     pages.add(tables.schedule_slots, {"definition_id": 2, "slot_at": START, "taken_at": START})
-    text = pages.text("/schedule").partition("The last day")[0]
-    assert "daily ▲ held not until a person decides about its held run" in text
+    text = pages.text("/schedule").partition("Last 24 hours")[0]
+    assert "daily ▲ held after its held run is approved or rejected" in text
     assert "▲ late since 2026-01-01 00:05" in text

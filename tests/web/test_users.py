@@ -44,16 +44,16 @@ def test_an_accepted_membership_is_told_with_its_request(pages, member):
 @pytest.mark.parametrize(
     ("delivery", "words"),
     [
-        ({"status": "pending"}, "Waits to be sent since 2026-01-01 00:00"),
+        ({"status": "pending"}, "Waiting to be sent since 2026-01-01 00:00"),
         (
             {"status": "pending", "attempt_count": 2, "error": "HTTP 503"},
             "Not accepted yet, after 2 attempts: HTTP 503. The next attempt is at 2026-01-01 00:00.",
         ),
-        ({"status": "sending", "request_id": 9}, "Is being sent in request 9."),
-        ({"status": "held"}, "Waits for a decision about run 1"),
+        ({"status": "sending", "request_id": 9}, "Being sent in request 9."),
+        ({"status": "held"}, "Waiting for a decision about run 1"),
         ({"status": "dead", "error": "no such user"}, "Refused: no such user"),
         ({"status": "cancelled", "error": "discarded by hand"}, "Not sent: discarded by hand."),
-        ({}, "The delivery that said so is not stored any more."),
+        ({}, "Its delivery is no longer stored."),
     ],
 )
 def test_the_state_of_a_membership_is_told_in_words(pages, member, delivery, words):
@@ -86,7 +86,7 @@ def test_the_time_line_has_each_change_once(pages):
     pages.add(tables.past_members, value | {"entered_run_id": 3, "exited_run_id": 5, "value": "2"})
     pages.add(tables.members, value | {"entered_run_id": 6, "value": "3"})
     pages.add(tables.past_members, vip | {"entered_run_id": 1, "exited_run_id": 4})
-    text = pages.text("/user", id="ann").partition("Time line")[2]
+    text = pages.text("/user", id="ann").partition("Timeline")[2]
     order = [
         "06:00 → entered spend 3 run 6",
         "05:00 ← exited spend run 5",
@@ -97,7 +97,7 @@ def test_the_time_line_has_each_change_once(pages):
     ]
     places = [text.index(line) for line in order]
     assert places == sorted(places)
-    older = pages.text("/user", id="ann", before=4).partition("Time line")[2]
+    older = pages.text("/user", id="ann", before=4).partition("Timeline")[2]
     assert ("run 4" in older, "changed spend 2 run 3" in older) == (False, True)
 
 
@@ -110,7 +110,7 @@ def test_a_long_time_line_leads_to_its_older_part(pages, monkeypatch):
         pages.add(tables.past_members, interval | {"exited_run_id": run_id + 1})
     seen, address = [], "/user?id=ann"
     while address:
-        text = pages.text(address).partition("Time line")[2]
+        text = pages.text(address).partition("Timeline")[2]
         seen += [run_id for run_id in range(6, 0, -1) if f"vips run {run_id} " in text]
         address = next((link for link in pages.addresses(address) if "before=" in link), None)
     assert seen == [6, 5, 4, 3, 2, 1]
@@ -133,7 +133,7 @@ def test_ids_are_compared_exactly_and_similar_ones_are_offered(pages, member):
     assert "Nothing is known about ann-1" in pages.text("/user", id="ann-1")
     assert "/user?id=ann-2" in pages.addresses("/user", id="ann-1")
     assert "/user?id=Ann-1" in pages.addresses("/user", id=" Ann-1 ")
-    assert "Ids that are similar" not in pages.text("/user", id="zoe")
+    assert "Similar ids" not in pages.text("/user", id="zoe")
 
 
 def test_an_erased_user_is_told_apart_from_an_unknown_one(pages, member):

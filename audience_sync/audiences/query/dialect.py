@@ -22,7 +22,7 @@ LARGEST_DOUBLE: Expression = sa.literal_column("1.7976931348623157e308")
 def execute(
     connection: sa.Connection, sql: str, as_of: dt.datetime = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 ) -> sa.CursorResult[Any]:
-    """Run a query for what is known of it only: `:today` is the day in UTC."""
+    """Run a query only to inspect it: `:today` is the day in UTC."""
     bound = statement.bind(sql, connection.dialect.name)
     style, moment = connection.dialect.paramstyle, as_of.astimezone(dt.UTC)
     values: dict[str, Any] = {"as_of": moment, "today": moment.date()}

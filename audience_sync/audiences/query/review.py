@@ -198,7 +198,7 @@ def _never_seen(
 def _review_use(
     connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime, configured: ConfiguredQuery
 ) -> Iterator[str]:
-    """Yield what is odd about a value."""
+    """Yield warnings about a value."""
     if isinstance(use.value, tree.Reduction):
         yield from _review_reduction(use.value, use.wanted)
         return
@@ -243,7 +243,7 @@ def _review_reduction(reduction: tree.Reduction, wanted: tuple[str, ...]) -> Ite
 def _review_definition(
     connection: sa.Connection, use: _Use, name: str, catalog: Catalog, as_of: dt.datetime
 ) -> Iterator[str]:
-    """Yield what is odd about a trait that is another definition, which has its own warnings about its values."""
+    """Yield warnings about a trait that is another definition. Its own values are reviewed with that definition."""
     assert isinstance(use.value, tree.Trait)  # noqa: S101  (the caller checked)
     key, wanted = use.value.path.steps[0], use.wanted
     tables = [

@@ -1,4 +1,4 @@
-// What the pages do beyond HTML: local times, the search key, and the charts.
+// Local times, keys, buttons that copy, and charts.
 "use strict";
 
 function addLocalTimes(root) {
@@ -14,7 +14,7 @@ document.addEventListener("keydown", (event) => {
     document.getElementById("find")?.focus();
   }
 });
-document.addEventListener("htmx:beforeSwap", (event) => {  // what the reader types, or has reached by keyboard, stays
+document.addEventListener("htmx:beforeSwap", (event) => {  // do not replace a part that the reader types in or has focused with the keyboard
   if (event.detail.target.id === "live" && event.detail.target.querySelector(":focus-visible")) event.detail.shouldSwap = false;
 });
 function offerCopies(root) {
@@ -74,7 +74,7 @@ function makeCharts(element, points) {
 
 async function showCharts(element) {
   const answer = await fetch(element.dataset.sizes);
-  if (!answer.ok) return; // the chart of the server stays
+  if (!answer.ok) return; // keep the chart that the server drew
   const points = await answer.json();
   let charts = makeCharts(element, points);
   isDark.addEventListener("change", () => { charts = makeCharts(element, points); });
