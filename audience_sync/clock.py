@@ -53,7 +53,7 @@ def isoformat(moment: datetime) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words, rounded to its largest unit."""
+    """Return a duration as text, rounded to its largest unit."""
     if seconds < 1:
         return "less than a second"
     for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):

@@ -1,4 +1,4 @@
-"""How long each page of the dashboard takes, beside its bare queries; and the pace of calls while pages are open.
+"""Measure how long each page and its queries alone take, and how many calls are stored while pages are open.
 
     python benchmarks/dashboard.py [--members 1000000] [--runs 8760] [--deliveries 10000000] [--database both]
 
@@ -234,7 +234,7 @@ def fill(app, size):
 
 # The measurement.
 
-# A page is measured at these addresses, {n} being another number each time; one that is not here, at its path.
+# Addresses to measure; {n} is another number each time. A page without an address here is measured at its path.
 ADDRESSES = {
     "/definitions/{key}": ["/definitions/audience_1"],
     "/definitions/{key}/members": ["/definitions/audience_1/members?after=user-{n}"],

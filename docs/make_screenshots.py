@@ -1,4 +1,4 @@
-"""Make docs/images/*.png, pictures of the demo's dashboard in Chromium. Argument: the folder of a demo; without it, make one."""
+"""Make docs/images/*.png: pictures of the demo in Chromium. Argument: the folder of a demo; without one, make it."""
 
 import shutil
 import subprocess

@@ -691,7 +691,7 @@ def test_the_users_of_the_dashboard(load):
     assert (load("").web.require_users(), load("").web.dashboard) == ({}, True)
 
 
-def test_a_missing_hash_is_an_error_only_for_what_serves(load, tmp_path):
+def test_a_missing_hash_is_an_error_only_for_serve(load, tmp_path):
     text = USER.replace(HASH, "${ANN_HASH}")
     assert load(text, {"ANN_HASH": HASH}).web.require_users()["Ann"].password.require() == HASH
     with pytest.raises(MissingVariable) as error:

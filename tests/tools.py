@@ -7,7 +7,7 @@ import pytest
 
 
 def required(program, advice):
-    """Path of a program. Where it is missing, CI fails; at home, where Python alone is enough, the test is skipped."""
+    """Path of a program. If it is missing, the test fails in CI and is skipped elsewhere."""
     path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
     if path is None:
         wanted = f"{program} is not installed: {advice}"

@@ -66,7 +66,7 @@ def change_rows(
 ) -> list[dict[str, Any]]:
     """The users who entered, exited or changed in a run, with a trait's old and new value, ordered by user id.
 
-    `after`: only greater user ids. For a held or rejected run: the users whom it would change. Users who were erased
+    `after`: only greater user ids. For a held or rejected run: the users that it would change. Users who were erased
     since are missing, and so are those whose past memberships were pruned.
     """
     row = connection.execute(

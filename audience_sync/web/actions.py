@@ -1,4 +1,4 @@
-"""What people can do with the dashboard: decide about held runs and deliveries, and accept the destination.
+"""Actions in the dashboard: decide about held runs and deliveries, and accept the destination.
 
 Each action needs the role `operate`. It is recorded before it is done. Its result is recorded afterwards, even if the
 action is refused or fails.

@@ -355,7 +355,7 @@ def test_a_retired_key_is_false_for_everyone_and_stays_reserved(start, people, s
     assert (code, "every key that was synced is configured or retired" in output) == (2, True), output
 
 
-def test_a_definition_with_which_nobody_entered_need_not_be_retired(start, people):
+def test_a_definition_that_never_had_a_member_need_not_be_retired(start, people):
     people("ann")
     tried = {
         "Broken": "SELECT user_id FROM nowhere",
@@ -434,7 +434,7 @@ def test_a_forgotten_user_is_erased_and_stays_away(good, people, sandbox, url):
     assert audience(sandbox, "good") == {"ann": True, "bob": True}
 
 
-def test_a_user_of_whom_nothing_is_stored_is_left_out_later(good, people, sandbox):
+def test_an_erased_user_without_stored_rows_is_left_out_later(good, people, sandbox):
     command = good()
     people("ann")
     code, output = command("forget", "no one")

@@ -294,7 +294,7 @@ def test_check_warns_of_mapped_profiles_that_hide_those_of_calls(command, compan
         assert command.document("preview", "trait('plan') = '9'")["sample"] == ["9"]
 
 
-def test_check_says_nothing_of_profiles_when_no_call_made_one(command, engine):
+def test_check_does_not_warn_about_profiles_when_no_call_made_one(command, engine):
     with engine.begin() as connection:
         dialects.sql(connection, "DELETE FROM {our}profiles")
     text = command.path.read_text()

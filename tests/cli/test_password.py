@@ -27,7 +27,7 @@ def typed(*lines):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  (getpass opens it)
     ) as process:
         os.close(theirs)
-        for prompt, line in zip((b"Password: ", b"again: "), lines, strict=False):
+        for prompt, line in zip((b"Password: ", b"Repeat the password: "), lines, strict=False):
             while not shown.endswith(prompt):
                 shown += os.read(ours, 1000)
             os.write(ours, line.encode())
@@ -80,7 +80,7 @@ def test_a_terminal_asks_twice_and_shows_no_password():
         (("\x04",), "No password was given."),
     ],
 )
-def test_a_terminal_may_be_left_or_disagree(lines, message):
+def test_a_terminal_may_close_or_give_two_different_passwords(lines, message):
     code, shown = typed(*lines)
     assert code != 0
     assert shown.endswith(f"audience-sync: {message}\n")

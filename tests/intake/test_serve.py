@@ -169,7 +169,7 @@ def test_a_session_posts_no_call_and_a_write_key_opens_no_page(start):
 
 
 @SQLITE
-def test_without_users_and_write_keys_a_proxy_opens_nothing(start):
+def test_a_proxy_is_refused_without_users_and_write_keys(start):
     with served(start({})) as (_, port), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         assert client.get("/").status_code == 200
         assert client.post("/v1/identify", json={"userId": "ann"}).status_code == 200

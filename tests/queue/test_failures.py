@@ -1,4 +1,4 @@
-"""Answers that are no acceptance: what is refused, what fails, and what has an unknown outcome."""
+"""Answers other than an acceptance: refusals, failures, and unknown outcomes."""
 
 import datetime as dt
 
@@ -12,7 +12,7 @@ from tests.queue.conftest import START, properties
 
 
 class Picky:
-    """Refuses what holds the property `bad`."""
+    """Refuses requests with the property `bad`."""
 
     def __init__(self, sender):
         self.sender = sender
@@ -76,7 +76,7 @@ def test_a_refused_key_stops_at_once_and_loses_nothing(queue, worker_of, sandbox
     assert queue.counts() == {"accepted": 60}
 
 
-def test_another_refusal_makes_the_delivery_dead_in_the_words_of_the_api(queue, worker_of, sandbox):
+def test_another_refusal_makes_the_delivery_dead_with_the_message_of_the_api(queue, worker_of, sandbox):
     sandbox.faults.add({"user_id": "u1", "status": 422, "body": {"errors": [{"message": "plan is no plan"}]}})
     queue.add("u1", {"plan": "x"})
     queue.add("u2", {"plan": "x"})
@@ -88,7 +88,7 @@ def test_another_refusal_makes_the_delivery_dead_in_the_words_of_the_api(queue, 
     assert (report.accepted_count, report.dead_count) == (1, 1)
 
 
-def test_of_a_refused_merged_request_only_the_refused_delivery_dies(queue, worker_of, sandbox):
+def test_only_the_refused_delivery_of_a_merged_request_is_dead(queue, worker_of, sandbox):
     queue.add("u1", {"a": 1})
     queue.add("u1", {"bad": 2})
     queue.add("u1", {"c": 3})
@@ -163,7 +163,9 @@ def test_a_slow_answer_is_waited_for(queue, worker_of, sandbox):
     assert [row.attempt_count for row in queue.rows()] == [1, 1, 1]
 
 
-def test_an_outage_is_tried_ever_more_rarely_and_outlives_the_patience(hand_queue, clock, worker_of, sandbox):
+def test_an_outage_is_retried_less_and_less_often_and_no_delivery_is_lost(
+    hand_queue, clock, worker_of, sandbox
+):
     hand_queue.fill(30)
     sandbox.stop()
 
@@ -243,7 +245,7 @@ def test_after_an_unknown_outcome_the_users_next_value_waits(queue, worker_of, s
     assert queue.statuses() == ["cancelled", "accepted"]
 
 
-def test_a_delivery_that_cannot_be_written_dies_alone(queue, worker_of):
+def test_only_the_delivery_that_cannot_be_written_is_dead(queue, worker_of):
     queue.add("u1", {}, action="track")  # no event_name
     queue.track("u2", "Paid")
 

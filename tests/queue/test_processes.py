@@ -150,7 +150,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(queue, worker_of, sandbox):
     assert len(sandbox.state.requests) <= MAX_IN_FLIGHT
 
 
-def test_two_workers_one_delivers_and_the_other_leaves_it_to_it(queue, worker_of, sandbox, url):
+def test_only_one_of_two_workers_delivers(queue, worker_of, sandbox, url):
     queue.fill(150)
     sandbox.faults.add({"path": "/v1/identify", "delay_seconds": 0.05})  # so that the first is still at work
     other_engine = engines.open_own(url, "audience_sync")
@@ -171,7 +171,7 @@ def test_two_workers_one_delivers_and_the_other_leaves_it_to_it(queue, worker_of
     assert len(sandbox.state.requests) == 150
 
 
-def test_who_has_no_lease_waits_until_its_deliveries_are_claimed(queue, clock, worker_of):
+def test_a_process_without_the_lease_waits_until_its_deliveries_are_claimed(queue, clock, worker_of):
     queue.hold_lease()
     mine = queue.add("u1", {"a": 1}, kind="change", run_id=77)
     waited = []
@@ -189,7 +189,7 @@ def test_who_has_no_lease_waits_until_its_deliveries_are_claimed(queue, clock, w
     assert (report.is_left, len(waited)) == (True, 3)
 
 
-def test_who_waits_takes_over_when_the_holder_is_gone(queue, worker_of, clock):
+def test_a_waiting_process_takes_over_when_the_holder_is_gone(queue, worker_of, clock):
     queue.hold_lease()
     call = queue.add("u1", {"a": 1}, call_id=5)
     assert call
@@ -206,7 +206,7 @@ def test_who_waits_takes_over_when_the_holder_is_gone(queue, worker_of, clock):
 
 
 class Standstill(HeldSenders):
-    """Senders of a process that stands still between its claims and its requests."""
+    """Senders of a process that is suspended between its claims and its requests."""
 
     def collect(self, seconds):
         if self.sends:
@@ -214,9 +214,7 @@ class Standstill(HeldSenders):
         return super().collect(seconds)
 
 
-def test_a_process_that_stood_still_sends_nothing_that_it_claimed_before(
-    hand_queue, worker_of, sandbox, clock
-):
+def test_a_suspended_process_sends_nothing_that_it_claimed_before(hand_queue, worker_of, sandbox, clock):
     delivery_id = hand_queue.add("u1", {"plan": "pro"})
     worker = worker_of(clock=clock)
     worker.open_senders = lambda: Standstill(clock)

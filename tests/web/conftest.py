@@ -1,4 +1,4 @@
-"""The dashboard in this process, on a database of the test, and a browser that asks it without a network."""
+"""The dashboard in this process, on a database of the test, and a browser that uses it without a network."""
 
 import asyncio
 import re

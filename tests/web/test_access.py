@@ -22,7 +22,7 @@ SAFE = {
 LOCAL_HOSTS = ["127.0.0.1:8040", "localhost", "LOCALHOST:1", "[::1]:8040", "127.9.9.9"]
 FOREIGN_HOSTS = [
     "evil.example",
-    "evil.example:8040",  # leads here, perhaps: DNS rebinding
+    "evil.example:8040",  # DNS rebinding can point this host to our machine
     "127.0.0.1.evil.example",
     "localhost.evil.example",
     "localhost:1@evil.example",
@@ -91,7 +91,10 @@ def test_without_users_nobody_can_act(browse):
     for path in actions.ACTIONS:
         answer = browser.post(fill(path), {"id": "1"})
         assert answer.status_code == 403
-        assert "To use its buttons, configure [[web.users]]: `audience-sync password` makes the hash" in answer.text
+        assert (
+            "To use its buttons, configure [[web.users]]: `audience-sync password` makes the hash"
+            in answer.text
+        )
     assert "Nobody has done anything yet." in browser.get("/actions").text
     assert browser.sign_in().status_code == 403
     assert browser.get("/login").status_code == 404
@@ -171,12 +174,12 @@ def seen(browse, headers, peer="10.0.0.9", trusted='"10.0.0.0/8", "::1"'):
         ([("X-Forwarded-Proto", "javascript")], ("10.0.0.9", "http", "in:1")),
     ],
 )  # fmt: skip
-def test_a_trusted_proxy_tells_who_asks(browse, headers, expected):
+def test_a_trusted_proxy_gives_the_address_scheme_and_host(browse, headers, expected):
     assert seen(browse, headers) == expected
 
 
 @SQLITE
-def test_other_peers_are_not_believed(browse):
+def test_headers_of_other_peers_are_ignored(browse):
     headers = [("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "x")]
     assert seen(browse, headers, peer="192.0.2.9") == ("192.0.2.9", "http", "in:1")
     assert seen(browse, headers, peer="") == ("", "http", "in:1")
@@ -185,7 +188,7 @@ def test_other_peers_are_not_believed(browse):
 
 
 @SQLITE
-def test_a_trusted_proxy_opens_nothing_without_users(browse):
+def test_a_trusted_proxy_is_refused_without_users(browse):
     browser = browse('[web]\ntrusted_proxies = ["127.0.0.1"]')
     forwarded = {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Host": "localhost"}
     assert browser.get("/", headers=forwarded).status_code == 403
@@ -195,7 +198,7 @@ def test_a_trusted_proxy_opens_nothing_without_users(browse):
 
 
 @SQLITE
-def test_every_answer_has_the_safe_headers_whatever_happens(browse, monkeypatch):
+def test_every_answer_has_the_safe_headers_even_errors(browse, monkeypatch):
     for browser in (browse(), browse(USERS)):
         answers = [browser(method, path) for method, path in routes()]
         answers += [
@@ -217,7 +220,7 @@ def test_every_answer_has_the_safe_headers_whatever_happens(browse, monkeypatch)
 
 
 @SQLITE
-def test_other_methods_are_refused_with_those_that_are_not(browse):
+def test_other_methods_are_refused_with_the_allowed_ones(browse):
     browser = browse()
     for method in ("OPTIONS", "PUT", "DELETE", "TRACE", "POST"):
         answer = browser(method, "/")
@@ -248,7 +251,7 @@ def test_other_methods_are_refused_with_those_that_are_not(browse):
         "/static",
     ],
 )
-def test_static_files_lead_nowhere_else(browse, path):
+def test_other_files_are_not_served_as_static_files(browse, path):
     answer = browse().get(path)
     assert answer.status_code == 404
     assert "Not found" in answer.text

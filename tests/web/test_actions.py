@@ -127,7 +127,7 @@ def test_a_run_that_does_not_exist_is_refused(olga, run_id, result):
 # Deliveries.
 
 
-def test_chosen_deliveries_are_retried_and_discarded(olga):
+def test_selected_deliveries_are_retried_and_discarded(olga):
     add_deliveries(olga, {}, {}, {}, {"status": "accepted", "request_id": 1})
     answer = olga.act("/deliveries/retry", id=["1", "2", "1"])
     assert notice(olga, answer) == "2 deliveries are queued again."
@@ -202,7 +202,7 @@ def test_all_dead_deliveries_that_a_filter_matches(olga, monkeypatch, verb, fiel
         ({"all": "dead", "run": "x"}, "The run id must be a whole number, not 'x'"),
     ],
 )
-def test_a_choice_that_means_nothing_changes_nothing(olga, verb, fields, result):
+def test_an_invalid_selection_changes_nothing(olga, verb, fields, result):
     add_deliveries(olga, {})
     assert notice(olga, olga.act(f"/deliveries/{verb}", **fields)) == result
     assert statuses(olga) == ["dead"]
@@ -233,7 +233,7 @@ def test_the_destination_is_accepted_if_it_accepts_the_key(browse, sandbox):
 # Who may act.
 
 
-def test_somebody_who_may_read_tries_every_action(rita):
+def test_readers_are_refused_every_action(rita):
     add_deliveries(rita, {})
     assert "<button>Approve" not in rita.get("/").text
     for path in actions.ACTIONS:
@@ -321,7 +321,7 @@ def test_an_action_that_the_database_refuses_has_failed(olga, monkeypatch):
 
 
 @SQLITE
-def test_a_notice_is_shown_to_the_person_who_acted_only_and_cannot_be_made_up(olga):
+def test_a_notice_is_shown_only_to_the_person_who_acted(olga):
     olga.act("/runs/1/approve")
     assert 'class="notice"' in olga.get("/actions?notice=1").text
     rita = Browser(olga.app, olga.asgi)

@@ -29,7 +29,7 @@ def pages(engine, url, tmp_path):
     return Pages(engine, tmp_path, url)
 
 
-def test_a_definition_shows_how_it_stands_and_what_it_is(pages):
+def test_a_definition_shows_its_state_and_its_query(pages):
     pages.configure(
         '[[audiences]]\nname = "VIPs"\nsql = "SELECT user_id FROM people -- <b>"\nschedule = "@daily"\n'
         'timezone = "Europe/Paris"\neligible_sql = "SELECT user_id FROM people"\nguard_above = 2000\n'
@@ -188,7 +188,7 @@ def test_the_download_has_all_members_now_and_at_a_past_time(pages):
 
 
 @pytest.mark.parametrize("text", ["=1", "+1", "-1+2", "@a", "\tx", "\rx", "-", "\n=1"])
-def test_a_cell_is_no_formula(text):
+def test_a_formula_in_a_cell_is_escaped(text):
     assert cell(text) == f"'{text}"
 
 
@@ -197,7 +197,7 @@ def test_other_cells_stay_as_they_are(text):
     assert cell(text) == text
 
 
-def test_keys_that_are_not_configured_any_more_or_retired_have_pages(pages):
+def test_removed_and_retired_keys_have_pages(pages):
     pages.configure(VIPS)
     pages.people("ann")
     pages.sync()

@@ -41,5 +41,5 @@ def test_words_have_classes(text, language, parts):
     assert found == parts
 
 
-def test_long_texts_without_an_end_take_no_longer():
+def test_an_unclosed_text_takes_no_longer():
     assert len(highlight("'" * 200_001 + "/*" * 200_000)) > 600_000

@@ -1,4 +1,4 @@
-"""The overview: what needs a person and what to do, how each definition stands, and what the lanes have to send."""
+"""The overview: what needs attention and what to do, the state of each definition, and the backlog of the lanes."""
 
 import datetime as dt
 

@@ -70,14 +70,14 @@ def test_any_text_gives_a_page_that_shows_it(pages, text):
 
 
 @pytest.mark.usefixtures("_one_preview")
-def test_while_one_types_nothing_is_computed(pages):
+def test_nothing_is_computed_while_the_user_types(pages):
     with query._previews:
         text = pages.text("/query", text=PRO, check="1")
     assert ("Users where plan is “pro”." in text, "try again" in text) == (True, False)
 
 
 @pytest.mark.parametrize("site", ["none", "same-origin", "cross-site", "same-site"])
-def test_another_site_cannot_have_a_query_computed(pages, site):
+def test_a_link_from_another_site_computes_no_query(pages, site):
     body = pages.get("/query", headers={"Sec-Fetch-Site": site}, text=PRO).text
     is_ours = site in {"none", "same-origin"}
     assert ("Computed in" in body, "The link came from another site" in body) == (is_ours, not is_ours)
@@ -92,13 +92,13 @@ def test_only_a_few_previews_run_at_a_time(pages):
 
 
 @pytest.mark.usefixtures("_one_preview")
-def test_an_error_of_the_database_is_told_and_frees_the_place(pages):
+def test_an_error_of_the_database_is_shown_and_another_preview_may_run(pages):
     for _ in range(2):
         text = pages.text("/query", text="trait('a').exists()", source="shop")
         assert "The query cannot be used yet query: the source shop cannot be read" in text
 
 
-def test_what_can_be_used_is_beside_it(pages):
+def test_names_that_a_query_can_use_are_listed(pages):
     text = pages.text("/query")
     for words in ("event('It\\'s <b>')", "trait('n')", "trait('plan')", "trait('vips')"):
         assert words in text

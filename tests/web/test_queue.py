@@ -92,7 +92,7 @@ def test_a_page_leads_to_the_older_rows_with_its_filters(pages, monkeypatch):
 
 
 @pytest.mark.usefixtures("_deliveries")
-def test_a_search_looks_at_a_limited_number_of_rows_and_says_so(pages, monkeypatch):
+def test_a_search_reads_a_limited_number_of_rows_and_says_so(pages, monkeypatch):
     monkeypatch.setattr("audience_sync.history.paging.SEARCHED", 2)
     text = pages.text("/deliveries", error="such")
     assert "No match among the newest deliveries, searched down to number 3. Search the older ones" in text
@@ -215,7 +215,7 @@ def forms(browser, address):
     return re.findall(r'(?:action|formaction)="(/deliveries/[^"]*)"', body)
 
 
-def test_who_may_operate_finds_the_forms_for_deliveries(olga):
+def test_operators_see_the_forms_for_deliveries(olga):
     dead = Pages(olga.app)
     dead.add_definition("vips")
     dead.add_run(7)
@@ -234,7 +234,7 @@ def test_who_may_operate_finds_the_forms_for_deliveries(olga):
     assert "1 delivery is queued again." in olga.get(answer.headers["location"]).text
 
 
-def test_who_may_only_read_is_told_the_commands(rita):
+def test_readers_see_the_commands_instead(rita):
     dead = Pages(rita.app)
     dead.add_delivery("ann", "dead", call_id=1)
     assert forms(rita, "/deliveries?status=dead") == []

@@ -14,7 +14,7 @@ def pages(engine, url, tmp_path):
     return Pages(engine, tmp_path, url)
 
 
-def test_a_run_is_told_as_steps_whose_counts_add_up(pages):
+def test_a_run_is_shown_as_steps_whose_counts_add_up(pages):
     pages.configure(VIPS)
     pages.people("ann", "bob", "cyd", None)
     first = pages.sync()
@@ -159,7 +159,7 @@ def test_runs_are_listed_newest_first_by_key_and_state(pages):
     assert "There is no status 'odd': choose running, held," in pages.text("/runs?status=odd", 400)
 
 
-def test_older_runs_are_a_page_away(pages):
+def test_older_runs_are_on_the_next_page(pages):
     pages.configure(VIPS)
     pages.people("ann")
     first = pages.sync()
@@ -180,12 +180,12 @@ def test_older_runs_are_a_page_away(pages):
 @pytest.mark.parametrize(
     "path", ["/runs/0", "/runs/99", "/runs/9999999999999999999/changes", "/runs/99/changes", "/runs/x"]
 )
-def test_a_run_that_is_not_there(pages, path):
+def test_an_unknown_run_is_not_found(pages, path):
     answer = pages.get(path, 400 if "x" in path or len(path) > 20 else 404)
     assert "There is no run" in answer.text or "must be a whole number" in answer.text
 
 
-def test_other_changes_are_unknown(pages):
+def test_an_unknown_kind_of_change_is_refused(pages):
     pages.configure(VIPS)
     run_id = pages.sync()
     assert "what must be one of entered, exited, changed." in pages.text(

@@ -142,7 +142,7 @@ def test_the_page_that_was_asked_for_is_opened_after_the_sign_in(browse):
 
 
 @SQLITE
-def test_a_link_of_another_site_is_followed_once_more_from_here_where_the_session_is_sent(browse):
+def test_a_link_from_another_site_is_opened_again_by_our_page_with_the_session(browse):
     browser = browse(USERS)
     by_link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
     answer = browser.get("/runs/7?a=%22%3E", headers=by_link)
@@ -339,7 +339,7 @@ def test_addresses_of_one_ipv6_network_count_together():
     assert waits == [0.0] * 10 + [60.0]
 
 
-def test_attempts_at_the_same_moment_count_before_they_are_computed():
+def test_attempts_at_the_same_moment_count_before_their_hashes_are_computed():
     throttle = signin.Throttle(HandClock())
     waits = []
     threads = [
@@ -379,7 +379,7 @@ def test_a_form_that_cannot_be_read_is_refused(olga, status, content, kind):
 
 
 @SQLITE
-def test_a_form_that_does_not_come_is_not_waited_for(olga, monkeypatch):
+def test_a_form_that_does_not_arrive_in_time_is_refused(olga, monkeypatch):
     monkeypatch.setattr(site, "FORM_SECONDS", 0.01)
 
     async def slowly():
@@ -391,7 +391,7 @@ def test_a_form_that_does_not_come_is_not_waited_for(olga, monkeypatch):
 
 
 @SQLITE
-def test_two_passwords_are_hashed_at_a_time_and_a_crowd_is_sent_away(browse, monkeypatch):
+def test_two_passwords_are_hashed_at_a_time_and_too_many_are_refused(browse, monkeypatch):
     at_work, most, sent = [], [], site.MAX_SIGN_INS + site.MAX_WAITING + 5
     enough = threading.Event()
 

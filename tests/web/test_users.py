@@ -1,4 +1,4 @@
-"""The page of a user: why the user is in, since when, and whether Userpilot accepted it."""
+"""The page of a user: the memberships, since when and why, and whether Userpilot accepted them."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def member(pages):
     return make
 
 
-def test_an_accepted_membership_is_told_with_its_request(pages, member):
+def test_an_accepted_membership_shows_its_request(pages, member):
     pages.add(tables.requests, REQUEST | {"request_id": 812, "status_code": 202, "x_request_id": "abc"})
     member(status="accepted", request_id=812)
     text = pages.text("/user", id="ann")
@@ -56,7 +56,7 @@ def test_an_accepted_membership_is_told_with_its_request(pages, member):
         ({}, "Its delivery is no longer stored."),
     ],
 )
-def test_the_state_of_a_membership_is_told_in_words(pages, member, delivery, words):
+def test_the_state_of_a_membership_is_described(pages, member, delivery, words):
     member(**delivery)
     assert words in pages.text("/user", id="ann")
 
@@ -136,7 +136,7 @@ def test_ids_are_compared_exactly_and_similar_ones_are_offered(pages, member):
     assert "Similar ids" not in pages.text("/user", id="zoe")
 
 
-def test_an_erased_user_is_told_apart_from_an_unknown_one(pages, member):
+def test_the_page_of_an_erased_user_differs_from_that_of_an_unknown_one(pages, member):
     member()
     with engines.write(pages.app.engine) as connection:
         erasure.forget(connection, "ann", START)
@@ -148,7 +148,7 @@ def test_an_erased_user_is_told_apart_from_an_unknown_one(pages, member):
     assert "may be computed and sent again from 2026-01-01 02:00 on" in pages.text("/user", id="ann")
 
 
-def test_hostile_text_is_only_text(pages, member):
+def test_hostile_text_is_escaped(pages, member):
     member(HOSTILE, status="dead", error=HOSTILE, body={HOSTILE: HOSTILE})
     assert HOSTILE[:25] in pages.text("/user", id=HOSTILE)
     assert "Find a user" in pages.text("/user")

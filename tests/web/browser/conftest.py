@@ -14,7 +14,7 @@ from tests.tools import required
 from tests.web.browser import running, scene
 from tests.web.conftest import PASSWORD, USERS
 
-PATIENCE_MS = 60_000  # for whatever a busy machine is asked to do
+PATIENCE_MS = 60_000  # for any step, on a busy machine
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
 
 
@@ -71,7 +71,7 @@ def browser():
 
 
 class Tabs:
-    """Tabs of users who are signed in, and what they complain of."""
+    """Tabs of users who are signed in, and the errors that the browser reports in them."""
 
     def __init__(self, browser, site):
         self.complaints = []
@@ -116,7 +116,7 @@ def _tabs_of_module(browser, site):
 
 @pytest.fixture
 def tabs(_tabs_of_module):
-    """Opens tabs; at the end of the test, none of them may have complained."""
+    """Opens tabs; at the end of the test, the browser may have reported no error in them."""
     yield _tabs_of_module
     complaints = list(_tabs_of_module.complaints)
     _tabs_of_module.complaints.clear()

@@ -1,4 +1,4 @@
-"""What the browser is shown: the demo, and beside it what goes wrong, with hostile text wherever text is shown."""
+"""The data that the browser tests show: the demo, failures of all kinds, and hostile text wherever text is shown."""
 
 import contextlib
 import datetime as dt

@@ -89,7 +89,7 @@ def test_a_held_run_is_decided(key, button, result, status, tab, value):
     assert value(tables.runs.c.status, tables.runs.c.run_id == run_id) == status
 
 
-def test_who_may_only_read_sees_no_button_for_it(tabs, site):
+def test_readers_see_no_buttons_for_actions(tabs, site):
     tab = tabs.open(user="rita")
     for address in ("/deliveries?status=dead", f"/runs/{site.ids['failed']}", "/"):
         tab.goto(address)

@@ -1,4 +1,4 @@
-"""What happens on an open page: keys, and what is shown of work in progress."""
+"""Behaviour of an open page: keys, and refreshing while work is in progress."""
 
 import contextlib
 import datetime as dt
@@ -57,7 +57,7 @@ def requested(tab):
     return addresses
 
 
-def test_a_page_follows_what_runs_and_is_quiet_afterwards(tabs, site):
+def test_a_page_refreshes_only_while_a_run_is_in_progress(tabs, site):
     tab = tabs.open()
     tab.clock.install()
     with running(site, "at_risk") as finish:
@@ -74,7 +74,7 @@ def test_a_page_follows_what_runs_and_is_quiet_afterwards(tabs, site):
     assert addresses == []
 
 
-def test_a_live_page_does_not_move_under_the_keyboard(tabs, site):
+def test_a_live_page_does_not_refresh_a_focused_element(tabs, site):
     tab = tabs.open()
     tab.clock.install()
     with running(site, "at_risk"):
@@ -109,7 +109,7 @@ def test_the_first_tab_skips_to_the_content(tab):
 
 
 @pytest.mark.parametrize("media", ["screen", "print"])
-def test_what_is_printed_is_the_content(tab, media):
+def test_only_the_content_is_printed(tab, media):
     tab.goto("/")
     tab.emulate_media(media=media)
     expect(tab.get_by_role("main")).to_be_visible()

@@ -1,4 +1,4 @@
-"""Every page in Chromium: it answers, complains of nothing, fits, reads without JavaScript, and leads somewhere."""
+"""Every page in Chromium: no errors, accessible, fits a phone, readable without JavaScript, and its links work."""
 
 import re
 from urllib.parse import urlencode, urlsplit
@@ -57,7 +57,7 @@ def facts(tab):
 
 
 @pytest.mark.parametrize("address", WALK)
-def test_a_page_is_for_everybody(address, tab, tabs, site):
+def test_a_page_answers_and_reads_the_same_without_javascript(address, tab, tabs, site):
     address = address.format(**site.ids)
     assert tab.goto(address).status == 200
     assert re.fullmatch(r"\S.* · audience-sync", tab.title())
@@ -72,7 +72,7 @@ def test_a_page_is_for_everybody(address, tab, tabs, site):
 
 @ONE_DATABASE
 @pytest.mark.parametrize("address", WALK)
-def test_a_page_suits_every_eye_and_screen(address, tab, site):
+def test_a_page_is_accessible_and_fits_a_phone(address, tab, site):
     tab.goto(address.format(**site.ids))
     assert complaints_of_axe(tab) == []
     tab.emulate_media(color_scheme="dark")
