@@ -12,7 +12,7 @@ SHOWN_CHANGES = 10
 COUNTED = 10_000  # deliveries; of a larger run, the time of the last settled one is not shown
 MODES = {
     "first": "the first run, which sends every member",
-    "changes": "sends what changed",
+    "changes": "sends only changes",
     "full": "sends every member and everyone who left",
     "canary": "a canary: single users only",
     "retire": "retires the key",
