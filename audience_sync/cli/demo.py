@@ -191,7 +191,7 @@ def _send_calls(app: App, url: str) -> None:
     output.line()
     output.line(
         f"Submitted an Identify and two Track calls of user 12347: {report.accepted_count} accepted. The stand-in now "
-        "has of this user:"
+        "has for this user:"
     )
     output.line(f"  {json.dumps(_ask(url, 'state')['users'].get('12347'))}")
 
