@@ -169,6 +169,9 @@ QUESTIONS = {
     },
     "settled": lambda connection, _: history.settled_at(connection, 7),
     "attention": lambda connection, settings: history.attention(connection, settings, LATER),
+    "problems": lambda connection, settings: history.problems(
+        connection, settings, history.attention(connection, settings, LATER), LATER
+    ),
     "backlogs": lambda connection, _: history.backlogs(connection),
     "recent runs": lambda connection, _: history.recent_runs(connection),
     "sizes": lambda connection, _: history.size_rows(connection, 1, 20),

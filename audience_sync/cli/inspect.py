@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,20 +33,21 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     Exit codes: 0, or 1 while a scheduled run has failed or was abandoned and none has succeeded since.
     """
     with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
-        document = lazy.history.status(connection, app.settings, app.clock.now())
+        now = app.clock.now()
+        document = lazy.history.status(connection, app.settings, now)
+        problems = lazy.history.problems(connection, app.settings, document, now)
     if as_json:
         output.document(document)
     else:
-        _show_status(document)
+        _show_status(document, problems)
     # `sync` reports a failed run by its own exit code; failed runs of the daemon are reported here.
     session.finish(None, failed=any(run["trigger"] == "schedule" for run in document["failed_runs"]))
 
 
-def _show_status(document: dict[str, Any]) -> None:
-    problems = list(_problems(document))
+def _show_status(document: dict[str, Any], problems: list[tuple[str, Any]]) -> None:
     output.line("These need attention:" if problems else "Nothing needs attention.")
-    for problem in problems:
-        output.line(f"- {problem}")
+    for kind, facts in problems:
+        output.line(f"- {_problem(kind, facts, document)}")
     output.line()
     output.line(_daemon(document["daemon"]))
     deliverer = document["deliverer"]
@@ -68,41 +68,55 @@ def _show_status(document: dict[str, Any]) -> None:
         output.table(["key", "next run (UTC)"], rows)
 
 
-def _problems(document: dict[str, Any]) -> Iterator[str]:
-    """Yield a text for each problem: the problem, then the remedy."""
-    if stopped := document["stopped"]:
-        yield f"Delivery is stopped since {output.moment(stopped['since'])} UTC. {stopped['reason']}"
-    for run in document["held_runs"]:
-        yield sync.held(run["run_id"], run["key"], run["reason"])
-    for run in document["failed_runs"]:
-        again = f" It will be tried again at {output.moment(run['retry_at'])} UTC." if run["retry_at"] else ""
-        yield f"The last run of {run['key']} ({run['run_id']}) {run['status']}. {run['reason'] or ''}{again}".strip()
-    if dead := document["dead_count"]:
-        yield (
-            f"{output.plural(dead, 'delivery is', 'deliveries are')} dead: `audience-sync deliveries --status dead` "
-            "shows the reasons. The next sync tries each once more if its value still holds."
-        )
-    if document["waiting"]:
-        yield f"Not run by schedule until their held run is decided: {', '.join(document['waiting'])}."
-    daemon = document["daemon"]
-    if late := document["late_since"]:
-        longest = sorted(late, key=lambda key: late[key])[:SHOWN_SLOTS]
-        keys = ", ".join(f"{key} (since {output.moment(late[key])} UTC)" for key in longest)
-        more = f" and {len(late) - len(longest):,} more" if len(late) > len(longest) else ""
-        yield f"Late, because a scheduled run has not started: {keys}{more}. {LATE_ADVICE[daemon['is_alive']]}"
-    if daemon["heartbeat_at"] and not daemon["is_alive"] and document["next_slots"]:
-        yield "The daemon is not running, so nothing runs by schedule: start `audience-sync daemon`."
+def _problem(kind: str, facts: Any, document: dict[str, Any]) -> str:
+    """Return a text for a problem: the problem, then the remedy."""
+    match kind:
+        case "stopped":
+            return f"Delivery is stopped since {output.moment(facts['since'])} UTC. {facts['reason']}"
+        case "foreign":
+            keys = output.some(facts, SHOWN_SLOTS)
+            advice = lazy.destination.other_destination(*(facts if len(facts) == 1 else ()))
+            return f"The members of {keys} were {advice}."
+        case "lane":
+            until = facts["until"]
+            state = f"pauses until {until:%Y-%m-%d %H:%M:%S} UTC" if until else "sends nothing"
+            return f"The lane {facts['lane']} {state}: {facts['reason']}. {facts['advice']}"
+        case "held":
+            return sync.held(facts["run_id"], facts["key"], facts["reason"])
+        case "failed":
+            at = facts["retry_at"]
+            again = f" It will be tried again at {output.moment(at)} UTC." if at else ""
+            last = f"The last run of {facts['key']} ({facts['run_id']}) {facts['status']}."
+            return f"{last} {facts['reason'] or ''}{again}".strip()
+        case "dead":
+            return (
+                f"{output.plural(facts, 'delivery is', 'deliveries are')} dead: `audience-sync deliveries --status dead` "
+                "shows the reasons. The next sync tries each once more if its value still holds."
+            )
+        case "waiting":
+            return f"Not run by schedule until their held run is decided: {', '.join(facts)}."
+        case "late":
+            longest = sorted(facts, key=lambda key: facts[key])
+            keys = output.some(
+                [f"{key} (since {output.moment(facts[key])} UTC)" for key in longest], SHOWN_SLOTS
+            )
+            advice = LATE_ADVICE[document["daemon"]["is_alive"]]
+            return f"Late, because a scheduled run has not started: {keys}. {advice}"
+        case _:
+            return "The daemon is not running, so nothing runs by schedule: start `audience-sync daemon`."
 
 
 def _daemon(daemon: dict[str, Any]) -> str:
     if daemon["heartbeat_at"] is None:
         return "No daemon has run on this database."
-    state = "is running" if daemon["is_alive"] else "is not running"
-    return f"The daemon {state}; its last heartbeat was at {output.moment(daemon['heartbeat_at'])} UTC."
+    if not daemon["is_alive"]:
+        return "The daemon is not running."
+    return f"The daemon is running; its last heartbeat was at {output.moment(daemon['heartbeat_at'])} UTC."
 
 
 def _queue(document: dict[str, Any]) -> str:
-    held = f" {document['held_count']:,} more are held." if document["held_count"] else ""
+    held_count = document["held_count"]
+    held = f" {output.plural(held_count, 'more is held', 'more are held')}." if held_count else ""
     if not document["pending_count"]:
         return f"Nothing is waiting to be sent.{held}"
     pending = output.plural(document["pending_count"], "delivery waits", "deliveries wait")

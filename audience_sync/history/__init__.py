@@ -13,7 +13,15 @@ from audience_sync.history.audiences import (
 from audience_sync.history.changes import CHANGES, change_rows, run_in_full
 from audience_sync.history.members import member_page, member_rows
 from audience_sync.history.names import event_names, trait_names
-from audience_sync.history.overview import LANES, MOST_COUNTED, attention, backlogs, daemon_state, status
+from audience_sync.history.overview import (
+    LANES,
+    MOST_COUNTED,
+    attention,
+    backlogs,
+    daemon_state,
+    problems,
+    status,
+)
 from audience_sync.history.paging import Found, pages
 from audience_sync.history.queue import (
     ACTIONS,
@@ -78,6 +86,7 @@ __all__ = [
     "next_day",
     "pages",
     "past_day",
+    "problems",
     "recent_runs",
     "request_rows",
     "run_facts",

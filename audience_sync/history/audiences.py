@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import slots
 from audience_sync.db import dialects, tables
-from audience_sync.history.runs import RUNS, held_runs, run_rows
+from audience_sync.history.runs import RUNS, UNSETTLED, held_runs, run_rows
 from audience_sync.settings import Settings
 
 _UNITED = 100  # queries in a statement; SQLite allows 500
@@ -106,12 +106,14 @@ def definition_keys(connection: sa.Connection) -> dict[int, str]:
 
 
 def recent_runs(connection: sa.Connection, limit: int = 30) -> dict[str, dict[str, Any]]:
-    """The sizes after the last committed runs, oldest first, and the number of their pending deliveries, by key."""
+    """The sizes after the last committed runs, oldest first, and the number of their pending and held deliveries, by key."""
     keys = {
         row.definition_id: row.key
         for row in connection.execute(sa.select(tables.definitions.c.definition_id, tables.definitions.c.key))
     }
-    recent: dict[str, dict[str, Any]] = {key: {"sizes": [], "pending_count": 0} for key in keys.values()}
+    recent: dict[str, dict[str, Any]] = {
+        key: {"sizes": [], "pending_count": 0, "held_count": 0} for key in keys.values()
+    }
     key_of_run = {}
     runs, deliveries = tables.runs.c, tables.deliveries.c
     for start in range(0, len(keys), _UNITED):
@@ -129,13 +131,11 @@ def recent_runs(connection: sa.Connection, limit: int = 30) -> dict[str, dict[st
         for row in sorted(connection.execute(sa.union_all(*newest)), key=lambda row: row.run_id):
             key_of_run[row.run_id] = keys[row.definition_id]
             recent[keys[row.definition_id]]["sizes"].append(row.member_count)
-    is_pending = (
-        dialects.is_among(connection, deliveries.run_id, key_of_run),
-        deliveries.status.in_(("pending", "sending")),
-    )
-    pending = sa.select(deliveries.run_id, sa.func.count()).where(*is_pending).group_by(deliveries.run_id)
-    for run_id, count in connection.execute(pending):
-        recent[key_of_run[run_id]]["pending_count"] += count
+    columns = (deliveries.run_id, deliveries.status)
+    is_of_run = dialects.is_among(connection, deliveries.run_id, key_of_run)
+    unsettled = sa.select(*columns, sa.func.count()).where(is_of_run, deliveries.status.in_(UNSETTLED))
+    for run_id, status, count in connection.execute(unsettled.group_by(*columns)):
+        recent[key_of_run[run_id]]["held_count" if status == "held" else "pending_count"] += count
     return recent
 
 

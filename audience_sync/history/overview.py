@@ -1,14 +1,15 @@
 """The state of the queue, the lanes, the daemon and the schedules."""
 
 import datetime as dt
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.audiences import slots
+from audience_sync.audiences import foreign, slots
 from audience_sync.db import leases, tables
 from audience_sync.history.runs import UNSETTLED, failed_runs, held_runs
-from audience_sync.queue import destination, due
+from audience_sync.queue import destination, due, pace
 from audience_sync.settings import Settings
 
 LANES = ("identify", "track", "company", "bulk")
@@ -51,10 +52,60 @@ def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -
     }
 
 
+def problems(
+    connection: sa.Connection, settings: Settings, status: dict[str, Any], now: dt.datetime
+) -> list[tuple[str, Any]]:
+    """Whatever needs a person, the most urgent first, as pairs of a kind and its facts.
+
+    `status` is the answer of `attention` or `status` to the same connection.
+    """
+    daemon = status["daemon"]
+    is_missing = daemon["heartbeat_at"] and not daemon["is_alive"] and status["next_slots"]
+    ours = destination.Destination(settings.destination.fingerprint or None)
+    every = [
+        ("stopped", status["stopped"]),
+        ("foreign", foreign.foreign_keys(connection, ours)),
+        *(("lane", lane) for lane in _lanes_in_trouble(connection, status, now)),
+        *(("held", run) for run in status["held_runs"]),
+        *(("failed", run) for run in status["failed_runs"]),
+        ("dead", status["dead_count"]),
+        ("waiting", status["waiting"]),
+        ("late", status["late_since"]),
+        ("daemon", daemon if is_missing else None),
+    ]
+    return [(kind, facts) for kind, facts in every if facts]
+
+
+def _lanes_in_trouble(
+    connection: sa.Connection, status: dict[str, Any], now: dt.datetime
+) -> Iterator[dict[str, Any]]:
+    """The lanes that pause (`until`), and those whose requests failed before and that have something to send."""
+    for name, slow in {} if status["stopped"] else _slow_downs(connection, now).items():
+        until = dt.datetime.fromisoformat(slow["paused_until"])
+        has_failed = "pause_level" in slow
+        is_of_lane = tables.deliveries.c.action == name
+        waiting = sa.select(tables.deliveries.c.delivery_id).where(tables.PENDING, is_of_lane).limit(1)
+        is_refusing = "refusal_streak" in slow
+        if until > now or ((has_failed or is_refusing) and connection.execute(waiting).first()):
+            by_itself = status["deliverer"] or status["daemon"]["is_alive"]
+            again = "It is tried again by itself." if by_itself else "`audience-sync deliver` tries again."
+            check = " Check [destination] endpoint and the network." if has_failed else ""
+            facts = {"lane": name, "reason": slow["reason"].rstrip("."), "advice": again + check}
+            yield facts | {"until": until if until > now else None}
+
+
+def _slow_downs(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
+    """The slow-downs that count: the next process forgets those that ended long ago, too."""
+    oldest = now - pace.SLOW_DOWN_LASTS
+    stored = destination.slow_downs(connection).items()
+    return {name: slow for name, slow in stored if dt.datetime.fromisoformat(slow["paused_until"]) > oldest}
+
+
 def backlogs(connection: sa.Connection) -> dict[str, int]:
-    """The number of pending deliveries, MOST_COUNTED at most, of each lane that sends single requests."""
+    """The number of pending deliveries of each lane that sends single requests, and of held ones: MOST_COUNTED at most."""
     action = tables.deliveries.c.action
-    return {lane: _count_of(connection, tables.PENDING, action == lane) for lane in due.LANES}
+    counts = {lane: _count_of(connection, tables.PENDING, action == lane) for lane in due.LANES}
+    return counts | {"held": _count_of(connection, tables.HELD)}
 
 
 def _count_of(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> int:
@@ -99,7 +150,7 @@ def _lanes(
     rows = sa.select(sa.func.coalesce(sa.func.sum(tables.bulk_jobs.c.row_count), 0))
     sent = {row.lane: row.number for row in connection.execute(requests)}
     sent["bulk"] = int(connection.execute(rows.where(tables.bulk_jobs.c.submitted_at > since)).scalar_one())
-    slow, limits = destination.slow_downs(connection), settings.destination
+    slow, limits = _slow_downs(connection, now), settings.destination
     per_minute = {
         "identify": limits.identify_per_minute,
         "track": limits.track_per_minute,

@@ -7,7 +7,6 @@ from starlette.responses import Response
 
 from audience_sync import history
 from audience_sync.app import App
-from audience_sync.audiences import foreign
 from audience_sync.clock import duration
 from audience_sync.queue import split
 from audience_sync.queue.destination import other_destination
@@ -15,16 +14,18 @@ from audience_sync.web.view import View
 
 
 def overview(view: View) -> Response:
-    status = history.attention(view.connection, view.app.settings, view.now)
-    definitions = history.definitions(view.connection, view.app.settings, view.now)
-    foreign_keys = foreign.foreign_keys(view.connection, view.app.destination)
-    lanes = list(_lanes(view.app, status, history.backlogs(view.connection)))
-    recent = history.recent_runs(view.connection)
+    settings = view.app.settings
+    status = history.attention(view.connection, settings, view.now)
+    problems = history.problems(view.connection, settings, status, view.now)
+    definitions = history.definitions(view.connection, settings, view.now)
+    backlogs, recent = history.backlogs(view.connection), history.recent_runs(view.connection)
+    failing = {facts["lane"]: facts for kind, facts in problems if kind == "lane"}
+    held_counts = {}
     for row in definitions:
-        of_key = recent.get(row["key"], {"sizes": [], "pending_count": 0})
-        held = row["last_run"] if row["state"] == "held" and row["last_run"] else None
-        row["sizes"] = of_key["sizes"]
-        row["pending_count"] = of_key["pending_count"] + (held["pending_count"] if held else 0)
+        row.update(recent.get(row["key"], {"sizes": [], "pending_count": 0, "held_count": 0}))
+        if row["state"] == "held" and row["last_run"]:
+            held_counts[row["last_run"]["run_id"]] = row["last_run"]["pending_count"]
+            row["held_count"] += row["last_run"]["pending_count"]
         row["state"] = definition_state(row, status)
     is_busy = bool(status["deliverer"] or status["bulk_job"]) or any(
         row["state"] == "running" for row in definitions
@@ -33,11 +34,13 @@ def overview(view: View) -> Response:
         "overview.html",
         live=is_busy,
         status=status,
+        problems=problems,
         definitions=definitions,
-        lanes=lanes,
-        foreign_keys=foreign_keys,
-        foreign_advice=other_destination(foreign_keys[0]) if len(foreign_keys) == 1 else other_destination(),
-        settings_path=view.app.settings.path,
+        lanes=list(_lanes(view.app, status, backlogs, failing)),
+        held_count=backlogs["held"],
+        held_counts=held_counts,
+        other_destination=other_destination,
+        settings_path=settings.path,
         most_counted=history.MOST_COUNTED,
     )
 
@@ -54,7 +57,9 @@ def definition_state(row: dict[str, Any], status: dict[str, Any]) -> str:
     return "running" if row["last_run"] and row["last_run"]["status"] == "running" else "enabled"
 
 
-def _lanes(app: App, status: dict[str, Any], backlogs: dict[str, int]) -> Iterator[dict[str, Any]]:
+def _lanes(
+    app: App, status: dict[str, Any], backlogs: dict[str, int], failing: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The lanes, each with the number of its pending deliveries and the time to send them at its limit."""
     job = status["bulk_job"]
     in_job = max(0, job["row_count"] - (job["completed_count"] or 0)) if job else 0
@@ -64,11 +69,12 @@ def _lanes(app: App, status: dict[str, Any], backlogs: dict[str, int]) -> Iterat
             seconds = split.forecast(pending, 0, app.pace).seconds
         else:
             seconds = pending / lane["per_minute"] * 60 if lane["per_minute"] else 0.0
-        left = (
-            f"about {duration(seconds)}"
-            if pending and seconds >= 1
-            else "less than a second"
-            if pending
-            else ""
-        )
-        yield lane | {"name": name, "pending": pending, "left": left}
+        left = f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
+        if status["stopped"]:
+            left = "stopped"
+        elif name in failing:
+            left = "not known while it sends nothing"
+        elif not status["deliverer"]:
+            left += " after sending starts"
+        until = failing[name]["until"] if name in failing else None
+        yield lane | {"name": name, "pending": pending, "left": left if pending else "", "until": until}

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -20,7 +21,7 @@ STATES = {
     "done": ("good", "✓"), "refused": ("warn", "▲"),
     "running": ("busy", "◐"), "pending": ("busy", "◔"), "sending": ("busy", "◐"),
     "held": ("warn", "▲"), "late": ("warn", "▲"), "not running": ("warn", "▲"), "abandoned": ("bad", "✕"),
-    "failed": ("bad", "✕"), "dead": ("bad", "✕"), "stopped": ("bad", "■"),
+    "failed": ("bad", "✕"), "failing": ("bad", "✕"), "dead": ("bad", "✕"), "stopped": ("bad", "■"),
     "disabled": ("quiet", "○"), "retired": ("quiet", "○"), "not configured": ("quiet", "○"),
     "rejected": ("quiet", "○"), "cancelled": ("quiet", "○"), "ignored": ("quiet", "○"),
     "entered": ("good", "→"), "exited": ("quiet", "←"), "changed": ("busy", "↻"),
@@ -29,6 +30,8 @@ STATES = {
 }  # fmt: skip
 SPARKLINE_SIZE = (120, 28)
 CHART_SIZE = (1000, 200)
+PROGRAM = "audience-sync"
+_COMMAND = re.compile(r"`([^`]+)`")
 
 
 @cache
@@ -40,11 +43,11 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = (number, state, sparkline, chart, highlight, duration)
+    filters = (number, state, sparkline, chart, highlight, duration, prose)
     templates.filters.update({function.__name__: function for function in filters})
     templates.filters.update(moment=time_tag, json=as_json)
     templates.filters["short"] = short
-    templates.globals.update(link=link, version=__version__)
+    templates.globals.update(link=link, version=__version__, program=PROGRAM)
     return templates
 
 
@@ -114,6 +117,17 @@ def short(text: Any, length: int) -> str:
     """A text of at most so many characters, on one line."""
     line = " ".join(str(text)[: length + 1].split())
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def prose(text: str) -> Markup:
+    """A message whose commands, in backticks, are code, and begin as the reader has to begin them."""
+    program = str(environment().globals["program"])
+    texts: list[str] = _COMMAND.split(text)
+    for place in range(1, len(texts), 2):
+        name, space, rest = texts[place].partition(" ")
+        called = program if name == PROGRAM else name
+        texts[place] = Markup("<code>{}</code>").format(called + space + rest)
+    return Markup().join(texts)
 
 
 def link(path: str, **parameters: Any) -> str:

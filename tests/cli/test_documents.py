@@ -1,5 +1,6 @@
 """The JSON that other programs read: one document on standard output, with the names of the contract."""
 
+import datetime as dt
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync.db import dialects, engines
+from audience_sync.queue import destination
 
 RUN = {
     "run_id", "key", "mode", "trigger", "status", "as_of", "started_at", "finished_at", "member_count",
@@ -251,6 +253,30 @@ def test_a_failed_run_needs_attention_until_one_succeeds(program, url):
     engine.dispose()
     program("sync", "vips")
     assert program("status").startswith("Nothing needs attention.\n")
+
+
+def test_a_failing_lane_and_a_changed_destination_need_attention(program, url, tmp_path):
+    program("sync", "vips", "--no-deliver")
+    until = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=10)
+    slow = {
+        "factor": 1.0,
+        "paused_until": until.isoformat(),
+        "reason": "Connection refused",
+        "pause_level": 9,
+    }
+    engine = engines.open_own(url, "audience_sync")
+    with engines.write(engine) as connection:
+        destination.set_slow_downs(connection, {"identify": slow})
+    engine.dispose()
+    configuration = tmp_path / "audience_sync.toml"
+    configuration.write_text(configuration.read_text().replace('"sandbox"', '"another"'))
+    _, changed, failing, *_ = program("status").splitlines()
+    assert changed.startswith("- The members of vips were made for another destination than the one that is")
+    assert "`audience-sync sync vips --full`" in changed
+    assert failing == (
+        f"- The lane identify pauses until {until:%Y-%m-%d %H:%M:%S} UTC: Connection refused. `audience-sync deliver` "
+        "tries again. Check [destination] endpoint and the network."
+    )
 
 
 def test_a_paused_reader_of_members_blocks_no_writer(program, url, tmp_path):

@@ -18,7 +18,13 @@ def pages(engine, url, tmp_path):
 
 def row(pages, key):
     """The row of a definition, as text."""
-    return pages.text("/").split("Audiences and traits")[1].split(f" {key} ", 1)[1].split(" Delivery ")[0]
+    return (
+        pages.text("/")
+        .split("Audiences and traits")[1]
+        .split(f" {key} ", 1)[1]
+        .split(" No daemon has")[0]
+        .split(" Delivery ")[0]
+    )
 
 
 def needs(pages):
@@ -80,7 +86,11 @@ def test_a_held_run_shows_readers_the_commands_and_operators_the_buttons(pages):
     assert f'action="/runs/{run_id}/approve"' in page
     assert f'action="/runs/{run_id}/reject"' in page
     assert page.count('name="csrf" value="secret"') == 3  # and to sign out
+    assert "<details><summary>Decide</summary>" in page
+    assert ">Send 1 change</button>" in page
     assert row(pages, "vips").startswith("VIPs ▲ held 0")
+    assert row(pages, "vips").endswith("1 held")
+    assert "Nothing is waiting to be sent. 1 more is held." in pages.text("/")
 
 
 def test_a_late_definition_shows_since_when(pages):
@@ -92,10 +102,13 @@ def test_a_late_definition_shows_since_when(pages):
     pages.clock.sleep(3_600)
     text = needs(pages)
     assert (
-        "▲ late vips should have run at 2026-01-01 00:02 . It runs as soon as audience-sync daemon is started."
+        "▲ late vips should have run at 2026-01-01 00:02 . They run as soon as the daemon is started: "
+        "audience-sync daemon" in text
+    )
+    assert (
+        "▲ not running The daemon is not running, so nothing runs by schedule. Start it: audience-sync daemon"
         in text
     )
-    assert "▲ not running The daemon has not run since 2026-01-01 00:01" in text
     assert row(pages, "vips").startswith("VIPs ▲ late 1")
 
 
@@ -118,6 +131,43 @@ def test_a_stopped_destination_shows_why(pages):
         text
         == "■ stopped Nothing has been sent since 2026-01-01 00:00 . Userpilot refused the API key: set another."
     )
+
+
+def test_a_lane_that_fails_is_named_until_long_after_its_pause(pages):
+    pages.configure(VIPS)
+    pages.people("ann")
+    pages.sync()
+    until = pages.clock.now() + dt.timedelta(seconds=16)
+    slow = {
+        "factor": 1.0,
+        "paused_until": until.isoformat(),
+        "reason": "Connection refused",
+        "pause_level": 5,
+    }
+    with engines.write(pages.engine) as connection:
+        destination.set_slow_downs(connection, {"identify": slow})
+    advice = (
+        "Connection refused. audience-sync deliver tries again. Check [destination] endpoint and the network."
+    )
+    assert needs(pages) == f"✕ failing The lane identify pauses until 2026-01-01 00:01:20 : {advice}"
+    assert "identify 1 not known while it sends nothing 0 600 Connection refused until 2026" in pages.text(
+        "/"
+    )
+    pages.clock.sleep(60)
+    assert needs(pages) == f"✕ failing The lane identify sends nothing: {advice}"
+    with engines.write(pages.engine) as connection:
+        destination.record_heartbeat(connection, pages.clock.now())
+    assert "Connection refused. It is tried again by itself. Check" in needs(pages)
+    pages.clock.sleep(3_600)
+    assert "Connection refused" not in pages.text("/")
+
+
+def test_a_lane_that_was_slow_and_has_nothing_to_send_needs_nothing(pages):
+    pages.configure(VIPS)
+    slow = {"factor": 0.5, "paused_until": pages.clock.now().isoformat(), "reason": "no", "pause_level": 1}
+    with engines.write(pages.engine) as connection:
+        destination.set_slow_downs(connection, {"track": slow})
+    assert needs(pages) == "✓ Nothing needs attention."
 
 
 def test_a_changed_destination_shows_what_to_do(pages):
@@ -145,7 +195,7 @@ def test_a_daemon_that_does_not_run_any_more_needs_attention(pages):
     assert "No daemon has run on this database." in pages.get("/").text
     with engines.write(pages.engine) as connection:
         destination.record_heartbeat(connection, pages.app.clock.now() - dt.timedelta(hours=1))
-    assert needs(pages).startswith("▲ not running The daemon has not run since")
+    assert needs(pages).startswith("▲ not running The daemon is not running, so nothing runs by schedule.")
 
 
 def test_the_page_is_live_only_while_something_runs(pages):
