@@ -276,6 +276,7 @@ def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Co
         if not is_sqlite(engine):
             connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with _waiting_at_most(connection, wait_seconds), connection.begin():
+            _limit_lock_waits(connection, wait_seconds)
             yield connection
 
 
@@ -288,9 +289,14 @@ def write(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.C
         _waiting_at_most(connection, wait_seconds),
         begin_write(connection),
     ):
-        if wait_seconds is not None and not is_sqlite(engine):
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(wait_seconds * 1000)}")
+        _limit_lock_waits(connection, wait_seconds)
         yield connection
+
+
+def _limit_lock_waits(connection: sa.Connection, seconds: float | None) -> None:
+    """Shorten PostgreSQL's lock timeout until the transaction ends. It takes no snapshot."""
+    if seconds is not None and not is_sqlite(connection):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
 
 
 @contextmanager

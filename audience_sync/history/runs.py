@@ -55,7 +55,18 @@ def run_rows(
     )
     for run_id, its_status, count in connection.execute(grouped):
         counts[run_id][its_status] = count
-    return [_run(row, counts[row.run_id], counts[held_id(row)]) for row in rows]
+    gone = gone_runs(connection, {row.run_id: row.key for row in rows if row.status == "running"})
+    return [_run(row, counts[row.run_id], counts[held_id(row)]) | gone.get(row.run_id, {}) for row in rows]
+
+
+def gone_runs(connection: sa.Connection, running: Mapping[int, str]) -> dict[int, dict[str, str]]:
+    """The status and error of those running runs whose process is gone, before another process has found it.
+
+    `running`: the key of each by id.
+    """
+    leased = leases.held_names(connection) if running else set()
+    gone = {"status": "abandoned", "error": "Its process ended before it was done."}
+    return {run_id: gone for run_id, key in running.items() if leases.of_definition(key) not in leased}
 
 
 def held_id(row: Any) -> int:
@@ -149,18 +160,18 @@ def failed_runs(
     is_last = dialects.is_among(connection, tables.runs.c.run_id, filter(None, last))
     decided = connection.execute(RUNS.where(is_last, has_failed)).all()
     running = connection.execute(RUNS.where(_IS_RUNNING)).all()
-    leased = leases.held_names(connection)
+    gone = gone_runs(connection, {row.run_id: row.key for row in running})
     failed = {}
     for row in sorted([*decided, *running], key=lambda row: row.run_id):
-        is_running = row.status == "running"
-        if is_running and leases.of_definition(row.key) in leased:
+        if row.status == "running" and row.run_id not in gone:
             continue
+        its_end = gone.get(row.run_id, {})
         failed[row.key] = {
             "run_id": row.run_id,
             "key": row.key,
             "trigger": row.trigger,
-            "status": "abandoned" if is_running else row.status,
-            "reason": "Its process ended before it was done." if is_running else row.error,
+            "status": its_end.get("status", row.status),
+            "reason": its_end.get("error", row.error),
             "retry_at": outlooks[row.key].retry_at if row.key in outlooks else None,
         }
     enabled = {definition.key for definition in settings.definitions if definition.enabled}

@@ -11,6 +11,7 @@ from audience_sync.audiences.definition import Definition
 from audience_sync.db import tables
 from audience_sync.history.audiences import definition_keys
 from audience_sync.history.paging import united
+from audience_sync.history.runs import gone_runs
 from audience_sync.settings import Settings
 
 DAY = dt.timedelta(days=1)
@@ -25,12 +26,16 @@ def past_day(connection: sa.Connection, now: dt.datetime) -> list[dict[str, Any]
     keys = definition_keys(connection)
     slot_of_run = _slot_of_run(connection, list(keys), now)
     by_definition: dict[int, list[dict[str, Any]]] = {}
-    for row in _newest_runs(connection, list(keys)):
+    rows = _newest_runs(connection, list(keys))
+    gone = gone_runs(
+        connection, {row.run_id: keys[row.definition_id] for row in rows if row.status == "running"}
+    )
+    for row in rows:
         if row.started_at > now - DAY:
             slot_at = slot_of_run.get(row.run_id)
             is_late = slot_at is not None and row.started_at - slot_at > slots.LATE_AFTER
             line = row._asdict() | {"key": keys[row.definition_id], "slot_at": slot_at, "is_late": is_late}
-            by_definition.setdefault(row.definition_id, []).append(line)
+            by_definition.setdefault(row.definition_id, []).append(line | gone.get(row.run_id, {}))
     lines = []
     for runs in by_definition.values():
         if len(runs) <= SHOWN_ONE_BY_ONE:

@@ -20,7 +20,7 @@ from audience_sync.errors import AudienceSyncError, Busy, ConfigError, NotApprov
 from audience_sync.queue import deliveries
 from audience_sync.web import record
 from audience_sync.web.access import HOW_TO_ADD_USERS, Viewer, form_refusal, local_path
-from audience_sync.web.signin import Form, client_address
+from audience_sync.web.signin import WAIT_SECONDS, Form, client_address
 from audience_sync.web.view import PAGE_ROWS, BadRequest, Forbidden, View, row_id
 
 CHUNK = 1_000  # deliveries that one transaction changes
@@ -47,7 +47,7 @@ def act(action: FormAction, app: App, viewer: Viewer, request: Request, form: Fo
     refusal = form_refusal(request, viewer, form.get("csrf", ""))
     if refusal is None and not viewer.may_operate:
         refusal = "Your role is read. This needs the role operate, which is set in [[web.users]]."
-    with engines.write(app.engine) as connection:
+    with engines.write(app.engine, WAIT_SECONDS) as connection:
         who = (viewer.name, client_address(request))
         action_id = record.start_action(connection, *who, action.name, action.target(form), app.clock.now())
     status, result = ("refused", refusal) if refusal else _outcome(action, app, form)

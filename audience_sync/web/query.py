@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.responses import Response
@@ -16,6 +16,7 @@ from audience_sync.errors import AudienceSyncError, Interrupted
 from audience_sync.web.view import View
 
 MAX_PREVIEWS = 2  # at a time, because each runs a statement on the company's database
+PREVIEW_SECONDS = 30.0  # for each statement of a preview
 _previews = threading.BoundedSemaphore(MAX_PREVIEWS)
 
 
@@ -83,6 +84,7 @@ def _compute(view: View, definition: Definition, answer: QueryAnswer) -> None:
         answer.notes.append(f"{MAX_PREVIEWS} previews are being computed: try again in a moment.")
         return
     app, now = view.app, view.now
+    definition = replace(definition, timeout_seconds=min(definition.timeout_seconds, PREVIEW_SECONDS))
     try:
         source = app.source(definition)
         answer.sql = compute.sql_of(app.engine, definition, now, source)

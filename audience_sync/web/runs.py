@@ -5,7 +5,7 @@ from typing import Any
 from starlette.responses import Response
 
 from audience_sync import history
-from audience_sync.web.view import PAGE_ROWS, BadRequest, NotFound, View, row_id
+from audience_sync.web.view import PAGE_ROWS, NotFound, View
 
 STATUSES = ("running", "held", "rejected", "succeeded", "failed", "abandoned")
 SHOWN_CHANGES = 10
@@ -20,10 +20,7 @@ MODES = {
 
 
 def runs(view: View) -> Response:
-    key, status = view.text("key"), view.text("status")
-    if status is not None and status not in STATUSES:
-        raise BadRequest(f"There is no status {status[:40]!r}: choose {', '.join(STATUSES)}.")
-    before = view.number("before")
+    key, status, before = view.text("key"), view.choice("status", STATUSES), view.number("before")
     rows = history.run_rows(view.connection, key=key, status=status, before=before, limit=PAGE_ROWS + 1)
     return view.html(
         "runs.html",
@@ -70,9 +67,7 @@ def run(view: View) -> Response:
 
 
 def changes(view: View) -> Response:
-    run, what = _requested(view), view.text("what") or "entered"
-    if what not in history.CHANGES:
-        raise BadRequest(f"what must be one of {', '.join(history.CHANGES)}.")
+    run, what = _requested(view), view.choice("what", history.CHANGES) or "entered"
     after = view.text("after") or ""
     users = history.change_rows(view.connection, run["run_id"], what, after=after, limit=PAGE_ROWS + 1)
     return view.html(
@@ -86,7 +81,7 @@ def changes(view: View) -> Response:
 
 
 def _requested(view: View) -> dict[str, Any]:
-    run_id = row_id("The run id", view.part("run_id"))
+    run_id = view.path_id("run_id")
     run = history.run_facts(view.connection, run_id)
     if run is None:
         raise NotFound(f"There is no run {run_id}. The page Runs lists all of them.")

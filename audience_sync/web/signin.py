@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sqlalchemy as sa
 from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -30,7 +29,8 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 10  # that may fail at once, for a name and from an address
 ATTEMPT_SECONDS = 60.0  # until one more attempt may fail
 MAX_REMEMBERED = 10_000  # names and addresses
-WAIT_SECONDS = 0.2  # for a lock of the database, to record that a session is used
+WAIT_SECONDS = 10.0  # for a lock of the database
+RECORD_SECONDS = 0.2  # for a lock of the database, to record that a session is used
 
 Form = ImmutableMultiDict[str, str]
 FormHandler = Callable[[App, Viewer, Request, Form], Response]
@@ -106,7 +106,7 @@ def sign_in(
         logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="wrong name or password")
         return _again(app, form, "The name or the password is wrong.", 403)
     throttle.give_back(name, address)
-    with engines.write(app.engine) as connection:
+    with engines.write(app.engine, WAIT_SECONDS) as connection:
         sessions.end_session(connection, _token(request))
         token = sessions.start_session(connection, user, app.clock.now())
     logs.event(log, logging.INFO, "signed in", user=name, address=address)
@@ -126,7 +126,7 @@ def sign_in(
 def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response:
     if refusal := form_refusal(request, viewer, form.get("csrf", "")):
         raise Forbidden(refusal)
-    with engines.write(app.engine) as connection:
+    with engines.write(app.engine, WAIT_SECONDS) as connection:
         sessions.end_session(connection, _token(request))
     answer = RedirectResponse("/login", 303)
     answer.delete_cookie(
@@ -135,12 +135,15 @@ def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response
     return answer
 
 
-def viewer(app: App, access: Access, connection: sa.Connection, request: Request) -> tuple[Viewer, bool]:
+def viewer(app: App, access: Access, request: Request) -> tuple[Viewer, bool]:
     """Return the person who asks, and whether to record this use of the session."""
     if not access.users:
         return Viewer(), False
     token, now = _token(request), app.clock.now()
-    session = sessions.find_session(connection, token, access.users, now) if token else None
+    session = None
+    if token:
+        with engines.read(app.engine, WAIT_SECONDS) as connection:
+            session = sessions.find_session(connection, token, access.users, now)
     if session is None:
         return STRANGER, False
     user, last_seen_at = session
@@ -151,7 +154,7 @@ def viewer(app: App, access: Access, connection: sa.Connection, request: Request
 
 def record_use(app: App, request: Request) -> None:
     """Record that a session is used, unless the database is busy."""
-    with contextlib.suppress(DatabaseError), engines.write(app.engine, WAIT_SECONDS) as connection:
+    with contextlib.suppress(DatabaseError), engines.write(app.engine, RECORD_SECONDS) as connection:
         sessions.set_last_seen(connection, _token(request), app.clock.now())
 
 

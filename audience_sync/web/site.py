@@ -19,9 +19,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from audience_sync import logs
 from audience_sync.app import App
 from audience_sync.db import engines
-from audience_sync.errors import AudienceSyncError, DatabaseError, unexpected
+from audience_sync.errors import AudienceSyncError, DatabaseError, DatabaseLocked, unexpected
 from audience_sync.web import actions, signin
 from audience_sync.web.access import (
     STRANGER,
@@ -45,12 +46,14 @@ from audience_sync.web.view import FormError, NotFound, Page, Refusal, View, her
 log = logging.getLogger(__name__)
 
 MAX_PAGES = 4  # that are made at a time, so that the API for calls stays fast
+MAX_ACTIONS = 2  # at a time; one may take minutes, and the pages go on meanwhile
 MAX_SIGN_INS = 2  # at a time; each takes 32 MB
 MAX_WAITING = 20  # forms, or sign-ins, that wait for others
 FORM_TYPE = "application/x-www-form-urlencoded"
 MAX_FORM_BYTES = 64 * 1024
 MAX_FIELDS = 5_000
 FORM_SECONDS = 20.0  # to receive a form
+BUSY = "A large sync is being stored, or another program holds a lock. Open the page again in a moment."
 PAGES: dict[str, Page] = {
     "/": overview,
     "/definitions/{key}": definition,
@@ -120,7 +123,7 @@ class Site:
     def __init__(self, app: App) -> None:
         self.app = app
         self.access = Access(app.settings.web.require_users())
-        self._pages = anyio.CapacityLimiter(MAX_PAGES)
+        self.pages = anyio.CapacityLimiter(MAX_PAGES)
         self._in_progress = Counter[anyio.CapacityLimiter]()  # forms
 
     def routes(self) -> list[Route | Mount]:
@@ -129,27 +132,28 @@ class Site:
         forms: dict[str, signin.FormHandler] = {
             path: partial(actions.act, action) for path, action in actions.ACTIONS.items()
         }
+        acting = anyio.CapacityLimiter(MAX_ACTIONS)
         limiters = {"/login": anyio.CapacityLimiter(MAX_SIGN_INS)}
         forms |= {"/login": sign_in, "/logout": signin.sign_out}
         return [
             *(Route(path, partial(self._show, page), methods=["GET"]) for path, page in pages.items()),
             *(
-                Route(path, partial(self._post, form, limiters.get(path, self._pages)), methods=["POST"])
+                Route(path, partial(self._post, form, limiters.get(path, acting)), methods=["POST"])
                 for path, form in forms.items()
             ),
             Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
         ]
 
     async def _show(self, page: Page, request: Request) -> Response:
-        return await anyio.to_thread.run_sync(self._guarded, self._page, page, request, limiter=self._pages)
+        return await anyio.to_thread.run_sync(self._guarded, self._page, page, request, limiter=self.pages)
 
     def _page(self, page: Page, request: Request) -> Response:
-        """Make a page in a read transaction of its own."""
-        with engines.read(self.app.engine) as connection:
-            viewer, is_use = signin.viewer(self.app, self.access, connection, request)
-            request.state.viewer = viewer
-            if not viewer.may_read and page is not signin.sign_in_page:
-                return self._ask_to_sign_in(request)
+        """Make a page in a read transaction of its own, which locks nothing before the page asks something."""
+        viewer, is_use = signin.viewer(self.app, self.access, request)
+        request.state.viewer = viewer
+        if not viewer.may_read and page is not signin.sign_in_page:
+            return self._ask_to_sign_in(request)
+        with engines.read(self.app.engine, signin.WAIT_SECONDS) as connection:
             answer = page(View(request, self.app, connection, viewer))
         if is_use:
             signin.record_use(self.app, request)
@@ -183,9 +187,7 @@ class Site:
             self._in_progress[limiter] -= 1
 
     def _action(self, action: signin.FormHandler, request: Request, form: signin.Form) -> Response:
-        with engines.read(self.app.engine) as connection:
-            viewer, _ = signin.viewer(self.app, self.access, connection, request)
-        request.state.viewer = viewer
+        request.state.viewer = viewer = signin.viewer(self.app, self.access, request)[0]
         if not viewer.may_read and request.url.path != "/login":
             return RedirectResponse("/login", 303)
         return action(self.app, viewer, request, form)
@@ -202,13 +204,15 @@ class Site:
             return work(*arguments)
         except Refusal as error:
             status, title, message = error.status, error.title, str(error)
+        except DatabaseLocked:
+            status, title, message = 503, "The database is busy", BUSY
         except DatabaseError as error:
             status, title, message = 503, "The database cannot be used", str(error)
         except AudienceSyncError as error:
             status, title, message = 400, "This cannot be shown", str(error)
         except Exception as error:  # noqa: BLE001  (a bug: never a traceback)
             what = unexpected(error)
-            log.error("page failed path=%s error=%s", request.url.path, what)  # noqa: TRY400
+            logs.event(log, logging.ERROR, "page failed", path=request.url.path[:200], error=what)
             status, title, message = 500, "An unexpected error", f"{what}. Please report it."
         return self.error(getattr(request.state, "viewer", STRANGER), status, title, message)
 
@@ -239,6 +243,7 @@ def dashboard(app: App) -> Starlette:
         ],
         exception_handlers={404: site.no_page, 405: site.no_page},
     )
+    application.state.pages = site.pages
     application.router.redirect_slashes = False  # it would redirect to the host that the request names
     return application
 

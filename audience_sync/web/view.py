@@ -151,6 +151,6 @@ def row_id(name: str, text: str) -> int:
 
     Raises BadRequest if the text is not a whole number that the database can hold.
     """
-    if not (text.isascii() and text.isdecimal() and int(text[:20]) < 2**63):
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
         raise BadRequest(f"{name} must be a whole number, not {text[:40]!r}")
     return int(text)

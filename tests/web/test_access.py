@@ -1,13 +1,18 @@
 """Access without users, headers of proxies and other sites, and the headers of every answer."""
 
+import asyncio
 import re
+import threading
 
+import httpx
 import pytest
 from starlette.requests import Request
 
 from audience_sync import remote
-from audience_sync.web import access, actions, site
-from tests.web.conftest import USERS
+from audience_sync.db import dialects, engines
+from audience_sync.web import access, actions, signin, site
+from tests.conftest import SCHEMA
+from tests.web.conftest import HERE, USERS
 
 SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
 SAFE = {
@@ -285,3 +290,46 @@ def test_own_origin_is_that_of_the_browser():
         )
         == "https://sync.example:443"
     )
+
+
+# A database that is locked, and slow work.
+
+
+def test_a_locked_database_gives_a_page_that_says_so_soon(olga, monkeypatch):
+    monkeypatch.setattr(signin, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(actions, "WAIT_SECONDS", 0.1)
+    csrf, engine = olga.csrf, engines.open_own(str(olga.app.settings.database.url), SCHEMA)
+    with engines.write(engine) as connection:
+        if dialects.is_sqlite(connection):
+            connection.exec_driver_sql("COMMIT")
+            connection.exec_driver_sql("BEGIN EXCLUSIVE")
+        else:
+            dialects.sql(connection, "LOCK TABLE {our}sessions, {our}actions IN ACCESS EXCLUSIVE MODE")
+        answers = [olga.get("/"), olga.sign_in(), olga.post("/logout", {"csrf": csrf})]
+        answers.append(olga.post("/runs/1/approve", {"csrf": csrf}))
+    engine.dispose()
+    for answer in answers:
+        assert (answer.status_code, "The database is busy" in answer.text) == (503, True)
+    assert olga.get("/").status_code == 200
+
+
+@SQLITE
+def test_actions_that_take_long_do_not_hold_up_the_pages(olga, monkeypatch):
+    enough = threading.Event()
+    monkeypatch.setattr(actions.decisions, "approve", lambda *_: enough.wait(60))
+    csrf = olga.csrf
+
+    async def crowd():
+        transport = httpx.ASGITransport(olga.asgi, client=("127.0.0.1", 50_000))
+        options = {"base_url": HERE, "headers": {"Origin": HERE}, "cookies": olga.cookies}
+        async with httpx.AsyncClient(transport=transport, **options) as client:
+            posts = [client.post("/runs/1/approve", data={"csrf": csrf}) for _ in range(2 * site.MAX_PAGES)]
+            tasks = [asyncio.ensure_future(post) for post in posts]
+            await asyncio.wait(tasks, timeout=0.2)
+            page = await client.get("/actions")  # is not held up
+            was_busy = not any(task.done() for task in tasks)
+            enough.set()
+            return page, was_busy, [await task for task in tasks]
+
+    page, was_busy, answers = asyncio.run(crowd())
+    assert (page.status_code, was_busy, {answer.status_code for answer in answers}) == (200, True, {303})

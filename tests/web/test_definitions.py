@@ -1,13 +1,17 @@
 """The pages of a definition: chart, text, runs, members now and at past times, and the download."""
 
+import asyncio
 import csv
 import datetime as dt
 import io
 from itertools import chain
 
+import anyio
+import httpx
 import pytest
 
 from audience_sync.audiences import decisions
+from audience_sync.web import definitions
 from audience_sync.web.definitions import cell, trend
 from tests.web.synced import SPEND, VIPS, Pages
 
@@ -228,3 +232,23 @@ def test_an_unknown_key_is_not_found(pages, key, page):
     answer = pages.get(f"/definitions/{key}{page}", 404)
     assert "There is no definition with the key" in answer.text
     assert "<script>" not in answer.text
+
+
+def test_a_download_is_made_in_the_turns_of_pages_and_not_for_its_head_alone(pages, monkeypatch):
+    async def download():
+        limiter = anyio.CapacityLimiter(1)
+        pieces = (f"{limiter.borrowed_tokens} taken" for _ in range(2))
+        return [piece async for piece in definitions._in_turn(pieces, limiter)]
+
+    assert asyncio.run(download()) == ["1 taken", "1 taken"]
+    pages.configure(VIPS)
+    pages.sync()
+    monkeypatch.setattr(definitions.history, "member_rows", None)  # would fail
+    transport = httpx.ASGITransport(pages.asgi, client=("127.0.0.1", 50_000))
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.head("/definitions/vips/members.csv")
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/csv; charset=utf-8")

@@ -7,12 +7,14 @@ import tomllib
 
 import pytest
 
-from audience_sync.db import tables
+from audience_sync.db import engines, tables
+from audience_sync.errors import DefinitionError
 from audience_sync.web import query
 from tests.queue.conftest import START
 from tests.web.pages import HOSTILE, open_pages
 
 PRO = "trait('plan') = 'pro'"
+TIMES = {"first_seen_at": START, "last_seen_at": START}
 CONFIGURATION = (
     '[sources.shop]\nurl = "sqlite:///nowhere.db"\n'
     '[[audiences]]\nname = "VIPs"\nquery = "trait(\'a\').exists()"\n'
@@ -22,10 +24,9 @@ CONFIGURATION = (
 @pytest.fixture
 def pages(url, tmp_path):
     opened = open_pages(url, tmp_path, CONFIGURATION)
-    times = {"first_seen_at": START, "last_seen_at": START}
     for number in range(3):
         profile = {"user_id": f"user{number}", "traits": {"plan": "pro", "n": number}, "trait_times": {}}
-        opened.add(tables.profiles, profile | times)
+        opened.add(tables.profiles, profile | TIMES)
     event = {"call_id": 1, "user_id": "user0", "name": "It's <b>", "properties": {}, "context": {}}
     opened.add(tables.events, event | {"timestamp": START, "received_at": START})
     yield opened
@@ -120,3 +121,16 @@ def test_the_block_is_toml_of_the_same_query(text):
     block = query._configuration(text, "shop", query.Kind.TRAIT, HOSTILE)
     [trait] = tomllib.loads(block)["traits"]
     assert (trait["query"].strip(), trait["name"], trait["source"]) == (text, HOSTILE, "shop")
+
+
+def test_a_preview_ends_soon_and_locks_nothing_of_our_own_database(olga, monkeypatch):
+    def write_meanwhile(engine, definition, *_):
+        with engines.write(engine, 0.1) as connection:
+            connection.execute(
+                tables.profiles.insert(), {"user_id": "ann", "traits": {}, "trait_times": {}} | TIMES
+            )
+        raise DefinitionError(f"It was written within {definition.timeout_seconds:g} seconds.")
+
+    monkeypatch.setattr(query.plan, "preview", write_meanwhile)
+    answer = olga.get("/query", params={"text": PRO})
+    assert "It was written within 30 seconds." in answer.text

@@ -73,13 +73,24 @@ def test_deliveries_are_filtered(pages, filters, ids):
     assert [number for number in (4, 3, 2, 1) if f'<th scope="row">{number}<small>' in body] == ids
 
 
+ODD = [{name: "0" * zeros + "9" * 19} for name in ("run", "before", "notice") for zeros in (5, 9_000)]
+
+
 @pytest.mark.usefixtures("_deliveries")
 @pytest.mark.parametrize(
-    "filters", [{"status": "gone"}, {"action": "x"}, {"run": "x"}, {"before": -1}, {"user": "\0"}]
+    "filters", [{"status": "gone"}, {"action": "x"}, {"run": "x"}, {"before": -1}, {"user": "\0"}, *ODD]
 )
 def test_a_filter_that_cannot_be_used_is_explained(pages, filters):
     answer = pages.get("/deliveries", **filters)
     assert (answer.status_code, "This address cannot be used" in answer.text) == (400, True)
+
+
+def test_an_event_without_a_name_and_other_odd_bodies_are_shown(pages):
+    for body in ({}, {"event_name": None}, [1], "text", {"items": 1, "values": 2}):
+        pages.add_delivery("ann", action="track", body=body)
+        pages.add_delivery("ann", body=body)
+    for address in ("/deliveries", "/user?id=ann"):
+        assert "[ 1 ]" in pages.text(address)
 
 
 @pytest.mark.usefixtures("_deliveries")

@@ -5,6 +5,8 @@ from itertools import chain
 import pytest
 
 from audience_sync.audiences import decisions
+from audience_sync.audiences.runs import take_lease
+from audience_sync.db import engines
 from audience_sync.web.runs import run as run_page
 from tests.web.synced import SPEND, VIPS, Pages
 
@@ -156,7 +158,7 @@ def test_runs_are_listed_newest_first_by_key_and_state(pages):
     assert listed("/runs?key=spend&status=held") == []
     assert "key contains a NUL character" in pages.text("/runs?key=%00", 400)
     assert "No run matches." in pages.text("/runs?key=nobody")
-    assert "There is no status 'odd': choose running, held," in pages.text("/runs?status=odd", 400)
+    assert "status cannot be 'odd': it is one of running, held," in pages.text("/runs?status=odd", 400)
 
 
 def test_older_runs_are_on_the_next_page(pages):
@@ -188,6 +190,21 @@ def test_an_unknown_run_is_not_found(pages, path):
 def test_an_unknown_kind_of_change_is_refused(pages):
     pages.configure(VIPS)
     run_id = pages.sync()
-    assert "what must be one of entered, exited, changed." in pages.text(
+    assert "what cannot be '<b>': it is one of entered, exited, changed." in pages.text(
         f"/runs/{run_id}/changes?what=<b>", 400
     )
+
+
+def test_a_run_whose_process_is_gone_is_abandoned_and_its_pages_are_not_live(pages):
+    pages.configure(VIPS)
+    run_id = pages.sync()
+    pages.execute("UPDATE {our}runs SET status = 'running', finished_at = NULL")
+    for path in (f"/runs/{run_id}", "/runs", "/schedule"):
+        assert "✕ abandoned" in pages.text(path)
+        assert "hx-get" not in pages.get(path).text
+    assert "Why it was abandoned Its process ended before it was done." in pages.text(f"/runs/{run_id}")
+    with engines.write(pages.engine) as connection:
+        take_lease(connection, "vips", 600)
+    for path in (f"/runs/{run_id}", "/runs", "/schedule"):
+        assert "◐ running" in pages.text(path)
+        assert "hx-get" in pages.get(path).text
