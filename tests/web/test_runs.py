@@ -158,7 +158,7 @@ def test_runs_are_listed_newest_first_by_key_and_state(pages):
     assert listed("/runs?key=spend&status=held") == []
     assert "key contains a NUL character" in pages.text("/runs?key=%00", 400)
     assert "No run matches." in pages.text("/runs?key=nobody")
-    assert "status cannot be 'odd': it is one of running, held," in pages.text("/runs?status=odd", 400)
+    assert "status must be one of running, held," in pages.text("/runs?status=odd", 400)
 
 
 def test_older_runs_are_on_the_next_page(pages):
@@ -190,7 +190,7 @@ def test_an_unknown_run_is_not_found(pages, path):
 def test_an_unknown_kind_of_change_is_refused(pages):
     pages.configure(VIPS)
     run_id = pages.sync()
-    assert "what cannot be '<b>': it is one of entered, exited, changed." in pages.text(
+    assert "what must be one of entered, exited, changed, not '<b>'." in pages.text(
         f"/runs/{run_id}/changes?what=<b>", 400
     )
 
