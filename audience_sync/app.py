@@ -174,6 +174,10 @@ class App:
         """Return a definition of a query that is not configured, to preview or explain it."""
         return queries.unnamed_definition(self.settings, text, source, kind)
 
+    def likely_source(self, text: str, kind: Kind) -> str | None:
+        """Return the one source on which a query can only run; None is the database of audience-sync."""
+        return queries.likely_source(self.settings, text, kind)
+
     def deliver(
         self,
         run_ids: Sequence[int] = (),

@@ -3,7 +3,9 @@
 import pytest
 
 from audience_sync import settings
+from audience_sync.audiences.definition import Kind
 from audience_sync.errors import ConfigError
+from audience_sync.settings import queries
 
 BASE = """
 [sources.shop]
@@ -96,3 +98,36 @@ def test_a_query_gets_what_it_names_and_no_more(load):
     query = loaded.definitions[0].query
     assert [mapping.name for mapping in query.mappings] == ["orders", "lines", "people"]
     assert list(query.definitions) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("event('bought').count() > 1", "shop"),
+        ("entity('orders').count() > 1 AND trait('b').exists()", "shop"),
+        ("event('bought').count() > 1 AND event('seen').count() > 1", None),  # no database has both
+        ("event('seen').count() > 1", None),
+        ("trait('plan') = 'pro'", None),
+        ("event('both').count() > 1", None),
+    ],
+)
+def test_the_source_of_a_query_is_the_one_that_has_its_names(load, text, source):
+    tables = ORDERS.replace("table =", 'timestamp = "t"\nevent = "bought"\ntable =')
+    both = '[tables.{0}]\n{1}table = "t"\nuser_id = "u"\ntimestamp = "t"\nevent = "both"\n'
+    here, there = both.format("here", ""), both.format("there", 'source = "shop"\n')
+    loaded = load(tables + here + there + audience("B", "event('bought').count() > 1", "shop"))
+    assert queries.likely_source(loaded, text, Kind.AUDIENCE) == source
+
+
+def test_an_event_that_a_source_has_as_well_is_told(load):
+    loaded = load(ORDERS.replace("table =", 'timestamp = "t"\nevent = "bought"\ntable ='))
+    for source, told in ((None, ["read shop"]), ("shop", [])):
+        definition = queries.unnamed_definition(loaded, "event('bought').count() > 1", source, Kind.AUDIENCE)
+        sentences = queries.events_elsewhere(definition, "read {source}")
+        assert [sentence.rpartition(": ")[2] for sentence in sentences] == told
+
+
+@pytest.mark.parametrize("text", ["SELECT user_id FROM t", " with x as (SELECT 1) SELECT 2"])
+def test_sql_in_the_place_of_a_query_is_told_where_it_goes(load, text):
+    with pytest.raises(ConfigError, match="SQL goes into `sql =`"):
+        queries.unnamed_definition(load(ORDERS), text, None, Kind.AUDIENCE)

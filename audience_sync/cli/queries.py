@@ -82,7 +82,8 @@ def preview(
         started = time.monotonic()
         computed = lazy.plan.preview(app.engine, definition, moment, app.source(definition), now, app.stop)
         seconds = time.monotonic() - started
-        warnings = lazy.compute.review(app.engine, definition, moment, app.source(definition))
+        warnings = _elsewhere(definition)
+        warnings += lazy.compute.review(app.engine, definition, moment, app.source(definition))
     sample = {user: json.loads(value) if value else None for user, value in computed.sample}
     if as_json:
         output.document(
@@ -136,8 +137,16 @@ def explain(
         output.document({"query": query, "english": english, "sql": sql, "dialect": dialect})
         return
     if query is not None:
+        for sentence in _elsewhere(definition):
+            output.line(f"Note: {sentence}.\n")
         output.line(f"{english}\n\n{query}\n\nThe SQL that runs on {DATABASES[dialect]}:\n")
     output.line(sql)
+
+
+def _elsewhere(definition: "Definition") -> list[str]:
+    from audience_sync.settings import queries  # noqa: PLC0415  (it takes time to import)
+
+    return queries.events_elsewhere(definition, "--source {source} reads it")
 
 
 def _definition(app: "App", query: str, source: str | None, *, is_trait: bool) -> "Definition":

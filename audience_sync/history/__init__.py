@@ -12,7 +12,7 @@ from audience_sync.history.audiences import (
 )
 from audience_sync.history.changes import CHANGES, change_rows, run_in_full
 from audience_sync.history.members import member_page, member_rows
-from audience_sync.history.names import event_names, trait_names
+from audience_sync.history.names import event_names, number_property, trait_names
 from audience_sync.history.overview import (
     LANES,
     MOST_COUNTED,
@@ -84,6 +84,7 @@ __all__ = [
     "member_rows",
     "memberships_now",
     "next_day",
+    "number_property",
     "pages",
     "past_day",
     "problems",

@@ -6,6 +6,7 @@ from audience_sync.db import tables
 
 SHOWN_NAMES = 40
 SAMPLED_PROFILES = 200
+SAMPLED_EVENTS = 50
 
 
 def event_names(connection: sa.Connection) -> list[str]:
@@ -23,6 +24,17 @@ def event_names(connection: sa.Connection) -> list[str]:
             break
         names.append(following)
     return names
+
+
+def number_property(connection: sa.Connection) -> tuple[str, str] | None:
+    """An event with a property that is a number, of the newest events."""
+    events = tables.events.c
+    newest = sa.select(events.name, events.properties).order_by(events.event_id.desc()).limit(SAMPLED_EVENTS)
+    for event in connection.execute(newest):
+        for name, value in event.properties.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and "." not in name:
+                return event.name, name
+    return None
 
 
 def trait_names(connection: sa.Connection) -> list[str]:

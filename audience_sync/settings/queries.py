@@ -1,5 +1,6 @@
 """The tables that queries read, and which tables and definitions each query may name."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from audience_sync.suggest import did_you_mean, shown
 
 if TYPE_CHECKING:
     from audience_sync.settings import Settings
+
+_SQL = re.compile(r"\s*(SELECT|WITH)\s", re.IGNORECASE)
 
 
 def build_table(
@@ -98,15 +101,65 @@ def unnamed_definition(settings: "Settings", text: str, source: str | None, kind
 
     Raises ConfigError if it cannot be read, or names what is not there.
     """
-    from audience_sync.audiences.query import parser  # noqa: PLC0415  (lark: only where there is a query)
-
     if source is not None and source not in settings.sources:
         raise ConfigError(f"There is no [sources.{shown(source)}]: {did_you_mean(source, settings.sources)}")
-    parse = parser.parse_query if kind is Kind.TRAIT else parser.parse_condition
-    query = ConfiguredQuery(text, parse(text))
+    query = ConfiguredQuery(text, _parsed(text, kind))
     definition = Definition("query", "query", kind, source=source)
     query = _configured("", definition, query, settings.definitions, settings.tables)
     return replace(definition, query=query)
+
+
+def _parsed(text: str, kind: Kind) -> tree.Query:
+    from audience_sync.audiences.query import parser  # noqa: PLC0415  (lark: only where there is a query)
+
+    if _SQL.match(text):
+        raise ConfigError(
+            "This is SQL, and what is read here is the query language: SQL goes into `sql =` of a definition in the "
+            "configuration"
+        )
+    return parser.parse_query(text) if kind is Kind.TRAIT else parser.parse_condition(text)
+
+
+def likely_source(settings: "Settings", text: str, kind: Kind) -> str | None:
+    """Return the one source that has every table and definition that a query names.
+
+    None if none or several have them, or if the database of audience-sync has them too. Raises ConfigError if the
+    query cannot be read.
+    """
+    mappings: dict[str | None, list[TableMapping]] = {name: [] for name in (None, *settings.sources)}
+    for mapping in settings.tables:
+        mappings[mapping.source].append(mapping)
+    keys = {other.key: other.source for other in settings.definitions}
+    scalars = list(tree.scalars(_parsed(text, kind)))
+    named = [
+        keys[key] for one in scalars if isinstance(one, tree.Trait) and (key := one.path.steps[0]) in keys
+    ]
+    streams = [scalar.stream for scalar in scalars if isinstance(scalar, tree.Reduction)]
+    found = [
+        source
+        for source, tables in mappings.items()
+        if all(other == source for other in named) and all(_mapped(stream, tables) for stream in streams)
+    ]
+    return found[0] if len(found) == 1 and (named or streams) else None
+
+
+def events_elsewhere(definition: Definition, advice: str) -> list[str]:
+    """Return a sentence about each event of a query that calls bring here, and a table on a source has as well.
+
+    `advice` ends it, and names the source as {source}.
+    """
+    query = definition.query
+    if query is None or definition.source is not None:
+        return []
+    streams = [scalar.stream for scalar in tree.scalars(query.query) if isinstance(scalar, tree.Reduction)]
+    names = [stream.name for stream in streams if stream.kind is tree.StreamKind.EVENT]
+    return [
+        f"event('{shown(name)}') is read from the calls in the database of audience-sync. The source "
+        f"{query.events_elsewhere[name]} has a table of this event too: "
+        + advice.replace("{source}", query.events_elsewhere[name])
+        for name in dict.fromkeys(names)
+        if name in query.events_elsewhere and name not in query.known_events
+    ]
 
 
 def _configured(

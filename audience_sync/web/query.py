@@ -13,8 +13,11 @@ from audience_sync.audiences import compute, plan
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.audiences.query import english, layout
 from audience_sync.errors import AudienceSyncError, Interrupted
+from audience_sync.settings.queries import events_elsewhere
 from audience_sync.web.view import View
 
+OWN = "(own)"  # the source that stands for the database of audience-sync
+NAMES = ("event_names", "trait_names", "examples")
 MAX_PREVIEWS = 2  # at a time, because each runs a statement on the company's database
 PREVIEW_SECONDS = 30.0  # for each statement of a preview
 _previews = threading.BoundedSemaphore(MAX_PREVIEWS)
@@ -38,7 +41,7 @@ def query_page(view: View) -> Response:
     kind = Kind(view.choice("kind", [kind.value for kind in Kind]) or Kind.AUDIENCE)
     text, source, name = (
         view.text("text"),
-        view.choice("source", list(view.app.settings.sources)),
+        view.choice("source", [*view.app.settings.sources, OWN]),
         view.text("name"),
     )
     answer = None
@@ -50,17 +53,40 @@ def query_page(view: View) -> Response:
         text=text or "",
         kind=kind.value,
         source=source,
+        own=OWN,
         name=name or "",
         answer=answer,
         settings=view.app.settings,
         quoted=layout.quoted,
-        event_names=[] if is_checked_only else history.event_names(view.connection),
-        trait_names=[] if is_checked_only else history.trait_names(view.connection),
+        **(dict.fromkeys(NAMES, ()) if is_checked_only else _names(view)),
     )
 
 
+def _names(view: View) -> dict[str, Any]:
+    """The names that a query can use, and examples of queries with them."""
+    quoted, settings = layout.quoted, view.app.settings
+    events, traits = history.event_names(view.connection), history.trait_names(view.connection)
+    examples = [
+        (definition.query.text.strip(), definition.source or OWN)
+        for definition in settings.definitions
+        if definition.kind is Kind.AUDIENCE and definition.query
+    ][:3]
+    mapped = [(table.event, table.source or OWN) for table in settings.tables if table.event]
+    for event, source in [*mapped[:1], *[(event, OWN) for event in events[:1]]]:
+        examples.append((f"event({quoted(event)}).within(30 days).count() >= 1", source))
+    if number := history.number_property(view.connection):
+        event, name = map(quoted, number)
+        examples.append((f"event({event}).within(30 days).sum(property({name})) > 100", OWN))
+    examples += [(f"trait({quoted(trait)}).exists()", OWN) for trait in traits[:1]]
+    return dict(zip(NAMES, (events, traits, list(dict.fromkeys(examples))), strict=True))
+
+
 def _read(view: View, text: str, source: str | None, kind: Kind, name: str) -> QueryAnswer:
+    notes = []
     try:
+        if source is None and (source := view.app.likely_source(text, kind)):
+            notes = [f"It runs on {source}, the only database that has these tables or definitions."]
+        source = None if source == OWN else source
         definition = view.app.query_definition(text, source, kind)
     except AudienceSyncError as error:
         return QueryAnswer(error=str(error))
@@ -69,6 +95,7 @@ def _read(view: View, text: str, source: str | None, kind: Kind, name: str) -> Q
         query=layout.query_text(definition.query.query),
         english=english.english_text(definition.query.query),
         configuration=_configuration(text, source, kind, name),
+        notes=notes + events_elsewhere(definition, "choose {source} above to read it."),
     )
     if view.text("check") is None:
         if view.request.headers.get("Sec-Fetch-Site", "none") in {"none", "same-origin"}:
@@ -100,7 +127,7 @@ def _compute(view: View, definition: Definition, answer: QueryAnswer) -> None:
             "warnings": compute.review(app.engine, definition, now, source),
         }
     except (AudienceSyncError, Interrupted) as error:
-        answer.error = str(error)
+        answer.error, answer.configuration = str(error), None
     finally:
         _previews.release()
 

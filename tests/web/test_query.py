@@ -2,6 +2,7 @@
 
 import html
 import re
+import sqlite3
 import threading
 import tomllib
 
@@ -134,3 +135,71 @@ def test_a_preview_ends_soon_and_locks_nothing_of_our_own_database(olga, monkeyp
     monkeypatch.setattr(query.plan, "preview", write_meanwhile)
     answer = olga.get("/query", params={"text": PRO})
     assert "It was written within 30 seconds." in answer.text
+
+
+SHOP = (
+    '[sources.shop]\nurl = "sqlite:///{}"\n[tables.orders]\nsource = "shop"\ntable = "orders"\nuser_id = "user_id"\n'
+    'timestamp = "at"\nevent = "Order Completed"\n'
+    '[[audiences]]\nname = "Buyers"\nsource = "shop"\nquery = "event(\'Order Completed\').count() >= 1"\n'
+)
+ORDERED = "event('Order Completed').count() >= 1"
+
+
+@pytest.fixture
+def shop(url, tmp_path):
+    """Pages with a source that has three users' orders; calls brought an order of one user."""
+    with sqlite3.connect(tmp_path / "shop.db") as connection:
+        connection.execute("CREATE TABLE orders (user_id TEXT, at TEXT)")
+        connection.executemany("INSERT INTO orders VALUES (?, '2025-12-31')", [("a",), ("b",), ("c",)])
+    connection.close()
+    opened = open_pages(url, tmp_path, SHOP.format(tmp_path / "shop.db"))
+    event = {
+        "user_id": "a",
+        "properties": {"total": 5},
+        "context": {},
+        "timestamp": START,
+        "received_at": START,
+    }
+    for number, name in enumerate(("Order Completed", "Login")):
+        opened.add(tables.events, event | {"name": name, "call_id": number})
+    yield opened
+    opened.app.close()
+
+
+@pytest.mark.parametrize(
+    "text", [ORDERED, "entity('orders').count() >= 1", f"trait('buyers').exists() AND {ORDERED}"]
+)
+def test_a_query_runs_on_the_one_database_that_has_its_names(shop, text):
+    shown = shop.text("/query", text=text)
+    assert "3 users" in shown
+    assert "It runs on shop" in shown
+    assert 'source = "shop"' in shown
+
+
+@pytest.mark.parametrize("text", ["event('Login').count() >= 1", "trait('plan').absent()"])
+def test_a_query_of_other_names_runs_on_the_own_database(shop, text):
+    shown = shop.text("/query", text=text)
+    assert ("It runs on shop" in shown, 'source = "shop"' in shown) == (False, False)
+
+
+def test_the_own_database_can_be_chosen_and_the_table_elsewhere_is_told(shop):
+    shown = shop.text("/query", text=ORDERED, source="(own)")
+    assert "1 user " in shown
+    assert "The source shop has a table of this event too" in shown
+    assert "source =" not in shown
+
+
+def test_examples_have_names_that_exist_and_lead_to_their_answers(shop):
+    examples = [address for address in shop.addresses("/query") if address.startswith("/query?text=")]
+    assert len(examples) > 4
+    for address in examples:
+        assert "cannot be used yet" not in shop.text(address)
+
+
+@pytest.mark.parametrize("text", ["SELECT user_id FROM orders", "with a as (select 1) select 2"])
+def test_sql_is_told_where_it_goes(shop, text):
+    assert "SQL goes into `sql =` of a definition" in shop.text("/query", text=text)
+
+
+def test_a_query_that_fails_offers_no_configuration(pages):
+    assert "For the configuration" not in pages.text("/query", text="trait('a').exists()", source="shop")
