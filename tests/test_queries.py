@@ -119,15 +119,15 @@ def test_the_source_of_a_query_is_the_one_that_has_its_names(load, text, source)
     assert queries.likely_source(loaded, text, Kind.AUDIENCE) == source
 
 
-def test_an_event_that_a_source_has_as_well_is_told(load):
+def test_a_query_says_which_source_has_its_event_as_well(load):
     loaded = load(ORDERS.replace("table =", 'timestamp = "t"\nevent = "bought"\ntable ='))
-    for source, told in ((None, ["read shop"]), ("shop", [])):
+    for source, advice in ((None, ["read shop"]), ("shop", [])):
         definition = queries.unnamed_definition(loaded, "event('bought').count() > 1", source, Kind.AUDIENCE)
         sentences = queries.events_elsewhere(definition, "read {source}")
-        assert [sentence.rpartition(": ")[2] for sentence in sentences] == told
+        assert [sentence.rpartition(": ")[2] for sentence in sentences] == advice
 
 
 @pytest.mark.parametrize("text", ["SELECT user_id FROM t", " with x as (SELECT 1) SELECT 2"])
-def test_sql_in_the_place_of_a_query_is_told_where_it_goes(load, text):
+def test_sql_in_the_place_of_a_query_has_a_message_of_its_own(load, text):
     with pytest.raises(ConfigError, match="SQL goes into `sql =`"):
         queries.unnamed_definition(load(ORDERS), text, None, Kind.AUDIENCE)

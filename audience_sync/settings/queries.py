@@ -132,15 +132,17 @@ def likely_source(settings: "Settings", text: str, kind: Kind) -> str | None:
     keys = {other.key: other.source for other in settings.definitions}
     scalars = list(tree.scalars(_parsed(text, kind)))
     named = [
-        keys[key] for one in scalars if isinstance(one, tree.Trait) and (key := one.path.steps[0]) in keys
+        keys[key]
+        for scalar in scalars
+        if isinstance(scalar, tree.Trait) and (key := scalar.path.steps[0]) in keys
     ]
     streams = [scalar.stream for scalar in scalars if isinstance(scalar, tree.Reduction)]
-    found = [
+    sources = [
         source
         for source, tables in mappings.items()
         if all(other == source for other in named) and all(_mapped(stream, tables) for stream in streams)
     ]
-    return found[0] if len(found) == 1 and (named or streams) else None
+    return sources[0] if len(found) == 1 and (named or streams) else None
 
 
 def events_elsewhere(definition: Definition, advice: str) -> list[str]:

@@ -182,7 +182,7 @@ def test_a_query_of_other_names_runs_on_the_own_database(shop, text):
     assert ("It runs on shop" in shown, 'source = "shop"' in shown) == (False, False)
 
 
-def test_the_own_database_can_be_chosen_and_the_table_elsewhere_is_told(shop):
+def test_the_own_database_can_be_chosen_with_a_note_about_the_source(shop):
     shown = shop.text("/query", text=ORDERED, source="(own)")
     assert "1 user " in shown
     assert "The source shop has a table of this event too" in shown
@@ -197,7 +197,7 @@ def test_examples_have_names_that_exist_and_lead_to_their_answers(shop):
 
 
 @pytest.mark.parametrize("text", ["SELECT user_id FROM orders", "with a as (select 1) select 2"])
-def test_sql_is_told_where_it_goes(shop, text):
+def test_sql_has_a_message_of_its_own(shop, text):
     assert "SQL goes into `sql =` of a definition" in shop.text("/query", text=text)
 
 
