@@ -142,7 +142,7 @@ def likely_source(settings: "Settings", text: str, kind: Kind) -> str | None:
         for source, tables in mappings.items()
         if all(other == source for other in named) and all(_mapped(stream, tables) for stream in streams)
     ]
-    return sources[0] if len(found) == 1 and (named or streams) else None
+    return sources[0] if len(sources) == 1 and (named or streams) else None
 
 
 def events_elsewhere(definition: Definition, advice: str) -> list[str]:
