@@ -92,7 +92,10 @@ def test_check_names_each(command, backend):
     for key in keys(ODD | ODD_ON[backend]):
         assert any(line.startswith(f"wrong  definition {key}: ") for line in lines), key
     for key in keys(FINE[backend]) | {"good"}:
-        assert any(line.startswith(f"ok     definition {key}: 1 member") for line in lines), key
+        mark = (
+            "warn" if (key, backend) == ("deep", "postgresql") else "ok"
+        )  # too deep to be parsed before it runs
+        assert any(line.startswith(f"{mark:6} definition {key}: 1 member") for line in lines), key
 
 
 @pytest.mark.parametrize(

@@ -264,15 +264,15 @@ def test_another_clients_job_that_does_not_end_holds_up_bulk_for_half_an_hour_on
 ):
     other = userpilot.state.start_other_job(10)
     other.fault = JobFault(outcome="hangs", state=state)
-    hand_queue.fill(1_000, kind="push")
+    hand_queue.fill(300, kind="push")
 
     def release(_report):  # the list shows the job for ever, but it is over
         if userpilot.refusals(409):
             userpilot.state._running = None
 
-    work(on_progress=release, poll_seconds=10.0, live=20).deliver()
+    work(on_progress=release, poll_seconds=30.0, live=6).deliver()
 
-    assert hand_queue.counts() == {"accepted": 1_000}
+    assert hand_queue.counts() == {"accepted": 300}
     assert [status for status, _ in userpilot.uploads()][:2] == [409, 202]
     first, second, *_ = [
         entry.monotonic for entry in userpilot.state.requests if entry.path == "/v1/users/bulk_identify"
@@ -288,11 +288,11 @@ def test_a_job_of_ours_in_an_unknown_state_holds_up_bulk_until_a_deadline(hand_q
         if clock.seconds > STALLED_JOB_SECONDS / 2:
             userpilot.state._running = None
 
-    work(on_progress=release, poll_seconds=10.0, live=12).deliver()
+    work(on_progress=release, poll_seconds=30.0, live=6).deliver()
     assert hand_queue.counts() == {"accepted": 150}
     assert jobs(hand_queue.engine)[0].status == "lost"
     hand_queue.fill(300, kind="push", prefix="v")
-    work(poll_seconds=10.0, live=12).deliver()
+    work(poll_seconds=30.0, live=6).deliver()
     assert hand_queue.counts() == {"accepted": 450}
     assert jobs(hand_queue.engine)[-1].status == "completed"
 
