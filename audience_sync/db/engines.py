@@ -11,6 +11,7 @@ import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -45,6 +46,8 @@ _POSTGRESQL_SETTINGS = {
 }
 _POOLED = "is_pooled"  # in a connection's info: it leads to a pooler such as PgBouncer
 _REFUSES_OPTIONS = re.compile("unsupported startup parameter|command-line options", re.IGNORECASE)
+# How long a new connection to SQLite may wait for a lock: its pragmas read the file. None is the usual time.
+_wait_seconds: ContextVar[float | None] = ContextVar("wait_seconds", default=None)
 _SQLITE_PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cache_size = -32768")
 
 
@@ -248,8 +251,9 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # the event below begins transactions, around DDL too
-        for pragma in (f"journal_mode = {journal}", *_SQLITE_PRAGMAS):
-            connection.execute(f"PRAGMA {pragma}")
+        with _waiting_at_most(connection, _wait_seconds.get()):
+            for pragma in (f"journal_mode = {journal}", *_SQLITE_PRAGMAS):
+                connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:
@@ -272,10 +276,10 @@ def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Co
 
     `wait_seconds`: wait no longer for a lock, which on SQLite a commit holds; None is the usual time.
     """
-    with plain_errors(engine), engine.connect() as connection:
+    with plain_errors(engine), _connected(engine, wait_seconds) as connection:
         if not is_sqlite(engine):
             connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        with _waiting_at_most(connection, wait_seconds), connection.begin():
+        with connection.begin():
             _limit_lock_waits(connection, wait_seconds)
             yield connection
 
@@ -283,12 +287,7 @@ def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Co
 @contextmanager
 def write(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Connection]:
     """Begin a write transaction. `wait_seconds`: wait no longer for a lock; None is the usual time."""
-    with (
-        plain_errors(engine),
-        engine.connect() as connection,
-        _waiting_at_most(connection, wait_seconds),
-        begin_write(connection),
-    ):
+    with plain_errors(engine), _connected(engine, wait_seconds) as connection, begin_write(connection):
         _limit_lock_waits(connection, wait_seconds)
         yield connection
 
@@ -300,12 +299,25 @@ def _limit_lock_waits(connection: sa.Connection, seconds: float | None) -> None:
 
 
 @contextmanager
-def _waiting_at_most(connection: sa.Connection, seconds: float | None) -> Iterator[None]:
+def _connected(engine: sa.Engine, wait_seconds: float | None) -> Iterator[sa.Connection]:
+    """Open a connection; on SQLite neither this nor what follows waits longer for a lock."""
+    token = _wait_seconds.set(wait_seconds)
+    try:
+        opened = engine.connect()
+    finally:
+        _wait_seconds.reset(token)
+    with opened as connection:
+        raw = connection.connection.dbapi_connection
+        with _waiting_at_most(raw, wait_seconds if is_sqlite(engine) else None):
+            yield connection
+
+
+@contextmanager
+def _waiting_at_most(raw: Any, seconds: float | None) -> Iterator[None]:
     """Shorten SQLite's busy timeout, which also holds for BEGIN and COMMIT."""
-    if seconds is None or not is_sqlite(connection):
+    if seconds is None:
         yield
         return
-    raw: Any = connection.connection.dbapi_connection
     (usual,) = raw.execute("PRAGMA busy_timeout").fetchone()
     raw.execute(f"PRAGMA busy_timeout = {min(usual, round(seconds * 1000))}")
     try:

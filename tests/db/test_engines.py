@@ -1,6 +1,7 @@
 """Options of a URL take effect, messages show no secrets, and no source is created by a misspelt name."""
 
 import sqlite3
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 
 from audience_sync.cli import setup
 from audience_sync.db import checks, engines
-from audience_sync.errors import DatabaseError, SourceError
+from audience_sync.errors import DatabaseError, DatabaseLocked, SourceError
 
 
 @pytest.fixture
@@ -130,3 +131,19 @@ def test_a_duckdb_source_is_opened_for_reading_only(opened, tmp_path):
     engine = opened(engines.open_source("shop", f"duckdb:///{tmp_path}/shop.db"))
     with engine.connect() as connection, pytest.raises(sa.exc.DBAPIError, match="readonly"):
         connection.exec_driver_sql("DELETE FROM orders")
+
+
+def test_a_new_connection_to_a_locked_file_waits_as_short_as_asked(tmp_path, opened):
+    url = f"sqlite:///{tmp_path / 'own.db'}"
+    sqlite3.connect(tmp_path / "own.db").execute("CREATE TABLE t (n integer)").connection.close()
+    locking = sqlite3.connect(tmp_path / "own.db", isolation_level=None, check_same_thread=False)
+    locking.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(30, locking.rollback)  # for one that waits the usual time
+    release.start()
+    try:
+        for begin in (engines.read, engines.write):
+            with pytest.raises(DatabaseLocked), begin(opened(engines.open_own(url, "x")), 0.01) as connection:
+                connection.exec_driver_sql("SELECT * FROM t")
+    finally:
+        release.cancel()
+        locking.close()
