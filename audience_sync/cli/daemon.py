@@ -1,7 +1,10 @@
 """The commands that run until they are stopped: daemon, serve."""
 
+import os
+import shlex
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +52,16 @@ def daemon(context: typer.Context) -> None:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGHUP, reload)
         running.run()
+
+
+def begin_commands(path: Path) -> str:
+    """Return the beginning of commands that use this configuration when they are run in this folder."""
+    try:
+        usual = lazy.settings.find(None, os.environ, Path.cwd())
+    except ConfigError:
+        usual = None
+    is_usual = usual is not None and usual.resolve() == path.resolve()
+    return "audience-sync" if is_usual else f"audience-sync --config {shlex.quote(str(path.resolve()))}"
 
 
 def serve(
@@ -102,5 +115,7 @@ def serve(
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, stop)
             with writer.Writer(app) as running:
-                api = http.TrackingApi(app, running).asgi(site.dashboard(app) if web.dashboard else None)
+                api = http.TrackingApi(app, running).asgi(
+                    site.dashboard(app, begin_commands(app.settings.path)) if web.dashboard else None
+                )
                 server.TrackingServer(api, app.stop).run(sockets=[listening])

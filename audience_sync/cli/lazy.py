@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from audience_sync import app, daemon, history, intake, remote, sandbox
+    from audience_sync import app, daemon, history, intake, remote, sandbox, settings
     from audience_sync.audiences import compute, decisions, definition, foreign, plan, runs, statement
     from audience_sync.audiences.query import english, layout, review
     from audience_sync.calls import operations, times
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from audience_sync.web import site
 
 PACKAGES = {
-    "audience_sync": ("app", "daemon", "history", "intake", "remote", "sandbox"),
+    "audience_sync": ("app", "daemon", "history", "intake", "remote", "sandbox", "settings"),
     "audience_sync.audiences": (
         "compute",
         "decisions",

@@ -4,6 +4,7 @@ Each action needs the role `operate`. It is recorded before it is done. Its resu
 action is refused or fails.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,12 @@ from audience_sync.errors import AudienceSyncError, Busy, ConfigError, NotApprov
 from audience_sync.queue import deliveries
 from audience_sync.web import record
 from audience_sync.web.access import HOW_TO_ADD_USERS, Viewer, form_refusal, local_path
+from audience_sync.web.render import link
 from audience_sync.web.signin import WAIT_SECONDS, Form, client_address
 from audience_sync.web.view import PAGE_ROWS, BadRequest, Forbidden, View, row_id
 
 CHUNK = 1_000  # deliveries that one transaction changes
+_TARGET_ID = re.compile(r"(run|deliveries) ([0-9]{1,18})(?![0-9])", re.ASCII)
 MAX_TARGET = 300  # characters of a target, and of a filter in it
 # Fields of a filter, and what `history` calls them.
 FILTER = {"key": "key", "action": "action", "error": "error", "user": "user_id", "run": "run_id"}
@@ -87,7 +90,14 @@ def _approve(app: App, form: Form) -> str:
     with engines.read(app.engine) as connection:
         [run] = history.run_rows(connection, ids=[run_id])
     counts = ", ".join(f"{run[f'{name}_count']:,} {name}" for name in ("entered", "exited", "changed"))
-    return f"Run {run_id} of {run['key']} is committed: {counts}. Its changes are in the queue."
+    return f"Run {run_id} of {run['key']} is committed: {counts}. {_sender(app)} its changes."
+
+
+def _sender(app: App) -> str:
+    """Return the beginning of a sentence: who sends what is in the queue."""
+    with engines.read(app.engine) as connection:
+        is_alive = history.daemon_state(connection, app.clock.now())["is_alive"]
+    return "The daemon sends" if is_alive else "`audience-sync deliver` sends"
 
 
 def _reject(app: App, form: Form) -> str:
@@ -170,9 +180,7 @@ ACTIONS = {
     "/runs/{run_id}/reject": FormAction("reject", _run, _reject),
     "/deliveries/retry": FormAction("retry", _deliveries, _retry),
     "/deliveries/discard": FormAction("discard", _deliveries, _discard),
-    "/destination/accept": FormAction(
-        "accept the destination", lambda _: "the destination", _accept_destination
-    ),
+    "/destination/accept": FormAction("accept", lambda _: "the destination", _accept_destination),
 }
 
 
@@ -180,4 +188,16 @@ def actions(view: View) -> Response:
     """The page with the record of actions."""
     rows = record.action_rows(view.connection, before=view.number("before"), limit=PAGE_ROWS + 1)
     is_more = len(rows) > PAGE_ROWS
+    for row in rows:
+        row["address_of_target"] = _address(row["target"])
     return view.html("actions.html", actions=rows[:PAGE_ROWS], is_more=is_more)
+
+
+def _address(target: str) -> str:
+    """Return the address of the page of a target: its run, or its first delivery and those that follow."""
+    number = _TARGET_ID.match(target)
+    if number is None:
+        return "/deliveries" if target.startswith("all dead") else ""
+    if number[1] == "run":
+        return link(f"/runs/{number[2]}")
+    return link("/deliveries", before=int(number[2]) + 1)

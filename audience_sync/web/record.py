@@ -31,6 +31,14 @@ def action_rows(connection: sa.Connection, *, before: int | None = None, limit: 
     return [dict(row) for row in connection.execute(query).mappings()]
 
 
+def find_decision(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
+    """Return the action that approved or rejected a run; None if it was not decided in the dashboard."""
+    is_decision = actions.c.action.in_(("approve", "reject")) & (actions.c.target == f"run {run_id}")
+    query = sa.select(actions).where(is_decision, actions.c.status == "done")
+    row = connection.execute(query).mappings().one_or_none()
+    return None if row is None else dict(row)
+
+
 def find_action(connection: sa.Connection, action_id: int, user_name: str) -> dict[str, Any] | None:
     """Return an action of this user; None if there is no such action, or it is somebody else's."""
     query = sa.select(actions).where(actions.c.action_id == action_id, actions.c.user_name == user_name)

@@ -5,8 +5,10 @@ from typing import Any
 from starlette.responses import Response
 
 from audience_sync import history
+from audience_sync.web import record
 from audience_sync.web.view import PAGE_ROWS, NotFound, View
 
+HELD_BY = {"guard": "the guard", "hold": "--hold", "fingerprint": "its destination, which had changed"}
 STATUSES = ("running", "held", "rejected", "succeeded", "failed", "abandoned")
 SHOWN_CHANGES = 10
 COUNTED = 10_000  # deliveries; of a larger run, the time of the last settled one is not shown
@@ -21,6 +23,8 @@ MODES = {
 
 def runs(view: View) -> Response:
     key, status, before = view.text("key"), view.choice("status", STATUSES), view.number("before")
+    known = history.definition_keys(view.connection).values()
+    configured = (definition.key for definition in view.app.settings.definitions)
     rows = history.run_rows(view.connection, key=key, status=status, before=before, limit=PAGE_ROWS + 1)
     return view.html(
         "runs.html",
@@ -31,7 +35,7 @@ def runs(view: View) -> Response:
         key=key,
         status=status,
         statuses=STATUSES,
-        keys=sorted(definition.key for definition in view.app.settings.definitions),
+        keys=sorted(filter(None, {key, *known, *configured})),
     )
 
 
@@ -57,6 +61,8 @@ def run(view: View) -> Response:
         else run["member_count"] - run["entered_count"] + run["exited_count"],
         seconds=run["finished_at"] and (run["finished_at"] - run["started_at"]).total_seconds(),
         mode=MODES[run["mode"]],
+        held_by=HELD_BY.get(run["held_by"] or "", run["held_by"]),
+        decision=record.find_decision(view.connection, run["run_id"]) if run["held_by"] else None,
         samples=samples,
         shown_changes=SHOWN_CHANGES,
         delivered=[(name, run[f"{name}_count"]) for name in delivered],
@@ -84,5 +90,5 @@ def _requested(view: View) -> dict[str, Any]:
     run_id = view.path_id("run_id")
     run = history.run_facts(view.connection, run_id)
     if run is None:
-        raise NotFound(f"There is no run {run_id}. The page Runs lists all of them.")
+        raise NotFound(f"There is no run {run_id}.", ("/runs", "Show all runs"))
     return run

@@ -23,7 +23,7 @@ from audience_sync import logs
 from audience_sync.app import App
 from audience_sync.db import engines
 from audience_sync.errors import AudienceSyncError, DatabaseError, DatabaseLocked, unexpected
-from audience_sync.web import actions, signin
+from audience_sync.web import actions, render, signin
 from audience_sync.web.access import (
     STRANGER,
     Access,
@@ -203,7 +203,8 @@ class Site:
         try:
             return work(*arguments)
         except Refusal as error:
-            status, title, message = error.status, error.title, str(error)
+            viewer = getattr(request.state, "viewer", STRANGER)
+            return self.error(viewer, error.status, error.title, str(error), error.way_on)
         except DatabaseLocked:
             status, title, message = 503, "The database is busy", BUSY
         except DatabaseError as error:
@@ -225,14 +226,21 @@ class Site:
         answer.headers["Allow"] = takes
         return answer
 
-    def error(self, viewer: Viewer, status: int, title: str, message: str) -> Response:
-        return html(
-            "error.html", viewer, "/", self.app.clock.now(), status_code=status, title=title, message=message
-        )
+    def error(
+        self,
+        viewer: Viewer,
+        status: int,
+        title: str,
+        message: str,
+        way_on: tuple[str, str] = ("/", "Go to the overview"),
+    ) -> Response:
+        values: dict[str, Any] = {"title": title, "message": message, "way_on": way_on}
+        return html("error.html", viewer, "", self.app.clock.now(), status_code=status, **values)
 
 
-def dashboard(app: App) -> Starlette:
-    """Return the dashboard of an app."""
+def dashboard(app: App, program: str = render.PROGRAM) -> Starlette:
+    """Return the dashboard of an app; `program` is how commands on its pages begin."""
+    render.environment().globals["program"] = program
     site = Site(app)
     application = Starlette(
         routes=site.routes(),

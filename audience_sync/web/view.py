@@ -21,6 +21,10 @@ class Refusal(Exception):  # noqa: N818  (an answer, not an error)
 
     status, title = 400, "This address cannot be used"
 
+    def __init__(self, message: str, way_on: tuple[str, str] = ("/", "Go to the overview")) -> None:
+        super().__init__(message)
+        self.way_on = way_on  # an address, and the text of its link
+
 
 class BadRequest(Refusal):
     """A parameter of the address or form cannot be used. The message says which, and what is expected."""

@@ -97,7 +97,7 @@ def test_without_users_nobody_can_act(browse):
         answer = browser.post(fill(path), {"id": "1"})
         assert answer.status_code == 403
         assert (
-            "To use its buttons, configure [[web.users]]: `audience-sync password` makes the hash"
+            "To use its buttons, configure [[web.users]]: <code>audience-sync password</code> makes the hash"
             in answer.text
         )
     assert "Nobody has done anything yet." in browser.get("/actions").text

@@ -5,9 +5,11 @@ import re
 
 import pytest
 
+from audience_sync.audiences import decisions
 from audience_sync.audiences.runs import RunOptions
 from audience_sync.db import dialects, engines, tables
 from audience_sync.errors import DatabaseError
+from audience_sync.queue import destination
 from audience_sync.web import actions
 from tests.web.conftest import HERE, USERS, Browser
 from tests.web.test_access import fill
@@ -36,7 +38,7 @@ def notice(browser, answer):
     assert answer.status_code == 303
     page = browser.get(answer.headers["location"]).text
     text = re.search(r'<p class="notice".*</span> (.*?) <small>', page)[1]
-    return text.replace("&#39;", "'")
+    return re.sub("</?code>", "`", text.replace("&#39;", "'"))
 
 
 def hold_a_run(browser, *people):
@@ -92,10 +94,47 @@ def test_a_held_run_is_approved(olga):
     run_id = hold_a_run(olga, "ann", "bob")
     answer = olga.act(f"/runs/{run_id}/approve", back="/actions?before=99")
     assert answer.headers["location"] == "/actions?before=99&notice=1"
-    done = "Run 1 of vips is committed: 2 entered, 0 exited, 0 changed. Its changes are in the queue."
+    done = "Run 1 of vips is committed: 2 entered, 0 exited, 0 changed. `audience-sync deliver` sends its changes."
     assert notice(olga, answer) == done
     assert statuses(olga) == ["pending", "pending"]
     assert record(olga) == [("olga", "127.0.0.1", "approve", "run 1", "done", done)]
+
+
+def test_who_decides_about_a_run_is_on_its_page(olga):
+    run_id = hold_a_run(olga, "ann")
+    assert "Approved" not in olga.get(f"/runs/{run_id}").text
+    with engines.write(olga.app.engine) as connection:
+        destination.record_heartbeat(connection, olga.app.clock.now())
+    answer = olga.act(f"/runs/{run_id}/approve", back=f"/runs/{run_id}")
+    assert notice(olga, answer).endswith("The daemon sends its changes.")
+    page = olga.get(f"/runs/{run_id}").text
+    assert "<strong>Approved</strong> by olga, <time" in page
+    assert "; it was held by --hold" in page
+    assert f'<a href="/runs/{run_id}">run {run_id}</a>' in olga.get("/actions").text
+
+
+def test_a_run_that_is_decided_on_the_command_line_says_so(olga):
+    run_id = hold_a_run(olga, "ann")
+    decisions.approve(olga.app.engine, run_id, olga.app.clock, olga.app.destination)
+    page = olga.get(f"/runs/{run_id}").text
+    assert "<strong>Approved</strong> on the command line; it was held by --hold" in page
+
+
+def test_a_reader_is_told_to_ask_an_operator(rita):
+    run_id = hold_a_run(rita, "ann")
+    for path in ("/", f"/runs/{run_id}"):
+        page = rita.get(path).text
+        assert "Ask an operator to decide." in page
+        assert "audience-sync approve" not in page
+
+
+def test_an_action_leads_to_its_deliveries(olga):
+    add_deliveries(olga, {}, {})
+    olga.act("/deliveries/retry", id=["2", "1"])
+    olga.act("/deliveries/discard", all="dead")
+    page = olga.get("/actions").text
+    assert '<a href="/deliveries?before=3">deliveries 2, 1</a>' in page
+    assert '<a href="/deliveries">all dead deliveries</a>' in page
 
 
 def test_a_held_run_is_rejected(olga):

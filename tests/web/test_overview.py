@@ -5,9 +5,11 @@ import datetime as dt
 import pytest
 
 from audience_sync.audiences import runs
+from audience_sync.cli.daemon import begin_commands
 from audience_sync.db import engines
 from audience_sync.queue import destination
 from audience_sync.web.overview import overview
+from audience_sync.web.site import dashboard
 from tests.web.synced import SPEND, VIPS, Pages
 
 
@@ -182,6 +184,31 @@ def test_a_changed_destination_shows_what_to_do(pages):
     )
     assert "audience-sync sync vips --full" in text
     assert 'action="/destination/accept"' in pages.as_operator(overview, "/")
+
+
+def test_commands_begin_as_this_dashboard_was_started(pages):
+    pages.configure('[[audiences]]\nname = "Broken"\nsql = "SELECT user_id FROM nowhere_at_all"\n')
+    pages.asgi = dashboard(pages.app, "audience-sync --config /demo.toml")
+    try:
+        pages.sync("broken")
+        assert "To try now: audience-sync --config /demo.toml sync broken" in needs(pages)
+        with engines.write(pages.engine) as connection:
+            destination.stop(connection, pages.clock.now(), "The key is wrong: run `audience-sync deliver`.")
+        assert "run audience-sync --config /demo.toml deliver ." in needs(pages)
+    finally:
+        dashboard(pages.app)
+
+
+def test_commands_name_a_configuration_that_is_not_where_they_look(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AUDIENCE_SYNC_CONFIG", raising=False)
+    usual, other = tmp_path / "audience_sync.toml", tmp_path / "a b.toml"
+    assert begin_commands(usual) == f"audience-sync --config {usual}"  # it was removed
+    usual.touch()
+    assert begin_commands(usual) == "audience-sync"
+    assert begin_commands(other) == f"audience-sync --config '{other}'"
+    monkeypatch.setenv("AUDIENCE_SYNC_CONFIG", str(other))
+    assert begin_commands(other) == "audience-sync"
 
 
 def test_nothing_needs_attention_without_schedules(pages):

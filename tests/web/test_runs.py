@@ -25,7 +25,7 @@ def test_a_run_is_shown_as_steps_whose_counts_add_up(pages):
     second = pages.sync()
     text = pages.text(f"/runs/{first}")
     assert text.startswith(
-        f"Run {first} of vips ✓ succeeded · the first run, which sends every member · by hand"
+        f"Run {first} of vips ✓ succeeded · the first run, which sends every member · manual"
     )
     assert "set aside: 1 row: no user id" in text or "set aside: 1 row:" in text
     assert "Compared with nothing, because it is the first 0 before + 3 entered - 0 exited = 3 after" in text
@@ -71,10 +71,11 @@ def test_a_held_run_shows_its_changes_and_the_reason_beside_the_decision(pages):
     assert f"audience-sync approve {run_id} commits exactly these changes" in text
     assert "3 before + 1 entered - 2 exited = 2 would be members" in text
     assert "Prepared 3 deliveries: ▲ held 3" in text
-    assert text.endswith("Entered: 1 User <dan> Exited: 2 User ann bob")
+    assert text.endswith("Would enter: 1 User <dan> Would exit: 2 User ann bob")
     page = pages.as_operator(run_page, f"/runs/{run_id}", run_id=str(run_id))
     assert f'action="/runs/{run_id}/approve"' in page
     assert f'action="/runs/{run_id}/reject"' in page
+    assert ">Send 3 changes</button>" in page
     assert f'name="back" value="/runs/{run_id}"' in page
 
 
@@ -86,6 +87,7 @@ def test_a_rejected_run_shows_why(pages):
     text = pages.text(f"/runs/{run_id}")
     assert "Why it was rejected It was rejected by hand." in text
     assert "Held, and rejected later 2026-01-01 00:01" in text
+    assert text.endswith("Would have entered: 1 User ann")
     assert "Prepared 1 delivery, the last one settled 2026-01-01 00:01" in text
 
 
@@ -98,9 +100,10 @@ def test_a_traits_changes_have_old_and_new_values(pages, hold):
     run_id = pages.sync("spend", hold=hold)
     text = pages.text(f"/runs/{run_id}")
     assert "(1 changed their value)" in text
+    titles = ("Would enter", "Would exit", "Would change") if hold else ("Entered", "Exited", "Changed")
     assert text.endswith(
-        'Entered: 1 User New value dan "<4>" Exited: 1 User Old value cyd "3" '
-        'Changed: 1 User Old value New value ann "1" "\\"1\\""'
+        f'{titles[0]}: 1 User New value dan "<4>" {titles[1]}: 1 User Old value cyd "3" '
+        f'{titles[2]}: 1 User Old value New value ann "1" "\\"1\\""'
     )
 
 
@@ -208,3 +211,20 @@ def test_a_run_whose_process_is_gone_is_abandoned_and_its_pages_are_not_live(pag
     for path in (f"/runs/{run_id}", "/runs", "/schedule"):
         assert "◐ running" in pages.text(path)
         assert "hx-get" in pages.get(path).text
+
+
+def test_runs_have_the_time_that_they_are_of_and_a_choice_of_keys(pages):
+    pages.configure(VIPS)
+    pages.sync()
+    pages.configure(SPEND)
+    text = pages.text("/runs?key=vips")
+    assert "Key all spend vips State" in text
+    assert "Run Key As of Started State" in text
+    assert "<option selected>vips" in pages.get("/runs?key=vips").text
+    assert "vips 2026-01-01 00:01 2026-01-01 00:01" in text
+
+
+def test_a_page_that_is_not_there_leads_on_and_is_no_page_of_the_list(pages):
+    page = pages.get("/runs/99", 404).text
+    assert '<a href="/runs">Show all runs</a>' in page
+    assert "aria-current" not in page
