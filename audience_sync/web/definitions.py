@@ -127,12 +127,13 @@ def cell(text: str) -> str:
 
 
 def trend(points: Sequence[dict[str, Any]]) -> str:
-    """A sentence that compares the size after the last run with that up to 30 days before."""
-    since = points[-1]["as_of"] - TREND if points else None
-    recent = [point for point in points if since is not None and point["as_of"] >= since]
-    if len(recent) < 2:
+    """A sentence that compares the size after the last run with that up to 30 days, or a run, before."""
+    if len(points) < 2:
         return ""
-    first, last = recent[0], recent[-1]
+    last = points[-1]
+    first = next(point for point in points if point["as_of"] >= last["as_of"] - TREND)
+    if first is last:
+        first = points[-2]
     before, after = first["member_count"], last["member_count"]
     span = duration((last["as_of"] - first["as_of"]).total_seconds())
     if before == after:

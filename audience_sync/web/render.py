@@ -79,7 +79,7 @@ def sparkline(sizes: Iterable[int]) -> Markup:
     if len(numbers) < 2:
         return Markup()
     label = f"from {numbers[0]:,} to {numbers[-1]:,} members in {len(numbers)} runs"
-    return _line_chart("sparkline", SPARKLINE_SIZE, range(len(numbers)), numbers, label)
+    return _line_chart("sparkline", SPARKLINE_SIZE, range(len(numbers)), numbers, label, low=min(numbers))
 
 
 def chart(points: Sequence[tuple[dt.datetime, int]]) -> Markup:
@@ -90,13 +90,16 @@ def chart(points: Sequence[tuple[dt.datetime, int]]) -> Markup:
     (first, _), (last, _) = points[0], points[-1]
     label = f"{min(numbers):,} to {max(numbers):,} members from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
     seconds = [(at - first).total_seconds() for at, _ in points]
-    return _line_chart("chart", CHART_SIZE, seconds, numbers, label)
+    # A size holds until the next run changes it, so each is a step.
+    places = [seconds[0], *(second for second in seconds[1:] for _ in range(2))]
+    steps = [*(number for number in numbers[:-1] for _ in range(2)), numbers[-1]]
+    return _line_chart("chart", CHART_SIZE, places, steps, label, low=0)
 
 
 def _line_chart(
-    name: str, size: tuple[int, int], places: Sequence[float], numbers: Sequence[int], label: str
+    name: str, size: tuple[int, int], places: Sequence[float], numbers: Sequence[int], label: str, *, low: int
 ) -> Markup:
-    (width, height), low, high = size, min(numbers), max(numbers)
+    (width, height), high = size, max(numbers)
     step, scale = width / (places[-1] or 1), (height - 4) / ((high - low) or 1)
     points = " ".join(
         f"{place * step:.1f},{height / 2 if high == low else height - 2 - (value - low) * scale:.1f}"

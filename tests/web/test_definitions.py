@@ -86,7 +86,7 @@ def test_the_chart_has_columns_and_leaves_the_entries_of_the_first_run_out(pages
         ([(0, 5), (10, 5)], "The same size as 10 days before: 5 members."),
         ([(0, 9_000), (10, 1_850), (40, 1_991)], "Grew from 1,850 to 1,991 members in 30 days."),
         ([(0, 9), (1, 8)], "Shrank from 9 to 8 members in 24 hours."),
-        ([(0, 9), (300, 8)], ""),
+        ([(0, 9), (300, 8)], "Shrank from 9 to 8 members in 300 days."),
     ],
 )
 def test_the_trend_of_a_month_is_a_sentence(sizes, sentence):

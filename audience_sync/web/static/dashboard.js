@@ -50,14 +50,16 @@ function makeCharts(element, points) {
   const axis = { stroke: soft, grid: { stroke: `color-mix(in srgb, ${soft} 20%, transparent)`, width: 1 }, ticks: { show: false } };
   const count = (_, values) => values.map((value) => (Number.isInteger(value) ? value.toLocaleString("en") : ""));
   const figure = (_, value) => (value === null ? "–" : value.toLocaleString("en"));
-  const line = (label, colour, more) => ({ label, stroke: colour, width: 1.6, value: figure, points: { show: points.times.length < 60 }, ...more });
+  const last = points.times.length - 1;
+  const showLast = (chart) => chart.cursor.idx ?? chart.setLegend({ idx: last }, false);  // while nobody points at a run
+  const line = (label, colour, more) => ({ label, stroke: colour, width: 1.6, value: figure, points: { show: points.times.length < 60 }, paths: uPlot.paths.stepped({ align: 1 }), ...more });
   const time = { label: "As of", value: "{YYYY}-{MM}-{DD} {HH}:{mm}" };
   const chart = (height, label, series, data) => {
     const place = element.appendChild(document.createElement("div"));
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", label);
     const options = {
-      width: element.clientWidth, height, cursor, padding: [null, 36, null, null], series: [time, ...series], tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
+      width: element.clientWidth, height, cursor, padding: [null, 36, null, null], series: [time, ...series], scales: { y: { range: (_, low, high) => [0, Math.max(1, high * 1.08)] } }, hooks: { ready: [showLast], setCursor: [showLast] }, tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "Etc/UTC"),
       axes: [{ ...axis, space: 90, values: (_, splits, __, ___, incr) => splits.map((seconds) => when(seconds, incr)) }, { ...axis, values: count, size: 64 }],
     };
     return new uPlot(options, [points.times, ...data], place);
