@@ -161,8 +161,11 @@ def time_line(
             events[row.exited_run_id] = {"key": keys[row.definition_id], "change": "exited", "value": None}
     run_ids = sorted((run_id for run_id in events if before is None or run_id < before), reverse=True)
     shown = run_ids[:limit]
-    as_of = _as_of(connection, shown)
-    rows = [{"run_id": run_id, "at": as_of.get(run_id), **events[run_id]} for run_id in shown]
+    is_shown = dialects.is_among(connection, tables.runs.c.run_id, shown)
+    runs = sa.select(tables.runs.c.run_id, tables.runs.c.as_of.label("at"), tables.runs.c.started_at)
+    times = {row.run_id: row._asdict() for row in connection.execute(runs.where(is_shown))}
+    none = {"at": None, "started_at": None}
+    rows = [none | {"run_id": run_id} | times.get(run_id, {}) | events[run_id] for run_id in shown]
     return rows, shown[-1] if len(run_ids) > limit else None
 
 

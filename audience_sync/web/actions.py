@@ -123,7 +123,14 @@ def _retry(app: App, form: Form) -> str:
         refused_count += len(retried.refusals)
         reason = reason or next(iter(retried.refusals), "")
     others = f" {refused_count:,} more cannot be queued: {reason}" if refused_count else ""
-    return f"{_number(count)} queued again.{others}"
+    with engines.read(app.engine) as connection:
+        is_daemon_alive = history.daemon_state(connection, app.clock.now())["is_alive"]
+    sender = (
+        f"The daemon sends {'it' if count == 1 else 'them'}."
+        if is_daemon_alive
+        else "To send now: `audience-sync deliver`."
+    )
+    return f"{_number(count)} queued again.{f' {sender}' if count else ''}{others}"
 
 
 def _discard(app: App, form: Form) -> str:
@@ -133,7 +140,10 @@ def _discard(app: App, form: Form) -> str:
             count += deliveries.discard(connection, ids, app.clock.now())
         total += len(ids)
     others = "" if count == total else " The others are settled already, or belong to a held run."
-    return f"{_number(count)} cancelled.{others}"
+    lack = (
+        " Userpilot lacks discarded values of audiences and traits until the next full sync." if count else ""
+    )
+    return f"{_number(count)} cancelled.{lack}{others}"
 
 
 def _chosen(app: App, form: Form) -> Iterator[list[int]]:

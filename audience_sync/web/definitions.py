@@ -18,7 +18,7 @@ from audience_sync.audiences.definition import Definition
 from audience_sync.audiences.query import english, layout
 from audience_sync.clock import duration
 from audience_sync.web.overview import definition_state
-from audience_sync.web.view import PAGE_ROWS, NotFound, View
+from audience_sync.web.view import PAGE_ROWS, BadRequest, NotFound, View
 
 MAX_POINTS = 20_000  # of a chart: two years of hourly runs
 DRAWN_RUNS = 1_000  # in the chart for browsers without JavaScript, and in the sentence about the trend
@@ -73,14 +73,27 @@ def sizes(view: View) -> Response:
 
 def members(view: View) -> Response:
     row, _, definition_id = _requested(view)
-    prefix, at = view.text("prefix") or "", view.moment("at")
-    page = None
-    if definition_id is not None:
+    prefix, at, problem, page = view.text("prefix") or "", None, None, None
+    try:
+        at = view.moment("at")
+    except BadRequest as error:
+        problem = str(error)
+    if definition_id is not None and problem is None:
         after = view.text("after") or ""
         page = history.member_page(
             view.connection, definition_id, at, prefix=prefix, after=after, limit=PAGE_ROWS
         )
-    return view.html("members.html", row=row, members=page, prefix=prefix, at=at, after=view.text("after"))
+    return view.html(
+        "members.html",
+        row=row,
+        members=page,
+        prefix=prefix,
+        at=at,
+        after=view.text("after"),
+        given=view.text("at") or "",
+        problem=problem,
+        status_code=400 if problem else 200,
+    )
 
 
 def members_csv(view: View) -> Response:

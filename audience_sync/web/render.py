@@ -43,7 +43,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = (number, state, sparkline, chart, highlight, duration, prose)
+    filters = (number, breakable, state, sparkline, chart, highlight, duration, prose)
     templates.filters.update({function.__name__: function for function in filters})
     templates.filters.update(moment=time_tag, json=as_json)
     templates.filters["short"] = short
@@ -56,13 +56,18 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def time_tag(value: dt.datetime | None) -> Markup:
-    """A time in UTC; the browser adds the local time as a tooltip."""
+def time_tag(value: dt.datetime | None, *, seconds: bool = False) -> Markup:
+    """A time in UTC, to the minute or the second; the browser adds the local time as a tooltip."""
     if value is None:
         return Markup()
     utc = value.astimezone(dt.UTC)
-    text = f"{utc:%Y-%m-%d %H:%M}" if utc.second == 0 else f"{utc:%Y-%m-%d %H:%M:%S}"
+    text = f"{utc:%Y-%m-%d %H:%M:%S}" if seconds else f"{utc:%Y-%m-%d %H:%M}"
     return Markup('<time datetime="{}">{}</time>').format(utc.isoformat(timespec="seconds"), text)
+
+
+def breakable(text: str) -> Markup:
+    """A key that may continue on the next line after each underscore."""
+    return Markup("_<wbr>").join(text.split("_"))
 
 
 def state(name: str) -> Markup:

@@ -24,6 +24,8 @@ def user_page(view: View) -> Response:
     if not (memberships or line or profile or hits.ids or calls.ids):
         similar = [] if erasure else history.similar_ids(view.connection, user_id)
         return view.html("user_unknown.html", user_id=user_id, similar=similar, erasure=erasure)
+    readings = {definition.key: _reading(definition) for definition in view.app.settings.definitions}
+    present = {row["key"] for row in memberships}
     waiting = history.waiting_of_user(view.connection, user_id, FEW_ROWS)
     return view.html(
         "user.html",
@@ -31,7 +33,8 @@ def user_page(view: View) -> Response:
         before=before,
         user_id=user_id,
         memberships=memberships,
-        readings={definition.key: _reading(definition) for definition in view.app.settings.definitions},
+        readings=readings,
+        absent=[key for key in readings if key not in present],
         line=line,
         older=older,
         profile=profile,

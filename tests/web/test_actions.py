@@ -33,6 +33,10 @@ def statuses(browser):
     return [status for (status,) in rows(browser, "SELECT status FROM {our}deliveries ORDER BY delivery_id")]
 
 
+QUEUED = "queued again. To send now: `audience-sync deliver`."
+DISCARDED = "cancelled. Userpilot lacks discarded values of audiences and traits until the next full sync."
+
+
 def notice(browser, answer):
     """The text that the page shows to which an action leads."""
     assert answer.status_code == 303
@@ -169,15 +173,15 @@ def test_a_run_that_does_not_exist_is_refused(olga, run_id, result):
 def test_selected_deliveries_are_retried_and_discarded(olga):
     add_deliveries(olga, {}, {}, {}, {"status": "accepted", "request_id": 1})
     answer = olga.act("/deliveries/retry", id=["1", "2", "1"])
-    assert notice(olga, answer) == "2 deliveries are queued again."
+    assert notice(olga, answer) == f"2 deliveries are {QUEUED}"
     assert statuses(olga) == ["pending", "pending", "dead", "accepted"]
     answer = olga.act("/deliveries/retry", id=["3", "4", "77"])
     assert notice(olga, answer) == (
-        "1 delivery is queued again. 2 more cannot be queued: Delivery 4 is accepted, not dead."
+        f"1 delivery is {QUEUED} 2 more cannot be queued: Delivery 4 is accepted, not dead."
     )
     answer = olga.act("/deliveries/discard", id=["2", "4"])
     assert notice(olga, answer) == (
-        "1 delivery is cancelled. The others are settled already, or belong to a held run."
+        f"1 delivery is {DISCARDED} The others are settled already, or belong to a held run."
     )
     assert statuses(olga) == ["pending", "cancelled", "pending", "accepted"]
     assert [row[2:5] for row in record(olga)] == [
@@ -220,9 +224,9 @@ def test_all_dead_deliveries_that_a_filter_matches(olga, monkeypatch, verb, fiel
     )
     before = statuses(olga)
     answer = olga.act(f"/deliveries/{verb}", all="dead", **fields)
-    word = {"retry": "queued again", "discard": "cancelled"}[verb]
+    words = {"retry": QUEUED, "discard": DISCARDED}[verb]
     number = "1 delivery is" if len(chosen) == 1 else f"{len(chosen)} deliveries are"
-    assert notice(olga, answer) == f"{number} {word}."
+    assert notice(olga, answer) == f"{number} {words if chosen else words.partition('.')[0] + '.'}"
     after = {"retry": "pending", "discard": "cancelled"}[verb]
     assert statuses(olga) == [after if n in chosen else status for n, status in enumerate(before, 1)]
     given = "".join(f", {name} {value}" for name, value in sorted(fields.items()) if value)
@@ -246,6 +250,15 @@ def test_an_invalid_selection_changes_nothing(olga, verb, fields, result):
     assert notice(olga, olga.act(f"/deliveries/{verb}", **fields)) == result
     assert statuses(olga) == ["dead"]
     assert record(olga)[0][4] == "refused"
+
+
+@SQLITE
+def test_a_daemon_that_runs_sends_what_is_retried(olga):
+    add_deliveries(olga, {})
+    with engines.write(olga.app.engine) as connection:
+        destination.record_heartbeat(connection, olga.app.clock.now())
+    answer = olga.act("/deliveries/retry", id=["1"])
+    assert notice(olga, answer) == "1 delivery is queued again. The daemon sends it."
 
 
 # The destination.

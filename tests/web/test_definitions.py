@@ -135,6 +135,8 @@ def test_members_are_shown_page_by_page_now_and_at_a_past_time(pages):
     assert "There was no committed run at that time." in pages.text("/definitions/vips/members?at=2020-01-01")
     assert "There are no members." not in pages.text("/definitions/vips/members?after=zz")
     assert "at must be a date or a time, such as" in pages.text("/definitions/vips/members?at=yesterday", 400)
+    page = pages.get("/definitions/vips/members?at=yesterday", 400).text
+    assert 'name="at" value="yesterday"' in page
     assert pages.get("/definitions/vips/members?at=0001-01-01T00:00%2B14:00", 400)
 
 

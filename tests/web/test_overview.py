@@ -51,7 +51,7 @@ def test_a_definition_has_its_size_its_sparkline_and_what_is_pending_of_all_its_
     pages.sync()
     pages.people("ann", "bob", "cyd")
     run_id = pages.sync()
-    assert row(pages, "vips") == "VIPs ● enabled 3 2026-01-01 00:02:05 ✓ succeeded 2026-01-01 02:00 3"
+    assert row(pages, "vips") == "VIPs ● enabled 3 2026-01-01 00:02 ✓ succeeded 2026-01-01 02:00 3"
     page = pages.get("/").text
     assert 'aria-label="from 2 to 3 members in 2 runs"' in page
     assert f'href="/runs/{run_id}"' in page

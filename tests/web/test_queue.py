@@ -245,8 +245,33 @@ def test_operators_see_the_forms_for_deliveries(olga):
     assert "1 delivery is queued again." in olga.get(answer.headers["location"]).text
 
 
-def test_readers_see_the_commands_instead(rita):
+def test_readers_are_sent_to_an_operator(rita):
     dead = Pages(rita.app)
     dead.add_delivery("ann", "dead", call_id=1)
     assert forms(rita, "/deliveries?status=dead") == []
-    assert "audience-sync retry ID" in rita.get("/deliveries?status=dead").text
+    page = rita.get("/deliveries?status=dead").text
+    assert ("ask an operator" in page, "audience-sync retry" in page) == (True, False)
+    assert "data-select-all" not in page
+
+
+@pytest.mark.usefixtures("_deliveries")
+def test_without_users_the_commands_are_shown(pages):
+    text = pages.text("/deliveries?status=dead")
+    assert "Dead calls and events are sent only after a retry: audience-sync retry ID" in text
+
+
+def test_a_long_x_request_id_is_short_in_the_table_and_whole_in_its_title(pages):
+    name = "c408bc4095734f6d9c5e6f0f7a1b2c3d"
+    pages.add(tables.requests, REQUEST | {"request_id": 5, "status_code": 202, "x_request_id": name})
+    pages.add_delivery("ann", "accepted", run_id=7, request_id=5)
+    assert f'<code title="{name}">c408bc4095734…</code>' in pages.get("/deliveries").text
+
+
+def test_a_key_may_continue_on_the_next_line_after_an_underscore(pages):
+    pages.add_delivery("ann", body={"order_<b>_done": True})
+    assert "order_<wbr>&lt;b&gt;_<wbr>done" in pages.get("/deliveries").text
+
+
+def test_times_of_deliveries_have_seconds_throughout(pages):
+    pages.add_delivery("ann", "accepted", request_id=1)
+    assert "2026-01-01 00:00:00 settled 2026-01-01 00:00:00" in pages.text("/deliveries")

@@ -162,3 +162,22 @@ def test_a_user_with_many_deliveries_gets_the_newest(pages):
     text = pages.text("/user", id="ann")
     assert ("trait24 " in text, "trait0 " in text) == (True, False)
     assert "/deliveries?user=ann" in pages.addresses("/user", id="ann")
+
+
+def test_a_reader_is_sent_to_an_operator_and_others_to_the_command(pages, member, rita):
+    member(status="dead", error="no such user")
+    assert "audience-sync retry 1 gives it a new attempt" in pages.text("/user", id="ann")
+    page = rita.get("/user?id=ann").text
+    assert ("Ask an operator to retry or discard it" in page, "audience-sync retry" in page) == (True, False)
+
+
+def test_audiences_that_the_user_is_not_in_are_listed(pages):
+    pages.add_delivery("ann", body={"plan": "pro"})
+    assert "Not in: vips" in pages.text("/user", id="ann")
+
+
+def test_the_timeline_has_the_order_and_time_of_runs_and_the_time_that_they_computed(pages):
+    pages.add_run(2, at=START + HOUR, as_of=START - HOUR)
+    pages.add(tables.members, {"definition_id": 1, "user_id": "ann", "entered_run_id": 2})
+    line = pages.text("/user", id="ann").partition("Timeline")[2]
+    assert "2026-01-01 01:00 → entered vips run 2 as of 2025-12-31 23:00" in line

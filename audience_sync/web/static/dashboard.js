@@ -26,6 +26,13 @@ function offerCopies(root) {
     };
   }
 }
+function offerSelectAll(root) {
+  for (const box of root.querySelectorAll("[data-select-all]")) {
+    const all = box.closest("table").querySelectorAll("input[name=id]");
+    box.hidden = false;
+    box.onchange = () => all.forEach((other) => { other.checked = box.checked; });
+  }
+}
 document.addEventListener("keydown", (event) => {
   const form = event.target.closest("form.query");
   if (form && event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
@@ -85,6 +92,8 @@ async function showCharts(element) {
 
 document.addEventListener("htmx:afterSwap", () => addLocalTimes(document));
 document.addEventListener("htmx:afterSwap", () => offerCopies(document));
+document.addEventListener("htmx:afterSwap", () => offerSelectAll(document));
 offerCopies(document);
+offerSelectAll(document);
 addLocalTimes(document);
 document.querySelectorAll("[data-sizes]").forEach(showCharts);
