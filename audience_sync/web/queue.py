@@ -5,6 +5,7 @@ from typing import Any
 from starlette.responses import Response
 
 from audience_sync import history
+from audience_sync.web.actions import FILTER
 from audience_sync.web.view import PAGE_ROWS, NotFound, View
 
 
@@ -17,33 +18,21 @@ def deliveries_page(view: View) -> Response:
         "user": view.text("user"),
         "error": view.text("error"),
     }
-    before = view.number("before")
-    hits = history.find_deliveries(
-        view.connection,
-        **{name: filters[name] for name in ("status", "action", "key", "error")},
-        run_id=filters["run"],
-        user_id=filters["user"],
-        before=before,
-        limit=PAGE_ROWS,
-    )
+    before, wanted = view.number("before"), {FILTER.get(name, name): filters[name] for name in filters}
+    hits = history.find_deliveries(view.connection, **wanted, before=before, limit=PAGE_ROWS)
     rows = history.delivery_details(view.connection, hits.ids)
-    keys = list(history.definition_keys(view.connection).values())
-    is_busy = any(row["status"] == "sending" for row in rows)
     matching = None
     if view.viewer.may_operate and filters["status"] == "dead":
-        matching = history.count_dead(
-            view.connection,
-            **{name: filters[name] for name in ("action", "key", "error")},
-            user_id=filters["user"],
-        )
+        counted = {name: wanted[name] for name in ("action", "key", "user_id", "error")}
+        matching = history.count_dead(view.connection, **counted)
     return view.html(
         "deliveries.html",
-        live=is_busy,
+        live=any(row["status"] == "sending" for row in rows),
         rows=rows,
         before=before,
         hits=hits,
         filters=filters,
-        keys=keys,
+        keys=list(history.definition_keys(view.connection).values()),
         statuses=history.STATUSES,
         known_actions=history.ACTIONS,
         matching=matching,

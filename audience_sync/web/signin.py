@@ -31,6 +31,7 @@ ATTEMPT_SECONDS = 60.0  # until one more attempt may fail
 MAX_REMEMBERED = 10_000  # names and addresses
 WAIT_SECONDS = 10.0  # for a lock of the database
 RECORD_SECONDS = 0.2  # for a lock of the database, to record that a session is used
+NO_USERS = f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
 
 Form = ImmutableMultiDict[str, str]
 FormHandler = Callable[[App, Viewer, Request, Form], Response]
@@ -78,9 +79,7 @@ def _keys(name: str, address: str) -> list[str]:
 def sign_in_page(view: View) -> Response:
     if view.viewer.may_read:
         if view.viewer.name is None:
-            raise NotFound(
-                f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
-            )
+            raise NotFound(NO_USERS)
         return RedirectResponse(local_path(view.text("next")), 303)
     return view.html("login.html", next=local_path(view.text("next")), name="", problem=None)
 
@@ -90,9 +89,7 @@ def sign_in(
 ) -> Response:
     """Begin a session for a name and its password. A wrong name takes as long as a wrong password."""
     if not access.users:
-        raise Forbidden(
-            f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
-        )
+        raise Forbidden(NO_USERS)
     if refusal := form_refusal(request, None):
         raise Forbidden(refusal)
     name, address = form.get("name", "").strip(), client_address(request)

@@ -200,6 +200,7 @@ class Site:
     def _guarded(self, work: Callable[..., Response], *arguments: Any) -> Response:
         """Do the work for a request, which is among the arguments. Any error becomes a page."""
         request = next(each for each in arguments if isinstance(each, Request))
+        logged = None
         try:
             return work(*arguments)
         except Refusal as error:
@@ -209,13 +210,18 @@ class Site:
             status, title, message = 503, "The database is busy", BUSY
         except DatabaseError as error:
             status, title, message = 503, "The database cannot be used", str(error)
+            logged = message
         except AudienceSyncError as error:
             status, title, message = 400, "This cannot be shown", str(error)
         except Exception as error:  # noqa: BLE001  (a bug: never a traceback)
-            what = unexpected(error)
-            logs.event(log, logging.ERROR, "page failed", path=request.url.path[:200], error=what)
-            status, title, message = 500, "An unexpected error", f"{what}. Please report it."
-        return self.error(getattr(request.state, "viewer", STRANGER), status, title, message)
+            logged = unexpected(error)
+            status, title, message = 500, "An unexpected error", f"{logged}. Please report it."
+        viewer = getattr(request.state, "viewer", STRANGER)
+        if logged:
+            logs.event(log, logging.ERROR, "page failed", path=request.url.path[:200], error=logged)
+            if not viewer.may_read:  # strangers need not know where the database is
+                message = "The log of audience-sync serve says why. Try again later."
+        return self.error(viewer, status, title, message)
 
     async def no_page(self, request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException) or error.status_code == 404:

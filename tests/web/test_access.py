@@ -12,7 +12,7 @@ from audience_sync import remote
 from audience_sync.db import dialects, engines
 from audience_sync.web import access, actions, signin, site
 from tests.conftest import SCHEMA
-from tests.web.conftest import HERE, USERS
+from tests.web.conftest import HERE, USERS, Browser
 
 SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
 SAFE = {
@@ -333,3 +333,19 @@ def test_actions_that_take_long_do_not_hold_up_the_pages(olga, monkeypatch):
 
     page, was_busy, answers = asyncio.run(crowd())
     assert (page.status_code, was_busy, {answer.status_code for answer in answers}) == (200, True, {303})
+
+
+@SQLITE
+def test_strangers_are_not_told_where_a_broken_database_is(browse, olga, caplog):
+    place = str(olga.app.engine.url.database)
+    stranger, local = Browser(olga.app, olga.asgi), browse()
+    with engines.write(olga.app.engine) as connection:
+        dialects.sql(connection, "ALTER TABLE runs RENAME TO gone")
+    for browser in (olga, local):
+        assert place in browser.get("/").text
+    with engines.write(olga.app.engine) as connection:
+        dialects.sql(connection, "ALTER TABLE sessions RENAME TO lost")
+    for answer in (olga.get("/"), stranger.sign_in()):
+        assert (answer.status_code, "The log of audience-sync serve says why" in answer.text) == (503, True)
+        assert place not in answer.text
+    assert place in caplog.records[-1].fields["error"]
