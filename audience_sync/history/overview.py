@@ -61,6 +61,7 @@ def problems(
     """
     daemon = status["daemon"]
     is_missing = daemon["heartbeat_at"] and not daemon["is_alive"] and status["next_slots"]
+    scheduled = {definition.key for definition in settings.definitions if definition.schedule}
     ours = destination.Destination(settings.destination.fingerprint or None)
     every = [
         ("stopped", status["stopped"]),
@@ -69,7 +70,7 @@ def problems(
         *(("held", run) for run in status["held_runs"]),
         *(("failed", run) for run in status["failed_runs"]),
         ("dead", status["dead_count"]),
-        ("waiting", status["waiting"]),
+        ("waiting", [key for key in status["waiting"] if key in scheduled]),
         ("late", status["late_since"]),
         ("daemon", daemon if is_missing else None),
     ]

@@ -95,6 +95,14 @@ def test_a_held_run_shows_readers_the_commands_and_operators_the_buttons(pages):
     assert "Nothing is waiting to be sent. 1 more is held." in pages.text("/")
 
 
+@pytest.mark.parametrize("schedule", ["", "every 1 minute"])
+def test_only_a_schedule_waits_for_a_decision(pages, schedule):
+    pages.configure(VIPS.replace("sql", f'schedule = "{schedule}"\nsql'))
+    pages.people("ann")
+    pages.sync(hold=True)
+    assert ("Not run by schedule until their held run is decided: vips." in needs(pages)) == bool(schedule)
+
+
 def test_a_late_definition_shows_since_when(pages):
     pages.configure(VIPS.replace("sql", 'schedule = "every 1 minute"\nsql'))
     pages.people("ann")

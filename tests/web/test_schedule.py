@@ -60,7 +60,7 @@ def test_the_last_day_has_runs_with_their_slots_and_late_ones(pages):
     slot = {"definition_id": 1, "slot_at": slot_at, "taken_at": slot_at, "run_id": 2}
     pages.add(tables.schedule_slots, slot)
     text = pages.text("/schedule").partition("Last 24 hours")[2]
-    assert "2026-01-01 05:00 daily 3 ✕ failed broken <b>SQL</b> by hand" in text
+    assert "2026-01-01 05:00 daily 3 ✕ failed broken <b>SQL</b> manual" in text
     assert "2026-01-01 03:00 daily 2 ✓ succeeded 2026-01-01 02:00 ▲ late" in text
     assert "2025-12-31" not in text
 

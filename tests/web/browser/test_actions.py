@@ -72,7 +72,7 @@ def test_all_refused_deliveries_that_match_are_discarded(tab, status_of_delivery
 @pytest.mark.parametrize(
     ("key", "button", "result", "status"),
     [
-        ("big_spenders", "Approve", "is committed", "succeeded"),
+        ("big_spenders", "Send", "is committed", "succeeded"),
         ("order_count", "Reject", "is rejected", "rejected"),
     ],
 )
