@@ -194,18 +194,40 @@ def _check_definition(app: "App", definition: "Definition") -> _Passed:
     return _Passed(output.plural(planned.plans[0].member_count, "member"), warnings)
 
 
+def _percent(text: str) -> float:
+    try:
+        share = float(str(text).removesuffix("%"))  # the default is a number
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 100:
+        raise typer.BadParameter(f"{text} is not a share such as 3%.")
+    return share
+
+
 def sandbox(
     port: Annotated[
         int, typer.Option(metavar="PORT", help="The port to listen on; 0 takes a free one.")
     ] = 8787,
     api_key: Annotated[str, typer.Option(metavar="KEY", help="The key to accept; any text.")] = "sandbox",
+    refuse: Annotated[
+        float,
+        typer.Option(
+            metavar="PERCENT",
+            parser=_percent,
+            help="Refuse this share of the requests with HTTP 400, such as 3%, to try dead deliveries. Not bulk jobs.",
+        ),
+    ] = 0,
 ) -> None:
     """Run a local stand-in for Userpilot.
 
     It answers as Userpilot does, within the documented limits, and keeps what it receives in memory until Ctrl-C.
+
+        audience-sync sandbox --refuse 3%
     """
     try:
-        server = lazy.sandbox.Sandbox(port=port, api_key=api_key)
+        server = lazy.sandbox.Sandbox(
+            port=port, api_key=api_key, limits=lazy.sandbox.Limits(refused_percent=refuse)
+        )
         output.line("A local stand-in for Userpilot is running. To use it, set in your configuration:")
         output.line(f'  [destination]\n  endpoint = "{server.url}"\n  api_key = "{api_key}"')
         output.line(f"Users and companies that it received: {server.url}_sandbox/state")

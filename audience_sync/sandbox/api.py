@@ -49,6 +49,9 @@ def _apply(state: State, entry: Entry, headers: Message, body: Body) -> Any:
         raise RefusedError(400, f"X-API-Version must be {API_VERSION}")
     if lane is not None:
         state.admit(lane, entry)
+    share = state.limits.refused_percent
+    if lane in {"identify", "track", "company"} and entry.number * share % 100 < share:
+        raise RefusedError(400, f"refused on purpose, as {share:g}% of the requests are")
     return act(state, entry, body if schema is None else _convert(body, schema))
 
 

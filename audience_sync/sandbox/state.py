@@ -25,7 +25,8 @@ class RefusedError(Exception):
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Userpilot's limits: requests in a window of `window_seconds`, and the size and speed of bulk jobs.
 
-    `bulk_rows_per_minute` is a job's speed in real minutes, whatever the window.
+    `bulk_rows_per_minute` is a job's speed in real minutes, whatever the window. `refused_percent` is the share of
+    identifies, tracks and companies that are refused with 400, in an even distribution; none of Userpilot's limits.
     """
 
     identify_per_minute: _Count = 600
@@ -35,6 +36,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bulk_rows_per_request: _Count = 10_000
     bulk_bytes_per_request: _Count = 50_000_000
     window_seconds: Annotated[float, msgspec.Meta(ge=0)] = 60.0
+    refused_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
 
 
 class Job(msgspec.Struct):

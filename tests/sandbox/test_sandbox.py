@@ -1,11 +1,16 @@
+import contextlib
 import http.client
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import typer
 
+from audience_sync.cli import setup
 from audience_sync.sandbox import Limits
+from tests.faulty_sandbox import FaultySandbox
+from tests.sandbox.conftest import Client
 
 
 def test_identify_merges_and_null_removes(client):
@@ -343,3 +348,22 @@ def test_an_outage_keeps_port_and_state(sandbox, client):
 
 def test_the_defaults_are_userpilots():
     assert Limits() == Limits(600, 600, 600, 1800, 10_000, 50_000_000, 60.0)
+
+
+def test_a_share_of_the_requests_is_refused_on_purpose(clock):
+    with FaultySandbox(
+        limits=Limits(refused_percent=25), monotonic=clock.monotonic, wall=clock.wall
+    ) as sandbox:
+        client = Client(sandbox)
+        assert [client.identify(f"u{number}") for number in range(8)].count(400) == 2
+        assert len(client.control("GET", "state")["users"]) == 6
+        client.connection.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("3%", 3), ("0", 0), ("2.5", 2.5), ("100%", 100), ("101%", None), ("nan", None), ("x", None)],
+)
+def test_the_share_to_refuse_is_a_percentage(text, share):
+    with pytest.raises(typer.BadParameter) if share is None else contextlib.nullcontext():
+        assert setup._percent(text) == share

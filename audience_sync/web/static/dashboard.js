@@ -95,5 +95,6 @@ document.addEventListener("htmx:afterSwap", () => offerCopies(document));
 document.addEventListener("htmx:afterSwap", () => offerSelectAll(document));
 offerCopies(document);
 offerSelectAll(document);
+document.querySelector(".top [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 addLocalTimes(document);
 document.querySelectorAll("[data-sizes]").forEach(showCharts);
