@@ -95,6 +95,7 @@ document.addEventListener("htmx:afterSwap", () => offerCopies(document));
 document.addEventListener("htmx:afterSwap", () => offerSelectAll(document));
 offerCopies(document);
 offerSelectAll(document);
-document.querySelector(".top [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
+const here = document.querySelector(".top [aria-current]");
+if (here) here.parentElement.scrollLeft = here.offsetLeft - 80; // on a phone the menu scrolls
 addLocalTimes(document);
 document.querySelectorAll("[data-sizes]").forEach(showCharts);

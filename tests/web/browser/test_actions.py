@@ -48,12 +48,12 @@ def test_a_person_signs_in_and_out(tabs):
 
 def test_a_refused_delivery_is_retried_then_discarded(tab, status_of_delivery):
     tab.goto("/deliveries?status=dead&user=bob")
-    tab.get_by_role("checkbox").check()
+    tab.get_by_role("checkbox", name="Select all on this page").check()
     tab.get_by_role("button", name="Retry selected").click()
     expect(tab.get_by_role("status")).to_contain_text("1 delivery is queued again.")
     assert status_of_delivery("bob") == "pending"
     tab.goto("/deliveries?user=bob")
-    tab.get_by_role("checkbox").check()
+    tab.get_by_role("checkbox", name="Select delivery").check()
     tab.get_by_role("button", name="Discard selected").click()
     expect(tab.get_by_role("status")).to_contain_text("1 delivery is cancelled.")
     assert status_of_delivery("bob") == "cancelled"
