@@ -25,11 +25,11 @@ demo: $(VENV)/program
 	$(BIN)/audience-sync demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest --numprocesses 3 --dist worksteal
+	$(BIN)/pytest --numprocesses 4 --dist worksteal
 
 test-httpx2: $(VENV)/installed
 	$(PIP) httpx2
-	TEST_IN_PLACE_OF_HTTPX=httpx2 $(BIN)/pytest --numprocesses 3 --dist worksteal tests/userpilot tests/queue
+	TEST_IN_PLACE_OF_HTTPX=httpx2 $(BIN)/pytest --numprocesses 4 --dist worksteal tests/userpilot tests/queue
 
 # About half an hour. Some of it needs Linux, root or strace; tests that lack one of these are skipped with the reason.
 soak: $(VENV)/installed
