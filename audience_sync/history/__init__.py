@@ -40,7 +40,7 @@ from audience_sync.history.queue import (
     find_requests,
     request_rows,
 )
-from audience_sync.history.runs import run_facts, run_rows, settled_at, unusable_counts
+from audience_sync.history.runs import mark_gone, run_facts, run_rows, settled_at, unusable_counts
 from audience_sync.history.schedule import next_day, past_day
 from audience_sync.history.users import (
     erased_at,
@@ -80,6 +80,7 @@ __all__ = [
     "find_calls",
     "find_deliveries",
     "find_requests",
+    "mark_gone",
     "member_page",
     "member_rows",
     "memberships_now",

@@ -1,7 +1,7 @@
 """Questions about runs: their counts, and which are held or failed."""
 
 import datetime as dt
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -55,8 +55,14 @@ def run_rows(
     )
     for run_id, its_status, count in connection.execute(grouped):
         counts[run_id][its_status] = count
-    gone = gone_runs(connection, {row.run_id: row.key for row in rows if row.status == "running"})
-    return [_run(row, counts[row.run_id], counts[held_id(row)]) | gone.get(row.run_id, {}) for row in rows]
+    return [_run(row, counts[row.run_id], counts[held_id(row)]) for row in rows]
+
+
+def mark_gone(connection: sa.Connection, runs: Sequence[dict[str, Any]]) -> None:
+    """Give the running ones among these runs whose process is gone the status that they will be recorded with."""
+    gone = gone_runs(connection, {run["run_id"]: run["key"] for run in runs if run["status"] == "running"})
+    for run in runs:
+        run.update(gone.get(run["run_id"], {}))
 
 
 def gone_runs(connection: sa.Connection, running: Mapping[int, str]) -> dict[int, dict[str, str]]:

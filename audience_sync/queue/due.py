@@ -28,7 +28,8 @@ FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the 
 START = (dt.datetime(1970, 1, 1, tzinfo=dt.UTC), 0)
 MOST_MERGED = 500  # deliveries in a request, the oldest first
 MOST_READ = 50_000  # rows of a queue that one search reads
-STEP_ROWS = 10_000  # that one statement reads
+STEP_ROWS = 10_000  # that one statement reads at most
+FIRST_ROWS = 50  # that the first statement of a search reads; the following ones read more
 Position = tuple[dt.datetime, int]  # next_attempt_at and delivery_id: the order of a queue
 
 _OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"
@@ -196,15 +197,15 @@ def subjects_due(
     subjects there are, about `limit` rows are read, or MOST_READ.
     """
     subjects: dict[str, bool] = {}
-    left = max(limit, MOST_READ)
+    left, step = max(limit, MOST_READ), FIRST_ROWS
     while len(subjects) < limit and left > 0:
-        size = min(left, max(limit, STEP_ROWS))
+        size = min(left, max(limit, step))
         stretch = read_stretch(connection, action, delivery_class, now, after, size, fingerprint)
         for subject in stretch.subjects:
             if not subject.is_sending and subject.quiet_until is None:
                 was_attempted = subjects.get(subject.subject_id, False)
                 subjects[subject.subject_id] = was_attempted or subject.was_attempted
-        after, left = stretch.end, left - stretch.row_count
+        after, left, step = stretch.end, left - stretch.row_count, min(4 * step, STEP_ROWS)
         if stretch.is_last:
             break
     return dict(itertools.islice(subjects.items(), limit))

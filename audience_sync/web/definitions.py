@@ -39,6 +39,7 @@ def definition(view: View) -> Response:
         members = history.member_page(view.connection, definition_id, limit=SHOWN_MEMBERS)
     query = configured.query if configured else None
     runs = history.run_rows(view.connection, key=key, limit=SHOWN_RUNS + 1)
+    history.mark_gone(view.connection, runs)
     return view.html(
         "definition.html",
         live=row["state"] == "running",

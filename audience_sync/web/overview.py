@@ -19,6 +19,7 @@ def overview(view: View) -> Response:
     problems = history.problems(view.connection, settings, status, view.now)
     definitions = history.definitions(view.connection, settings, view.now)
     backlogs, recent = history.backlogs(view.connection), history.recent_runs(view.connection)
+    history.mark_gone(view.connection, [row["last_run"] for row in definitions if row["last_run"]])
     failing = {facts["lane"]: facts for kind, facts in problems if kind == "lane"}
     held_counts = {}
     for row in definitions:

@@ -26,6 +26,7 @@ def runs(view: View) -> Response:
     known = history.definition_keys(view.connection).values()
     configured = (definition.key for definition in view.app.settings.definitions)
     rows = history.run_rows(view.connection, key=key, status=status, before=before, limit=PAGE_ROWS + 1)
+    history.mark_gone(view.connection, rows)
     return view.html(
         "runs.html",
         live=any(run["status"] == "running" for run in rows),
@@ -91,4 +92,5 @@ def _requested(view: View) -> dict[str, Any]:
     run = history.run_facts(view.connection, run_id)
     if run is None:
         raise NotFound(f"There is no run {run_id}.", ("/runs", "Show all runs"))
+    history.mark_gone(view.connection, [run])
     return run
