@@ -19,7 +19,7 @@ from audience_sync import logs
 from audience_sync.audiences import foreign, plan, records, runs
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import Clock, SystemClock
-from audience_sync.db import engines, migrate
+from audience_sync.db import dialects, engines, migrate
 from audience_sync.errors import ConfigError, SourceError
 from audience_sync.queue import bulk, deliveries, due, progress, split, worker
 from audience_sync.queue.destination import Destination, try_to_resume
@@ -195,7 +195,7 @@ class App:
         self.settings.destination.api_key.require()
         with engines.write(self.engine) as connection:
             held_count = foreign.hold_foreign(connection, self.destination, self.clock.now())
-            ahead_count = deliveries.bring_forward(connection, self.clock.now())
+            ahead_count = deliveries.bring_forward(connection, self.clock.now(), dialects.now(connection))
             is_empty = not due.is_anything_pending(connection)
         if ahead_count:
             logs.event(log, logging.WARNING, "calls came while a clock was ahead", deliveries=ahead_count)

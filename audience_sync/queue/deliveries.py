@@ -26,7 +26,8 @@
 | held, pending, dead | cancelled | a full run sends everything to another destination     | cancel_foreign               |
 | held, pending, dead | cancelled | discarded                                              | discard                      |
 
-Each transition is guarded by the status that it comes from. `assign_destination` and `assign_calls` change no status.
+Each transition is guarded by the status that it comes from. `assign_destination`, `assign_calls`, `bring_forward` and
+`begin_graces_anew` change no status.
 
 No release lets a value go back: what is held of a definition is released at its next commit at the latest, and of the
 pending values of a user the newest is sent.
@@ -92,17 +93,21 @@ def enqueue_calls(
     rows.insert(connection, deliveries, _CALL_COLUMNS, queued)
 
 
-def bring_forward(connection: sa.Connection, now: dt.datetime) -> int:
-    """Make deliveries due that were queued while a clock was ahead; return their number."""
+def bring_forward(connection: sa.Connection, now: dt.datetime, latest: dt.datetime | None = None) -> int:
+    """Make deliveries due that were queued while a clock was ahead; return their number.
+
+    `latest`: the database's time if our own clock is behind it. A value from before then keeps its place in the order.
+    """
     count = 0
     while ids := due.scheduled_ahead(connection, now):
         for chunk in chunks(ids):
             sql(
                 connection,
                 "UPDATE {our}deliveries SET next_attempt_at = :now, "
-                "value_at = CASE WHEN value_at > :now THEN :now ELSE value_at END "
+                "value_at = CASE WHEN value_at > :latest THEN :latest ELSE value_at END "
                 "WHERE status = 'pending' AND delivery_id IN :ids",
                 now=now,
+                latest=max(now, latest or now),
                 ids=list(chunk),
             )
         count += len(ids)
@@ -327,6 +332,18 @@ def recover(
         .values(status="pending", next_attempt_at=now + grace, quiet_until=now + grace, error=PROCESS_ENDED)
     )
     return Recovered(connection.execute(pending).rowcount, dead_count)
+
+
+def begin_graces_anew(
+    connection: sa.Connection, request_ids: Collection[int], now: dt.datetime, grace: dt.timedelta
+) -> None:
+    """Wait out the grace after these requests by our own clock: it was recorded by the clock of another process."""
+    for chunk in chunks(request_ids):
+        # Without their status, for which SQLite would read all that is pending. What is settled has no grace.
+        of_requests = deliveries.update().where(deliveries.c.request_id.in_(chunk))
+        connection.execute(
+            of_requests.where(deliveries.c.quiet_until.is_not(None)).values(quiet_until=now + grace)
+        )
 
 
 # Bulk jobs

@@ -44,6 +44,7 @@ class EndedRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
+    request_id: int
     lane: str
     ended_at: dt.datetime
 
@@ -91,7 +92,7 @@ def end_lost_requests(connection: sa.Connection, ids: sa.Select[int], now: dt.da
 def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[RequestEnd]:
     """Return the ends of the live lanes' requests since a moment, oldest first: Userpilot may have counted them."""
     rows = connection.execute(
-        sa.select(tables.requests.c.lane, tables.requests.c.ended_at)
+        sa.select(tables.requests.c.request_id, tables.requests.c.lane, tables.requests.c.ended_at)
         .where(
             tables.requests.c.lane.in_(LANES),
             tables.requests.c.started_at > since - LONGEST_REQUEST,  # for the index
@@ -99,4 +100,4 @@ def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[R
         )
         .order_by(tables.requests.c.ended_at)
     )
-    return [RequestEnd(row.lane, row.ended_at) for row in rows]
+    return [RequestEnd(row.request_id, row.lane, row.ended_at) for row in rows]

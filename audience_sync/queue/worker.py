@@ -160,10 +160,13 @@ class Worker:
         self._bulk = BulkLane(self.settings.jobs, self.clock, self._lanes["identify"])
         self._database_clock = DatabaseClock(self.clock, dialects.now(connection), monotonic)
         self._recover(connection, ())
-        for end in requests.recent_request_ends(
-            connection, self._database_clock.now() - dt.timedelta(seconds=window)
-        ):
+        moment, grace = self._database_clock.now(), self.settings.grace
+        span = max(dt.timedelta(seconds=window), grace)
+        ends = requests.recent_request_ends(connection, moment - span)
+        for end in ends:
             self._lanes[end.lane].ended.append(self._database_clock.monotonic_of(end.ended_at))
+        in_grace = [end.request_id for end in ends if end.ended_at > moment - grace]
+        deliveries.begin_graces_anew(connection, in_grace, now, grace)
         slow_downs = destination.slow_downs(connection)
         for name, lane in self._paces():
             if name in slow_downs:

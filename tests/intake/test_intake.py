@@ -4,6 +4,7 @@ import datetime as dt
 import time
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -128,10 +129,11 @@ def test_deletions_are_carried_out_at_two_o_clock(asked, done):
 
 @dataclass
 class ClockAhead:
-    """The clock of a machine that is ahead of the database's."""
+    """The clock of a machine that is ahead of the database's, or behind it."""
 
     ahead: dt.timedelta = dt.timedelta(minutes=30)
     monotonic = staticmethod(time.monotonic)
+    sleep = staticmethod(time.sleep)
 
     def now(self):
         return dt.datetime.now(dt.UTC) + self.ahead
@@ -164,6 +166,31 @@ def test_deliveries_of_a_clock_that_was_set_back_are_due_now(app):
             sa.select(tables.deliveries.c.next_attempt_at, tables.deliveries.c.value_at)
         ).all()
     assert set(moments) == {(START, START)}
+
+
+def test_deliveries_are_due_for_a_process_whose_clock_is_behind_and_keep_their_order(app):
+    for seconds, plan in ((1800, "second"), (1790, "early")):
+        app.clock = HandClock(seconds=seconds)
+        intake.identify(app, "ann", {"plan": plan})
+    database_time = START + dt.timedelta(seconds=1800)
+    with engines.write(app.engine) as connection:
+        assert deliveries.bring_forward(connection, START, database_time) == 2
+        assert deliveries.bring_forward(connection, START, database_time) == 0
+        rows = connection.execute(sa.select(tables.deliveries).order_by(tables.deliveries.c.value_at)).all()
+    assert [row.body["plan"] for row in rows] == ["early", "second"]
+    assert {row.next_attempt_at for row in rows} == {START}
+
+
+def test_a_process_whose_clock_is_behind_sends_the_newest_value(app, sandbox):
+    sandbox.state.api_key = "k"
+    to_sandbox = msgspec.structs.replace(app.settings.destination, endpoint=sandbox.url)
+    app.settings = msgspec.structs.replace(app.settings, destination=to_sandbox)
+    intake.identify(app, "ann", {"plan": "early"})
+    app.deliver()
+    intake.identify(app, "ann", {"plan": "newest"})
+    app.clock = ClockAhead(dt.timedelta(minutes=-5))
+    app.deliver()
+    assert sandbox.state.users["ann"]["properties"] == {"plan": "newest"}
 
 
 def test_a_trait_of_a_clock_that_was_ahead_does_not_block_newer_values(app):

@@ -10,6 +10,7 @@ from audience_sync.db import engines
 from audience_sync.queue.worker import MAX_IN_FLIGHT
 from audience_sync.sandbox import Limits
 from tests.queue.conftest import START, HeldSenders, log
+from tests.queue.userpilot import LocalUserpilot
 
 
 def test_no_window_holds_more_than_the_limit_even_across_workers(queue, worker_of, sandbox):
@@ -103,6 +104,25 @@ def test_the_window_holds_across_processes_whose_clocks_differ(hand_queue, clock
     started = [(row.started_at - START).total_seconds() for row in hand_queue.requests()]
     assert max(started[:5]) < 1
     assert min(started[5:]) >= 60
+
+
+@pytest.mark.parametrize("minutes", [(0, 5), (-5, 0), (0, 0)])
+def test_a_grace_holds_across_processes_whose_clocks_differ(hand_queue, clock, worker_of, minutes):
+    userpilot = LocalUserpilot(clock)
+    userpilot.faults.add({"drop": "before", "times": 1})
+    rules = {"sender": userpilot, "grace": dt.timedelta(seconds=3), "poll_seconds": 1}
+    hand_queue.add("u1", {"plan": "free"}, next_attempt_at=clock.now() - dt.timedelta(hours=1))
+    first = worker_of(clock=Skewed(clock, minutes[0]), **rules)
+    first.on_progress = lambda _: first.stop.set()
+    first.deliver()
+    hand_queue.add("u1", {"plan": "pro"}, next_attempt_at=clock.now() - dt.timedelta(hours=1))
+    clock.seconds += 1
+    assert hand_queue.counts() == {"pending": 2}
+
+    worker_of(clock=Skewed(clock, minutes[1]), **rules).deliver()
+
+    assert userpilot.values_of("plan") == {"u1": "pro"}
+    assert [entry.monotonic >= 3 for entry in userpilot.state.requests] == [False, True]
 
 
 def test_the_window_holds_while_a_process_takes_long_to_take_over(hand_queue, clock, worker_of):
