@@ -119,9 +119,9 @@ class TwoDestinations(Simulation):
     def sync_in_full(self):
         self.sync(full=True)
 
-    def prepare_delivery(self, connection):
-        super().prepare_delivery(connection)
-        foreign.hold_foreign(connection, self.destination, self.timeline.now())
+    def prepare_delivery(self, connection, now):
+        super().prepare_delivery(connection, now)
+        foreign.hold_foreign(connection, self.destination, now)
 
     def decide(self):
         """Approve or reject the held runs."""
@@ -130,15 +130,15 @@ class TwoDestinations(Simulation):
             run_ids = held.scalars().all()
         for run_id in run_ids:
             if self.chance.random() < 0.3:
-                act = partial(decisions.reject, self.engine, run_id, self.timeline)
+                act = partial(decisions.reject, self.engine, run_id)
             else:
-                act = partial(decisions.approve, self.engine, run_id, self.timeline, self.destination)
+                act = partial(decisions.approve, self.engine, run_id, destination=self.destination)
             self._decide(f"{act.func.__name__} {run_id}", act)
 
     def retire(self):
         if len(self.definitions) > 1:
             definition = self.definitions[-1]
-            act = partial(decisions.retire, self.engine, definition.key, self.timeline, self.destination)
+            act = partial(decisions.retire, self.engine, definition.key, destination=self.destination)
             self._decide(f"retire {definition.key}", act)
             with engines.read(self.company) as connection:
                 query = sa.select(tables.definitions.c.retired_at)
@@ -156,7 +156,7 @@ class TwoDestinations(Simulation):
         with self.process("decision") as process:
             process.failure = self._armed(DEATHS_OF_SYNCS, 40)
             try:
-                act()
+                act(clock=process.clock)
             except (Busy, LeaseLost, ConfigError, NotApproved) as error:
                 self.note(str(error))
         self.record()
@@ -170,7 +170,7 @@ class TwoDestinations(Simulation):
         self.record()
         with self.process("prune") as process:
             process.failure = self._armed([], 20)
-            self.note(f"pruned: {pruning.prune(self.engine, self.keep, self.timeline.now())}")
+            self.note(f"pruned: {pruning.prune(self.engine, self.keep, process.clock.now())}")
 
     def record(self):
         """Remember the deliveries as they are, before pruning deletes some."""

@@ -81,6 +81,23 @@ class Timeline:
             self.seconds = max(self.seconds, end)
 
 
+@dataclass(frozen=True)
+class MachineClock:
+    """The clock of a machine, whose wall clock differs from the database's, which is the timeline's."""
+
+    timeline: Timeline
+    ahead: float  # seconds
+
+    def now(self):
+        return self.timeline.now() + dt.timedelta(seconds=self.ahead)
+
+    def monotonic(self):
+        return self.timeline.monotonic()
+
+    def sleep(self, seconds):
+        self.timeline.sleep(seconds)
+
+
 @dataclass
 class Failure:
     """The database fails, or the process dies, when a point is passed for the nth time."""
@@ -124,8 +141,8 @@ def open_database(url, reach):
 class Process:
     """A process. Once dead it does nothing more; while it is asleep, so are its threads."""
 
-    def __init__(self, name, database_error, note):
-        self.name, self._error, self._note = name, database_error, note
+    def __init__(self, name, clock, database_error, note):
+        self.name, self.clock, self._error, self._note = name, clock, database_error, note
         self.failure = None
         self.had_failure = self.is_dead = self.is_asleep = False
         self.worker = None

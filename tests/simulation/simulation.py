@@ -10,17 +10,18 @@ import random
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
 
-from audience_sync import crash
+from audience_sync import crash, intake
 from audience_sync.audiences import runs
 from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings, records, validation
 from audience_sync.db import dialects, engines, leases, tables
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
-from audience_sync.queue import bulk, destination, due, job_answers, jobs, split
+from audience_sync.queue import bulk, deliveries, destination, due, job_answers, jobs, split, walk
 from audience_sync.queue.worker import DeliverySettings, Worker
 from audience_sync.sandbox.state import RefusedError
 from audience_sync.userpilot import payloads
@@ -32,6 +33,7 @@ from tests.simulation.machinery import (
     Failure,
     Killed,
     Line,
+    MachineClock,
     Network,
     Process,
     Timeline,
@@ -52,6 +54,9 @@ KINDS = [
     "stops",
     "odd",
 ]
+# Drawn by a generator of their own, so that the seeds without them keep their meaning.
+MODES = ["hot", "skew"]
+SKEWS = [-300, -40, -3, 0, 3, 40, 300]  # seconds by which the clock of a machine is ahead of the database's
 NO_GUARD = Guard(above=1_000_000_000, max_exit_ratio=1.0)
 DEFINITIONS = {
     "moved": (Kind.TRAIT, "SELECT user_id, moved AS value FROM people"),
@@ -67,6 +72,7 @@ DEATHS_OF_ALL = ["statement", "commit", "committed"]
 class Simulation:
     def __init__(self, seed, url):
         self.chance = random.Random(seed)
+        self.mode_chance = random.Random(f"modes of {seed}")
         self.timeline = Timeline()
         self.log = []
         self.company = engines.open_own(url, SCHEMA)  # the company's own access, and the checker's
@@ -86,6 +92,9 @@ class Simulation:
         self.kinds = set() if calm else {kind for kind in KINDS if chance.random() < 0.4}
         keys = ["moved", *sorted(chance.sample(sorted(DEFINITIONS.keys() - {"moved"}), chance.randint(1, 3)))]
         self.definitions = [Definition(key, key, *DEFINITIONS[key], guard=NO_GUARD) for key in keys]
+        modes = {mode for mode in MODES if self.mode_chance.random() < 0.3}
+        self.kinds |= set() if calm else modes
+        self.skews = self.mode_chance.sample(SKEWS, 3) if "skew" in self.kinds else [0]  # of the machines
         self.users = [f"u{number:03}" for number in range(chance.choice([5, 15, 40, 80]))]
         live, per_job = chance.choice([20, 60, 120]), chance.choice([0, 20, 50, 150])
         self.limits = {"identify": live, "track": live, "company": live}
@@ -134,6 +143,7 @@ class Simulation:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(leases, "now", lambda _: self.timeline.now())
             patch.setattr(dialects, "now", lambda _: self.timeline.now())
+            patch.setattr(records, "now", lambda _: self.timeline.now())
             patch.setattr(leases, "_is_gone", self._is_gone)
             patch.setattr(engines, "BUSY_SECONDS", 0)  # a lease lasts as long on both databases
             patch.setattr(crash, "at", self._at)
@@ -141,6 +151,14 @@ class Simulation:
             patch.setattr(bulk, "USERS_PER_TRANSACTION", 20)
             patch.setattr(job_answers, "MEASURED_ROWS", 15)
             patch.setattr(jobs, "SETTLED_PER_TRANSACTION", 15)
+            if "hot" in self.kinds:  # one user's deliveries are more than these
+                patch.setattr(due, "MOST_MERGED", 10)
+                patch.setattr(due, "STEP_ROWS", 30)
+                patch.setattr(due, "MOST_READ", 60)
+                patch.setattr(walk, "FIRST_ROWS", 8)
+                patch.setattr(walk, "PASS_ROWS", 20)
+                patch.setattr(walk, "DENSE", 3)
+                patch.setattr(walk, "MOST_PASSED", 3)
             self._patch = patch
             self._settle_in()
             self._storm()
@@ -164,6 +182,8 @@ class Simulation:
         acts = self._acts()
         for _ in range(self.chance.randint(8, 25)):
             self.timeline.after(self.chance.uniform(0, self.seconds), self.chance.choice(acts))
+        if "hot" in self.kinds:
+            self.timeline.after(self.mode_chance.uniform(0, self.seconds / 2), self.flood)
         self.sync()
         while self.timeline.seconds < self.seconds:
             if self._pending():
@@ -198,8 +218,10 @@ class Simulation:
             "naps": [self.nap, self.nap, self.deliver_beside],
             "stops": [self.stop],
             "odd": [self.turn_odd, self.turn_odd, self.forbid, self.call_sick, self.leave_odd_job],
+            "hot": [self.flood],
+            "skew": [],  # each process has the clock of one of the machines
         }
-        return often + [act for kind in KINDS if kind in self.kinds for act in of_kind[kind]]
+        return often + [act for kind in [*KINDS, *MODES] if kind in self.kinds for act in of_kind[kind]]
 
     def _calm(self):
         """Faults are over, time passes, and everything is synced and delivered."""
@@ -228,7 +250,10 @@ class Simulation:
     @contextmanager
     def process(self, what):
         error = self.engine.dialect.loaded_dbapi.OperationalError
-        process = Process(f"{what}{next(self._numbers)}", error, self.note)
+        clock = MachineClock(self.timeline, self.mode_chance.choice(self.skews))
+        process = Process(f"{what}{next(self._numbers)}", clock, error, self.note)
+        if clock.ahead:
+            self.note(f"{process.name}: its clock is {clock.ahead:+} s off")
         outer = self.processes[-1] if self.processes else None
         if outer is not None:
             outer.is_asleep = True
@@ -275,17 +300,19 @@ class Simulation:
         with self.process("sync") as process:
             process.failure = self._armed(DEATHS_OF_SYNCS, 60)
             for definition in self.definitions:
-                moments = runs.resolve_as_of(self.engine, [definition], None, self.timeline.now())
+                moments = runs.resolve_as_of(self.engine, [definition], None, process.clock.now())
                 order = self.run_options(definition, full=full, users=users)
                 try:
-                    runs.sync(self.engine, definition, moments[definition.key], self.timeline, order)
+                    runs.sync(self.engine, definition, moments[definition.key], process.clock, order)
                 except (Busy, LeaseLost) as error:
                     self.note(str(error))
 
     def run_options(self, _definition, *, full, users):
         return runs.RunOptions(full=full, users=users)
 
-    def prepare_delivery(self, connection):
+    def prepare_delivery(self, connection, now):
+        if any(self.skews):
+            deliveries.bring_forward(connection, now, dialects.now(connection))
         if destination.stopped(connection):
             destination.resume(connection)
 
@@ -293,13 +320,13 @@ class Simulation:
         with self.process("worker") as process:
             process.failure = self._armed(DEATHS_OF_WORKERS, 300)
             with engines.write(self.engine) as connection:
-                self.prepare_delivery(connection)
+                self.prepare_delivery(connection, process.clock.now())
             chance = random.Random(self.chance.random())
             process.worker = Worker(
                 self.engine,
                 Line(process, self.network),
                 self.settings,
-                self.timeline,
+                process.clock,
                 chance=chance,
                 open_senders=lambda: Wire(process, self.timeline, self.chance, self.network),
             )
@@ -368,10 +395,10 @@ class Simulation:
             act = partial(self.call, users=users) if is_track else partial(self.move_and_sync, users)
             self.timeline.after(self.chance.uniform(0, 1), act)
 
-    def call(self, poison="", users=()):
+    def call(self, poison="", users=(), count=0):
         """Some calls of an application, the times of some in the past."""
         raws = []
-        for _ in range(self.chance.choice([1, 3, 20])):
+        for _ in range(count or self.chance.choice([1, 3, 20])):
             number, user = next(self._numbers), self.chance.choice(users or self.users)
             at = (self.timeline.now() - dt.timedelta(seconds=self.chance.choice([0, 0, 20]))).isoformat()
             raw = {"userId": user, "messageId": f"m{number}", "timestamp": at}
@@ -389,20 +416,25 @@ class Simulation:
         """Until all are taken: a repeat has the same message id."""
         with self.process("application") as process:
             process.failure = self._armed([], 40)
-            for raw in raws:
-                moment = self.timeline.now()
-                call = validation.parse_call(raw, received_at=moment, new_id=str)
-                decision = mappings.decide(call, mappings.PRESETS, reserved_keys=set(DEFINITIONS))
+            own = SimpleNamespace(fingerprint=self.settings.fingerprint)
+            app = SimpleNamespace(clock=process.clock, destination=own)
+            together = 1 + len(raws) // 30
+            for first in range(0, len(raws), together):
+                some, prepared = raws[first : first + together], []
+                for raw in some:
+                    call = validation.parse_call(raw, received_at=process.clock.now(), new_id=str)
+                    decision = mappings.decide(call, mappings.PRESETS, reserved_keys=set(DEFINITIONS))
+                    prepared.append(records.prepare_call(call, decision))
                 with engines.write(self.engine) as connection:
-                    records.save_calls(
-                        connection,
-                        [records.prepare_call(call, decision)],
-                        received_at=moment,
-                        fingerprint=self.settings.fingerprint,
-                    )
-                self.messages.add(raw["messageId"])
+                    intake.save_within(connection, app, prepared)
+                self.messages.update(raw["messageId"] for raw in some)
             return True
         return False
+
+    def flood(self):
+        """Calls of one user, more than a search of the queue reads, then some of all users."""
+        self.call(users=self.users[:1], count=self.mode_chance.choice([100, 200]))
+        self.call()
 
     def call_poison(self):
         self.call(" poison")
