@@ -29,7 +29,7 @@ START = (dt.datetime(1970, 1, 1, tzinfo=dt.UTC), 0)
 MOST_MERGED = 500  # deliveries in a request, the oldest first
 MOST_READ = 50_000  # rows of a queue that one search reads
 STEP_ROWS = 10_000  # that one statement reads at most
-FIRST_ROWS = 50  # that the first statement of a search reads; the following ones read more
+FIRST_STEP_ROWS = 50  # that the first statement of a search reads; the following ones read more
 Position = tuple[dt.datetime, int]  # next_attempt_at and delivery_id: the order of a queue
 
 _OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"
@@ -197,7 +197,7 @@ def subjects_due(
     subjects there are, about `limit` rows are read, or MOST_READ.
     """
     subjects: dict[str, bool] = {}
-    left, step = max(limit, MOST_READ), FIRST_ROWS
+    left, step = max(limit, MOST_READ), FIRST_STEP_ROWS
     while len(subjects) < limit and left > 0:
         size = min(left, max(limit, step))
         stretch = read_stretch(connection, action, delivery_class, now, after, size, fingerprint)

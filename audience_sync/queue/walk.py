@@ -45,7 +45,7 @@ class Walk:
     _pass_rows: int = 0  # read since
     _others_count: int = 0  # subjects that had their turn since a passed one had
     _rows_left: dict[bool, int] = field(default_factory=dict)  # of this search; True: in the current pass
-    _step_rows: int = due.FIRST_ROWS
+    _step_rows: int = due.FIRST_STEP_ROWS
     _seen: set[str] = field(default_factory=set)  # in this search
 
     def begin(self, monotonic: float, pass_seconds: float, answer_count: int) -> None:
@@ -113,7 +113,7 @@ class Walk:
             self._others_count += 1
             subjects.append(subject)
         is_dense = stretch.row_count >= DENSE * len(stretch.subjects)
-        self._step_rows = min(4 * self._step_rows, due.STEP_ROWS) if is_dense else due.FIRST_ROWS
+        self._step_rows = min(4 * self._step_rows, due.STEP_ROWS) if is_dense else due.FIRST_STEP_ROWS
         cost = max(1, stretch.row_count + DENSE * len(stretch.subjects))
         self._move(position, end, stretch.row_count, cost, is_last=is_last)
 

@@ -90,14 +90,14 @@ def _approve(app: App, form: Form) -> str:
     with engines.read(app.engine) as connection:
         [run] = history.run_rows(connection, ids=[run_id])
     counts = ", ".join(f"{run[f'{name}_count']:,} {name}" for name in ("entered", "exited", "changed"))
-    return f"Run {run_id} of {run['key']} is committed: {counts}. {_sender(app)} its changes."
+    sender = "The daemon" if _has_daemon(app) else "`audience-sync deliver`"
+    return f"Run {run_id} of {run['key']} is committed: {counts}. {sender} sends its changes."
 
 
-def _sender(app: App) -> str:
-    """Return the beginning of a sentence: who sends what is in the queue."""
+def _has_daemon(app: App) -> bool:
+    """Return whether a daemon sends what is in the queue."""
     with engines.read(app.engine) as connection:
-        is_alive = history.daemon_state(connection, app.clock.now())["is_alive"]
-    return "The daemon sends" if is_alive else "`audience-sync deliver` sends"
+        return bool(history.daemon_state(connection, app.clock.now())["is_alive"])
 
 
 def _reject(app: App, form: Form) -> str:
@@ -123,14 +123,11 @@ def _retry(app: App, form: Form) -> str:
         refused_count += len(retried.refusals)
         reason = reason or next(iter(retried.refusals), "")
     others = f" {refused_count:,} more cannot be queued: {reason}" if refused_count else ""
-    with engines.read(app.engine) as connection:
-        is_daemon_alive = history.daemon_state(connection, app.clock.now())["is_alive"]
-    sender = (
-        f"The daemon sends {'it' if count == 1 else 'them'}."
-        if is_daemon_alive
-        else "To send now: `audience-sync deliver`."
-    )
-    return f"{_number(count)} queued again.{f' {sender}' if count else ''}{others}"
+    sender = ""
+    if count:
+        by_daemon = f" The daemon sends {'it' if count == 1 else 'them'}."
+        sender = by_daemon if _has_daemon(app) else " To send now: `audience-sync deliver`."
+    return f"{_number(count)} queued again.{sender}{others}"
 
 
 def _discard(app: App, form: Form) -> str:

@@ -45,8 +45,7 @@ def environment() -> jinja2.Environment:
     )
     filters = (number, breakable, state, sparkline, chart, highlight, duration, prose)
     templates.filters.update({function.__name__: function for function in filters})
-    templates.filters.update(moment=time_tag, json=as_json)
-    templates.filters["short"] = short
+    templates.filters.update(moment=time_tag, json=as_json, short=short)
     templates.globals.update(link=link, version=__version__, program=PROGRAM)
     return templates
 

@@ -145,7 +145,8 @@ class Site:
         ]
 
     async def _show(self, page: Page, request: Request) -> Response:
-        return await anyio.to_thread.run_sync(self._guarded, self._page, page, request, limiter=self.pages)
+        work = partial(self._guarded, request, partial(self._page, page, request))
+        return await anyio.to_thread.run_sync(work, limiter=self.pages)
 
     def _page(self, page: Page, request: Request) -> Response:
         """Make a page in a read transaction of its own, which locks nothing before the page asks something."""
@@ -179,7 +180,7 @@ class Site:
             return self._unread(error)
         if self._in_progress[limiter] >= limiter.total_tokens + MAX_WAITING:
             return self._unread(FormError(429, "Too many forms are waiting. Try again in 10 seconds."))
-        work = partial(self._guarded, self._action, action, request, form)
+        work = partial(self._guarded, request, partial(self._action, action, request, form))
         self._in_progress[limiter] += 1
         try:
             return await anyio.to_thread.run_sync(work, limiter=limiter)
@@ -197,12 +198,11 @@ class Site:
         answer.headers.update({"Connection": "close", "Retry-After": "10"})  # the rest is not read
         return answer
 
-    def _guarded(self, work: Callable[..., Response], *arguments: Any) -> Response:
-        """Do the work for a request, which is among the arguments. Any error becomes a page."""
-        request = next(each for each in arguments if isinstance(each, Request))
+    def _guarded(self, request: Request, work: Callable[[], Response]) -> Response:
+        """Do the work for a request. Any error becomes a page."""
         logged = None
         try:
-            return work(*arguments)
+            return work()
         except Refusal as error:
             viewer = getattr(request.state, "viewer", STRANGER)
             return self.error(viewer, error.status, error.title, str(error), error.way_on)

@@ -155,7 +155,7 @@ class Simulation:
                 patch.setattr(due, "MOST_MERGED", 10)
                 patch.setattr(due, "STEP_ROWS", 30)
                 patch.setattr(due, "MOST_READ", 60)
-                patch.setattr(due, "FIRST_ROWS", 8)
+                patch.setattr(due, "FIRST_STEP_ROWS", 8)
                 patch.setattr(walk, "PASS_ROWS", 20)
                 patch.setattr(walk, "DENSE", 3)
                 patch.setattr(walk, "MOST_PASSED", 3)
