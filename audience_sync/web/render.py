@@ -46,7 +46,7 @@ def environment() -> jinja2.Environment:
     filters = (number, breakable, state, sparkline, chart, highlight, duration, prose)
     templates.filters.update({function.__name__: function for function in filters})
     templates.filters.update(moment=time_tag, json=as_json, short=short)
-    templates.globals.update(link=link, version=__version__, program=PROGRAM)
+    templates.globals.update(link=link, version=__version__)
     return templates
 
 
@@ -126,9 +126,10 @@ def short(text: Any, length: int) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def prose(text: str) -> Markup:
+@jinja2.pass_context
+def prose(context: jinja2.runtime.Context, text: str) -> Markup:
     """A message whose commands, in backticks, are code, and begin as the reader has to begin them."""
-    program = str(environment().globals["program"])
+    program = str(context["program"])
     texts: list[str] = _COMMAND.split(text)
     for place in range(1, len(texts), 2):
         name, space, rest = texts[place].partition(" ")

@@ -96,12 +96,14 @@ def sign_in(
     wait = throttle.take(name, address)
     if wait:
         logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="too many attempts")
-        return _again(app, form, f"Too many attempts failed. Try again in {_duration(wait)}.", 429, wait)
+        return _again(
+            app, request, form, f"Too many attempts failed. Try again in {_duration(wait)}.", 429, wait
+        )
     user = access.users.get(name)
     stored = (user or next(iter(access.users.values()))).password.require()
     if not is_password(form.get("password", ""), stored) or user is None:
         logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="wrong name or password")
-        return _again(app, form, "The name or the password is wrong.", 403)
+        return _again(app, request, form, "The name or the password is wrong.", 403)
     throttle.give_back(name, address)
     with engines.write(app.engine, WAIT_SECONDS) as connection:
         sessions.end_session(connection, _token(request))
@@ -159,13 +161,13 @@ def client_address(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def _again(app: App, form: Form, problem: str, status: int, wait: float = 0.0) -> Response:
+def _again(app: App, request: Request, form: Form, problem: str, status: int, wait: float = 0.0) -> Response:
     values: dict[str, Any] = {
         "next": local_path(form.get("next")),
         "name": form.get("name", "")[:100],
         "problem": problem,
     }
-    answer = html("login.html", STRANGER, "/login", app.clock.now(), status_code=status, **values)
+    answer = html("login.html", request, STRANGER, app.clock.now(), status_code=status, **values)
     if wait:
         answer.headers["Retry-After"] = str(int(wait) + 1)
     return answer

@@ -114,7 +114,8 @@ class Gate:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await self._site.error(STRANGER, 403, "Not allowed", refusal)(scope, receive, send)
+            answer = self._site.error(Request(scope), 403, "Not allowed", refusal)
+            await answer(scope, receive, send)
 
 
 class Site:
@@ -163,7 +164,8 @@ class Site:
     def _ask_to_sign_in(self, request: Request) -> Response:
         if comes_from_other_site(request) and is_visit(request):
             # Our page asks again, and the browser then sends the session's cookie.
-            return html("visit.html", STRANGER, local_path(here(request)), self.app.clock.now())
+            path = local_path(here(request))
+            return html("visit.html", request, STRANGER, self.app.clock.now(), path=path)
         return RedirectResponse(link("/login", next=here(request)), 303)
 
     async def _post(
@@ -175,11 +177,13 @@ class Site:
         except ClientDisconnect:
             return Response(status_code=499)  # the sender is gone
         except TimeoutError:
-            return self._unread(FormError(408, "It took too long to arrive. Send it again."))
+            return self._unread(request, FormError(408, "It took too long to arrive. Send it again."))
         except FormError as error:
-            return self._unread(error)
+            return self._unread(request, error)
         if self._in_progress[limiter] >= limiter.total_tokens + MAX_WAITING:
-            return self._unread(FormError(429, "Too many forms are waiting. Try again in 10 seconds."))
+            return self._unread(
+                request, FormError(429, "Too many forms are waiting. Try again in 10 seconds.")
+            )
         work = partial(self._guarded, request, partial(self._action, action, request, form))
         self._in_progress[limiter] += 1
         try:
@@ -193,8 +197,8 @@ class Site:
             return RedirectResponse("/login", 303)
         return action(self.app, viewer, request, form)
 
-    def _unread(self, error: FormError) -> Response:
-        answer = self.error(STRANGER, error.status, error.title, str(error))
+    def _unread(self, request: Request, error: FormError) -> Response:
+        answer = self.error(request, error.status, error.title, str(error))
         answer.headers.update({"Connection": "close", "Retry-After": "10"})  # the rest is not read
         return answer
 
@@ -204,8 +208,7 @@ class Site:
         try:
             return work()
         except Refusal as error:
-            viewer = getattr(request.state, "viewer", STRANGER)
-            return self.error(viewer, error.status, error.title, str(error), error.way_on)
+            return self.error(request, error.status, error.title, str(error), error.way_on)
         except DatabaseLocked:
             status, title, message = 503, "The database is busy", BUSY
         except DatabaseError as error:
@@ -216,37 +219,42 @@ class Site:
         except Exception as error:  # noqa: BLE001  (a bug: never a traceback)
             logged = unexpected(error)
             status, title, message = 500, "An unexpected error", f"{logged}. Please report it."
-        viewer = getattr(request.state, "viewer", STRANGER)
         if logged:
             logs.event(log, logging.ERROR, "page failed", path=request.url.path[:200], error=logged)
-            if not viewer.may_read:  # strangers need not know where the database is
+            if not _viewer(request).may_read:  # strangers need not know where the database is
                 message = "The log of audience-sync serve says why. Try again later."
-        return self.error(viewer, status, title, message)
+        return self.error(request, status, title, message)
 
     async def no_page(self, request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException) or error.status_code == 404:
             return await self._show(_nothing, request)
         takes = (error.headers or {}).get("Allow", "other methods")
-        viewer = STRANGER if self.access.users else Viewer()
-        answer = self.error(viewer, 405, "Method not allowed", f"This address accepts {takes} only.")
+        request.state.viewer = STRANGER if self.access.users else Viewer()
+        answer = self.error(request, 405, "Method not allowed", f"This address accepts {takes} only.")
         answer.headers["Allow"] = takes
         return answer
 
     def error(
         self,
-        viewer: Viewer,
+        request: Request,
         status: int,
         title: str,
         message: str,
         way_on: tuple[str, str] = ("/", "Go to the overview"),
     ) -> Response:
         values: dict[str, Any] = {"title": title, "message": message, "way_on": way_on}
-        return html("error.html", viewer, "", self.app.clock.now(), status_code=status, **values)
+        now = self.app.clock.now()
+        return html("error.html", request, _viewer(request), now, path="", status_code=status, **values)
+
+
+def _viewer(request: Request) -> Viewer:
+    """Return the person who asks, as far as that is known."""
+    viewer: Viewer = getattr(request.state, "viewer", STRANGER)
+    return viewer
 
 
 def dashboard(app: App, program: str = render.PROGRAM) -> Starlette:
     """Return the dashboard of an app; `program` is how commands on its pages begin."""
-    render.environment().globals["program"] = program
     site = Site(app)
     application = Starlette(
         routes=site.routes(),
@@ -257,7 +265,7 @@ def dashboard(app: App, program: str = render.PROGRAM) -> Starlette:
         ],
         exception_handlers={404: site.no_page, 405: site.no_page},
     )
-    application.state.pages = site.pages
+    application.state.pages, application.state.program = site.pages, program
     application.router.redirect_slashes = False  # it would redirect to the host that the request names
     return application
 

@@ -122,7 +122,7 @@ class View:
         notice = self.number("notice")
         if notice is not None:
             values["notice"] = record.find_action(self.connection, notice, self.viewer.name or "")
-        return html(template, self.viewer, here(self.request), self.now, live=live, **values)
+        return html(template, self.request, self.viewer, self.now, live=live, **values)
 
 
 Page = Callable[[View], Response]
@@ -130,18 +130,20 @@ Page = Callable[[View], Response]
 
 def html(
     template: str,
+    request: Request,
     viewer: Viewer,
-    path: str,
     now: dt.datetime,
     *,
+    path: str | None = None,
     status_code: int = 200,
-    live: bool = False,
     **values: Any,
 ) -> Response:
-    """Render a template for a person who is at a path."""
+    """Render a template for a person. `path`: where the person is, if that is not the request's address."""
+    program = request.app.state.program if "app" in request.scope else render.PROGRAM
+    common = {"notice": None, "live": False, "viewer": viewer, "now": now, "program": program}
+    common["path"] = here(request) if path is None else path
     page = render.environment().get_template(template)
-    values = {"notice": None} | values
-    return HTMLResponse(page.render(**values, viewer=viewer, live=live, path=path, now=now), status_code)
+    return HTMLResponse(page.render(common | values), status_code)
 
 
 def here(request: Request) -> str:

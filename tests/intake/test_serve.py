@@ -60,6 +60,13 @@ def begun(address):
     return connection
 
 
+def test_the_body_of_an_answer_does_not_wait_for_the_acknowledgement_of_its_head():
+    with server.listen("127.0.0.1", 0) as listening, connect(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def is_cut(connection, drip=b""):
     """Tell whether the server ends the connection within a minute, while bytes drip in."""
     connection.settimeout(0.02)
