@@ -180,10 +180,10 @@ def listen(host: str, port: int) -> socket.socket:
         # Connections inherit it. asyncio sets it only where the socket names its protocol. Without it, the body of an
         # answer waits 40 ms, until the client acknowledges the head.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listening
     except (OSError, OverflowError) as error:
         text = str(getattr(error, "strerror", None) or error)
         reason = text.partition(" (while ")[0]  # the rest repeats the address
         raise ConfigError(
             f"{host}, port {port}, cannot be used: {reason}. Choose others with --host and --port."
         ) from error
+    return listening
