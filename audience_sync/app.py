@@ -1,6 +1,6 @@
 """The App connects the settings, the database, the clock and Userpilot's client for commands, daemon and `intake`.
 
-It adds no rules of its own. Next: audiences/runs.py for a sync, queue/worker.py for a delivery.
+It makes no decisions. Next: audiences/runs.py for a sync, queue/worker.py for a delivery.
 """
 
 import contextlib

@@ -147,7 +147,7 @@ class Daemon:
             self.start("prune", partial(self._prune, app))
 
     def _take_next(self, ended: str | None = None) -> slots.Slot | None:
-        """Take the slot that is due for the longest time, unless enough are running; `ended` does not run any more."""
+        """Take the slot that has been due longest, unless enough are running; `ended` no longer runs."""
         with self._taking:
             app, clock = self.app, self.app.clock
             self._running.discard(ended or "")
@@ -194,9 +194,9 @@ class Daemon:
             app = self.app
             try:
                 slot = self._take_next(ended=key)
-            except DatabaseError:  # the next tick goes on
+            except DatabaseError:  # the next tick continues
                 return
-            except Exception:  # a bug; the next tick goes on
+            except Exception:  # a bug; the next tick continues
                 log.exception("tick crashed")
                 return
 

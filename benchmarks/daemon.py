@@ -4,7 +4,7 @@
 
 First every definition gets a history of slots with runs, and the tick is timed while none of them is due. Then all are
 due at the same moment, and the daemon computes them with its threads: for each, the time from its slot to the start of
-its run. Its ticks go on meanwhile and are timed again. Each definition finds 100 users. Nothing is delivered.
+its run. Its ticks continue and are timed again. Each definition finds 100 users. Nothing is delivered.
 """
 
 import argparse

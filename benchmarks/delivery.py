@@ -1,12 +1,12 @@
-"""How fast audiences reach Userpilot, beside a connector that makes one call for each audience and user.
+"""How fast audiences reach Userpilot, compared with a connector that makes one call for each audience and user.
 
     python benchmarks/delivery.py [--multiple 20] [--users 100000] [--part 4000] [--database sqlite]
 
-The sandbox, fresh for each line and in a process of its own, has the documented limits times the multiple, and our
-settings say the same. Ours is what a sync left in the queue, delivered by App.deliver in a process of its own, whose
-peak memory is taken. The connector's calls are spread evenly. Its way, and ours by the live lane alone, are taken
-over a part of the users: users a second are compared, and a user counts when all audiences of it are accepted.
-Pushes are spread evenly, too, so there is no opening window to leave out; changes burst into it.
+The sandbox runs in a separate process, new for each line, with the documented limits times the multiple. Our settings
+have the same limits. For ours, App.deliver sends what a sync left in the queue, in a separate process whose peak memory
+is measured. The connector spreads its calls evenly. The connector, and ours by the live lane alone, send only a part of
+the users: users a second are compared, and a user counts when all of the user's audiences are accepted.
+Pushes are spread evenly as well, so no first window has to be left out; changes use an empty window at once.
 """
 
 import argparse
@@ -60,7 +60,7 @@ first_attempt_at = next_attempt_at, settled_at = next_attempt_at"""
 
 @dataclass(frozen=True)
 class Setting:
-    """Of so many `kinds` each user is of one: kind 0 is in all audiences, any other in the audience of its number."""
+    """Each user has one of `kinds` kinds: kind 0 is in all audiences, any other in the audience of its number."""
 
     title: str
     users: int  # who change
@@ -132,7 +132,7 @@ def line(way, users, url, seconds, megabytes=0.0):
 
 
 def connector(setting, multiple, part):
-    """So many calls at the least, a user's one after the other: in no 60 seconds more than the limit."""
+    """Make at least this many calls, a user's one after the other, and in no 60 seconds more than the limit."""
     limit, ends, users = LIVE * multiple, [], 0
     headers = {"Authorization": "Token sandbox", "X-API-Version": "2020-09-22"}
     with (

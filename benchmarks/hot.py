@@ -1,10 +1,10 @@
-"""The pace of the other users' deliveries beside one user with very many deliveries.
+"""The pace of the other users' deliveries while one user has very many deliveries.
 
     python benchmarks/hot.py [--hot 1000000] [--others 10000] [--action track] [--multiple 20] [--database sqlite]
 
-The sandbox, in a process of its own, has the documented limits times the multiple. The others' deliveries are sent first
-alone, then beside those of the hot user, which were queued before them. Measured are the pace of the others until the
-last of them is accepted, and the peak memory of the delivering process.
+The sandbox runs in a separate process with the documented limits times the multiple. The others' deliveries are sent first
+alone, then together with those of the hot user, which were queued before them. The benchmark measures the pace of the
+others until the last of them is accepted, and the peak memory of the delivering process.
 """
 
 import argparse

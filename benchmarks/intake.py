@@ -1,4 +1,4 @@
-"""Pace at which calls are stored, over HTTP and from a file, beside that of the database alone.
+"""Pace at which calls are stored, over HTTP and from a file, compared with that of the database alone.
 
     python benchmarks/intake.py [--calls 100000] [--lines 200000] [--database both]
 
@@ -82,7 +82,7 @@ def call(number):
             return common | {"type": "identify", "traits": traits}
 
 
-# The server, in a process of its own, on one core.
+# The server, in a separate process, on one core.
 
 
 class NullWriter:
@@ -278,7 +278,7 @@ def measure(name, calls, lines):
         with open_app(imported) as app, file.open("rb") as opened:
             empty, before = megabytes_on_disk(app), cpu_seconds(os.getpid())
             started = time.perf_counter()
-            summary = files.import_calls(app, files.decompressed(opened), print, beside=True)
+            summary = files.import_calls(app, files.decompressed(opened), print, second_process=True)
             import_seconds = time.perf_counter() - started
             assert summary.accepted_count == lines
             for process in multiprocessing.active_children():

@@ -107,7 +107,7 @@ class Contest:
         return members
 
     def change(self, count):
-        """Let `count` / 2 random members leave, and as many new ones enter."""
+        """Remove `count` / 2 random members, and add as many new ones."""
         leaving = self.random.sample(sorted(self.members()), count // 2)
         self.source("UPDATE customers SET vip = 0 WHERE user_id = ?", [(user_id,) for user_id in leaving])
         coming = range(self.newest, self.newest + count - count // 2)

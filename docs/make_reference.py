@@ -60,10 +60,10 @@ SECTIONS = (
         "mappings",
         "[[mappings]]",
         schema.MappingSettings,
-        "What a call sends beside the presets, at most 50 with them.",
+        "What a call sends in addition to the presets, at most 50 with them.",
     ),
 )
-# Of names that have no line of their own in the starter, or no room for a comment.
+# For names without their own line in the starter, or without room for a comment.
 MEANINGS = {
     (
         "sources",
@@ -96,7 +96,7 @@ MEANINGS = {
 INTRODUCTION = """\
 # Configuration
 
-The file is TOML. `audience-sync init` writes one with a comment beside every name. It is searched in this order:
+The file is TOML. `audience-sync init` writes one with a comment for every name. It is searched in this order:
 `--config`, `$AUDIENCE_SYNC_CONFIG`, `config/audience_sync.toml`, `audience_sync.toml`. Relative paths in it are relative
 to its folder, or to the folder above if that folder is called `config`.
 

@@ -1,6 +1,6 @@
 """The sandbox with faults on demand, jobs that go wrong, and other readings of what Userpilot does not document.
 
-Beside the sandbox's own, it has these endpoints under /_sandbox/:
+In addition to the sandbox's, it has these endpoints under /_sandbox/:
 
 | endpoint | does |
 | --- | --- |

@@ -1,6 +1,6 @@
 """Every command, query, configuration and program in the README and docs/ works.
 
-A page is a script: its blocks run in order in a folder of their own, beside a local Userpilot. Comments that readers
+A page is a script: its blocks run in order in a new folder, together with a local Userpilot. Comments that readers
 do not see say what a block needs; CONTRIBUTING.md lists them. UPDATE_DOCS=1 writes the output that the commands
 print into the pages.
 """
@@ -48,7 +48,7 @@ START_SECONDS = 30
 
 @dataclass
 class Block:
-    """A fenced block: its language, text and line, and the comments that stand before it."""
+    """A fenced block: its language, text and line, and the comments before it."""
 
     language: str
     text: str
@@ -131,7 +131,7 @@ class Reader:
             path, _, change = block.marks["edit"].partition(" ")
             old, new = change.split(" => ")
             before = (self.folder / path).read_text()
-            assert old in before, f"{self.page}:{block.line}: {path} does not hold {old}"
+            assert old in before, f"{self.page}:{block.line}: {path} does not contain {old}"
             (self.folder / path).write_text(before.replace(old, new))
         if "file" in block.marks:
             target = self.folder / block.marks["file"]

@@ -38,7 +38,7 @@ ONLY_STANDARD_LIBRARY = {"errors", "clock", "crash", "suggest"}
 
 
 def imports(path, package):
-    """Of a file: each import as a dotted name; of our own package, which part of it."""
+    """Yield each import of a file as a dotted name; for our own package, with the imported part."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

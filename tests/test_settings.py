@@ -351,7 +351,7 @@ REFUSED = [
     ("[logging]\nformat = 's3cret'", "[logging]: format: expected text or json"),
     ("[logging]\nlevel = 's3cret'", "[logging]: level: expected debug or info or warning or error"),
     *((f'[database]\nschema = "{each}"', SCHEMA) for each in ("S3cret", "s3cret\\n", "s3cret" * 11, "1a")),
-    # files that are no TOML; the parser's messages differ between versions of Python
+    # files that are not TOML; the parser's messages differ between versions of Python
     (b"[" * 5000, "not valid TOML: "),
     (b"a = " + b"[" * 5000, "not valid TOML: "),
     (b"a = " + b"9" * 5000, "not valid TOML: "),
@@ -365,7 +365,7 @@ REFUSED = [
     ("[sources.shop]\nurl = '${SHOP}'", "[sources.shop]: url: set the environment variable SHOP, which is missing"),
     # databases
     ("[database]\nurl = 2011-06-01", "[database]: url: expected a string"),
-    ('[database]\nurl = "a\\u0000s3cret"', "[database]: url: holds a NUL character"),
+    ('[database]\nurl = "a\\u0000s3cret"', "[database]: url: contains a NUL character"),
     *((f"[database]\nurl = '{each}'", "[database]: url: expected a database URL")
       for each in ("s3cret", "", "a\\u0000s3cret")),
     *((f"[sources.shop]\nurl = '{each}'{more}",
@@ -403,7 +403,7 @@ REFUSED = [
     *((f"[[traits]]\nname = '{name}'\nsql = 's'", f"[[traits]] {name}: {key} is one of Userpilot's own properties")
       for name, key in (("First Seen at", "first_seen_at"), ("Last seen at!", "last_seen_at"))),
     ('[[audiences]]\nname = "a\\nb"\nsql = "s"', r"[[audiences]] 'a\nb': name: expected one line without control"),
-    # what is no endpoint, with permission or without
+    # invalid endpoints, with permission or without
     *((f'[destination]\nallow_custom_endpoint = true\nendpoint = "{each}"', NO_ENDPOINT) for each in (
       "", "analytex.userpilot.io", "ftp://analytex.userpilot.io/", "https://", "https:///x",
       "https://s3cret@analytex.userpilot.io/", "https://u:s3cret@analytex.userpilot.io/",
@@ -624,7 +624,7 @@ def test_the_parts_of_a_url_are_never_shown(refused):
         )
         assert message.startswith("[database]: url: ")
     assert refused("database.url = 'postgres://u@${HOST}/d'", {"HOST": "s3cret:1"}) == (
-        "[database]: url: a variable holds both host and port: use two, ${HOST}:${PORT}"
+        "[database]: url: a variable contains both host and port: use two, ${HOST}:${PORT}"
     )
 
 

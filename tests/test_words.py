@@ -17,8 +17,17 @@ OLD_IDIOM = re.compile(
     r"|key rests?|comes? again|(?<!for word )in words|(its|their|own|driver's|API's) words|bec[ao]mes? of"
     r"|nobody knows|hand(s|ed|ing)? in|in vain"
     r"|the trouble|kept nowhere|begin as they mean|let (it|them|him|others|users) |tell(s|ing)? (false"
-    r"|true|everyone|everything|userpilot|it\b|all\b)|sees? to it|is no (call|primitive|number|moment))",
+    r"|true|everyone|everything|userpilot|it\b|all\b)|sees? to it|is no (call|primitive|number|moment|text|list|view)"
+    r"|nothing of (it|them|the run|this)|so many (?!connections)|any more\b|anew\b|of ours\b|goes? on\b"
+    r"|tried again by itself|(an?|in|no|by|with|have|has|hold) (\w+ ){1,2}of (its|their) own\b"
+    r"|stands? (before|behind|beside|first|last|in (no|its|the))\b"
+    r"|(has|have|had|get|gets|got) (its|their) turn|a look (at|in|into)\b|knows? (nothing|no|none) "
+    r"|(SQL|value|variable|folder|batch|text|endpoint|URL) holds? (a|an|at|both|no|\{))",
     re.IGNORECASE,
+)
+# Words that have no other meaning in an identifier, such as test_a_user_is_told.
+OLD_NAMES = re.compile(
+    r"(^|_)(told|tells?|heard|unheard|errands?|levers?|doors?|whom|whoever|anew)(_|$)", re.IGNORECASE
 )
 
 
@@ -90,3 +99,10 @@ def test_code_and_docs_are_free_of_the_old_idiom(repository):
         for number, line in enumerate(file.read_text().splitlines(), 1):
             match = OLD_IDIOM.search(line)
             assert not match, f"{place}:{number}: {match and match.group()!r} in {line.strip()}"
+
+
+def test_names_are_free_of_the_old_idiom(repository):
+    for file, place in files(repository, "audience_sync", "benchmarks", "docs", "soak", "tests"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = getattr(node, "id", None) or getattr(node, "name", None) or getattr(node, "arg", None)
+            assert not OLD_NAMES.search(str(name)), f"{place}:{node.lineno}: {name}"

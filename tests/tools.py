@@ -1,4 +1,4 @@
-"""Programs beside Python that some tests need."""
+"""Programs other than Python that some tests need."""
 
 import os
 import shutil

@@ -1,6 +1,6 @@
 """Commit a run: write the new baseline, and a delivery for each change in {temp}audience_sync_changes.
 
-The caller's transaction commits both together. The path goes on in the queue, with queue/deliveries.py.
+The caller's transaction commits both together. Next: queue/deliveries.py.
 """
 
 import datetime as dt

@@ -92,7 +92,7 @@ def compute(
 
     def prepare(name: str, sql: str, *columns: str, value_type: str | None = None) -> _Query:
         try:
-            if name != QUERY:  # the compiler's own SQL only reads
+            if name != QUERY:  # the compiler's SQL only reads
                 statement.check_before_run(sql, dialect.name)
             bound = statement.bind(sql, dialect.name)
         except DefinitionError as error:
@@ -145,7 +145,7 @@ def sql_of(engine: sa.Engine, definition: Definition, as_of: dt.datetime, source
 def review(
     engine: sa.Engine, definition: Definition, as_of: dt.datetime, source: sa.Engine | None
 ) -> list[str]:
-    """Return warnings about a definition's query: names never seen, and values of another kind than it asks for."""
+    """Return warnings about a definition's query: names never seen, and values of an unexpected kind."""
     if definition.query is None:
         return []
     from audience_sync.audiences.query.catalog import read_catalog  # noqa: PLC0415  (only where there is a query)
@@ -228,7 +228,7 @@ def _fill(connection: sa.Connection, table: str, query: _Query) -> None:
 def _canonical(connection: sa.Connection, query: _Query) -> str:
     """Return the query's SELECT of canonical text; empty for databases without expressions for it.
 
-    It refers to the columns of the query by names of its own, because those of a query need not be unique.
+    It gives the query's columns new names, because the query's own names need not be unique.
     """
     if connection.dialect.name not in {"sqlite", "postgresql"}:
         return ""

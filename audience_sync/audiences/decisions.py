@@ -77,7 +77,7 @@ def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
 
 
 def retire(engine: sa.Engine, key: str, clock: Clock, destination: Destination) -> int:
-    """Queue false (for a trait: null) for everyone who holds the key, then reserve it; return the id of that run.
+    """Queue false (for a trait: null) for everyone who has the key, then reserve it; return the id of that run.
 
     Raises:
         ConfigError: the key was never used, or is retired already.

@@ -53,7 +53,7 @@ class Guard:
         changed_count: int = 0,
         is_empty: bool,
     ) -> str | None:
-        """Return a sentence about the limit that a run exceeds, or None. The caller lets first runs pass.
+        """Return a sentence about the limit that a run exceeds, or None. It is not called for first runs.
 
         `last_count` is the size of the last snapshot. `changed_count`: members whose trait gets another value.
         `is_empty`: the new snapshot has no usable rows. That counts as everyone exiting.
@@ -67,7 +67,7 @@ class Guard:
             return f"{'the snapshot is empty' if is_empty else exits}, and max_exit_ratio is {self.max_exit_ratio:g}"
         if entered_count > self.max_enter_ratio * last_count:
             return (
-                f"{entered_count:,} users would enter beside {last_count:,} members, and max_enter_ratio is "
+                f"{entered_count:,} users would enter an audience of {last_count:,} members, and max_enter_ratio is "
                 f"{self.max_enter_ratio:g}"
             )
         if changed_count > self.max_change_ratio * last_count:
@@ -110,8 +110,8 @@ def key_from_name(name: str) -> str:
     """Return the snake_cased key of a name, the property that Userpilot sees.
 
     `Order Completed Last 30days` becomes `order_completed_last_30days`, as in Segment's examples, and `Straße` becomes
-    `strasse`. Letters of other alphabets than the Latin one are refused: how to transliterate them depends on the
-    language, and a key is for good.
+    `strasse`. Letters of other alphabets are refused: their transliteration depends on the language, and a key is
+    permanent.
 
     Raises:
         ConfigError: the name is too long, has a letter that is refused, or has no letter or digit at all.

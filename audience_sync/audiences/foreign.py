@@ -18,9 +18,9 @@ def hold_foreign(connection: sa.Connection, destination: Destination, now: dt.da
     """Hold pending deliveries for other destinations, and release held ones for this destination.
 
     Returns how many deliveries are held for other destinations. A definition's deliveries are for the destination of
-    its baseline, so the queue is read only for definitions with another one. One that a run is committing to has its
-    turn later: the delivery of the others does not wait for it, and its own deliveries for another destination are not
-    claimed.
+    its baseline, so the queue is read only for definitions with another one. A definition that a run is committing to
+    is skipped until a later call: the delivery of the others does not wait for it, and its deliveries for another
+    destination are not claimed.
     """
     if destination.fingerprint is None:
         return 0

@@ -1,4 +1,4 @@
-"""Plan a sync: compute and diff as a run does, and store and send nothing."""
+"""Plan a sync: compute and diff as a run does, without storing or sending anything."""
 
 import datetime as dt
 from collections.abc import Mapping, Sequence

@@ -32,7 +32,7 @@ INVALID_REASON = f"""
 CASE WHEN user_id IS NULL THEN 'null' {UNUSABLE_REASONS} WHEN btrim(user_id, '{BLANK}') = '' THEN 'empty'
      WHEN length(user_id) > {MAX_ID_LENGTH} THEN 'too_long' END"""
 
-# Settings of the session that a definition's own casts to text obey.
+# Settings of the session that affect a definition's casts to text.
 SETTINGS = {
     "extra_float_digits": "0",  # 15 digits, as everywhere
     "DateStyle": "ISO",
@@ -49,7 +49,7 @@ _UTF8 = (
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a query's result, under a name of ours; its type as in pg_type."""
+    """A column of a query's result under a generated name; its type as in pg_type."""
 
     name: str
     type_name: str
@@ -126,8 +126,8 @@ _QUOTED = "CAST(to_json({}) AS text)"
 
 
 def _number(value: str) -> str:
-    """Return the canonical text of a finite number; '!' for any other, and for what a float8 cannot hold."""
-    # NaN is greater than every number. A cast to float8 refuses what a float8 cannot hold.
+    """Return the canonical text of a finite number; '!' for any other, and for one outside the range of float8."""
+    # NaN is greater than every number. A cast to float8 refuses numbers outside its range.
     return (
         f"CASE WHEN {value} >= -{LIMIT} AND {value} < {LIMIT} AND {value} = trunc({value}) "
         f"THEN CAST(CAST({value} AS bigint) AS text) "
@@ -145,7 +145,7 @@ def _numeric_id(value: str) -> str:
 
 
 def _float8(name: str, column: Column) -> str:
-    """Return a number as float8; the shortest that stands for a float4: 0.1, not 0.100000001490116."""
+    """Return a number as float8; a float4 by its shortest decimal form: 0.1, not 0.100000001490116."""
     if column.type_name == "float8":
         return name
     digits = [f"CAST(CAST({name} AS text) AS float8)"]  # six
@@ -168,7 +168,7 @@ def _json(kind: str, column: Column, *, string: str, number: Callable[[str], str
     text = f"({name} #>> '{{}}')"
     string = string.format(text)
     number_text = number(f"CAST({text} AS numeric)")
-    if kind == "json":  # jsonb itself refuses strings and numbers that text and numeric cannot hold
+    if kind == "json":  # jsonb itself refuses strings and numbers that text and numeric cannot represent
         string = (
             f"CASE WHEN {_is_broken(f'CAST({name} AS text)', column.encoding)} THEN {other} ELSE {string} END"
         )
@@ -180,7 +180,7 @@ def _json(kind: str, column: Column, *, string: str, number: Callable[[str], str
 
 
 def _is_broken(raw: str, encoding: str) -> str:
-    """Return the condition for a JSON string with an escape that text cannot hold: NUL, or a lone surrogate."""
+    """Return the condition for a JSON string with an escape that text cannot represent: NUL, or a lone surrogate."""
     escapes = rf"replace({raw}, '\\', '')"
     pair = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
     broken = rf"{escapes} ~ '\\u0000' OR regexp_replace({escapes}, '{pair}', '', 'g') ~ '\\u[dD][89a-fA-F]'"

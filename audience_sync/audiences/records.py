@@ -52,7 +52,7 @@ class RunResult:
     def after(
         cls, last: Baseline, counts: ChangeCounts, erased_count: int, set_aside: Mapping[str, int]
     ) -> "RunResult":
-        """Build a result. Members who were erased since the last run count as exits, beside the changes."""
+        """Build a result. Members who were erased since the last run count as exits, in addition to the changes."""
         counts = replace(counts, exited=counts.exited + erased_count)
         member_count = last.member_count + counts.entered - counts.exited
         return cls(member_count, counts, dict(sorted(set_aside.items())), erased_count)
@@ -92,7 +92,7 @@ def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
 def check_kind(definition: Definition, row: sa.Row[Any] | None) -> None:
     """Raise ConfigError if the key was first used for the other kind: `row` is the key's, None before its first use.
 
-    Userpilot keeps one property for a key, so its old values would stay beside values of another kind.
+    Userpilot keeps one property for a key, so old values would mix with values of another kind.
     """
     if row is None or row.kind == definition.kind:
         return

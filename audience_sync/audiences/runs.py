@@ -316,7 +316,7 @@ def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bo
         message = engines.failure(error)
     elif isinstance(error, Exception):
         message = (
-            f"{run.definition.key}: an unexpected error ended the run: {unexpected(error)}. Nothing of it was stored. "
+            f"{run.definition.key}: an unexpected error ended the run: {unexpected(error)}. It changed nothing. "
             "Run it again; if that fails as well, please report it."
         )
     else:

@@ -37,8 +37,8 @@ RETRY_AFTER = tuple(
 class Due:
     """A definition with a slot to take: its newest missed one, or its last one again.
 
-    `due_at`: since when it waits. `last_at`: its last slot, or when it was registered. `taken_at`: when that slot was
-    taken, if it is to be taken again. `is_running`: its last run has not ended, so the slot waits for that.
+    `due_at`: when it became due. `last_at`: its last slot, or when it was registered. `taken_at`: when that slot was
+    taken, if it is due again. `is_running`: its last run has not ended, so the slot waits for that.
     """
 
     definition: Definition
@@ -144,7 +144,7 @@ def _newest_missed(definition: Definition, after: dt.datetime, now: dt.datetime)
 def _retry_at(row: sa.Row[Any]) -> dt.datetime | None:
     """Return when the last slot is due again; None if its run did not fail, or failed too often.
 
-    The caller makes sure that the run is not running any more: if its row says so, its process is gone.
+    The caller makes sure that the run has ended: if its row still says running, its process is gone.
     """
     if row.slot_at is None:
         return None
@@ -170,7 +170,7 @@ def _last_slots(connection: sa.Connection, now: dt.datetime) -> dict[str, sa.Row
     """
     slot, other = schedule_slots.c, runs.alias("other").c
 
-    def newest(column: sa.Column[Any]) -> sa.ScalarSelect[Any]:  # one look into an index for each definition
+    def newest(column: sa.Column[Any]) -> sa.ScalarSelect[Any]:  # one index lookup for each definition
         is_past = (slot.definition_id == definitions.c.definition_id, slot.slot_at <= now)
         query = sa.select(column).where(*is_past).order_by(slot.slot_at.desc()).limit(1)
         return query.correlate(definitions).scalar_subquery()
@@ -284,7 +284,7 @@ def give_back(connection: sa.Connection, slot: Slot) -> None:
 def outlooks(
     connection: sa.Connection, configured: Sequence[Definition], now: dt.datetime
 ) -> dict[str, Outlook]:
-    """Return what `list` and `status` show of the definitions' schedules, by key."""
+    """Return the definitions' schedules as `list` and `status` show them, by key."""
     rows, waiting = _last_slots(connection, now), _waiting_ids(connection)
     has_daemon = destination.last_heartbeat(connection) is not None
     leased = leases.held_names(connection)

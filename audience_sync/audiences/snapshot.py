@@ -300,7 +300,7 @@ def _set_aside_values(connection: sa.Connection) -> Counter[str]:
 def _leave_out_ineligible(connection: sa.Connection) -> int:
     """Remove the changes of users who are not in the eligible table; return how many would have entered.
 
-    Eligibility is checked on entry only: a member who is not eligible any more stays, whatever the change is.
+    Eligibility is checked on entry only: a member who is no longer eligible stays, whatever the change is.
     """
     ineligible = (
         "NOT EXISTS (SELECT 1 FROM {temp}audience_sync_eligible e "

@@ -42,7 +42,7 @@ _FORBIDDEN = (
     "Set", "Pragma", "Attach", "Detach", "TruncateTable", "Use", "Transaction", "Commit", "Rollback", "Kill",
     "Grant", "Revoke", "Analyze", "Cache", "LoadData", "NextValueFor", "QueryTransform",
 )  # fmt: skip
-# On an experimental source nothing but the text is checked, so these words are refused there wherever they stand, unless
+# On an experimental source only the text is checked, so these words are refused there in any place, unless they are
 # quoted, or before a parenthesis, where they name a function. SQL Server takes a statement without a semicolon before it.
 _WRITING_WORDS = {
     "insert", "update", "delete", "merge", "create", "drop", "alter", "truncate", "exec", "execute", "call", "grant",
@@ -141,7 +141,7 @@ def check(sql: str, dialect: str) -> list[str]:
             )
         return ["the SQL could not be parsed before it runs, so only the database checks it"]
     if len(statements) != 1:
-        raise DefinitionError(f"the SQL holds {len(statements)} statements: write exactly one query")
+        raise DefinitionError(f"the SQL contains {len(statements)} statements: write exactly one query")
     _check_nodes(statements[0])
     return []
 
@@ -153,7 +153,7 @@ def check_before_run(sql: str, dialect: str) -> None:
 
 
 def _plainly_reads(sql: str, dialect: str) -> bool:
-    """Return whether the SQL is one query whose words show that it only reads; false if only sqlglot can tell."""
+    """Return whether the SQL is one query whose words show that it only reads; false if only sqlglot can decide."""
     if dialect not in SUPPORTED:
         return False
     tokens = _tokenize(sql, dialect)
@@ -187,7 +187,7 @@ def _check_nodes(nodes: "list[exp.Expr]") -> None:
     for node in nodes:
         if isinstance(node, forbidden):
             raise DefinitionError(
-                f"the SQL holds {type(node).__name__.upper()}, and a definition only reads: write one SELECT"
+                f"the SQL contains {type(node).__name__.upper()}, and a definition only reads: write one SELECT"
             )
     if not isinstance(nodes[0], exp.Query):
         raise DefinitionError(_NO_QUERY)
@@ -216,7 +216,7 @@ def bind(sql: str, dialect: str) -> BoundText:
 
 
 def without_end(sql: str, dialect: str) -> str:
-    """Return the SQL without the semicolons and comments at its end, so that it can stand in parentheses."""
+    """Return the SQL without the semicolons and comments at its end, so that it can be put in parentheses."""
     tokens = _tokenize(sql, dialect)
     return sql[: tokens[-1].end] if tokens else ""
 
@@ -335,12 +335,12 @@ def _check_words(sql: str, dialect: str) -> None:
                 "source: if it is a name, put it in quotes"
             )
         if any(comment.startswith(("!", "M!")) for comment in token.comments):
-            raise DefinitionError("the SQL holds a comment that MySQL runs (/*! … */): remove it")
+            raise DefinitionError("the SQL contains a comment that MySQL runs (/*! … */): remove it")
 
 
 def _check_function(name: str) -> None:
     if _DENIED.fullmatch(name):
-        raise DefinitionError(f"the SQL calls {name.lower()}, which does more than read: leave it out")
+        raise DefinitionError(f"the SQL calls {name.lower()}, which does more than read: remove it")
 
 
 def _line(sql: str, position: int) -> int:

@@ -130,7 +130,7 @@ _SQLITE_REAL = (
     f"CASE WHEN {{0}} >= -{LIMIT}.0 AND {{0}} < {LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
     "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_canonical_number({0}) END"
 )
-# Text stays as it is, and may not even be text. The diff checks ids that enter: fewer than all.
+# Text is not converted, and its bytes may not even be valid text. The diff checks only ids that enter.
 SQLITE_ID = f"""
 CASE typeof(user_id)
   WHEN 'text' THEN user_id

@@ -2,10 +2,10 @@
 
 Userpilot keeps a property until it is null. So when `{"address": {"city": "Rome", "zip": "1"}}` is followed by
 `{"address": {"city": "Bern"}}`, the second call must also send `"address.zip": null`; the same holds when a list gets
-shorter, and when a value changes between text, object and list. The profile knows the value before.
+shorter, and when a value changes between text, object and list. The profile has the previous value.
 
-For KEEP after it vanished, a name is sent as null with every value of its trait: several calls may be merged into one
-request, and a newer one may be sent in place of an older one.
+For KEEP after a name vanished, it is sent as null with every value of its trait: several calls may be merged into one
+request, and a newer one may replace an older one.
 """
 
 import datetime as dt
@@ -107,7 +107,7 @@ class SentNames:
         known = {name: trait for name, (trait, _) in self._names.items() if trait in body}
         known |= property_names({name: before[name] for name in body if name in before})
         gone = known.keys() - names.keys()
-        if gone:  # a property may belong to another trait: {"a.b": 1} beside {"a": {"b": 2}}
+        if gone:  # a property may belong to another trait: {"a.b": 1} and {"a": {"b": 2}}
             gone -= property_names({name: before[name] for name in before if name not in body}).keys()
         self._note({name: known[name] for name in gone if known[name] not in held}, self._now)
         nested = {name: trait for name, trait in names.items() if name != trait and trait not in held}
@@ -137,5 +137,5 @@ class SentNames:
 
     def _note(self, names: Mapping[str, str], gone_at: str | None) -> None:
         for name, trait in names.items():
-            self._names.pop(name, None)  # the newest stand last
+            self._names.pop(name, None)  # the newest are last
             self._names[name] = (trait, gone_at)

@@ -23,7 +23,7 @@ from audience_sync.suggest import did_you_mean, located, one_of
 
 MAX_LENGTH = 10_000
 MAX_LEVELS = 50
-MAX_DIGITS = 300  # any number of so many digits fits into a double
+MAX_DIGITS = 300  # every number with this many digits fits into a double
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ _KEYWORDS = {"and", "or", "in", "null", "true", "false", "not"}
 
 
 def _reserved(name: str) -> str | None:
-    """Return why a name cannot be a field, or None if it can. Keywords are reserved in upper case too, such as AND."""
+    """Return why a name cannot be a field, or None if it can. Keywords are also reserved in upper case, such as AND."""
     word = name.lower()
     if word not in _KEYWORDS or name in _KEYWORDS - {"not"}:
         return None

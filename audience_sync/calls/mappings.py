@@ -134,7 +134,7 @@ def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection
     matching = [mapping for mapping in mappings if mapping.matches(call.document)]
     if not matching:
         has_preset = call.type not in {CallType.PAGE, CallType.SCREEN, CallType.ALIAS}
-        hint = "" if has_preset else f": Userpilot takes no {call.type} calls"
+        hint = "" if has_preset else f": Userpilot has no {call.type} calls"
         decision.problems.append(f"no mapping matched{hint}")
     for mapping in matching:
         try:

@@ -22,7 +22,7 @@ from audience_sync.userpilot.payloads import COMPANY, Action
 from audience_sync.userpilot.properties import has_nested, property_names, with_gone
 
 FORGOTTEN = "the user was forgotten"
-# The fields that have columns of their own.
+# The fields with their own columns.
 _FIELDS = {"type", "messageId", "userId", "anonymousId", "groupId", "event", "timestamp"}
 _COLUMNS = (
     "message_id", "type", "user_id", "anonymous_id", "group_id", "event", "body", "timestamp", "reason", "left_out",

@@ -1,6 +1,6 @@
 """Validation of a call: Segment's rules, and the limits of JSON and of the databases. Next: mappings.py.
 
-What has one sensible meaning is corrected, and the call says so; what has none is refused.
+An unusual value with one sensible meaning is corrected, and recorded in `corrections`; any other is refused.
 """
 
 import json

@@ -86,7 +86,7 @@ def _submit(context: typer.Context, call: dict[str, Any], *, no_deliver: bool) -
         else:
             output.line(f"Call {receipt.call_id} is accepted for delivery.")
             if receipt.reason:
-                output.line(f"A part of it is not sent: {receipt.reason}.")
+                output.line(f"A part of the call is not sent: {receipt.reason}.")
         if receipt.corrected:
             output.line(f"Corrected: {'; '.join(receipt.corrected)}.")
         if receipt.left_out:
@@ -119,7 +119,7 @@ def import_(
     ],
     deliver: Annotated[bool, typer.Option("--deliver", help="Then deliver what is due.")] = False,
     keep_only: Annotated[
-        bool, typer.Option("--keep-only", help="Store the calls as history, and send none of them.")
+        bool, typer.Option("--keep-only", help="Store the calls as history without sending them.")
     ] = False,
     set_aside: Annotated[
         Path | None,
@@ -156,7 +156,7 @@ def import_(
                 lazy.files.decompressed(source),
                 on_bad,
                 on_progress,
-                beside=True,
+                second_process=True,
                 keep_only=keep_only,
             )
         if summary.old_event_count:
@@ -194,7 +194,7 @@ def _source(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)  # lines hold personal data
+    return os.open(path, flags, 0o600)  # lines contain personal data
 
 
 @contextlib.contextmanager

@@ -122,14 +122,14 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=folder.is_dir() and not any(folder.iterdir()))
     except FileExistsError:
         raise ConfigError(
-            f"{folder} exists and holds something other than an earlier demo: name another folder."
+            f"{folder} exists and contains something other than an earlier demo: name another folder."
         ) from None
     except OSError as error:
         raise ConfigError(f"{folder} cannot be created: {error.strerror}. Name another folder.") from None
 
 
 def _holds_a_demo(folder: Path) -> bool:
-    """Return whether a folder holds the files of an earlier demo and nothing else."""
+    """Return whether a folder contains the files of an earlier demo and nothing else."""
     configuration = folder / "audience_sync.toml"
     if not configuration.is_file() or {path.name for path in folder.iterdir()} - set(FILES):
         return False

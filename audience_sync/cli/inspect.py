@@ -1,4 +1,4 @@
-"""The commands that look inside: status, list, history, show, members, user, deliveries, calls."""
+"""The commands that only read: status, list, history, show, members, user, deliveries, calls."""
 
 import json
 import shlex
@@ -166,7 +166,7 @@ LATE_ADVICE = {
 }
 ADVICE = {
     "held": "A run waits for `approve` or `reject` (`audience-sync status` says why)",
-    "not configured": "Not in the configuration any more; Userpilot keeps the last values until "
+    "not configured": "No longer in the configuration; Userpilot keeps the last values until "
     "`audience-sync retire KEY`",
 }
 

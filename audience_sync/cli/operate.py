@@ -36,11 +36,13 @@ def approve(context: typer.Context, run_id: RunId) -> None:
 def reject(context: typer.Context, run_id: RunId) -> None:
     """Drop the changes of a held run.
 
-    Nothing of the run is sent. The next run computes again, from the last committed members.
+    None of its changes are sent. The next run computes again, from the last committed members.
     """
     with session.open_app(context) as app:
         lazy.decisions.reject(app.engine, run_id, app.clock)
-        output.line(f"Run {run_id} is rejected. Nothing of it is sent, and the next run computes again.")
+        output.line(
+            f"Run {run_id} is rejected. None of its changes are sent, and the next run computes again."
+        )
 
 
 def retire(
@@ -78,7 +80,7 @@ def forget(
     context: typer.Context,
     user_id: Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.")],
     allow_return: Annotated[
-        bool, typer.Option("--allow-return", help="Let an erased user be computed and sent again.")
+        bool, typer.Option("--allow-return", help="Allow an erased user to be computed and sent again.")
     ] = False,
 ) -> None:
     """Erase a user here and at Userpilot.

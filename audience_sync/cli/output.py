@@ -119,7 +119,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seq
     """Print a table that fits the terminal (80 columns without one) and cuts nothing off; nothing if it has no rows.
 
     `numbers` names the columns that are aligned to the right. Long texts are folded. Where that is not enough, the
-    key goes on a line of its own above the rest of its row.
+    key is printed on a separate line above the rest of its row.
     """
     if not rows:
         return
@@ -211,7 +211,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 @contextmanager
 def progress() -> Iterator[Callable[["Report"], None]]:
-    """Show the progress of a delivery on a terminal; yields what takes its reports."""
+    """Show the progress of a delivery on a terminal; yields a function that shows a report."""
     with _bar("delivering", None, "MofNCompleteColumn") as update:
 
         def show(report: "Report") -> None:
@@ -227,7 +227,7 @@ def progress() -> Iterator[Callable[["Report"], None]]:
 
 @contextmanager
 def bytes_read(file: BinaryIO, size: int | None) -> Iterator[Callable[[object], None]]:
-    """Show on a terminal how far a file is read; yields what is called after each piece."""
+    """Show on a terminal how far a file is read; yields a function to call after each piece."""
     with _bar("reading", size, "DownloadColumn", "TimeRemainingColumn") as update:
 
         def show(_: object) -> None:
@@ -239,7 +239,7 @@ def bytes_read(file: BinaryIO, size: int | None) -> Iterator[Callable[[object], 
 
 @contextmanager
 def _bar(name: str, total: int | None, *columns: str) -> Iterator[Callable[..., None] | None]:
-    """Show a progress bar with these columns of rich; yields what updates it, or None without a terminal."""
+    """Show a progress bar with these columns of rich; yields its update function, or None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

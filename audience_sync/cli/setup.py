@@ -166,7 +166,7 @@ def _check_keys(app: "App") -> _Passed:
     keys = sorted(row["key"] for row in definitions if row["state"] == "not configured")
     if keys:
         warning = (
-            f"not in the configuration any more: {', '.join(keys)}. Userpilot keeps their last values until "
+            f"no longer in the configuration: {', '.join(keys)}. Userpilot keeps their last values until "
             "`audience-sync retire KEY`"
         )
         return _Passed(warnings=[warning])

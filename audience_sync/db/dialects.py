@@ -1,6 +1,6 @@
 """The differences between SQLite and PostgreSQL, each in one place: statements, temporary tables, COPY, the clock.
 
-In a statement `{our}` stands before our tables' names and `{temp}` before those of temporary tables.
+In a statement, `{our}` is the prefix of our tables' names and `{temp}` that of temporary tables.
 """
 
 import contextlib
@@ -102,9 +102,9 @@ def newest_of(
 
 
 def indexed_by(connection: sa.Connection, index: str) -> str:
-    """Return what makes SQLite read a table by an index: it has no statistics, and may prefer a longer way.
+    """Return the clause that follows a table's name to make SQLite use an index; empty for PostgreSQL.
 
-    Stands behind the table's name. PostgreSQL has statistics.
+    SQLite has no statistics, and may choose a slower plan.
     """
     return f"INDEXED BY {index}" if is_sqlite(connection) else ""
 
@@ -194,7 +194,7 @@ def copy_rows(
             copy.write(_copy_text(batch))
 
 
-# These separate values, end a row and stand for NULL while the values themselves are escaped.
+# Placeholders for the end of a value, the end of a row and NULL, while the values themselves are escaped.
 _VALUE_END, _ROW_END, _NULL = "\0t", "\0n", "\0z"
 _COPY_ESCAPES = (
     ("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r"),

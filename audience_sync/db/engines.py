@@ -161,11 +161,11 @@ def _work_through_poolers(engine: sa.Engine, settings: Mapping[str, str], *, is_
     def recognize(raw: Any, record: Any) -> None:
         with raw.transaction(), raw.cursor() as cursor:
             pid = cursor.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()[0]
-        record.info[_POOLED] = pid != raw.info.backend_pid  # a pooler makes up the one that it reports
+        record.info[_POOLED] = pid != raw.info.backend_pid  # a pooler reports an invented one
         if record.info[_POOLED] and not is_preparing:
             raw.prepare_threshold = None
 
-    # Those of TCP are for the server's connections, which the pooler made.
+    # TCP settings belong to the connections between pooler and server.
     lasting = {name: value for name, value in settings.items() if not name.startswith("tcp_")}
 
     @sa.event.listens_for(engine, "begin")
@@ -264,7 +264,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
 
 
 def _create_private(database: str | None) -> None:
-    """Create a missing file for its owner only, as it will hold user ids. Opening it later reports any failure."""
+    """Create a missing file for its owner only, as it will contain user ids. Opening it later reports any failure."""
     if database and not database.startswith((":", "file:")):
         with contextlib.suppress(OSError):
             os.close(os.open(database, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -300,7 +300,7 @@ def _limit_lock_waits(connection: sa.Connection, seconds: float | None) -> None:
 
 @contextmanager
 def _connected(engine: sa.Engine, wait_seconds: float | None) -> Iterator[sa.Connection]:
-    """Open a connection; on SQLite neither this nor what follows waits longer for a lock."""
+    """Open a connection; on SQLite neither opening nor using it waits longer for a lock."""
     token = _wait_seconds.set(wait_seconds)
     try:
         opened = engine.connect()
@@ -314,7 +314,7 @@ def _connected(engine: sa.Engine, wait_seconds: float | None) -> Iterator[sa.Con
 
 @contextmanager
 def _waiting_at_most(raw: Any, seconds: float | None) -> Iterator[None]:
-    """Shorten SQLite's busy timeout, which also holds for BEGIN and COMMIT."""
+    """Shorten SQLite's busy timeout, which also applies to BEGIN and COMMIT."""
     if seconds is None:
         yield
         return

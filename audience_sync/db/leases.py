@@ -107,7 +107,7 @@ def renew(connection: sa.Connection, lease: Lease) -> None:
     """Extend the lease from now on, and lock it until this transaction ends.
 
     Raises:
-        LeaseLost: it has another epoch; nothing of this transaction may be committed.
+        LeaseLost: it has another epoch; this transaction must not be committed.
 
     """
     result = connection.execute(

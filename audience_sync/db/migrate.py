@@ -55,7 +55,7 @@ def current(engine: sa.Engine) -> str | None:
         if foreign:
             raise DatabaseError(
                 f"The database has a table {foreign[0]} that audience-sync did not make. Keep your own tables "
-                "in a file or schema of their own, name it under [sources], and give [database] another url."
+                "in a separate file or schema, name it under [sources], and give [database] another url."
             )
         return None
 
@@ -92,7 +92,7 @@ def downgrade(engine: sa.Engine, revision: str) -> None:
 
 
 def script_folder() -> Path:
-    """Return the folder of the migrations: in a wheel inside the package, in a checkout beside it."""
+    """Return the folder of the migrations: in a wheel inside the package, in a checkout next to it."""
     package = Path(audience_sync.__file__).parent
     shipped = package / "_migrations"
     return shipped if shipped.is_dir() else package.parent / "migrations"

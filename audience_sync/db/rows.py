@@ -1,6 +1,6 @@
 """Insert and update many rows of one table, in the fastest way of each database.
 
-SQLite gets several hundred rows in a statement, because it builds the lists in CHECK constraints anew for each
+SQLite gets several hundred rows in a statement, because it rebuilds the lists in CHECK constraints for each
 statement, which costs more than a row. PostgreSQL gets rows in a JSON document, and many of them by COPY. Values are
 text, numbers or None; `moment` and `engines.to_json` turn other values into text.
 """

@@ -43,7 +43,7 @@ class UtcDateTime(sa.TypeDecorator[dt.datetime]):
 # Ids compare byte by byte on both databases, whatever the database's locale.
 UserId = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-Document = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")  # definitions look into these
+Document = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")  # definitions read values in these
 Json = sa.JSON(none_as_null=True)  # stored as it was written
 
 metadata = sa.MetaData(

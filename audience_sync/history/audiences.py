@@ -16,7 +16,7 @@ _UNITED = 100  # queries in a statement; SQLite allows 500
 def definitions(
     connection: sa.Connection, settings: Settings, now: dt.datetime, only: str | None = None
 ) -> list[dict[str, Any]]:
-    """The configured definitions, then the keys that were sent but are not in the configuration any more.
+    """The configured definitions, then the keys that were sent but are no longer in the configuration.
 
     `only`: return only the one with this key.
     """

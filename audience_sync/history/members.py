@@ -18,7 +18,7 @@ def member_rows(
 ) -> Iterator[tuple[str, str | None]]:
     """(user id, JSON text of a trait's value) of each member, now or at a past time, ordered by user id.
 
-    Each page has a transaction of its own, so that a slow reader locks nothing. All pages show the members after the
+    Each page has its own transaction, so that a slow reader locks nothing. All pages show the members after the
     same run, even if another one is committed meanwhile.
     """
     with engines.read(engine) as connection:

@@ -55,7 +55,7 @@ def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -
 def problems(
     connection: sa.Connection, settings: Settings, status: dict[str, Any], now: dt.datetime
 ) -> list[tuple[str, Any]]:
-    """Whatever needs a person, the most urgent first, as pairs of a kind and its facts.
+    """Problems that need a person, the most urgent first, as pairs of a kind and its facts.
 
     `status` is the answer of `attention` or `status` to the same connection.
     """
@@ -89,14 +89,14 @@ def _lanes_in_trouble(
         is_refusing = "refusal_streak" in slow
         if until > now or ((has_failed or is_refusing) and connection.execute(waiting).first()):
             by_itself = status["deliverer"] or status["daemon"]["is_alive"]
-            again = "It is tried again by itself." if by_itself else "`audience-sync deliver` tries again."
+            again = "It is retried automatically." if by_itself else "`audience-sync deliver` tries again."
             check = " Check [destination] endpoint and the network." if has_failed else ""
             facts = {"lane": name, "reason": slow["reason"].rstrip("."), "advice": again + check}
             yield facts | {"until": until if until > now else None}
 
 
 def _slow_downs(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
-    """The slow-downs that count: the next process forgets those that ended long ago, too."""
+    """The slow-downs that still matter: the next process also ignores those that ended long ago."""
     oldest = now - pace.SLOW_DOWN_LASTS
     stored = destination.slow_downs(connection).items()
     return {name: slow for name, slow in stored if dt.datetime.fromisoformat(slow["paused_until"]) > oldest}

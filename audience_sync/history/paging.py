@@ -21,7 +21,7 @@ def older(query: sa.Select[Any], column: sa.Column[int], before: int | None) -> 
 def pages(
     engine: sa.Engine, rows: Callable[..., list[dict[str, Any]]], id_name: str
 ) -> Iterator[dict[str, Any]]:
-    """All rows, newest first. Each page has a transaction of its own, so that a slow reader locks nothing."""
+    """All rows, newest first. Each page has its own transaction, so that a slow reader locks nothing."""
     before = None
     while True:
         with engines.read(engine) as connection:

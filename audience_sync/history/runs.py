@@ -11,7 +11,7 @@ from audience_sync.db import dialects, leases, tables
 from audience_sync.history.paging import older
 from audience_sync.settings import Settings
 
-ON_PURPOSE = {"forgotten", "not_eligible"}  # reasons to set aside rows that could be used
+ON_PURPOSE = {"forgotten", "not_eligible"}  # reasons for leaving out usable rows on purpose
 SAMPLE = 5
 UNSETTLED = ("held", "pending", "sending")
 
@@ -59,14 +59,14 @@ def run_rows(
 
 
 def mark_gone(connection: sa.Connection, runs: Sequence[dict[str, Any]]) -> None:
-    """Give the running ones among these runs whose process is gone the status that they will be recorded with."""
+    """Show running runs whose process is gone with the status that will be recorded for them."""
     gone = gone_runs(connection, {run["run_id"]: run["key"] for run in runs if run["status"] == "running"})
     for run in runs:
         run.update(gone.get(run["run_id"], {}))
 
 
 def gone_runs(connection: sa.Connection, running: Mapping[int, str]) -> dict[int, dict[str, str]]:
-    """The status and error of those running runs whose process is gone, before another process has found it.
+    """The status and error of running runs whose process is gone, before another process records that.
 
     `running`: the key of each by id.
     """
@@ -159,7 +159,7 @@ def failed_runs(
 ) -> list[dict[str, Any]]:
     """The enabled definitions' last runs that failed, and when they are tried again.
 
-    A run whose process is gone counts as abandoned, before another process has found it.
+    A run whose process is gone counts as abandoned, even before another process records that.
     """
     has_failed = tables.runs.c.status.in_(("failed", "abandoned"))
     last = connection.execute(sa.select(_last_decided()).select_from(tables.definitions)).scalars()

@@ -107,7 +107,7 @@ def save(app: App, calls: Sequence[PreparedCall]) -> list[Receipt]:
 def save_within(
     connection: sa.Connection, app: App, calls: Sequence[PreparedCall], *, user_by_user: bool = False
 ) -> list[Receipt]:
-    """Do the same as `save` in the caller's transaction; `user_by_user` as for records.save_calls.
+    """Store calls as `save` does, in the caller's transaction; `user_by_user` as for records.save_calls.
 
     The database's clock decides if this machine's is ahead of it.
     """

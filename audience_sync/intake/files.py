@@ -160,12 +160,12 @@ def import_calls(
     on_bad: Callable[[BadLine], None],
     on_progress: Callable[[Summary], None] = lambda _: None,
     *,
-    beside: bool = False,
+    second_process: bool = False,
     keep_only: bool = False,
 ) -> Summary:
     """Store the call of each line; report a line that is not a valid call to `on_bad`, and skip it.
 
-    `keep_only`: nothing is queued. `beside`: prepare in a second process, which imports the main module again: only for
+    `keep_only`: nothing is queued. `second_process`: prepare in one, which imports the main module again; only for
     a program that allows that.
 
     Raises:
@@ -181,7 +181,7 @@ def import_calls(
     if dialects.is_sqlite(app.engine) and not may_wait:
         lock_seconds, depth = LOCK_SECONDS, READ_AHEAD
     begins_at = 0.0
-    with Preparation(app.settings, beside=beside) as preparation:
+    with Preparation(app.settings, second_process=second_process) as preparation:
         while preparation.read(pieces, 1 if may_wait and not summary.line_count else depth):
             bad: list[BadLine] = []
             piece = preparation.take()
@@ -206,13 +206,13 @@ def import_calls(
 class Preparation:
     """Prepares pieces in order, ahead of the caller.
 
-    `beside`: a second process prepares all pieces but the first; it ends with this one. A thread talks to it, so that
-    it has the next piece while the caller stores one.
+    `second_process`: a child process prepares all pieces but the first, and ends with this one. A thread talks to it, so
+    that it has the next piece while the caller stores one.
     """
 
-    def __init__(self, configured: Settings, *, beside: bool) -> None:
+    def __init__(self, configured: Settings, *, second_process: bool) -> None:
         self._settings = configured
-        self._beside = beside
+        self._uses_second_process = second_process
         self._count = 0
         self._pipe: Connection[Any, Any] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare", initializer=_block_interrupts)
@@ -227,15 +227,19 @@ class Preparation:
             self._pipe.close()  # which ends the process
 
     def read(self, pieces: Iterator[list[Line]], depth: int) -> bool:
-        """Read until so many pieces are in preparation; return False if none is left."""
+        """Read until this many pieces are being prepared; return False if none is left."""
         for piece in itertools.islice(pieces, max(0, depth - len(self._ahead))):
-            prepare = self._prepare_beside if self._beside and self._count else self._prepare_here
+            prepare = (
+                self._prepare_in_second_process
+                if self._uses_second_process and self._count
+                else self._prepare_here
+            )
             self._ahead.append(self._thread.submit(prepare, piece))
             self._count += 1
         return bool(self._ahead)
 
     def take(self, until: float = math.inf) -> Piece | None:
-        """Return the next piece, None if there is none or it is not ready by then (monotonic clock)."""
+        """Return the next piece; None if there is none, or if it is not ready by that time (monotonic clock)."""
         if not self._ahead or (seconds := until - time.monotonic()) <= 0:
             return None
         try:
@@ -248,7 +252,7 @@ class Preparation:
     def _prepare_here(self, lines: list[Line]) -> Piece:
         return prepare_lines(self._settings, lines)
 
-    def _prepare_beside(self, lines: list[Line]) -> Piece:
+    def _prepare_in_second_process(self, lines: list[Line]) -> Piece:
         """Have the second process prepare the piece; if it died, prepare it here."""
         if self._pipe is None:
             self._pipe, other = _SPAWN.Pipe()
@@ -362,7 +366,7 @@ def _is_json(content: bytes) -> bool:
 
 
 def _is_regular(file: BinaryIO) -> bool:
-    """Say whether reading never waits; a pipe may be silent for an hour, and no transaction may be open then."""
+    """Return whether reading never waits; a pipe may be silent for an hour, and no transaction may be open then."""
     try:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     except OSError:

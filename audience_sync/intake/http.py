@@ -45,7 +45,7 @@ MAX_BATCH_CALLS = 2_500
 MAX_MERGED_BYTES = 4 * 1024 * 1024  # of the fields that a batch shares, counted once for each of its calls
 MAX_READ_BYTES = 4 * MAX_BATCH_BYTES  # of an oversized body: many senders send all of it before reading
 MAX_REQUESTS = 500  # at a time; each may hold a batch in memory
-MAX_UNKNOWN_REQUESTS = 100  # at a time, of senders whose key is in the body: anybody may send those
+MAX_UNKNOWN_REQUESTS = 100  # at a time, with the key in the body: anybody may send such requests
 LOGGED_PER_SECOND = 10  # refusals
 MAX_WAITING_CALLS = 20_000  # more wait only if the writer is stuck, and then their senders may be gone
 BODY_SECONDS = 30.0  # to receive a whole body
@@ -206,7 +206,7 @@ class TrackingApi:
 
     def _refused(self, request: Request, refusal: RefusalError) -> Response:
         path: str = request.scope["path"]
-        known = path if path.removeprefix("/v1/") in _KINDS else "other"  # another path may hold anything
+        known = path if path.removeprefix("/v1/") in _KINDS else "other"  # another path may contain anything
         self.refusals.request_refused(refusal.status, known, refusal.message)
         return refusal.response()
 
@@ -252,7 +252,7 @@ class TrackingApi:
         if not isinstance(batch, list):
             raise RefusalError(400, "batch must be a list of calls")
         if len(batch) > MAX_BATCH_CALLS:
-            raise RefusalError(413, f"a batch holds at most {MAX_BATCH_CALLS:,} calls: divide it")
+            raise RefusalError(413, f"a batch has at most {MAX_BATCH_CALLS:,} calls: divide it")
         _check_shared(document, len(batch))
         return JSONResponse({"success": True, "calls": await self._accept(batch, document)})
 
@@ -400,7 +400,7 @@ def _check_shared(document: Mapping[str, Any], count: int) -> None:
         raise RefusalError(400, f"the batch's context and integrations: {error}") from error
     if len(json.dumps(shared)) * count > MAX_MERGED_BYTES:
         raise RefusalError(
-            413, "the batch's context and integrations are too large for so many calls: divide it"
+            413, "the batch's context and integrations are too large for this many calls: divide it"
         )
 
 

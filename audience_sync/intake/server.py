@@ -1,6 +1,6 @@
 """The HTTP server of the tracking API: it limits connections and slow senders, and shuts down gracefully.
 
-Idle connections cost little, so many may be open. When there are too many, the one that is idle for the longest time is
+Idle connections cost little, so the limit on open ones is high. Beyond it, the connection that has been idle longest is
 closed. Next: intake/http.py, which answers the requests, and limits how many are in progress.
 """
 

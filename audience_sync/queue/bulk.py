@@ -3,16 +3,16 @@
 `BulkLane._life` is the life of a job from top to bottom. It is a generator that runs inside the worker's transactions
 and yields what it waits for:
 
-- a moment (monotonic seconds): go on in a transaction, at that moment at the latest;
-- COMMIT: go on as soon as this transaction is committed, outside of any transaction;
-- a request: send it when this transaction is committed, and go on with its answer in a transaction.
+- a moment (monotonic seconds): continue in a transaction, at that moment at the latest;
+- COMMIT: continue as soon as this transaction is committed, outside any transaction;
+- a request: send it when this transaction is committed, and continue with its answer in a transaction.
 
-After a restart or a failed transaction, `resume` starts the generators of unsettled jobs anew, each at the job's status.
+After a restart or a failed transaction, `resume` restarts the generators of unsettled jobs, each at the job's status.
 Whatever a failed transaction would undo is therefore a local variable of the generator, or set after COMMIT. While a
 job runs, the previous one is settled piece by piece, so that the live lane never waits, and shortly before its end the
 next one is gathered. A user is in one place at a time: deliveries in a job are `sending`.
 
-jobs.py has the rows and the requests, job_answers.py says what an answer means, split.py how many users go into a job.
+jobs.py has the rows and the requests, job_answers.py interprets the answers, split.py decides how many users go into a job.
 """
 
 import datetime as dt
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 FIRST_ROWS = 2_000  # limit of a job that starts while none runs, so that it starts soon
 START_SECONDS = 0.1  # limit of gathering while no job runs; then the job starts with the users it has
 AHEAD_SECONDS = 2.0  # the next job is gathered at least this long before the end of a job
-READY_SECONDS = 10.0  # a job that cannot start within this time gives its users back
+READY_SECONDS = 10.0  # a job that cannot start within this time returns its users to the queue
 OCCUPIED_SECONDS = 15.0  # the pause after a job that could not start, until the next is gathered
 BACKLOG_SECONDS = 1.0  # between two checks of the length of the queue
 MOST_USERS = 50_000  # read from the queue at a time
@@ -76,7 +76,7 @@ class BulkSettings:
 class Transaction:
     """A transaction of the worker, in which `live_count` users were claimed for the live lane.
 
-    `fronts`: where the live lane's search is, by class; before that it left nothing for others.
+    `fronts`: the position of the live lane's search, by class; deliveries before it are not for bulk jobs.
     """
 
     connection: sa.Connection
@@ -172,7 +172,7 @@ class BulkLane:
         return self._settled
 
     def committed(self) -> JobRequest | None:
-        """Go on after the commit; return a request that is to be sent now."""
+        """Continue after the commit; return a request to send now."""
         for task in list(self._tasks):
             if task.wait is COMMIT:
                 self._go_on(task)
@@ -380,7 +380,7 @@ class BulkLane:
             return None
 
     def _wait_for_start(self, job: BulkJob) -> Generator[Wait, Answer, None]:
-        """Wait for the end of the previous job; give the users back if that takes too long or the lane pauses."""
+        """Wait for the end of the previous job; return the users to the queue if that is too long or the lane pauses."""
         give_up_at = self.clock.monotonic() + READY_SECONDS
         while self._is_occupied() and not self._transaction.is_ending and self.clock.monotonic() < give_up_at:
             yield give_up_at
@@ -435,7 +435,7 @@ class BulkLane:
         jobs.finish_job(transaction.connection, job.request_id, transaction.now)
 
     def _next_to_settle(self) -> BulkJob | None:
-        """Choose jobs that give users back before completed ones, which can wait until the next job is sent."""
+        """Choose jobs whose users go back to the queue before completed ones, which can wait until the next job is sent."""
         over = min((job for job in self._jobs if job.is_over), key=lambda job: job.is_completed, default=None)
         if over is None or not over.is_completed or self._transaction.is_ending:
             return over

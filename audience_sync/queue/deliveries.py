@@ -27,12 +27,12 @@
 | held, pending, dead | cancelled | discarded                                              | discard                      |
 
 Each transition is guarded by the status that it comes from. `assign_destination`, `assign_calls`, `bring_forward` and
-`begin_graces_anew` change no status.
+`restart_graces` change no status.
 
-No release lets a value go back: what is held of a definition is released at its next commit at the latest, and of the
-pending values of a user the newest is sent.
-Every function runs in its caller's transaction. The path goes on in worker.py, which claims, sends and settles; due.py
-says which deliveries it may claim, and outcomes.py what an answer means.
+No release makes a value older: a definition's held deliveries are released at its next commit at the latest, and of a
+user's pending values the newest is sent.
+Every function runs in its caller's transaction. Next: worker.py claims, sends and settles deliveries. due.py decides
+which deliveries it may claim, and outcomes.py decides what an answer means.
 """
 
 import datetime as dt
@@ -116,7 +116,7 @@ def bring_forward(connection: sa.Connection, now: dt.datetime, latest: dt.dateti
 
 @dataclass(frozen=True, slots=True)
 class RunOrigin:
-    """The values that all deliveries of a run have in common. `fingerprint` stands for the destination."""
+    """The values that all deliveries of a run have in common. `fingerprint` identifies the destination."""
 
     run_id: int
     definition_id: int
@@ -260,7 +260,7 @@ def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
             "grace": settlement.grace_until,
             "isolated": settlement.isolated,
             "no_attempt": 0 if settlement.was_attempt else 1,
-            "anew": settlement.restarts_patience,
+            "restarts_patience": settlement.restarts_patience,
         }
         for request in ended
         for settlement in request.settlements
@@ -287,7 +287,7 @@ _SETTLE = (
         alone=sa.bindparam("isolated"),
         attempt_count=deliveries.c.attempt_count - _NO_ATTEMPT,
         first_attempt_at=sa.case(
-            (sa.bindparam("anew", type_=sa.Boolean), sa.null()),
+            (sa.bindparam("restarts_patience", type_=sa.Boolean), sa.null()),
             (deliveries.c.attempt_count > _NO_ATTEMPT, deliveries.c.first_attempt_at),
         ),
     )
@@ -334,12 +334,12 @@ def recover(
     return Recovered(connection.execute(pending).rowcount, dead_count)
 
 
-def begin_graces_anew(
+def restart_graces(
     connection: sa.Connection, request_ids: Collection[int], now: dt.datetime, grace: dt.timedelta
 ) -> None:
-    """Wait out the grace after these requests by our own clock: it was recorded by the clock of another process."""
+    """Restart the grace after these requests by our own clock: it was recorded by the clock of another process."""
     for chunk in chunks(request_ids):
-        # Without their status, for which SQLite would read all that is pending. What is settled has no grace.
+        # Without a condition on the status, for which SQLite would read all pending rows. Settled ones have no grace.
         of_requests = deliveries.update().where(deliveries.c.request_id.in_(chunk))
         connection.execute(
             of_requests.where(deliveries.c.quiet_until.is_not(None)).values(quiet_until=now + grace)
@@ -450,7 +450,7 @@ def replace_held(
         f"(SELECT 1 FROM {new} WHERE n.user_id = d.subject_id AND n.body = CAST(d.body AS text))",
         held_run_id=held_run_id,
     )
-    # + 0, because SQLite would look through all users of the run for each user.
+    # + 0, because SQLite would search all users of the run for each user.
     of_run = "d.run_id + 0 = :held_run_id" if is_sqlite(connection) else "d.run_id = :held_run_id"
     missing = (
         f"NOT EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE {of_run} AND d.status = 'held' "
@@ -500,7 +500,7 @@ def _move(
 _SETTLED = "settled_at = :now, error = :error"
 _HELD = "error = :error"
 _DUE_NOW = "next_attempt_at = :now, error = NULL"
-_DUE_ANEW = (
+_DUE_AGAIN = (
     "settled_at = NULL, next_attempt_at = :now, first_attempt_at = NULL, quiet_until = NULL, alone = false"
 )
 
@@ -554,7 +554,7 @@ def revive(
     """Give a new attempt to dead deliveries of a definition; `ids` is a query with these parameters."""
     where = f"definition_id = :definition_id AND delivery_id IN ({ids})"
     parameters |= {"definition_id": definition_id, "now": now}
-    _move(connection, "status = 'dead'", "pending", f"{_DUE_ANEW}, error = NULL", where, **parameters)
+    _move(connection, "status = 'dead'", "pending", f"{_DUE_AGAIN}, error = NULL", where, **parameters)
 
 
 def cancel_foreign(connection: sa.Connection, origin: RunOrigin, now: dt.datetime) -> None:
@@ -652,7 +652,7 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
         retried = [delivery_id for delivery_id in chunk if delivery_id not in reasons]
         if retried:
             where, values = "delivery_id IN :ids", {"ids": retried, "now": now}
-            count += _move(connection, "status = 'dead'", "pending", _DUE_ANEW, where, **values)
+            count += _move(connection, "status = 'dead'", "pending", _DUE_AGAIN, where, **values)
     return Retried(count, refusals)
 
 

@@ -31,7 +31,7 @@ def other_destination(key: str = "KEY") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """An endpoint and its API key. The fingerprint, a hash, stands for both; it is None while there is no key."""
+    """An endpoint and its API key. The fingerprint is a hash of both, or None while there is no key."""
 
     fingerprint: str | None = None
 

@@ -402,7 +402,7 @@ def _newest_values(
 def _newer_in(statuses: Collection[Status]) -> str:
     names = ", ".join(f"'{Status(status).value}'" for status in statuses)
     status = f"= {names}" if len(statuses) == 1 else f"IN ({names})"  # = is what the partial index matches
-    # The values of a rejected run never held.
+    # The values of a rejected run were never true.
     rejected = (
         "b.status = 'cancelled' AND b.run_id IN (SELECT run_id FROM {our}runs WHERE status = 'rejected')"
     )
@@ -494,7 +494,7 @@ _FIRST_WAITING = sa.union_all(
 
 
 def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | None = None) -> bool:
-    """Return whether anything may be claimed, or is left `sending` by a process that is gone.
+    """Return whether anything may be claimed, or was left `sending` by a process that is gone.
 
     `since`: whether anything has become due after this moment.
     """
@@ -510,7 +510,7 @@ def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | Non
 
 
 def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
-    """Return some deliveries of calls whose first attempt is to come: a clock was ahead when they were queued.
+    """Return some deliveries of calls whose first attempt is in the future: a clock was ahead when they were queued.
 
     A first attempt is due at once. Looks at the AHEAD_COUNT that are due last.
     """

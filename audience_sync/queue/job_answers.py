@@ -1,4 +1,4 @@
-"""Read the answers about bulk jobs, as outcomes.py does those of the live lanes; nothing here uses the database.
+"""Interpret the answers about bulk jobs, as outcomes.py does for the live lanes, without the database.
 
 | event | the job's users |
 | --- | --- |
@@ -11,8 +11,8 @@
 | an unknown state, no end, or a job that is unknown | wait until it has made no progress for long; then they go live |
 
 A job that is given up early, and still runs, would replace newer values by its own. So its users wait until it must be
-over: for half an hour, or four times as long as its rows take. A poll that is answered by 404 is followed by a look into
-the list of jobs. Jobs of other clients hold up ours until the list shows none running, but no longer than half an hour;
+over: for half an hour, or four times as long as its rows take. After a poll that is answered by 404, the list of jobs
+is read. Jobs of other clients hold up ours until the list shows none running, but no longer than half an hour;
 then the answer to an upload decides, because a job in an unknown state may be over.
 """
 

@@ -226,7 +226,7 @@ def unsettled_jobs(connection: sa.Connection) -> list[sa.Row[Any]]:
 
 
 def measured_rows_per_second(connection: sa.Connection, min_rows: int) -> float | None:
-    """Return the speed of the newest completed job with at least so many rows."""
+    """Return the speed of the newest completed job with at least this many rows."""
     row = connection.execute(
         sa.select(tables.bulk_jobs)
         .where(tables.bulk_jobs.c.status == "completed", tables.bulk_jobs.c.row_count >= min_rows)

@@ -54,7 +54,7 @@ class Settlement:
 
     `isolated` deliveries are sent one by one. `grace_until` delays the subject's next request after an unknown
     outcome. `was_attempt` is false after a 429 or a refused key. `restarts_patience`: the answer proves nothing, so
-    the time until the delivery is given up starts anew.
+    the time until the delivery is given up starts again.
     """
 
     delivery_id: int
@@ -71,9 +71,9 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
     """Return those of a subject's pending deliveries that go into its next request, oldest value first.
 
     After a merged request was refused or failed repeatedly, its deliveries are isolated: sent one by one, so that only
-    the guilty one waits or dies. The newest is sent first, and older ones wait for it if they share a trait: an attempt
-    before may have been applied, and a value at Userpilot must not be replaced by an older one. What the newest
-    supersedes needs no request.
+    the refused one waits or becomes dead. The newest is sent first, and older ones wait for it if they share a trait: an
+    earlier attempt may have been applied, and a value at Userpilot must not be replaced by an older one. Values that the
+    newest supersedes need no request.
     """
     blocked = blocked_until(pending, now)
     free = [

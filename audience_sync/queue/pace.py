@@ -68,7 +68,7 @@ class Lane:
 
     @property
     def is_refusing(self) -> bool:
-        """Return whether so many requests in a row were refused that the reason may not lie in their deliveries."""
+        """Return whether the refusals in a row are too many to be caused by the deliveries alone."""
         return self.refusal_streak >= REFUSALS_BEFORE_PAUSE
 
     @property
@@ -78,7 +78,7 @@ class Lane:
 
     @property
     def trial(self) -> dict[str, int]:
-        """State to store for the next process, in case this one ends before a request succeeds."""
+        """The state to store for the next process, in case this one ends before a request succeeds."""
         if self.is_refusing:
             return {"refusal_streak": self.refusal_streak}
         return {"pause_level": self.pause_level} if self.pause_level else {}
@@ -98,7 +98,7 @@ class Lane:
         return max(0, free)
 
     def startable(self, now: float, *, push: bool = False) -> int:
-        """Return how many requests may start now, beside those in flight.
+        """Return how many requests may start now, in addition to those in flight.
 
         For pushes the number is small, so that a call that arrives a moment later does not wait behind a second of pushes.
         """
@@ -136,7 +136,7 @@ class Lane:
         self.ended.append(now)
 
     def succeeded(self) -> bool:
-        """Go on at the pace of before, step by step after a 429; return True if the lane was slowed down."""
+        """Return to the normal pace, step by step after a 429; return True if the lane was slowed down."""
         was_trying = self._is_trying
         self.refusal_streak = 0
         self._answered()
@@ -248,7 +248,7 @@ class BulkPace:
         return now - self.foreign_job_since >= LONGEST_FOREIGN_JOB_SECONDS
 
     def accepted(self) -> None:
-        """Allow larger jobs again once two uploads in a row were accepted: neither half holds the refused row."""
+        """Allow larger jobs again once two uploads in a row were accepted: neither half contains the refused row."""
         self._refusal_count, self.reason = 0, ""
         self._consecutive_accepts += 1
         if self._consecutive_accepts >= 2:

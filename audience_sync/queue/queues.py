@@ -1,4 +1,4 @@
-"""The queues of a worker, one for each lane and class: claim what may start now, and tell when more may.
+"""The queues of a worker, one for each lane and class: claim what may start now, and compute when more may start.
 
 Each queue is searched by a walk (walk.py). Once a search has found less than the lane has room for, the next one begins
 after `poll_seconds`, or as soon as an answer may have changed what is due.
@@ -129,7 +129,7 @@ class Queues:
         return max(until_poll, until_room, SHORTEST_WAIT_SECONDS)
 
     def busy_seconds(self) -> float:
-        """Return the seconds until a request may start beside those in flight."""
+        """Return the seconds until a request may start while others are in flight."""
         return min(self._queue_seconds(*queue) for queue in QUEUES)
 
     def idle_seconds(self, connection: sa.Connection) -> float:

@@ -1,4 +1,4 @@
-"""Rows of HTTP requests: each is recorded before it is sent, and completed after. After a restart they hold the pace.
+"""Rows of HTTP requests: each is recorded before it is sent, and completed after. A new process derives the pace from them.
 
 When a request of a live lane started and ended is recorded by the database's clock, so that processes on machines whose
 clocks differ keep one pace. The uploads of bulk jobs are requests, too (jobs.py). Every function runs in its caller's
@@ -52,7 +52,7 @@ class RequestEnd:
 def record_requests(
     connection: sa.Connection, lane: str, epoch: int, delivery_counts: Sequence[int], now: dt.datetime
 ) -> Sequence[int]:
-    """Record that requests with so many deliveries start; return their ids in this order."""
+    """Record that requests with these numbers of deliveries start; return their ids in this order."""
     rows = [
         {"lane": lane, "epoch": epoch, "started_at": now, "delivery_count": count}
         for count in delivery_counts
@@ -81,7 +81,7 @@ _END = tables.requests.update().where(tables.requests.c.request_id == sa.bindpar
 
 
 def end_lost_requests(connection: sa.Connection, ids: sa.Select[int], now: dt.datetime, error: str) -> None:
-    """End those of the requests that have no end: no process waits for their answers any more."""
+    """Record the end of requests whose answers no process waits for."""
     connection.execute(
         tables.requests.update()
         .where(tables.requests.c.ended_at.is_(None), tables.requests.c.request_id.in_(ids))

@@ -36,7 +36,7 @@ def job_rows(waiting: int, burst: int, pace: Pace, start_seconds: float = 0.0) -
 
 
 def live_share(rows: int, burst: int, pace: Pace, start_seconds: float = 0.0) -> int:
-    """Return how many users the live lane sends until a job of so many rows has ended."""
+    """Return how many users the live lane sends until a job with this many rows has ended."""
     return max(burst, int((start_seconds + rows / pace.rows_per_second) * pace.live_per_second))
 
 
@@ -51,7 +51,7 @@ class Forecast:
 
 
 def forecast(pushes: int, changes: int, pace: Pace) -> Forecast:
-    """Estimate how idle lanes send so many users; changes burst into the empty window."""
+    """Estimate how idle lanes send this many users; changes use the empty window at once."""
     waiting, burst = pushes + changes, min(changes, pace.live_limit)
     requests = rows_sent = jobs = 0
     seconds = 0.0

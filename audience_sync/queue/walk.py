@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from audience_sync.queue import due
 from audience_sync.queue.due import START, DueSubject, Position
 
-SHARE = 20  # a passed subject gets one of so many turns of the lane while others wait
+SHARE = 20  # while others wait, a passed subject gets one in this many turns of the lane
 MOST_PASSED = 10_000  # subjects that are noted; further ones are found by the next pass
 PASS_ROWS = 1_000  # that a pass may read in each time between two searches: a few percent of it
 DENSE = 10  # rows of a subject in a step
@@ -43,7 +43,7 @@ class Walk:
     _answer_count: int = -1  # when the current pass began
     _began_at: float = -math.inf  # when the current or last pass did
     _pass_rows: int = 0  # read since
-    _others_count: int = 0  # subjects that had their turn since a passed one had
+    _others_count: int = 0  # subjects that got a turn since the last passed one
     _rows_left: dict[bool, int] = field(default_factory=dict)  # of this search; True: in the current pass
     _step_rows: int = due.FIRST_STEP_ROWS
     _seen: set[str] = field(default_factory=set)  # in this search
@@ -138,9 +138,9 @@ class Walk:
             self.front, self.tail = (self.front if is_pass else end), end
 
     def _add_passed(self, subjects: list[DueSubject], count: int, in_flight: Collection[str]) -> None:
-        """Give passed subjects that are not in flight their turn, those first that have waited longest."""
+        """Add passed subjects that are not in flight, those that have waited longest first."""
         free = (subject for subject in self.passed if subject not in in_flight and subject not in self._seen)
-        for subject_id in [subject for subject, _ in zip(free, range(count))]:  # noqa: B905  (at most so many)
+        for subject_id in [subject for subject, _ in zip(free, range(count))]:  # noqa: B905  (`count` at most)
             del self.passed[subject_id]
             self._seen.add(subject_id)
             self._others_count = 0

@@ -1,8 +1,8 @@
 """Work the queue: one process at a time claims, one thread decides, a few threads send.
 
-The path goes on here once a run or a call has committed its deliveries (deliveries.py). Each cycle of `Worker._work` is
-one transaction: renew the lease, settle answered requests, claim deliveries (queues.py and due.py say which, pace.py how
-many). Requests are recorded (requests.py) before they are sent, so that after a crash the next process knows what may have
+Runs and calls commit the deliveries (deliveries.py) that are sent here. Each cycle of `Worker._work` is one transaction:
+renew the lease, settle answered requests, claim deliveries (queues.py and due.py decide which, pace.py how many).
+Requests are recorded (requests.py) before they are sent, so that after a crash the next process knows what may have
 reached Userpilot. The threads of senders.py send them (sending.py), and outcomes.py decides what the answers mean. Long
 backlogs of users are also sent by bulk jobs (bulk.py), in the same transactions.
 """
@@ -36,7 +36,7 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 32  # requests of a lane; few lanes need so many
+MAX_IN_FLIGHT = 32  # requests of a lane; few lanes need as many
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 QUEUE_POLL_SECONDS = 0.2  # how soon new deliveries in the queue are noticed
@@ -166,7 +166,7 @@ class Worker:
         for end in ends:
             self._lanes[end.lane].ended.append(self._database_clock.monotonic_of(end.ended_at))
         in_grace = [end.request_id for end in ends if end.ended_at > moment - grace]
-        deliveries.begin_graces_anew(connection, in_grace, now, grace)
+        deliveries.restart_graces(connection, in_grace, now, grace)
         slow_downs = destination.slow_downs(connection)
         for name, lane in self._paces():
             if name in slow_downs:
@@ -311,7 +311,7 @@ class Worker:
         return _Cycle(claimed, settled_by_jobs, send_by, idle_seconds, is_over)
 
     def _committed(self, cycle: _Cycle) -> JobRequest | None:
-        """Update the worker's state after a commit; return the request about a bulk job that is to be sent."""
+        """Update the worker's state after a commit; return the request about a bulk job to send next."""
         for claimed in cycle.claims:
             self._in_flight[claimed.request_id] = claimed
             self._lanes[claimed.action].start(push=claimed.delivery_class == "push")
@@ -322,7 +322,7 @@ class Worker:
         return job_request
 
     def _wait_seconds(self) -> float:
-        """Return the seconds until a request may start beside those in flight."""
+        """Return the seconds until a request may start while others are in flight."""
         return math.inf if self._is_ending() else self._queues.busy_seconds()
 
     # Answers.

@@ -1,6 +1,6 @@
 """A local Userpilot with the documented endpoints, limits and bulk jobs.
 
-It shares no code with the rest of this project, so that one misreading of the API cannot hide in both.
+It shares no code with the rest of this project, so that one misunderstanding of the API cannot affect both.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""The sandbox's HTTP server, with endpoints of its own that show the state:
+"""The sandbox's HTTP server, with additional endpoints that show the state:
 
 | endpoint | answers |
 | --- | --- |

@@ -41,7 +41,7 @@ def build_table(
         if mapping.parent not in names:
             section.fail(f"parent: there is no such [tables.NAME]: {did_you_mean(mapping.parent, names)}")
         if mapping.parent_id is None:
-            section.fail("missing: parent_id, the column that holds the parent's id")
+            section.fail("missing: parent_id, the column with the parent's id")
     if mapping.event is not None and mapping.timestamp is None:
         section.fail("event: it needs timestamp, the column of the moment of each event")
     if mapping.profile and mapping.user_id is None:
@@ -97,7 +97,7 @@ def configure_queries(
 
 
 def unnamed_definition(settings: "Settings", text: str, source: str | None, kind: Kind) -> Definition:
-    """Return a definition of a query that stands in no file.
+    """Return a definition of a query that is not in the configuration.
 
     Raises ConfigError if it cannot be read, or names what is not there.
     """
@@ -146,7 +146,7 @@ def likely_source(settings: "Settings", text: str, kind: Kind) -> str | None:
 
 
 def events_elsewhere(definition: Definition, advice: str) -> list[str]:
-    """Return a sentence about each event of a query that calls bring here, and a table on a source has as well.
+    """Return a sentence about each event of a query that is read from calls, and that a table on a source has as well.
 
     `advice` ends it, and names the source as {source}.
     """

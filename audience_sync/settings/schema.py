@@ -94,7 +94,7 @@ WriteKeys = Annotated[
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    def __repr__(self) -> str:  # fields hold secrets, and a repr may be logged or printed in a traceback
+    def __repr__(self) -> str:  # fields contain secrets, and a repr may be logged or printed in a traceback
         return f"{type(self).__name__}(…)"
 
     def __rich_repr__(self) -> Iterator[Any]:  # type: ignore[override]

@@ -15,7 +15,7 @@ from audience_sync.settings.schema import Secret, Table
 from audience_sync.suggest import did_you_mean, shown
 
 MAX_BYTES = 1_000_000
-FILE_DATABASES = ("sqlite", "duckdb")  # whose URLs hold a path in place of a host
+FILE_DATABASES = ("sqlite", "duckdb")  # whose URLs have a path instead of a host
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 _T = TypeVar("_T", bound=Table)
@@ -82,7 +82,7 @@ class Section:
         if not isinstance(value, str):
             return value
         if "\0" in value:
-            self.fail(f"{name}: holds a NUL character: remove it")
+            self.fail(f"{name}: contains a NUL character: remove it")
         if not name.endswith("sql") and "${" in _VARIABLE.sub(" ", value):
             self.fail(f"{name}: write an environment variable as ${{NAME}}: letters, digits and underscores")
         expanded, end = "", 0

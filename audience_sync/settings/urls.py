@@ -1,4 +1,4 @@
-"""Database URLs and the endpoint: they are checked and brought into the one form that the program uses."""
+"""Database URLs and the endpoint: they are checked and normalised to the form that the program uses."""
 
 import ipaddress
 import re
@@ -76,7 +76,7 @@ def _absolute_file(section: Section, scheme: str, rest: str, folder: Path) -> st
 
 
 def _check_options(section: Section, known: Collection[str], query: str) -> None:
-    """Refuse an option that would not take effect, or that the driver would refuse without saying where it stands."""
+    """Refuse an option that would not take effect, or that the driver would refuse without naming its place."""
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in known:
             section.fail(f"url: unknown option {shown(name)}: {did_you_mean(name, known, 'remove it')}")
@@ -97,7 +97,7 @@ def _check_network(section: Section, rest: str) -> None:
             "%2F %3F %23, or take the password from its own variable: USER:${DB_PASSWORD}@HOST"
         )
     if "%3a" in host.lower() and not host.startswith("["):
-        section.fail("url: a variable holds both host and port: use two, ${HOST}:${PORT}")
+        section.fail("url: a variable contains both host and port: use two, ${HOST}:${PORT}")
     if re.search(r"(^|[?&])(password|pwd|passwd)=", f"{host}{after}".partition("?")[2], re.IGNORECASE):
         section.fail("url: write the password as USER:PASSWORD@HOST, not among the options")
 
@@ -127,7 +127,7 @@ def normalize_endpoint(section: Section, endpoint: str, *, custom: bool) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    """Recognise plain forms only: 127.1 and 2130706433 also mean loopback, but hide it from the reader."""
+    """Recognise plain forms only: 127.1 and 2130706433 also mean loopback, but a reader does not see that."""
     try:
         return host in {"localhost", "::1"} or ipaddress.IPv4Address(host).is_loopback
     except ValueError:

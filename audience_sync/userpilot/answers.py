@@ -4,7 +4,7 @@ Only Userpilot's own answer says anything about a delivery, and a gateway, proxy
 An answer is not Userpilot's own if one of these is true:
 
 - its body is a page: it is declared as HTML or XML, starts with `<`, or is text with an HTML tag
-  (a 2xx with an empty body is none, whatever its type);
+  (the empty body of a 2xx is not a page, whatever its type);
 - its status is 3xx, 407 or 511, which proxies send;
 - it is a refusal (4xx) in plain text, without the `x-request-id` that Userpilot's answers carry.
 

@@ -73,7 +73,7 @@ class Client:
             transport=Transport(context, connect_seconds=connect_seconds, only_public=only_public),
             follow_redirects=False,
             trust_env=False,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # accept none, send none
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none are accepted or sent
         )
         self._lock = threading.Lock()
         self._active_count = 0
@@ -189,7 +189,7 @@ def _base(endpoint: str) -> str:
     if url.scheme not in {"http", "https"} or not url.host:
         raise ConfigError("the endpoint must be a URL that starts with https://")
     if url.userinfo or url.query or url.fragment:
-        raise ConfigError("the endpoint must hold no user name, password, query or fragment")
+        raise ConfigError("the endpoint must not contain a user name, password, query or fragment")
     return endpoint.rstrip("/") + "/"
 
 

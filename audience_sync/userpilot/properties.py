@@ -53,7 +53,7 @@ def has_nested(traits: Mapping[str, Any]) -> bool:
 
 
 def with_gone(value: Any, names: Iterable[str]) -> Any:
-    """Return a trait's value in a form that also holds the properties which the trait no longer has."""
+    """Return a trait's value in a form that includes the properties which the trait no longer has."""
     gone = sorted(names)
     return {_VALUE: value, _GONE: gone} if gone or _is_marked(value) else value
 

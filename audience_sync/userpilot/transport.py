@@ -39,7 +39,7 @@ class Exchange:
         return seconds
 
     def seconds_to_read(self) -> float:
-        """Do the same, but return 0 once after the deadline: an answer may have arrived during a long write."""
+        """Return `seconds_left`, but 0 once after the deadline: an answer may have arrived during a long write."""
         if self.is_over and not self._has_read_late:
             self._has_read_late = True
             return 0.0

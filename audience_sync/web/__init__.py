@@ -1,5 +1,5 @@
-"""The dashboard: pages that show in a browser what the command line knows.
+"""The dashboard: pages that show in a browser what the command line prints.
 
-Pages ask `history` and hold no state of their own; `site` has the routes and puts them together, `access` decides who
-may see and do what, and `render` makes the HTML. Templates and static files are beside the code.
+Pages read through `history` and keep no state. `site` has the routes and puts the pages together, `access` decides who
+may see and do what, and `render` makes the HTML. Templates and static files are next to the code.
 """

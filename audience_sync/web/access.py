@@ -1,4 +1,4 @@
-"""Access to the dashboard: who asks, from where, and what that person may do.
+"""Access to the dashboard: who sends a request, from where, and what that person may do.
 
 Without configured users, only browsers on this machine may read it, and nobody may act: the request must name this
 machine as its host, and must not come through a proxy. With users, everything but the sign-in needs a session.
@@ -23,7 +23,7 @@ _READING = {"GET", "HEAD"}
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """The person who asks: signed in with a role, not signed in, or, without configured users, on this machine."""
+    """The person who sends a request: signed in with a role, not signed in, or, without configured users, local."""
 
     name: str | None = None
     role: str = "read"
@@ -94,7 +94,7 @@ def own_origin(request: Request) -> str | None:
 
 
 def local_path(text: str | None) -> str:
-    """Return where to go after a form: the text if it is a path of ours, with or without a query; else the overview."""
+    """Return where to go after a form: the text if it is one of our paths, with or without a query; else the overview."""
     if text is None or not text.isprintable() or "\\" in text or len(text) > 2_000:
         return "/"
     return text if text.startswith("/") and not text.startswith("//") else "/"

@@ -103,7 +103,7 @@ def _has_daemon(app: App) -> bool:
 def _reject(app: App, form: Form) -> str:
     run_id = row_id("The run id", form["run_id"])
     decisions.reject(app.engine, run_id, app.clock)
-    return f"Run {run_id} is rejected. Nothing of it is sent, and the next run computes again."
+    return f"Run {run_id} is rejected. None of its changes are sent, and the next run computes again."
 
 
 def _deliveries(form: Form) -> str:

@@ -98,7 +98,7 @@ def members(view: View) -> Response:
 
 
 def members_csv(view: View) -> Response:
-    """All members, now or at a past time. The pieces are read in transactions of their own, while they are sent."""
+    """All members, now or at a past time. Each piece is read in its own transaction while the answer is sent."""
     row, _, definition_id = _requested(view)
     at = view.moment("at")
     rows: Iterator[tuple[str, str | None]] = iter(())

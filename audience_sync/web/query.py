@@ -16,7 +16,7 @@ from audience_sync.errors import AudienceSyncError, Interrupted
 from audience_sync.settings.queries import events_elsewhere
 from audience_sync.web.view import View
 
-OWN = "(own)"  # the source that stands for the database of audience-sync
+OWN = "(own)"  # the choice of the database of audience-sync
 NAMES = ("event_names", "trait_names", "examples")
 MAX_PREVIEWS = 2  # at a time, because each runs a statement on the company's database
 PREVIEW_SECONDS = 30.0  # for each statement of a preview

@@ -15,7 +15,7 @@ from audience_sync import __version__
 from audience_sync.clock import duration
 from audience_sync.web.highlight import highlight
 
-# (CSS class, shape) of each state. The shape helps people who cannot tell the colours apart.
+# (CSS class, shape) of each state. The shape helps people who cannot distinguish the colours.
 STATES = {
     "enabled": ("good", "●"), "succeeded": ("good", "✓"), "accepted": ("good", "✓"),
     "done": ("good", "✓"), "refused": ("warn", "▲"),
@@ -121,7 +121,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
 
 
 def short(text: Any, length: int) -> str:
-    """A text of at most so many characters, on one line."""
+    """A text on one line, shortened to a number of characters."""
     line = " ".join(str(text)[: length + 1].split())
     return line if len(line) <= length else line[: length - 1] + "…"
 

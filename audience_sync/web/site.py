@@ -46,7 +46,7 @@ from audience_sync.web.view import FormError, NotFound, Page, Refusal, View, her
 log = logging.getLogger(__name__)
 
 MAX_PAGES = 4  # that are made at a time, so that the API for calls stays fast
-MAX_ACTIONS = 2  # at a time; one may take minutes, and the pages go on meanwhile
+MAX_ACTIONS = 2  # at a time; one may take minutes, without blocking the pages
 MAX_SIGN_INS = 2  # at a time; each takes 32 MB
 MAX_WAITING = 20  # forms, or sign-ins, that wait for others
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -150,7 +150,7 @@ class Site:
         return await anyio.to_thread.run_sync(work, limiter=self.pages)
 
     def _page(self, page: Page, request: Request) -> Response:
-        """Make a page in a read transaction of its own, which locks nothing before the page asks something."""
+        """Make a page in its own read transaction, which locks nothing before the page reads something."""
         viewer, is_use = signin.viewer(self.app, self.access, request)
         request.state.viewer = viewer
         if not viewer.may_read and page is not signin.sign_in_page:
@@ -221,7 +221,7 @@ class Site:
             status, title, message = 500, "An unexpected error", f"{logged}. Please report it."
         if logged:
             logs.event(log, logging.ERROR, "page failed", path=request.url.path[:200], error=logged)
-            if not _viewer(request).may_read:  # strangers need not know where the database is
+            if not _viewer(request).may_read:  # only readers may learn where the database is
                 message = "The log of audience-sync serve says why. Try again later."
         return self.error(request, status, title, message)
 
@@ -290,5 +290,5 @@ async def _read_form(request: Request) -> signin.Form:
     except ValueError as error:
         raise FormError(400, "It is not valid, or has too many fields.") from error
     if any("\0" in text for field in fields for text in field):
-        raise FormError(400, "It holds a NUL character.")
+        raise FormError(400, "It contains a NUL character.")
     return signin.Form([*fields, *request.path_params.items()])

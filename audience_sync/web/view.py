@@ -37,7 +37,7 @@ class NotFound(Refusal):
 
 
 class Forbidden(Refusal):
-    """The person who asks may not do this."""
+    """The person who sent the request may not do this."""
 
     status, title = 403, "Not allowed"
 
@@ -88,7 +88,7 @@ class View:
     def number(self, name: str) -> int | None:
         """A parameter of the address that is an id.
 
-        Raises BadRequest if it is not a whole number that the database can hold.
+        Raises BadRequest if it is not a whole number that the database can store.
         """
         text = self.text(name)
         return None if text is None else row_id(name, text)
@@ -155,7 +155,7 @@ def here(request: Request) -> str:
 def row_id(name: str, text: str) -> int:
     """Return the id in a text.
 
-    Raises BadRequest if the text is not a whole number that the database can hold.
+    Raises BadRequest if the text is not a whole number that the database can store.
     """
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
         raise BadRequest(f"{name} must be a whole number, not {text[:40]!r}")

@@ -169,7 +169,7 @@ def locked(engine):
 
 
 def impatient(command, url, backend):
-    """Let the command wait for a lock for a second only."""
+    """Make the command wait only a second for a lock."""
     sign = "&" if "?" in url else "?"
     waits = "timeout=1" if backend == "sqlite" else "options=-c%20lock_timeout%3D1s"
     command.path.write_text(command.path.read_text().replace(url, f"{url}{sign}{waits}"))

@@ -163,7 +163,7 @@ class People:
         self._note()
 
     def move(self):
-        """Let some users enter and some leave; `moved` only grows."""
+        """Make some users enter and some leave; `moved` only grows."""
         users = self._chance.sample(self.users, self._moves)
         for user in users:
             row = self._rows[user]

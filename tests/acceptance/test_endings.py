@@ -16,7 +16,7 @@ PEOPLE = "SELECT user_id FROM people"
 REAL = {
     "preexec_fn": lambda: None,
     "environ": {"PYTHONUNBUFFERED": ""},
-}  # an interpreter of its own
+}  # a new interpreter
 SLOW = {"path": "/v1/identify", "delay_seconds": 25}  # longer than any test waits
 
 pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

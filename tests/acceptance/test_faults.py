@@ -118,7 +118,7 @@ def test_both_sides_of_a_connection_watch_it(here):
 
 
 @POSTGRESQL
-def test_a_delivery_goes_on_after_a_silence(through, sandbox):
+def test_a_delivery_continues_after_a_silence(through, sandbox):
     sandbox.faults.add({"path": "/v1/identify", "delay_seconds": 0.3})
     command = through({"In": EVERYONE})
     process = command.popen("sync")

@@ -1,4 +1,4 @@
-"""A definition that cannot be computed fails alone, with a message: the others and the delivery have their turn."""
+"""A definition that cannot be computed fails alone, with a message: the others run, and delivery continues."""
 
 import json
 

@@ -180,7 +180,7 @@ def test_the_guard_on_real_orders(orders, shop, high_value, sandbox):
 
     shop("INSERT INTO orders SELECT number, 'copy of ' || user_id, ordered_on, total_gbp FROM orders")
     doubled = day[6] | {f"copy of {user}" for user in day[6]}
-    more = "311 users would enter beside 309 members, and max_enter_ratio is 1"
+    more = "311 users would enter an audience of 309 members, and max_enter_ratio is 1"
     run_id = held_by_guard(command, sandbox, 6, day[3], doubled, more)
     seen = len(sandbox.state.requests)
     assert command("approve", run_id)[0] == 0
@@ -338,7 +338,7 @@ def test_a_retired_key_is_false_for_everyone_and_stays_reserved(start, people, s
     states = {each["key"]: each["state"] for each in command.document("list")}
     assert states == {"good": "enabled", "spend": "not configured"}
     code, output = command.ended(checking)
-    assert (code, "not in the configuration any more: spend." in output) == (0, True), output
+    assert (code, "no longer in the configuration: spend." in output) == (0, True), output
     assert "audience-sync retire KEY" in output
 
     assert [code for code, _ in ended(command, ("retire", "good"), ("retire", "spend"))] == [0, 0]

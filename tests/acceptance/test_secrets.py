@@ -1,7 +1,7 @@
 """Canary secrets and users pass through every failure; no secret may appear anywhere but in requests to Userpilot.
 
-Everything visible of a command becomes a file in the test's folder: its output, its line in the list of processes
-and the tables as text, beside the files that it writes itself. All of these are searched.
+Everything visible of a command becomes a file in the test's folder: its output, its line in the list of processes,
+the tables as text, and the files that it writes itself. All of these are searched.
 """
 
 import itertools
@@ -169,7 +169,7 @@ class Witness:
         """List each file with a secret, and each line of a log that names a user or is malformed."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         problems = [
-            f"{path.relative_to(self.folder)} holds {secret.decode()}"
+            f"{path.relative_to(self.folder)} contains {secret.decode()}"
             for path in files
             for secret in SECRETS
             if path not in self._written and secret in path.read_bytes()
@@ -426,7 +426,7 @@ def refused(make_witness, tmp_path):
     return run
 
 
-def test_configurations_with_a_secret_beside_the_mistake(refused):
+def test_configurations_with_a_secret_next_to_the_mistake(refused):
     variable = '"${USERPILOT_API_KEY}"'
     refused(
         "deliver",

@@ -124,7 +124,7 @@ def test_syncs_at_once_set_up_a_new_database(start, url, backend, sandbox, reque
         assert_nothing_sent_twice(sandbox)
 
 
-def test_a_deliver_beside_a_sync(start, company, seats, sandbox):
+def test_a_deliver_during_a_sync(start, company, seats, sandbox):
     command = start(AUDIENCES)
     chance = random.Random(8)
     assert command("sync", "--no-deliver")[0] == 0

@@ -266,7 +266,7 @@ SQLITE_IDS = {
 
 
 class Databases:
-    """A database of ours on each server; each is a source for both."""
+    """One of our databases on each server; each is a source for both."""
 
     def __init__(self, folder, postgres):
         server_url = postgres.url(postgres.create())

@@ -294,7 +294,7 @@ def test_a_source_that_dies_while_it_is_read_is_a_source_error(world, computed, 
     source.dispose()
 
 
-def test_an_sqlite_source_that_is_no_database_is_a_source_error(world, computed, tmp_path):
+def test_a_file_that_is_not_an_sqlite_database_is_a_source_error(world, computed, tmp_path):
     (tmp_path / "shop.db").write_text("not a database at all, but long enough to look at" * 20)
     source = open_source("shop", f"sqlite:///{tmp_path}/shop.db")
     with pytest.raises(SourceError, match="file is not a database"):

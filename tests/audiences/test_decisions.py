@@ -197,7 +197,7 @@ def test_only_eligible_users_enter_and_members_stay_when_they_are_no_longer_elig
     known.people(*FIVE[1:], "new", "zoe")
     eligible = "SELECT user_id FROM people WHERE user_id NOT IN ('new', 'eve') UNION SELECT 'dan'"
     run = known.sync(known.audience(eligible_sql=eligible))
-    assert (counts(run), run.set_aside) == ((6, 1, 0, 0), {"not_eligible": 1})  # ann is not known any more
+    assert (counts(run), run.set_aside) == ((6, 1, 0, 0), {"not_eligible": 1})  # ann is no longer eligible
     assert set(known.members()) == {*FIVE, "zoe"}
     known.people("bob")
     run = known.sync(known.audience(eligible_sql="SELECT user_id FROM people"))
@@ -277,7 +277,7 @@ def forget(world, *users):
             erasure.forget(connection, user, world.clock.now())
 
 
-def test_the_deliveries_of_a_run_add_up_to_its_changes_beside_erased_users(known):
+def test_the_deliveries_of_a_run_add_up_to_its_changes_with_erased_users(known):
     forget(known, "ann")
     known.people("cid", "dan", "eve", "zoe")
     run = known.sync(known.audience())
@@ -289,7 +289,7 @@ def test_the_deliveries_of_a_run_add_up_to_its_changes_beside_erased_users(known
     assert delivery_counts(known, run) == ((0, 2, 0, 2), 4)
 
 
-def test_an_approved_run_adds_up_beside_users_who_were_erased_while_it_was_held(known):
+def test_an_approved_run_adds_up_with_users_who_were_erased_while_it_was_held(known):
     known.people("cid", "dan", "eve", "zoe", "yan")
     run = known.sync(known.audience(), hold=True)
     forget(known, "ann", "cid", "zoe")  # who would leave, stay and enter

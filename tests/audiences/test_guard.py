@@ -15,7 +15,7 @@ from tests.audiences.conftest import FIVE, WARY, counts, held
         ([], "the snapshot is empty, and max_exit_ratio is 0.5"),
         (
             [*FIVE, *(f"new{n}" for n in range(6))],
-            "6 users would enter beside 5 members, and max_enter_ratio is 1",
+            "6 users would enter an audience of 5 members, and max_enter_ratio is 1",
         ),
         ([*FIVE, *(f"new{n}" for n in range(5))], None),
         (["ann", "bob", "cid"], None),

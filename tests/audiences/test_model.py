@@ -1,7 +1,7 @@
-"""Random histories of snapshots, on both databases, beside a model that is slow and obvious.
+"""Random histories of snapshots, on both databases, compared with a model that is slow and obvious.
 
-The model keeps for each user what he holds, since when, and the list of his deliveries; it knows nothing of
-sets, joins or transactions.
+The model keeps each user's value, since when, and the list of the user's deliveries, without sets, joins or
+transactions.
 """
 
 from dataclasses import dataclass, field

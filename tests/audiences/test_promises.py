@@ -1,6 +1,6 @@
-"""Random definitions, changes, syncs, failures and crashes, beside a model of the promises.
+"""Random definitions, changes, syncs, failures and crashes, compared with a model of the promises.
 
-The model knows who holds what after each commit, and what was sent to Userpilot; it knows no tables and no queue.
+The model records each user's values after each commit, and what was sent to Userpilot, without tables or a queue.
 """
 
 import itertools
@@ -61,7 +61,7 @@ class Machine(RuleBasedStateMachine):
         return self.world.audience(f"SELECT user_id FROM people WHERE value >= {limit}", key=key)
 
     def snapshot(self, key):
-        """What each of those users holds who hold anything."""
+        """Each user's value, without users that have none."""
         if key == "points":
             return dict(self.people)
         return {user: True for user, value in self.people.items() if value >= self.limits[key]}

@@ -86,7 +86,7 @@ def test_sql_that_may_write_or_lock_is_parsed_before_it_runs(sql, dialect):
         ('SELECT "user_id', "the SQL cannot be read: is a quote or a comment not closed"),
         ("SELECT 1 /* one", "the SQL cannot be read: is a quote or a comment not closed"),
         ("SELECT\n :name", "line 2 of the SQL: there is no parameter :name, only :as_of"),
-        ("EXPLAIN SELECT 1", "the SQL holds COMMAND, and a definition only reads"),
+        ("EXPLAIN SELECT 1", "the SQL contains COMMAND, and a definition only reads"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_a_remedy(sql, message, dialect):

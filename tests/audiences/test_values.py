@@ -52,7 +52,7 @@ ROWS_OF_ENTERED = (
 
 
 class Databases:
-    """A database of ours on each server, each with a table of rows, and each as the other's source."""
+    """One of our databases on each server, each with a table of rows, and each as the other's source."""
 
     def __init__(self, folder, postgres):
         server_url = postgres.url(postgres.create())
@@ -290,7 +290,7 @@ def test_why_a_text_cannot_be_an_id(raw, reason):
     assert values.invalid_reason(raw) == reason
 
 
-def test_numbers_are_judged_as_sqlite_itself_does_not(databases):
+def test_numbers_have_the_text_that_sqlite_itself_gets_wrong(databases):
     """Its printf gives another fifteenth digit than C's: the reason why SQLite calls Python."""
     printed = sqlite3.connect(":memory:").execute("SELECT printf('%.15g', 1e300 / 3.0)").fetchone()[0]
     databases.fill("sqlite", "text", "real", [("a", 1e300 / 3.0)])

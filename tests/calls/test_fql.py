@@ -495,7 +495,7 @@ def test_globs_as_the_slow_model_says(pattern, text):
 
 
 def tagged(value):
-    """A JSON value with its type beside it, so that Python's own equality is strict."""
+    """A JSON value together with its type, so that Python's own equality is strict."""
     if isinstance(value, dict):
         return ("object", {name: tagged(member) for name, member in value.items()})
     if isinstance(value, list):

@@ -126,7 +126,7 @@ def test_the_reason_names_call_types_that_userpilot_does_not_take(call_type):
     decision = decided(type=call_type, previousId="u0")
     assert (decision.outgoing, decision.reason) == (
         [],
-        f"no mapping matched: Userpilot takes no {call_type} calls",
+        f"no mapping matched: Userpilot has no {call_type} calls",
     )
 
 

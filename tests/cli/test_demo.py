@@ -1,4 +1,4 @@
-"""Where the demo's files go: it takes the place of an earlier demo, and of nothing else."""
+"""The demo's folder: it replaces the files of an earlier demo, and nothing else."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def folder_with(tmp_path, **files):
     return folder
 
 
-def test_an_earlier_demo_makes_room(tmp_path):
+def test_an_earlier_demo_is_replaced(tmp_path):
     folder = folder_with(
         tmp_path, shop_dot_db="orders", audience_sync_dot_db="history", audience_sync_dot_toml=CONFIGURATION
     )
@@ -25,7 +25,7 @@ def test_an_earlier_demo_makes_room(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_is_new_or_empty_will_do(tmp_path):
+def test_a_new_or_empty_folder_is_used(tmp_path):
     demo._make_folder(tmp_path / "some" / "where")
     demo._make_folder(tmp_path / "some" / "where")
 
@@ -35,9 +35,9 @@ def test_a_folder_that_is_new_or_empty_will_do(tmp_path):
     {"shop_dot_db": "mine"},
     {"notes": "mine", "shop_dot_db": "orders", "audience_sync_dot_toml": CONFIGURATION},
 ])  # fmt: skip
-def test_what_is_somebody_elses_stays(tmp_path, files):
+def test_files_of_others_stay(tmp_path, files):
     folder = folder_with(tmp_path, **files)
     before = {path.name: path.read_text() for path in folder.iterdir()}
-    with pytest.raises(ConfigError, match="exists and holds something other than an earlier demo"):
+    with pytest.raises(ConfigError, match="exists and contains something other than an earlier demo"):
         demo._make_folder(folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == before

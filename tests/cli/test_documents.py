@@ -140,7 +140,7 @@ def test_calls_by_hand(program, sandbox):
     assert program.document("user", "a")["profile"]["company_id"] == "acme"
 
 
-def test_full_tells_those_who_left(program, sandbox, url):
+def test_a_full_sync_sends_false_to_those_who_left(program, sandbox, url):
     program("sync")
     engine = sa.create_engine(url)
     with engine.begin() as connection:
@@ -196,7 +196,7 @@ def test_a_key_stays_as_it_was_stored_at_first_use(program, url):
     assert [each["key"] for each in program.document("list")] == ["vips", "spent_in_all"]
 
 
-def test_a_name_that_gives_no_key_any_more_keeps_the_stored_one(program, url, tmp_path):
+def test_a_name_that_no_longer_gives_a_key_keeps_the_stored_one(program, url, tmp_path):
     program("sync")
     engine = engines.open_own(url, "audience_sync")
     with engines.write(engine) as connection:  # an earlier release left out the Cyrillic letters

@@ -15,7 +15,7 @@ PROGRAM = [sys.executable, "-m", "audience_sync", "password"]
 
 
 def typed(*lines):
-    """Run the command on a terminal of its own, on which a person types; return its exit code and all it shows."""
+    """Run the command on a new terminal, on which a person types; return its exit code and all it shows."""
     ours, theirs = os.openpty()
     shown = b""
     with subprocess.Popen(

@@ -145,7 +145,7 @@ def user_objects(engine):
 
 
 def add_user_objects(engine, table):
-    """Add a trigger, an index and a view of a table, as people do who look into our database."""
+    """Add a trigger, an index and a view of a table, as people do who query our database."""
     with engines.write(engine) as connection:
         if dialects.is_sqlite(engine):
             dialects.sql(

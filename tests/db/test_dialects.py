@@ -30,7 +30,7 @@ def count(request, backend):
 
 @pytest.fixture
 def runs(engine, count):
-    """A database with so many runs."""
+    """A database with this many runs."""
     definition = {"definition_id": 1, "key": "vips", "name": "VIPs", "kind": "audience", "created_at": NOON}
     with engines.write(engine) as connection:
         connection.execute(tables.definitions.insert(), definition)

@@ -142,7 +142,7 @@ sys.stdin.readline()
 
 @pytest.fixture
 def container(url):
-    """container() takes the lease as process 1 of a process namespace of its own, and stays alive."""
+    """container() takes the lease as process 1 of a new process namespace, and stays alive."""
     command = ["unshare", "--pid", "--fork", "--kill-child"]
     if os.geteuid():
         command += ["--user", "--map-current-user"]
@@ -160,7 +160,7 @@ def container(url):
         process.communicate("\n")
 
 
-@pytest.mark.parametrize("options", [(), ("--mount-proc",)], ids=["proc of the host", "proc of its own"])
+@pytest.mark.parametrize("options", [(), ("--mount-proc",)], ids=["proc of the host", "own proc"])
 def test_two_containers_with_one_hostname_do_not_steal_each_others_lease(take, change, container, options):
     assert container(*options) == ["1", "Lease"]
     assert container(*options) == ["1", "Holder"]

@@ -36,7 +36,7 @@ def test_the_migrated_catalog_equals_that_of_the_metadata(empty):
     assert len(migrated) > len(metadata.tables)
 
 
-def test_down_and_up_again_restores_the_catalog(empty):
+def test_a_downgrade_and_upgrade_restore_the_catalog(empty):
     migrate.upgrade(empty)
     before = catalog(empty)
     migrate.downgrade(empty, "base")
@@ -47,7 +47,7 @@ def test_down_and_up_again_restores_the_catalog(empty):
     assert catalog(empty) == before
 
 
-def test_a_step_down_gives_held_deliveries_the_id_of_their_run(empty):
+def test_a_downgrade_gives_held_deliveries_the_id_of_their_run(empty):
     migrate.upgrade(empty)
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     with engines.write(empty) as connection:
@@ -69,7 +69,7 @@ def test_a_step_down_gives_held_deliveries_the_id_of_their_run(empty):
         assert dialects.sql(connection, "SELECT run_id FROM {our}deliveries").scalars().all() == [2]
 
 
-def test_a_step_down_and_up_keeps_the_rows(empty):
+def test_a_downgrade_and_upgrade_keep_the_rows(empty):
     migrate.upgrade(empty, "0001")
     before = catalog(empty)
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)

@@ -56,7 +56,7 @@ def written(connection, texts):
     return [(row.user_id, row.name, row.properties["a"]) for row in companies]
 
 
-# PostgreSQL has two ways: COPY for so many rows, a statement for fewer.
+# PostgreSQL has two ways: COPY for this many rows, a statement for fewer.
 @pytest.mark.parametrize(
     ("backend", "many"),
     [("sqlite", 1), ("postgresql", 1), ("postgresql", 1_000)],

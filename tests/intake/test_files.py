@@ -445,7 +445,7 @@ def test_the_size_of_a_call_does_not_depend_on_escapes(import_file, users):
     assert users() == ["ann"]
 
 
-def test_a_script_takes_a_file_in_without_a_process_beside(make_app, users, monkeypatch):
+def test_a_script_imports_a_file_without_a_second_process(make_app, users, monkeypatch):
     monkeypatch.setattr(files._SPAWN, "Process", None)
     monkeypatch.setattr(files, "LINES_PER_PIECE", 2)
     lines = b"\n".join(identify(f"u{number}") for number in range(5))

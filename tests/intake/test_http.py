@@ -36,16 +36,16 @@ def refused(error):
         ("identify", {"traits": {"plan": "pro"}}, {"status": "accepted"}),
         ("track", {"event": "Order Completed"}, {"status": "accepted"}),
         ("group", {"groupId": "acme"}, {"status": "accepted"}),
-        ("page", {}, {"status": "ignored", "reason": "no mapping matched: Userpilot takes no page calls"}),
+        ("page", {}, {"status": "ignored", "reason": "no mapping matched: Userpilot has no page calls"}),
         (
             "screen",
             {},
-            {"status": "ignored", "reason": "no mapping matched: Userpilot takes no screen calls"},
+            {"status": "ignored", "reason": "no mapping matched: Userpilot has no screen calls"},
         ),
         (
             "alias",
             {"previousId": "a1"},
-            {"status": "ignored", "reason": "no mapping matched: Userpilot takes no alias calls"},
+            {"status": "ignored", "reason": "no mapping matched: Userpilot has no alias calls"},
         ),
     ],
 )
@@ -353,7 +353,7 @@ def test_shared_fields_count_for_each_call(api):
         ),
         (
             {"a": "x" * 10_000},
-            (413, "the batch's context and integrations are too large for so many calls: divide it"),
+            (413, "the batch's context and integrations are too large for this many calls: divide it"),
         ),
         ("all", (200, None)),
     ]:
@@ -367,7 +367,7 @@ def test_the_number_of_calls_in_a_batch_is_limited(api):
     ]
     assert refusal(api.post("batch", {"batch": calls})) == (
         413,
-        refused("a batch holds at most 2,500 calls: divide it"),
+        refused("a batch has at most 2,500 calls: divide it"),
     )
     assert api.rows("calls") == []
     assert api.batch(*calls[:2500]) == accepted(*(each["messageId"] for each in calls[:2500]))

@@ -25,7 +25,7 @@ def test_answers_are_as_described(make_api, method, path, mode):
 
     lenient = [
         checks.positive_data_acceptance
-    ]  # that one of two ids is required, and much else, stands in descriptions
+    ]  # descriptions say that one of two ids is required, and much else
     if path == "/v1/batch":
         lenient.append(checks.negative_data_rejection)  # its calls are refused one by one
 

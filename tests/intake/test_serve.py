@@ -68,7 +68,7 @@ def test_the_body_of_an_answer_does_not_wait_for_the_acknowledgement_of_its_head
 
 
 def is_cut(connection, drip=b""):
-    """Tell whether the server ends the connection within a minute, while bytes drip in."""
+    """Return whether the server ends the connection within a minute, while bytes drip in."""
     connection.settimeout(0.02)
     until = time.monotonic() + 60
     while time.monotonic() < until:

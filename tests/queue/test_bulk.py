@@ -306,7 +306,7 @@ def test_an_upload_that_is_refused_although_the_key_is_valid_is_split_until_only
     assert hand_queue.counts() == {"accepted": 199, "pending": 1}
 
 
-def test_the_live_lane_goes_on_while_a_job_of_somebody_else_runs(hand_queue, clock, userpilot, work):
+def test_the_live_lane_continues_while_another_clients_job_runs(hand_queue, clock, userpilot, work):
     userpilot.state.start_other_job(600)  # 100 s
     hand_queue.fill(1_200, kind="push")
     work().deliver()
@@ -317,7 +317,7 @@ def test_the_live_lane_goes_on_while_a_job_of_somebody_else_runs(hand_queue, clo
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 404])
-def test_an_upload_that_must_be_repeated_gives_its_users_back(hand_queue, userpilot, work, status):
+def test_the_users_of_an_upload_that_must_be_repeated_are_queued_again(hand_queue, userpilot, work, status):
     fault = {"path": "/v1/users/bulk_identify", "status": status, "times": 2}
     userpilot.faults.add(fault)
     hand_queue.fill(400, kind="push")
@@ -454,7 +454,7 @@ def test_rows_that_cannot_be_written_go_live(hand_queue, userpilot, work):
     ],
     ids=str,
 )
-def test_an_answer_that_names_no_job_is_none(hand_queue, userpilot, work, answer):
+def test_an_answer_without_a_job_is_not_a_job(hand_queue, userpilot, work, answer):
     fault = {"path": "/v1/users/bulk_identify", "status": 202, "body": answer, "apply": True, "times": 1}
     userpilot.faults.add(fault)
     hand_queue.fill(200, kind="push")

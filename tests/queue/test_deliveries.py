@@ -1,4 +1,4 @@
-"""The transitions of a delivery, beside what the worker's tests cover."""
+"""The transitions of a delivery that the worker's tests do not cover."""
 
 import datetime as dt
 
@@ -35,7 +35,7 @@ def test_a_completed_job_cancels_what_was_superseded_when_it_began(hand_queue, e
     ("job_status", "attempts", "next_seconds", "grace_seconds"),
     [("dropped", 0, 60, None), ("failed", 1, 100, None), ("lost", 1, 103, 103)],
 )
-def test_a_job_that_ended_otherwise_gives_its_deliveries_back(
+def test_the_deliveries_of_a_job_that_did_not_complete_are_queued_again(
     hand_queue, clock, job_status, attempts, next_seconds, grace_seconds
 ):
     clock.sleep(60)

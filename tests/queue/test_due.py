@@ -1,4 +1,4 @@
-"""Superseded values, beside a model that compares each value with each."""
+"""Superseded values, compared with a model that compares each value with each other."""
 
 import datetime as dt
 import random

@@ -23,7 +23,7 @@ class Picky:
         return self.sender.send(path, payload)
 
 
-def test_a_429_slows_the_lane_and_is_no_attempt(queue, worker_of, sandbox):
+def test_a_429_slows_the_lane_and_does_not_count_as_an_attempt(queue, worker_of, sandbox):
     sandbox.faults.add({"path": "/v1/identify", "status": 429, "times": 1, "headers": {"Retry-After": "0.2"}})
     queue.fill(1)
 
@@ -207,7 +207,7 @@ def test_at_most_once_a_track_is_not_repeated_when_its_outcome_is_unknown(queue,
 
 
 @pytest.mark.parametrize("kind", ["unsure", "killed"])
-def test_at_most_once_the_events_after_one_that_may_come_yet_wait_for_it(
+def test_at_most_once_events_wait_for_an_earlier_one_that_may_still_arrive(
     hand_queue, clock, worker_of, sandbox, kind
 ):
     first = hand_queue.track("u1", "Paid")

@@ -83,7 +83,7 @@ def stop_after(worker, is_enough):
 
 @pytest.mark.parametrize("kind", ["call", "change", "push"])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_the_others_are_sent_at_their_pace_beside_a_hot_subject(hand_queue, work, action, kind):
+def test_a_hot_subject_does_not_slow_the_others(hand_queue, work, action, kind):
     fill(hand_queue, HOT, is_hot, action=action, kind=kind)
     fill(hand_queue, OTHERS, other, action=action, kind=kind)
     sender = Recorder()
@@ -141,7 +141,7 @@ def test_a_transaction_of_the_worker_reads_and_writes_a_limited_number_of_rows(h
     assert max(written) <= 3 * 2 * due.MOST_MERGED
 
 
-def test_one_refused_merge_of_many_deliveries_is_sent_apart_beside_the_others(hand_queue, work):
+def test_the_deliveries_of_a_refused_merge_are_sent_one_by_one_while_the_others_continue(hand_queue, work):
     fill(hand_queue, 20_000, is_hot, body=lambda number: {f"t{number}": 1}, alone=True)
     fill(hand_queue, OTHERS, other)
     sender = Recorder()
@@ -206,7 +206,7 @@ class Suspended:
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_request_that_was_never_sent_is_no_attempt(hand_queue, clock, action):
+def test_a_request_that_was_never_sent_does_not_count_as_an_attempt(hand_queue, clock, action):
     fill(hand_queue, 3, other, action=action)
     sender = Recorder()
     senders = Suspended(clock, times=30)

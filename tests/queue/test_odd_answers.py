@@ -1,4 +1,4 @@
-"""Answers that are not Userpilot's, or that concern one delivery only: the others go on, and nothing dies of them."""
+"""Answers that are not Userpilot's, or that concern one delivery only: no other delivery waits or becomes dead."""
 
 import datetime as dt
 import gzip
@@ -23,7 +23,7 @@ def userpilot(clock):
 
 @pytest.fixture
 def deliver(hand_queue, clock, userpilot):
-    """Delivers for so many hours, in a process that begins anew after each pause."""
+    """Deliver for this many hours, with a new process after each pause."""
 
     def work(*, hours=0.0, sender=None, **changes):
         end = clock.seconds + hours * 3600

@@ -151,7 +151,7 @@ def test_superseded_traits_are_removed_and_so_are_deliveries_without_any_other()
 
 
 @pytest.mark.parametrize("outcome", [Outcome.THROTTLED, Outcome.UNAUTHORISED])
-def test_a_429_and_a_refused_key_are_no_attempts(outcome):
+def test_a_429_and_a_refused_key_do_not_count_as_attempts(outcome):
     due = NOW - dt.timedelta(seconds=5)
     (settled,) = settle(
         [delivery(1, {"a": 1}, attempts=20, first=NOW - dt.timedelta(days=2), due=due)], outcome

@@ -43,7 +43,7 @@ def test_what_is_overwritten_is_cancelled_when_the_newer_value_is_accepted(queue
     assert request.x_request_id
 
 
-def test_a_companys_identifies_and_tracks_take_their_own_ways(queue, worker_of, sandbox):
+def test_identifies_and_tracks_of_a_company_have_their_own_paths(queue, worker_of, sandbox):
     queue.add("acme", {"seats": 5}, action="company")
     queue.add("u1", {"event_name": "Signed Up", "metadata": {"n": 1}}, action="track")
 
@@ -206,7 +206,7 @@ def test_a_full_window_is_waited_for_without_spinning(hand_queue, clock, worker_
     assert len(cycles) < 30
 
 
-def test_the_progress_tells_what_is_left(queue, worker_of):
+def test_the_progress_shows_what_is_left(queue, worker_of):
     queue.fill(50)
     reports = []
 

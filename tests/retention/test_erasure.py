@@ -10,7 +10,7 @@ from audience_sync.db import dialects, engines
 from audience_sync.retention import erasure
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
-TELL_OWNER = mappings.compile_mapping(
+NOTIFY_OWNER = mappings.compile_mapping(
     "Owners", "identifyUser", 'event = "Shared"',
     {"userId": {"@path": "$.properties.owner"}, "traits": {"seen": True}},
 )  # fmt: skip
@@ -24,7 +24,7 @@ SHARED = {
 
 
 def prepared(*raws):
-    every = (*mappings.PRESETS, TELL_OWNER)
+    every = (*mappings.PRESETS, NOTIFY_OWNER)
     parsed = [validation.parse_call(raw, received_at=NOON, new_id=lambda: "none") for raw in raws]
     return [records.prepare_call(call, mappings.decide(call, every, reserved_keys=())) for call in parsed]
 

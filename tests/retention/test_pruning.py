@@ -459,13 +459,13 @@ def test_what_stays_is_what_the_rules_say(store, monkeypatch, keep, queue, chunk
 
 
 def value(store, status, days, seconds=0, **columns):
-    """A delivery for Ann whose value came true so many days ago."""
+    """A delivery for Ann whose value became true this many days ago."""
     row = store.delivery(status, days, subject="ann", **columns)
     return row | {"value_at": ago(days) + dt.timedelta(seconds=seconds), "action": "identify"}
 
 
 @pytest.mark.parametrize("undecided", ["held", "pending", "sending", "dead"])
-def test_newer_values_stay_beside_an_undecided_one(store, undecided):
+def test_newer_values_stay_while_an_older_one_is_undecided(store, undecided):
     store.definition()
     store.run()
     store.deliver(
@@ -494,7 +494,7 @@ def test_a_subject_with_many_pending_values_keeps_its_settled_ones(store):
 
 
 @pytest.mark.parametrize("undecided", ["held", "pending", "sending", "dead"])
-def test_past_memberships_stay_beside_an_undecided_value(store, undecided):
+def test_past_memberships_stay_while_a_value_is_undecided(store, undecided):
     store.definition()
     run = store.run()
     interval = {"definition_id": 1, "entered_run_id": 0, "exited_run_id": run}

@@ -5,9 +5,9 @@ import json
 import random
 
 MISSING = object()
-CALL_COUNT = 1300  # that are drawn at random, beside those with one odd field each
+CALL_COUNT = 1300  # that are drawn at random, in addition to those with one odd field each
 
-LONG = 40_000  # more than a call may hold
+LONG = 40_000  # more than a call may contain
 IDS = [
     MISSING,
     None,

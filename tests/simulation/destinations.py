@@ -2,7 +2,7 @@
 
 The configuration moves from key to key. Runs are held, approved, rejected and made in full, keys are retired, and
 `check --accept-destination` accepts a new key of the same environment. When the storm is over, both environments are
-configured in turn, and each must hold the newest values that were decided for it.
+configured in turn, and each must have the newest values that were decided for it.
 """
 
 import itertools
@@ -234,7 +234,7 @@ class TwoDestinations(Simulation):
             self.prune()
 
     def check_environment(self, name):
-        """Every user holds what is true, or what was decided for a key when it was retired."""
+        """Every user has the true value, or the one that was decided for a key when it was retired."""
         users = self.networks[name].userpilot.state.users
         with engines.read(self.company) as connection:
             query = sa.select(tables.definitions.c.key, tables.definitions.c.fingerprint)
@@ -288,7 +288,7 @@ def _check_order(simulation, name, user, trait, values):
 
 
 def _check_calls(simulation):
-    """Each environment holds the newest value of the calls for it, apart from those that it refused."""
+    """Each environment has the newest value of the calls for it, apart from those that it refused."""
     for name, user in itertools.product(simulation.networks, simulation.users):
         if user in simulation.excused:
             continue

@@ -250,7 +250,7 @@ class Network:
         self.forbidden = set()  # users whose requests are refused with 403, though the key is valid
         self.injected = set()  # numbers of requests that a fault answered
         self.strays = set()  # numbers of requests that arrived after their sender had given up
-        self.late_uploads = 0  # so many of the next
+        self.late_uploads = 0  # how many of the next ones
         self.unsure_count = 0  # answers that left open whether the request was applied
         self.uploads = {}  # number: the upload's filename
         self.settled_at = 0.0  # when the last stray has come

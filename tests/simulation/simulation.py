@@ -54,7 +54,7 @@ KINDS = [
     "stops",
     "odd",
 ]
-# Drawn by a generator of their own, so that the seeds without them keep their meaning.
+# Drawn by a separate generator, so that the seeds without them keep their meaning.
 MODES = ["hot", "skew"]
 SKEWS = [-300, -40, -3, 0, 3, 40, 300]  # seconds by which the clock of a machine is ahead of the database's
 NO_GUARD = Guard(above=1_000_000_000, max_exit_ratio=1.0)

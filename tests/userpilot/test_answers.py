@@ -88,7 +88,7 @@ PAGES = [
     "status_code", [200, 202, 400, 401, 403, 404, 405, 409, 413, 422, 500, 502, 503, 520, 999]
 )
 @pytest.mark.parametrize(("body", "headers"), PAGES)
-def test_a_page_is_no_answer_about_a_delivery_whatever_its_status(status_code, body, headers):
+def test_a_page_says_nothing_about_a_delivery_whatever_its_status(status_code, body, headers):
     if "br" in headers.values() and status_code < 300:  # it cannot be read, and counts as empty
         return
     answer = judged(status_code, body, **headers)
@@ -109,7 +109,7 @@ def test_a_page_of_a_429_slows_the_lane_down():
 
 @pytest.mark.parametrize("status_code", [301, 302, 307, 407, 511])
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b"moved"])
-def test_the_statuses_of_proxies_are_no_answer_about_a_delivery(status_code, body):
+def test_the_statuses_of_proxies_say_nothing_about_a_delivery(status_code, body):
     answer = judged(status_code, body)
     assert (answer.outcome, answer.is_evidence) == (Outcome.FAILED, False)
 

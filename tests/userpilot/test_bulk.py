@@ -104,7 +104,7 @@ def test_an_answer_longer_than_its_bound_has_no_document(serve):
         assert (answer.outcome, answer.document) == (Outcome.ACCEPTED, None)
 
 
-def test_an_upload_has_more_time_than_the_requests_beside_it(serve):
+def test_an_upload_has_more_time_than_other_requests(serve):
     arrived = threading.Event()
 
     def script(server, peer):

@@ -26,7 +26,7 @@ USERS = "".join(
 
 @dataclass
 class Browser:
-    """A browser with its cookies, which follows no redirect by itself and sends what browsers send with a form."""
+    """A browser with its cookies, which does not follow redirects and sends what browsers send with a form."""
 
     app: App
     asgi: object

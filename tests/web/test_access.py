@@ -336,7 +336,7 @@ def test_actions_that_take_long_do_not_hold_up_the_pages(olga, monkeypatch):
 
 
 @SQLITE
-def test_strangers_are_not_told_where_a_broken_database_is(browse, olga, caplog):
+def test_only_signed_in_users_see_where_a_broken_database_is(browse, olga, caplog):
     place = str(olga.app.engine.url.database)
     stranger, local = Browser(olga.app, olga.asgi), browse()
     with engines.write(olga.app.engine) as connection:

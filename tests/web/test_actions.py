@@ -124,7 +124,7 @@ def test_a_run_that_is_decided_on_the_command_line_says_so(olga):
     assert "<strong>Approved</strong> on the command line; it was held by --hold" in page
 
 
-def test_a_reader_is_told_to_ask_an_operator(rita):
+def test_the_refusal_of_a_reader_names_the_role_that_is_needed(rita):
     run_id = hold_a_run(rita, "ann")
     for path in ("/", f"/runs/{run_id}"):
         page = rita.get(path).text
@@ -144,7 +144,7 @@ def test_an_action_leads_to_its_deliveries(olga):
 def test_a_held_run_is_rejected(olga):
     run_id = hold_a_run(olga, "ann")
     answer = olga.act(f"/runs/{run_id}/reject")
-    done = "Run 1 is rejected. Nothing of it is sent, and the next run computes again."
+    done = "Run 1 is rejected. None of its changes are sent, and the next run computes again."
     assert notice(olga, answer) == done
     assert statuses(olga) == ["cancelled"]
     answer = olga.act(f"/runs/{run_id}/approve")

@@ -151,7 +151,7 @@ def test_few_members_among_many_who_left_are_found(pages, monkeypatch):
     found = pages.users("/definitions/vips/members")
     assert len(found) == 5  # each of the first four reads ten pieces of five users
     assert list(chain(*found)) == ["u000", "u190"]
-    assert "There is no member on this page. Go on to the next." in pages.text(
+    assert "There is no member on this page. Continue with the next page." in pages.text(
         "/definitions/vips/members?after=u001"
     )
 

@@ -1,4 +1,4 @@
-"""Colours for SQL and queries: the text stays as it is, and nothing of it becomes HTML."""
+"""Colours for SQL and queries: the text stays unchanged, and none of it becomes HTML."""
 
 import html
 import re

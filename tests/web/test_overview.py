@@ -167,7 +167,7 @@ def test_a_lane_that_fails_is_named_until_long_after_its_pause(pages):
     assert needs(pages) == f"✕ failing The lane identify sends nothing: {advice}"
     with engines.write(pages.engine) as connection:
         destination.record_heartbeat(connection, pages.clock.now())
-    assert "Connection refused. It is tried again by itself. Check" in needs(pages)
+    assert "Connection refused. It is retried automatically. Check" in needs(pages)
     pages.clock.sleep(3_600)
     assert "Connection refused" not in pages.text("/")
 
@@ -224,7 +224,7 @@ def test_nothing_needs_attention_without_schedules(pages):
     assert needs(pages) == "✓ Nothing needs attention."
 
 
-def test_a_daemon_that_does_not_run_any_more_needs_attention(pages):
+def test_a_daemon_that_no_longer_runs_needs_attention(pages):
     pages.configure(VIPS)
     assert needs(pages) == "✓ Nothing needs attention."  # cron may run `sync`
     assert "No daemon has run on this database." in pages.get("/").text

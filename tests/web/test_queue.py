@@ -175,7 +175,7 @@ def test_a_request_has_its_answer_its_deliveries_and_its_job(pages):
     job = {"request_id": 4, "filename": "f.ndjson", "job_id": "j<1>", "status": "running"}
     pages.add(tables.bulk_jobs, job | {"created_at": START, "row_count": 1200, "completed_count": 3})
     text = pages.text("/requests/4")
-    for words in ("Bulk job", "j<1>", "1,200, 3 done", "None belongs to it any more"):
+    for words in ("Bulk job", "j<1>", "1,200, 3 done", "None belongs to it now"):
         assert words in text
     is_live = ['hx-trigger="every' in pages.get(f"/requests/{number}").text for number in (4, 1)]
     assert is_live == [True, False]

@@ -242,7 +242,7 @@ def test_each_sign_in_has_a_new_token_and_deletes_the_sessions_that_ended(browse
 
 @SQLITE
 @pytest.mark.parametrize("token", ["", "a", "0" * 43, "ä", "'; DROP TABLE sessions; --", "x" * 5_000])
-def test_a_made_up_cookie_is_no_session(olga, token):
+def test_an_invented_cookie_is_not_a_session(olga, token):
     stranger = Browser(olga.app, olga.asgi)
     for name in ("audience_sync", "__Host-audience_sync"):
         sent = {"Cookie": f"{name}={token}".encode()}

@@ -43,7 +43,7 @@ class ReadTable:
 
     @property
     def place(self) -> tuple[str, bool]:
-        """Return what identifies the table: a section may have the name of a table of ours."""
+        """Return what identifies the table: a section may have the name of one of our tables."""
         return self.mapping.name, self.properties is not None
 
     def from_clause(self, name: str) -> sa.FromClause:
@@ -56,7 +56,7 @@ class ReadTable:
 
 
 def sql_text(sql: str) -> sa.TextClause:
-    """Return SQL that SQLAlchemy leaves as it is: `:as_of` is bound later."""
+    """Return SQL that SQLAlchemy does not change: `:as_of` is bound later."""
     return sa.text(f"{sql}\n".replace(":", "\\:"))
 
 

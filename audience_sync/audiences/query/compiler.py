@@ -192,7 +192,7 @@ class Users(Scope):
         """Return the relations of everybody who has a profile, and of everybody in a table that the query names."""
         profiles = self.catalog.profile_tables()
         tables = {table.place: table for table in [*profiles, *self._read.values()]}
-        if self.catalog.profiles in profiles:  # everybody who has an event of ours has a profile of ours
+        if self.catalog.profiles in profiles:  # every user with an event in our table has a profile, too
             tables = {place: table for place, table in tables.items() if table is not self.catalog.events}
         if not tables:
             raise ConfigError(

@@ -49,7 +49,7 @@ def parse_form(text: str) -> Tree[Token]:
     if len(text) > MAX_LENGTH:
         raise QueryError(text, MAX_LENGTH, f"a query has at most {MAX_LENGTH:,} characters")
     if odd := re.search("[\0\ud800-\udfff]", text):
-        raise QueryError(text, odd.start(), "this character is no text: save the query as UTF-8 without it")
+        raise QueryError(text, odd.start(), "this character is not text: save the query as UTF-8 without it")
     try:
         reading = _parser().parse_interactive(text)
         depth = _Depth()

@@ -46,7 +46,7 @@ _DATE = (
 )
 _LEAST: Expression = sa.literal_column("2.5e-324")  # a cast to float8 refuses what is nearer to 0
 _ZERO: Expression = sa.literal_column("0::float8")
-# Escapes in JSON that are no text: NUL, and one half of a pair of surrogates. A backslash before them may be escaped.
+# Escapes in JSON that text cannot represent: NUL, and half a pair of surrogates. A backslash before them may be escaped.
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _NO_TEXT: Expression = sa.literal_column(
     rf"'(?<!\\)((?:\\\\)*)(?:\\u0000|{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW})'"
@@ -195,7 +195,7 @@ class OnPostgresql(Dialect):
         return sa.case((self._has_moment(column, kind), utc))
 
     def _has_moment(self, column: Expression, kind: str) -> Expression:
-        """Return whether the column holds a moment: a date may be later than every timestamp."""
+        """Return whether the column's value is a valid moment: a date may be later than every timestamp."""
         is_finite: Expression = sa.func.isfinite(column)
         return (
             sa.and_(is_finite, column < sa.literal_column("DATE '294276-01-01'"))
@@ -285,7 +285,7 @@ class OnPostgresql(Dialect):
     # Numbers and text.
 
     def finite(self, number: Expression) -> Expression:
-        """Return a number of any type as a double, NULL if no double can hold it."""
+        """Return a number of any type as a double, NULL if it is outside the range of a double."""
         wide = sa.cast(number, sa.Numeric)
         return sa.case(
             (sa.func.abs(wide) < _LEAST, _ZERO), (self._is_double(wide), sa.cast(number, sa.Double))
@@ -300,7 +300,7 @@ class OnPostgresql(Dialect):
         return self.finite(self._shortest(column) if kind == "real" else column)
 
     def _shortest(self, column: Expression) -> Expression:
-        """Return the shortest number that a float4 stands for: 0.1, not 0.100000001490116."""
+        """Return the number of a float4's shortest decimal form: 0.1, not 0.100000001490116."""
         wide = sa.cast(column, sa.Double)
         digits: list[Expression] = [
             sa.cast(sa.func.to_char(wide, f"9.{'9' * (count - 1)}EEEE"), sa.Double) for count in (6, 7, 8, 9)

@@ -108,7 +108,7 @@ class SqliteJson(JsonValue):
 
 
 def _kind(type_name: str) -> str:
-    """Return the kind of a declared type. A value has a type of its own; the name decides how the language sees it."""
+    """Return the kind of a declared type. Each value has its own type; this one decides how the language sees it."""
     for pattern, kind in _KINDS:
         if re.search(pattern, type_name):
             return kind

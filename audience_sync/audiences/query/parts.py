@@ -12,7 +12,7 @@ from audience_sync.audiences.query.tree import ANY_ITEM, Span, ValuePath
 from audience_sync.suggest import shown
 
 MAX_DAYS = 36_500
-MAX_DIGITS = 300  # any number of so many digits fits into a double
+MAX_DIGITS = 300  # every number with this many digits fits into a double
 MAX_STEPS = 32
 _UNITS = {"hour": False, "hours": False, "day": True, "days": True}
 

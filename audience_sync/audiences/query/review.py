@@ -86,7 +86,7 @@ def _reads(connection: sa.Connection, mapping: TableMapping, name: str) -> bool:
     sql = mapping.sql or mapping.table or ""
     if mapping.sql is None:
         schema, _, table = sql.rpartition(".")
-        with contextlib.suppress(sa.exc.NoSuchTableError):  # it is no view
+        with contextlib.suppress(sa.exc.NoSuchTableError):  # it is not a view
             sql = sa.inspect(connection).get_view_definition(table, schema or None)
     return re.search(rf"(?<![\w.]){re.escape(name)}\b", re.sub(r'["`\[\]]', "", sql)) is not None
 
@@ -324,7 +324,7 @@ def _no_trait(name: str, catalog: Catalog, keys: Sequence[str]) -> str:
 
 
 def _columns(use: _Use, catalog: Catalog, keys: Sequence[str]) -> list[str]:
-    """Return the names that may have been meant, where they are known without a look at the rows."""
+    """Return the names that may have been meant, where they are known without reading rows."""
     if use.stream is None:
         return [
             *keys,

@@ -108,7 +108,7 @@ AUDIENCES = {
     "trait('country').one_of('DE', 'FR', 5)": "ann bob",
     "trait('country').none_of('DE')": "bob",
     "trait('country').omits('D')": "bob cy dee",
-    "trait('country.$') = 'DE'": "",  # a text is no list
+    "trait('country.$') = 'DE'": "",  # a text is not a list
     "trait('country').starts_with('F')": "bob",
     "trait('country').ends_with('E', 'R')": "ann bob",
     "trait('country') >= 'E'": "bob",

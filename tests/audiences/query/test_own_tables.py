@@ -493,7 +493,7 @@ def test_a_list_shows_numbers_alike_on_both_databases(engine, shop):
         assert value_of(connection, query) == shown
 
 
-def test_sql_may_end_with_a_comment_behind_its_semicolon(engine, shop):
+def test_sql_may_end_with_a_comment_after_its_semicolon(engine, shop):
     sql = "SELECT * FROM {schema}orders WHERE state = 'paid'; -- paid ones"
     mappings = [TableMapping("paid", sql=sql, user_id="customer_id")]
     buyers = QueryDefinition(False, sql=f"SELECT customer_id AS user_id FROM {shop}orders; -- all")

@@ -265,6 +265,6 @@ def test_an_odd_text_parses_or_raises_a_query_error(text):
 
 
 @pytest.mark.parametrize("text", ["trait('a\0b') = 1", "trait('a') = '\udcff'"])
-def test_characters_that_are_no_text_are_refused(text):
-    with pytest.raises(QueryError, match="this character is no text"):
+def test_characters_that_are_not_text_are_refused(text):
+    with pytest.raises(QueryError, match="this character is not text"):
         parse_query(text)

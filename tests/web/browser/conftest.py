@@ -78,7 +78,7 @@ class Tabs:
         self._browser, self._site, self._lasting = browser, site, {}
 
     def open(self, user="olga", **options):
-        """Open a tab in a context of its own; `options` are those of the context."""
+        """Open a tab in a new context; `options` are those of the context."""
         context = self._browser.new_context(base_url=self._site.address, **{"viewport": DESKTOP} | options)
         context.set_default_timeout(PATIENCE_MS)
         if user:

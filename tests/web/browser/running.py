@@ -1,4 +1,4 @@
-"""Chromium and `serve`, each in processes of its own."""
+"""Chromium and `serve`, in separate processes."""
 
 import contextlib
 import os
