@@ -34,6 +34,7 @@ SQL, QUERY, READY, ELIGIBLE = (
     "eligible_sql",
 )  # a definition's queries, as messages call them
 FETCH_ROWS = 20_000
+PREVIEW_LOCK_SECONDS = 5  # how long a preview waits for a lock
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
 PROGRESS_STEPS = 20_000  # of SQLite's virtual machine between checks of the deadline: some milliseconds
 _QUERY_ACTIONS = {
@@ -49,7 +50,7 @@ _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_to
 
 # Errors that the definition did not cause: SQLSTATE classes (connection, resources, operator, system), SQLite's codes.
 _CANCELLED = "57014"
-_SERVER_STATES = ("08", "53", "57", "58", "XX")
+_SERVER_STATES = ("08", "53", "55P03", "57", "58", "XX")  # 55P03: a lock was not released in time
 _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
 
 
@@ -138,7 +139,7 @@ def sql_of(engine: sa.Engine, definition: Definition, as_of: dt.datetime, source
     """Return the SQL that computes a definition."""
     if definition.query is None:
         return definition.sql
-    with engine.connect() as connection, _contained(definition):
+    with engines.connected(engine, lock_seconds(definition)) as connection, _contained(definition):
         return _compile(connection, _lookup(definition, source), as_of).sql
 
 
@@ -153,12 +154,17 @@ def review(
 
     lookup = _lookup(definition, source)
     with (
-        engine.connect() as connection,
+        engines.connected(engine, lock_seconds(definition)) as connection,
         _contained(definition),
         _reading_own(connection, lookup) if source is None else _reading_source(lookup) as reading,
     ):
         catalog = read_catalog(reading, definition.query, is_own=source is None)
         return review_query(reading, definition.query, catalog, as_of)
+
+
+def lock_seconds(definition: Definition) -> float | None:
+    """Return how long a definition waits for a lock; None is the usual time."""
+    return PREVIEW_LOCK_SECONDS if definition.is_preview else None
 
 
 def _lookup(definition: Definition, source: sa.Engine | None) -> _Query:
@@ -373,21 +379,24 @@ def _ignoring_closed() -> contextlib.AbstractContextManager[None]:
 
 @contextmanager
 def _limits(connection: sa.Connection, query: _Query) -> Iterator[None]:
-    """Interrupt a statement when the deadline passes or the process is asked to stop."""
+    """Interrupt a statement when the deadline passes or the process is asked to stop. No wait for a lock is longer."""
     raw: Any = connection.connection.dbapi_connection
     deadline, stop = query.deadline, query.stop
+    left, lock_wait = max(0.0, deadline - time.monotonic()), lock_seconds(query.definition)
     match connection.dialect.name:
         case "sqlite":
             raw.set_progress_handler(lambda: stop.is_set() or time.monotonic() > deadline, PROGRESS_STEPS)
             try:
-                yield
+                with engines.waiting_at_most(raw, left if lock_wait is None else min(left, lock_wait)):
+                    yield
             finally:
                 with _ignoring_closed():
                     raw.set_progress_handler(None, 0)
         case "postgresql":
             raw.prepare_threshold = None  # a prepared statement fails after the type of a column was changed
-            milliseconds = max(1, int((deadline - time.monotonic()) * 1000))
-            settings = postgresql_values.SETTINGS | {"statement_timeout": str(milliseconds)}
+            settings = postgresql_values.SETTINGS | {"statement_timeout": str(max(1, int(left * 1000)))}
+            if lock_wait is not None:
+                settings["lock_timeout"] = f"{lock_wait}s"
             limited = dialects.with_settings(connection, settings)
             try:
                 with limited, stop.interrupting(partial(dialects.cancel, raw)):
@@ -430,17 +439,21 @@ def _translated_errors(query: _Query) -> Iterator[None]:
             raise DefinitionError(f"{definition.key}: its {query.name} does not work: {reason}.") from error
         if query.source is None:
             raise
+        advice = f"Is it running, and is its url in [sources.{definition.source}] right?"
+        if engines.is_locked(error):
+            advice = engines.advice(error)
         raise SourceError(
-            f"{definition.key}: the source {definition.source} cannot be read: {reason}. Is it running, and "
-            f"is its url in [sources.{definition.source}] right?"
+            f"{definition.key}: the source {definition.source} cannot be read: {reason}. {advice}"
         ) from error
 
 
 def _timeout_message(definition: Definition) -> str:
-    return (
-        f"{definition.key}: its SQL ran longer than {definition.timeout_seconds:g} seconds. Make it faster, "
-        "or give the definition a longer timeout."
-    )
+    advice = "Make it faster, or give the definition a longer timeout."
+    if definition.is_preview:
+        advice = (
+            "Narrow its windows or add an index. A definition in the configuration can have a longer timeout."
+        )
+    return f"{definition.key}: its SQL ran longer than {definition.timeout_seconds:g} seconds. {advice}"
 
 
 def _is_server_error(error: sa.exc.DBAPIError) -> bool:

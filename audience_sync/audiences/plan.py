@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from audience_sync.audiences import records, runs, snapshot
-from audience_sync.audiences.compute import compute
+from audience_sync.audiences.compute import compute, lock_seconds
 from audience_sync.audiences.definition import Definition
 from audience_sync.db import engines
 from audience_sync.errors import DefinitionError, SourceError
@@ -106,7 +106,7 @@ def preview(
     stop: Stop,
 ) -> Preview:
     """Compute a definition that need not be configured, and store nothing."""
-    with snapshot.connection_with_temp_tables(engine) as connection:
+    with snapshot.connection_with_temp_tables(engine, lock_seconds(definition)) as connection:
         compute(connection, definition, as_of, source, stop)
         with connection.begin():
             diff = snapshot.diff(connection, None, definition, now)

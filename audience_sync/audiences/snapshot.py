@@ -54,9 +54,14 @@ class Affected:
 
 
 @contextmanager
-def connection_with_temp_tables(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a connection that is not pooled afterwards: its temporary tables disappear with it."""
-    with engines.plain_errors(engine), engine.connect() as connection:
+def connection_with_temp_tables(
+    engine: sa.Engine, wait_seconds: float | None = None
+) -> Iterator[sa.Connection]:
+    """Open a connection that is not pooled afterwards: its temporary tables disappear with it.
+
+    On SQLite it waits no longer for a lock; None is the usual time.
+    """
+    with engines.plain_errors(engine), engines.connected(engine, wait_seconds) as connection:
         try:
             yield connection
         finally:

@@ -251,7 +251,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # the event below begins transactions, around DDL too
-        with _waiting_at_most(connection, _wait_seconds.get()):
+        with waiting_at_most(connection, _wait_seconds.get()):
             for pragma in (f"journal_mode = {journal}", *_SQLITE_PRAGMAS):
                 connection.execute(f"PRAGMA {pragma}")
 
@@ -276,7 +276,7 @@ def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Co
 
     `wait_seconds`: wait no longer for a lock, which on SQLite a commit holds; None is the usual time.
     """
-    with plain_errors(engine), _connected(engine, wait_seconds) as connection:
+    with plain_errors(engine), connected(engine, wait_seconds) as connection:
         if not is_sqlite(engine):
             connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with connection.begin():
@@ -287,7 +287,7 @@ def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Co
 @contextmanager
 def write(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Connection]:
     """Begin a write transaction. `wait_seconds`: wait no longer for a lock; None is the usual time."""
-    with plain_errors(engine), _connected(engine, wait_seconds) as connection, begin_write(connection):
+    with plain_errors(engine), connected(engine, wait_seconds) as connection, begin_write(connection):
         _limit_lock_waits(connection, wait_seconds)
         yield connection
 
@@ -299,7 +299,7 @@ def _limit_lock_waits(connection: sa.Connection, seconds: float | None) -> None:
 
 
 @contextmanager
-def _connected(engine: sa.Engine, wait_seconds: float | None) -> Iterator[sa.Connection]:
+def connected(engine: sa.Engine, wait_seconds: float | None) -> Iterator[sa.Connection]:
     """Open a connection; on SQLite neither opening nor using it waits longer for a lock."""
     token = _wait_seconds.set(wait_seconds)
     try:
@@ -308,12 +308,12 @@ def _connected(engine: sa.Engine, wait_seconds: float | None) -> Iterator[sa.Con
         _wait_seconds.reset(token)
     with opened as connection:
         raw = connection.connection.dbapi_connection
-        with _waiting_at_most(raw, wait_seconds if is_sqlite(engine) else None):
+        with waiting_at_most(raw, wait_seconds if is_sqlite(engine) else None):
             yield connection
 
 
 @contextmanager
-def _waiting_at_most(raw: Any, seconds: float | None) -> Iterator[None]:
+def waiting_at_most(raw: Any, seconds: float | None) -> Iterator[None]:
     """Shorten SQLite's busy timeout, which also applies to BEGIN and COMMIT."""
     if seconds is None:
         yield
@@ -359,7 +359,7 @@ def plain_errors(engine: sa.Engine) -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
-        kind = DatabaseLocked if _is_locked(error) else DatabaseError
+        kind = DatabaseLocked if is_locked(error) else DatabaseError
         where = without_secrets(engine.url)
         raise kind(f"The database {where} cannot be used: {reason(error)}. {advice(error)}") from error
 
@@ -376,6 +376,8 @@ def reason(error: sa.exc.DBAPIError) -> str:
     For PostgreSQL only the primary message: the details quote rows.
     """
     message = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
+    if message.startswith("unsafe use of "):  # because of trusted_schema = OFF
+        message += f" in a view, by SQLite {sqlite3.sqlite_version}: read the view's own SELECT in its place"
     return re.sub(r"\s+", " ", message).strip().rstrip(".")
 
 
@@ -383,14 +385,14 @@ def failure(error: sa.exc.DBAPIError) -> str:
     return f"The database failed: {reason(error)}. {advice(error)}"
 
 
-def _is_locked(error: sa.exc.DBAPIError) -> bool:
+def is_locked(error: sa.exc.DBAPIError) -> bool:
     text = str(error.orig).lower()
     return "locked" in text or "lock timeout" in text
 
 
 def advice(error: sa.exc.DBAPIError) -> str:
     text = str(error.orig).lower()
-    if _is_locked(error):
+    if is_locked(error):
         return "Another program holds its lock: close it, and run the command again."
     if "disk is full" in text or "no space left" in text:
         return "Nothing was lost: free some space on the disk, and run the command again."

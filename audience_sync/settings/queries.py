@@ -104,7 +104,7 @@ def unnamed_definition(settings: "Settings", text: str, source: str | None, kind
     if source is not None and source not in settings.sources:
         raise ConfigError(f"There is no [sources.{shown(source)}]: {did_you_mean(source, settings.sources)}")
     query = ConfiguredQuery(text, _parsed(text, kind))
-    definition = Definition("query", "query", kind, source=source)
+    definition = Definition("query", "query", kind, source=source, is_preview=True)
     query = _configured("", definition, query, settings.definitions, settings.tables)
     return replace(definition, query=query)
 

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import sqlite3
+from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
@@ -216,6 +217,46 @@ def test_a_source_that_takes_too_long_is_stopped(world, computed, shop):
     drip = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i AS user_id FROM n"
     with pytest.raises(DefinitionError, match=r"ran longer than 0.2 seconds"):
         computed(world.audience(drip, source="shop", timeout_seconds=0.2), shop)
+
+
+def test_no_wait_for_a_lock_outlasts_a_definitions_timeout(world, computed, shop):
+    with _locked(shop), pytest.raises((DefinitionError, SourceError), match=r"locked|ran longer than 0\.2"):
+        computed(world.audience("SELECT user_id FROM orders", source="shop", timeout_seconds=0.2), shop)
+
+
+def test_a_preview_waits_for_a_lock_for_a_time_of_its_own(world, computed, shop, monkeypatch):
+    monkeypatch.setattr(compute, "PREVIEW_LOCK_SECONDS", 0.1)
+    preview = world.audience("SELECT user_id FROM orders", source="shop", is_preview=True)
+    with (
+        _locked(shop),
+        pytest.raises(
+            SourceError, match=r"the source shop cannot be read: .*lock.*\. Another program holds its lock"
+        ),
+    ):
+        computed(preview, shop)
+    assert set(computed(preview, shop)[0]) == {"ann", "bob"}
+
+
+@contextmanager
+def _locked(shop):
+    """Hold a lock on the orders that keeps others from reading them."""
+    other = sa.create_engine(shop.url)
+    with other.connect() as connection:
+        is_sqlite = dialects.is_sqlite(connection)
+        lock = "BEGIN EXCLUSIVE" if is_sqlite else "LOCK TABLE orders IN ACCESS EXCLUSIVE MODE"
+        connection.exec_driver_sql(lock)
+        yield
+        connection.rollback()
+    other.dispose()
+
+
+def test_a_preview_that_takes_too_long_is_advised_what_applies(world, computed):
+    with pytest.raises(DefinitionError) as caught:
+        computed(world.audience(ENDLESS, timeout_seconds=0.1, is_preview=True))
+    assert str(caught.value) == (
+        "vips: its SQL ran longer than 0.1 seconds. Narrow its windows or add an index. A definition in the "
+        "configuration can have a longer timeout."
+    )
 
 
 def test_a_source_is_only_read(world, computed, shop, monkeypatch):

@@ -11,6 +11,7 @@ from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefin
 from audience_sync.audiences.query.dialect import Dialect
 from audience_sync.audiences.query.on_postgresql import POSTGRESQL
 from audience_sync.audiences.query.on_sqlite import SQLITE
+from audience_sync.db import engines
 from audience_sync.errors import DefinitionError
 from audience_sync.suggest import did_you_mean
 
@@ -167,8 +168,7 @@ def _read_table(connection: sa.Connection, mapping: TableMapping) -> ReadTable:
     except sa.exc.NoSuchTableError as error:
         raise DefinitionError(f"[tables.{mapping.name}] cannot be read: there is no table {error}") from error
     except sa.exc.DBAPIError as error:
-        reason = str(error.orig).partition("\n")[0]
-        raise DefinitionError(f"[tables.{mapping.name}] cannot be read: {reason}") from error
+        raise DefinitionError(f"[tables.{mapping.name}] cannot be read: {engines.reason(error)}") from error
     for setting, column in mapping.named_columns().items():
         if column not in columns:
             hint = did_you_mean(column, columns)

@@ -7,7 +7,7 @@ import datetime as dt
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, assert_never
 
@@ -30,6 +30,7 @@ ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
 NUMBER_TESTS = {**ORDERS, Comparator.EQUALS: operator.eq, Comparator.DIFFERS: operator.ne}
 _NULL_TESTS = {sql_operators.is_, sql_operators.is_not}
 _DAY = dt.timedelta(days=1)
+_FEW = 10  # tests that may each evaluate the value
 _MOST_IN_A_ROW = 50
 
 
@@ -133,6 +134,11 @@ class Scope(ABC):
             return self._is_in_span(left, comparator, compared.span)
 
         def any_argument(test: Callable[[SqlValue, SqlValue], Expression]) -> Expression:
+            if len(compared.arguments) > _FEW and left.text is not None:
+                return _evaluated_once(left, partial(any_of_arguments, test))
+            return any_of_arguments(test, left)
+
+        def any_of_arguments(test: Callable[[SqlValue, SqlValue], Expression], left: SqlValue) -> Expression:
             tests = []
             for argument in compared.arguments:
                 items, right = self.value(argument)
@@ -270,6 +276,14 @@ def chain(tables: list[sa.FromClause]) -> sa.FromClause:
     for table in rest:
         first = first.join(table, sa.true())
     return first
+
+
+def _evaluated_once(value: SqlValue, test: Callable[[SqlValue], Expression]) -> Expression:
+    """Test a text many times, and evaluate its expression once. LIMIT keeps the database from inlining it."""
+    assert value.text is not None  # noqa: S101  (the caller checked)
+    given = sa.select(value.text.label("t")).correlate_except().limit(1).subquery("given")
+    tested = test(replace(value, text=given.c.t))
+    return sa.select(tested).select_from(given).correlate_except(given).scalar_subquery()
 
 
 def _of_texts(

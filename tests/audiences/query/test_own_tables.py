@@ -173,6 +173,27 @@ def test_a_mapping_that_does_not_match_its_table_is_an_error(engine, shop, mappi
         users_of(connection, configured("entity('orders').count() > 0", shop, [mapping]))
 
 
+def test_a_view_that_sqlite_does_not_trust_is_refused_with_advice(engine, shop):
+    select = "SELECT id, json_extract(extra, '$.plan') AS plan FROM {schema}customers"
+    if not dialects.is_sqlite(engine):
+        select = "SELECT id, extra ->> 'plan' AS plan FROM {schema}customers"
+    add_tables(engine, shop, f"CREATE VIEW {{schema}}plans AS {select}")
+    view, query = (
+        configured("trait('plan').exists()", shop, [replace(mapping, user_id="id", profile=True)])
+        for mapping in (TableMapping("plans", "{schema}plans"), TableMapping("plans", sql=select))
+    )
+    with engines.read(engine) as connection:
+        assert users_of(connection, query) == {"1"}
+        try:
+            connection.exec_driver_sql(f"SELECT * FROM {shop}plans").close()
+        except sa.exc.OperationalError:  # this version of SQLite trusts no JSON function
+            message = r"\[tables.plans\] cannot be read: unsafe use of json_extract\(\) in a view.* the view's own SELECT"
+            with pytest.raises(DefinitionError, match=message):
+                users_of(connection, view)
+        else:
+            assert users_of(connection, view) == {"1"}
+
+
 def test_hostile_names_are_quoted(engine, shop):
     name = 'a"b; DROP TABLE x --'
     quoted = name.replace('"', '""')
@@ -551,6 +572,26 @@ def test_a_list_of_thousands_of_values_can_be_compared(engine, shop):
             f"trait('country').omits({strings})": "1 2 3",
         }.items():
             assert users_of(connection, configured(text, shop)) == set(users.split()), text[:60]
+
+
+def test_a_text_is_evaluated_once_for_a_long_list(engine, shop):
+    words = ", ".join(f"'{number}'" for number in range(20))
+    with engines.read(engine) as connection:
+        for text, users in {
+            f"trait('extra.plan').contains({words}, 'r')": "1",
+            f"trait('extra.plan').starts_with({words}, trait('extra.plan'))": "1",
+            f"trait('extra.plan').omits({words}, 'r')": "2 3",
+            f"trait('extra.seats.$').omits({words})": "1",
+            f"event('Order').where(property('a b').ends_with({words}, 'x')).count() >= 1": "1",
+            f"entity('orders').where(entity('lines').where(property('sku').contains({words}, 'b')).count() > 0)"
+            ".count() > 0": "1",
+        }.items():
+            query = configured(text, shop)
+            assert users_of(connection, query) == set(users.split()), text
+            compiled = compile_query(
+                query.query, read_catalog(connection, query, is_own=True), NOW, is_trait=False
+            )
+            assert compiled.sql.count("a b") + compiled.sql.count("plan") + compiled.sql.count("sku") < 8
 
 
 def test_a_run_of_long_ago_reads_what_was_before_it(engine, shop):
