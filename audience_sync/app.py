@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from audience_sync import logs
 from audience_sync.audiences import foreign, plan, records, runs
 from audience_sync.audiences.definition import Definition, Kind
-from audience_sync.clock import Clock, SystemClock
+from audience_sync.clock import Clock, DatabaseClock, SystemClock
 from audience_sync.db import dialects, engines, migrate
 from audience_sync.errors import ConfigError, SourceError
 from audience_sync.queue import bulk, deliveries, due, progress, split, worker
@@ -306,6 +306,8 @@ def open_app(path: Path | None = None, *, migrated: bool = True) -> Iterator[App
     try:
         if migrated:
             migrate.ensure(app.engine)
+            if not dialects.is_sqlite(app.engine):  # SQLite has no clock but this machine's
+                app.clock = DatabaseClock(app.clock, partial(dialects.time_of, app.engine))
             app.load_keys()
         yield app
     finally:

@@ -1,9 +1,12 @@
 """The clock, which is passed as an argument so that tests can set the time."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
+
+JUMP_SECONDS = 1.0  # by which this machine's clock may be corrected until the database's is read again
 
 
 class Clock(Protocol):
@@ -27,24 +30,47 @@ class SystemClock:
         time.sleep(seconds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DatabaseClock:
-    """The database's clock, by which requests are recorded, because another machine's clock may be wrong.
+    """The database's clock, by which all machines work, because the clock of one may be wrong.
 
-    It showed `moment` when our own one showed `monotonic`.
+    It is `read` at first, and again when this machine's clock was set or stood still. It runs on if that returns None.
     """
 
     clock: Clock
-    moment: datetime
-    monotonic: float
+    read: Callable[[], datetime | None]
+    _reading: tuple[datetime, float, float] = field(
+        init=False
+    )  # with our monotonic clock, and the offset of our two
+
+    def __post_init__(self) -> None:
+        self._reading = self._read(self.clock.now())
 
     def now(self) -> datetime:
-        return self.moment + timedelta(seconds=self.clock.monotonic() - self.monotonic)
+        moment, monotonic, offset = self._reading
+        if abs(self._offset() - offset) > JUMP_SECONDS:
+            moment, monotonic, _ = self._reading = self._read(moment + self._since(monotonic))
+        return moment + self._since(monotonic)
+
+    def monotonic(self) -> float:
+        return self.clock.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        self.clock.sleep(seconds)
 
     def monotonic_of(self, moment: datetime) -> float:
-        """Return a past moment by our own monotonic clock, which runs on while this process takes over."""
-        seconds = (moment - self.moment).total_seconds()
-        return min(self.monotonic + seconds, self.clock.monotonic())
+        """Return a past moment by our own monotonic clock."""
+        read_at, monotonic, _ = self._reading
+        return min(monotonic + (moment - read_at).total_seconds(), self.monotonic())
+
+    def _read(self, otherwise: datetime) -> tuple[datetime, float, float]:
+        return self.read() or otherwise, self.monotonic(), self._offset()
+
+    def _since(self, monotonic: float) -> timedelta:
+        return timedelta(seconds=self.monotonic() - monotonic)
+
+    def _offset(self) -> float:
+        return self.clock.now().timestamp() - self.monotonic()
 
 
 def isoformat(moment: datetime) -> str:

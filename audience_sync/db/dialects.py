@@ -137,6 +137,15 @@ def now(connection: sa.Connection) -> dt.datetime:
     return moment.astimezone(dt.UTC)
 
 
+def time_of(engine: sa.Engine) -> dt.datetime | None:
+    """Return the time by the database's clock, None if it cannot be reached."""
+    try:
+        with engine.connect() as connection:
+            return now(connection)
+    except sa.exc.DBAPIError:
+        return None
+
+
 def create_temp_table(
     connection: sa.Connection, name: str, columns: str, *, unique_ids: bool = False
 ) -> None:

@@ -510,22 +510,27 @@ def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | Non
 
 
 def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
-    """Return some deliveries of calls whose first attempt is in the future: a clock was ahead when they were queued.
+    """Return some deliveries whose first attempt is in the future: a clock was ahead when they were queued.
 
-    A first attempt is due at once. Looks at the AHEAD_COUNT that are due last.
+    A first attempt is due at once. Looks at the AHEAD_COUNT of each queue that are due last.
     """
-    ids: list[int] = []
-    for action in LANES:
-        last = (
-            sa.select(_ID, deliveries.c.attempt_count)
-            .where(_pending_by_claim_index(action, "call"), _DUE_AT > _NOW)
-            .order_by(_DUE_AT.desc(), _ID.desc())
-            .limit(AHEAD_COUNT)
-            .subquery()
-        )
-        query = sa.select(last.c.delivery_id).where(last.c.attempt_count == 0)
-        ids += connection.execute(query, {"now": now}).scalars()
-    return ids
+    return list(connection.execute(_SCHEDULED_AHEAD, {"now": now}).scalars())
+
+
+def _first_attempts_of_last(action: str, delivery_class: str) -> sa.Select[int]:
+    last = (
+        sa.select(_ID, deliveries.c.attempt_count)
+        .where(_pending_by_claim_index(action, delivery_class), _DUE_AT > _NOW)
+        .order_by(_DUE_AT.desc(), _ID.desc())
+        .limit(AHEAD_COUNT)
+        .subquery()
+    )
+    return sa.select(last.c.delivery_id).where(last.c.attempt_count == 0)
+
+
+_SCHEDULED_AHEAD = sa.union_all(
+    *(_first_attempts_of_last(action, name) for action in LANES for name in CLASSES)
+)
 
 
 def are_waiting(

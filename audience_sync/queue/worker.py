@@ -158,7 +158,7 @@ class Worker:
             self.is_gathering,
         )
         self._bulk = BulkLane(self.settings.jobs, self.clock, self._lanes["identify"])
-        self._database_clock = DatabaseClock(self.clock, dialects.now(connection), monotonic)
+        self._database_clock = DatabaseClock(self.clock, partial(dialects.time_of, self.engine))
         self._recover(connection, ())
         moment, grace = self._database_clock.now(), self.settings.grace
         span = max(dt.timedelta(seconds=window), grace)
