@@ -12,6 +12,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import time
@@ -42,15 +43,19 @@ PIECE_BYTES = 8_000_000  # of a piece's lines at most; a prepared call takes a f
 # which they try again. As many pieces as a transaction may take are prepared before, so that it waits for nothing.
 LOCK_SECONDS, GAP_SECONDS, READ_AHEAD = 2, 0.12, 8
 MAX_LINE_BYTES = 6 * MAX_CALL_BYTES  # an escape takes six bytes for one
+HEAD_BYTES = 8192  # that show a file's encoding
 OLD = dt.timedelta(days=1)  # Userpilot counts an event at its arrival, whenever it happened
 _GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
+# How a file begins whose lines are recoded: with a BOM, or the NULs of an ASCII character. JSON's first one is ASCII. The
+# last is UTF-8 whose lines end with CR alone.
 _ENCODINGS = {
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-    b"{\0": "utf-16-le",
-    b"\0{": "utf-16-be",
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
+    rb"\xff\xfe|\xfe\xff": "utf-16",
+    rb"[^\0]\0\0\0": "utf-32-le",
+    rb"\0\0\0": "utf-32-be",
+    rb"[^\0]\0": "utf-16-le",
+    rb"\0[^\0]": "utf-16-be",
+    rb"[^\r\n]*\r[^\n]": "utf-8",
 }
 _FORMATS = {
     b"PK\3\4": "a ZIP archive",
@@ -128,27 +133,28 @@ def decompressed(file: BinaryIO) -> BinaryIO:
     if reader.peek(2)[:2] == _GZIP:
         reader = gzip.GzipFile(fileobj=reader)
     try:
-        head = reader.peek(16)
+        head = reader.peek(HEAD_BYTES)
     except (OSError, EOFError, zlib.error):
         head = b""  # reading the lines will report it
     for beginning, name in _FORMATS.items():
         if head.startswith(beginning):
             raise ConfigError(f"The file is {name}, but {_NDJSON}: convert it first. Nothing is imported.")
     for beginning, encoding in _ENCODINGS.items():
-        if head.startswith(beginning):
+        if re.match(beginning, head):
             return cast("BinaryIO", _Recoded(reader, encoding))
     return cast("BinaryIO", reader)
 
 
 class _Recoded:
-    """The lines of a file in another encoding, in UTF-8."""
+    """The lines of a file in another encoding, in UTF-8. They may end with CR, which no JSON text contains."""
 
     def __init__(self, file: Any, encoding: str) -> None:
         self._file = file
-        self._text = io.TextIOWrapper(file, encoding, errors="surrogatepass", newline="\n")
+        self._errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+        self._text = io.TextIOWrapper(file, encoding, errors=self._errors)
 
     def readline(self, size: int) -> bytes:
-        return self._text.readline(size).encode("utf-8", "surrogatepass")
+        return self._text.readline(size).encode("utf-8", self._errors)
 
     def fileno(self) -> int:
         return int(self._file.fileno())
@@ -345,6 +351,10 @@ def _checked(lines: Iterator[Line]) -> Iterator[Line]:
     if first.startswith(b"["):
         raise ConfigError(
             f"The file is a JSON array, but {_NDJSON}. Convert it: jq -c '.[]' FILE. Nothing is imported."
+        )
+    if re.match(rb'\{\s*"batch"\s*:\s*\[', first):
+        raise ConfigError(
+            f"The file is a batch, but {_NDJSON}. Convert it: jq -c '.batch[]' FILE. Nothing is imported."
         )
     if first.startswith(b"{") and not _is_json(first):
         beginning += itertools.islice(lines, 1)

@@ -70,6 +70,11 @@ def users(engine):
         (ANN + b"\n" + BOB).decode().encode("utf-16-le"),
         gzip.compress((ANN + b"\n" + BOB).decode().encode("utf-16"), mtime=0),
         gzip.compress(b"\xef\xbb\xbf" + ANN + b"\n\xef\xbb\xbf" + BOB, mtime=0),
+        ANN + b"\r" + BOB,
+        gzip.compress(b"\xef\xbb\xbf" + ANN + b"\r\r" + BOB + b"\r", mtime=0),
+        (ANN + b"\r" + BOB).decode().encode("utf-16"),
+        (b"\n" + ANN + b"\n" + BOB).decode().encode("utf-16-be"),
+        (ANN + b"\r\n" + BOB).decode().encode("utf-32-le"),
     ],
     ids=[
         "lines",
@@ -84,6 +89,11 @@ def users(engine):
         "UTF-16 LE without BOM",
         "gzip of UTF-16",
         "gzip of files with BOM",
+        "CR",
+        "gzip with BOM and CR",
+        "UTF-16 with CR",
+        "UTF-16 BE that begins with a blank line",
+        "UTF-32 LE without BOM",
     ],
 )
 def test_each_line_is_a_call(import_file, users, content):
@@ -98,8 +108,9 @@ def test_each_line_is_a_call(import_file, users, content):
         b"\xef\xbb\xbf" + ANN + b"\n" + BOB,
         (ANN + b"\n" + BOB).decode().encode("utf-16"),
         gzip.compress(b"\xef\xbb\xbf" + ANN + b"\r\n" + BOB, mtime=0),
+        ANN + b"\r" + BOB,
     ],
-    ids=["BOM", "UTF-16", "gzip with BOM"],
+    ids=["BOM", "UTF-16", "gzip with BOM", "CR"],
 )
 def test_a_line_is_the_same_call_in_each_encoding(import_file, users, encoded):
     assert import_file(ANN + b"\n" + BOB)[0] == 0
@@ -110,6 +121,7 @@ def test_a_line_is_the_same_call_in_each_encoding(import_file, users, encoded):
 LIST = json.dumps([json.loads(ANN), json.loads(BOB)])
 ONE_A_LINE = "import reads one JSON object a line (NDJSON), plain or gzip"
 ARRAY = f"The file is a JSON array, but {ONE_A_LINE}. Convert it: jq -c '.[]' FILE. Nothing is imported."
+BATCH = f"The file is a batch, but {ONE_A_LINE}. Convert it: jq -c '.batch[]' FILE. Nothing is imported."
 SPREAD = (
     f"The file has JSON objects that span several lines, but {ONE_A_LINE}. Convert it: jq -c . FILE. "
     "Nothing is imported."
@@ -126,7 +138,10 @@ SPREAD = (
         (b"\xef\xbb\xbf" + LIST.encode(), ARRAY),
         (LIST.encode("utf-16"), ARRAY),
         (gzip.compress(LIST.encode(), mtime=0), ARRAY),
+        (json.dumps({"batch": json.loads(LIST)}).encode(), BATCH),
+        (json.dumps({"batch": json.loads(LIST)}, indent=1).replace("{\n", "{").encode(), BATCH),
         (json.dumps(json.loads(ANN), indent=2).encode(), SPREAD),
+        (json.dumps(json.loads(ANN), indent=2).replace("\n", "\r").encode(), SPREAD),
         (b'{ "type": "identify",\r\n  "userId": "ann" }\r\n', SPREAD),
         (b"{\n}\n", SPREAD),
         (gzip.compress(json.dumps(json.loads(ANN), indent=4).encode("utf-16"), mtime=0), SPREAD),
@@ -169,6 +184,13 @@ def test_a_missing_file_or_a_folder_is_an_error(command, path):
     code, said = command("import", path)
     assert code == 2
     assert said.startswith(f"audience-sync: {path} cannot be read: ")
+
+
+@SQLITE
+def test_a_byte_that_is_not_utf_8_spoils_its_line_only(import_file, users):
+    code, said = import_file(ANN + b'\r{"userId": "\xff"}\r' + BOB)
+    assert (code, said.splitlines()[0]) == (0, "3 lines: 2 accepted, 1 set aside.")
+    assert sorted(users()) == ["ann", "bob"]
 
 
 def test_lines_before_a_truncation_of_gzip_are_imported(import_file, users):
