@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from audience_sync import __version__, intake, logs, remote
@@ -59,6 +60,9 @@ _KINDS = {
     **{kind.value[0]: kind.value for kind in CallType},
     **dict.fromkeys(("batch", "import", "b"), "batch"),
 }
+
+
+_API_PATH = re.compile("/v1(/.*)?|/healthz|/openapi.json", re.DOTALL)
 
 
 class RefusalError(Exception):
@@ -152,6 +156,16 @@ class CanonicalPath:
         await self._app(scope, receive, send)
 
 
+class _Dashboard(Mount):
+    """All paths but the API's. A request with JSON is meant for the API, whatever its path is."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        content_type = Headers(scope=scope).get("Content-Type", "")
+        if _API_PATH.fullmatch(scope["path"]) or content_type.startswith("application/json"):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
 @dataclass(slots=True)
 class TrackingApi:
     """The API of an app; `writer` must run while the API is served."""
@@ -182,7 +196,7 @@ class TrackingApi:
             Route("/openapi.json", self._openapi, methods=["GET"]),
         ]
         if dashboard is not None:
-            routes += [Mount("/v1", self._no_path), Mount("/", dashboard)]
+            routes.append(_Dashboard("/", dashboard))
         application = Starlette(
             routes=routes,
             middleware=[Middleware(CanonicalPath)],
@@ -191,9 +205,6 @@ class TrackingApi:
         application.router.redirect_slashes = False
         application.state.refusals = self.refusals
         return application
-
-    async def _no_path(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (await self._refuse_path(Request(scope), HTTPException(404)))(scope, receive, send)
 
     async def _refuse_path(self, request: Request, error: Exception) -> Response:
         """Answer a request with a path or a method that the API does not have."""

@@ -81,11 +81,11 @@ def make_app(url, tmp_path):
 def make_api(make_app):
     with contextlib.ExitStack() as stack:
 
-        def make(**options):
+        def make(dashboard=None, **options):
             clock = HandClock()
             app = make_app(clock=clock, **options)
             writer = stack.enter_context(Writer(app))
-            return ApiClient(app, clock, http.TrackingApi(app, writer).asgi())
+            return ApiClient(app, clock, http.TrackingApi(app, writer).asgi(dashboard))
 
         yield make
 

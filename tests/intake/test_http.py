@@ -7,6 +7,7 @@ import logging
 import zlib
 
 import pytest
+from starlette.responses import PlainTextResponse
 
 from audience_sync.db import dialects, engines
 from audience_sync.intake import http
@@ -467,6 +468,33 @@ def test_other_paths_and_methods_are_refused_in_json(api, method, path, status, 
     answer = api(method, path, headers=AS_SHOP)
     assert (answer.headers["Content-Type"], *refusal(answer)) == ("application/json", status, refused(error))
     assert ("Allow" in answer.headers) == (status == 405)
+
+
+async def page(scope, receive, send):
+    await PlainTextResponse(f"page {scope['path']}")(scope, receive, send)
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1", 404),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/batch", 404),
+        ("POST", "/v2/batch", 404),
+        ("GET", "/v1/batch", 405),
+        ("PUT", "/v1/import/", 405),
+        ("POST", "/healthz", 405),
+    ],
+)
+def test_beside_the_dashboard_a_client_of_the_api_gets_json_as_well(make_api, method, path, status):
+    api = make_api(dashboard=page)
+    answer = api(method, path, headers=AS_SHOP, json={"batch": []})
+    assert (answer.headers["Content-Type"], answer.status_code) == ("application/json", status)
+    assert ("Allow" in answer.headers) == (status == 405)
+    assert api("POST", "/v1/batch", headers=AS_SHOP, json={"batch": []}).status_code == 200
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert api("POST", "/runs/1", headers=form, content=b"a=1").text == "page /runs/1"
 
 
 # What was corrected.
