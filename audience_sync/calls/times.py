@@ -1,4 +1,4 @@
-"""Times as clients write them: ISO 8601 in all its forms, Unix times, and the dates of HTTP and e-mail headers."""
+"""Times as clients write them: ISO 8601 in all its forms, Unix times, and the dates of headers and other languages."""
 
 import datetime as dt
 import email.utils
@@ -7,16 +7,26 @@ import re
 EARLIEST_UNIX_TIME = 1e8  # 1973; a smaller number is hardly a time
 _UNITS = (1e11, 1e14, 1e17, 1e20)  # a number below is in seconds, milliseconds, microseconds, nanoseconds
 _ISO = re.compile(
-    r"""(?:(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})
+    r"""(?:(?P<year>\d{4})(?P<separator>[-/.])(?P<month>\d{1,2})(?P=separator)(?P<day>\d{1,2})
       | (?P<basic>\d{8})
       | (?P<ordinal>\d{4}-?\d{3})
       | (?P<week>\d{4}-?W\d\d(?:-?\d)?))
     (?:[T\s]\s*(?P<hour>\d{1,2})(?::?(?P<minute>\d\d)(?::?(?P<second>\d\d)(?P<fraction>[.,]\d+)?)?)?)?
-    \s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?(?:\s*(?:Z|UTC|GMT|[+-]\d\d:?\d\d\ UTC))?""",
+    \s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?(?:\s*(?:Z|UTC|GMT|[+-]\d\d:?\d\d\ UTC))?
+    (?(zone)(?:\[[A-Z0-9_/+-]+\] | \ [A-Z]{3,5})?(?:\ M=[+-][\d.]+)?)  # as Java and Go print a time""",
     re.VERBOSE | re.ASCII,
 )
+_COMPACT = re.compile(
+    r"((?:19|20)\d{6})(\d{6})", re.ASCII
+)  # as Unix time in milliseconds it would be after 2570
+# Dates of HTTP and e-mail headers, as JavaScript prints one, and as C does.
 _HEADER = re.compile(
-    r"(?:[a-z]{3}, *)?\d{1,2} [a-z]{3} \d{4} \d\d:\d\d:\d\d [a-z0-9+-]+", re.IGNORECASE | re.ASCII
+    r"""(?:[a-z]{3,9},?\s+)?(?:
+        \d{1,2}[ -][a-z]{3}[ -](?:\d\d|\d{4})\s+\d\d:\d\d:\d\d\s+(?:gmt|utc?|z|[ecmp][sd]t|[+-]\d{4})
+      | [a-z]{3}\s+\d{1,2}\s+\d{4}\s+\d\d:\d\d:\d\d\s+gmt[+-]\d{4}
+      | [a-z]{3}\s+\d{1,2}\s+\d\d:\d\d:\d\d\s+(?:(?:gmt|utc)\s+)?\d{4}
+    )(?:\s*\(.*\))?""",
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
 )
 
 
@@ -49,6 +59,8 @@ def _in_utc(time: dt.datetime) -> dt.datetime:
 
 
 def _parse_text(text: str) -> dt.datetime:
+    if match := _COMPACT.fullmatch(text):
+        return dt.datetime.fromisoformat("T".join(match.groups()))
     if text.isascii() and re.fullmatch(r"-?\d{9,20}(\.\d+)?", text):
         return _parse_number(float(text) if "." in text else int(text))
     try:
@@ -58,7 +70,7 @@ def _parse_text(text: str) -> dt.datetime:
     if match := _ISO.fullmatch(text.upper()):
         return _from_parts(match.groupdict())
     if _HEADER.fullmatch(text):
-        return email.utils.parsedate_to_datetime(text)
+        return email.utils.parsedate_to_datetime(re.sub(r"(?i)gmt(?=[+-])", "", text))
     raise ValueError("not a time")
 
 

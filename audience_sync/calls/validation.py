@@ -191,7 +191,9 @@ def _timestamp(
         try:
             happened_at = received_at - (sent_at - original) if original else received_at
         except OverflowError as error:
-            raise CallError("timestamp is out of range") from error
+            if original is None or original > sent_at:
+                raise CallError("timestamp is out of range") from error
+            corrected.append("sentAt is out of range: it is not used")
     if happened_at - received_at > CLOCK_TOLERANCE:
         corrected.append(FUTURE)
     return min(happened_at, received_at)

@@ -103,6 +103,17 @@ def test_timestamps(value, moment):
         (1714471200123, "2024-04-30T10:00:00.123000Z"),
         (1714471200123456, "2024-04-30T10:00:00.123456Z"),
         ("1714471200123", "2024-04-30T10:00:00.123000Z"),
+        ("20240430100000", "2024-04-30T10:00:00Z"),
+        ("2024/04/30 10:00:00", "2024-04-30T10:00:00Z"),
+        ("2024.4.30", "2024-04-30T00:00:00Z"),
+        ("2024-04-30T10:00:00Z[UTC]", "2024-04-30T10:00:00Z"),
+        ("2024-04-30T10:00+02:00[Europe/Berlin]", "2024-04-30T08:00:00Z"),
+        ("2024-04-30 10:00:00.5 +0200 CEST m=+0.004", "2024-04-30T08:00:00.500000Z"),
+        ("Tue Apr 30 2024 10:00:00 GMT+0200 (Central European Summer Time)", "2024-04-30T08:00:00Z"),
+        ("Tuesday, 30-Apr-24 10:00:00 GMT", "2024-04-30T10:00:00Z"),
+        ("Tue, 30 Apr 2024 10:00:00 +0200 (CEST)", "2024-04-30T08:00:00Z"),
+        ("Tue Apr 30 10:00:00 2024", "2024-04-30T10:00:00Z"),
+        ("Tue Apr 30 10:00:00 UTC 2024", "2024-04-30T10:00:00Z"),
     ],
 )
 def test_a_time_with_one_sensible_meaning_is_read_and_recorded(value, read_as):
@@ -119,7 +130,22 @@ def test_usual_times_need_no_correction(value):
 
 
 @pytest.mark.parametrize(
-    "value", ["2023-366", "2024-04-30T24:00:01Z", "2024-04-30T10:00:61Z", "2024-04", "30/04/2024", "0", "1e9"]
+    "value",
+    [
+        "2023-366",
+        "2024-04-30T24:00:01Z",
+        "2024-04-30T10:00:61Z",
+        "2024-04",
+        "30/04/2024",
+        "0",
+        "1e9",
+        "2024/04-30",
+        "20241301000000",
+        "2024-04-30T10:00:00[Europe/Berlin]",
+        "Tue, 30 Apr 2024 10:00:00 CEST",
+        "Tue Apr 30 10:00:00 CEST 2024",
+        "Tue, 99 Apr 2024 10:00:00 GMT",
+    ],
 )
 def test_a_time_without_one_sensible_meaning_is_refused(value):
     with pytest.raises(CallError, match="timestamp is not ISO 8601"):
@@ -321,6 +347,14 @@ def test_the_senders_clock_is_corrected():
     assert corrected(None, **original) == datetime(2001, 1, 1, tzinfo=UTC)
     with pytest.raises(CallError, match="timestamp is out of range"):
         corrected(RECEIVED_AT - timedelta(days=1), timestamp="9999-12-31T00:00:00Z")
+
+
+def test_a_sent_at_that_puts_the_call_before_all_time_is_not_used():
+    raw = {"type": "identify", "userId": "u1", "timestamp": "2024-04-30T10:00:00Z"}
+    sent_at = datetime(9999, 12, 31, tzinfo=UTC)
+    call = parse_call(raw, received_at=RECEIVED_AT, sent_at=sent_at, new_id=str)
+    assert call.timestamp == datetime(2024, 4, 30, 10, tzinfo=UTC)
+    assert call.corrections == ("sentAt is out of range: it is not used",)
 
 
 def test_a_future_timestamp_counts_as_the_time_of_receipt():
