@@ -1,14 +1,16 @@
 """Renders answers of `history` as HTML: the template environment, and the format of numbers, times and states."""
 
+import contextlib
 import datetime as dt
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
 import jinja2
+import msgspec
 from markupsafe import Markup, escape
 
 from audience_sync import __version__
@@ -42,6 +44,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        auto_reload=False,
     )
     filters = (number, breakable, state, sparkline, chart, highlight, duration, prose)
     templates.filters.update({function.__name__: function for function in filters})
@@ -55,6 +58,7 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
+@lru_cache(8_192)
 def time_tag(value: dt.datetime | None, *, seconds: bool = False) -> Markup:
     """A time in UTC, to the minute or the second; the browser adds the local time as a tooltip."""
     if value is None:
@@ -64,11 +68,13 @@ def time_tag(value: dt.datetime | None, *, seconds: bool = False) -> Markup:
     return Markup('<time datetime="{}">{}</time>').format(utc.isoformat(timespec="seconds"), text)
 
 
+@lru_cache(1_024)
 def breakable(text: str) -> Markup:
     """A key that may continue on the next line after each underscore."""
     return Markup("_<wbr>").join(text.split("_"))
 
 
+@lru_cache(256)
 def state(name: str) -> Markup:
     """A state as a shape and a word."""
     look, shape = STATES.get(name, ("quiet", "○"))
@@ -117,7 +123,11 @@ def _line_chart(
 
 def as_json(value: Any, indent: int | None = None) -> str:
     """A value as readable JSON; a template escapes it."""
-    return json.dumps(value, ensure_ascii=False, default=str, indent=indent)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if indent is not None:
+        with contextlib.suppress(msgspec.DecodeError):  # NaN
+            return msgspec.json.format(text, indent=indent)
+    return text
 
 
 def short(text: Any, length: int) -> str:

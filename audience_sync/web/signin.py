@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
@@ -39,41 +39,65 @@ FormHandler = Callable[[App, Viewer, Request, Form], Response]
 
 @dataclass(slots=True)
 class Throttle:
-    """Limits failed attempts to sign in, for each user name and from each address."""
+    """Limits failed attempts to sign in, for each user name and from each address.
+
+    Attempts for a name from where it signed in before count apart, so that whoever guesses at the name elsewhere does
+    not keep its owner out.
+    """
 
     clock: Clock
     _free_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    _known: OrderedDict[str, None] = field(
+        default_factory=OrderedDict
+    )  # names with an address that signed in
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str, address: str) -> float:
         """Count an attempt and return 0 if it is allowed; else return the seconds to wait."""
         with self._lock:
             now = self.clock.monotonic()
-            free_at = {key: max(now, self._free_at.get(key, now)) for key in _keys(name, address)}
+            free_at = {key: max(now, self._free_at.get(key, now)) for key in self._keys(name, address)}
             wait = max(free_at.values()) - now - (MAX_ATTEMPTS - 1) * ATTEMPT_SECONDS
             if wait > 0:
                 return wait
             for key, at in free_at.items():
-                self._free_at[key] = at + ATTEMPT_SECONDS
-                self._free_at.move_to_end(key)
-            while len(self._free_at) > MAX_REMEMBERED:
-                self._free_at.popitem(last=False)
+                _remember(self._free_at, key, at + ATTEMPT_SECONDS)
             return 0.0
 
-    def give_back(self, name: str, address: str) -> None:
+    def succeeded(self, name: str, address: str) -> None:
         """Do not count an attempt that succeeded."""
         with self._lock:
-            for key in _keys(name, address):
+            for key in self._keys(name, address):
                 if key in self._free_at:
                     self._free_at[key] -= ATTEMPT_SECONDS
+            _remember(self._known, _pair(name, address), None)
+
+    def _keys(self, name: str, address: str) -> list[str]:
+        pair = _pair(name, address)
+        return [pair] if pair in self._known else [f"user {name[:200]}", f"address {_network(address)}"]
 
 
-def _keys(name: str, address: str) -> list[str]:
+_V = TypeVar("_V")
+
+
+def _remember(memory: OrderedDict[str, _V], key: str, value: _V) -> None:
+    memory[key] = value
+    memory.move_to_end(key)
+    while len(memory) > MAX_REMEMBERED:
+        memory.popitem(last=False)
+
+
+def _pair(name: str, address: str) -> str:
+    return f"user {name[:200]} at {_network(address)}"
+
+
+def _network(address: str) -> str:
+    """Return the address, or its network if one household or server has all of it."""
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(address)
-        if ip.version == 6:  # one household or server has a whole network of addresses
-            address = str(ipaddress.ip_network((ip, 64), strict=False))
-    return [f"user {name[:200]}", f"address {address}"]
+        if ip.version == 6:
+            return str(ipaddress.ip_network((ip, 64), strict=False))
+    return address
 
 
 def sign_in_page(view: View) -> Response:
@@ -104,7 +128,7 @@ def sign_in(
     if not is_password(form.get("password", ""), stored) or user is None:
         logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="wrong name or password")
         return _again(app, request, form, "The name or the password is wrong.", 403)
-    throttle.give_back(name, address)
+    throttle.succeeded(name, address)
     with engines.write(app.engine, WAIT_SECONDS) as connection:
         sessions.end_session(connection, _token(request))
         token = sessions.start_session(connection, user, app.clock.now())

@@ -324,12 +324,31 @@ def test_sign_ins_that_succeed_do_not_count(browse):
         assert browser.sign_in("olga", IN).status_code == 303
 
 
+@SQLITE
+def test_guessing_at_a_name_elsewhere_does_not_keep_its_owner_out(browse):
+    owner = browse(USERS)
+    assert owner.sign_in("olga", IN).status_code == 303
+    stranger = Browser(owner.app, owner.asgi, peer="192.0.2.8")
+    for _ in range(signin.MAX_ATTEMPTS):
+        assert stranger.sign_in("olga", "guess").status_code == 403
+    assert stranger.sign_in("olga", IN).status_code == 429
+    newcomer = Browser(owner.app, owner.asgi, peer="192.0.2.9")
+    assert newcomer.sign_in("olga", IN).status_code == 429  # nobody can tell it from a stranger
+    for _ in range(signin.MAX_ATTEMPTS):
+        assert owner.sign_in("rita", "guess").status_code == 403  # somebody else at the owner's address
+    assert owner.sign_in("olga", IN).status_code == 303
+    for _ in range(signin.MAX_ATTEMPTS):
+        assert owner.sign_in("olga", "guess").status_code == 403
+    assert owner.sign_in("olga", IN).status_code == 429  # the owner's address has a limit of its own
+
+
 def test_the_memory_of_attempts_is_bounded(monkeypatch):
     monkeypatch.setattr(signin, "MAX_REMEMBERED", 100)
     throttle = signin.Throttle(HandClock())
     for number in range(200):
         assert throttle.take(f"{number}{'x' * 100_000}", f"2001:db8:{number:x}::1") == 0
-    assert len(throttle._free_at) == 100
+        throttle.succeeded(f"{number}{'x' * 100_000}", f"2001:db8:{number:x}::1")
+    assert len(throttle._free_at) == len(throttle._known) == 100
     assert max(map(len, throttle._free_at)) < 300
 
 
