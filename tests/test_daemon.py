@@ -585,8 +585,12 @@ def test_slots_that_were_missed_before_the_daemon_started_are_not_late(life, cap
 def test_a_daemon_that_stopped_is_not_running(life):
     life.daemon.tick()
     assert life.status()["daemon"]["is_alive"] is True
+    beat = life.clock.now()
+    life.clock.sleep(1)
     life.daemon._end_heartbeat()
-    assert life.status()["daemon"]["is_alive"] is False
+    assert life.status()["daemon"] == {"heartbeat_at": beat, "is_alive": False}
+    life.daemon.tick()  # as another daemon would
+    assert life.status()["daemon"] == {"heartbeat_at": life.clock.now(), "is_alive": True}
 
 
 def test_a_daemon_that_stops_leaves_the_heartbeat_of_another(life):

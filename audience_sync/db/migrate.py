@@ -30,6 +30,7 @@ KNOWN = (
     "0012",
     "0013",
     "0014",
+    "0015",
 )
 HEAD = KNOWN[-1]
 VERSION_TABLE = "audience_sync_version"

@@ -325,9 +325,10 @@ destination = sa.Table(
     sa.Column("destination_id", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("stopped_at", UtcDateTime),
     sa.Column("stopped_reason", sa.Text),
-    sa.Column("slow_downs", Json, nullable=False),  # {lane: {factor, paused_until, reason}}
+    sa.Column("slow_downs", Json, nullable=False),  # {lane: {since, factor, paused_until, reason}}
     sa.Column("heartbeat_at", UtcDateTime),
     sa.Column("environments", Json),  # lists of fingerprints: keys and addresses of the same environment
+    sa.Column("stopped_heartbeat_at", UtcDateTime),  # the last heartbeat of a daemon that has stopped
     sa.CheckConstraint("destination_id = 1", name="one_row"),
     sa.CheckConstraint("(stopped_at IS NULL) = (stopped_reason IS NULL)", name="stopped"),
 )

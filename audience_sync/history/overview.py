@@ -136,8 +136,10 @@ def _bulk_job(connection: sa.Connection) -> dict[str, Any] | None:
 
 
 def daemon_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
-    heartbeat_at = destination.last_heartbeat(connection)
-    return {"heartbeat_at": heartbeat_at, "is_alive": destination.is_alive(heartbeat_at, now)}
+    return {
+        "heartbeat_at": destination.last_heartbeat(connection),
+        "is_alive": destination.is_daemon_alive(connection, now),
+    }
 
 
 def _lanes(
@@ -163,6 +165,7 @@ def _lanes(
             "per_minute": int(limit * slow.get(name, {}).get("factor", 1.0)),
             "sent_last_minute": sent.get(name, 0),
             "paused_until": slow.get(name, {}).get("paused_until"),
+            "since": slow.get(name, {}).get("since"),
             "reason": slow.get(name, {}).get("reason"),
         }
         for name, limit in per_minute.items()

@@ -142,14 +142,16 @@ def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
 
 
 def end_heartbeat(connection: sa.Connection, heartbeat_at: dt.datetime) -> None:
-    """Make this heartbeat too old for a running daemon, unless another daemon has recorded one since."""
-    ended = destination.update().where(destination.c.heartbeat_at == heartbeat_at)
-    connection.execute(ended.values(heartbeat_at=heartbeat_at - ALIVE))
+    """Record that the daemon of this heartbeat has stopped. A later heartbeat, of another daemon, counts on."""
+    _set_destination(connection, stopped_heartbeat_at=heartbeat_at)
 
 
-def is_alive(heartbeat_at: dt.datetime | None, now: dt.datetime) -> bool:
-    """Return whether a daemon that recorded its last heartbeat then is still running."""
-    return heartbeat_at is not None and now - heartbeat_at < ALIVE
+def is_daemon_alive(connection: sa.Connection, now: dt.datetime) -> bool:
+    """Return whether a daemon recorded a heartbeat within ALIVE, and has not stopped since."""
+    row = connection.execute(sa.select(destination)).one_or_none()
+    if row is None or row.heartbeat_at is None or row.heartbeat_at == row.stopped_heartbeat_at:
+        return False
+    return bool(now - row.heartbeat_at < ALIVE)
 
 
 def last_heartbeat(connection: sa.Connection) -> dt.datetime | None:

@@ -271,13 +271,20 @@ class BulkPace:
         self.rows_per_second = max(rows_per_second, self.rows_per_minute / 60 * MIN_JOB_SPEED_FACTOR)
 
 
-def slow_down(lane: Lane | BulkPace, monotonic: float, now: dt.datetime) -> dict[str, Any] | None:
-    """Describe a lane that is paused or slower than its limit, for `status` and for the next process."""
+def slow_down(
+    lane: Lane | BulkPace, monotonic: float, now: dt.datetime, stored: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Describe a lane that is paused or slower than its limit, for `status` and for the next process.
+
+    `stored`: what was recorded for the lane before; it may have been slow since then.
+    """
     trial = lane.trial if isinstance(lane, Lane) else {}
     if lane.factor == 1.0 and lane.paused_until <= monotonic and not trial:
         return None
     paused_until = now + dt.timedelta(seconds=max(-1.0, lane.paused_until - monotonic))
+    since = stored.get("since") if stored and _counts(stored, now) else None
     return {
+        "since": since or now.isoformat(),
         "factor": round(lane.factor, 3),
         "paused_until": paused_until.isoformat(),
         "reason": lane.reason,
@@ -287,10 +294,14 @@ def slow_down(lane: Lane | BulkPace, monotonic: float, now: dt.datetime) -> dict
 
 def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now: dt.datetime) -> None:
     """Slow a lane down as an earlier process did, unless that was long ago."""
-    paused_until = dt.datetime.fromisoformat(stored["paused_until"])
-    if paused_until > now - SLOW_DOWN_LASTS:
+    if _counts(stored, now):
         lane.factor, lane.reason = stored["factor"], stored["reason"]
+        paused_until = dt.datetime.fromisoformat(stored["paused_until"])
         lane.paused_until = monotonic + (paused_until - now).total_seconds()
         if isinstance(lane, Lane):
             lane.pause_level = stored.get("pause_level", 0)
             lane.refusal_streak = stored.get("refusal_streak", 0)
+
+
+def _counts(stored: dict[str, Any], now: dt.datetime) -> bool:
+    return dt.datetime.fromisoformat(stored["paused_until"]) > now - SLOW_DOWN_LASTS

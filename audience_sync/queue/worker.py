@@ -102,6 +102,7 @@ class Worker:
     _in_flight: dict[int, requests.ClaimedRequest] = field(default_factory=dict)
     _progress: Progress = field(default_factory=Progress)
     _slow_downs: set[tuple[str, bool, str]] = field(default_factory=set)  # as they were last recorded
+    _stored: dict[str, Any] = field(default_factory=dict)  # what was recorded about them
 
     def deliver(self, run_ids: Collection[int] = (), call_ids: Collection[int] = ()) -> Report:
         """Work until nothing is due and nothing becomes due within 60 s.
@@ -172,6 +173,7 @@ class Worker:
             if name in slow_downs:
                 pace.restore(lane, slow_downs[name], monotonic, now)
         self._slow_downs = {(name, False, stored["reason"]) for name, stored in slow_downs.items()}
+        self._stored = slow_downs
         self._bulk.resume(connection, now)
         self._progress = Progress(due.pending_counts(connection), monotonic)
         if sum(self._progress.pending.values()) > LARGE_BACKLOG:
@@ -448,7 +450,7 @@ class Worker:
         slow_downs = {
             name: slow_down
             for name, lane in self._paces()
-            if (slow_down := pace.slow_down(lane, monotonic, now)) is not None
+            if (slow_down := pace.slow_down(lane, monotonic, now, self._stored.get(name))) is not None
         }
         state = {
             (name, lane.paused_until > monotonic, lane.reason)
@@ -457,7 +459,7 @@ class Worker:
         }
         if state != self._slow_downs or (is_over and slow_downs):
             destination.set_slow_downs(connection, slow_downs)
-            self._slow_downs = state
+            self._slow_downs, self._stored = state, slow_downs
 
     def _show_progress(self) -> None:
         self._progress.update(self.report, self._lanes, self._bulk, self.clock.monotonic())

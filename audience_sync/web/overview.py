@@ -1,5 +1,6 @@
 """The overview: problems that need a person, the state of each definition, and the pace of each lane."""
 
+import datetime as dt
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,4 +79,6 @@ def _lanes(
         elif not status["deliverer"]:
             left += " after sending starts"
         until = failing[name]["until"] if name in failing else None
-        yield lane | {"name": name, "pending": pending, "left": left if pending else "", "until": until}
+        since = lane["since"] and dt.datetime.fromisoformat(lane["since"])
+        more = {"left": left if pending else "", "since": since, "until": until}
+        yield lane | {"name": name, "pending": pending} | more

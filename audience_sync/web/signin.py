@@ -41,8 +41,8 @@ FormHandler = Callable[[App, Viewer, Request, Form], Response]
 class Throttle:
     """Limits failed attempts to sign in, for each user name and from each address.
 
-    Attempts for a name from where it signed in before count apart, so that whoever guesses at the name elsewhere does
-    not keep its owner out.
+    Attempts for a name from where it signed in before count apart, so that guesses at the name
+    elsewhere do not keep its owner out.
     """
 
     clock: Clock

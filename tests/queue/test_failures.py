@@ -5,7 +5,7 @@ import datetime as dt
 import pytest
 
 from audience_sync.db import engines
-from audience_sync.queue import destination
+from audience_sync.queue import destination, pace
 from audience_sync.queue.worker import MAX_IN_FLIGHT
 from audience_sync.userpilot.answers import Answer, Outcome
 from tests.queue.conftest import START, properties
@@ -35,6 +35,18 @@ def test_a_429_slows_the_lane_and_does_not_count_as_an_attempt(queue, worker_of,
     assert second - first >= 0.2
     with engines.read(queue.engine) as connection:
         assert destination.slow_downs(connection)["identify"]["factor"] < 1
+
+
+def test_a_lane_stays_slow_since_its_first_pause_until_that_is_long_ago():
+    lane, now, hour = pace.Lane(600), START, pace.SLOW_DOWN_LASTS
+    lane.throttled(0.0, 10.0)
+    first = pace.slow_down(lane, 0.0, now)
+    assert first["since"] == now.isoformat()
+    lane.throttled(20.0, 10.0)
+    second = pace.slow_down(lane, 20.0, now + dt.timedelta(seconds=20), first)
+    assert second["since"] == now.isoformat()
+    later = now + 2 * hour
+    assert pace.slow_down(lane, 20.0, later, second)["since"] == later.isoformat()
 
 
 def test_a_long_retry_after_ends_the_work_and_the_next_process_keeps_to_it(

@@ -163,6 +163,10 @@ def test_a_lane_that_fails_is_named_until_long_after_its_pause(pages):
     assert "identify 1 not known while it sends nothing 0 600 Connection refused until 2026" in pages.text(
         "/"
     )
+    with engines.write(pages.engine) as connection:
+        since = dt.datetime(2026, 1, 1, tzinfo=dt.UTC).isoformat()
+        destination.set_slow_downs(connection, {"identify": slow | {"since": since}})
+    assert "Connection refused since 2026-01-01 00:00:00 until 2026-01-01 00:01:20" in pages.text("/")
     pages.clock.sleep(60)
     assert needs(pages) == f"✕ failing The lane identify sends nothing: {advice}"
     with engines.write(pages.engine) as connection:

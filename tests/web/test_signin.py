@@ -333,13 +333,13 @@ def test_guessing_at_a_name_elsewhere_does_not_keep_its_owner_out(browse):
         assert stranger.sign_in("olga", "guess").status_code == 403
     assert stranger.sign_in("olga", IN).status_code == 429
     newcomer = Browser(owner.app, owner.asgi, peer="192.0.2.9")
-    assert newcomer.sign_in("olga", IN).status_code == 429  # nobody can tell it from a stranger
+    assert newcomer.sign_in("olga", IN).status_code == 429  # unknown at this address
     for _ in range(signin.MAX_ATTEMPTS):
         assert owner.sign_in("rita", "guess").status_code == 403  # somebody else at the owner's address
     assert owner.sign_in("olga", IN).status_code == 303
     for _ in range(signin.MAX_ATTEMPTS):
         assert owner.sign_in("olga", "guess").status_code == 403
-    assert owner.sign_in("olga", IN).status_code == 429  # the owner's address has a limit of its own
+    assert owner.sign_in("olga", IN).status_code == 429  # ten each, too
 
 
 def test_the_memory_of_attempts_is_bounded(monkeypatch):
