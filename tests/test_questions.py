@@ -167,6 +167,7 @@ QUESTIONS = {
         for what in history.CHANGES
         for status in ("succeeded", "held", "rejected")
     },
+    "deliveries of changes": lambda connection, _: history.deliveries_of(connection, 7, ["u6", "u7"]),
     "settled": lambda connection, _: history.settled_at(connection, 7),
     "attention": lambda connection, settings: history.attention(connection, settings, LATER),
     "problems": lambda connection, settings: history.problems(
@@ -255,6 +256,19 @@ def test_a_question_uses_indexes(plans, filled, backend, settings, question):
     for statement, plan in plans:
         whole = [line for line in plan if WHOLE[backend].search(line)]
         assert not whole or is_in_order(statement) or COUNTED.search(statement), (statement, plan)
+
+
+def test_the_deliveries_of_a_runs_users_are_found_among_those_of_the_run(plans, filled, backend):
+    with engines.read(filled) as connection:
+        if backend == "postgresql":
+            dialects.sql(connection, "SET LOCAL enable_seqscan = off")
+        history.deliveries_of(connection, 7, ["u6", "u7"])
+    is_bounded = (
+        r"USING INDEX ix_deliveries_subject_id \(subject_id=\? AND delivery_id>\? AND delivery_id<\?\)"
+        if backend == "sqlite"
+        else r"Index Cond: .*delivery_id >= .*delivery_id <= "
+    )
+    assert any(re.search(is_bounded, line) for line in plans[-1][1]), plans[-1]
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

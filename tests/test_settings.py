@@ -1,6 +1,7 @@
 """The configuration: for each file, the settings or the error that it gives."""
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -522,6 +523,34 @@ def test_an_sqlite_file_becomes_absolute(load, tmp_path, url, absolute):
 def test_a_duckdb_file_becomes_absolute(load, tmp_path, url, absolute):
     found = load(f"[sources.s]\nurl = '{url}'\nexperimental = true")
     assert found.sources["s"].url == absolute.format(tmp_path)
+
+
+def test_settings_know_when_a_file_of_theirs_has_changed(load, write, tmp_path):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    write("", "more/a.toml")
+
+    def read():
+        return load("include = ['more/*.toml']")
+
+    def replaced(path, text):
+        path.write_text(text)
+        os.utime(path, ns=(1, next(moments)))
+
+    moments, found = itertools.count(1), read()
+    assert not found.have_changed()
+    replaced(found.path, "")
+    assert found.have_changed()
+    for change in (
+        lambda: replaced(folder / "a.toml", "# changed"),
+        (folder / "b.toml").touch,
+        (folder / "a.toml").unlink,
+        (tmp_path / "audience_sync.toml").unlink,
+    ):
+        found = read()
+        assert not found.have_changed()
+        change()
+        assert found.have_changed()
 
 
 def test_included_files_follow_the_main_one_in_order(load, tmp_path):

@@ -10,7 +10,7 @@ from audience_sync.history.audiences import (
     recent_runs,
     size_rows,
 )
-from audience_sync.history.changes import CHANGES, change_rows, run_in_full
+from audience_sync.history.changes import CHANGES, change_rows, deliveries_of, run_in_full
 from audience_sync.history.members import member_page, member_rows
 from audience_sync.history.names import event_names, number_property, trait_names
 from audience_sync.history.overview import (
@@ -72,6 +72,7 @@ __all__ = [
     "definition_id",
     "definition_keys",
     "definitions",
+    "deliveries_of",
     "deliveries_of_request",
     "delivery_details",
     "delivery_rows",

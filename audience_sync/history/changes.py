@@ -5,11 +5,13 @@ from its deliveries and the members. Each query reads an index in order, and sto
 """
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sa
 
 from audience_sync.db import dialects, tables
+from audience_sync.history.queue import STATUSES
 from audience_sync.history.runs import SAMPLE, held_id, run_facts
 
 CHANGES = ("entered", "exited", "changed")
@@ -86,6 +88,33 @@ def change_rows(
         {"user_id": user.user_id, "old_value": _value(user.old_value), "new_value": _value(user.new_value)}
         for user in users
     ]
+
+
+def deliveries_of(connection: sa.Connection, run_id: int, user_ids: Collection[str]) -> dict[str, Any]:
+    """The delivery of each of these users' changes in a run, by user id; none for those that are no longer stored.
+
+    The ids of a run's deliveries limit the search, because a user may have very many others.
+    """
+    column = tables.deliveries.c
+    statement = sa.select(tables.runs.c.run_id, tables.runs.c.status, tables.runs.c.deliveries_run_id)
+    stored_under = held_id(connection.execute(statement.where(tables.runs.c.run_id == run_id)).one())
+    ends = [
+        sa.select(end(column.delivery_id)).where(column.run_id == stored_under, column.status == status)
+        for end in (sa.func.min, sa.func.max)
+        for status in STATUSES
+    ]
+    ids = [row_id for row_id in connection.execute(sa.union_all(*ends)).scalars() if row_id is not None]
+    if not ids:
+        return {}
+    query = sa.select(
+        column.subject_id, column.status, column.settled_at, column.request_id, column.error
+    ).where(
+        dialects.is_among(connection, column.subject_id, user_ids),
+        column.action == "identify",
+        column.delivery_id.between(min(ids), max(ids)),
+        column.run_id + 0 == stored_under,  # the index of runs would find all deliveries of the run
+    )
+    return {row.subject_id: row._asdict() for row in connection.execute(query)}
 
 
 def _committed(connection: sa.Connection, what: str) -> str:

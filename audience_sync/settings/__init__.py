@@ -67,6 +67,12 @@ class Settings(Table, frozen=True):
     mappings: tuple[mappings.Mapping, ...]  # without the presets, in the order of the files
     daemon: DaemonSettings = DaemonSettings()
     web: WebSettings = WebSettings()
+    include: tuple[str, ...] = ()  # patterns of more files
+    versions: tuple[tuple[Path, int], ...] = ()  # of the files that were read
+
+    def have_changed(self) -> bool:
+        """Return whether a file of the configuration was changed, added or removed since it was read."""
+        return self.versions != tuple(_versions(self.path, self.folder, self.include))
 
 
 def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
@@ -118,7 +124,10 @@ def load(
     )
     settings = msgspec.structs.replace(settings, tables=_mapped_tables(top, document, settings.sources))
     defaults = top.section("[defaults]").convert(document.get("defaults", {}), DefaultSettings)
-    files = [(top, document), *_included(top, document.get("include", []), folder)]
+    include = _patterns(top, document.get("include", []))
+    versions = tuple(_versions(path, folder, include))
+    settings = msgspec.structs.replace(settings, include=include, versions=versions)
+    files = [(top, document), *_included(top, document.get("include", []), include, folder)]
     built = tuple(
         definitions.build_definition(section, table, kind, settings.sources, defaults)
         for kind in Kind
@@ -147,17 +156,37 @@ def _mapped_tables(
     return mapped
 
 
-def _included(top: Section, patterns: Any, folder: Path) -> Iterator[tuple[Section, dict[str, Any]]]:
-    """Yield the included files with their documents, each file once."""
+def _patterns(top: Section, patterns: Any) -> tuple[str, ...]:
+    """Return the patterns of included files, with their variables replaced."""
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         top.fail('include: expected a list of strings, such as ["audiences/*.toml"]')
+    return tuple(top.expand("include", pattern) for pattern in patterns)
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    files = sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207  (it accepts absolute patterns)
+    return [absolute(folder, file) for file in files]
+
+
+def _versions(path: Path, folder: Path, include: tuple[str, ...]) -> Iterator[tuple[Path, int]]:
+    """Yield the files of the configuration, each with the time of its last change; 0 if it cannot be read."""
+    for file in dict.fromkeys([path, *(file for pattern in include for file in _matching(folder, pattern))]):
+        try:
+            yield file, file.stat().st_mtime_ns
+        except OSError:
+            yield file, 0
+
+
+def _included(
+    top: Section, patterns: list[str], expanded: tuple[str, ...], folder: Path
+) -> Iterator[tuple[Section, dict[str, Any]]]:
+    """Yield the included files with their documents, each file once."""
     seen = {top.path}
-    for pattern in patterns:
-        expanded = top.expand("include", pattern)
-        files = sorted(glob.glob(expanded, root_dir=folder, recursive=True))  # noqa: PTH207  (it accepts absolute patterns)
-        if not files and not glob.has_magic(expanded):
+    for pattern, include in zip(patterns, expanded, strict=True):
+        files = _matching(folder, include)
+        if not files and not glob.has_magic(include):
             top.fail(f"include: there is no file {shown(pattern)} in {folder}")
-        for path in (absolute(folder, file) for file in files):
+        for path in files:
             if path not in seen:
                 seen.add(path)
                 file, document = Section(path, "an included file", top.environ), read_toml(path)

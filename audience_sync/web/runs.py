@@ -43,7 +43,7 @@ def runs(view: View) -> Response:
 def run(view: View) -> Response:
     run = _requested(view)
     samples = {
-        what: history.change_rows(view.connection, run["run_id"], what, limit=SHOWN_CHANGES)
+        what: _changes(view, run, what, limit=SHOWN_CHANGES)
         for what in history.CHANGES
         if run[f"{what}_count"]
     }
@@ -76,7 +76,7 @@ def run(view: View) -> Response:
 def changes(view: View) -> Response:
     run, what = _requested(view), view.choice("what", history.CHANGES) or "entered"
     after = view.text("after") or ""
-    users = history.change_rows(view.connection, run["run_id"], what, after=after, limit=PAGE_ROWS + 1)
+    users = _changes(view, run, what, after=after, limit=PAGE_ROWS + 1)
     return view.html(
         "changes.html",
         run=run,
@@ -85,6 +85,15 @@ def changes(view: View) -> Response:
         next_after=users[PAGE_ROWS - 1]["user_id"] if len(users) > PAGE_ROWS else None,
         is_first=not after,
     )
+
+
+def _changes(
+    view: View, run: dict[str, Any], what: str, *, after: str = "", limit: int
+) -> list[dict[str, Any]]:
+    """A page of users who changed in a run, each with the delivery of the change."""
+    users = history.change_rows(view.connection, run["run_id"], what, after=after, limit=limit)
+    sent = history.deliveries_of(view.connection, run["run_id"], [user["user_id"] for user in users])
+    return [user | {"delivery": sent.get(user["user_id"])} for user in users]
 
 
 def _requested(view: View) -> dict[str, Any]:

@@ -122,6 +122,7 @@ class View:
         notice = self.number("notice")
         if notice is not None:
             values["notice"] = record.find_action(self.connection, notice, self.viewer.name or "")
+        values["is_outdated"] = self.viewer.may_read and self.app.settings.have_changed()
         return html(template, self.request, self.viewer, self.now, live=live, **values)
 
 
@@ -140,7 +141,14 @@ def html(
 ) -> Response:
     """Render a template for a person. `path`: where the person is, if that is not the request's address."""
     program = request.app.state.program if "app" in request.scope else render.PROGRAM
-    common = {"notice": None, "live": False, "viewer": viewer, "now": now, "program": program}
+    common = {
+        "notice": None,
+        "is_outdated": False,
+        "live": False,
+        "viewer": viewer,
+        "now": now,
+        "program": program,
+    }
     common["path"] = here(request) if path is None else path
     page = render.environment().get_template(template)
     return HTMLResponse(page.render(common | values), status_code)

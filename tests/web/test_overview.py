@@ -1,6 +1,7 @@
 """The overview: what needs attention and what to do, the state of each definition, and the backlog of the lanes."""
 
 import datetime as dt
+import os
 
 import pytest
 
@@ -209,6 +210,17 @@ def test_commands_begin_as_this_dashboard_was_started(pages):
     assert "run audience-sync --config /demo.toml deliver ." in needs(pages)
     pages.asgi = usual
     assert "run audience-sync deliver ." in needs(pages)
+
+
+def test_pages_say_that_the_configuration_has_changed_since(pages):
+    pages.configure(VIPS)
+    notice = "The configuration has changed since this dashboard was started"
+    assert notice not in pages.text("/")
+    os.utime(pages.app.settings.path, ns=(1, 1))
+    for path in ("/", "/runs", "/query"):
+        assert notice in pages.text(path)
+    pages.app.settings.path.unlink()
+    assert notice in pages.text("/")
 
 
 def test_commands_name_a_configuration_that_is_not_where_they_look(tmp_path, monkeypatch):

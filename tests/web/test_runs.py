@@ -34,7 +34,9 @@ def test_a_run_is_shown_as_steps_whose_counts_add_up(pages):
     text = pages.text(f"/runs/{second}")
     assert f"Compared with run {first} 3 before + 1 entered - 2 exited = 2 after" in text
     assert "Queued 3 deliveries: ◔ pending 3" in text
-    assert text.endswith("Entered: 1 User dan Exited: 2 User ann cyd")
+    assert text.endswith(
+        "Entered: 1 User Sent? dan ◔ pending Exited: 2 User Sent? ann ◔ pending cyd ◔ pending"
+    )
     page = pages.get(f"/runs/{second}").text
     assert f'href="/deliveries?run={second}&amp;status=pending"' in page
     assert f"<title>Run {second} of vips · audience-sync</title>" in page
@@ -71,7 +73,9 @@ def test_a_held_run_shows_its_changes_and_the_reason_beside_the_decision(pages):
     assert f"audience-sync approve {run_id} commits exactly these changes" in text
     assert "3 before + 1 entered - 2 exited = 2 would be members" in text
     assert "Prepared 3 deliveries: ▲ held 3" in text
-    assert text.endswith("Would enter: 1 User <dan> Would exit: 2 User ann bob")
+    assert text.endswith(
+        "Would enter: 1 User Sent? <dan> ▲ held Would exit: 2 User Sent? ann ▲ held bob ▲ held"
+    )
     page = pages.as_operator(run_page, f"/runs/{run_id}", run_id=str(run_id))
     assert f'action="/runs/{run_id}/approve"' in page
     assert f'action="/runs/{run_id}/reject"' in page
@@ -87,7 +91,7 @@ def test_a_rejected_run_shows_why(pages):
     text = pages.text(f"/runs/{run_id}")
     assert "Why it was rejected It was rejected by hand." in text
     assert "Held, and rejected later 2026-01-01 00:01" in text
-    assert text.endswith("Would have entered: 1 User ann")
+    assert text.endswith("Would have entered: 1 User Sent? ann ○ cancelled 2026-01-01 00:01")
     assert "Prepared 1 delivery, the last one settled 2026-01-01 00:01" in text
 
 
@@ -101,10 +105,27 @@ def test_a_traits_changes_have_old_and_new_values(pages, hold):
     text = pages.text(f"/runs/{run_id}")
     assert "(1 changed their value)" in text
     titles = ("Would enter", "Would exit", "Would change") if hold else ("Entered", "Exited", "Changed")
-    assert text.endswith(
-        f'{titles[0]}: 1 User New value dan "<4>" {titles[1]}: 1 User Old value cyd "3" '
-        f'{titles[2]}: 1 User Old value New value ann "1" "\\"1\\""'
+    sent = "▲ held" if hold else "◔ pending"
+    values = (
+        f'{titles[0]}: 1 User New value Sent? dan "<4>" {sent} {titles[1]}: 1 User Old value Sent? cyd "3" ',
+        f'{titles[2]}: 1 User Old value New value Sent? ann "1" "\\"1\\"" {sent}',
     )
+    assert all(value in text for value in values)
+
+
+def test_the_users_of_a_run_show_whether_their_change_was_sent(pages):
+    pages.configure(VIPS)
+    pages.people("ann", "bob", "cyd")
+    run_id = pages.sync()
+    settled = "settled_at = created_at, request_id = 7"
+    pages.execute(f"UPDATE {{our}}deliveries SET status = 'accepted', {settled} WHERE subject_id = 'ann'")
+    pages.execute("DELETE FROM {our}deliveries WHERE subject_id = 'bob'")
+    pages.people()
+    pages.sync()  # has deliveries of the same users
+    for path in (f"/runs/{run_id}", f"/runs/{run_id}/changes"):
+        text = pages.text(path)
+        assert "ann ✓ accepted 2026-01-01 00:01 , request 7 bob not stored cyd ○ cancelled" in text
+    assert 'href="/requests/7"' in pages.get(f"/runs/{run_id}").text
 
 
 @pytest.mark.parametrize("hold", [False, True])
