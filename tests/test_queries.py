@@ -1,9 +1,13 @@
 """Queries and mapped tables in the configuration: what is refused, and with which message."""
 
+import json
+
 import pytest
 
-from audience_sync import settings
+from audience_sync import history, intake, settings
+from audience_sync.app import open_app
 from audience_sync.audiences.definition import Kind
+from audience_sync.db import engines
 from audience_sync.errors import ConfigError
 from audience_sync.settings import queries
 
@@ -131,3 +135,37 @@ def test_a_query_says_which_source_has_its_event_as_well(load):
 def test_sql_in_the_place_of_a_query_has_a_message_of_its_own(load, text):
     with pytest.raises(ConfigError, match="SQL goes into `sql =`"):
         queries.unnamed_definition(load(ORDERS), text, None, Kind.AUDIENCE)
+
+
+FLAGS = {
+    "ann": "yes",
+    "bob": True,
+    "cat": 0,
+    "dan": "12.50",
+    "eve": 'a"b',
+    "fay": 1.5,
+    "gus": None,
+    "hal": [1],
+}
+CONVERTED = {
+    "boolean": {"ann": True, "bob": True, "cat": False},
+    "number": {"bob": 1, "cat": 0, "dan": 12.5, "fay": 1.5},
+    "string": {"ann": "yes", "bob": "true", "cat": "0", "dan": "12.50", "eve": 'a"b', "fay": "1.5"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("query", ["trait('flag')", "event('Set').last(property('flag'))"])
+def test_a_type_converts_the_values_of_a_query(tmp_path, url, query):
+    path = tmp_path / "audience_sync.toml"
+    traits = [f'[[traits]]\nname = "{name}"\ntype = "{name}"\nquery = """{query}"""\n' for name in CONVERTED]
+    path.write_text(f'[database]\nurl = "{url}"\n[destination]\napi_key = "k"\n{"".join(traits)}')
+    with open_app(path) as app:
+        for user_id, flag in FLAGS.items():
+            intake.identify(app, user_id, {"flag": flag})
+            intake.track(app, user_id, "Set", {"flag": flag})
+        for definition in app.definitions():
+            app.sync(definition, app.clock.now())
+            with engines.read(app.engine) as connection:
+                definition_id = history.definition_id(connection, definition.key)
+            members = history.member_rows(app.engine, definition_id, None)
+            assert {user_id: json.loads(value) for user_id, value in members} == CONVERTED[definition.key]

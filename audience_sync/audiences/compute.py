@@ -9,7 +9,7 @@ import contextlib
 import datetime as dt
 import sqlite3
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +63,7 @@ class _Query:
     text: str
     arguments: Any
     columns: tuple[str, ...]  # those that it must return
-    value_type: str | None  # the type that a trait's values are converted to
+    conversions: tuple[str, ...]  # of a trait's values, in this order; values.py has them
     source: sa.Engine | None
     deadline: float  # monotonic seconds
     stop: Stop
@@ -91,7 +91,7 @@ def compute(
     columns = ("user_id", "value") if definition.kind is Kind.TRAIT else ("user_id",)
     dialect = (source or connection).dialect
 
-    def prepare(name: str, sql: str, *columns: str, value_type: str | None = None) -> _Query:
+    def prepare(name: str, sql: str, *columns: str, conversions: Iterable[str | None] = ()) -> _Query:
         try:
             if name != QUERY:  # the compiler's SQL only reads
                 statement.check_before_run(sql, dialect.name)
@@ -101,23 +101,22 @@ def compute(
             raise DefinitionError(f"{definition.key}: {where}{error}.") from error
         arguments = bound.arguments(dialect.paramstyle, _parameters(dialect.name, as_of, definition))
         text = bound.render(dialect.paramstyle)
-        return _Query(
-            definition, name, text, arguments, columns, value_type, source, deadline, stop or Stop()
-        )
+        wanted = tuple(filter(None, conversions))
+        return _Query(definition, name, text, arguments, columns, wanted, source, deadline, stop or Stop())
 
     connection.execution_options(write=False)
     with _contained(definition):
         if definition.ready_sql:
             _check_ready(connection, prepare(READY, definition.ready_sql, "value"))
         if definition.query is None:
-            query = prepare(SQL, definition.sql, *columns, value_type=definition.value_type)
+            query = prepare(SQL, definition.sql, *columns, conversions=[definition.value_type])
         else:
-            lookup = _Query(definition, QUERY, "", None, (), None, source, deadline, stop or Stop())
+            lookup = _Query(definition, QUERY, "", None, (), (), source, deadline, stop or Stop())
             for sql in definition.query.sql_texts():
                 prepare(SQL, sql)
             compiled = _compile(connection, lookup, as_of)
-            value_type = definition.value_type or compiled.value_type
-            query = prepare(QUERY, compiled.sql, *columns, value_type=value_type)
+            conversions = [compiled.value_type, definition.value_type]
+            query = prepare(QUERY, compiled.sql, *columns, conversions=conversions)
         _fill(connection, snapshot.SNAPSHOT, query)
         if definition.eligible_sql:
             _fill(connection, snapshot.ELIGIBLE, prepare(ELIGIBLE, definition.eligible_sql, "user_id"))
@@ -170,7 +169,7 @@ def lock_seconds(definition: Definition) -> float | None:
 def _lookup(definition: Definition, source: sa.Engine | None) -> _Query:
     """Return an empty query for reading the catalog of tables within the definition's timeout."""
     deadline = time.monotonic() + definition.timeout_seconds
-    return _Query(definition, QUERY, "", None, (), None, source, deadline, Stop())
+    return _Query(definition, QUERY, "", None, (), (), source, deadline, Stop())
 
 
 @contextmanager
@@ -216,19 +215,20 @@ def _check_ready(connection: sa.Connection, query: _Query) -> None:
 
 def _fill(connection: sa.Connection, table: str, query: _Query) -> None:
     """Put the rows of a query into a temporary table."""
-    value_type = query.value_type if "value" in query.columns else None
     if query.source is None:
         with engines.begin(connection):
             snapshot.create_table(connection, table, query.columns)
         with _reading_own(connection, query):
             _authorize(connection, query)
             text = _canonical(connection, query)
-            snapshot.fill_from_query(connection, table, text, query.arguments, query.columns, value_type)
+            snapshot.fill_from_query(
+                connection, table, text, query.arguments, query.columns, query.conversions
+            )
     else:
         with closing(_batches(query)) as batches:
             next(batches)  # the source answers before our own transaction begins
             with engines.begin(connection):
-                snapshot.fill_from_rows(connection, table, batches, query.columns, value_type)
+                snapshot.fill_from_rows(connection, table, batches, query.columns, query.conversions)
 
 
 def _canonical(connection: sa.Connection, query: _Query) -> str:

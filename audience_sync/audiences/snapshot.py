@@ -80,13 +80,13 @@ def fill_from_query(
     query: str,
     arguments: Any,
     columns: Sequence[str],
-    value_type: str | None,
+    conversions: Sequence[str],
 ) -> None:
     """Fill a temporary table from a query on our own database, as a subquery, so that no row leaves the database.
 
     `query` returns canonical ids and values, `arguments` are its driver's arguments.
     """
-    _group_into(connection, table, f"({query}) AS canonical", arguments, columns, value_type)
+    _group_into(connection, table, f"({query}) AS canonical", arguments, columns, conversions)
 
 
 def fill_from_rows(
@@ -94,7 +94,7 @@ def fill_from_rows(
     table: str,
     batches: Iterable[Sequence[values.Row]],
     columns: Sequence[str],
-    value_type: str | None,
+    conversions: Sequence[str],
 ) -> None:
     """Fill a temporary table from a source's rows in canonical form, with one batch in memory."""
     create_table(connection, table, columns)
@@ -107,7 +107,7 @@ def fill_from_rows(
                 connection.exec_driver_sql(insert, batch)
     else:
         copy_rows(connection, rows, batches)
-    _group_into(connection, table, rows, (), columns, value_type)
+    _group_into(connection, table, rows, (), columns, conversions)
     drop_temp_table(connection, "rows")
 
 
@@ -117,13 +117,13 @@ def _group_into(
     source: str,
     arguments: Any,
     columns: Sequence[str],
-    value_type: str | None,
+    conversions: Sequence[str],
 ) -> None:
     """Add one row for each user id of the source to a table, in the way that is fastest on each database."""
     has_value = "value" in columns
-    if value_type:
-        conversions = values.SQLITE_CONVERSIONS if is_sqlite(connection) else postgresql_values.CONVERSIONS
-        source = f"(SELECT user_id, {conversions[value_type]} AS value FROM {source}) AS converted"
+    expressions = values.SQLITE_CONVERSIONS if is_sqlite(connection) else postgresql_values.CONVERSIONS
+    for name in conversions:
+        source = f"(SELECT user_id, {expressions[name]} AS value FROM {source}) AS converted"
     if is_sqlite(connection):
         values.register_functions(connection)
         statement = _sorted_upsert(table, source, has_value=has_value)
