@@ -39,11 +39,14 @@ _POSTGRESQL_SETTINGS = {
     "lock_timeout": "300s",
     "idle_in_transaction_session_timeout": "1h",
     "timezone": "UTC",
+    "default_transaction_isolation": "read committed",
     "tcp_keepalives_idle": "30",
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "60000",
 }
+# How our statements are read and times are written, whatever URL and database say. ISO leaves the order of day and month.
+_REQUIRED_SETTINGS = {"datestyle": "ISO", "standard_conforming_strings": "on"}
 _POOLED = "is_pooled"  # in a connection's info: it leads to a pooler such as PgBouncer
 _REFUSES_OPTIONS = re.compile("unsupported startup parameter|command-line options", re.IGNORECASE)
 # How long a new connection to SQLite may wait for a lock: its pragmas read the file. None is the usual time.
@@ -164,9 +167,14 @@ def _work_through_poolers(engine: sa.Engine, settings: Mapping[str, str], *, is_
         record.info[_POOLED] = pid != raw.info.backend_pid  # a pooler reports an invented one
         if record.info[_POOLED] and not is_preparing:
             raw.prepare_threshold = None
+        if not record.info[_POOLED]:
+            with raw.transaction(), raw.cursor() as cursor:
+                for name, value in _REQUIRED_SETTINGS.items():
+                    cursor.execute(f"SET {name} = {value}")
 
     # TCP settings belong to the connections between pooler and server.
     lasting = {name: value for name, value in settings.items() if not name.startswith("tcp_")}
+    lasting |= _REQUIRED_SETTINGS
 
     @sa.event.listens_for(engine, "begin")
     def set_for_transaction(connection: sa.Connection) -> None:

@@ -45,6 +45,18 @@ def test_options_of_a_postgresql_url_take_effect(postgres, opened, open_engine):
         assert not engines.is_pooled(connection)
 
 
+@pytest.mark.parametrize(
+    "more", ["", "&options=-c%20DateStyle%3DGerman%20-c%20standard_conforming_strings%3Doff"]
+)
+def test_neither_a_url_nor_a_database_changes_how_our_statements_and_times_are_read(postgres, opened, more):
+    name = postgres.create()
+    for setting in ("datestyle = 'SQL, DMY'", "default_transaction_isolation = 'serializable'"):
+        postgres.run(f"ALTER DATABASE {name} SET {setting}")
+    engine = opened(engines.open_own(postgres.url(name) + more, "x"))
+    names = ("datestyle", "standard_conforming_strings", "default_transaction_isolation")
+    assert settings_of(engine, *names) == ["ISO, DMY", "on", "read committed"]
+
+
 @pytest.mark.parametrize(("written", "threshold"), [("none", None), ("0", 0)])
 def test_prepared_statements_can_be_switched_off(postgres, opened, written, threshold):
     engine = opened(engines.open_source("s", f"{postgres.base}&prepare_threshold={written}"))
