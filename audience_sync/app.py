@@ -21,7 +21,7 @@ from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import Clock, DatabaseClock, SystemClock
 from audience_sync.db import dialects, engines, migrate
 from audience_sync.errors import ConfigError, SourceError
-from audience_sync.queue import bulk, deliveries, due, progress, split, worker
+from audience_sync.queue import backlog, bulk, deliveries, progress, split, worker
 from audience_sync.queue.destination import Destination, try_to_resume
 from audience_sync.queue.pace import WINDOW_SECONDS
 from audience_sync.retention import pruning
@@ -196,7 +196,7 @@ class App:
         with engines.write(self.engine) as connection:
             held_count = foreign.hold_foreign(connection, self.destination, self.clock.now())
             ahead_count = deliveries.bring_forward(connection, self.clock.now(), dialects.now(connection))
-            is_empty = not due.is_anything_pending(connection)
+            is_empty = not backlog.is_anything_pending(connection)
         if ahead_count:
             logs.event(log, logging.WARNING, "calls came while a clock was ahead", deliveries=ahead_count)
         if is_empty:
@@ -204,7 +204,7 @@ class App:
         with self.client() as client:
             if reason := try_to_resume(self.engine, client):
                 with engines.read(self.engine) as connection:
-                    pending_count = due.pending_count(connection)
+                    pending_count = backlog.pending_count(connection)
                 return progress.Report(pending_count=pending_count, stopped=reason, held_count=held_count)
             self.is_delivering = True
             try:

@@ -23,7 +23,7 @@ from audience_sync.app import App
 from audience_sync.audiences import runs, slots
 from audience_sync.db import engines
 from audience_sync.errors import AudienceSyncError, Busy, DatabaseError, DatabaseLocked, Interrupted
-from audience_sync.queue import destination, due
+from audience_sync.queue import backlog, destination
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ class Daemon:
             return
         now = app.clock.now()
         with engines.read(app.engine) as connection:
-            if not (due.is_due(connection, now, since) or due.scheduled_ahead(connection, now)):
+            if not (backlog.is_due(connection, now, since) or backlog.scheduled_ahead(connection, now)):
                 return
         report = app.deliver(stop=self._pause_delivery, is_gathering=self._is_gathering)
         self._waiting_since = None

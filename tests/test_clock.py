@@ -9,7 +9,7 @@ from audience_sync.app import open_app
 from audience_sync.audiences import runs
 from audience_sync.clock import DatabaseClock
 from audience_sync.db import dialects, engines, tables
-from audience_sync.queue import due
+from audience_sync.queue import backlog
 
 HOUR = dt.timedelta(hours=1)
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -98,4 +98,4 @@ def test_changes_that_were_queued_while_a_clock_was_ahead_are_due(engine):
     queued = [row | ahead | {"class": name, "attempt_count": 0} for name in ("change", "push")]
     with engines.write(engine) as connection:
         connection.execute(tables.deliveries.insert(), [*queued, queued[0] | {"attempt_count": 1}])
-        assert sorted(due.scheduled_ahead(connection, START)) == [1, 2]
+        assert sorted(backlog.scheduled_ahead(connection, START)) == [1, 2]

@@ -96,7 +96,7 @@ def _submit(context: typer.Context, call: dict[str, Any], *, no_deliver: bool) -
             )
         report = None if no_deliver else sync.deliver_now(app, call_ids=[receipt.call_id])
         with lazy.engines.read(app.engine) as connection:
-            sync.show_delivery(report, lazy.due.pending_count(connection))
+            sync.show_delivery(report, lazy.backlog.pending_count(connection))
     session.finish(report)
 
 
@@ -168,7 +168,7 @@ def import_(
             _show(summary)
         report = sync.deliver_now(app) if deliver else None
         with lazy.engines.read(app.engine) as connection:
-            pending = lazy.due.pending_count(connection)
+            pending = lazy.backlog.pending_count(connection)
     if as_json:
         output.document(_document(summary, pending))
     else:

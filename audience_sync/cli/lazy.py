@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from audience_sync.cli import demo
     from audience_sync.db import checks, engines, leases, migrate
     from audience_sync.intake import files, http, server, writer
-    from audience_sync.queue import deliveries, destination, due
+    from audience_sync.queue import backlog, deliveries, destination
     from audience_sync.retention import erasure
     from audience_sync.settings import passwords
     from audience_sync.userpilot import answers
@@ -33,7 +33,7 @@ PACKAGES = {
     "audience_sync.cli": ("demo",),
     "audience_sync.db": ("checks", "engines", "leases", "migrate"),
     "audience_sync.intake": ("files", "http", "server", "writer"),
-    "audience_sync.queue": ("deliveries", "destination", "due"),
+    "audience_sync.queue": ("backlog", "deliveries", "destination"),
     "audience_sync.retention": ("erasure",),
     "audience_sync.settings": ("passwords",),
     "audience_sync.userpilot": ("answers",),

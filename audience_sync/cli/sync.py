@@ -168,7 +168,7 @@ def sync(
         with lazy.engines.read(app.engine) as connection:
             runs = lazy.history.run_rows(connection, ids=run_ids)[::-1]
             unusable = lazy.history.unusable_counts(connection, run_ids)
-            pending = lazy.due.pending_count(connection)
+            pending = lazy.backlog.pending_count(connection)
     if as_json:
         output.document({"runs": runs, "delivery": _delivery(report, pending)})
     else:

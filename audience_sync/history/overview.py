@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import foreign, slots
 from audience_sync.db import leases, tables
 from audience_sync.history.runs import UNSETTLED, failed_runs, held_runs
-from audience_sync.queue import destination, due, pace
+from audience_sync.queue import backlog, destination, due, pace
 from audience_sync.settings import Settings
 
 LANES = ("identify", "track", "company", "bulk")
@@ -19,7 +19,7 @@ MOST_COUNTED = 1_000_000
 
 def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
     """The state of the queue, the lanes, the daemon and the schedules."""
-    counts = due.counts(connection, tables.deliveries.c.status.in_((*UNSETTLED, "dead")))
+    counts = backlog.counts(connection, tables.deliveries.c.status.in_((*UNSETTLED, "dead")))
     created_at, is_queued = (
         tables.deliveries.c.created_at,
         tables.deliveries.c.status.in_(("pending", "sending")),

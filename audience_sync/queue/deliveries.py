@@ -54,7 +54,7 @@ from audience_sync.db.dialects import (
     sql,
 )
 from audience_sync.db.tables import DEAD, SENDING, bulk_jobs, deliveries
-from audience_sync.queue import due, outcomes, requests
+from audience_sync.queue import backlog, due, outcomes, requests, superseded
 from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
 from audience_sync.queue.requests import ClaimedRequest, EndedRequest
 
@@ -99,7 +99,7 @@ def bring_forward(connection: sa.Connection, now: dt.datetime, latest: dt.dateti
     `latest`: the database's time if our own clock is behind it. A value from before then keeps its place in the order.
     """
     count = 0
-    while ids := due.scheduled_ahead(connection, now):
+    while ids := backlog.scheduled_ahead(connection, now):
         for chunk in chunks(ids):
             sql(
                 connection,
@@ -179,7 +179,7 @@ def choose_next(
     """
     pending = due.pending_of(connection, action, subjects, now, fingerprint)
     late = [each for group in pending for each in group if each.is_call or each.isolated]
-    newer = due.superseded_traits(connection, late, [Status.ACCEPTED], fingerprint)
+    newer = superseded.superseded_traits(connection, late, [Status.ACCEPTED], fingerprint)
     trimmed = [outcomes.without_superseded(group, newer) for group in pending]
     for ids in chunks([delivery_id for group in trimmed for delivery_id in group.superseded]):
         values: dict[str, Any] = {"ids": list(ids), "now": now, "error": SUPERSEDED}
@@ -647,7 +647,7 @@ def retry(connection: sa.Connection, ids: Collection[int] | None, now: dt.dateti
     count = 0
     refusals: list[str] = []
     for chunk in chunks(ids):
-        reasons = due.reasons_not_to_retry(connection, chunk)
+        reasons = superseded.reasons_not_to_retry(connection, chunk)
         refusals += reasons.values()
         retried = [delivery_id for delivery_id in chunk if delivery_id not in reasons]
         if retried:

@@ -1,4 +1,4 @@
-"""Queries for deliveries: which may be claimed, which are superseded, which wait. deliveries.py changes them.
+"""Queries for the deliveries that may be claimed now. deliveries.py claims them.
 
 A subject is a user or a company. Its deliveries wait while one of them is being sent, and after an unknown outcome.
 Every function runs in its caller's transaction.
@@ -6,23 +6,22 @@ Every function runs in its caller's transaction.
 
 import datetime as dt
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from audience_sync.db.dialects import chunks, is_among, is_sqlite, json_keys, json_list, sql
+from audience_sync.db.dialects import chunks, is_sqlite, json_list, sql
 from audience_sync.db.engines import from_json, to_json
-from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, UtcDateTime, deliveries, destination
-from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
+from audience_sync.db.tables import deliveries
+from audience_sync.queue.conditions import OF_SUBJECT, about, exists, moments_of, subjects_where
+from audience_sync.queue.outcomes import Delivery
 from audience_sync.userpilot.payloads import COMPANY
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order in which they are claimed
-AHEAD_COUNT = 1_000
 FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the user's first identify
 
 START = (dt.datetime(1970, 1, 1, tzinfo=dt.UTC), 0)
@@ -32,40 +31,16 @@ STEP_ROWS = 10_000  # that one statement reads at most
 FIRST_STEP_ROWS = 50  # that the first statement of a search reads; the following ones read more
 Position = tuple[dt.datetime, int]  # next_attempt_at and delivery_id: the order of a queue
 
-_OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"
-# Conditions of partial indexes, in the form that SQLite matches. A subject may have any number of deliveries, so every
-# question about one is answered by an index.
-
-
-def _exists(condition: str, order: str) -> str:
-    """Return whether a delivery exists, in a form that is tested subject by subject, by the index sorted by this column.
-
-    PostgreSQL may turn EXISTS into a join of whole tables, and SQLite may choose another index for it.
-    """
-    return f"(SELECT 1 FROM {{our}}deliveries b WHERE {condition} ORDER BY b.{order} LIMIT 1) IS NOT NULL"
-
-
-_ATTEMPTED = f"{_OF_SUBJECT} AND b.status IN ('pending', 'sending') AND b.attempt_count > 0"
-_IS_SENDING = _exists(f"{_ATTEMPTED} AND b.status = 'sending'", "quiet_until")
+_ATTEMPTED = f"{OF_SUBJECT} AND b.status IN ('pending', 'sending') AND b.attempt_count > 0"
+_IS_SENDING = exists(f"{_ATTEMPTED} AND b.status = 'sending'", "quiet_until")
 _QUIET_UNTIL = (
     f"(SELECT max(b.quiet_until) FROM {{our}}deliveries b WHERE {_ATTEMPTED} AND b.status = 'pending' "
     "AND b.quiet_until > :now)"
 )
-_WAS_ATTEMPTED = _exists(_ATTEMPTED, "status")
-_ISOLATED = f"{_OF_SUBJECT} AND b.status = 'pending' AND b.alone"
-_HAS_ISOLATED = _exists(_ISOLATED, "value_at")
-_UNSETTLED = f"{_OF_SUBJECT} AND b.status IN ('pending', 'sending')"
-
-
-def _about(condition: str, subject: str) -> str:
-    return condition.replace("{subject}", subject)
-
-
-def prefer_index_scans(connection: sa.Connection) -> None:
-    """Make PostgreSQL use the indexes in this transaction, even while its statistics describe an empty queue."""
-    if not is_sqlite(connection):
-        off = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin")
-        connection.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in off)))
+_WAS_ATTEMPTED = exists(_ATTEMPTED, "status")
+_ISOLATED = f"{OF_SUBJECT} AND b.status = 'pending' AND b.alone"
+_HAS_ISOLATED = exists(_ISOLATED, "value_at")
+_UNSETTLED = f"{OF_SUBJECT} AND b.status IN ('pending', 'sending')"
 
 
 def refresh_statistics(connection: sa.Connection) -> None:
@@ -73,15 +48,6 @@ def refresh_statistics(connection: sa.Connection) -> None:
     if not is_sqlite(connection):
         connection.execute(sa.select(sa.func.set_config("default_statistics_target", "10", True)))
         sql(connection, "ANALYZE {our}deliveries")
-
-
-def _pending_by_full_index() -> sa.ColumnElement[bool]:
-    """Return the condition for pending in a form that matches a status column of an index, but no partial index."""
-    return deliveries.c.status.in_(("pending", ""))
-
-
-def _pending_by_claim_index(action: str, delivery_class: str) -> sa.ColumnElement[bool]:
-    return sa.and_(deliveries.c.action == action, deliveries.c["class"] == delivery_class, PENDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +87,10 @@ subjects AS (
     max(CASE WHEN was_attempted THEN 1 ELSE 0 END) AS was_attempted, max(CASE WHEN is_ours THEN 1 ELSE 0 END) AS is_ours
   FROM stretch GROUP BY subject_id)
 SELECT s.subject_id, s.first_at, s.first_id, s.delivery_count, s.was_attempted, s.is_ours,
-  {_about(_IS_SENDING, "s.subject_id")} AS is_sending, {_about(_QUIET_UNTIL, "s.subject_id")} AS quiet_until,
+  {about(_IS_SENDING, "s.subject_id")} AS is_sending, {about(_QUIET_UNTIL, "s.subject_id")} AS quiet_until,
   (SELECT max(next_attempt_at) FROM stretch) AS last_at,
   (SELECT max(delivery_id) FROM stretch WHERE next_attempt_at = (SELECT max(next_attempt_at) FROM stretch)) AS last_id
 FROM subjects s"""
-
-
-def _moments(connection: sa.Connection) -> Callable[[Any], Any]:
-    """Return the conversion of times in the results of `sql`."""
-    return partial(UtcDateTime().process_result_value, dialect=connection.dialect)
 
 
 def read_stretch(
@@ -163,7 +124,7 @@ def read_stretch(
         **parameters,
     )
     rows = result.all()
-    moment = _moments(connection)
+    moment = moments_of(connection)
     count = sum(row.delivery_count for row in rows)
     subjects = [
         DueSubject(
@@ -213,16 +174,10 @@ def subjects_due(
 
 def idle_users(connection: sa.Connection, users: Sequence[str]) -> list[str]:
     """Return those of the users who have no request under way, no earlier attempt and no grace to wait for."""
-    idle = _where(connection, users, f"NOT {_WAS_ATTEMPTED} AND NOT {_HAS_ISOLATED}", action="identify")
+    idle = subjects_where(
+        connection, users, f"NOT {_WAS_ATTEMPTED} AND NOT {_HAS_ISOLATED}", action="identify"
+    )
     return [user for user in users if user in idle]
-
-
-def _where(
-    connection: sa.Connection, subjects: Collection[str], condition: str, **parameters: Any
-) -> set[str]:
-    """Return the subjects for which a condition holds."""
-    query = f"SELECT a.value FROM {json_list(connection, 'subjects')} a WHERE {_about(condition, 'a.value')}"
-    return set(sql(connection, query, subjects=to_json(list(subjects)), **parameters).scalars())
 
 
 def pending_of(
@@ -312,13 +267,13 @@ def _oldest_of(
 
 
 _OLDEST = f"""
-SELECT a.value AS subject_id, {_about(_HAS_ISOLATED, "a.value")} AS has_isolated,
+SELECT a.value AS subject_id, {about(_HAS_ISOLATED, "a.value")} AS has_isolated,
   (SELECT {{json_agg}}(o.delivery_id) FROM (
-    SELECT d.delivery_id FROM {{our}}deliveries d WHERE {_about(_UNSETTLED, "a.value").replace("b.", "d.")}
+    SELECT d.delivery_id FROM {{our}}deliveries d WHERE {about(_UNSETTLED, "a.value").replace("b.", "d.")}
       AND d.status = 'pending' {{ours}} ORDER BY d.delivery_id LIMIT :most) o) AS ids
-FROM {{list}} a WHERE NOT {_about(_IS_SENDING, "a.value")} AND {_about(_QUIET_UNTIL, "a.value")} IS NULL"""
+FROM {{list}} a WHERE NOT {about(_IS_SENDING, "a.value")} AND {about(_QUIET_UNTIL, "a.value")} IS NULL"""
 _NEWEST_ISOLATED = f"""
-SELECT d.delivery_id FROM {{our}}deliveries d WHERE {_about(_ISOLATED, ":subject").replace("b.", "d.")} {{ours}}
+SELECT d.delivery_id FROM {{our}}deliveries d WHERE {about(_ISOLATED, ":subject").replace("b.", "d.")} {{ours}}
 ORDER BY d.value_at DESC, d.delivery_id DESC LIMIT :most"""
 
 
@@ -336,241 +291,9 @@ def _waiting_for_another(
     if not others:
         return set()
     other_action = "identify" if action == "track" else "company"
-    unknown = _where(connection, set(others.values()), _IS_AWAITED, action=other_action)
+    unknown = subjects_where(connection, set(others.values()), _IS_AWAITED, action=other_action)
     return {delivery_id for delivery_id, other in others.items() if other in unknown}
 
 
-_HAS_ACCEPTED = _exists(f"{_OF_SUBJECT} AND b.status = 'accepted'", "value_at")
-_IS_AWAITED = f"{_exists(_UNSETTLED, 'delivery_id')} AND NOT {_HAS_ACCEPTED}"
-
-_ALL_BUT_HELD = tuple(status for status in Status if status is not Status.HELD)
-
-
-def superseded_traits(
-    connection: sa.Connection,
-    values: Sequence[Delivery | sa.Row[Any]],
-    statuses: Collection[Status] = _ALL_BUT_HELD,
-    fingerprint: str | None = None,
-) -> dict[int, frozenset[str]]:
-    """Return, by delivery, those of its traits for which the subject has a newer value in one of the statuses.
-
-    `fingerprint`: count only newer values for this destination or another key or address of its environment.
-    """
-    superseded: dict[int, frozenset[str]] = {}
-    where = _newer_in(statuses)
-    parameters: dict[str, Any] = {}
-    if fingerprint is not None:
-        where = f"{where} AND (b.fingerprint IS NULL OR b.fingerprint IN :environment)"
-        parameters["environment"] = environment_of(connection, fingerprint)
-    for action in ("identify", "company"):
-        by_subject: dict[str, list[Any]] = {}
-        for value in values:
-            if value.action == action:
-                by_subject.setdefault(value.subject_id, []).append(value)
-        if not by_subject:
-            continue
-        parameters |= {
-            "action": action,
-            "since": min(value.value_at for value in itertools.chain(*by_subject.values())),
-        }
-        for subject in _where(connection, by_subject, _exists(where, "value_at"), **parameters):
-            newest = _newest_values(connection, subject, by_subject[subject], where, parameters)
-            for value in by_subject[subject]:
-                names = frozenset(name for name in value.body if newest.get(name, _age(value)) > _age(value))
-                if names:
-                    superseded[value.delivery_id] = names
-    return superseded
-
-
-def _newest_values(
-    connection: sa.Connection, subject: str, values: Sequence[Any], where: str, parameters: dict[str, Any]
-) -> dict[str, tuple[dt.datetime, int]]:
-    """Return the age of the subject's newest value of each trait in these values, among the deliveries `where`."""
-    has_trait = f"EXISTS (SELECT 1 FROM {json_keys(connection, 'b.body')} k WHERE k.name = t.value)"
-    newest = (
-        f"SELECT t.value AS trait, d.value_at, d.delivery_id FROM {json_list(connection, 'names')} t "
-        "JOIN {our}deliveries d ON d.delivery_id = (SELECT b.delivery_id FROM {our}deliveries b "
-        f"WHERE {_about(where, ':subject')} AND {has_trait} ORDER BY b.value_at DESC, b.delivery_id DESC LIMIT 1)"
-    )
-    names = sorted({name for value in values for name in value.body})
-    since = min(value.value_at for value in values)
-    asked = parameters | {"names": to_json(names), "subject": subject, "since": since}
-    moment = _moments(connection)
-    return {row.trait: (moment(row.value_at), row.delivery_id) for row in sql(connection, newest, **asked)}
-
-
-def _newer_in(statuses: Collection[Status]) -> str:
-    names = ", ".join(f"'{Status(status).value}'" for status in statuses)
-    status = f"= {names}" if len(statuses) == 1 else f"IN ({names})"  # = is what the partial index matches
-    # The values of a rejected run were never true.
-    rejected = (
-        "b.status = 'cancelled' AND b.run_id IN (SELECT run_id FROM {our}runs WHERE status = 'rejected')"
-    )
-    condition = f"{_OF_SUBJECT} AND b.status {status} AND b.value_at >= :since"
-    return f"{condition} AND NOT COALESCE({rejected}, false)" if "cancelled" in names else condition
-
-
-def environment_of(connection: sa.Connection, fingerprint: str) -> list[str]:
-    """Return the fingerprints of the environment's keys and addresses, as far as they were accepted as the same."""
-    stored = connection.execute(sa.select(destination.c.environments)).scalar_one_or_none() or []
-    return sorted({fingerprint}.union(*(names for names in stored if fingerprint in names)))
-
-
-def reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[int, str]:
-    """Return why some of these deliveries must not get a new attempt.
-
-    A value is superseded if its subject has a newer one of the same trait, whatever the newer one's status: each
-    change of a membership is a delivery, so the older value is no longer true.
-    """
-    rows = connection.execute(
-        sa.select(deliveries).where(is_among(connection, deliveries.c.delivery_id, ids))
-    ).all()
-    by_id = {row.delivery_id: row for row in rows}
-    dead = [row for row in rows if row.status == "dead"]
-    newer: dict[int, frozenset[str]] = {}
-    for fingerprint in {row.fingerprint for row in dead}:
-        of_destination = [row for row in dead if row.fingerprint == fingerprint]
-        newer |= superseded_traits(connection, of_destination, fingerprint=fingerprint)
-    reasons = {}
-    for delivery_id in ids:
-        row = by_id.get(delivery_id)
-        if row is None:
-            reasons[delivery_id] = f"There is no delivery {delivery_id}."
-        elif row.status != "dead":
-            reasons[delivery_id] = f"Delivery {delivery_id} is {row.status}, not dead."
-        elif row.body and newer.get(delivery_id, frozenset()).issuperset(row.body):
-            reasons[delivery_id] = f"Delivery {delivery_id} is {SUPERSEDED}."
-    return reasons
-
-
-def _age(value: Any) -> tuple[dt.datetime, int]:
-    return value.value_at, value.delivery_id
-
-
-@dataclass(frozen=True, slots=True)
-class DueMoment:
-    """A future moment at which a delivery of this action and class may be due."""
-
-    action: str
-    delivery_class: str
-    due_at: dt.datetime
-
-
-def next_due(connection: sa.Connection, now: dt.datetime) -> list[DueMoment]:
-    """Return the next moments at which pending deliveries may be due."""
-    moments = [
-        DueMoment(row.action, row.delivery_class, row.due_at)
-        for row in connection.execute(_NEXT_DUE, {"now": now})
-        if row.due_at is not None
-    ]
-    since = now - FIRST_IDENTIFY_WAIT
-    return moments + [
-        DueMoment(row.action, "call", row.due_at + FIRST_IDENTIFY_WAIT)
-        for row in connection.execute(_FIRST_WAITING, {"now": now, "since": since})
-        if row.due_at is not None
-    ]
-
-
-_DUE_AT = deliveries.c.next_attempt_at
-_NOW = sa.bindparam("now", type_=_DUE_AT.type)
-_SINCE = sa.bindparam("since", type_=_DUE_AT.type)
-
-
-def _first_due(
-    action: str, delivery_class: str, *where: sa.ColumnElement[bool]
-) -> sa.Select[*tuple[Any, ...]]:
-    return sa.select(
-        sa.literal(action).label("action"),
-        sa.literal(delivery_class).label("delivery_class"),
-        sa.func.min(_DUE_AT, type_=_DUE_AT.type).label("due_at"),
-    ).where(_pending_by_claim_index(action, delivery_class), *where)
-
-
-_NEXT_DUE = sa.union_all(*(_first_due(action, name, _DUE_AT > _NOW) for action in LANES for name in CLASSES))
-# Calls that may wait for another subject: users for their company, tracks for their user.
-_FIRST_WAITING = sa.union_all(
-    *(_first_due(action, "call", _DUE_AT > _SINCE, _DUE_AT <= _NOW) for action in ("track", "identify"))
-)
-
-
-def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | None = None) -> bool:
-    """Return whether anything may be claimed, or was left `sending` by a process that is gone.
-
-    `since`: whether anything has become due after this moment.
-    """
-    due: list[Any] = [
-        sa.and_(_pending_by_claim_index(action, delivery_class), _DUE_AT <= _NOW, _DUE_AT > _SINCE)
-        for action in LANES
-        for delivery_class in CLASSES
-    ]
-    conditions = due if since else [*due, SENDING]
-    exist = [sa.exists(sa.select(_ID).where(condition)) for condition in conditions]
-    moments = {"now": now, "since": since or START[0]}
-    return bool(connection.execute(sa.select(sa.or_(*exist)), moments).scalar_one())
-
-
-def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
-    """Return some deliveries whose first attempt is in the future: a clock was ahead when they were queued.
-
-    A first attempt is due at once. Looks at the AHEAD_COUNT of each queue that are due last.
-    """
-    return list(connection.execute(_SCHEDULED_AHEAD, {"now": now}).scalars())
-
-
-def _first_attempts_of_last(action: str, delivery_class: str) -> sa.Select[int]:
-    last = (
-        sa.select(_ID, deliveries.c.attempt_count)
-        .where(_pending_by_claim_index(action, delivery_class), _DUE_AT > _NOW)
-        .order_by(_DUE_AT.desc(), _ID.desc())
-        .limit(AHEAD_COUNT)
-        .subquery()
-    )
-    return sa.select(last.c.delivery_id).where(last.c.attempt_count == 0)
-
-
-_SCHEDULED_AHEAD = sa.union_all(
-    *(_first_attempts_of_last(action, name) for action in LANES for name in CLASSES)
-)
-
-
-def are_waiting(
-    connection: sa.Connection, run_ids: Collection[int], call_ids: Collection[int], now: dt.datetime
-) -> bool:
-    """Return whether deliveries of these runs and calls wait to be claimed for the first time."""
-    for origin, ids in ((deliveries.c.run_id, run_ids), (deliveries.c.call_id, call_ids)):
-        for chunk in chunks(ids):
-            statement = sa.select(deliveries.c.delivery_id).where(
-                origin.in_(chunk),
-                _pending_by_full_index(),
-                deliveries.c.attempt_count == 0,
-                deliveries.c.next_attempt_at <= now,
-            )
-            if connection.execute(statement.limit(1)).first() is not None:
-                return True
-    return False
-
-
-def counts(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> dict[str, int]:
-    return _count_by(connection, deliveries.c.status, *where)
-
-
-def pending_counts(connection: sa.Connection) -> dict[str, int]:
-    """Count what is pending or being sent by action."""
-    return _count_by(connection, deliveries.c.action, UNSETTLED)
-
-
-def _count_by(
-    connection: sa.Connection, column: sa.Column[str], *where: sa.ColumnElement[bool] | sa.TextClause
-) -> dict[str, int]:
-    rows = connection.execute(sa.select(column, sa.func.count()).where(*where).group_by(column))
-    return {value: count for value, count in rows}  # noqa: C416  (a row is not a pair to mypy)
-
-
-def pending_count(connection: sa.Connection) -> int:
-    return sum(pending_counts(connection).values())
-
-
-def is_anything_pending(connection: sa.Connection) -> bool:
-    """Return whether `pending_count` is more than 0, in a time that does not depend on the queue's length."""
-    one = sa.select(deliveries.c.delivery_id).where(UNSETTLED).limit(1)
-    return connection.execute(one).first() is not None
+_HAS_ACCEPTED = exists(f"{OF_SUBJECT} AND b.status = 'accepted'", "value_at")
+_IS_AWAITED = f"{exists(_UNSETTLED, 'delivery_id')} AND NOT {_HAS_ACCEPTED}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from audience_sync.clock import Clock
-from audience_sync.queue import deliveries, due, pace, requests
+from audience_sync.queue import backlog, conditions, deliveries, due, pace, requests
 from audience_sync.queue.walk import Walk
 
 IDLE_EXIT_SECONDS = 60.0  # the worker waits for what becomes due within this time
@@ -49,7 +49,7 @@ class Queues:
         claimed: list[requests.ClaimedRequest] = []
         monotonic = self.clock.monotonic()
         self._turn += 1
-        due.prefer_index_scans(connection)
+        conditions.prefer_index_scans(connection)
         for queue in QUEUES:
             if not self._is_open(queue[1]):
                 self._poll_at[queue] = monotonic + self.poll_seconds
@@ -154,7 +154,7 @@ class Queues:
     def _later(self, connection: sa.Connection, now: dt.datetime) -> Iterator[float]:
         """Yield the seconds until pending deliveries may be due that were not at the last search."""
         since = min(walk.searched_at for walk in self._walks.values())
-        for moment in due.next_due(connection, min(since, now)):
+        for moment in backlog.next_due(connection, min(since, now)):
             queue_seconds = self._queue_seconds(moment.action, moment.delivery_class)
             yield max(queue_seconds, (moment.due_at - now).total_seconds())
 

@@ -25,7 +25,7 @@ from audience_sync import crash, logs
 from audience_sync.clock import Clock, DatabaseClock
 from audience_sync.db import dialects, engines, leases
 from audience_sync.errors import DatabaseError, LeaseLost
-from audience_sync.queue import deliveries, destination, due, outcomes, pace, requests
+from audience_sync.queue import backlog, deliveries, destination, due, outcomes, pace, requests
 from audience_sync.queue.bulk import BulkLane, BulkSettings, Transaction
 from audience_sync.queue.jobs import JobRequest
 from audience_sync.queue.progress import Progress, Report
@@ -120,7 +120,7 @@ class Worker:
                 break
         if self._is_ending() or self.report.is_left:
             with engines.read(self.engine) as connection:
-                self.report.pending_count = due.pending_count(connection)
+                self.report.pending_count = backlog.pending_count(connection)
         return self.report
 
     # The lease.
@@ -140,7 +140,7 @@ class Worker:
 
     def _wait_for_claim(self, run_ids: Collection[int], call_ids: Collection[int]) -> bool:
         with engines.read(self.engine) as connection:
-            waiting = due.are_waiting(connection, run_ids, call_ids, self.clock.now())
+            waiting = backlog.are_waiting(connection, run_ids, call_ids, self.clock.now())
         if waiting:
             self.clock.sleep(self.settings.poll_seconds)
         return waiting
@@ -175,7 +175,7 @@ class Worker:
         self._slow_downs = {(name, False, stored["reason"]) for name, stored in slow_downs.items()}
         self._stored = slow_downs
         self._bulk.resume(connection, now)
-        self._progress = Progress(due.pending_counts(connection), monotonic)
+        self._progress = Progress(backlog.pending_counts(connection), monotonic)
         if sum(self._progress.pending.values()) > LARGE_BACKLOG:
             due.refresh_statistics(connection)
         stopped = destination.stopped(connection)
@@ -249,7 +249,7 @@ class Worker:
         if self._is_ending():
             return False
         with engines.read(self.engine) as connection:  # later deliveries are left to other processes
-            self.report.pending_count = due.pending_count(connection)
+            self.report.pending_count = backlog.pending_count(connection)
             return self._queues.has_become_due(connection)
 
     def _is_ending(self) -> bool:

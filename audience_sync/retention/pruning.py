@@ -36,7 +36,7 @@ from audience_sync.db.tables import (
     runs,
     schedule_slots,
 )
-from audience_sync.queue.due import prefer_index_scans
+from audience_sync.queue.conditions import prefer_index_scans
 
 CHUNK = 1_000  # rows that a transaction deletes at most
 MOST_QUEUED = (

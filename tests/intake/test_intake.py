@@ -12,7 +12,7 @@ from audience_sync import history, intake, settings
 from audience_sync.app import App
 from audience_sync.db import dialects, engines, tables
 from audience_sync.errors import CallError
-from audience_sync.queue import deliveries, due
+from audience_sync.queue import backlog, deliveries
 from audience_sync.retention import erasure
 from tests.queue.conftest import START, HandClock
 
@@ -157,10 +157,10 @@ def test_deliveries_of_a_clock_that_was_set_back_are_due_now(app):
         intake.identify(app, "ann", {"plan": plan})
     app.clock = HandClock()
     with engines.write(app.engine) as connection:
-        assert not due.is_due(connection, app.clock.now())
-        assert len(due.scheduled_ahead(connection, app.clock.now())) == 2
+        assert not backlog.is_due(connection, app.clock.now())
+        assert len(backlog.scheduled_ahead(connection, app.clock.now())) == 2
         assert deliveries.bring_forward(connection, app.clock.now()) == 2
-        assert due.is_due(connection, app.clock.now())
+        assert backlog.is_due(connection, app.clock.now())
         assert deliveries.bring_forward(connection, app.clock.now()) == 0
         moments = connection.execute(
             sa.select(tables.deliveries.c.next_attempt_at, tables.deliveries.c.value_at)

@@ -21,7 +21,7 @@ from audience_sync.audiences.definition import Definition, Guard, Kind
 from audience_sync.calls import mappings, records, validation
 from audience_sync.db import dialects, engines, leases, tables
 from audience_sync.errors import Busy, DatabaseError, LeaseLost
-from audience_sync.queue import bulk, deliveries, destination, due, job_answers, jobs, split, walk
+from audience_sync.queue import backlog, bulk, deliveries, destination, due, job_answers, jobs, split, walk
 from audience_sync.queue.worker import DeliverySettings, Worker
 from audience_sync.sandbox.state import RefusedError
 from audience_sync.userpilot import payloads
@@ -243,7 +243,7 @@ class Simulation:
 
     def _pending(self):
         with engines.read(self.company) as connection:
-            return due.pending_count(connection)
+            return backlog.pending_count(connection)
 
     # Processes.
 

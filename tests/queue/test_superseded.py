@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.db import engines
 from audience_sync.db.tables import deliveries
-from audience_sync.queue import due
+from audience_sync.queue import superseded
 
 NOON = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 NEWER = ["accepted", "sending"]
@@ -50,5 +50,5 @@ def test_each_value_is_compared_with_all_newer_ones(engine, seed):
         rows = connection.execute(sa.select(deliveries)).all()
         values = [each for each in rows if each.status == "pending"]
         chance.shuffle(values)
-        superseded = due.superseded_traits(connection, values, NEWER)
-    assert {key: set(names) for key, names in superseded.items()} == model(values, rows)
+        by_delivery = superseded.superseded_traits(connection, values, NEWER)
+    assert {key: set(names) for key, names in by_delivery.items()} == model(values, rows)

@@ -1,0 +1,153 @@
+"""The backlog: how many deliveries wait, and when one may become due. Every function runs in its caller's transaction."""
+
+import datetime as dt
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.db.dialects import chunks
+from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries
+from audience_sync.queue.due import CLASSES, FIRST_IDENTIFY_WAIT, LANES, START
+
+AHEAD_COUNT = 1_000
+_ID = deliveries.c.delivery_id
+
+
+def _by_claim_index(action: str, delivery_class: str) -> sa.ColumnElement[bool]:
+    return sa.and_(deliveries.c.action == action, deliveries.c["class"] == delivery_class, PENDING)
+
+
+def _by_full_index() -> sa.ColumnElement[bool]:
+    """Return the condition for pending in a form that matches a status column of an index, but no partial index."""
+    return deliveries.c.status.in_(("pending", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class DueMoment:
+    """A future moment at which a delivery of this action and class may be due."""
+
+    action: str
+    delivery_class: str
+    due_at: dt.datetime
+
+
+def next_due(connection: sa.Connection, now: dt.datetime) -> list[DueMoment]:
+    """Return the next moments at which pending deliveries may be due."""
+    moments = [
+        DueMoment(row.action, row.delivery_class, row.due_at)
+        for row in connection.execute(_NEXT_DUE, {"now": now})
+        if row.due_at is not None
+    ]
+    since = now - FIRST_IDENTIFY_WAIT
+    return moments + [
+        DueMoment(row.action, "call", row.due_at + FIRST_IDENTIFY_WAIT)
+        for row in connection.execute(_FIRST_WAITING, {"now": now, "since": since})
+        if row.due_at is not None
+    ]
+
+
+_DUE_AT = deliveries.c.next_attempt_at
+_NOW = sa.bindparam("now", type_=_DUE_AT.type)
+_SINCE = sa.bindparam("since", type_=_DUE_AT.type)
+
+
+def _first_due(
+    action: str, delivery_class: str, *where: sa.ColumnElement[bool]
+) -> sa.Select[*tuple[Any, ...]]:
+    return sa.select(
+        sa.literal(action).label("action"),
+        sa.literal(delivery_class).label("delivery_class"),
+        sa.func.min(_DUE_AT, type_=_DUE_AT.type).label("due_at"),
+    ).where(_by_claim_index(action, delivery_class), *where)
+
+
+_NEXT_DUE = sa.union_all(*(_first_due(action, name, _DUE_AT > _NOW) for action in LANES for name in CLASSES))
+# Calls that may wait for another subject: users for their company, tracks for their user.
+_FIRST_WAITING = sa.union_all(
+    *(_first_due(action, "call", _DUE_AT > _SINCE, _DUE_AT <= _NOW) for action in ("track", "identify"))
+)
+
+
+def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | None = None) -> bool:
+    """Return whether anything may be claimed, or was left `sending` by a process that is gone.
+
+    `since`: whether anything has become due after this moment.
+    """
+    due: list[Any] = [
+        sa.and_(_by_claim_index(action, delivery_class), _DUE_AT <= _NOW, _DUE_AT > _SINCE)
+        for action in LANES
+        for delivery_class in CLASSES
+    ]
+    conditions = due if since else [*due, SENDING]
+    exist = [sa.exists(sa.select(_ID).where(condition)) for condition in conditions]
+    moments = {"now": now, "since": since or START[0]}
+    return bool(connection.execute(sa.select(sa.or_(*exist)), moments).scalar_one())
+
+
+def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
+    """Return some deliveries whose first attempt is in the future: a clock was ahead when they were queued.
+
+    A first attempt is due at once. Looks at the AHEAD_COUNT of each queue that are due last.
+    """
+    return list(connection.execute(_SCHEDULED_AHEAD, {"now": now}).scalars())
+
+
+def _first_attempts_of_last(action: str, delivery_class: str) -> sa.Select[int]:
+    last = (
+        sa.select(_ID, deliveries.c.attempt_count)
+        .where(_by_claim_index(action, delivery_class), _DUE_AT > _NOW)
+        .order_by(_DUE_AT.desc(), _ID.desc())
+        .limit(AHEAD_COUNT)
+        .subquery()
+    )
+    return sa.select(last.c.delivery_id).where(last.c.attempt_count == 0)
+
+
+_SCHEDULED_AHEAD = sa.union_all(
+    *(_first_attempts_of_last(action, name) for action in LANES for name in CLASSES)
+)
+
+
+def are_waiting(
+    connection: sa.Connection, run_ids: Collection[int], call_ids: Collection[int], now: dt.datetime
+) -> bool:
+    """Return whether deliveries of these runs and calls wait to be claimed for the first time."""
+    for origin, ids in ((deliveries.c.run_id, run_ids), (deliveries.c.call_id, call_ids)):
+        for chunk in chunks(ids):
+            statement = sa.select(deliveries.c.delivery_id).where(
+                origin.in_(chunk),
+                _by_full_index(),
+                deliveries.c.attempt_count == 0,
+                deliveries.c.next_attempt_at <= now,
+            )
+            if connection.execute(statement.limit(1)).first() is not None:
+                return True
+    return False
+
+
+def counts(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> dict[str, int]:
+    return _count_by(connection, deliveries.c.status, *where)
+
+
+def pending_counts(connection: sa.Connection) -> dict[str, int]:
+    """Count what is pending or being sent by action."""
+    return _count_by(connection, deliveries.c.action, UNSETTLED)
+
+
+def _count_by(
+    connection: sa.Connection, column: sa.Column[str], *where: sa.ColumnElement[bool] | sa.TextClause
+) -> dict[str, int]:
+    rows = connection.execute(sa.select(column, sa.func.count()).where(*where).group_by(column))
+    return {value: count for value, count in rows}  # noqa: C416  (a row is not a pair to mypy)
+
+
+def pending_count(connection: sa.Connection) -> int:
+    return sum(pending_counts(connection).values())
+
+
+def is_anything_pending(connection: sa.Connection) -> bool:
+    """Return whether `pending_count` is more than 0, in a time that does not depend on the queue's length."""
+    one = sa.select(deliveries.c.delivery_id).where(UNSETTLED).limit(1)
+    return connection.execute(one).first() is not None

@@ -1,0 +1,48 @@
+"""Conditions on the deliveries of one subject, a user or a company, in SQL. An index answers each of them.
+
+A subject may have any number of deliveries, so every query about one has the form that an index of its database matches.
+"""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import sqlalchemy as sa
+
+from audience_sync.db.dialects import is_sqlite, json_list, sql
+from audience_sync.db.engines import to_json
+from audience_sync.db.tables import UtcDateTime
+
+OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"
+
+
+def exists(condition: str, order: str) -> str:
+    """Return whether a delivery exists, in a form that is tested subject by subject, by the index sorted by this column.
+
+    PostgreSQL may turn EXISTS into a join of whole tables, and SQLite may choose another index for it.
+    """
+    return f"(SELECT 1 FROM {{our}}deliveries b WHERE {condition} ORDER BY b.{order} LIMIT 1) IS NOT NULL"
+
+
+def about(condition: str, subject: str) -> str:
+    return condition.replace("{subject}", subject)
+
+
+def subjects_where(
+    connection: sa.Connection, subjects: Collection[str], condition: str, **parameters: Any
+) -> set[str]:
+    """Return the subjects for which a condition holds."""
+    query = f"SELECT a.value FROM {json_list(connection, 'subjects')} a WHERE {about(condition, 'a.value')}"
+    return set(sql(connection, query, subjects=to_json(list(subjects)), **parameters).scalars())
+
+
+def moments_of(connection: sa.Connection) -> Callable[[Any], Any]:
+    """Return the conversion of times in the results of `sql`."""
+    return partial(UtcDateTime().process_result_value, dialect=connection.dialect)
+
+
+def prefer_index_scans(connection: sa.Connection) -> None:
+    """Make PostgreSQL use the indexes in this transaction, even while its statistics describe an empty queue."""
+    if not is_sqlite(connection):
+        off = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin")
+        connection.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in off)))
