@@ -193,7 +193,8 @@ class TwoDestinations(Simulation):
         return is_taken
 
     def _pending(self):
-        held = sa.select(tables.runs.c.run_id).where(tables.runs.c.status == "held")
+        of_run = sa.func.coalesce(tables.runs.c.deliveries_run_id, tables.runs.c.run_id)
+        held = sa.select(of_run).where(tables.runs.c.status == "held")
         own = sa.select(sa.func.count()).where(
             tables.deliveries.c.status == "held",
             tables.deliveries.c.fingerprint == self.fingerprint,

@@ -240,6 +240,7 @@ class Simulation:
             if not self._pending():
                 return
             self.timeline.sleep(900)
+        raise AssertionError("deliveries are still pending after four days without a fault")
 
     def _pending(self):
         with engines.read(self.company) as connection:
