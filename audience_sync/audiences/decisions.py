@@ -61,14 +61,14 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, destination: Destinati
             runs.settle_definition(connection, row, destination, erased_count)
 
 
-def reject(engine: sa.Engine, run_id: int, clock: Clock) -> None:
+def reject(engine: sa.Engine, run_id: int, clock: Clock, wait_seconds: float | None = None) -> None:
     """Drop the changes of a held run; the next run computes them again.
 
     Raises:
         ConfigError: there is no such run, or it is not held.
 
     """
-    with engines.write(engine) as connection:
+    with engines.write(engine, wait_seconds) as connection:
         records.lock_definition(connection, _held_run(connection, run_id).definition_id)
         run = _held_run(connection, run_id)  # read again: no other process can change it now
         _take_over_deliveries(connection, run)

@@ -102,7 +102,7 @@ def _has_daemon(app: App) -> bool:
 
 def _reject(app: App, form: Form) -> str:
     run_id = row_id("The run id", form["run_id"])
-    decisions.reject(app.engine, run_id, app.clock)
+    decisions.reject(app.engine, run_id, app.clock, WAIT_SECONDS)
     return f"Run {run_id} is rejected. None of its changes are sent, and the next run computes again."
 
 
@@ -117,7 +117,7 @@ def _retry(app: App, form: Form) -> str:
     count = refused_count = 0
     reason = ""
     for ids in _chosen(app, form):
-        with engines.write(app.engine) as connection:
+        with engines.write(app.engine, WAIT_SECONDS) as connection:
             retried = deliveries.retry(connection, ids, app.clock.now())
         count += retried.count
         refused_count += len(retried.refusals)
@@ -133,7 +133,7 @@ def _retry(app: App, form: Form) -> str:
 def _discard(app: App, form: Form) -> str:
     count = total = 0
     for ids in _chosen(app, form):
-        with engines.write(app.engine) as connection:
+        with engines.write(app.engine, WAIT_SECONDS) as connection:
             count += deliveries.discard(connection, ids, app.clock.now())
         total += len(ids)
     others = "" if count == total else " The others are settled already, or belong to a held run."
@@ -177,7 +177,7 @@ def _number(count: int) -> str:
 
 def _accept_destination(app: App, _form: Form) -> str:
     app.check_key()
-    with engines.write(app.engine) as connection:
+    with engines.write(app.engine, WAIT_SECONDS) as connection:
         keys = foreign.accept_destination(connection, app.destination)
     return f"The destination is accepted for {', '.join(keys) or 'everything'}."
 

@@ -41,7 +41,7 @@ from audience_sync.web.render import link
 from audience_sync.web.runs import changes, run, runs
 from audience_sync.web.schedule import schedule_page
 from audience_sync.web.users import user_page
-from audience_sync.web.view import FormError, NotFound, Page, Refusal, View, here, html
+from audience_sync.web.view import OVERVIEW, FormError, NotFound, Page, Refusal, View, here, html
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ FORM_TYPE = "application/x-www-form-urlencoded"
 MAX_FORM_BYTES = 64 * 1024
 MAX_FIELDS = 5_000
 FORM_SECONDS = 20.0  # to receive a form
-BUSY = "A large sync is being stored, or another program holds a lock. Open the page again in a moment."
+BUSY = "A large sync is being stored, or another program holds a lock. Try again in a moment."
 PAGES: dict[str, Page] = {
     "/": overview,
     "/definitions/{key}": definition,
@@ -223,7 +223,9 @@ class Site:
             logs.event(log, logging.ERROR, "page failed", path=request.url.path[:200], error=logged)
             if not _viewer(request).may_read:  # only readers may learn where the database is
                 message = "The log of audience-sync serve says why. Try again later."
-        return self.error(request, status, title, message)
+        is_action = request.method == "POST" and _viewer(request).may_operate
+        way_on = ("/actions", "See whether it was done") if is_action else ("/", OVERVIEW)
+        return self.error(request, status, title, message, way_on)
 
     async def no_page(self, request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException) or error.status_code == 404:
@@ -240,7 +242,7 @@ class Site:
         status: int,
         title: str,
         message: str,
-        way_on: tuple[str, str] = ("/", "Go to the overview"),
+        way_on: tuple[str, str] = ("/", OVERVIEW),
     ) -> Response:
         values: dict[str, Any] = {"title": title, "message": message, "way_on": way_on}
         now = self.app.clock.now()

@@ -13,6 +13,7 @@ from audience_sync.app import App
 from audience_sync.web import record, render
 from audience_sync.web.access import Viewer
 
+OVERVIEW = "Go to the overview"
 PAGE_ROWS = 50  # of a table on a page
 
 
@@ -21,7 +22,7 @@ class Refusal(Exception):  # noqa: N818  (an answer, not an error)
 
     status, title = 400, "This address cannot be used"
 
-    def __init__(self, message: str, way_on: tuple[str, str] = ("/", "Go to the overview")) -> None:
+    def __init__(self, message: str, way_on: tuple[str, str] = ("/", OVERVIEW)) -> None:
         super().__init__(message)
         self.way_on = way_on  # an address, and the text of its link
 

@@ -313,6 +313,19 @@ def test_a_locked_database_gives_a_page_that_says_so_soon(olga, monkeypatch):
     assert olga.get("/").status_code == 200
 
 
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)  # SQLite has one lock for everything
+def test_an_action_does_not_wait_long_for_a_lock(olga, monkeypatch):
+    monkeypatch.setattr(actions, "WAIT_SECONDS", 0.1)
+    csrf, engine = olga.csrf, engines.open_own(str(olga.app.settings.database.url), SCHEMA)
+    with engines.write(engine) as connection:
+        dialects.sql(connection, "LOCK TABLE {our}deliveries IN ACCESS EXCLUSIVE MODE")
+        answer = olga.post("/deliveries/retry", {"csrf": csrf, "id": "1", "back": "/actions"})
+    engine.dispose()
+    page = olga.get(answer.headers["location"]).text
+    assert "failed" in page
+    assert "Another program holds its lock" in page
+
+
 @SQLITE
 def test_actions_that_take_long_do_not_hold_up_the_pages(olga, monkeypatch):
     enough = threading.Event()

@@ -103,6 +103,12 @@ def test_a_page_leads_to_the_older_rows_with_its_filters(pages, monkeypatch):
 
 
 @pytest.mark.usefixtures("_deliveries")
+def test_a_search_for_a_text_that_is_longer_than_any_error_finds_nothing(pages):
+    for error in ("x" * 51_000, "_%" * 10_000, "\u20ac" * 6_000):
+        assert "No delivery matches." in pages.text("/deliveries", error=error)
+
+
+@pytest.mark.usefixtures("_deliveries")
 def test_a_search_reads_a_limited_number_of_rows_and_says_so(pages, monkeypatch):
     monkeypatch.setattr("audience_sync.history.paging.SEARCHED", 2)
     text = pages.text("/deliveries", error="such")
