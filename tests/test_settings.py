@@ -496,7 +496,6 @@ def test_paths_are_relative_to_the_folder_above_one_called_config(load, tmp_path
     (tmp_path / "more" / "vips.toml").write_text(AUDIENCE)
     text = "include = ['more/*.toml']\nsources.shop.url = 'sqlite:///shop.db?mode=ro'"
     found = load(text, name="config/audience_sync.toml")
-    assert found.folder == tmp_path
     assert found.database.url == f"sqlite:///{tmp_path}/audience_sync.db"
     assert found.sources["shop"].url == f"sqlite:///{tmp_path}/shop.db?mode=ro"
     assert [each.key for each in found.definitions] == ["vips"]
@@ -763,7 +762,7 @@ def test_secrets_are_in_no_repr_and_nothing_can_be_changed(load):
 def test_the_starter_loads_with_nothing_set_and_shows_the_defaults(load):
     """Uncommenting every line changes nothing except the key and the source of the examples."""
     default = settings.load(STARTER, {})
-    assert default.folder == STARTER.parent.parent
+    assert default.database.url == f"sqlite:///{STARTER.parent.parent}/audience_sync.db"
     assert [each.key for each in default.definitions] == ["order_completed_last_30days", "total_spend"]
     active, count = re.subn(r"^# ([a-z_]+ = |\[)", r"\1", STARTER.read_text(), flags=re.MULTILINE)
     assert count >= 15

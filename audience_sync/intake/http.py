@@ -13,7 +13,6 @@ import hmac
 import json
 import logging
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,21 +32,19 @@ from audience_sync import __version__, intake, logs, remote
 from audience_sync.app import App
 from audience_sync.calls.model import CallType, PreparedCall, Receipt
 from audience_sync.calls.validation import MAX_CALL_BYTES, check_json, decode_json, read_optional_time
-from audience_sync.clock import Clock
 from audience_sync.db import engines
 from audience_sync.errors import CallError, DatabaseError
+from audience_sync.intake.bodies import MAX_BATCH_BYTES, read_body
+from audience_sync.intake.refusals import CallRate, RefusalError, RefusalLog
 from audience_sync.intake.writer import Writer
 from audience_sync.queue import destination
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH_BYTES = 500 * 1024
 MAX_BATCH_CALLS = 2_500
 MAX_MERGED_BYTES = 4 * 1024 * 1024  # of the fields that a batch shares, counted once for each of its calls
-MAX_READ_BYTES = 4 * MAX_BATCH_BYTES  # of an oversized body: many senders send all of it before reading
 MAX_REQUESTS = 500  # at a time; each may hold a batch in memory
 MAX_UNKNOWN_REQUESTS = 100  # at a time, with the key in the body: anybody may send such requests
-LOGGED_PER_SECOND = 10  # refusals
 MAX_WAITING_CALLS = 20_000  # more wait only if the writer is stuck, and then their senders may be gone
 BODY_SECONDS = 30.0  # to receive a whole body
 RETRY_SECONDS = 5  # until a sender may try again after the database failed
@@ -63,82 +60,6 @@ _KINDS = {
 
 
 _API_PATH = re.compile("/v1(/.*)?|/healthz|/openapi.json", re.DOTALL)
-
-
-class RefusalError(Exception):
-    """The request is refused as a whole."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
-
-    def response(self) -> Response:
-        content = {"success": False, "error": self.message}
-        return JSONResponse(content, status_code=self.status, headers=self.headers)
-
-
-@dataclass(slots=True)
-class CallRate:
-    """Limits calls per second. One second's calls may arrive at once; a batch passes if its first call does."""
-
-    per_second: int
-    clock: Clock
-    _free_at: float = 0.0
-
-    def take(self, count: int) -> float:
-        """Count the calls and return 0 if they may pass; else return the seconds to wait before another attempt."""
-        now = self.clock.monotonic()
-        wait = max(self._free_at, now) - now - 1.0
-        if wait > 0:
-            return wait
-        self._free_at = max(self._free_at, now) + count / self.per_second
-        return 0.0
-
-
-@dataclass(slots=True)
-class RefusalLog:
-    """Logs at most LOGGED_PER_SECOND refusals a second; `unlogged` in an event counts the ones skipped before it."""
-
-    clock: Clock
-    _since: float = float("-inf")
-    _count: int = 0
-    _unlogged: int = 0
-
-    def request_refused(self, status: int, path: str, reason: str) -> None:
-        if self._has_room():
-            logs.event(
-                log,
-                logging.WARNING,
-                "request refused",
-                status=status,
-                path=path,
-                reason=reason,
-                unlogged=self._take_unlogged(),
-            )
-
-    def calls_refused(self, count: int, first_reason: str) -> None:
-        if self._has_room():
-            logs.event(
-                log,
-                logging.WARNING,
-                "calls refused",
-                count=count,
-                first_reason=first_reason,
-                unlogged=self._take_unlogged(),
-            )
-
-    def _has_room(self) -> bool:
-        now = self.clock.monotonic()
-        if now - self._since >= 1.0:
-            self._since, self._count = now, 0
-        self._count += 1
-        has_room = self._count <= LOGGED_PER_SECOND
-        self._unlogged += not has_room
-        return has_room
-
-    def _take_unlogged(self) -> int:
-        unlogged, self._unlogged = self._unlogged, 0
-        return unlogged
 
 
 class CanonicalPath:
@@ -320,7 +241,7 @@ class TrackingApi:
         """Read the body; without an Authorization header it must contain the write key."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await _body(request, max_bytes)
+                body = await read_body(request, max_bytes)
         except TimeoutError as error:
             raise RefusalError(408, "the body took too long", {"Connection": "close"}) from error
         try:
@@ -365,42 +286,6 @@ def _basic_user(request: Request) -> str | None:
         return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[0]
     except (binascii.Error, ValueError):
         return None
-
-
-async def _body(request: Request, max_bytes: int) -> bytes:
-    """Read and decompress the body; never hold more than `max_bytes` of it in memory."""
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in {"identity", "gzip", ""}:
-        raise RefusalError(400, "Content-Encoding must be gzip, or absent")
-    received = bytearray()
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_READ_BYTES:
-            break
-        if size <= max_bytes:
-            received += chunk
-    if size > max_bytes:
-        raise _too_large(max_bytes)
-    return _decompressed(received, max_bytes) if encoding == "gzip" else bytes(received)
-
-
-def _decompressed(received: bytearray, max_bytes: int) -> bytes:
-    decompressor = zlib.decompressobj(wbits=31)
-    try:
-        body = decompressor.decompress(received, max_bytes + 1)
-    except zlib.error as error:
-        raise RefusalError(400, "the body is not gzip") from error
-    if len(body) > max_bytes:
-        raise _too_large(max_bytes)
-    if not decompressor.eof or decompressor.unused_data:
-        raise RefusalError(400, "the body is not gzip: it ends early, or more data follows")
-    return body
-
-
-def _too_large(max_bytes: int) -> RefusalError:
-    message = f"the body is larger than {max_bytes // 1024} KB"
-    return RefusalError(413, message, {"Connection": "close"})  # the rest of the body is not read
 
 
 def _check_shared(document: Mapping[str, Any], count: int) -> None:

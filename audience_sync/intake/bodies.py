@@ -1,0 +1,46 @@
+"""Read the bodies of HTTP requests to the tracking API, with a bound on memory."""
+
+import zlib
+
+from starlette.requests import Request
+
+from audience_sync.intake.refusals import RefusalError
+
+MAX_BATCH_BYTES = 500 * 1024
+MAX_READ_BYTES = 4 * MAX_BATCH_BYTES  # of an oversized body: many senders send all of it before reading
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read and decompress the body; never hold more than `max_bytes` of it in memory."""
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in {"identity", "gzip", ""}:
+        raise RefusalError(400, "Content-Encoding must be gzip, or absent")
+    received = bytearray()
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_READ_BYTES:
+            break
+        if size <= max_bytes:
+            received += chunk
+    if size > max_bytes:
+        raise _too_large(max_bytes)
+    return _decompressed(received, max_bytes) if encoding == "gzip" else bytes(received)
+
+
+def _decompressed(received: bytearray, max_bytes: int) -> bytes:
+    decompressor = zlib.decompressobj(wbits=31)
+    try:
+        body = decompressor.decompress(received, max_bytes + 1)
+    except zlib.error as error:
+        raise RefusalError(400, "the body is not gzip") from error
+    if len(body) > max_bytes:
+        raise _too_large(max_bytes)
+    if not decompressor.eof or decompressor.unused_data:
+        raise RefusalError(400, "the body is not gzip: it ends early, or more data follows")
+    return body
+
+
+def _too_large(max_bytes: int) -> RefusalError:
+    message = f"the body is larger than {max_bytes // 1024} KB"
+    return RefusalError(413, message, {"Connection": "close"})  # the rest of the body is not read
