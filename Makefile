@@ -11,9 +11,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# The program with its dependencies; what the demo and its dashboard need.
+# The program with its dependencies; what the demo and its dashboard need. Modules are compiled when they are used.
 $(VENV)/program: pyproject.toml | $(BIN)/pip
-	$(PIP) --editable ".[web]"
+	$(PIP) --no-compile --editable ".[web]"
 	touch $@
 
 # The program, the test tools and the linters.

@@ -56,6 +56,7 @@ _NAMES = (
 
 class Settings(Table, frozen=True):
     path: Path
+    folder: Path  # relative paths start here
     database: DatabaseSettings
     sources: dict[str, SourceSettings]
     destination: DestinationSettings
@@ -106,6 +107,7 @@ def load(
         top.fail("sources: expected tables: [sources.NAME]")
     settings = Settings(
         path=path,
+        folder=folder,
         database=_database(top.section("[database]"), document.get("database", {}), folder),
         sources={
             name: _source(top.section(f"[sources.{shown(name)}]"), table, folder)
