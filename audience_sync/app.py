@@ -21,7 +21,7 @@ from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import Clock, DatabaseClock, SystemClock
 from audience_sync.db import dialects, engines, migrate
 from audience_sync.errors import ConfigError, SourceError
-from audience_sync.queue import backlog, bulk, deliveries, progress, split, worker
+from audience_sync.queue import backlog, deliveries, progress, split
 from audience_sync.queue.destination import Destination, try_to_resume
 from audience_sync.queue.pace import WINDOW_SECONDS
 from audience_sync.retention import pruning
@@ -32,6 +32,7 @@ from audience_sync.userpilot import payloads
 from audience_sync.userpilot.answers import Outcome
 
 if TYPE_CHECKING:
+    from audience_sync.queue.worker import Worker
     from audience_sync.userpilot.client import Client
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,9 @@ class App:
         on_progress: Callable[[progress.Report], None],
         stop: threading.Event,
         is_gathering: Callable[[], bool],
-    ) -> worker.Worker:
+    ) -> "Worker":
+        from audience_sync.queue import bulk, worker  # noqa: PLC0415  (only where something is sent)
+
         destination = self.settings.destination
         build = partial(payloads.build, booleans=destination.booleans, nested=destination.nested)
         return worker.Worker(

@@ -2,7 +2,8 @@
 
 It works with temporary tables of one connection, called {temp}audience_sync_NAME:
 
-    snapshot  user_id, row_count; for a trait also low and high, the smallest and the greatest canonical value
+    snapshot  user_id, row_count; for a trait also low and high, the smallest and the greatest canonical value.
+              An audience's user may have several rows on PostgreSQL, whose counts add up
     eligible  user_id, row_count
     changes   user_id, change (entered, exited, changed), value; for a member also entered_run_id and old_value
     affected  user_id, is_push: the users of several definitions' changes, for plan.py
@@ -34,6 +35,7 @@ from audience_sync.db.dialects import (
 
 SNAPSHOT, ELIGIBLE, CHANGES = "snapshot", "eligible", "changes"
 WORK_MEMORY = "128MB"  # enough to hash one or two million ids
+FEW_ROWS = 2  # of a user, on average: grouping so few costs more than storing all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ def connection_with_temp_tables(
 def create_table(connection: sa.Connection, table: str, columns: Sequence[str]) -> None:
     """Create the snapshot or the eligible table, for the `columns` user_id and perhaps value."""
     value_columns = ", low text, high text" if "value" in columns else ""
-    create_temp_table(connection, table, f"user_id {{id}}, row_count bigint{value_columns}", unique_ids=True)
+    row_columns = f"user_id {{id}}, row_count bigint DEFAULT 1{value_columns}"
+    create_temp_table(connection, table, row_columns, unique_ids=True)
 
 
 def fill_from_query(
@@ -98,6 +101,9 @@ def fill_from_rows(
 ) -> None:
     """Fill a temporary table from a source's rows in canonical form, with one batch in memory."""
     create_table(connection, table, columns)
+    if not is_sqlite(connection) and "value" not in columns:
+        copy_rows(connection, f"pg_temp.audience_sync_{table}", batches, "(user_id)")
+        return
     create_temp_table(connection, "rows", ", ".join(f"{name} {{id}}" for name in columns))
     rows = f"{'temp' if is_sqlite(connection) else 'pg_temp'}.audience_sync_rows"
     if is_sqlite(connection):
@@ -119,7 +125,7 @@ def _group_into(
     columns: Sequence[str],
     conversions: Sequence[str],
 ) -> None:
-    """Add one row for each user id of the source to a table, in the way that is fastest on each database."""
+    """Add the ids of the source to a table, grouped by user where that is needed or faster."""
     has_value = "value" in columns
     expressions = values.SQLITE_CONVERSIONS if is_sqlite(connection) else postgresql_values.CONVERSIONS
     for name in conversions:
@@ -127,6 +133,8 @@ def _group_into(
     if is_sqlite(connection):
         values.register_functions(connection)
         statement = _sorted_upsert(table, source, has_value=has_value)
+    elif not has_value and _has_few_rows_for_each_user(connection, source, arguments):
+        statement = f"INSERT INTO pg_temp.audience_sync_{table} SELECT user_id, 1 FROM {source}"
     else:
         low_high = ", min(value) AS low, max(value) AS high" if has_value else ""
         statement = (
@@ -148,6 +156,17 @@ def _sorted_upsert(table: str, source: str, *, has_value: bool) -> str:
         f"INSERT INTO temp.audience_sync_{table} SELECT user_id, 1{low_high} FROM {source} "
         f"ORDER BY 1 ON CONFLICT (user_id) DO UPDATE SET row_count = row_count + 1{merge if has_value else ''}"
     )
+
+
+def _has_few_rows_for_each_user(connection: sa.Connection, source: str, arguments: Any) -> bool:
+    """Return whether PostgreSQL's planner expects about as many users as rows."""
+
+    def expected_rows(query: str) -> int:
+        plan = connection.exec_driver_sql(f"EXPLAIN {query}", arguments or None).scalars()
+        return int(str(plan.first()).partition(" rows=")[2].split()[0])
+
+    ids = f"SELECT user_id FROM {source}"
+    return expected_rows(ids) <= FEW_ROWS * expected_rows(f"{ids} GROUP BY 1")
 
 
 @contextmanager
@@ -194,7 +213,8 @@ def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -
     insert = "INSERT INTO {temp}audience_sync_changes "
     members = "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1"
     if definition_id is None or sql(connection, members, id=definition_id).first() is None:
-        sql(connection, insert + _all_entered(kind))
+        with _prepared_to_group(connection):
+            sql(connection, insert + _all_entered(kind))
         return
     query = _anti_joins(kind) if is_sqlite(connection) else _full_join(kind)
     sql(connection, insert + query, definition_id=definition_id)
@@ -216,7 +236,8 @@ def _create_changes(connection: sa.Connection) -> None:
 
 def _all_entered(kind: Kind) -> str:
     value, where = ("low", " WHERE low IS NOT NULL") if kind is Kind.TRAIT else ("NULL", "")
-    return f"SELECT user_id, 'entered', {value}, NULL, NULL FROM {{temp}}audience_sync_snapshot{where}"
+    columns = f"user_id, 'entered', {value}, CAST(NULL AS bigint), NULL"
+    return f"SELECT DISTINCT {columns} FROM {{temp}}audience_sync_snapshot{where}"
 
 
 def _anti_joins(kind: Kind) -> str:
@@ -249,7 +270,7 @@ def _full_join(kind: Kind) -> str:
         value, old_value = "s.low", "m.value"
         differs = "s.user_id IS NULL OR (m.user_id IS NULL AND s.low IS NOT NULL) OR s.low <> m.value"
     return (
-        "SELECT coalesce(s.user_id, m.user_id), CASE WHEN m.user_id IS NULL THEN 'entered' "
+        "SELECT DISTINCT coalesce(s.user_id, m.user_id), CASE WHEN m.user_id IS NULL THEN 'entered' "
         f"WHEN s.user_id IS NULL THEN 'exited' ELSE 'changed' END, {value}, m.entered_run_id, {old_value} "
         "FROM {temp}audience_sync_snapshot s FULL JOIN "
         "(SELECT user_id, value, entered_run_id FROM {our}members WHERE definition_id = :definition_id) m "

@@ -59,19 +59,22 @@ _DIALECTS = {
 }  # fmt: skip
 
 # The tokens of SQL. Space and comments have no group. An unclosed quote or comment matches no token.
-_LETTER = r"A-Za-z_\u0080-\U0010ffff"
+# The characters of names are everything but ASCII's others: `re` compiles that ten times as fast as ranges of all letters.
+_LETTER = r"[^\x00-@\[-^`{-\x7f]"
+_LETTER_OR_DIGIT = r"[^\x00-/:-@\[-^`{-\x7f]"
+_IN_NAME = r"[^\x00-#%-/:-@\[-^`{-\x7f]"  # with $
 _COMMON = rf"""
 [ \t\n\r\f\v]+ | --[^\n\r]*
 | (?P<text> '(?:[^']|'')*') | (?P<quoted> "(?:[^"]|"")*")
-| (?P<word> [{_LETTER}][{_LETTER}0-9$]*) | (?P<number> [0-9][{_LETTER}0-9]*)
-| (?P<cast> ::|:=) | (?P<parameter> :[{_LETTER}0-9$]+)
+| (?P<word> {_LETTER}{_IN_NAME}*) | (?P<number> [0-9]{_LETTER_OR_DIGIT}*)
+| (?P<cast> ::|:=) | (?P<parameter> :{_IN_NAME}+)
 """
 _ESCAPED = r"'(?:[^'\\]|\\.|'')*'"
 _POSTGRESQL = rf"""
 (?P<escaped> [eE]{_ESCAPED} (?: [ \t\f]*[\n\r]\s*{_ESCAPED})*)
-| (?P<dollar> \$(?P<tag> (?:[{_LETTER}][{_LETTER}0-9]*)?)\$ .*? \$(?P=tag)\$)
+| (?P<dollar> \$(?P<tag> (?:{_LETTER}{_LETTER_OR_DIGIT}*)?)\$ .*? \$(?P=tag)\$)
 | {_COMMON}
-| (?P<other> (?! /\* | \$(?:[{_LETTER}][{_LETTER}0-9]*)?\$ ) [^'"])
+| (?P<other> (?! /\* | \$(?:{_LETTER}{_LETTER_OR_DIGIT}*)?\$ ) [^'"])
 """
 _BACKTICKS = rf"{_COMMON} | /\*.*?\*/ | (?P<backticks> `(?:[^`]|``)*`)"
 _SQLITE = rf"{_BACKTICKS} | (?P<brackets> \[[^]]*]) | (?P<other> (?! /\* ) [^'\"`[])"

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from audience_sync.queue import split
-from audience_sync.queue.bulk import BulkLane
-from audience_sync.queue.pace import Lane
+
+if TYPE_CHECKING:
+    from audience_sync.queue.bulk import BulkLane
+    from audience_sync.queue.pace import Lane
 
 MEASURED_SECONDS = 20.0  # of work, after which its pace is a better estimate than the limits
 
@@ -45,7 +48,7 @@ class Progress:
         self.pending[action] = self.pending.get(action, 0) - count
         self.settled_count += count
 
-    def update(self, report: Report, lanes: Mapping[str, Lane], bulk: BulkLane, monotonic: float) -> None:
+    def update(self, report: Report, lanes: "Mapping[str, Lane]", bulk: "BulkLane", monotonic: float) -> None:
         """Write the estimates into the report."""
         pending = {action: max(0, count) for action, count in self.pending.items()}
         done, left = bulk.row_counts()
@@ -57,7 +60,7 @@ class Progress:
         report.seconds_left = max(0.0, seconds, paused if report.pending_count else 0.0)
 
     def _seconds_left(
-        self, report: Report, lanes: Mapping[str, Lane], bulk: BulkLane, elapsed: float
+        self, report: Report, lanes: "Mapping[str, Lane]", bulk: "BulkLane", elapsed: float
     ) -> float:
         """Estimate from the pace so far, once there is enough of it; before that, from the limits."""
         done = self.settled_count + report.bulk_done_count

@@ -9,13 +9,12 @@ import glob
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.audiences.query.configured import TableMapping
-from audience_sync.calls import mappings
 from audience_sync.errors import ConfigError
 from audience_sync.settings import definitions, queries
 from audience_sync.settings.schema import (
@@ -34,6 +33,9 @@ from audience_sync.settings.schema import (
 from audience_sync.settings.sections import Section, absolute, expected, read_toml
 from audience_sync.settings.urls import database_url, is_supported, normalize_endpoint
 from audience_sync.suggest import shown
+
+if TYPE_CHECKING:
+    from audience_sync.calls import mappings
 
 VARIABLE = "AUDIENCE_SYNC_CONFIG"
 PATHS = ("config/audience_sync.toml", "audience_sync.toml")
@@ -64,7 +66,7 @@ class Settings(Table, frozen=True):
     tracking: TrackingSettings
     tables: tuple[TableMapping, ...]  # that queries read
     definitions: tuple[Definition, ...]  # audiences, then traits, each in the order of the files
-    mappings: tuple[mappings.Mapping, ...]  # without the presets, in the order of the files
+    mappings: "tuple[mappings.Mapping, ...]"  # without the presets, in the order of the files
     daemon: DaemonSettings = DaemonSettings()
     web: WebSettings = WebSettings()
     include: tuple[str, ...] = ()  # patterns of more files
@@ -133,8 +135,8 @@ def load(
         for kind in Kind
         for section, table in _tables(files, f"{kind}s")
     )
-    mapped = tuple(definitions.build_mapping(section, table) for section, table in _tables(files, "mappings"))
-    definitions.check_mappings(top, mapped, with_presets=settings.destination.presets)
+    with_presets = settings.destination.presets
+    mapped = definitions.build_mappings(top, list(_tables(files, "mappings")), with_presets=with_presets)
     settings = msgspec.structs.replace(settings, definitions=built, mappings=mapped)
     if resolve_keys:
         return with_stored_keys(settings, {})

@@ -1,10 +1,10 @@
 """Definitions and mappings, built from their tables in the configuration."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,7 +18,6 @@ from audience_sync.audiences.definition import (
     older_key_from_name,
 )
 from audience_sync.audiences.query.configured import ConfiguredQuery
-from audience_sync.calls import mappings
 from audience_sync.errors import ConfigError
 from audience_sync.settings.schema import (
     DefaultSettings,
@@ -29,6 +28,9 @@ from audience_sync.settings.schema import (
 )
 from audience_sync.settings.sections import Section
 from audience_sync.suggest import did_you_mean, shown
+
+if TYPE_CHECKING:
+    from audience_sync.calls import mappings
 
 # Userpilot's own properties: an audience with such a key would overwrite them with true and false.
 _USERPILOT_OWN = {
@@ -151,15 +153,23 @@ def check_unique(path: Path, definitions: Iterable[Definition], *, older: bool =
         names[key, stored] = name
 
 
-def build_mapping(section: Section, table: Any) -> mappings.Mapping:
-    settings = section.convert(table, MappingSettings)
-    try:
-        return mappings.compile_mapping(settings.name, settings.action, settings.trigger, settings.fields)
-    except ConfigError as error:
-        section.fail(str(error))
+def build_mappings(
+    file: Section, tables: Sequence[tuple[Section, Any]], *, with_presets: bool
+) -> "tuple[mappings.Mapping, ...]":
+    if not tables:
+        return ()
+    from audience_sync.calls import mappings  # noqa: PLC0415  (only where there are some)
 
-
-def check_mappings(file: Section, built: Collection[mappings.Mapping], *, with_presets: bool) -> None:
+    built = []
+    for section, table in tables:
+        settings = section.convert(table, MappingSettings)
+        try:
+            mapping = mappings.compile_mapping(
+                settings.name, settings.action, settings.trigger, settings.fields
+            )
+        except ConfigError as error:
+            section.fail(str(error))
+        built.append(mapping)
     limit = mappings.MAX_MAPPINGS - (len(mappings.PRESETS) if with_presets else 0)
     if len(built) > limit:
         file.fail(
@@ -169,3 +179,4 @@ def check_mappings(file: Section, built: Collection[mappings.Mapping], *, with_p
     for name, count in Counter(mapping.name for mapping in built).items():
         if count > 1:
             file.fail(f"mappings: {count} of them are called {shown(name)}: give each its own name")
+    return tuple(built)
