@@ -106,6 +106,11 @@ class PostgresqlJson(JsonValue):
     def text(self) -> Expression:
         return sa.case((self._kind == "string", self._scalar))
 
+    def scalar_text(self, dialect: Dialect) -> Expression:
+        """Return a string, or a number as it is written as a user id; null for anything else."""
+        number = sa.case((self.number.is_not(None), sa.cast(self._scalar, sa.Numeric)))
+        return sa.case((self._kind == "number", dialect.text_of(number, "number")), else_=self.text)
+
     def is_text(self, texts: Sequence[str]) -> Expression:
         """Compare jsonb as it is: half the time of a check of its kind and a comparison of its text."""
         if not self.is_binary:
@@ -168,11 +173,20 @@ class OnPostgresql(Dialect):
             kind == "collated"
         ):  # another collation may ignore case, refuse to search, or conflict with a column's
             return sa.collate(text, "C")
+        if kind in {"json", "jsonb"}:
+            scalar = self.json_of_column(column, kind).scalar_text(self)
+            return (
+                scalar if kind == "jsonb" else sa.case((text.op("!~", is_comparison=True)(_NO_TEXT), scalar))
+            )
         if kind not in {"number", "real"}:
             return text
-        whole = sa.cast(column, sa.Numeric)
-        is_whole = sa.and_(self._is_double(whole), whole == sa.func.trunc(whole))
-        digits = sa.cast(sa.func.trunc(whole), sa.Text)
+        wide = sa.cast(column, sa.Numeric)
+        is_whole = sa.and_(self._is_double(wide), column == sa.func.trunc(column))
+        fits = sa.and_(column >= -(2**63), column < 2**63)
+        digits = sa.case(  # a float8 as numeric has 15 digits
+            (fits, sa.cast(sa.cast(column, sa.BigInteger), sa.Text)),
+            else_=sa.cast(sa.func.trunc(wide), sa.Text),
+        )
         return sa.case((is_whole, digits), else_=sa.cast(self.number_of_column(column, kind), sa.Text))
 
     def key_of(self, column: Expression, kind: str) -> Expression:

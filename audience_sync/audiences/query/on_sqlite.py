@@ -165,10 +165,14 @@ class OnSqlite(Dialect):
         return self.number_of_column(column, "any"), text
 
     def text_of(self, column: Expression, kind: str) -> Expression:
-        text = column if kind == "text" else sa.cast(column, sa.Text)
+        """Return a blob as it is, which is neither a user id nor a value, and null for an infinite number."""
+        if kind == "text":
+            return sa.collate(column, "BINARY")
+        of_type = sa.func.typeof(column)
+        cases: list[Any] = [(of_type == "blob", column)]
         if kind in {"number", "any"}:
-            text = sa.case((sa.func.typeof(column) == "real", self.number_text(column)), else_=text)
-        return sa.collate(text, "BINARY")
+            cases.append((of_type == "real", self.number_text(self.number_of_column(column, kind))))
+        return sa.collate(sa.case(*cases, else_=sa.cast(column, sa.Text)), "BINARY")
 
     def key_of(self, column: Expression, kind: str) -> Expression:
         return column if kind in {"integer", "number"} else sa.collate(column, "BINARY")

@@ -240,6 +240,34 @@ def test_ids_of_numeric_columns_are_the_ones_that_are_sent(engine, shop):
             assert users_of(connection, configured(text, shop, mappings)) == set(users.split()), text
 
 
+ODD_IDS = {
+    "sqlite": {"any": ("x'61', 1e999, 'ann', 7.0, '\"bob\"'", {b"a", "ann", "7", '"bob"'})},
+    "postgresql": {
+        "json": ("""'"ann"', '7.0', '7.50', '12345678901234567', 'true', '[1]', '"\\ud800"'""",
+                 {"ann", "7", "7.5", "12345678901234567"}),
+        "jsonb": ("""'"ann"', '7.0', '1234567890123456789012', '1e400', '{{}}'""",
+                  {"ann", "7", "1234567890123456789012"}),
+        "float8": ("1234567890123456, -0.0, 7.5, 'NaN'", {"1234567890123456", "0", "7.5"}),
+    },
+}  # fmt: skip
+
+
+def test_ids_in_columns_of_odd_types_are_those_of_a_definition_in_sql(engine, shop, backend):
+    for kind, (literals, users) in ODD_IDS[backend].items():
+        values = ", ".join(f"({literal})" for literal in literals.split(", "))
+        declared = kind if backend == "postgresql" else ""
+        add_tables(
+            engine,
+            shop,
+            f"CREATE TABLE {{schema}}odd_{kind} (who {declared})",
+            f"INSERT INTO {{schema}}odd_{kind} VALUES {values}",
+        )
+        mapping = TableMapping("odd", f"{{schema}}odd_{kind}", user_id="who")
+        with engines.read(engine) as connection:
+            found = users_of(connection, configured("entity('odd').count() > 0", shop, [mapping]))
+        assert found == users, kind
+
+
 def test_links_between_columns_of_different_types_compare_texts(engine, shop):
     uuid = "00000000-0000-0000-0000-00000000000"
     add_tables(
