@@ -22,9 +22,9 @@ DIALECTS: dict[str, Dialect] = {"sqlite": SQLITE, "postgresql": POSTGRESQL}
 class ReadTable:
     """A table as the compiler reads it: `columns` has the kind of each column.
 
-    Kinds: integer, number, real (of four bytes), text, uuid, bpchar, boolean, date, timestamp, timestamptz, json, jsonb and
-    other; `moment` is the timestamp of our own events. SQLite also has `any`, for columns whose values have a type each, and
-    `document` for our own tables.
+    Kinds: integer, number, real (of four bytes), money, text, uuid, bpchar, boolean, date, timestamp, timestamptz, json,
+    jsonb and other; `moment` is the timestamp of our own events. SQLite also has `any`, for columns whose values have
+    a type each, and `document` for our own tables.
     PostgreSQL also has `text_c`, for text of the collation C, and `collated`, for text of any other than its own and C.
 
     Columns of our own tables: `properties` is the document that property(…) reads instead of the columns, `context` the

@@ -33,7 +33,7 @@ from audience_sync.audiences.schedule import load_zone
 from audience_sync.errors import ConfigError
 
 _DOCUMENT_KINDS = {"document", "json", "jsonb"}
-_TEXT_KINDS = {"integer", "number", "real", "any"}  # whose text may have more digits than a double
+_TEXT_KINDS = {"integer", "number", "real", "money", "any"}  # whose text may have more digits than a double
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +398,7 @@ class Users(Scope):
         match kind:
             case "any":
                 return SqlValue(exists, *self.db.parts_of_any(column))
-            case "integer" | "number" | "real":
+            case "integer" | "number" | "real" | "money":
                 return SqlValue(exists, number=self.db.number_of_column(column, kind))
             case "boolean":
                 return SqlValue(exists, boolean=self.db.boolean_of_column(column))

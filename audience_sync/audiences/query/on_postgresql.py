@@ -28,6 +28,7 @@ KINDS = {
     **dict.fromkeys(("int2", "int4", "int8"), "integer"),
     **dict.fromkeys(("numeric", "float8"), "number"),
     "float4": "real",
+    "money": "money",
     **dict.fromkeys(("text", "varchar"), "text"),
     **{name: name for name in ("date", "timestamp", "timestamptz", "json", "jsonb", "uuid", "bpchar")},
     "bool": "boolean",
@@ -178,7 +179,9 @@ class OnPostgresql(Dialect):
             return (
                 scalar if kind == "jsonb" else sa.case((text.op("!~", is_comparison=True)(_NO_TEXT), scalar))
             )
-        if kind not in {"number", "real"}:
+        if kind == "money":
+            column = sa.cast(column, sa.Numeric)
+        elif kind not in {"number", "real"}:
             return text
         wide = sa.cast(column, sa.Numeric)
         is_whole = sa.and_(self._is_double(wide), column == sa.func.trunc(column))
@@ -311,6 +314,8 @@ class OnPostgresql(Dialect):
     def number_of_column(self, column: Expression, kind: str) -> Expression:
         if kind == "integer":
             return sa.cast(column, sa.Double)
+        if kind == "money":
+            return self.finite(sa.cast(column, sa.Numeric))
         return self.finite(self._shortest(column) if kind == "real" else column)
 
     def _shortest(self, column: Expression) -> Expression:

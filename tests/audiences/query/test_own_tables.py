@@ -247,6 +247,7 @@ ODD_IDS = {
                  {"ann", "7", "7.5", "12345678901234567"}),
         "jsonb": ("""'"ann"', '7.0', '1234567890123456789012', '1e400', '{{}}'""",
                   {"ann", "7", "1234567890123456789012"}),
+        "money": ("7, 7.5, -3, NULL", {"7", "7.5", "-3"}),
         "float8": ("1234567890123456, -0.0, 7.5, 'NaN'", {"1234567890123456", "0", "7.5"}),
     },
 }  # fmt: skip
@@ -525,6 +526,25 @@ def test_a_real_column_has_the_number_that_was_written(engine, shop):
     with engines.read(engine) as connection:
         assert users_of(connection, configured("trait('stars') = 4.7", shop, mappings)) == {"a"}
         assert users_of(connection, configured("trait('stars') = 16777216", shop, mappings)) == {"b"}
+
+
+def test_money_is_a_number(engine, shop, backend):
+    kind = "money" if backend == "postgresql" else "numeric"
+    add_tables(
+        engine,
+        shop,
+        f"CREATE TABLE {{schema}}fees (who text, price {kind})",
+        "INSERT INTO {schema}fees VALUES ('a', '12.5'), ('a', '-3'), ('b', NULL)",
+    )
+    mappings = [TableMapping("fees", "{schema}fees", user_id="who")]
+    with engines.read(engine) as connection:
+        assert (
+            value_of(connection, configured("entity('fees').sum(property('price'))", shop, mappings)) == 9.5
+        )
+        users = users_of(
+            connection, configured("entity('fees').where(property('price') > 12).count() = 1", shop, mappings)
+        )
+    assert users == {"a"}
 
 
 def test_a_list_shows_numbers_alike_on_both_databases(engine, shop):
