@@ -137,15 +137,15 @@ class Daemon:
             while (slot := self._take_next()) is not None:
                 self.start(slot.definition.key, partial(self._sync_one_by_one, app, slot))
             self._is_delayed = False
+            if clock.monotonic() >= self._prune_at:
+                self._prune_at = clock.monotonic() + PRUNE_SECONDS
+                self.start("prune", partial(self._prune, app))
         except DatabaseLocked as error:
             if not self._is_delayed:
                 self._is_delayed = True
                 logs.event(log, logging.WARNING, "tick delayed", error=str(error))
         except DatabaseError as error:
             _log_error(error)
-        if clock.monotonic() >= self._prune_at:
-            self._prune_at = clock.monotonic() + PRUNE_SECONDS
-            self.start("prune", partial(self._prune, app))
 
     def _take_next(self, ended: str | None = None) -> slots.Slot | None:
         """Take the slot that has been due longest, unless enough are running; `ended` no longer runs."""
