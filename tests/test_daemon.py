@@ -487,6 +487,8 @@ def test_a_run_that_ends_its_process_again_and_again_is_not_repeated_at_once(lif
 
 def test_a_tick_does_not_wait_for_the_commit_of_another_process(life, backend, caplog):
     life.live_until("2026-03-15 12:00")
+    started = []
+    life.daemon.start = lambda name, work: (started.append(name), work())
     with engines.write(life.daemon.app.engine) as starting:
         lease = leases.acquire(starting, leases.of_definition("in"), 600)
     with engines.write(life.daemon.app.engine) as committing:
@@ -495,11 +497,13 @@ def test_a_tick_does_not_wait_for_the_commit_of_another_process(life, backend, c
         life.tick_at("2026-03-16 02:00")  # its slot is due; the test would take 300 s
     delayed = [record.getMessage() for record in caplog.records if record.getMessage() == "tick delayed"]
     assert delayed == (["tick delayed"] if backend == "sqlite" else [])
+    assert started == ([] if backend == "sqlite" else ["prune"])  # pruning would wait for the lock, too
     assert life.slots() == ["2026-03-15 01:30"]
     with engines.write(life.daemon.app.engine) as ending:
         leases.release(ending, lease)
     life.tick_at("2026-03-16 02:01")
     assert life.slots() == ["2026-03-15 01:30", "2026-03-16 01:30"]
+    assert sorted(started) == ["in", "prune"]
 
 
 # Many definitions.

@@ -7,7 +7,9 @@ The process has its own pid, environment, pipes and signals, and can be stopped 
 import array
 import contextlib
 import faulthandler
+import gc
 import importlib
+import io
 import json
 import os
 import selectors
@@ -23,39 +25,47 @@ from pathlib import Path
 IMPORTED = (  # what the commands import when they run
     "audience_sync.app", "audience_sync.daemon", "audience_sync.intake", "audience_sync.history",
     "audience_sync.intake.files", "audience_sync.userpilot.client", "audience_sync.intake.server",
-    "audience_sync.intake.http", "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres",
-    "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "rich.progress",
+    "audience_sync.intake.http", "audience_sync.audiences.query.review", "audience_sync.audiences.query.catalog",
+    "audience_sync.audiences.query.english", "audience_sync.audiences.decisions", "audience_sync.db.checks",
+    "sqlglot", "sqlglot.dialects.sqlite", "sqlglot.dialects.postgres", "sqlalchemy.dialects.sqlite",
+    "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "rich.progress",
 )  # fmt: skip
 
 
 class Forker:
     """The tests' side of the server."""
 
-    def __init__(self):
+    def __init__(self, first=None):
+        """Start a server; with `first`, as a fork of that one's."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._codes, self._process = {}, None
         with theirs:
-            command = [sys.executable, __file__, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        self._codes = {}
+            if first is not None:
+                socket.send_fds(first._socket, [b"{}"], [theirs.fileno()])
+                first._await_start()
+            else:
+                command = [sys.executable, __file__, str(theirs.fileno())]
+                self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
 
-    def start(self, arguments, environ, **streams):
+    def start(self, arguments, environ, cwd=None, **streams):
         """Start a process with these arguments; `streams` as for subprocess.Popen."""
         pipes = {name: os.pipe() for name in ("stdout", "stderr") if streams.get(name) == subprocess.PIPE}
         ends = [pipes[name][1] if name in pipes else streams[name].fileno() for name in ("stdout", "stderr")]
         order = json.dumps(
-            {"arguments": arguments, "environ": dict(environ), "cwd": str(Path.cwd())}
+            {"arguments": arguments, "environ": dict(environ), "cwd": str(cwd or Path.cwd())}
         ).encode()
         self._socket.sendmsg([order], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", ends))])
         for _, end in pipes.values():
             os.close(end)
-        while True:
-            message = json.loads(self._socket.recv(1000))
-            if "started" in message:
-                self._codes.pop(message["started"], None)  # of a process that had this pid before
-                break
-            self._codes[message["pid"]] = message["code"]
+        pid = self._await_start()
         opened = {name: os.fdopen(end, "r", encoding="utf-8") for name, (end, _) in pipes.items()}
-        return Started(self, message["started"], opened)
+        return Started(self, pid, opened)
+
+    def _await_start(self):
+        while "started" not in (message := json.loads(self._socket.recv(1000))):
+            self._codes[message["pid"]] = message["code"]
+        self._codes.pop(message["started"], None)  # of a process that had this pid before
+        return message["started"]
 
     def code(self, pid, timeout):
         """Exit code of a process, negative for the signal that ended it; None while it runs."""
@@ -69,7 +79,8 @@ class Forker:
 
     def close(self):
         self._socket.close()
-        self._process.wait(30)
+        if self._process is not None:
+            self._process.wait(30)
 
 
 class Started:
@@ -123,11 +134,22 @@ class Started:
         return tuple(output[name].decode() if name in output else None for name in ("stdout", "stderr"))
 
 
-def serve(number):
-    from audience_sync.cli import main  # noqa: PLC0415
+def prepare():
+    """Import what the commands need, and build what they build once in a process; return their entry point."""
+    from audience_sync.audiences.query import parser  # noqa: PLC0415
+    from audience_sync.cli.main import app, main  # noqa: PLC0415
 
     for name in IMPORTED:
         importlib.import_module(name)
+    parser.parse_query("trait('plan') = 'pro'")
+    with contextlib.redirect_stdout(io.StringIO()):
+        app(["sync", "--help"], standalone_mode=False)  # typer imports more when it reads options
+    gc.collect()
+    gc.freeze()  # the processes need not go through it, which would copy its memory
+    return main
+
+
+def serve(number, main):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test run
     wake, alarm = os.pipe()
     os.set_blocking(alarm, False)
@@ -163,6 +185,9 @@ def take(orders, main):
     pid = os.fork()
     if pid == 0:
         orders.close()
+        if order == b"{}":
+            serve(*ends, main)
+            os._exit(0)
         become(json.loads(order), ends, main)
     for end in ends:
         os.close(end)
@@ -208,4 +233,4 @@ def become(order, ends, main):
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), prepare())
