@@ -14,6 +14,7 @@ from tests.tools import required
 from tests.web.browser import running, scene
 from tests.web.conftest import PASSWORD, USERS
 
+ONE_DATABASE = pytest.mark.parametrize("site", ["sqlite"], indirect=True)  # where they do not differ
 PATIENCE_MS = 60_000  # for any step, on a busy machine
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
 

@@ -1,11 +1,14 @@
 """What a person does in the browser: sign in and out, and decide about runs and deliveries."""
 
+import re
+
 import pytest
 import sqlalchemy as sa
 from playwright.sync_api import expect
 
 from audience_sync.db import engines, tables
-from tests.web.browser.conftest import PATIENCE_MS
+from tests.faulty_sandbox import FaultySandbox
+from tests.web.browser.conftest import ONE_DATABASE, PATIENCE_MS
 from tests.web.conftest import PASSWORD
 
 expect.set_options(timeout=PATIENCE_MS)
@@ -87,6 +90,20 @@ def test_a_held_run_is_decided(key, button, result, status, tab, value):
     tab.get_by_role("button", name=button).click()
     expect(tab.get_by_role("status")).to_contain_text(result)
     assert value(tables.runs.c.status, tables.runs.c.run_id == run_id) == status
+
+
+@ONE_DATABASE
+def test_a_changed_destination_is_accepted(tab, site, value, scene_folder):
+    is_it = tables.definitions.c.key == "odd_ids"
+    with engines.write(site.engine) as connection:
+        connection.execute(tables.definitions.update().where(is_it).values(fingerprint="another"))
+    port = int(re.search(r"127\.0\.0\.1:(\d+)", (scene_folder / "audience_sync.toml").read_text())[1])
+    with FaultySandbox(port):
+        tab.goto("/")
+        tab.get_by_role("button", name="It is the same environment").click()
+        expect(tab.get_by_role("status")).to_contain_text("The destination is accepted for odd_ids.")
+    assert value(tables.definitions.c.fingerprint, is_it) != "another"
+    expect(tab.get_by_role("button", name="It is the same environment")).to_have_count(0)
 
 
 def test_readers_see_no_buttons_for_actions(tabs, site):

@@ -2,13 +2,14 @@
 
 import contextlib
 import datetime as dt
+import re
 
 import pytest
 import sqlalchemy as sa
 from playwright.sync_api import expect
 
 from audience_sync.db import engines, leases, tables
-from tests.web.browser.conftest import PATIENCE_MS
+from tests.web.browser.conftest import ONE_DATABASE, PATIENCE_MS
 
 POLL_MS = 3_100  # a little more than the seconds between two looks of a live page
 expect.set_options(timeout=PATIENCE_MS)
@@ -114,3 +115,55 @@ def test_only_the_content_is_printed(tab, media):
     tab.emulate_media(media=media)
     expect(tab.get_by_role("main")).to_be_visible()
     assert tab.get_by_role("search").is_visible() == (media == "screen")
+
+
+def first_time_shown(tab, chart=0):
+    """The time in the legend of a chart while its left end is pointed at."""
+    plot = tab.locator(".charts .u-over").nth(chart)
+    plot.hover(position={"x": 2, "y": 20})
+    return tab.locator(".charts .u-legend").nth(chart).locator(".u-value").first.inner_text()
+
+
+@ONE_DATABASE
+def test_dragging_zooms_both_charts_and_a_double_click_shows_all(tab):
+    tab.goto("/definitions/at_risk")
+    plot = tab.locator(".charts .u-over").first
+    expect(plot).to_be_visible()
+    begin = first_time_shown(tab)
+    box = plot.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] - 5, box["y"] + 20, steps=4)
+    tab.mouse.up()
+    zoomed = first_time_shown(tab)
+    assert zoomed > begin
+    assert first_time_shown(tab, chart=1) == zoomed
+    plot.dblclick()
+    assert first_time_shown(tab) == begin
+
+
+@ONE_DATABASE
+def test_a_query_shows_its_errors_while_it_is_typed_and_its_block_is_copied(tabs):
+    tab = tabs.open(permissions=["clipboard-read", "clipboard-write"])
+    tab.goto("/query")
+    query, answer = tab.get_by_role("textbox", name="Query"), tab.locator("#answer")
+    query.fill("event('Order Completed'")
+    expect(answer).to_contain_text("The query cannot be used yet")
+    query.fill("event('Order Completed').count() >= 1")
+    expect(answer).to_contain_text("In plain English")
+    expect(answer).not_to_contain_text("cannot be used yet")
+    expect(answer).not_to_contain_text("Computed in")  # only Preview computes it
+    answer.get_by_role("button", name="Copy").click()
+    expect(answer.get_by_role("button", name="Copied")).to_be_visible()
+    copied = tab.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == answer.locator("#block").inner_text().strip()
+    assert copied.startswith("[[audiences]]\n")
+
+
+@ONE_DATABASE
+def test_the_members_are_downloaded_as_a_file(tab):
+    tab.goto("/definitions/at_risk/members")
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="Download all as CSV").click()
+    assert re.fullmatch(r"at_risk-\d{4}-\d\d-\d\dT\d{4}Z\.csv", download.value.suggested_filename)
+    assert download.value.path().read_text().startswith("user_id\n")

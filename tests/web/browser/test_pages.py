@@ -8,7 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 from audience_sync.web.site import PAGES
 from tests.web.browser import scene
-from tests.web.browser.conftest import PHONE
+from tests.web.browser.conftest import ONE_DATABASE, PHONE
 
 QUERY = "event('Order Completed').within(30 days).count() >= 1"
 # Addresses that show something of a page. A page that is not here is opened at its path. See `Site.ids` for the ids.
@@ -25,7 +25,11 @@ ADDRESSES = {
 }
 FILES = {"/definitions/{key}/members.csv", "/definitions/{key}/sizes.json"}
 WALK = [address for page in PAGES if page not in FILES for address in ADDRESSES.get(page, [page])]
-ONE_DATABASE = pytest.mark.parametrize("site", ["sqlite"], indirect=True)  # where they do not differ
+# On a phone: tables that are wider than the screen, and cells that are too low for their label.
+CLIPPED = """tables => [
+    ...tables.filter(table => table.scrollWidth > table.clientWidth),
+    ...tables.flatMap(table => [...table.querySelectorAll("td[data-label]")]).filter(cell => cell.clientHeight < 15),
+].map(element => element.outerHTML.slice(0, 300))"""
 FACTS = "h1, h2, h3, caption, th, td, dt, dd, #main p, #main li"
 LINKS_OF_A_KIND = 2  # that are followed, such as those to runs
 
@@ -79,6 +83,7 @@ def test_a_page_is_accessible_and_fits_a_phone(address, tab, site):
     assert complaints_of_axe(tab, "color-contrast") == []
     tab.set_viewport_size(PHONE)
     assert overflow(tab) <= 0
+    assert tab.locator(".cards").evaluate_all(CLIPPED) == []
 
 
 def links_to_follow(tab, site):
