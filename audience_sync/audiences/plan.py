@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from audience_sync.audiences import records, runs, snapshot
-from audience_sync.audiences.compute import compute, lock_seconds
+from audience_sync.audiences.compute import compute
 from audience_sync.audiences.definition import Definition
+from audience_sync.audiences.reading import lock_seconds
 from audience_sync.db import engines
 from audience_sync.errors import DefinitionError, SourceError
 from audience_sync.queue.destination import Destination

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import sqlalchemy as sa
 
-from audience_sync.audiences import compute, snapshot
+from audience_sync.audiences import compute, reading, snapshot
 from audience_sync.db import dialects
 from audience_sync.db.engines import open_source
 from audience_sync.errors import DefinitionError, SourceError
@@ -225,7 +225,7 @@ def test_no_wait_for_a_lock_outlasts_a_definitions_timeout(world, computed, shop
 
 
 def test_a_preview_waits_for_a_lock_for_a_time_of_its_own(world, computed, shop, monkeypatch):
-    monkeypatch.setattr(compute, "PREVIEW_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(reading, "PREVIEW_LOCK_SECONDS", 0.1)
     preview = world.audience("SELECT user_id FROM orders", source="shop", is_preview=True)
     with (
         _locked(shop),
