@@ -208,7 +208,11 @@ def _is_utf8(name: str) -> str:
 _WORD = "lower(btrim(value, '\" '))"
 _DIGITS = "btrim(value, '\" ')"
 CONVERSIONS = {
-    "json": """CASE WHEN left(value, 1) = '"' THEN CAST(value AS json) #>> '{}' ELSE value END""",
+    "json": (
+        r"""CASE WHEN left(value, 1) <> '"' THEN value """
+        r"""WHEN strpos(replace(CAST(value AS json) #>> '{}', '\\', ''), '\u0000') > 0 THEN '!' """
+        r"""ELSE CAST(value AS json) #>> '{}' END"""
+    ),
     "boolean": (
         f"CASE WHEN left(value, 1) = '!' THEN value WHEN {_WORD} IN {TRUE_WORDS} THEN 'true' "
         f"WHEN {_WORD} IN {FALSE_WORDS} THEN 'false' WHEN value IS NOT NULL THEN '{NOT_BOOLEAN}' END"

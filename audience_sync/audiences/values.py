@@ -156,7 +156,10 @@ SQLITE_INVALID_REASON = (
 
 # The canonical text of `value`, converted to a trait's type.
 SQLITE_CONVERSIONS = {
-    "json": """CASE WHEN value GLOB '"*' THEN json_extract(value, '$') ELSE value END""",
+    "json": (  # JSON text in a string; an escape of NUL, unless its backslash is escaped itself, is no value
+        r"""CASE WHEN value NOT GLOB '"*' THEN value """
+        r"""WHEN instr(replace(json_extract(value, '$'), '\\', ''), '\u0000') THEN '!' ELSE json_extract(value, '$') END"""
+    ),
     "boolean": (
         "CASE WHEN value IS NULL OR value GLOB '!*' THEN value WHEN value IN ('true', '1') THEN 'true' "
         "WHEN value IN ('false', '0') THEN 'false' ELSE audience_sync_as_boolean(value) END"

@@ -544,3 +544,21 @@ def test_no_json_value_fails_a_run(databases, documents):
         text = texts.get(str(number))
         value = json.loads(document, parse_float=Decimal, parse_int=Decimal)
         assert text == (None if canonical_value(value) == "!" else canonical_value(value)), document
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+def test_json_text_of_a_query_with_a_nul_is_set_aside(databases, name):
+    texts = {
+        "u1": r'"a\u0000b"',
+        "u2": r'"\\u0000"',
+        "u3": r'"\\\u0000"',
+        "u4": '"é"',
+        "u5": "7",
+        "u6": "[1]",
+    }
+    rows = " UNION ALL ".join(
+        f"SELECT '{user}' AS user_id, '{text}' AS value" for user, text in texts.items()
+    )
+    values, set_aside = databases.compute(name, rows, Kind.TRAIT, value_type="json")
+    assert values == {user: texts[user] for user in ("u2", "u4", "u5", "u6")}
+    assert set_aside == {"not_primitive": 2}
