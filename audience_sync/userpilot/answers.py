@@ -5,11 +5,11 @@ An answer is not Userpilot's own if one of these is true:
 
 - its body is a page: it is declared as HTML or XML, starts with `<`, or is text with an HTML tag
   (the empty body of a 2xx is not a page, whatever its type);
-- its status is 3xx, 407 or 511, which proxies send;
+- its status is 3xx, 407, 421, 499, 511 or 520 to 530, which proxies send;
 - it is a refusal (4xx) in plain text, without the `x-request-id` that Userpilot's answers carry.
 
-A 2xx of Userpilot's is accepted, whether its body is empty, JSON or another text, and however it is encoded. JSON that
-breaks off leaves the outcome unknown. Bodies compressed with gzip or deflate are decompressed; others that are encoded
+A 2xx of Userpilot's is accepted, whether its body is empty, JSON or another text, and however it is encoded. JSON whose
+end is missing leaves the outcome unknown. Bodies compressed with gzip or deflate are decompressed; others that are encoded
 count as empty.
 """
 
@@ -49,14 +49,17 @@ _BY_STATUS = {
     403: Outcome.UNAUTHORISED,
     407: Outcome.FAILED,
     408: Outcome.FAILED,
+    421: Outcome.FAILED,
     423: Outcome.FAILED,
     425: Outcome.FAILED,
     429: Outcome.THROTTLED,
+    499: Outcome.UNKNOWN,  # a proxy gave up waiting
     501: Outcome.REFUSED,
     502: Outcome.UNKNOWN,  # a gateway may have passed the request on before it failed
     504: Outcome.UNKNOWN,
 }
-_OF_PROXIES = {407, 511, *range(300, 400)}
+_OF_PROXIES = {407, 421, 499, 511, *range(300, 400)}
+_OF_CLOUDFLARE = range(520, 531)
 _PAGE_TAG = re.compile(r"<(!doctype|html|head|body|title)\b", re.IGNORECASE)
 _TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
 
@@ -109,7 +112,7 @@ def judge(
         error=one_line(error, MAX_ERROR_LENGTH, secret) if error else None,
         retry_after_seconds=retry_after(headers.get("retry-after"), now=now),
         document=content.document if has_document and not quotes_secret else None,
-        is_evidence=not (is_foreign or is_of_proxy),
+        is_evidence=not (is_foreign or is_of_proxy or status_code in _OF_CLOUDFLARE),
     )
 
 
@@ -128,7 +131,7 @@ def _is_unsigned(headers: Mapping[str, str], content: "_Content") -> bool:
     return is_text and not headers.get("x-request-id")
 
 
-_NOT_JSON = object()
+_NOT_JSON, _JSON_WITHOUT_END = object(), object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,7 @@ class _Content:
 
     @property
     def is_json(self) -> bool:
-        return self.document is not _NOT_JSON
+        return self.document is not _NOT_JSON and not self.breaks_off
 
     @property
     def looks_like_json(self) -> bool:
@@ -149,7 +152,7 @@ class _Content:
 
     @property
     def breaks_off(self) -> bool:
-        return self.is_whole and self.looks_like_json and not self.is_json
+        return self.document is _JSON_WITHOUT_END
 
 
 def _read(encoding: str, body: bytes, *, cut: bool) -> _Content:
@@ -157,7 +160,7 @@ def _read(encoding: str, body: bytes, *, cut: bool) -> _Content:
     is_whole = is_whole and not cut
     charset = "utf-16" if decoded.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     text = decoded.decode(charset, "replace").lstrip("\ufeff").strip()
-    return _Content(text, _json(decoded) if is_whole else _NOT_JSON, is_whole)
+    return _Content(text, _json(decoded, text) if is_whole else _NOT_JSON, is_whole)
 
 
 def _decode(encoding: str, body: bytes) -> tuple[bytes, bool]:
@@ -175,11 +178,16 @@ def _decode(encoding: str, body: bytes) -> tuple[bytes, bool]:
     return (body, True) if is_text else (b"", True)
 
 
-def _json(body: bytes) -> Any:
+def _json(body: bytes, text: str) -> Any:
+    """Parse JSON. Text that only resembles it, such as `{ok}`, is not JSON, but it has its end."""
+    has_end = text.endswith(("}", "]"))
     try:
         return json.loads(body, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        has_end &= error.pos < len(error.doc.rstrip()) and not error.msg.startswith("Unterminated")
     except (ValueError, RecursionError):
-        return _NOT_JSON
+        pass
+    return _NOT_JSON if has_end or not text.startswith(("{", "[")) else _JSON_WITHOUT_END
 
 
 def _no_constant(name: str) -> None:

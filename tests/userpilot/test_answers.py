@@ -45,6 +45,12 @@ ACCEPTED_BODIES = [
     b"1 < 2",
     b"\x80\x81",
     b'{"message":"<html>"}',
+    b"{ok}",
+    b"[OK]",
+    b"{'status': 'ok'}\n",
+    b'{"a": NaN}',
+    b'{"id":"1"}\n{"id":"2"}',
+    b"[" * 9999 + b"]" * 9999,
 ]
 
 
@@ -62,7 +68,20 @@ def test_a_2xx_whose_encoding_is_not_known_is_accepted():
     )
 
 
-@pytest.mark.parametrize("body", [b'{"a"', b'[{"job_id":"1"},', b"[" * 9999])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a"',
+        b'{"a":{"b":1}',
+        b'{"a":[1]',
+        b'{"a":"}',
+        b'{"a":tru',
+        b'{"a":1,',
+        b'\xef\xbb\xbf{"a"',
+        b'[{"job_id":"1"},',
+        b"[" * 9999,
+    ],
+)
 def test_a_2xx_whose_json_breaks_off_is_unknown(body):
     answer = judged(202, body)
     assert answer.outcome is Outcome.UNKNOWN
@@ -107,11 +126,21 @@ def test_a_page_of_a_429_slows_the_lane_down():
     assert (answer.outcome, answer.is_evidence, answer.retry_after_seconds) == (Outcome.THROTTLED, False, 7.0)
 
 
-@pytest.mark.parametrize("status_code", [301, 302, 307, 407, 511])
+@pytest.mark.parametrize("status_code", [301, 302, 307, 407, 421, 511])
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b"moved"])
 def test_the_statuses_of_proxies_say_nothing_about_a_delivery(status_code, body):
     answer = judged(status_code, body)
     assert (answer.outcome, answer.is_evidence) == (Outcome.FAILED, False)
+
+
+@pytest.mark.parametrize("body", [b"", b"error code: 522", b"{}"])
+@pytest.mark.parametrize(
+    ("status_code", "outcome"),
+    [(499, Outcome.UNKNOWN), (520, Outcome.FAILED), (522, Outcome.FAILED), (530, Outcome.FAILED)],
+)
+def test_the_failures_of_proxies_say_nothing_about_a_delivery(status_code, outcome, body):
+    answer = judged(status_code, body)
+    assert (answer.outcome, answer.is_evidence) == (outcome, False)
 
 
 def test_a_refusal_in_plain_text_is_userpilots_if_it_has_a_request_id():
