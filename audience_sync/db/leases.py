@@ -110,13 +110,21 @@ def renew(connection: sa.Connection, lease: Lease) -> None:
         LeaseLost: it has another epoch; this transaction must not be committed.
 
     """
-    result = connection.execute(
-        leases.update()
-        .where(leases.c.name == lease.name, leases.c.epoch == lease.epoch, leases.c.owner == lease.owner)
-        .values(expires_at=now(connection) + dt.timedelta(seconds=lease.seconds))
-    )
-    if result.rowcount != 1:
+    until = now(connection) + dt.timedelta(seconds=lease.seconds)
+    own = {"own_name": lease.name, "own_epoch": lease.epoch, "own_owner": lease.owner}
+    if connection.execute(_RENEW, own | {"until": until}).rowcount != 1:
         raise LeaseLost(f"Another process took over ({lease.name}); this one stops and has written nothing.")
+
+
+_RENEW = (
+    leases.update()
+    .where(
+        leases.c.name == sa.bindparam("own_name"),
+        leases.c.epoch == sa.bindparam("own_epoch"),
+        leases.c.owner == sa.bindparam("own_owner"),
+    )
+    .values(expires_at=sa.bindparam("until"))
+)
 
 
 def release(connection: sa.Connection, lease: Lease) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from audience_sync.db.dialects import is_sqlite, json_list, sql
+from audience_sync.db.dialects import is_sqlite, json_list, set_locally, sql
 from audience_sync.db.engines import to_json
 from audience_sync.db.tables import UtcDateTime
 
@@ -44,5 +44,8 @@ def moments_of(connection: sa.Connection) -> Callable[[Any], Any]:
 def prefer_index_scans(connection: sa.Connection) -> None:
     """Make PostgreSQL use the indexes in this transaction, even while its statistics describe an empty queue."""
     if not is_sqlite(connection):
-        off = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin")
-        connection.execute(sa.select(*(sa.func.set_config(name, "off", True) for name in off)))
+        set_locally(connection, dict.fromkeys(_OFF, "off"))
+
+
+# Before version 18, PostgreSQL adds a huge cost to a plan that is off but inevitable, and would compile it (`jit`).
+_OFF = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin", "jit")

@@ -80,14 +80,23 @@ class TwoDestinations(Simulation):
         name = environment(self.fingerprint)
         before, after = self.fingerprint, f"{name}{3 - int(self.fingerprint[1])}"
         self.configure(after)
-        with self.process("check") as process, engines.write(self.engine) as connection:
-            process.failure = self._armed([], 10)
-            if self._environments(connection) <= {name}:
-                self.note(f"accepted: {foreign.accept_destination(connection, self.destination)}")
-                self.keys[name] = after
-        if self.keys[name] != after or process.had_failure:
-            self.keys[name] = before
+        while (is_accepted := self._accept(name)) is None:  # it was interrupted: it is repeated
+            pass
+        if is_accepted:
+            self.keys[name] = after
+        else:
             self.configure(before)
+
+    def _accept(self, name):
+        """Return whether the key was accepted; None if the process ended before it said so."""
+        with self.process("check") as process:
+            process.failure = self._armed([], 10)
+            with engines.write(self.engine) as connection:
+                is_own = self._environments(connection) <= {name}
+                if is_own:
+                    self.note(f"accepted: {foreign.accept_destination(connection, self.destination)}")
+            return is_own
+        return None
 
     def _environments(self, connection):
         undecided = ("held", "pending", "sending", "dead")
@@ -254,6 +263,7 @@ class TwoDestinations(Simulation):
 
 
 def check(simulation):
+    decided = _decided(simulation)
     for name, network in simulation.networks.items():
         history = defaultdict(list)
         for user, lines in network.userpilot.state.history.items():
@@ -261,34 +271,33 @@ def check(simulation):
                 history[user, trait].append(value)
         for (user, trait), values in sorted(history.items()):
             if user not in simulation.excused:
-                _check_order(simulation, name, user, trait, values)
-    _check_calls(simulation)
+                _check_order(decided[name, user, trait], values, (name, user, trait))
+    _check_calls(simulation, decided)
     _check_runs(simulation)
 
 
-def _rows(simulation, name, user, trait):
-    """What was decided for an environment about a user's trait, oldest first."""
-    rows = [
-        row
-        for row in simulation.recorded.values()
-        if row.subject_id == user
-        and row.action == "identify"
-        and trait in row.body
-        and name in {simulation.first_environments[row.delivery_id], environment(row.fingerprint)}
-    ]
-    return sorted(rows, key=lambda row: (row.value_at, row.delivery_id))
+def _decided(simulation):
+    """What was decided for an environment about a user's trait, oldest first, by these three."""
+    decided = defaultdict(list)
+    for row in sorted(simulation.recorded.values(), key=lambda row: (row.value_at, row.delivery_id)):
+        if row.action == "identify":
+            names = {simulation.first_environments[row.delivery_id], environment(row.fingerprint)}
+            for name, trait in itertools.product(names, row.body):
+                decided[name, row.subject_id, trait].append(row)
+    return decided
 
 
-def _check_order(simulation, name, user, trait, values):
+def _check_order(decided, values, whose):
     """The values that a user had are decisions in their order, repeats aside."""
-    decided = iter([row.body[trait] for row in _rows(simulation, name, user, trait)])
+    trait = whose[-1]
+    later = iter([row.body[trait] for row in decided])
     changes = [value for value, _ in itertools.groupby(values)]
-    assert all(any(value == each for each in decided) for value in changes), (
-        name, user, trait, values, [(row.delivery_id, row.body, row.status) for row in _rows(simulation, name, user, trait)],
+    assert all(any(value == each for each in later) for value in changes), (
+        whose, values, [(row.delivery_id, row.body, row.status) for row in decided],
     )  # fmt: skip
 
 
-def _check_calls(simulation):
+def _check_calls(simulation, decided):
     """Each environment has the newest value of the calls for it, apart from those that it refused."""
     for name, user in itertools.product(simulation.networks, simulation.users):
         if user in simulation.excused:
@@ -297,7 +306,7 @@ def _check_calls(simulation):
         for trait in CALL_TRAITS:
             rows = [
                 row
-                for row in _rows(simulation, name, user, trait)
+                for row in decided[name, user, trait]
                 if environment(row.fingerprint) == name and row.status != "dead"
             ]
             if rows and (name == environment(simulation.fingerprint) or not simulation.has_one_environment):

@@ -131,9 +131,17 @@ def open_database(url, reach):
         @sa.event.listens_for(engine, "connect")
         def connect(connection, _record):
             connection.execute("PRAGMA synchronous = OFF")  # the machine never loses power
-            connection.execute(
-                "PRAGMA busy_timeout = 100"
-            )  # in one thread no lock is released while another waits
+            # In one thread no lock is released while another waits.
+            connection.execute("PRAGMA busy_timeout = 100")
+
+    else:
+
+        @sa.event.listens_for(engine, "connect")
+        def plan_once(connection, _record):
+            """Prepare statements at once, for any values: a run's connections are too short-lived to learn of them."""
+            connection.prepare_threshold = 0
+            with connection.transaction(), connection.cursor() as cursor:
+                cursor.execute("SET plan_cache_mode = force_generic_plan")
 
     return engine
 
