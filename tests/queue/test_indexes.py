@@ -6,6 +6,7 @@ import re
 import pytest
 
 from audience_sync.db import dialects, engines, tables
+from audience_sync.queue import conditions
 from audience_sync.retention import pruning
 from audience_sync.retention.pruning import Retention
 from tests.plans import recorded_plans
@@ -67,6 +68,19 @@ def assert_uses_indexes(plans, backend, *, but=()):
     for statement, plan in plans:
         whole = [line for line in plan if WHOLE[backend].search(line)]
         assert not whole or any(each in statement for each in but), (statement, plan)
+
+
+@pytest.mark.parametrize("backend", ["postgresql"])
+def test_plans_that_are_off_but_inevitable_are_not_compiled(engine):
+    def settings(connection):
+        names = ("enable_seqscan", "jit")
+        return [connection.exec_driver_sql(f"SHOW {name}").scalar_one() for name in names]
+
+    with engines.write(engine) as connection:
+        conditions.prefer_index_scans(connection)
+        assert settings(connection) == ["off", "off"]
+    with engines.read(engine) as connection:
+        assert settings(connection) == ["on", "on"]
 
 
 def test_delivery_uses_indexes(plans, backend, worker_of):

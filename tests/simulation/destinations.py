@@ -49,7 +49,7 @@ class TwoDestinations(Simulation):
         )
         self.retired = {}  # key: its definition
         self.recorded = {}  # delivery id: its row, as it was last seen
-        self.first_environments = {}  # delivery id: the environment that it was made for
+        self.environments = defaultdict(set)  # delivery id: those that it was for, one after the other
         self.keys = {"A": "A1", "B": "B1"}
         self.configure("A1")
 
@@ -186,7 +186,7 @@ class TwoDestinations(Simulation):
         with engines.read(self.company) as connection:
             for row in connection.execute(sa.select(tables.deliveries)):
                 self.recorded[row.delivery_id] = row
-                self.first_environments.setdefault(row.delivery_id, environment(row.fingerprint))
+                self.environments[row.delivery_id].add(environment(row.fingerprint))
 
     def _acts(self):
         ours = (
@@ -281,8 +281,7 @@ def _decided(simulation):
     decided = defaultdict(list)
     for row in sorted(simulation.recorded.values(), key=lambda row: (row.value_at, row.delivery_id)):
         if row.action == "identify":
-            names = {simulation.first_environments[row.delivery_id], environment(row.fingerprint)}
-            for name, trait in itertools.product(names, row.body):
+            for name, trait in itertools.product(simulation.environments[row.delivery_id], row.body):
                 decided[name, row.subject_id, trait].append(row)
     return decided
 
