@@ -19,7 +19,7 @@ from audience_sync import logs
 from audience_sync.audiences import foreign, plan, records, runs
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.clock import Clock, DatabaseClock, SystemClock
-from audience_sync.db import dialects, engines, migrate
+from audience_sync.db import dialects, engines, migrate, sources
 from audience_sync.errors import ConfigError, SourceError
 from audience_sync.queue import backlog, deliveries, progress, split
 from audience_sync.queue.destination import Destination, try_to_resume
@@ -99,7 +99,7 @@ class App:
 
     def open_source(self, name: str) -> sa.Engine:
         if name not in self._sources:
-            self._sources[name] = engines.open_source(name, self.settings.sources[name].url)
+            self._sources[name] = sources.open_source(name, self.settings.sources[name].url)
         return self._sources[name]
 
     def client(self) -> "Client":

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import compute, reading, snapshot
 from audience_sync.db import dialects
-from audience_sync.db.engines import open_source
+from audience_sync.db.sources import open_source
 from audience_sync.errors import DefinitionError, SourceError
 
 AS_OF = dt.datetime(2026, 3, 1, 13, 30, tzinfo=dt.UTC)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from audience_sync.audiences import compute, snapshot, values
 from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.db import dialects, engines, migrate
-from audience_sync.db.engines import open_source
+from audience_sync.db.sources import open_source
 
 AS_OF = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
 

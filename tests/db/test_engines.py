@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 
 from audience_sync.cli import setup
-from audience_sync.db import checks, engines
+from audience_sync.db import checks, engines, sources
 from audience_sync.errors import DatabaseError, DatabaseLocked, SourceError
 
 
@@ -33,7 +33,7 @@ def settings_of(engine, *names):
 
 
 @pytest.mark.parametrize(
-    "open_engine", [lambda url: engines.open_own(url, "x"), lambda url: engines.open_source("s", url)]
+    "open_engine", [lambda url: engines.open_own(url, "x"), lambda url: sources.open_source("s", url)]
 )
 def test_options_of_a_postgresql_url_take_effect(postgres, opened, open_engine):
     more = "&options=-c%20lock_timeout%3D7s%20--application_name%3Dmine%5C%20own%20-cwork_mem%3D5MB&prepare_threshold=9"
@@ -59,7 +59,7 @@ def test_neither_a_url_nor_a_database_changes_how_our_statements_and_times_are_r
 
 @pytest.mark.parametrize(("written", "threshold"), [("none", None), ("0", 0)])
 def test_prepared_statements_can_be_switched_off(postgres, opened, written, threshold):
-    engine = opened(engines.open_source("s", f"{postgres.base}&prepare_threshold={written}"))
+    engine = opened(sources.open_source("s", f"{postgres.base}&prepare_threshold={written}"))
     with engine.connect() as connection:
         assert connection.connection.dbapi_connection.prepare_threshold == threshold
 
@@ -108,7 +108,7 @@ def _stand_ins():
 @pytest.mark.usefixtures("_stand_ins")
 @pytest.mark.parametrize("scheme", ["sqlite", "filedb", "duckdb"])
 def test_a_misspelt_file_is_not_created(opened, tmp_path, scheme):
-    engine = opened(engines.open_source("shop", f"{scheme}:///{tmp_path}/shp.db"))
+    engine = opened(sources.open_source("shop", f"{scheme}:///{tmp_path}/shp.db"))
     with pytest.raises(SourceError, match=f"cannot be reached: the file {tmp_path}/shp.db does not exist"):
         checks.source_is_writable(engine)
     assert list(tmp_path.iterdir()) == []
@@ -119,7 +119,7 @@ def test_a_misspelt_file_is_not_created(opened, tmp_path, scheme):
 @pytest.mark.usefixtures("_stand_ins")
 def test_check_reports_the_missing_guarantees_of_an_experimental_source(opened, tmp_path):
     sqlite3.connect(tmp_path / "shop.db").close()
-    engine = opened(engines.open_source("shop", f"filedb:///{tmp_path}/shop.db"))
+    engine = opened(sources.open_source("shop", f"filedb:///{tmp_path}/shop.db"))
     (warning,) = setup._check_source(SimpleNamespace(open_source=lambda _: engine), "shop").warnings
     assert warning.startswith(
         "reachable, experimental: neither a timeout nor Ctrl-C ends a running statement"
@@ -129,7 +129,7 @@ def test_check_reports_the_missing_guarantees_of_an_experimental_source(opened, 
 def test_a_source_by_uri_is_opened(opened, tmp_path):
     with sqlite3.connect(tmp_path / "shop.db") as connection:
         connection.execute("CREATE TABLE orders (user_id)")
-    engine = opened(engines.open_source("shop", f"sqlite:///file:{tmp_path}/shop.db?uri=true&mode=rw"))
+    engine = opened(sources.open_source("shop", f"sqlite:///file:{tmp_path}/shop.db?uri=true&mode=rw"))
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM orders").scalar_one() == 0
         with pytest.raises(sa.exc.OperationalError, match="readonly"):
@@ -140,7 +140,7 @@ def test_a_source_by_uri_is_opened(opened, tmp_path):
 def test_a_duckdb_source_is_opened_for_reading_only(opened, tmp_path):
     with sqlite3.connect(tmp_path / "shop.db") as connection:
         connection.execute("CREATE TABLE orders (user_id text)")
-    engine = opened(engines.open_source("shop", f"duckdb:///{tmp_path}/shop.db"))
+    engine = opened(sources.open_source("shop", f"duckdb:///{tmp_path}/shop.db"))
     with engine.connect() as connection, pytest.raises(sa.exc.DBAPIError, match="readonly"):
         connection.exec_driver_sql("DELETE FROM orders")
 

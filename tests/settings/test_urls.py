@@ -4,7 +4,7 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync.db import engines
-from audience_sync.db.engines import open_source
+from audience_sync.db.sources import open_source
 
 
 @pytest.mark.parametrize("endpoint", [

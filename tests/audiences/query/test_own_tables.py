@@ -12,7 +12,7 @@ from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefin
 from audience_sync.audiences.query.dialect import execute
 from audience_sync.audiences.query.parser import parse_query
 from audience_sync.audiences.query.review import review_query
-from audience_sync.db import dialects, engines
+from audience_sync.db import dialects, engines, sources
 from audience_sync.errors import ConfigError, DefinitionError
 
 NOW = dt.datetime(2026, 11, 27, 12, tzinfo=dt.UTC)
@@ -377,7 +377,7 @@ def test_a_query_as_a_table_has_the_declared_types_of_its_columns(engine, shop):
 
 @pytest.mark.parametrize("backend", ["sqlite"])
 def test_sqlite_sources_that_can_only_be_read_show_declared_types(engine, shop):
-    source = engines.open_source("shop", engine.url.render_as_string())
+    source = sources.open_source("shop", engine.url.render_as_string())
     mappings = [TableMapping("customers", sql="SELECT * FROM customers", user_id="id", profile=True)]
     query = configured("trait('is_vip') = true", shop, mappings)
     with source.connect() as connection:
