@@ -133,7 +133,7 @@ def _held_run(connection: sa.Connection, run_id: int) -> sa.Row[Any]:
             "and approve that run."
         )
     if run.status != "held":
-        raise ConfigError(f"Run {run_id} is {run.status}, not held.")
+        raise ConfigError(f"Run {run_id} is not held: its status is {run.status}.")
     return run
 
 

@@ -1,4 +1,7 @@
-"""Plan a sync: compute and diff as a run does, without storing or sending anything."""
+"""Plan a sync: compute and diff as a run does, without storing or sending anything.
+
+The temporary table {temp}audience_sync_affected (user_id, is_push) has the users of several definitions' changes.
+"""
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
@@ -11,6 +14,7 @@ from audience_sync.audiences.compute import compute
 from audience_sync.audiences.definition import Definition
 from audience_sync.audiences.reading import lock_seconds
 from audience_sync.db import engines
+from audience_sync.db.dialects import create_temp_table, sql
 from audience_sync.errors import DefinitionError, SourceError
 from audience_sync.queue.destination import Destination
 from audience_sync.stopping import Stop
@@ -30,6 +34,14 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Affected:
+    """Users with changes or pending identifies; `push_count`: those with pushes only."""
+
+    user_count: int
+    push_count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plans:
     """The plans of several definitions, and the users who would get identifies from them or from the queue.
 
@@ -37,7 +49,7 @@ class Plans:
     """
 
     plans: list[Plan]
-    affected: snapshot.Affected
+    affected: Affected
     errors: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,7 +64,7 @@ def plan(
     plans, errors = [], {}
     with snapshot.connection_with_temp_tables(engine) as connection, engines.one_transaction(connection):
         with engines.begin(connection):
-            snapshot.create_affected(connection)
+            _create_affected(connection)
         for definition, source in definitions:
             try:
                 compute(connection, definition, as_of_by_key[definition.key], source)
@@ -65,7 +77,7 @@ def plan(
                     raise
                 errors[definition.key] = f"{definition.key}: {engines.failure(error)}"
         with engines.begin(connection):
-            affected = snapshot.count_affected(connection)
+            affected = _count_affected(connection)
     return Plans(plans, affected, errors)
 
 
@@ -84,9 +96,39 @@ def _plan(
     options = runs.RunOptions(destination=destination)
     held = runs.reason_to_hold(definition, last, diff, options, is_foreign=is_foreign)
     if not held:
-        snapshot.add_affected(connection, is_push=last.is_first)
-    samples = {change: snapshot.sample(connection, change) for change in SAMPLED}
+        _add_affected(connection, is_push=last.is_first)
+    samples = {change: _sample(connection, change) for change in SAMPLED}
     return Plan(definition.key, result.member_count, result.counts, held, samples)
+
+
+def _sample(connection: sa.Connection, change: str) -> list[str]:
+    query = "SELECT user_id FROM {temp}audience_sync_changes WHERE change = :change ORDER BY user_id LIMIT 5"
+    return list(sql(connection, query, change=change).scalars())
+
+
+def _create_affected(connection: sa.Connection) -> None:
+    create_temp_table(connection, "affected", "user_id {id} NOT NULL, is_push integer NOT NULL")
+
+
+def _add_affected(connection: sa.Connection, *, is_push: bool) -> None:
+    """Add the users of the changes to the affected ones."""
+    sql(
+        connection,
+        "INSERT INTO {temp}audience_sync_affected SELECT user_id, :is_push FROM {temp}audience_sync_changes",
+        is_push=int(is_push),
+    )
+
+
+def _count_affected(connection: sa.Connection) -> Affected:
+    """Count the affected users together with those who have pending identifies."""
+    query = (
+        "SELECT count(*), coalesce(sum(is_push), 0) FROM (SELECT user_id, min(is_push) AS is_push FROM ("
+        "SELECT user_id, is_push FROM {temp}audience_sync_affected UNION ALL "
+        "SELECT subject_id, CASE WHEN class = 'push' THEN 1 ELSE 0 END FROM {our}deliveries "
+        "WHERE status = 'pending' AND action = 'identify') AS identifies GROUP BY user_id) AS users"
+    )
+    user_count, push_count = sql(connection, query).one()
+    return Affected(int(user_count), int(push_count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,5 +153,11 @@ def preview(
         compute(connection, definition, as_of, source, stop)
         with connection.begin():
             diff = snapshot.diff(connection, None, definition, now)
-            sample = snapshot.sample_values(connection)
+            sample = _sample_values(connection)
     return Preview(diff.counts.entered, sample, diff.set_aside)
+
+
+def _sample_values(connection: sa.Connection, limit: int = 20) -> list[tuple[str, str | None]]:
+    """Return the first users who enter, each with the JSON text of a trait's value."""
+    query = "SELECT user_id, value FROM {temp}audience_sync_changes ORDER BY user_id LIMIT :limit"
+    return [(row.user_id, row.value) for row in sql(connection, query, limit=limit)]

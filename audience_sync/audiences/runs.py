@@ -92,7 +92,7 @@ def resolve_as_of(
 
     """
     if as_of is not None and as_of > now:
-        raise ConfigError(f"--as-of {isoformat(as_of)} is in the future: give a moment up to now.")
+        raise ConfigError(f"--as-of {isoformat(as_of)} is in the future: give a time that has passed.")
     moments = {}
     with engines.read(engine) as connection:
         for definition in definitions:
@@ -100,7 +100,7 @@ def resolve_as_of(
             if as_of is not None and last is not None and as_of < last:
                 raise ConfigError(
                     f"--as-of {isoformat(as_of)} is before the last committed run of {definition.key} "
-                    f"({isoformat(last)}): its members cannot go back in time. Give that moment or a later one."
+                    f"({isoformat(last)}): its members cannot go back in time. Give that time or a later one."
                 )
             moments[definition.key] = as_of or max(now, last or now)
     return moments

@@ -6,7 +6,6 @@ It works with temporary tables of one connection, called {temp}audience_sync_NAM
               An audience's user may have several rows on PostgreSQL, whose counts add up
     eligible  user_id, row_count
     changes   user_id, change (entered, exited, changed), value; for a member also entered_run_id and old_value
-    affected  user_id, is_push: the users of several definitions' changes, for plan.py
 
 This module only reads our permanent tables. commit.py writes them, from the changes.
 """
@@ -45,14 +44,6 @@ class Diff:
     counts: ChangeCounts
     set_aside: dict[str, int]
     is_empty: bool  # the snapshot has no row with a usable id
-
-
-@dataclass(frozen=True, slots=True)
-class Affected:
-    """Users with changes or pending identifies; `push_count`: those with pushes only."""
-
-    user_count: int
-    push_count: int
 
 
 @contextmanager
@@ -396,39 +387,3 @@ def load_held_changes(
     )
     _prepare_to_commit(connection)
     return _count_changes(connection)
-
-
-def sample(connection: sa.Connection, change: str) -> list[str]:
-    query = "SELECT user_id FROM {temp}audience_sync_changes WHERE change = :change ORDER BY user_id LIMIT 5"
-    return list(sql(connection, query, change=change).scalars())
-
-
-def sample_values(connection: sa.Connection, limit: int = 20) -> list[tuple[str, str | None]]:
-    """Return the first users who enter, each with the JSON text of a trait's value."""
-    query = "SELECT user_id, value FROM {temp}audience_sync_changes ORDER BY user_id LIMIT :limit"
-    return [(row.user_id, row.value) for row in sql(connection, query, limit=limit)]
-
-
-def create_affected(connection: sa.Connection) -> None:
-    create_temp_table(connection, "affected", "user_id {id} NOT NULL, is_push integer NOT NULL")
-
-
-def add_affected(connection: sa.Connection, *, is_push: bool) -> None:
-    """Add the users of the changes to the affected ones."""
-    sql(
-        connection,
-        "INSERT INTO {temp}audience_sync_affected SELECT user_id, :is_push FROM {temp}audience_sync_changes",
-        is_push=int(is_push),
-    )
-
-
-def count_affected(connection: sa.Connection) -> Affected:
-    """Count the affected users together with those who have pending identifies."""
-    query = (
-        "SELECT count(*), coalesce(sum(is_push), 0) FROM (SELECT user_id, min(is_push) AS is_push FROM ("
-        "SELECT user_id, is_push FROM {temp}audience_sync_affected UNION ALL "
-        "SELECT subject_id, CASE WHEN class = 'push' THEN 1 ELSE 0 END FROM {our}deliveries "
-        "WHERE status = 'pending' AND action = 'identify') AS identifies GROUP BY user_id) AS users"
-    )
-    user_count, push_count = sql(connection, query).one()
-    return Affected(int(user_count), int(push_count))

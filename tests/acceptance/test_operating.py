@@ -218,7 +218,7 @@ def test_a_held_run_is_applied_as_it_was_computed(good, people, sandbox):
         ("eve", {"good": True}),
     ]
     (code, output), (unknown, said_of_unknown) = ended(command, ("approve", "2"), ("approve", "99"))
-    assert (code, "Run 2 is succeeded, not held" in output) == (2, True), output
+    assert (code, "Run 2 is not held: its status is succeeded" in output) == (2, True), output
     assert (unknown, "There is no run 99" in said_of_unknown) == (2, True), said_of_unknown
     assert len(sandbox.state.requests) == 7
 

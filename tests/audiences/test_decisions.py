@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from audience_sync import history
-from audience_sync.audiences import decisions, plan, records, runs, snapshot
+from audience_sync.audiences import decisions, plan, records, runs
 from audience_sync.audiences.definition import Guard
 from audience_sync.db import engines
 from audience_sync.errors import ConfigError, NotApproved, SourceError
@@ -28,7 +28,7 @@ def test_approve_commits_exactly_what_was_held(known):
     assert counts(known.run(run.run_id)) == (2, 1, 4, 0)
     past = known.query("SELECT user_id, exited_run_id FROM {our}past_members ORDER BY user_id")
     assert past == [(user, run.run_id) for user in FIVE[1:]]
-    with pytest.raises(ConfigError, match=f"Run {run.run_id} is succeeded, not held"):
+    with pytest.raises(ConfigError, match=f"Run {run.run_id} is not held: its status is succeeded"):
         decisions.approve(known.engine, run.run_id, known.clock, Destination())
 
 
@@ -145,7 +145,7 @@ def test_a_canary_changes_its_users_alone(world):
         Destination(),
     )
     assert (planned.plans[0].member_count, planned.plans[0].counts) == (5, records.ChangeCounts(entered=3))
-    assert planned.affected == snapshot.Affected(user_count=5, push_count=3)
+    assert planned.affected == plan.Affected(user_count=5, push_count=3)
     first = world.sync(world.audience(guard=Guard(above=1, max_enter_ratio=0.1)))
     assert (first.mode, first.status, counts(first)) == ("first", "succeeded", (5, 3, 0, 0))
     assert [user for user, _, _ in world.deliveries(first.run_id)] == ["ann", "cid", "dan"]
@@ -226,7 +226,7 @@ def test_a_plan_says_what_would_be_held(known):
     assert planned.plans[0].held == runs.Held(
         "guard", "The guard holds it: the snapshot is empty, and max_exit_ratio is 0.5."
     )
-    assert planned.affected == snapshot.Affected(user_count=0, push_count=0)
+    assert planned.affected == plan.Affected(user_count=0, push_count=0)
 
 
 def test_a_baseline_after_a_canary_is_still_first(world):

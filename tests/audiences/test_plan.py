@@ -2,7 +2,6 @@
 
 from audience_sync.audiences import plan
 from audience_sync.audiences.records import ChangeCounts
-from audience_sync.audiences.snapshot import Affected
 from audience_sync.queue.destination import Destination
 
 
@@ -27,7 +26,7 @@ def test_a_plan_says_what_would_change_and_stores_nothing(world):
     ]
     assert result.plans[0].samples == {"entered": ["cid", "dan"], "exited": ["bob"]}
     # bob, cid and dan change; ann is only in the first run of spend
-    assert result.affected == Affected(user_count=4, push_count=1)
+    assert result.affected == plan.Affected(user_count=4, push_count=1)
     assert world.query("SELECT count(*) FROM {our}runs") == before
     assert set(world.members()) == {"ann", "bob"}
 
@@ -38,5 +37,5 @@ def test_a_plan_counts_users_whose_changes_are_pending(world):
     world.people("bob", "cid")
     result = planned(world, world.audience())
     assert result.plans[0].counts == ChangeCounts(entered=1, exited=1)
-    assert result.affected == Affected(user_count=3, push_count=1)
-    assert planned(world) == plan.Plans([], Affected(user_count=2, push_count=2))
+    assert result.affected == plan.Affected(user_count=3, push_count=1)
+    assert planned(world) == plan.Plans([], plan.Affected(user_count=2, push_count=2))

@@ -148,7 +148,7 @@ def test_a_held_run_is_rejected(olga):
     assert notice(olga, answer) == done
     assert statuses(olga) == ["cancelled"]
     answer = olga.act(f"/runs/{run_id}/approve")
-    assert notice(olga, answer) == "Run 1 is rejected, not held."
+    assert notice(olga, answer) == "Run 1 is not held: its status is rejected."
     assert [row[4] for row in record(olga)] == ["done", "refused"]
 
 
