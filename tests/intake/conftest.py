@@ -23,6 +23,21 @@ from tests.queue.conftest import HandClock
 KEY, OTHER_KEY = "canary-of-the-shop", "canary-of-the-app"
 AS_SHOP = {"Authorization": f"Basic {base64.b64encode(f'{KEY}:'.encode()).decode()}"}
 ADDRESS = "http://127.0.0.1:8040"
+IDENTIFY = {"type": "identify", "userId": "ann", "messageId": "m1", "traits": {"plan": "pro"}}
+NO_PATH = "there is no such path: calls go to /v1/batch, and /openapi.json describes the API"
+SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # the databases do not differ here
+
+
+def accepted(*message_ids):
+    return [{"messageId": each, "status": "accepted"} for each in message_ids]
+
+
+def refusal(answer):
+    return answer.status_code, answer.json()
+
+
+def refused(error):
+    return {"success": False, "error": error}
 
 
 @dataclass
