@@ -336,27 +336,39 @@ def measure_pages(app, pid, port, size, repetitions, only):
             yield template, *(Timed(*map(sorted, zip(*pairs[WARM_UPS:], strict=True))) for pairs in taken)
 
 
-def pace(port, count, *, with_pages):
-    """Calls stored in a second, while browsers have pages open or not."""
+@dataclass(frozen=True)
+class Pace:
+    """Calls stored in a second, and milliseconds of the processor for each, with what the pages took meanwhile."""
+
+    per_second: float
+    processor_ms: float
+    page_count: int
+
+
+def pace(pid, port, count, *, with_pages):
+    """The pace of calls while browsers have pages open or not."""
     first = int(time.time() * 1000) * 10
     documents = [call(first + number) for number in range(count)]
     batches = [json.dumps({"batch": documents[at : at + BATCH]}).encode() for at in range(0, count, BATCH)]
-    is_over = threading.Event()
+    is_over, polled = threading.Event(), []
 
     def poll(address, seconds):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         is_over.wait(seconds)
         while not is_over.is_set():
             ask_page(connection, address)
+            polled.append(address)
             is_over.wait(POLL_SECONDS)
 
     with ThreadPoolExecutor(len(OPEN_PAGES)) as pool:
         shown = OPEN_PAGES if with_pages else ()
         for place, address in enumerate(shown):
             pool.submit(poll, address, POLL_SECONDS * place / len(shown))
+        ran = processor_seconds([pid])
         seconds, _ = by_http(port, Shared(batches))
+        ran = processor_seconds([pid]) - ran
         is_over.set()
-    return count / seconds
+    return Pace(count / seconds, ran / count * 1000, len(polled))
 
 
 @contextmanager
@@ -405,11 +417,15 @@ def measure(name, url, folder, size, options):
         print(f"MISSED 200 ms: {', '.join(missed)}" if missed else "reached 200 ms on every page")
         if options.calls:
             os.sched_setaffinity(pid, {0})
-            paces = [pace(port, options.calls, with_pages=bool(turn % 2)) for turn in range(options.turns)]
-            alone, beside = (statistics.median(paces[turn::2]) for turn in (0, 1))
-            print(
-                f"calls a second: {alone:,.0f}; while {len(OPEN_PAGES)} pages are open: {beside:,.0f}, {beside / alone:.2f}"
-            )
+            paces = [
+                pace(pid, port, options.calls, with_pages=bool(turn % 2)) for turn in range(options.turns)
+            ]
+            halves = (paces[0::2], paces[1::2])
+            for name, what in (("per_second", "calls a second"), ("processor_ms", "ms of CPU a call")):
+                alone, beside = (statistics.median(getattr(one, name) for one in half) for half in halves)
+                opened = f"{len(OPEN_PAGES)} pages are open: {beside:,.2f}, {beside / alone:.2f}"
+                print(f"{what}: {alone:,.2f}; while {opened}")
+            print(f"pages answered in each turn: {[one.page_count for one in halves[1]]}")
 
 
 @contextmanager

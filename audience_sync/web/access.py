@@ -64,7 +64,7 @@ class Access:
 
 def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str | None:
     """Return why a form is refused; None if one of our pages sent it, with the token of this person's session if any."""
-    source = _source(request)
+    source = _origin(request.headers.get("Origin", request.headers.get("Referer", "")))
     if comes_from_other_site(request) or source is None or source != own_origin(request):
         return (
             "The form was not sent by a page of this dashboard. If the dashboard is behind a proxy, add the proxy's "
@@ -107,11 +107,6 @@ def _is_cross_site(request: Request) -> bool:
         return True
     given = request.headers.get("Origin")
     return given is not None and (_origin(given) is None or _origin(given) != own_origin(request))
-
-
-def _source(request: Request) -> str | None:
-    """Return the origin of the page that sends a form."""
-    return _origin(request.headers.get("Origin", request.headers.get("Referer", "")))
 
 
 def _origin(url: str) -> str | None:

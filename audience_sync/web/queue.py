@@ -1,5 +1,6 @@
 """The pages of deliveries, requests and calls: filtered, newest first."""
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -7,6 +8,8 @@ from starlette.responses import Response
 from audience_sync import history
 from audience_sync.web.actions import FILTER
 from audience_sync.web.view import PAGE_ROWS, NotFound, View
+
+NAMES = FILTER | {"type": "call_type"}  # what `history` calls the fields of the forms
 
 
 def deliveries_page(view: View) -> Response:
@@ -18,25 +21,14 @@ def deliveries_page(view: View) -> Response:
         "user": view.text("user"),
         "error": view.text("error"),
     }
-    before, wanted = view.number("before"), {FILTER.get(name, name): filters[name] for name in filters}
-    hits = history.find_deliveries(view.connection, **wanted, before=before, limit=PAGE_ROWS)
-    rows = history.delivery_details(view.connection, hits.ids)
     matching = None
     if view.viewer.may_operate and filters["status"] == "dead":
-        counted = {name: wanted[name] for name in ("action", "key", "user_id", "error")}
+        counted = {FILTER[name]: filters[name] for name in ("action", "key", "user", "error")}
         matching = history.count_dead(view.connection, **counted)
-    return view.html(
-        "deliveries.html",
-        live=any(row["status"] == "sending" for row in rows),
-        rows=rows,
-        before=before,
-        hits=hits,
-        filters=filters,
-        keys=list(history.definition_keys(view.connection).values()),
-        statuses=history.STATUSES,
-        known_actions=history.ACTIONS,
-        matching=matching,
-    )
+    finds = (history.find_deliveries, history.delivery_details)
+    keys = list(history.definition_keys(view.connection).values())
+    known = {"statuses": history.STATUSES, "known_actions": history.ACTIONS, "keys": keys}
+    return _list(view, "deliveries.html", filters, finds, matching=matching, **known)
 
 
 def calls_page(view: View) -> Response:
@@ -46,26 +38,8 @@ def calls_page(view: View) -> Response:
         "user": view.text("user"),
         "event": view.text("event"),
     }
-    before = view.number("before")
-    hits = history.find_calls(
-        view.connection,
-        status=filters["status"],
-        call_type=filters["type"],
-        user_id=filters["user"],
-        event=filters["event"],
-        before=before,
-        limit=PAGE_ROWS,
-    )
-    rows = history.call_rows(view.connection, ids=hits.ids)
-    return view.html(
-        "calls.html",
-        statuses=history.CALL_STATUSES,
-        types=history.CALL_TYPES,
-        rows=rows,
-        before=before,
-        hits=hits,
-        filters=filters,
-    )
+    finds = (history.find_calls, history.call_rows)
+    return _list(view, "calls.html", filters, finds, statuses=history.CALL_STATUSES, types=history.CALL_TYPES)
 
 
 def requests_page(view: View) -> Response:
@@ -74,20 +48,24 @@ def requests_page(view: View) -> Response:
         "outcome": view.choice("outcome", history.OUTCOMES),
         "x_request_id": view.text("x_request_id"),
     }
-    before = view.number("before")
-    hits = history.find_requests(view.connection, **filters, before=before, limit=PAGE_ROWS)
-    rows = history.request_rows(view.connection, hits.ids)
-    is_busy = any(row["outcome"] == "under way" for row in rows)
-    return view.html(
-        "requests.html",
-        live=is_busy,
-        lanes=history.LANES,
-        outcomes=history.OUTCOMES,
-        rows=rows,
-        before=before,
-        hits=hits,
-        filters=filters,
-    )
+    finds = (history.find_requests, history.request_rows)
+    return _list(view, "requests.html", filters, finds, lanes=history.LANES, outcomes=history.OUTCOMES)
+
+
+def _list(
+    view: View,
+    template: str,
+    filters: dict[str, Any],
+    finds: tuple[Callable[..., history.Found], Callable[..., list[dict[str, Any]]]],
+    **values: Any,
+) -> Response:
+    """A page of a list: `finds` are the search that takes the filters, and the function that reads the rows found."""
+    search, read = finds
+    before, wanted = view.number("before"), {NAMES.get(name, name): filters[name] for name in filters}
+    hits = search(view.connection, **wanted, before=before, limit=PAGE_ROWS)
+    rows = read(view.connection, ids=hits.ids)
+    is_busy = any(row.get("outcome", row.get("status")) in {"sending", "under way"} for row in rows)
+    return view.html(template, live=is_busy, rows=rows, before=before, hits=hits, filters=filters, **values)
 
 
 def request_page(view: View) -> Response:

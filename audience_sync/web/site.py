@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 
 import anyio
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -83,39 +84,24 @@ HEADERS = {
 }
 
 
-class SafeHeaders:
-    """Adds HEADERS to every answer, and keeps browsers and proxies from storing pages."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                is_static = scope["path"].startswith("/static/")
-                headers = HEADERS | {"Cache-Control": "max-age=86400" if is_static else "no-store"}
-                message["headers"] = [
-                    *message["headers"],
-                    *((name.lower().encode(), value.encode()) for name, value in headers.items()),
-                ]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
-
-
 class Gate:
-    """Refuses requests that are not for this dashboard, or come from other sites."""
+    """Refuses requests that are not for this dashboard, or come from other sites; adds HEADERS to every answer."""
 
     def __init__(self, app: ASGIApp, site: "Site") -> None:
         self._app, self._site = app, site
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._site.access.refusal(Request(scope)) if scope["type"] == "http" else None
-        if refusal is None:
-            await self._app(scope, receive, send)
-        else:
-            answer = self._site.error(Request(scope), 403, "Not allowed", refusal)
-            await answer(scope, receive, send)
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                is_static = scope["path"].startswith("/static/")
+                cache = {"Cache-Control": "max-age=86400" if is_static else "no-store"}
+                MutableHeaders(scope=message).update(HEADERS | cache)
+            await send(message)
+
+        app, request = self._app, Request(scope) if scope["type"] == "http" else None
+        if request is not None and (refusal := self._site.access.refusal(request)):
+            app = self._site.error(request, 403, "Not allowed", refusal)
+        await app(scope, receive, send_with_headers)
 
 
 class Site:
@@ -261,7 +247,6 @@ def dashboard(app: App, program: str = render.PROGRAM) -> Starlette:
     application = Starlette(
         routes=site.routes(),
         middleware=[
-            Middleware(SafeHeaders),
             Middleware(TrustedProxies, app.settings.web),
             Middleware(Gate, site),
         ],

@@ -98,10 +98,6 @@ class View:
         """An id in the path. Raises BadRequest as `number` does."""
         return row_id(name, self.request.path_params[name])
 
-    def part(self, name: str) -> str:
-        """A part of the address's path."""
-        return str(self.request.path_params[name])
-
     def moment(self, name: str) -> dt.datetime | None:
         """A parameter of the address that is a date or a time, in UTC unless it has an offset.
 
