@@ -176,7 +176,7 @@ class App:
         return queries.unnamed_definition(self.settings, text, source, kind)
 
     def likely_source(self, text: str, kind: Kind) -> str | None:
-        """Return the one source on which a query can only run; None is the database of audience-sync."""
+        """Return the only source on which a query can run; None is the database of audience-sync."""
         return queries.likely_source(self.settings, text, kind)
 
     def deliver(

@@ -104,7 +104,7 @@ class Definition:
     guard: Guard = Guard()
     eligible_sql: str | None = None  # returns the user_id of everyone who may enter
     ready_sql: str | None = None  # returns true once a run may compute
-    is_preview: bool = False  # a query that is in no file, computed for somebody who waits for it
+    is_preview: bool = False  # a query that is not in the configuration; a user waits for its result
 
 
 def key_from_name(name: str) -> str:

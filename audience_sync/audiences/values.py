@@ -156,7 +156,7 @@ SQLITE_INVALID_REASON = (
 
 # The canonical text of `value`, converted to a trait's type.
 SQLITE_CONVERSIONS = {
-    "json": (  # JSON text in a string; an escape of NUL, unless its backslash is escaped itself, is no value
+    "json": (  # JSON text in a string; an escape of NUL is not a value, unless its backslash is escaped
         r"""CASE WHEN value NOT GLOB '"*' THEN value """
         r"""WHEN instr(replace(json_extract(value, '$'), '\\', ''), '\u0000') THEN '!' ELSE json_extract(value, '$') END"""
     ),

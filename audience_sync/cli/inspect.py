@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -313,24 +314,34 @@ def deliveries(
     as_json: Json = False,
 ) -> None:
     """List the deliveries with Userpilot's answers, newest first."""
-    _check_status(status, DELIVERY_STATUSES)
-    with session.open_app(context) as app:
-        if as_json:
-            every = partial(lazy.history.delivery_rows, status=status)
-            output.documents(lazy.history.pages(app.engine, every, "delivery_id"))
-            return
-        with lazy.engines.read(app.engine) as connection:
-            rows = lazy.history.delivery_rows(connection, status=status, limit=SHOWN_ROWS)
-    if not rows:
-        output.line(f"There are no {f'{status} ' if status else ''}deliveries.")
-    else:
-        _show_deliveries(rows)
-        _mention_more(rows)
+    query = lazy.history.delivery_rows
+    rows = _newest(context, query, "delivery_id", status, DELIVERY_STATUSES, "deliveries", as_json=as_json)
+    _show_deliveries(rows)
+    _mention_more(rows)
 
 
-def _check_status(status: str | None, statuses: tuple[str, ...]) -> None:
+def _newest(
+    context: typer.Context,
+    query: Callable[..., list[dict[str, Any]]],
+    id_name: str,
+    status: str | None,
+    statuses: tuple[str, ...],
+    noun: str,
+    *,
+    as_json: bool,
+) -> list[dict[str, Any]]:
+    """Return the newest rows to show. With `as_json` print all of them instead; say so if there are none."""
     if status is not None and status not in statuses:
         raise ConfigError(f"There is no status {status}: choose {', '.join(statuses)}.")
+    with session.open_app(context) as app:
+        if as_json:
+            output.documents(lazy.history.pages(app.engine, partial(query, status=status), id_name))
+            return []
+        with lazy.engines.read(app.engine) as connection:
+            rows = query(connection, status=status, limit=SHOWN_ROWS)
+    if not rows:
+        output.line(f"There are no {f'{status} ' if status else ''}{noun}.")
+    return rows
 
 
 def _show_deliveries(deliveries: list[dict[str, Any]]) -> None:
@@ -358,17 +369,8 @@ def calls(
     as_json: Json = False,
 ) -> None:
     """List the calls from applications, newest first."""
-    _check_status(status, CALL_STATUSES)
-    with session.open_app(context) as app:
-        if as_json:
-            every = partial(lazy.history.call_rows, status=status)
-            output.documents(lazy.history.pages(app.engine, every, "call_id"))
-            return
-        with lazy.engines.read(app.engine) as connection:
-            calls = lazy.history.call_rows(connection, status, limit=SHOWN_ROWS)
-    if not calls:
-        output.line(f"There are no {f'{status} ' if status else ''}calls.")
-        return
+    query = lazy.history.call_rows
+    calls = _newest(context, query, "call_id", status, CALL_STATUSES, "calls", as_json=as_json)
     rows = [
         [
             str(call["call_id"]),

@@ -46,7 +46,7 @@ MAX_LINE_BYTES = 6 * MAX_CALL_BYTES  # an escape takes six bytes for one
 HEAD_BYTES = 8192  # that show a file's encoding
 OLD = dt.timedelta(days=1)  # Userpilot counts an event at its arrival, whenever it happened
 _GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
-# How a file begins whose lines are recoded: with a BOM, or the NULs of an ASCII character. JSON's first one is ASCII. The
+# The first bytes of files whose lines are recoded: a BOM, or the NULs of an ASCII character. JSON's first one is ASCII. The
 # last is UTF-8 whose lines end with CR alone.
 _ENCODINGS = {
     rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",

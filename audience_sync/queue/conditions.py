@@ -17,7 +17,7 @@ OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"
 
 
 def exists(condition: str, order: str) -> str:
-    """Return whether a delivery exists, in a form that is tested subject by subject, by the index sorted by this column.
+    """Return the condition that a delivery exists, which is tested subject by subject, by the index on this column.
 
     PostgreSQL may turn EXISTS into a join of whole tables, and SQLite may choose another index for it.
     """
@@ -47,5 +47,5 @@ def prefer_index_scans(connection: sa.Connection) -> None:
         set_locally(connection, dict.fromkeys(_OFF, "off"))
 
 
-# Before version 18, PostgreSQL adds a huge cost to a plan that is off but inevitable, and would compile it (`jit`).
+# Before version 18, PostgreSQL adds a huge cost to a disabled plan that it needs anyway, and would compile it (`jit`).
 _OFF = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin", "jit")

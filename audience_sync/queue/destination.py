@@ -142,7 +142,7 @@ def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
 
 
 def end_heartbeat(connection: sa.Connection, heartbeat_at: dt.datetime) -> None:
-    """Record that the daemon of this heartbeat has stopped. A later heartbeat, of another daemon, counts on."""
+    """Record that the daemon of this heartbeat has stopped. A later heartbeat of another daemon stays valid."""
     _set_destination(connection, stopped_heartbeat_at=heartbeat_at)
 
 

@@ -138,7 +138,7 @@ class Users(Scope):
             raise ConfigError("a trait has one value for each user: a path with $ gives several")
         parts = value.kinds()
         drivers: list[Any] | None = self._drivers(tree.Compared(query, Comparator.EXISTS))
-        if isinstance(query, tree.Reduction):  # a count of nothing is no value
+        if isinstance(query, tree.Reduction):  # a count of 0 is not a value
             relation, drivers = self._joined[query].from_, [query]
             parts = by_kind(relation.c)
             if query.reducer in {Reducer.SUM, Reducer.AVG}:
