@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from audience_sync import __version__
-from audience_sync.cli import calls, daemon, inspect, operate, output, queries, setup, sync
+from audience_sync.cli import calls, daemon, inspect, operate, output, queries, setup, status, sync
 from audience_sync.errors import AudienceSyncError, Interrupted, unexpected
 
 COMMANDS = (
@@ -45,8 +45,8 @@ COMMANDS = (
     ("Calls", "import", calls.import_),
     ("Run", "daemon", daemon.daemon),
     ("Run", "serve", daemon.serve),
-    ("Inspect", "status", inspect.status),
-    ("Inspect", "list", inspect.list_),
+    ("Inspect", "status", status.status),
+    ("Inspect", "list", status.list_),
     ("Inspect", "history", inspect.history),
     ("Inspect", "show", inspect.show),
     ("Inspect", "members", inspect.members),
