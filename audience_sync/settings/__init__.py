@@ -31,7 +31,7 @@ from audience_sync.settings.schema import (
     WebUser,
 )
 from audience_sync.settings.sections import Section, absolute, expected, read_toml
-from audience_sync.settings.urls import database_url, is_supported, normalize_endpoint
+from audience_sync.settings.urls import database_url, is_in_memory, is_supported, normalize_endpoint
 from audience_sync.suggest import shown
 
 if TYPE_CHECKING:
@@ -226,6 +226,8 @@ def _source(section: Section, table: Any, folder: Path) -> SourceSettings:
             "url: sources other than SQLite and PostgreSQL are experimental: add experimental = true to this section "
             "if you accept that time limits do not stop their statements, and that they are not opened for reading only"
         )
+    if is_in_memory(source.url):
+        section.fail("url: an in-memory database of SQLite has no tables: name a file: sqlite:///shop.db")
     return source
 
 
@@ -234,7 +236,7 @@ def _database(section: Section, table: Any, folder: Path) -> DatabaseSettings:
     url = database.url
     if not url.startswith(("sqlite:", "postgresql+psycopg:")):
         section.fail("url: expected sqlite:///FILE or postgresql://USER@HOST/DATABASE")
-    if url in {"sqlite://", "sqlite:///"} or ":memory:" in url or "mode=memory" in url:
+    if is_in_memory(url):
         section.fail(
             "url: an in-memory database loses its record of what was sent: name a file: sqlite:///audience_sync.db"
         )

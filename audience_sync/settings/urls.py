@@ -62,6 +62,13 @@ def is_supported(url: str) -> bool:
     return re.split(r"[:+]", url, maxsplit=1)[0] in SUPPORTED
 
 
+def is_in_memory(url: str) -> bool:
+    """Return whether SQLite would keep the database in memory only."""
+    return url in {"sqlite://", "sqlite:///"} or (
+        url.startswith("sqlite:") and (":memory:" in url or "mode=memory" in url)
+    )
+
+
 def _absolute_file(section: Section, scheme: str, rest: str, folder: Path) -> str:
     if not rest:
         return rest

@@ -161,6 +161,8 @@ REFUSED = [
     ("[database]\nurl = 'sqlite://s3cret.db'", "[database]: url: an SQLite file takes three slashes"),
     *((f"[database]\nurl = 'sqlite:{each}'", "[database]: url: an in-memory database loses its record of what was sent")
       for each in ("//", "///", "///:memory:", "///file:x?mode=memory&uri=true")),
+    *((f"[sources.shop]\nurl = 'sqlite:{each}'", "[sources.shop]: url: an in-memory database of SQLite has no tables")
+      for each in ("//", "///:memory:")),
     # keys that collide, are empty, malformed, or Userpilot's own
     *((AUDIENCE + f"[[{kind}]]\nname = 'vips!'\nsql = 'SELECT 1'",
        "the file: VIPs and vips! have the same key, vips: give one of them another with `key = `")
