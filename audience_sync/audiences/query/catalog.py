@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import statement
 from audience_sync.audiences.query.configured import ConfiguredQuery, QueryDefinition, TableMapping
-from audience_sync.audiences.query.dialect import Dialect
+from audience_sync.audiences.query.dialect import Dialect, TypedColumn
 from audience_sync.audiences.query.on_postgresql import POSTGRESQL
 from audience_sync.audiences.query.on_sqlite import SQLITE
 from audience_sync.db import engines
@@ -46,6 +46,10 @@ class ReadTable:
     def place(self) -> tuple[str, bool]:
         """Return what identifies the table: a section may have the name of one of our tables."""
         return self.mapping.name, self.properties is not None
+
+    def column(self, alias: sa.FromClause, name: str | None) -> TypedColumn:
+        """Return a column of the table under an alias."""
+        return TypedColumn(alias.c[name or ""], self.columns[name or ""])
 
     def from_clause(self, name: str) -> sa.FromClause:
         """Return the table, or the query that replaces it, under another name."""

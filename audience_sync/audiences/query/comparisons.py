@@ -157,18 +157,22 @@ class Scope(ABC):
             case Comparator.DIFFERS | Comparator.NONE_OF:
                 return sa.and_(left.exists, _negated(self._equals_any(left, compared.arguments)))
             case Comparator.CONTAINS:
-                return any_argument(partial(_of_texts, self.db.contains))
+                return any_argument(partial(_of_texts, self._contains))
             case Comparator.OMITS:
-                return _negated(any_argument(partial(_of_texts, self.db.contains)))
+                return _negated(any_argument(partial(_of_texts, self._contains)))
             case Comparator.STARTS_WITH:
                 return any_argument(partial(_of_texts, _starts_with))
             case Comparator.ENDS_WITH:
-                return any_argument(partial(_of_texts, self.db.ends_with))
+                return any_argument(partial(_of_texts, _ends_with))
             case Comparator.BEFORE_DATE:
                 return any_argument(partial(self._ordered_moments, operator.lt))
             case Comparator.AFTER_DATE:
                 return any_argument(partial(self._ordered_moments, operator.gt))
         return any_argument(partial(self._ordered, ORDERS[comparator]))
+
+    def _contains(self, text: Expression, part: Expression) -> Expression:
+        is_in: Expression = self.db.position(text, part) > 0
+        return is_in
 
     def _equals_any(self, left: SqlValue, arguments: Iterable[tree.Scalar]) -> Expression:
         """Return whether the left side equals one of the arguments. Literals are one list, which a database hashes."""
@@ -294,6 +298,11 @@ def _of_texts(
 
 def _starts_with(text: Expression, part: Expression) -> Expression:
     return sa.func.substr(text, 1, sa.func.length(part)) == part
+
+
+def _ends_with(text: Expression, part: Expression) -> Expression:
+    start = sa.func.length(text) - sa.func.length(part) + 1
+    return sa.and_(start > 0, sa.func.substr(text, start) == part)
 
 
 def _is_named(boolean: SqlValue, text: SqlValue) -> Expression:

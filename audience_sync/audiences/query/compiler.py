@@ -26,7 +26,7 @@ from audience_sync.audiences.query.comparisons import (
     by_kind,
 )
 from audience_sync.audiences.query.configured import QueryDefinition
-from audience_sync.audiences.query.dialect import Expression
+from audience_sync.audiences.query.dialect import Expression, TypedColumn
 from audience_sync.audiences.query.rows import COUNTS, Row, asks_whether_any, of_reduction, reduced, user_of
 from audience_sync.audiences.query.tree import ANY_ITEM, Comparator, Reducer
 from audience_sync.audiences.schedule import load_zone
@@ -203,11 +203,11 @@ class Users(Scope):
 
     def _of_table(self, table: ReadTable, *, only_user: bool = False) -> _Joined:
         alias = self.alias(table)
-        from_, user, kind = user_of(self, table, alias)
-        text = self.db.text_of(user, kind)
+        from_, user = user_of(self, table, alias)
+        text = self.db.text_of(user)
         if not only_user:
             return _Joined(from_, text)
-        ids = sa.select(text.label("user_id")).select_from(from_).where(user.is_not(None))
+        ids = sa.select(text.label("user_id")).select_from(from_).where(user.expression.is_not(None))
         users = (ids if table is self.catalog.profiles else ids.distinct()).subquery(self.name())
         return _Joined(users, users.c.user_id)
 
@@ -325,21 +325,22 @@ class Users(Scope):
 
     def _sql_relation(self, key: str, definition: QueryDefinition) -> sa.FromClause:
         """Return the users of a definition in SQL, with a trait's value by kind."""
-        kinds = {name.lower(): (name, kind) for name, kind in self.catalog.definition_columns[key].items()}
+        kinds = self.catalog.definition_columns[key]
         today = self.as_of.astimezone(load_zone(definition.timezone)).date()
         bound = statement.bind(definition.sql, self.catalog.dialect)
         sql = bound.with_literal("today", self.db.date_literal(today))
-        result = sql_text(sql).columns(*(sa.column(name) for name, _ in kinds.values()))
-        rows = result.subquery(self.name())
-        user, user_kind = kinds["user_id"]
-        columns = [self.db.text_of(rows.c[user], user_kind).label("user_id")]
+        rows = sql_text(sql).columns(*map(sa.column, kinds)).subquery(self.name())
+        by_name = {name.lower(): TypedColumn(rows.c[name], kind) for name, kind in kinds.items()}
+        user = by_name["user_id"]
+        columns = [self.db.text_of(user).label("user_id")]
         if definition.is_trait:
-            value, kind = kinds["value"]
-            parts = self._value_of_column(rows.c[value], kind).kinds()
-            if definition.value_type == "string" and set(parts) <= {"number", "text"} and kind in _TEXT_KINDS:
-                parts = {"text": self.db.text_of(rows.c[value], kind)}  # with all digits
+            value = by_name["value"]
+            parts = self._value_of_column(value).kinds()
+            is_text = set(parts) <= {"number", "text"} and value.kind in _TEXT_KINDS
+            if definition.value_type == "string" and is_text:
+                parts = {"text": self.db.text_of(value)}  # with all digits
             columns += self._labelled(parts, definition)
-        return sa.select(*columns).where(rows.c[user].is_not(None)).distinct().cte(self.name())
+        return sa.select(*columns).where(user.expression.is_not(None)).distinct().cte(self.name())
 
     def _labelled(self, parts: dict[str, Any], definition: QueryDefinition) -> list[Any]:
         """Return a trait's value by kind, converted to the definition's type."""
@@ -372,13 +373,12 @@ class Users(Scope):
         """Return a value of a table's row: a member of our JSON document, a column, or a member of a JSON column."""
         first, *rest = path.steps
         name, steps = (document, path.steps) if document is not None else (first, tuple(rest))
-        kind = table.columns.get(name)
-        if kind is None:
+        if name not in table.columns:
             return [], ABSENT
-        column = alias.c[name]
-        if kind in _DOCUMENT_KINDS:
-            return self._value_in_json(self.db.json_of_column(column, kind), steps)
-        return [], ABSENT if steps else self._value_of_column(column, kind)
+        column = table.column(alias, name)
+        if column.kind in _DOCUMENT_KINDS:
+            return self._value_in_json(self.db.json_of_column(column), steps)
+        return [], ABSENT if steps else self._value_of_column(column)
 
     def _value_in_json(self, value: Any, steps: tuple[str, ...]) -> tuple[list[sa.FromClause], SqlValue]:
         items = []
@@ -390,16 +390,15 @@ class Users(Scope):
                 value = value.at(step)
         return items, SqlValue(value.exists, value.number, value.text, value.boolean, document=value)
 
-    def _value_of_column(self, column: Expression, kind: str) -> SqlValue:
-        exists = column.is_not(None)
-        if kind in self.db.moment_kinds:
-            text, moment = self.db.moment_text(column, kind), self.db.moment_of(column, kind)
-            return SqlValue(exists, text=text, moment=moment)
-        match kind:
+    def _value_of_column(self, column: TypedColumn) -> SqlValue:
+        exists = column.expression.is_not(None)
+        if column.kind in self.db.moment_kinds:
+            return SqlValue(exists, text=self.db.moment_text(column), moment=self.db.moment_of(column))
+        match column.kind:
             case "any":
                 return SqlValue(exists, *self.db.parts_of_any(column))
             case "integer" | "number" | "real" | "money":
-                return SqlValue(exists, number=self.db.number_of_column(column, kind))
+                return SqlValue(exists, number=self.db.number_of_column(column))
             case "boolean":
                 return SqlValue(exists, boolean=self.db.boolean_of_column(column))
-        return SqlValue(exists, text=self.db.text_of(column, kind))
+        return SqlValue(exists, text=self.db.text_of(column))

@@ -6,11 +6,13 @@ on_sqlite.py and on_postgresql.py implement them.
 import datetime as dt
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import sqlalchemy as sa
 
 from audience_sync.audiences import statement
+from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.moments import moment_text
 from audience_sync.audiences.values import FALSE_WORDS, TRUE_WORDS
 
@@ -40,6 +42,19 @@ def described_columns(connection: sa.Connection, sql: str) -> list[tuple[str, An
     columns = [(column[0], column[1]) for column in (result.cursor.description if result.cursor else ())]
     result.close()
     return columns
+
+
+@dataclass(frozen=True, slots=True)
+class TypedColumn:
+    """A column with its kind, which catalog.py lists."""
+
+    expression: Expression
+    kind: str
+
+
+def is_between(moment: Expression, after: Expression | None, until: Expression) -> Expression:
+    """Return whether a moment is after one moment, if there is one, and not after another."""
+    return moment <= until if after is None else sa.and_(moment > after, moment <= until)
 
 
 def is_one_of(value: Any, literals: Sequence[Any]) -> Expression:
@@ -82,103 +97,97 @@ class JsonValue(ABC):
 class Dialect(ABC):
     """The expressions that differ between databases.
 
-    `has_semi_joins`: EXISTS is joined set by set, not looked up for each user, and so needs no grouped rows.
-    `value_types` has the kinds of traits whose column does not show their type, with the type to convert to.
+    `moment_kinds`: the kinds of columns that hold moments. `value_types` has the kinds of traits whose column does not show
+    their type, with the type to convert to. `has_semi_joins`: EXISTS is joined set by set, not looked up for each user,
+    and so needs no grouped rows. `position`: the function that finds a text in another.
     """
 
     sqlalchemy: ClassVar[sa.Dialect]
     moment_kinds: ClassVar[frozenset[str]]
     value_types: ClassVar[Mapping[str, str]] = {}
     has_semi_joins: ClassVar[bool] = False
+    position: ClassVar[Any]
 
     @abstractmethod
     def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
-        """Return how the language sees each column of a table, or of a query (catalog.py has the kinds)."""
+        """Return how the language sees each column of a table, or of a query."""
 
     @abstractmethod
-    def json_of_column(self, column: Expression, kind: str) -> JsonValue: ...
+    def json_of_column(self, column: TypedColumn) -> JsonValue: ...
 
     @abstractmethod
-    def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
-        """Return the number and the text of a column that holds values of any type."""
-
-    @abstractmethod
-    def text_of(self, column: Expression, kind: str) -> Expression:
+    def text_of(self, column: TypedColumn) -> Expression:
         """Return a column's text; a number's is the one that it has as a user id."""
 
     @abstractmethod
-    def key_of(self, column: Expression, kind: str) -> Expression:
+    def key_of(self, column: TypedColumn) -> Expression:
         """Return what two columns of the same kind are compared by: equal only where their texts are equal."""
 
-    def are_same(self, own: tuple[Expression, str], other: tuple[Expression, str]) -> Expression:
-        """Return whether two columns, each with its kind, are equal, in a form that can use an index of the first."""
-        (column, kind), (other_column, other_kind) = own, other
-        if kind == other_kind:
-            return self.key_of(column, kind) == self.key_of(other_column, kind)
-        return self.text_of(column, kind) == self.text_of(other_column, other_kind)
+    def are_same(self, own: TypedColumn, other: TypedColumn) -> Expression:
+        """Return whether two columns are equal, in a form that can use an index of the first."""
+        is_alike = own.kind == other.kind
+        return (
+            self.key_of(own) == self.key_of(other) if is_alike else self.text_of(own) == self.text_of(other)
+        )
 
     # Moments.
 
     @abstractmethod
     def moment_literal(self, moment: dt.datetime) -> Expression: ...
 
-    @abstractmethod
-    def moment_of(self, column: Expression, kind: str) -> Expression:
+    def moment_of(self, column: TypedColumn) -> Expression:
         """Return the moment of a timestamp column of any kind, or null."""
+        if column.kind in self.moment_kinds:
+            return self.moment_of_column(column)
+        return self.moment_of_text(self.text_of(column))
+
+    @abstractmethod
+    def moment_of_column(self, column: TypedColumn) -> Expression:
+        """Return the moment of a column of one of the `moment_kinds`, or null."""
 
     @abstractmethod
     def moment_of_text(self, text: Expression) -> Expression:
         """Return the moment that an ISO 8601 text names, or null."""
 
     @abstractmethod
-    def moment_text(self, column: Expression, kind: str) -> Expression:
+    def moment_text(self, column: TypedColumn) -> Expression:
         """Return a column of a date or timestamp type as the language's text."""
 
     @abstractmethod
-    def is_within(
-        self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
-    ) -> Expression:
+    def is_within(self, column: TypedColumn, after: dt.datetime | None, until: dt.datetime) -> Expression:
         """Return whether a column's moment is after one moment and not after another, in a form that can use an index."""
 
     @abstractmethod
     def is_within_parent(
-        self,
-        own: tuple[Expression, str],
-        parent: tuple[Expression, str],
-        spans: tuple[dt.timedelta, dt.timedelta],
-        until: dt.datetime,
+        self, own: TypedColumn, parent: TypedColumn, window: tree.Window, until: dt.datetime
     ) -> Expression:
-        """Return whether a column's moment is between two spans after a parent's moment, which is not after `until`.
-
-        `own` and `parent` are columns with their kinds.
-        """
+        """Return whether a column's moment is in a window that starts at a parent's moment, which is not after `until`."""
 
     # Numbers and text.
 
     @abstractmethod
-    def number_of_column(self, column: Expression, kind: str) -> Expression: ...
+    def finite(self, number: Expression) -> Expression:
+        """Return a number of any type as a double, null if no double can hold it."""
 
     @abstractmethod
-    def boolean_of_column(self, column: Expression) -> Expression: ...
+    def number_of_column(self, column: TypedColumn) -> Expression: ...
+
+    def boolean_of_column(self, column: TypedColumn) -> Expression:
+        return column.expression
+
+    def parts_of_any(self, column: TypedColumn) -> tuple[Expression, Expression]:
+        """Return the number and the text of a column that holds values of any type, which only SQLite has."""
+        return self.number_of_column(column), self.text_of(column)
 
     @abstractmethod
     def at_15_digits(self, number: Expression) -> Expression: ...
 
-    @abstractmethod
-    def total(self, number: Expression) -> Expression:
-        """Return the sum, or null if it is too large for a double."""
+    def summed(self, number: Expression) -> Expression:
+        """Return a number in the type in which numbers are added up."""
+        return number
 
-    @abstractmethod
-    def mean(self, number: Expression) -> Expression: ...
-
-    @abstractmethod
-    def by_code_points(self, text: Expression) -> Expression: ...
-
-    @abstractmethod
-    def contains(self, text: Expression, part: Expression) -> Expression: ...
-
-    @abstractmethod
-    def ends_with(self, text: Expression, part: Expression) -> Expression: ...
+    def by_code_points(self, text: Expression) -> Expression:
+        return text
 
     @abstractmethod
     def number_text(self, number: Expression) -> Expression:
@@ -216,9 +225,9 @@ class Dialect(ABC):
                     either.append(sa.case((boolean, "true"), (~boolean, "false")))
         return {kind: sa.func.coalesce(*[part for part in either if part is not None], sa.null())}
 
-    @abstractmethod
     def date_literal(self, date: dt.date) -> str:
         """Return a date in SQL, as `:today` is bound."""
+        return f"'{date.isoformat()}'"
 
     @abstractmethod
     def joined(self, text: Expression, *order: Expression) -> Expression:

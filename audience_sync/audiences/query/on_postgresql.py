@@ -7,18 +7,21 @@ import datetime as dt
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
+from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.dialect import (
     LARGEST_DOUBLE,
     Dialect,
     Expression,
     JsonValue,
+    TypedColumn,
     described_columns,
     execute,
+    is_between,
     is_one_of,
 )
 from audience_sync.audiences.query.moments import moment_text
@@ -110,7 +113,7 @@ class PostgresqlJson(JsonValue):
     def scalar_text(self, dialect: Dialect) -> Expression:
         """Return a string, or a number as it is written as a user id; null for anything else."""
         number = sa.case((self.number.is_not(None), sa.cast(self._scalar, sa.Numeric)))
-        return sa.case((self._kind == "number", dialect.text_of(number, "number")), else_=self.text)
+        return sa.case((self._kind == "number", dialect.text_of(TypedColumn(number, "number"))), else_=self.text)
 
     def is_text(self, texts: Sequence[str]) -> Expression:
         """Compare jsonb as it is: half the time of a check of its kind and a comparison of its text."""
@@ -136,17 +139,16 @@ class OnPostgresql(Dialect):
     sqlalchemy = postgresql.dialect(paramstyle="named")  # type: ignore[no-untyped-call]
     moment_kinds = frozenset({"date", "timestamp", "timestamptz", "moment"})
     has_semi_joins = True
+    position: ClassVar = sa.func.strpos
 
-    def json_of_column(self, column: Expression, kind: str) -> PostgresqlJson:
-        if kind == "jsonb":
-            return PostgresqlJson(column, True)
-        text = sa.cast(column, sa.Text)
+    def json_of_column(self, column: TypedColumn) -> PostgresqlJson:
+        value = column.expression
+        if column.kind == "jsonb":
+            return PostgresqlJson(value, True)
+        text = sa.cast(value, sa.Text)
         readable = sa.func.regexp_replace(text, _NO_TEXT, r"\1\ufffd", "g")
-        document = sa.case((text.op("~")(_NO_TEXT), sa.cast(readable, postgresql.JSON)), else_=column)
+        document = sa.case((text.op("~")(_NO_TEXT), sa.cast(readable, postgresql.JSON)), else_=value)
         return PostgresqlJson(document, False)
-
-    def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
-        return sa.null(), sa.cast(column, sa.Text)  # every column has a type
 
     def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
         """Return the kinds by the types' names in pg_type, a domain's by its base type's, and by the texts' collations."""
@@ -168,57 +170,53 @@ class OnPostgresql(Dialect):
                 kinds[number] = _COLLATED_KINDS.get((kinds[number], collation), "collated")
         return {name: kind for (name, _), kind in zip(described, kinds, strict=True)}
 
-    def text_of(self, column: Expression, kind: str) -> Expression:
-        text = column if kind in {"text", "text_c"} else sa.cast(column, sa.Text)
-        if (
-            kind == "collated"
-        ):  # another collation may ignore case, refuse to search, or conflict with a column's
+    def text_of(self, column: TypedColumn) -> Expression:
+        value = column.expression
+        text = value if column.kind in {"text", "text_c"} else sa.cast(value, sa.Text)
+        if column.kind == "collated":  # it may ignore case, refuse to search, or conflict with a column's
             return sa.collate(text, "C")
-        if kind in {"json", "jsonb"}:
-            scalar = self.json_of_column(column, kind).scalar_text(self)
-            return (
-                scalar if kind == "jsonb" else sa.case((text.op("!~", is_comparison=True)(_NO_TEXT), scalar))
-            )
-        if kind == "money":
-            column = sa.cast(column, sa.Numeric)
-        elif kind not in {"number", "real"}:
+        if column.kind in {"json", "jsonb"}:
+            scalar = self.json_of_column(column).scalar_text(self)
+            is_readable = text.op("!~", is_comparison=True)(_NO_TEXT)
+            return scalar if column.kind == "jsonb" else sa.case((is_readable, scalar))
+        if column.kind == "money":
+            value = sa.cast(value, sa.Numeric)
+        elif column.kind not in {"number", "real"}:
             return text
-        wide = sa.cast(column, sa.Numeric)
-        is_whole = sa.and_(self._is_double(wide), column == sa.func.trunc(column))
-        fits = sa.and_(column >= -(2**63), column < 2**63)
+        wide = sa.cast(value, sa.Numeric)
+        is_whole = sa.and_(self._is_double(wide), value == sa.func.trunc(value))
+        fits = sa.and_(value >= -(2**63), value < 2**63)
         digits = sa.case(  # a float8 as numeric has 15 digits
-            (fits, sa.cast(sa.cast(column, sa.BigInteger), sa.Text)),
+            (fits, sa.cast(sa.cast(value, sa.BigInteger), sa.Text)),
             else_=sa.cast(sa.func.trunc(wide), sa.Text),
         )
-        return sa.case((is_whole, digits), else_=sa.cast(self.number_of_column(column, kind), sa.Text))
+        return sa.case((is_whole, digits), else_=sa.cast(self.number_of_column(column), sa.Text))
 
-    def key_of(self, column: Expression, kind: str) -> Expression:
-        return self.text_of(column, kind) if kind in {"other", "json", "jsonb", "collated"} else column
+    def key_of(self, column: TypedColumn) -> Expression:
+        is_compared_as_text = column.kind in {"other", "json", "jsonb", "collated"}
+        return self.text_of(column) if is_compared_as_text else column.expression
 
-    def are_same(self, own: tuple[Expression, str], other: tuple[Expression, str]) -> Expression:
-        if (own[1], other[1]) == ("text", "text_c"):  # an index is used only in its own collation
-            return own[0] == sa.collate(other[0], "default")
+    def are_same(self, own: TypedColumn, other: TypedColumn) -> Expression:
+        if (own.kind, other.kind) == ("text", "text_c"):  # an index is used only in its own collation
+            return own.expression == sa.collate(other.expression, "default")
         return super().are_same(own, other)
 
     # Moments.
 
     def moment_literal(self, moment: dt.datetime) -> Expression:
-        return sa.literal_column(f"TIMESTAMP '{moment_text(moment)}'")
+        return self._bound(moment, "timestamp")
 
-    def _moment_of_column(self, column: Expression, kind: str) -> Expression:
-        utc = sa.func.timezone("UTC", column) if kind in _ZONED else sa.cast(column, sa.DateTime())
-        if kind == "moment":
-            return utc
-        return sa.case((self._has_moment(column, kind), utc))
+    def moment_of_column(self, column: TypedColumn) -> Expression:
+        value = column.expression
+        utc = sa.func.timezone("UTC", value) if column.kind in _ZONED else sa.cast(value, sa.DateTime())
+        return utc if column.kind == "moment" else sa.case((self._has_moment(column), utc))
 
-    def _has_moment(self, column: Expression, kind: str) -> Expression:
+    def _has_moment(self, column: TypedColumn) -> Expression:
         """Return whether the column's value is a valid moment: a date may be later than every timestamp."""
-        is_finite: Expression = sa.func.isfinite(column)
-        return (
-            sa.and_(is_finite, column < sa.literal_column("DATE '294276-01-01'"))
-            if kind == "date"
-            else is_finite
-        )
+        is_finite: Expression = sa.func.isfinite(column.expression)
+        if column.kind != "date":
+            return is_finite
+        return sa.and_(is_finite, column.expression < sa.literal_column("DATE '294276-01-01'"))
 
     def moment_of_text(self, text: Expression) -> Expression:
         given = sa.select(text.label("t")).correlate_except().subquery("given")
@@ -235,58 +233,43 @@ class OnPostgresql(Dialect):
         checked = sa.case((t.op("~")(_DATE), sa.case((day <= last_day, moment))))
         return sa.select(checked).select_from(given).scalar_subquery()
 
-    def moment_of(self, column: Expression, kind: str) -> Expression:
-        if kind in self.moment_kinds:
-            return self._moment_of_column(column, kind)
-        return self.moment_of_text(self.text_of(column, kind))
-
     def json_of(self, parts: Mapping[str, Expression]) -> Expression:
         """Return the part that is not null as jsonb."""
         return sa.func.coalesce(*(sa.func.to_jsonb(part) for part in parts.values()))
 
-    def moment_text(self, column: Expression, kind: str) -> Expression:
-        if kind == "date":
-            return sa.case((self._has_moment(column, kind), sa.func.to_char(column, "YYYY-MM-DD")))
-        moment = self._moment_of_column(column, kind)
+    def moment_text(self, column: TypedColumn) -> Expression:
+        if column.kind == "date":
+            return sa.case((self._has_moment(column), sa.func.to_char(column.expression, "YYYY-MM-DD")))
+        moment = self.moment_of_column(column)
         fraction = sa.func.rtrim(sa.func.to_char(moment, ".US"), "0")
         whole = sa.func.to_char(moment, 'YYYY-MM-DD"T"HH24:MI:SS', type_=sa.Text)
         return whole + sa.func.rtrim(fraction, ".", type_=sa.Text) + "Z"
 
     def is_within_parent(
-        self,
-        own: tuple[Expression, str],
-        parent: tuple[Expression, str],
-        spans: tuple[dt.timedelta, dt.timedelta],
-        until: dt.datetime,
+        self, own: TypedColumn, parent: TypedColumn, window: tree.Window, until: dt.datetime
     ) -> Expression:
         """Compare the column itself, so that an index can be used. `least`: no sum is later than every timestamp."""
-        (column, kind), (of_parent, parent_kind) = own, parent
-        if kind in self.moment_kinds and kind == parent_kind:
-            start = sa.func.least(of_parent, self._bound(until, kind))
+        if own.kind in self.moment_kinds and own.kind == parent.kind:
+            start = sa.func.least(parent.expression, self._bound(until, own.kind))
         else:
-            start = sa.func.least(self.moment_of(of_parent, parent_kind), self.moment_literal(until))
-            start = sa.func.timezone("UTC", start) if kind in _ZONED else start
-        moment = column if kind in self.moment_kinds else self.moment_of(column, kind)
-        after, last = (
-            start.op("+")(sa.literal_column(f"INTERVAL '{span // dt.timedelta(hours=1)} hours'"))
-            if span
-            else start
-            for span in spans
-        )
-        return sa.and_(moment > after, moment <= last)
+            start = sa.func.least(self.moment_of(parent), self.moment_literal(until))
+            start = sa.func.timezone("UTC", start) if own.kind in _ZONED else start
 
-    def is_within(
-        self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
-    ) -> Expression:
-        if kind not in self.moment_kinds:
-            moment = self.moment_of_text(self.text_of(column, kind))
-            lowest = None if after is None else self.moment_literal(after)
-            return self._between(moment, lowest, self.moment_literal(until))
+        def shifted(span: dt.timedelta) -> Expression:
+            hours: Expression = sa.literal_column(f"INTERVAL '{span // dt.timedelta(hours=1)} hours'")
+            return start.op("+")(hours) if span else start
 
-        lower = self._bound(after, kind) if after else None
-        if lower is None and kind != "moment":
-            lower = sa.literal_column(f"{kind.upper()} '-infinity'")
-        return self._between(column, lower, self._bound(until, kind))
+        moment = own.expression if own.kind in self.moment_kinds else self.moment_of(own)
+        return is_between(moment, shifted(window.start), shifted(window.end))
+
+    def is_within(self, column: TypedColumn, after: dt.datetime | None, until: dt.datetime) -> Expression:
+        is_moment = column.kind in self.moment_kinds
+        kind = column.kind if is_moment else "timestamp"
+        lowest = None if after is None else self._bound(after, kind)
+        if lowest is None and is_moment and kind != "moment":
+            lowest = sa.literal_column(f"{kind.upper()} '-infinity'")
+        moment = column.expression if is_moment else self.moment_of(column)
+        return is_between(moment, lowest, self._bound(until, kind))
 
     def _bound(self, moment: dt.datetime, kind: str) -> Expression:
         """Return a moment as a column of a date or timestamp type is compared with it."""
@@ -295,9 +278,6 @@ class OnPostgresql(Dialect):
         if kind in _ZONED:
             return sa.literal_column(f"TIMESTAMPTZ '{moment_text(moment)}+00'")
         return sa.literal_column(f"TIMESTAMP '{moment_text(moment)}'")
-
-    def _between(self, moment: Expression, after: Expression | None, until: Expression) -> Expression:
-        return moment <= until if after is None else sa.and_(moment > after, moment <= until)
 
     # Numbers and text.
 
@@ -311,12 +291,16 @@ class OnPostgresql(Dialect):
     def _is_double(self, wide: Expression) -> Expression:
         return sa.and_(wide != sa.literal_column("'NaN'::numeric"), sa.func.abs(wide) <= LARGEST_DOUBLE)
 
-    def number_of_column(self, column: Expression, kind: str) -> Expression:
-        if kind == "integer":
-            return sa.cast(column, sa.Double)
-        if kind == "money":
-            return self.finite(sa.cast(column, sa.Numeric))
-        return self.finite(self._shortest(column) if kind == "real" else column)
+    def number_of_column(self, column: TypedColumn) -> Expression:
+        value = column.expression
+        match column.kind:
+            case "integer":
+                return sa.cast(value, sa.Double)
+            case "money":
+                return self.finite(sa.cast(value, sa.Numeric))
+            case "real":
+                return self.finite(self._shortest(value))
+        return self.finite(value)
 
     def _shortest(self, column: Expression) -> Expression:
         """Return the number of a float4's shortest decimal form: 0.1, not 0.100000001490116."""
@@ -331,23 +315,11 @@ class OnPostgresql(Dialect):
     def at_15_digits(self, number: Expression) -> Expression:
         return sa.cast(sa.func.to_char(number, "9.99999999999999EEEE"), sa.Double)
 
-    def total(self, number: Expression) -> Expression:
-        return self.finite(sa.func.sum(sa.cast(number, sa.Numeric)))
-
-    def mean(self, number: Expression) -> Expression:
-        return self.finite(sa.func.avg(sa.cast(number, sa.Numeric)))
-
-    def boolean_of_column(self, column: Expression) -> Expression:
-        return column
+    def summed(self, number: Expression) -> Expression:
+        return sa.cast(number, sa.Numeric)
 
     def by_code_points(self, text: Expression) -> Expression:
         return sa.collate(text, "C")
-
-    def contains(self, text: Expression, part: Expression) -> Expression:
-        return sa.func.strpos(text, part) > 0
-
-    def ends_with(self, text: Expression, part: Expression) -> Expression:
-        return sa.func.right(text, sa.func.length(part)) == part
 
     def number_text(self, number: Expression) -> Expression:
         size = sa.func.abs(self.at_15_digits(number))
@@ -364,7 +336,7 @@ class OnPostgresql(Dialect):
         return sa.case((is_number, self.finite(sa.cast(text, sa.Numeric))))
 
     def date_literal(self, date: dt.date) -> str:
-        return f"DATE '{date.isoformat()}'"
+        return f"DATE {super().date_literal(date)}"
 
     def joined(self, text: Expression, *order: Expression) -> Expression:
         return sa.func.string_agg(text, postgresql.aggregate_order_by(sa.literal_column("', '"), *order))

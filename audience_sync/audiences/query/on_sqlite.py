@@ -16,12 +16,15 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
 from audience_sync.audiences import statement
+from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.dialect import (
     LARGEST_DOUBLE,
     Dialect,
     Expression,
     JsonValue,
+    TypedColumn,
     described_columns,
+    is_between,
 )
 from audience_sync.audiences.query.moments import moment_text, moved
 from audience_sync.audiences.values import MAX_NUMBER_LENGTH
@@ -140,13 +143,19 @@ def _types_of_query(connection: sa.Connection, sql: str) -> dict[str, str]:
     return types
 
 
+def _if_text(value: Expression) -> Expression:
+    return sa.case((sa.func.typeof(value) == "text", value))
+
+
 class OnSqlite(Dialect):
     sqlalchemy = sqlite.dialect(paramstyle="named")
-    moment_kinds = frozenset({"date", "timestamp"})
+    moment_kinds = frozenset({"date", "timestamp", "moment"})
     value_types: ClassVar = {"boolean": "boolean", "json": "json"}
+    position: ClassVar = sa.func.instr
 
-    def json_of_column(self, column: Expression, kind: str) -> SqliteJson:
-        document = column if kind == "document" else sa.case((sa.func.json_valid(column), column))
+    def json_of_column(self, column: TypedColumn) -> SqliteJson:
+        text = column.expression
+        document = text if column.kind == "document" else sa.case((sa.func.json_valid(text), text))
         return SqliteJson.in_document(document, ("$",))
 
     def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
@@ -160,30 +169,34 @@ class OnSqlite(Dialect):
                 raise sa.exc.NoSuchTableError(table)
         return {column: _kind(type_name.upper()) for column, type_name in types.items()}
 
-    def parts_of_any(self, column: Expression) -> tuple[Expression, Expression]:
-        text = sa.case((sa.func.typeof(column) == "text", sa.collate(column, "BINARY")))
-        return self.number_of_column(column, "any"), text
+    def parts_of_any(self, column: TypedColumn) -> tuple[Expression, Expression]:
+        return self.number_of_column(column), sa.collate(_if_text(column.expression), "BINARY")
 
-    def text_of(self, column: Expression, kind: str) -> Expression:
+    def text_of(self, column: TypedColumn) -> Expression:
         """Return a blob as it is, which is neither a user id nor a value, and null for an infinite number."""
-        if kind == "text":
-            return sa.collate(column, "BINARY")
-        of_type = sa.func.typeof(column)
-        cases: list[Any] = [(of_type == "blob", column)]
-        if kind in {"number", "any"}:
-            cases.append((of_type == "real", self.number_text(self.number_of_column(column, kind))))
-        return sa.collate(sa.case(*cases, else_=sa.cast(column, sa.Text)), "BINARY")
+        value = column.expression
+        if column.kind == "text":
+            return sa.collate(value, "BINARY")
+        of_type = sa.func.typeof(value)
+        cases: list[Any] = [(of_type == "blob", value)]
+        if column.kind in {"number", "any"}:
+            cases.append((of_type == "real", self.number_text(self.number_of_column(column))))
+        return sa.collate(sa.case(*cases, else_=sa.cast(value, sa.Text)), "BINARY")
 
-    def key_of(self, column: Expression, kind: str) -> Expression:
-        return column if kind in {"integer", "number"} else sa.collate(column, "BINARY")
+    def key_of(self, column: TypedColumn) -> Expression:
+        is_number = column.kind in {"integer", "number"}
+        return column.expression if is_number else sa.collate(column.expression, "BINARY")
 
     # Moments.
 
     def moment_literal(self, moment: dt.datetime) -> Expression:
         return sa.literal(moment_text(moment), sa.Text)
 
-    def _moment_of_column(self, column: Expression) -> Expression:
-        return self.moment_of_text(sa.case((sa.func.typeof(column) == "text", column)))
+    def moment_of_column(self, column: TypedColumn) -> Expression:
+        """Return a column's moment; our own tables' columns are moments."""
+        if column.kind == "moment":
+            return column.expression
+        return self.moment_of_text(_if_text(column.expression))
 
     def moment_of_text(self, text: Expression) -> Expression:
         """Return the moment that an ISO 8601 text names, or NULL. Nested SELECTs keep a step from repeating the last one."""
@@ -234,14 +247,6 @@ class OnSqlite(Dialect):
         ]
         return functools.reduce(operator.add, texts)
 
-    def moment_of(self, column: Expression, kind: str) -> Expression:
-        """Return a timestamp column's moment; our own tables' columns are moments."""
-        if kind == "moment":
-            return column
-        if kind in self.moment_kinds:
-            return self._moment_of_column(column)
-        return self.moment_of_text(self.text_of(column, kind))
-
     def json_of(self, parts: Mapping[str, Expression]) -> Expression:
         """Return a number as it is, and JSON text of a string or a boolean."""
         texts: dict[str, Callable[[Expression], Expression]] = {
@@ -251,9 +256,9 @@ class OnSqlite(Dialect):
         }
         return sa.func.coalesce(*(texts[kind](part) for kind, part in parts.items()))
 
-    def moment_text(self, column: Expression, kind: str) -> Expression:
-        moment = self._moment_of_column(column)
-        if kind == "date":
+    def moment_text(self, column: TypedColumn) -> Expression:
+        moment = self.moment_of_column(column)
+        if column.kind == "date":
             return sa.func.substr(moment, 1, 10)
         trimmed = sa.func.rtrim(sa.func.rtrim(sa.func.replace(moment, " ", "T"), "0"), ".")
         whole = sa.func.substr(sa.func.replace(moment, " ", "T"), 1, 19)
@@ -262,15 +267,13 @@ class OnSqlite(Dialect):
         )
 
     def is_within_parent(
-        self,
-        own: tuple[Expression, str],
-        parent: tuple[Expression, str],
-        spans: tuple[dt.timedelta, dt.timedelta],
-        until: dt.datetime,  # noqa: ARG002  (datetime() of a moment too late is NULL)
+        self, own: TypedColumn, parent: TypedColumn, window: tree.Window, until: dt.datetime
     ) -> Expression:
-        moment, of_parent = self.moment_of(*own), self.moment_of(*parent)
-        after, last = (self._shifted(of_parent, span) for span in spans)
-        return sa.and_(moment > after, moment <= last)
+        del until  # datetime() of a moment too late is NULL
+        start = self.moment_of(parent)
+        return is_between(
+            self.moment_of(own), self._shifted(start, window.start), self._shifted(start, window.end)
+        )
 
     def _shifted(self, moment: Expression, span: dt.timedelta) -> Expression:
         if not span:
@@ -278,53 +281,34 @@ class OnSqlite(Dialect):
         hours = span // dt.timedelta(hours=1)
         return self._concatenated(sa.func.datetime(moment, f"{hours:+} hours"), sa.func.substr(moment, 20))
 
-    def is_within(
-        self, column: Expression, kind: str, after: dt.datetime | None, until: dt.datetime
-    ) -> Expression:
-        if kind == "moment":  # of our own tables
-            return self._between(column, after, until)
+    def is_within(self, column: TypedColumn, after: dt.datetime | None, until: dt.datetime) -> Expression:
+        moment = (
+            column.expression if column.kind == "moment" else self.moment_of_text(_if_text(column.expression))
+        )
+        lowest = None if after is None else self.moment_literal(after)
+        is_within = is_between(moment, lowest, self.moment_literal(until))
+        if column.kind == "moment":  # of our own tables
+            return is_within
         day = dt.timedelta(days=1)
-        nearly = [column < moment_text(until + 2 * day)[:10]] if until.year < 9999 else []
+        nearly = [column.expression < moment_text(until + 2 * day)[:10]] if until.year < 9999 else []
         if after is not None:  # the text of a moment begins with its day, by any zone
-            nearly.append(column >= moment_text(moved(after, -day))[:10])
-        return sa.and_(*nearly, self._between(self._moment_of_column(column), after, until))
-
-    def _between(self, moment: Expression, after: dt.datetime | None, until: dt.datetime) -> Expression:
-        is_early = moment <= moment_text(until)
-        return is_early if after is None else sa.and_(moment > moment_text(after), is_early)
+            nearly.append(column.expression >= moment_text(moved(after, -day))[:10])
+        return sa.and_(*nearly, is_within)
 
     # Numbers and text.
 
     def finite(self, number: Expression) -> Expression:
         return sa.case((number.between(-LARGEST_DOUBLE, LARGEST_DOUBLE), sa.cast(number, sa.REAL)))
 
-    def number_of_column(self, column: Expression, kind: str) -> Expression:  # noqa: ARG002
-        is_number = sa.func.typeof(column).in_(["integer", "real"])
-        return sa.case(
-            (sa.and_(is_number, column.between(-LARGEST_DOUBLE, LARGEST_DOUBLE)), sa.cast(column, sa.REAL))
-        )
+    def number_of_column(self, column: TypedColumn) -> Expression:
+        is_number = sa.func.typeof(column.expression).in_(["integer", "real"])
+        return sa.case((is_number, self.finite(column.expression)))
 
     def at_15_digits(self, number: Expression) -> Expression:
         return sa.case((number.is_not(None), sa.cast(sa.func.printf("%.15g", number), sa.REAL)))
 
-    def total(self, number: Expression) -> Expression:
-        return self.finite(sa.func.sum(number))
-
-    def mean(self, number: Expression) -> Expression:
-        return self.finite(sa.func.avg(number))
-
-    def boolean_of_column(self, column: Expression) -> Expression:
-        return sa.case((sa.func.typeof(column) == "integer", column != 0))
-
-    def by_code_points(self, text: Expression) -> Expression:
-        return text
-
-    def contains(self, text: Expression, part: Expression) -> Expression:
-        return sa.func.instr(text, part) > 0
-
-    def ends_with(self, text: Expression, part: Expression) -> Expression:
-        tail = sa.func.substr(text, sa.func.length(text) - sa.func.length(part) + 1)
-        return sa.and_(sa.func.length(text) >= sa.func.length(part), tail == part)
+    def boolean_of_column(self, column: TypedColumn) -> Expression:
+        return sa.case((sa.func.typeof(column.expression) == "integer", column.expression != 0))
 
     def number_text(self, number: Expression) -> Expression:
         whole = sa.cast(sa.cast(number, sa.Integer), sa.Text)
@@ -350,9 +334,6 @@ class OnSqlite(Dialect):
             ),
         )
         return sa.case((is_number, self.finite(sa.cast(text, sa.REAL))))
-
-    def date_literal(self, date: dt.date) -> str:
-        return f"'{date.isoformat()}'"
 
     def joined(self, text: Expression, *order: Expression) -> Expression:  # noqa: ARG002
         return sa.func.group_concat(text, ", ")

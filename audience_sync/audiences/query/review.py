@@ -10,8 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences.query import tree
-from audience_sync.audiences.query.catalog import Catalog
-from audience_sync.audiences.query.comparisons import SqlValue, chain
+from audience_sync.audiences.query.catalog import Catalog, ReadTable
+from audience_sync.audiences.query.comparisons import chain
 from audience_sync.audiences.query.compiler import Users, statement_text
 from audience_sync.audiences.query.configured import ConfiguredQuery, TableMapping
 from audience_sync.audiences.query.dialect import execute
@@ -49,21 +49,7 @@ def review_query(
     connection: sa.Connection, configured: ConfiguredQuery, catalog: Catalog, as_of: dt.datetime
 ) -> list[str]:
     """Return a sentence about each probable mistake, from a sample of the rows."""
-    query = configured.query
-    uses = list(dict.fromkeys(_uses(query, ())))
-    streams = [use.stream for use in uses if use.stream is not None]
-    streams += [scalar.stream for scalar in tree.scalars(query) if isinstance(scalar, tree.Reduction)]
-    unfiltered = dict.fromkeys(replace(stream, filters=()) for stream in streams)
-    empty = {stream for stream in unfiltered if not _is_seen(connection, stream, catalog, as_of)}
-    warnings = [
-        _never_seen(connection, stream, catalog, configured, as_of)
-        for stream in unfiltered
-        if stream in empty
-    ]
-    for use in uses:
-        if use.stream is None or replace(use.stream, filters=()) not in empty:
-            warnings += _review_use(connection, use, catalog, as_of, configured)
-    return list(dict.fromkeys(warnings))
+    return list(dict.fromkeys(_Review(connection, configured, catalog, as_of).warnings()))
 
 
 def hidden_profiles(connection: sa.Connection, mappings: Sequence[TableMapping]) -> str | None:
@@ -166,101 +152,6 @@ def _comparable(scalar: tree.Scalar) -> tuple[str, ...]:
     return ()
 
 
-def _is_seen(connection: sa.Connection, stream: tree.Stream, catalog: Catalog, as_of: dt.datetime) -> bool:
-    row = Row(Users(catalog, as_of), stream, None)
-    select: sa.Select[Any] = (
-        sa.select(sa.literal_column("1")).select_from(row.from_).where(*row.conditions).limit(1)
-    )
-    return _run(connection, select, catalog, as_of).first() is not None
-
-
-def _never_seen(
-    connection: sa.Connection,
-    stream: tree.Stream,
-    catalog: Catalog,
-    configured: ConfiguredQuery,
-    as_of: dt.datetime,
-) -> str:
-    text = f"{stream.kind}({quoted(stream.name)})"
-    table = catalog.event(stream.name) if stream.kind is tree.StreamKind.EVENT else None
-    if table is None or table.event_name is None:
-        rows = catalog.tables.get(stream.name) if table is None else table
-        has_time = rows is not None and rows.mapping.timestamp is not None
-        return f"{text} has no row with a user{' and a time up to now' * has_time}"
-    if stream.name in configured.events_elsewhere:
-        return f"{text} was never seen here: it is mapped on the source {configured.events_elsewhere[stream.name]}"
-    events = table.from_clause("e")
-    names = sa.select(events.c[table.event_name]).distinct().limit(SAMPLED_NAMES)
-    known = [*configured.known_events, *(name for (name,) in _run(connection, names, catalog, as_of))]
-    return f"{text} was never seen: {did_you_mean(stream.name, known, 'no event has a similar name')}"
-
-
-def _review_use(
-    connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime, configured: ConfiguredQuery
-) -> Iterator[str]:
-    """Yield warnings about a value."""
-    if isinstance(use.value, tree.Reduction):
-        yield from _review_reduction(use.value, use.wanted)
-        return
-    first, *rest = use.value.path.steps
-    name = f"{type(use.value).__name__.lower()}({quoted(path_text(use.value.path))})"
-    if use.stream is not None:
-        name += f" of {use.stream.kind}({quoted(use.stream.name)})"
-    elif not rest and first in catalog.definitions:
-        yield from _review_definition(connection, use, name, catalog, as_of)
-        return
-    sample = _sample(connection, use, catalog, as_of)
-    if sample is None and _is_hidden(connection, use, catalog, as_of):
-        hiding = " and ".join(f"[tables.{table.name}]" for table in catalog.profile_tables())
-        yield f"{name} was seen in calls, but their profiles are hidden by profile = true of {hiding}"
-    elif sample is not None and sample.value_count:
-        yield from _review_kinds(name, sample, use.wanted, _rows_name(use.stream))
-    elif use.stream is None and first in configured.keys_elsewhere:
-        yield f"{name} was never seen here: the definition {first} is computed on {configured.keys_elsewhere[first]}"
-    elif sample is None:
-        yield f"{name} was never seen: {_no_trait(first, catalog, configured.known_keys)}"
-    else:
-        known = _columns(use, catalog, configured.known_keys)
-        hint = "" if first in known else did_you_mean(first, known, "")
-        yield f"{name} was never seen: {hint}" if hint else f"{name} was never seen"
-
-
-def _is_hidden(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime) -> bool:
-    """Return whether calls set a trait that no mapped table of profiles has."""
-    if catalog.profiles is None:
-        return False
-    own = _sample(connection, use, replace(catalog, tables={}), as_of)
-    return own is not None and own.value_count > 0
-
-
-def _review_reduction(reduction: tree.Reduction, wanted: tuple[str, ...]) -> Iterator[str]:
-    kind = _kind(reduction)
-    if wanted and kind not in wanted:
-        name = query_text(replace(reduction, stream=replace(reduction.stream, filters=())))
-        yield f"{name} is {_NAMES[kind]}: the comparison needs {_NAMES[wanted[0]]}"
-
-
-def _review_definition(
-    connection: sa.Connection, use: _Use, name: str, catalog: Catalog, as_of: dt.datetime
-) -> Iterator[str]:
-    """Yield warnings about a trait that is another definition. Its own values are reviewed with that definition."""
-    assert isinstance(use.value, tree.Trait)  # noqa: S101  (the caller checked)
-    key, wanted = use.value.path.steps[0], use.wanted
-    tables = [
-        table.name for table in catalog.profile_tables() if key in table.columns and not table.properties
-    ]
-    if tables:
-        yield f"{name} is the definition {key} here, not the column of [tables.{tables[0]}]"
-    if not wanted:
-        return
-    if catalog.definitions[key].is_trait:
-        sample = _sample(connection, use, catalog, as_of)
-        if sample is not None:
-            yield from _review_kinds(name, sample, wanted, "users")
-    elif "boolean" not in wanted:
-        yield f"{name} is an audience, so true or false: the comparison needs {_NAMES[wanted[0]]}"
-
-
 @dataclass(frozen=True, slots=True)
 class _Sample:
     """Counts of the sampled rows: those that have a value, and those that have one of each kind."""
@@ -269,32 +160,145 @@ class _Sample:
     kind_counts: dict[str, int]
 
 
-def _sample(connection: sa.Connection, use: _Use, catalog: Catalog, as_of: dt.datetime) -> _Sample | None:
-    """Count the kinds of a value; return None if no table has it."""
-    assert not isinstance(use.value, tree.Reduction)  # noqa: S101
-    users = Users(catalog, as_of)
-    from_: sa.FromClause | None
-    conditions: list[Any] = []
-    if use.stream is not None:
-        row = Row(users, replace(use.stream, filters=()), None)
-        items, value = row.value(use.value)
-        from_, conditions = row.from_, row.conditions
-    else:
-        items, value = users.trait_value(use.value.path)
-        from_ = users.only_table()
-        if from_ is None:
-            return None
-    parts = _parts(users, value)
-    values: sa.Select[Any] = sa.select(
-        value.exists.label("has_value"), *(part.label(kind) for kind, part in parts.items())
-    )
-    sample = (
-        values.select_from(chain([from_, *items])).where(*conditions).limit(SAMPLED_ROWS).subquery("sample")
-    )
-    counts: list[Any] = [sa.func.sum(sa.case((sample.c.has_value, 1), else_=0))]
-    counts += [sa.func.count(sample.c[kind]) for kind in parts]
-    value_count, *kind_counts = list[Any](_run(connection, sa.select(*counts), catalog, as_of).one())
-    return _Sample(value_count or 0, dict(zip(parts, kind_counts, strict=True)))
+@dataclass(frozen=True, slots=True)
+class _Review:
+    """The warnings about a query on one database."""
+
+    connection: sa.Connection
+    configured: ConfiguredQuery
+    catalog: Catalog
+    as_of: dt.datetime
+
+    def warnings(self) -> Iterator[str]:
+        query = self.configured.query
+        uses = list(dict.fromkeys(_uses(query, ())))
+        streams = [use.stream for use in uses if use.stream is not None]
+        streams += [scalar.stream for scalar in tree.scalars(query) if isinstance(scalar, tree.Reduction)]
+        unfiltered = dict.fromkeys(replace(stream, filters=()) for stream in streams)
+        empty = [stream for stream in unfiltered if not self._is_seen(stream)]
+        yield from map(self._never_seen, empty)
+        for use in uses:
+            if use.stream is None or replace(use.stream, filters=()) not in empty:
+                yield from self._of_use(use)
+
+    def _run(self, select: sa.Select[Any]) -> sa.CursorResult[Any]:
+        return execute(self.connection, statement_text(select, self.catalog), self.as_of)
+
+    def _table(self, stream: tree.Stream) -> ReadTable | None:
+        is_event = stream.kind is tree.StreamKind.EVENT
+        return self.catalog.event(stream.name) if is_event else self.catalog.tables.get(stream.name)
+
+    def _is_seen(self, stream: tree.Stream) -> bool:
+        row = Row(Users(self.catalog, self.as_of), stream, None)
+        select: sa.Select[Any] = (
+            sa.select(sa.literal_column("1")).select_from(row.from_).where(*row.conditions)
+        )
+        return self._run(select.limit(1)).first() is not None
+
+    def _never_seen(self, stream: tree.Stream) -> str:
+        text = f"{stream.kind}({quoted(stream.name)})"
+        table, elsewhere = self._table(stream), self.configured.events_elsewhere
+        if table is None or table.event_name is None:
+            has_time = table is not None and table.mapping.timestamp is not None
+            return f"{text} has no row with a user{' and a time up to now' * has_time}"
+        if stream.name in elsewhere:
+            return f"{text} was never seen here: it is mapped on the source {elsewhere[stream.name]}"
+        names = sa.select(table.from_clause("e").c[table.event_name]).distinct().limit(SAMPLED_NAMES)
+        known = [*self.configured.known_events, *(name for (name,) in self._run(names))]
+        return f"{text} was never seen: {did_you_mean(stream.name, known, 'no event has a similar name')}"
+
+    def _of_use(self, use: _Use) -> Iterator[str]:
+        if isinstance(use.value, tree.Reduction):
+            yield from _review_reduction(use.value, use.wanted)
+            return
+        first, *rest = use.value.path.steps
+        name = f"{type(use.value).__name__.lower()}({quoted(path_text(use.value.path))})"
+        if use.stream is not None:
+            name += f" of {use.stream.kind}({quoted(use.stream.name)})"
+        elif not rest and first in self.catalog.definitions:
+            yield from self._of_definition(use, name, first)
+            return
+        sample = self._sample(use, self.catalog)
+        if sample is None and self._is_hidden(use):
+            hiding = " and ".join(f"[tables.{table.name}]" for table in self.catalog.profile_tables())
+            yield f"{name} was seen in calls, but their profiles are hidden by profile = true of {hiding}"
+        elif sample is not None and sample.value_count:
+            yield from _review_kinds(name, sample, use.wanted, _rows_name(use.stream))
+        elif use.stream is None and first in self.configured.keys_elsewhere:
+            place = self.configured.keys_elsewhere[first]
+            yield f"{name} was never seen here: the definition {first} is computed on {place}"
+        else:
+            hint = self._hint(use, first, is_column=sample is not None)
+            yield f"{name} was never seen: {hint}" if hint else f"{name} was never seen"
+
+    def _of_definition(self, use: _Use, name: str, key: str) -> Iterator[str]:
+        """Yield warnings about a trait that is another definition. Its own values are reviewed with that definition."""
+        tables = [table for table in self.catalog.profile_tables() if not table.properties]
+        hidden = next((table.name for table in tables if key in table.columns), None)
+        if hidden is not None:
+            yield f"{name} is the definition {key} here, not the column of [tables.{hidden}]"
+        if not use.wanted:
+            return
+        if self.catalog.definitions[key].is_trait:
+            sample = self._sample(use, self.catalog)
+            if sample is not None:
+                yield from _review_kinds(name, sample, use.wanted, "users")
+        elif "boolean" not in use.wanted:
+            yield f"{name} is an audience, so true or false: the comparison needs {_NAMES[use.wanted[0]]}"
+
+    def _is_hidden(self, use: _Use) -> bool:
+        """Return whether calls set a trait that no mapped table of profiles has."""
+        if self.catalog.profiles is None:
+            return False
+        own = self._sample(use, replace(self.catalog, tables={}))
+        return own is not None and own.value_count > 0
+
+    def _sample(self, use: _Use, catalog: Catalog) -> _Sample | None:
+        """Count the kinds of a value; return None if no table has it."""
+        assert not isinstance(use.value, tree.Reduction)  # noqa: S101
+        users = Users(catalog, self.as_of)
+        conditions: list[Any] = []
+        from_: sa.FromClause | None
+        if use.stream is not None:
+            row = Row(users, replace(use.stream, filters=()), None)
+            items, value = row.value(use.value)
+            from_, conditions = row.from_, row.conditions
+        else:
+            items, value = users.trait_value(use.value.path)
+            from_ = users.only_table()
+            if from_ is None:
+                return None
+        moment = users.moment_of(value)
+        parts = value.kinds() | ({} if moment is None else {"date": moment})
+        columns = [value.exists.label("has_value"), *(part.label(kind) for kind, part in parts.items())]
+        rows: sa.Select[Any] = sa.select(*columns).select_from(chain([from_, *items])).where(*conditions)
+        sample = rows.limit(SAMPLED_ROWS).subquery("sample")
+        counts: list[Any] = [sa.func.sum(sa.case((sample.c.has_value, 1), else_=0))]
+        counts += [sa.func.count(sample.c[kind]) for kind in parts]
+        value_count, *kind_counts = list[Any](self._run(sa.select(*counts)).one())
+        return _Sample(value_count or 0, dict(zip(parts, kind_counts, strict=True)))
+
+    def _hint(self, use: _Use, name: str, *, is_column: bool) -> str:
+        """Suggest the nearest name that is known without a look at the rows; empty if there is none."""
+        if use.stream is not None:
+            table = None if isinstance(use.value, tree.Context) else self._table(use.stream)
+            known = list(table.columns) if table is not None and not table.properties else []
+        else:
+            tables = [
+                table for table in self.catalog.profile_tables() if not (is_column and table.properties)
+            ]
+            known = [*self.configured.known_keys, *(column for table in tables for column in table.columns)]
+        if is_column:
+            return "" if name in known else did_you_mean(name, known, "")
+        nowhere = "no table of profiles has this column, and no definition on this database this key"
+        return did_you_mean(name, known, nowhere)
+
+
+def _review_reduction(reduction: tree.Reduction, wanted: tuple[str, ...]) -> Iterator[str]:
+    kind = _kind(reduction)
+    if wanted and kind not in wanted:
+        name = query_text(replace(reduction, stream=replace(reduction.stream, filters=())))
+        yield f"{name} is {_NAMES[kind]}: the comparison needs {_NAMES[wanted[0]]}"
 
 
 def _review_kinds(name: str, sample: _Sample, wanted: tuple[str, ...], rows_name: str) -> Iterator[str]:
@@ -312,37 +316,3 @@ def _rows_name(stream: tree.Stream | None) -> str:
     if stream is None:
         return "profiles"
     return "events" if stream.kind is tree.StreamKind.EVENT else "rows"
-
-
-def _no_trait(name: str, catalog: Catalog, keys: Sequence[str]) -> str:
-    columns = [column for table in catalog.profile_tables() for column in table.columns]
-    return did_you_mean(
-        name,
-        [*keys, *columns],
-        "no table of profiles has this column, and no definition on this database this key",
-    )
-
-
-def _columns(use: _Use, catalog: Catalog, keys: Sequence[str]) -> list[str]:
-    """Return the names that may have been meant, where they are known without reading rows."""
-    if use.stream is None:
-        return [
-            *keys,
-            *(name for table in catalog.profile_tables() if not table.properties for name in table.columns),
-        ]
-    if isinstance(use.value, tree.Context):
-        return []
-    is_event = use.stream.kind is tree.StreamKind.EVENT
-    table = catalog.event(use.stream.name) if is_event else catalog.tables.get(use.stream.name)
-    return list(table.columns) if table is not None and not table.properties else []
-
-
-def _parts(users: Users, value: SqlValue) -> dict[str, Any]:
-    moment = users.moment_of(value)
-    return value.kinds() | ({"date": moment} if moment is not None else {})
-
-
-def _run(
-    connection: sa.Connection, select: sa.Select[Any], catalog: Catalog, as_of: dt.datetime
-) -> sa.CursorResult[Any]:
-    return execute(connection, statement_text(select, catalog), as_of)

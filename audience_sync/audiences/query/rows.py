@@ -17,7 +17,7 @@ from audience_sync.audiences.query.comparisons import (
     by_kind,
     chain,
 )
-from audience_sync.audiences.query.dialect import Dialect, Expression
+from audience_sync.audiences.query.dialect import Dialect, Expression, TypedColumn
 from audience_sync.audiences.query.moments import moved
 from audience_sync.audiences.query.tree import Reducer
 from audience_sync.errors import ConfigError
@@ -38,8 +38,8 @@ class Row(Scope):
         self.table = self._find(stream)
         self.alias = users.alias(self.table)
         self.outer: list[sa.FromClause] = [*parent.outer, parent.alias] if parent is not None else []
-        self.from_, self.user, self.user_kind = user_of(users, self.table, self.alias)
-        self.conditions: list[Expression] = [self.user.is_not(None)]
+        self.from_, self.user = user_of(users, self.table, self.alias)
+        self.conditions: list[Expression] = [self.user.expression.is_not(None)]
         if parent is not None:
             self.conditions = [self._belongs_to(parent)]
         if stream.kind is tree.StreamKind.EVENT and self.table.event_name:
@@ -62,34 +62,32 @@ class Row(Scope):
         mapping = self.table.mapping
         if mapping.parent == parent.table.name:
             self.from_ = self.alias
-            return _is_nested(self.db, (self.alias, self.table), (parent.alias, parent.table))
-        return self.db.are_same((self.user, self.user_kind), (parent.user, parent.user_kind))
+            parent_id = parent.table.column(parent.alias, parent.table.mapping.id)
+            return self.db.are_same(self.table.column(self.alias, mapping.parent_id), parent_id)
+        return self.db.are_same(self.user, parent.user)
 
     @property
     def user_key(self) -> Expression:
         """Return what identifies the user among users of columns of the same kind."""
-        return self.db.key_of(self.user, self.user_kind)
+        return self.db.key_of(self.user)
 
     @property
     def user_text(self) -> Expression:
-        text: Expression = self.db.text_of(self.user, self.user_kind)
-        return text
+        return self.db.text_of(self.user)
 
     def _add_windows(self, stream: tree.Stream) -> None:
-        column = self.table.mapping.timestamp
-        if column is None:
+        if self.table.mapping.timestamp is None:
             if stream.windows:
                 raise ConfigError(
                     f"{stream.kind}('{stream.name}') has no timestamp in [tables.*]: a window needs one"
                 )
             return
-        timestamp, kind = self.timestamp
         before_run = [window for window in stream.windows if not window.of_parent]
         for window in before_run:
             after, until = moved(self.as_of, -window.start), moved(self.as_of, -window.end)
-            self.conditions.append(self.db.is_within(timestamp, kind, after, until))
+            self.conditions.append(self.db.is_within(self.timestamp, after, until))
         if not before_run:
-            self.conditions.append(self.db.is_within(timestamp, kind, None, self.as_of))
+            self.conditions.append(self.db.is_within(self.timestamp, None, self.as_of))
         for window in stream.windows:
             if window.of_parent:
                 self._add_parent_window(stream, window)
@@ -102,18 +100,15 @@ class Row(Scope):
             raise ConfigError(
                 f"[tables.{name}] has no timestamp: `parent:` in {stream.kind}('{stream.name}') needs one"
             )
-        spans = (window.start, window.end)
-        self.conditions.append(self.db.is_within_parent(self.timestamp, parent.timestamp, spans, self.as_of))
+        self.conditions.append(self.db.is_within_parent(self.timestamp, parent.timestamp, window, self.as_of))
 
     @property
-    def timestamp(self) -> tuple[Expression, str]:
-        """Return the column of the timestamp, and its kind."""
-        column = self.table.mapping.timestamp or ""
-        return self.alias.c[column], self.table.columns[column]
+    def timestamp(self) -> TypedColumn:
+        return self.table.column(self.alias, self.table.mapping.timestamp)
 
     def order(self) -> list[Expression]:
         """Return the order of rows: by timestamp, then by arrival."""
-        moments = [self.db.moment_of(*self.timestamp)] if self.table.mapping.timestamp else []
+        moments = [self.db.moment_of(self.timestamp)] if self.table.mapping.timestamp else []
         arrivals = [self.alias.c[self.table.arrival]] if self.table.arrival else []
         return [*moments, *arrivals]
 
@@ -150,17 +145,6 @@ class Row(Scope):
         rows: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(self.from_)
         exists = sa.exists(rows.where(*self.conditions, *conditions))
         return exists if is_there else ~exists
-
-
-def _is_nested(
-    db: Dialect, own: tuple[sa.FromClause, ReadTable], parent: tuple[sa.FromClause, ReadTable]
-) -> Expression:
-    """Return whether a row of a nested table belongs to the row of its parent, both by their aliases."""
-    (alias, table), (outer, parent_table) = own, parent
-    parent_id, outer_id = table.mapping.parent_id or "", parent_table.mapping.id or ""
-    return db.are_same(
-        (alias.c[parent_id], table.columns[parent_id]), (outer.c[outer_id], parent_table.columns[outer_id])
-    )
 
 
 def asks_whether_any(compared: tree.Compared) -> bool | None:
@@ -205,8 +189,8 @@ def reduced(row: Row, reduction: tree.Reduction, *, is_grouped: bool) -> sa.Sele
     if reducer is Reducer.COUNT:
         return rows(*keys, sa.func.count().label("number")).group_by(*groups)
     simple: dict[Reducer, Callable[[Expression], Expression]] = {
-        Reducer.SUM: db.total,
-        Reducer.AVG: db.mean,
+        Reducer.SUM: lambda number: db.finite(sa.func.sum(db.summed(number))),
+        Reducer.AVG: lambda number: db.finite(sa.func.avg(db.summed(number))),
         Reducer.MIN: sa.func.min,
         Reducer.MAX: sa.func.max,
     }
@@ -264,15 +248,13 @@ def _shown(db: Dialect, values: sa.FromClause, kinds: Iterable[str]) -> Expressi
     return sa.func.coalesce(*(texts[kind](values.c[kind]) for kind in kinds), sa.null())
 
 
-def user_of(users: "Users", table: ReadTable, alias: sa.FromClause) -> tuple[sa.FromClause, Expression, str]:
-    """Return the FROM of a row with its user, and the column of the user's id with its kind.
-
-    A nested row has its parent's user.
-    """
-    column = table.mapping.user_id
-    if column is not None:
-        return alias, alias.c[column], table.columns[column]
-    parent = users.catalog.tables[table.mapping.parent or ""]
+def user_of(users: "Users", table: ReadTable, alias: sa.FromClause) -> tuple[sa.FromClause, TypedColumn]:
+    """Return the FROM of a row with its user, and the column of the user's id. A nested row has its parent's user."""
+    mapping = table.mapping
+    if mapping.user_id is not None:
+        return alias, table.column(alias, mapping.user_id)
+    parent = users.catalog.tables[mapping.parent or ""]
     outer = users.alias(parent)
-    from_, user, kind = user_of(users, parent, outer)
-    return alias.join(from_, _is_nested(users.db, (alias, table), (outer, parent))), user, kind
+    from_, user = user_of(users, parent, outer)
+    link = table.column(alias, mapping.parent_id), parent.column(outer, parent.mapping.id)
+    return alias.join(from_, users.db.are_same(*link)), user
