@@ -71,7 +71,10 @@ class JsonValue(ABC):
 
     @abstractmethod
     def items(self, name: str) -> "tuple[sa.FromClause, JsonValue]":
-        """Return the items of a list as a table, and the value of one; the table is empty if this is not a list."""
+        """Return the items of a list as a table, with their places (`key`), and the value of one.
+
+        The table is empty if this is not a list.
+        """
 
     @property
     @abstractmethod

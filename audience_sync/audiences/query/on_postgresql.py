@@ -77,7 +77,7 @@ class PostgresqlJson(JsonValue):
         empty: Expression = sa.literal_column("'[]'::jsonb" if self.is_binary else "'[]'::json")
         listed = sa.case((self._kind == "array", self.document), else_=empty)
         function = sa.func.jsonb_array_elements if self.is_binary else sa.func.json_array_elements
-        table = function(listed).table_valued(sa.column("value"), name=name).render_derived()
+        table = function(listed).table_valued("value", with_ordinality="key").render_derived(name=name)
         return table, PostgresqlJson(table.c.value, self.is_binary)
 
     @property

@@ -205,7 +205,8 @@ def reduced(row: Row, reduction: tree.Reduction, *, is_grouped: bool) -> sa.Sele
     is_scalar = any_of(part.is_not(None) for part in kinds.values())
     place: Any
     if reducer in {Reducer.FIRST, Reducer.LAST}:
-        order = [column.desc() if reducer is Reducer.LAST else column.asc() for column in row.order()]
+        places = [*row.order(), *(item.c.key for item in items)]
+        order = [column.desc() if reducer is Reducer.LAST else column.asc() for column in places]
         place = sa.func.row_number().over(partition_by=groups, order_by=order).label("place")
         return _first_of(relation(rows(*keys, *columns, place, where=is_scalar)))
     scalars = relation(rows(*keys, *columns, where=is_scalar))

@@ -81,6 +81,8 @@ AUDIENCES = {
     "event('Order Completed').max(property('total') as string) = '99'": "cy",
     "event('Order Completed').first(property('coupon')) = 'X'": "ann",
     "event('Order Completed').last(property('coupon')) = 'x'": "cy",
+    "event('Order Completed').within(7 days).first(property('products.$.sku')) = 'a'": "ann",
+    "event('Order Completed').last(property('products.$.sku')) = 'b'": "ann",
     "event('Order Completed').unique(property('products.$.sku')).count() = 2": "ann",
     "event('Order Completed').mode(property('products.$.sku')) = 'a'": "ann",
     "event('Order Completed').mode(property('products.$.sku'), 3).exists()": "",
