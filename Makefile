@@ -46,6 +46,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/sync.py
+	$(BIN)/python benchmarks/definitions.py
 	$(BIN)/python benchmarks/delivery.py
 	$(BIN)/python benchmarks/script.py
 	$(BIN)/python benchmarks/intake.py

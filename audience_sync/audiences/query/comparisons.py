@@ -1,6 +1,7 @@
 """Conditions and comparisons in SQL. A scalar is compiled to one expression for each kind of value that it may have.
 
-A condition may be null instead of false; only NOT has to distinguish them.
+A condition may be null instead of false; only NOT has to distinguish them. A subquery refers to the tables of all queries
+around it (`correlate_except()`); SQLAlchemy alone would correlate it with the nearest only.
 """
 
 import datetime as dt
@@ -272,7 +273,8 @@ def _with_items(items: list[sa.FromClause], test: Expression) -> Expression:
     """Return whether the test is true for one item."""
     if not items:
         return test
-    return sa.exists(sa.select(sa.literal_column("1")).select_from(chain(items)).where(test))
+    one: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(chain(items))
+    return sa.exists(one.where(test).correlate_except())
 
 
 def chain(tables: list[sa.FromClause]) -> sa.FromClause:
@@ -287,7 +289,7 @@ def _evaluated_once(value: SqlValue, test: Callable[[SqlValue], Expression]) -> 
     assert value.text is not None  # noqa: S101  (the caller checked)
     given = sa.select(value.text.label("t")).correlate_except().limit(1).subquery("given")
     tested = test(replace(value, text=given.c.t))
-    return sa.select(tested).select_from(given).correlate_except(given).scalar_subquery()
+    return sa.select(tested).select_from(given).correlate_except().scalar_subquery()
 
 
 def _of_texts(
@@ -301,8 +303,7 @@ def _starts_with(text: Expression, part: Expression) -> Expression:
 
 
 def _ends_with(text: Expression, part: Expression) -> Expression:
-    start = sa.func.length(text) - sa.func.length(part) + 1
-    return sa.and_(start > 0, sa.func.substr(text, start) == part)
+    return sa.func.substr(text, sa.func.length(text) - sa.func.length(part) + 1) == part
 
 
 def _is_named(boolean: SqlValue, text: SqlValue) -> Expression:

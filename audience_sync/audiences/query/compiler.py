@@ -360,7 +360,7 @@ class Users(Scope):
 
         def of_user(part: Expression) -> Expression:
             of_row = sa.select(part).select_from(joined.from_).where(joined.user_id == row.user_text)
-            return of_row.limit(1).scalar_subquery()
+            return of_row.correlate_except().limit(1).scalar_subquery()
 
         parts: dict[str, Any] = {kind: of_user(part) for kind, part in value.kinds().items()}
         if self._is_audience(self._trait_key(path)):

@@ -37,7 +37,6 @@ class Row(Scope):
         self.users, self.parent = users, parent
         self.table = self._find(stream)
         self.alias = users.alias(self.table)
-        self.outer: list[sa.FromClause] = [*parent.outer, parent.alias] if parent is not None else []
         self.from_, self.user = user_of(users, self.table, self.alias)
         self.conditions: list[Expression] = [self.user.expression.is_not(None)]
         if parent is not None:
@@ -61,7 +60,7 @@ class Row(Scope):
     def _belongs_to(self, parent: "Row") -> Expression:
         mapping = self.table.mapping
         if mapping.parent == parent.table.name:
-            self.from_ = self.alias
+            self.from_, self.user = self.alias, parent.user
             parent_id = parent.table.column(parent.alias, parent.table.mapping.id)
             return self.db.are_same(self.table.column(self.alias, mapping.parent_id), parent_id)
         return self.db.are_same(self.user, parent.user)
@@ -143,7 +142,7 @@ class Row(Scope):
     def exists(self, is_there: bool, *conditions: Expression) -> Expression:
         """Return whether there are such rows or, if `is_there` is false, none."""
         rows: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(self.from_)
-        exists = sa.exists(rows.where(*self.conditions, *conditions))
+        exists = sa.exists(rows.where(*self.conditions, *conditions).correlate_except())
         return exists if is_there else ~exists
 
 
@@ -180,8 +179,7 @@ def reduced(row: Row, reduction: tree.Reduction, *, is_grouped: bool) -> sa.Sele
 
     def rows(*columns: Expression, where: Expression | None = None) -> sa.Select[Any]:
         conditions = row.conditions if where is None else [*row.conditions, where]
-        select = sa.select(*columns).select_from(from_).where(*conditions)
-        return select.correlate(*row.outer) if row.outer else select
+        return sa.select(*columns).select_from(from_).where(*conditions).correlate_except()
 
     def relation(select: sa.Select[Any]) -> sa.FromClause:
         return row.users.relation(select, is_grouped=is_grouped)

@@ -25,6 +25,7 @@ TRAITS = {
         "address": {"city": "Ulm"},
         "renews_on": "2026-11-30",
         "left_on": "2024-02-29",
+        "sku": "b",
     },
     "bob": {
         "country": "FR",
@@ -34,8 +35,8 @@ TRAITS = {
         "score": None,
         "left_on": "2026-02-30",
     },
-    "cy": {"vip": False, "renews_on": "2026-11-27T23:30:00+01:00", "tags": []},
-    "dee": {},
+    "cy": {"sku": "a", "vip": False, "renews_on": "2026-11-27T23:30:00+01:00", "tags": []},
+    "dee": {"share": 0.3},
 }
 EVENTS = [
     (
@@ -53,6 +54,10 @@ EVENTS = [
     ("cy", "Added to Cart", ago(3), {"sku": "a"}),
     ("cy", "Order Completed", ago(2, hours=12), {"total": 5}),
     ("dee", "Page", ago(1), {"path": "/a%b_c"}),
+    ("bob", "Wished", ago(1), {"sku": "w"}),
+    ("bob", "Bought", ago(1), {"products": [{"sku": "w"}]}),
+    ("dee", "Wished", ago(1), {"sku": "z"}),
+    ("dee", "Bought", ago(1), {"products": [{"sku": "w"}]}),
     ("dee", "Paid", ago(1), {"euros": 0.1}),
     ("dee", "Paid", ago(1), {"euros": 0.2}),
 ]
@@ -97,8 +102,19 @@ AUDIENCES = {
     ".count() = 1": "cy",
     "event('Added to Cart').where(event('Order Completed').where(property('products.0.sku') = property(parent: 'sku'))"
     ".count() > 0).count() > 0": "ann",
+    "event('Wished').where(event('Bought').where(property('products.$.sku') = property(parent: 'sku')).count() > 0)"
+    ".count() > 0": "bob",
+    "event('Bought').where(event('Wished').where(property(parent: 'products.$.sku') = property('sku')).count() > 0)"
+    ".count() > 0": "bob",
+    "trait('share') = event('Paid').sum(property('euros'))": "dee",
+    "event('Paid').sum(property('euros')) = trait('share')": "dee",
     "event('Paid').where(event('Paid').within(parent: 1 day).count() >= 1).count() > 0": "",
     "event('Added to Cart').where(trait('vip') = true).count() > 0": "ann bob",
+    "event('Order Completed').where(property('products.$.sku') = trait('sku')).count() > 0": "ann",
+    "event('Order Completed').where(trait('left_on').before_date('2025-01-01')).count() > 0": "ann",
+    "event('Order Completed').where(trait('renews_on').within_next(1 day)).count() > 0": "cy",
+    "event('Added to Cart').where(event('Order Completed').where(trait('sku') = property(parent: 'sku')).count() > 0)"
+    ".count() > 0": "cy",
     "event('Page').where(property('path').contains('%b_')).count() > 0": "dee",
     "event('Page').where(property('path').contains('a_b')).count() > 0": "",
     "trait('country') = 'DE' AND NOT (trait('vip') = 'true')": "",
@@ -127,6 +143,7 @@ AUDIENCES = {
     "trait('renews_on').within_next(3 days)": "ann cy",
     "trait('renews_on').within_next(2 days)": "cy",
     "trait('renews_on').within_last(0 days)": "cy",
+    "trait('renews_on').within_next(0 days)": "cy",
     "trait('renews_on').within_next(11 hours)": "cy",
     "trait('renews_on').within_next(10 hours)": "",
     "trait('renews_on').after_next(3 days)": "ann",
@@ -136,6 +153,8 @@ AUDIENCES = {
     "trait('renews_on').after_date('2026-11-29')": "ann",
     "trait('left_on').before_date('2026-11-27')": "ann",
     "trait('is_buyer') = true": "ann bob cy",
+    "trait('vip') = trait('is_buyer')": "ann bob",
+    "trait('is_buyer') = trait('vip')": "ann bob",
     "trait('is_buyer') = false": "dee",
     "trait('spent') > 100 AND trait('is_buyer') = true": "ann bob",
     "trait('skus').contains('a, b')": "ann",

@@ -25,9 +25,10 @@ CREATE TABLE {schema}lines (order_id integer, sku text, quantity integer);
 CREATE TABLE {schema}logins (who text, day date);
 CREATE VIEW {schema}paid AS SELECT * FROM {schema}orders WHERE state = 'paid';
 INSERT INTO {schema}customers VALUES
-  (1, 'DE', '2026-11-20', '2026-11-27 11:00:00', {true}, 1.50, '{{"plan": "pro", "seats": [1, 2]}}'),
+  (1, 'DE', '2026-11-20', '2026-11-27 11:00:00', {true}, 1.50,
+    '{{"plan": "pro", "seats": [1, 2], "since": "2026-11-28"}}'),
   (2, 'FR', NULL, NULL, {false}, NULL, NULL),
-  (3, 'DE', '2020-01-01', '2026-11-27 10:00:00.25', NULL, 2, '{{"plan": null}}');
+  (3, 'DE', '2020-01-01', '2026-11-27 10:00:00.25', NULL, 2, '{{"plan": null, "since": "2025-01-01"}}');
 INSERT INTO {schema}orders VALUES
   (10, 1, '2026-11-27 12:00:00', 100, 'paid', 'x'), (11, 1, '2026-11-27 12:00:01', 7, 'paid', 'x'),
   (12, 2, '2026-11-20 12:00:00', 50, 'open', 'y'), (13, 2, '2026-11-20 12:00:01', 25.5, 'paid', NULL),
@@ -76,6 +77,19 @@ AUDIENCES = {
     "event('Login').last(property('day')) = '2026-11-21'": "4",
     "NOT (event('Order').count() > 0)": "3",
     "NOT (event('Login').count() > 0 OR event('Order').count() > 0)": "",
+    "entity('orders').where(entity('lines').where(trait('country') = 'FR').count() > 0).count() > 0": "2",
+    "entity('orders').where(entity('lines').where(event('Login').count() = 1).count() > 0).count() > 0": "1",
+    "entity('lines').where(trait('country') = 'FR').count() > 0": "2",
+    "entity('lines').where(event('Login').count() = 1).count() > 0": "1",
+    "event('Order').where(trait('joined').before_date('2026-11-21')).count() > 0": "1",
+    "event('Order').where(trait('country').before_date('2026-11-21')).count() > 0": "",
+    "event('Login').where(trait('joined').within_last(7 days)).count() > 0": "1",
+    "event('Login').where(trait('extra.since').before_date('2026-01-01')).count() > 0": "3",
+    "event('Login').where(property('day').before_date(trait('extra.since'))).count() > 0": "1",
+    "entity('lines').where(trait('extra.since').before_date('2026-01-01')).count() > 0": "",
+    "entity('lines').where(trait('extra.since').after_date('2026-01-01')).count() > 0": "1",
+    "event('Login').where(event('Order').last(property('created_at')).before_date('2026-11-25')).count() > 0": "",
+    "event('Order').where(event('Order').min(property('a b') as string).before_date('2026-11-25')).count() > 0": "",
     "trait('country') = 'DE'": "1 3",
     "trait('is_vip') = true": "1",
     "trait('is_vip') = 'false'": "2",
@@ -630,6 +644,8 @@ def test_a_text_is_evaluated_once_for_a_long_list(engine, shop):
             f"trait('extra.plan').starts_with({words}, trait('extra.plan'))": "1",
             f"trait('extra.plan').omits({words}, 'r')": "2 3",
             f"trait('extra.seats.$').omits({words})": "1",
+            f"event('Order').where(trait('extra.plan').contains({words}, 'r')).count() >= 1": "1",
+            f"event('Order').where(property('a b').omits({words}, trait('extra.plan'))).count() = 2": "2",
             f"event('Order').where(property('a b').ends_with({words}, 'x')).count() >= 1": "1",
             f"entity('orders').where(entity('lines').where(property('sku').contains({words}, 'b')).count() > 0)"
             ".count() > 0": "1",
