@@ -31,6 +31,7 @@ KNOWN = (
     "0013",
     "0014",
     "0015",
+    "0016",
 )
 HEAD = KNOWN[-1]
 VERSION_TABLE = "audience_sync_version"

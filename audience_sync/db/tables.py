@@ -315,8 +315,9 @@ events = sa.Table(
     sa.Column("context", Document, nullable=False),
     sa.Column("timestamp", UtcDateTime, nullable=False),
     sa.Column("received_at", UtcDateTime, nullable=False),
-    sa.Index("ix_events_name_timestamp", "name", "timestamp"),
-    sa.Index("ix_events_user_id_timestamp", "user_id", "timestamp"),
+    # The last columns answer most queries from the index alone.
+    sa.Index("ix_events_name_timestamp", "name", "timestamp", "user_id"),
+    sa.Index("ix_events_user_id_timestamp", "user_id", "timestamp", "name"),
 )
 
 destination = sa.Table(

@@ -257,12 +257,8 @@ class Users(Scope):
         if not isinstance(left, tree.Reduction) or left.reducer not in COUNTS:
             return super().compared(compared)
         is_there = asks_whether_any(compared)
-        if (
-            self.db.has_semi_joins
-            and is_there is not None
-            and left not in self._joined
-            and self._user_id is not None
-        ):
+        is_joined = left in self._joined or self._user_id is None
+        if is_there is not None and not is_joined and self._is_looked_up(left.stream):
             row = Row(self, left.stream, None)
             return row.exists(is_there, row.user_text == self._user_id)
         self._join(left)
@@ -273,6 +269,13 @@ class Users(Scope):
             return super().compared(compared)
         number = self._joined[left].from_.c.number
         return self._test(compared, SqlValue(number.is_not(None), number=number))
+
+    def _is_looked_up(self, stream: tree.Stream) -> bool:
+        """Return whether EXISTS is fast: it is joined set by set, or else would read all our events without a window."""
+        is_ours = (
+            stream.kind is tree.StreamKind.EVENT and self.catalog.event(stream.name) is self.catalog.events
+        )
+        return self.db.has_semi_joins or (is_ours and not stream.windows)
 
     def reduction(self, reduction: tree.Reduction) -> SqlValue:
         self._join(reduction)

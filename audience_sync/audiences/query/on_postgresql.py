@@ -113,7 +113,9 @@ class PostgresqlJson(JsonValue):
     def scalar_text(self, dialect: Dialect) -> Expression:
         """Return a string, or a number as it is written as a user id; null for anything else."""
         number = sa.case((self.number.is_not(None), sa.cast(self._scalar, sa.Numeric)))
-        return sa.case((self._kind == "number", dialect.text_of(TypedColumn(number, "number"))), else_=self.text)
+        return sa.case(
+            (self._kind == "number", dialect.text_of(TypedColumn(number, "number"))), else_=self.text
+        )
 
     def is_text(self, texts: Sequence[str]) -> Expression:
         """Compare jsonb as it is: half the time of a check of its kind and a comparison of its text."""

@@ -279,7 +279,7 @@ class _Review:
         return _Sample(value_count or 0, dict(zip(parts, kind_counts, strict=True)))
 
     def _hint(self, use: _Use, name: str, *, is_column: bool) -> str:
-        """Suggest the nearest name that is known without a look at the rows; empty if there is none."""
+        """Suggest the nearest name that is known without reading the rows; empty if there is none."""
         if use.stream is not None:
             table = None if isinstance(use.value, tree.Context) else self._table(use.stream)
             known = list(table.columns) if table is not None and not table.properties else []

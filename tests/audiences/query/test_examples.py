@@ -57,6 +57,9 @@ EVENTS = [
     ("bob", "Wished", ago(1), {"sku": "w"}),
     ("bob", "Bought", ago(1), {"products": [{"sku": "w"}]}),
     ("dee", "Wished", ago(1), {"sku": "z"}),
+    ("ann", "Asked", ago(hours=1), {}),
+    ("ann", "Answered", ago(hours=-1), {}),  # after now
+    *(("cy", "Rated", ago(1), {"stars": stars}) for stars in (1, 5, 5)),
     ("dee", "Bought", ago(1), {"products": [{"sku": "w"}]}),
     ("dee", "Paid", ago(1), {"euros": 0.1}),
     ("dee", "Paid", ago(1), {"euros": 0.2}),
@@ -93,6 +96,9 @@ AUDIENCES = {
     "event('Order Completed').mode(property('products.$.sku'), 3).exists()": "",
     "event('Order Completed').mode(property('total')) = 1": "cy",
     "event('Order Completed').mode(property('coupon')) = 'X'": "ann",
+    "event('Rated').mode(property('stars')) = 5": "cy",
+    "event('Answered').count() > 0": "",
+    "event('Asked').where(event('Answered').within(parent: 1 day).count() > 0).count() > 0": "",
     "event('Order Completed').count() > event('Added to Cart').count()": "ann cy",
     "event('Added to Cart').where(NOT (event('Order Completed').within(parent: 1 day).count() >= 1))"
     ".within(7 days).count() >= 1": "bob",

@@ -60,6 +60,14 @@ WHOLE = {"sqlite": re.compile(r"^SCAN (\w+)"), "postgresql": re.compile(r"Seq Sc
 
 def plan(engine, text, *mappings):
     """Return the indexes that a query's plan uses, and the tables that it reads whole."""
+    compiled, lines = plan_lines(engine, text, *mappings)
+    names = {alias: table for table, alias in re.findall(r"(?:FROM|JOIN) (\w+) AS (\w+)", compiled)}
+    indexes = {found[1] for line in lines if (found := INDEX.search(line))}
+    whole = {found[1] for line in lines if (found := WHOLE[engine.dialect.name].search(line))}
+    return indexes, {names.get(table, table) for table in whole} & {"events", "profiles", "shop"}
+
+
+def plan_lines(engine, text, *mappings):
     query = ConfiguredQuery(text, parse_condition(text), mappings)
     with engines.read(engine) as connection:
         catalog = read_catalog(connection, query, is_own=True)
@@ -67,10 +75,7 @@ def plan(engine, text, *mappings):
         with recorded_plans(engine) as recorded:
             connection.exec_driver_sql(compiled, execution_options=PLAIN)
     ((_, lines),) = recorded
-    names = {alias: table for table, alias in re.findall(r"(?:FROM|JOIN) (\w+) AS (\w+)", compiled)}
-    indexes = {found[1] for line in lines if (found := INDEX.search(line))}
-    whole = {found[1] for line in lines if (found := WHOLE[engine.dialect.name].search(line))}
-    return indexes, {names.get(table, table) for table in whole} & {"events", "profiles", "shop"}
+    return compiled, lines
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,21 @@ def test_a_query_of_all_users_reads_profiles_but_not_all_events(filled):
     indexes, whole = plan(filled, "NOT event('Order').within(3 days).count() >= 1 OR trait('country') = 'DE'")
     assert BY_NAME in indexes
     assert whole == {"profiles"}
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)  # PostgreSQL may prefer to hash
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("event('Order').within(3 days).count() >= 2", BY_NAME),
+        ("NOT event('Order').count() >= 1", BY_USER),
+    ],
+)
+def test_a_count_reads_no_events_but_only_their_index(filled, text, index):
+    _, lines = plan_lines(filled, text)
+    events = [line for line in lines if "ix_events" in line]
+    assert events
+    assert all(f"USING COVERING INDEX {index} " in line for line in events), lines
 
 
 @pytest.mark.parametrize(
