@@ -20,6 +20,7 @@ from audience_sync.history.overview import (
     backlogs,
     daemon_state,
     problems,
+    schedule_state,
     status,
 )
 from audience_sync.history.paging import Found, pages
@@ -95,6 +96,7 @@ __all__ = [
     "run_facts",
     "run_in_full",
     "run_rows",
+    "schedule_state",
     "settled_at",
     "similar_ids",
     "size_rows",

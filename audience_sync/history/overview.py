@@ -48,7 +48,7 @@ def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -
         "bulk_job": job,
         "daemon": daemon_state(connection, now),
         "lanes": _lanes(connection, settings, job, now),
-        **_schedules(connection, settings, now),
+        **schedule_state(connection, settings, now),
     }
 
 
@@ -180,7 +180,7 @@ def _describe(job: dict[str, Any]) -> str:
     return f"a job of {job['row_count']:,} rows since {job['submitted_at']:%Y-%m-%d %H:%M}{done}"
 
 
-def _schedules(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
+def schedule_state(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
     """The runs that failed, the next slots in order, and the keys whose slots wait for a held run or are late."""
     outlooks = slots.outlooks(connection, settings.definitions, now)
     upcoming = sorted(

@@ -31,7 +31,7 @@ _FORMULA = re.compile(r"(?!-?\d+(?:\.\d+)?\Z)[=+\-@\t\r\n]")
 
 def definition(view: View) -> Response:
     row, configured, definition_id = _requested(view)
-    status = history.attention(view.connection, view.app.settings, view.now)
+    status = history.schedule_state(view.connection, view.app.settings, view.now)
     row["state"] = definition_state(row, status)
     key, points, members = row["key"], [], None
     if definition_id is not None:

@@ -49,7 +49,7 @@ def run(view: View) -> Response:
     }
     retry_at = None
     if run["status"] in {"failed", "abandoned"}:
-        failed = history.attention(view.connection, view.app.settings, view.now)["failed_runs"]
+        failed = history.schedule_state(view.connection, view.app.settings, view.now)["failed_runs"]
         retry_at = next((other["retry_at"] for other in failed if other["run_id"] == run["run_id"]), None)
     delivered = ("accepted", "pending", "dead", "cancelled")
     count = sum(run[f"{name}_count"] for name in delivered)
