@@ -1,7 +1,6 @@
 """Signing in and out: the form, the cookie, and the limits on guessing."""
 
 import contextlib
-import datetime as dt
 import ipaddress
 import logging
 import threading
@@ -134,15 +133,8 @@ def sign_in(
         token = sessions.start_session(connection, user, app.clock.now())
     logs.event(log, logging.INFO, "signed in", user=name, address=address)
     answer = RedirectResponse(local_path(form.get("next")), 303)
-    answer.set_cookie(
-        _cookie(request),
-        token,
-        max_age=int(sessions.LIFE.total_seconds()),
-        path="/",
-        secure=_is_https(request),
-        httponly=True,
-        samesite="strict",
-    )
+    life = int(sessions.LIFE.total_seconds())
+    answer.set_cookie(value=token, max_age=life, **_cookie(request))
     return answer
 
 
@@ -152,9 +144,7 @@ def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response
     with engines.write(app.engine, WAIT_SECONDS) as connection:
         sessions.end_session(connection, _token(request))
     answer = RedirectResponse("/login", 303)
-    answer.delete_cookie(
-        _cookie(request), path="/", secure=_is_https(request), httponly=True, samesite="strict"
-    )
+    answer.delete_cookie(**_cookie(request))
     return answer
 
 
@@ -198,18 +188,15 @@ def _again(app: App, request: Request, form: Form, problem: str, status: int, wa
 
 
 def _duration(seconds: float) -> str:
-    span = dt.timedelta(seconds=int(seconds) + 1)
-    minutes, rest = divmod(int(span.total_seconds()), 60)
+    minutes, rest = divmod(int(seconds) + 1, 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _token(request: Request) -> str:
-    return request.cookies.get(_cookie(request), "")
+    return request.cookies.get(_cookie(request)["key"], "")
 
 
-def _cookie(request: Request) -> str:
-    return "__Host-audience_sync" if _is_https(request) else "audience_sync"
-
-
-def _is_https(request: Request) -> bool:
-    return bool(request.scope["scheme"] == "https")
+def _cookie(request: Request) -> dict[str, Any]:
+    is_https = request.scope["scheme"] == "https"
+    name = "__Host-audience_sync" if is_https else "audience_sync"
+    return {"key": name, "path": "/", "secure": is_https, "httponly": True, "samesite": "strict"}
