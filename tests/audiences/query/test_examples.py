@@ -35,8 +35,14 @@ TRAITS = {
         "score": None,
         "left_on": "2026-02-30",
     },
-    "cy": {"sku": "a", "vip": False, "renews_on": "2026-11-27T23:30:00+01:00", "tags": []},
-    "dee": {"share": 0.3},
+    "cy": {
+        "left_on": "2026-09-31",
+        "sku": "a",
+        "vip": False,
+        "renews_on": "2026-11-27T23:30:00+01:00",
+        "tags": [],
+    },
+    "dee": {"share": 0.3, "left_on": "2020-01-01T24:00"},
 }
 EVENTS = [
     (
@@ -59,6 +65,8 @@ EVENTS = [
     ("dee", "Wished", ago(1), {"sku": "z"}),
     ("ann", "Asked", ago(hours=1), {}),
     ("ann", "Answered", ago(hours=-1), {}),  # after now
+    ("bob", "Ping", ago(1, milliseconds=500), {}),
+    ("bob", "Pong", ago(1, hours=-1, milliseconds=500), {}),
     *(("cy", "Rated", ago(1), {"stars": stars}) for stars in (1, 5, 5)),
     ("dee", "Bought", ago(1), {"products": [{"sku": "w"}]}),
     ("dee", "Paid", ago(1), {"euros": 0.1}),
@@ -68,6 +76,8 @@ AUDIENCES = {
     "event('Order Completed').count() >= 1": "ann bob cy",
     "event('Order Completed').count() = 0": "dee",
     "event('Order Completed').count() != 0": "ann bob cy",
+    "event('Order Completed').count() < 2": "bob dee",
+    "event('Added to Cart').where(event('Page').count() < 2).count() > 0": "ann bob cy",
     "NOT (event('Order Completed').count() >= 1)": "dee",
     "NOT (event('Order Completed').count() >= 2)": "bob dee",
     "NOT (event('Order Completed').count() != 1)": "bob",
@@ -97,6 +107,8 @@ AUDIENCES = {
     "event('Order Completed').mode(property('total')) = 1": "cy",
     "event('Order Completed').mode(property('coupon')) = 'X'": "ann",
     "event('Rated').mode(property('stars')) = 5": "cy",
+    "event('Rated').avg(property('stars')) = 3.66666666666667": "cy",
+    "event('Ping').where(event('Pong').within(parent: 1 hour).count() > 0).count() > 0": "bob",
     "event('Answered').count() > 0": "",
     "event('Asked').where(event('Answered').within(parent: 1 day).count() > 0).count() > 0": "",
     "event('Order Completed').count() > event('Added to Cart').count()": "ann cy",
