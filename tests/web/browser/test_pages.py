@@ -28,7 +28,8 @@ WALK = [address for page in PAGES if page not in FILES for address in ADDRESSES.
 # On a phone: tables that are wider than the screen, and cells that are too low for their label.
 CLIPPED = """tables => [
     ...tables.filter(table => table.scrollWidth > table.clientWidth),
-    ...tables.flatMap(table => [...table.querySelectorAll("td[data-label]")]).filter(cell => cell.clientHeight < 15),
+    ...tables.flatMap(table => [...table.querySelectorAll("td[data-label]")]).filter(
+        cell => cell.checkVisibility() && cell.clientHeight < 15),
 ].map(element => element.outerHTML.slice(0, 300))"""
 FACTS = "h1, h2, h3, caption, th, td, dt, dd, #main p, #main li"
 LINKS_OF_A_KIND = 2  # that are followed, such as those to runs
