@@ -41,10 +41,15 @@ def decode_json(text: bytes) -> Any:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
+    # Accepts lone surrogates, NaN and a number of any length, so that validation names them and refuses one call only.
     try:
-        return json.loads(text)  # accepts lone surrogates and NaN, so that validation can name them
+        return json.loads(text, parse_int=_parse_int)
     except (ValueError, RecursionError):
         raise CallError("not valid JSON") from None
+
+
+def _parse_int(digits: str) -> int:
+    return int(digits[: MAX_NUMBER_BITS + 1])  # a number with more digits is too large, too
 
 
 class TooDeepError(CallError):

@@ -62,6 +62,13 @@ def test_a_bad_call_in_a_batch_is_refused_alone(api):
     assert api.rows("calls", "message_id") == [("m1",), ("m3",)]
 
 
+def test_a_number_of_thousands_of_digits_does_not_cost_the_batch(api):
+    text = json.dumps({"batch": [IDENTIFY, {**IDENTIFY, "messageId": "m2", "traits": {"n": -7}}]})
+    answer = api("POST", "/v1/batch", headers=AS_SHOP, content=text.replace("-7", f"-{'7' * 5_000}"))
+    assert [call["status"] for call in answer.json()["calls"]] == ["accepted", "refused"]
+    assert answer.json()["calls"][1]["reason"] == "a number is too large"
+
+
 def test_a_bad_call_alone_is_answered_400(api):
     answer = api.post("track", {"userId": "ann", "messageId": "m1"})
     reason = "event must be a non-empty string in a track call"
