@@ -101,11 +101,13 @@ class Findings:
 
     def check_order(self):
         """Values came true in the order of the history, repeats aside; those of calls, by timestamp and arrival."""
-        places = {}
+        places, accepted = {}, defaultdict(list)
         for each in self.deliveries:
             if each.call_id is not None and each.action == "identify":
                 for name, value in each.body.items():
-                    places[each.subject_id, name, value] = (each.value_at, each.delivery_id, each.status)
+                    place = places[each.subject_id, name, value] = (each.value_at, each.delivery_id)
+                    if each.status == "accepted":
+                        accepted[each.subject_id, name].append(place)
         for (user, name), lines in sorted(self.history.items()):
             if user in self.simulation.excused:
                 continue
@@ -113,10 +115,7 @@ class Findings:
             if name in {"plan", "city"}:
                 sent = [places[user, name, value] for value in values]
                 assert sent == sorted(sent), (user, name, lines)
-                accepted = [
-                    at for (*whose, _), at in places.items() if whose == [user, name] and at[2] == "accepted"
-                ]
-                assert sent[-1][:2] >= max(accepted, default=sent[-1])[:2], (user, name, lines)
+                assert sent[-1] >= max(accepted[user, name], default=sent[-1]), (user, name, lines)
             else:
                 kind = next(each.kind for each in self.simulation.definitions if each.key == name)
                 first = [False] if kind is Kind.AUDIENCE else [None]
@@ -173,13 +172,14 @@ class Findings:
 
     def check_runs(self):
         """Members add up from run to run, and a run's deliveries to its changes."""
+        counts = Counter(each.run_id for each in self.deliveries)
         for definition in self.definitions:
             last = 0
             for run in self.runs:
                 if run.definition_id != definition.definition_id:
                     continue
                 assert run.status in {"succeeded", "failed", "abandoned"}, run
-                made = sum(each.run_id == run.run_id for each in self.deliveries)
+                made = counts[run.run_id]
                 if run.status != "succeeded":
                     assert made == 0, run
                     continue
