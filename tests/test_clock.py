@@ -3,13 +3,14 @@
 import datetime as dt
 
 import pytest
+import sqlalchemy as sa
 
 from audience_sync import intake
 from audience_sync.app import open_app
 from audience_sync.audiences import runs
 from audience_sync.clock import DatabaseClock
 from audience_sync.db import dialects, engines, tables
-from audience_sync.queue import backlog
+from audience_sync.queue import backlog, deliveries
 
 HOUR = dt.timedelta(hours=1)
 START = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -99,3 +100,28 @@ def test_changes_that_were_queued_while_a_clock_was_ahead_are_due(engine):
     with engines.write(engine) as connection:
         connection.execute(tables.deliveries.insert(), [*queued, queued[0] | {"attempt_count": 1}])
         assert sorted(backlog.scheduled_ahead(connection, START)) == [1, 2]
+
+
+SENT = {
+    "accepted": {"status": "accepted", "settled_at": START, "request_id": 1, "attempt_count": 1},
+    "pending": {"status": "pending", "next_attempt_at": START + HOUR, "attempt_count": 1},
+    "sending": {"status": "sending", "request_id": 1, "attempt_count": 1},
+}
+
+
+@pytest.mark.parametrize("sent", SENT)
+@pytest.mark.parametrize("origin", [{"run_id": 1, "definition_id": 1}, {"call_id": 1}])
+def test_a_value_that_was_queued_while_a_clock_was_ahead_does_not_fall_behind_one_that_was_sent(
+    engine, origin, sent
+):
+    row = {"action": "identify", "subject_id": "ann", "body": {"in": True}, "class": "change"} | origin
+    row |= {"value_at": START + HOUR, "created_at": START, "next_attempt_at": START + HOUR}
+    waiting = {"status": "pending", "body": {"in": False}, "attempt_count": 0}
+    with engines.write(engine) as connection:
+        for values in (SENT[sent], waiting, waiting | {"subject_id": "ben"}):
+            connection.execute(tables.deliveries.insert(), row | values)
+        assert deliveries.bring_forward(connection, START) == 2
+        queued = connection.execute(sa.select(tables.deliveries).order_by(tables.deliveries.c.delivery_id))
+        [_, later, of_ben] = queued.all()
+    assert (later.value_at, later.next_attempt_at) == (START + HOUR, START)
+    assert of_ben.value_at == (START if "call_id" in origin else START + HOUR)

@@ -55,6 +55,7 @@ from audience_sync.db.dialects import (
 )
 from audience_sync.db.tables import DEAD, SENDING, bulk_jobs, deliveries
 from audience_sync.queue import backlog, due, outcomes, requests, superseded
+from audience_sync.queue.conditions import exists
 from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
 from audience_sync.queue.requests import ClaimedRequest, EndedRequest
 
@@ -97,14 +98,16 @@ def bring_forward(connection: sa.Connection, now: dt.datetime, latest: dt.dateti
     """Make deliveries due that were queued while a clock was ahead; return their number.
 
     `latest`: the database's time if our own clock is behind it. A value from before then keeps its place in the order.
+    The value of a later call gets this time, unless it would fall behind a value that was sent. Values of runs keep
+    their order, because no run is computed for an earlier moment than the one before.
     """
     count = 0
     while ids := backlog.scheduled_ahead(connection, now):
         for chunk in chunks(ids):
             sql(
                 connection,
-                "UPDATE {our}deliveries SET next_attempt_at = :now, "
-                "value_at = CASE WHEN value_at > :latest THEN :latest ELSE value_at END "
+                "UPDATE {our}deliveries AS d SET next_attempt_at = :now, value_at = CASE WHEN call_id IS NOT NULL "
+                f"AND value_at > :latest AND NOT {_IS_LATER_SENT} THEN :latest ELSE value_at END "
                 "WHERE status = 'pending' AND delivery_id IN :ids",
                 now=now,
                 latest=max(now, latest or now),
@@ -112,6 +115,14 @@ def bring_forward(connection: sa.Connection, now: dt.datetime, latest: dt.dateti
             )
         count += len(ids)
     return count
+
+
+_OF_SAME = "b.subject_id = d.subject_id AND b.action = d.action AND b.value_at > :latest"
+_IS_LATER_ACCEPTED = exists(f"{_OF_SAME} AND b.status = 'accepted'", "value_at")
+_IS_LATER_ATTEMPTED = exists(
+    f"{_OF_SAME} AND b.status IN ('pending', 'sending') AND b.attempt_count > 0", "status"
+)
+_IS_LATER_SENT = f"({_IS_LATER_ACCEPTED} OR {_IS_LATER_ATTEMPTED})"
 
 
 @dataclass(frozen=True, slots=True)
