@@ -163,6 +163,7 @@ def _check_keys(app: "App") -> _Passed:
     app.load_keys()
     with lazy.engines.read(app.engine) as connection:
         definitions = lazy.history.definitions(connection, app.settings, app.clock.now())
+        is_any_used = bool(lazy.history.definition_keys(connection))
     keys = sorted(row["key"] for row in definitions if row["state"] == "not configured")
     if keys:
         warning = (
@@ -170,7 +171,9 @@ def _check_keys(app: "App") -> _Passed:
             "`audience-sync retire KEY`"
         )
         return _Passed(warnings=[warning])
-    return _Passed("every key that was synced is configured or retired")
+    return _Passed(
+        "every key that was synced is configured or retired" if is_any_used else "none was synced yet"
+    )
 
 
 def _check_tables(app: "App") -> _Passed:

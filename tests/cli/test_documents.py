@@ -196,6 +196,12 @@ def test_a_key_stays_as_it_was_stored_at_first_use(program, url):
     assert [each["key"] for each in program.document("list")] == ["vips", "spent_in_all"]
 
 
+def test_check_says_whether_any_key_was_synced(program):
+    assert "ok     keys: none was synced yet" in program("check")
+    program("sync", "vips")
+    assert "ok     keys: every key that was synced is configured or retired" in program("check")
+
+
 def test_a_name_that_no_longer_gives_a_key_keeps_the_stored_one(program, url, tmp_path):
     program("sync")
     engine = engines.open_own(url, "audience_sync")
