@@ -3,6 +3,7 @@
 import datetime as dt
 import itertools
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -96,10 +97,12 @@ class Queue:
         return self.rows(deliveries.c.delivery_id == delivery_id)[0]
 
     def statuses(self):
-        return [row.status for row in self.rows()]
+        with engines.read(self.engine) as connection:
+            query = sa.select(deliveries.c.status).order_by(deliveries.c.delivery_id)
+            return list(connection.execute(query).scalars())
 
     def counts(self):
-        return {status: self.statuses().count(status) for status in set(self.statuses())}
+        return dict(Counter(self.statuses()))
 
     def requests(self):
         with engines.read(self.engine) as connection:
