@@ -46,6 +46,17 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.load_profile("ours")
 _numbers = itertools.count()
+LONGEST = (
+    "acceptance/test_kills.py",
+    "acceptance/test_june_2011.py",
+    "acceptance/test_wheel.py",
+    "test_docs.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files of the longest tests: the run would wait for one that begins last."""
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONGEST))
 
 
 @dataclass
