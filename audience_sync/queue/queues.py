@@ -88,6 +88,7 @@ class Queues:
             chosen = deliveries.choose_next(connection, name, list(counts), now, self.fingerprint)
             for subject_id in chosen.cancelled_subjects:
                 walk.put_back(subject_id)
+            walk.has_skipped |= len(chosen.groups) < len(subjects)
             if not chosen.groups:
                 continue
             claims = deliveries.claim(
@@ -95,6 +96,7 @@ class Queues:
             )
             for request in claims:
                 in_flight.add(request.subject_id)
+                walk.has_skipped |= counts[request.subject_id] != len(request.deliveries)
                 if counts[request.subject_id] > len(request.deliveries):
                     walk.put_back(request.subject_id)
             claimed += claims
@@ -135,21 +137,32 @@ class Queues:
     def idle_seconds(self, connection: sa.Connection) -> float:
         """Return the seconds to wait while nothing is in flight; infinite if nothing becomes due soon."""
         now, monotonic = self.clock.now(), self.clock.monotonic()
-        waits = []
+        waits, old = [], []
         for queue, walk in self._walks.items():
             if self._is_open(walk.delivery_class) and self.lanes[walk.action].room(monotonic):
                 if not walk.is_over(self._answer_count):  # an answer may have unblocked a subject
-                    walk.begin_pass()
-                    self._poll_at.pop(queue, None)
-                    waits.append(self.lanes[walk.action].wait_seconds(monotonic, push=queue[1] == "push"))
-                elif walk.quiet_until is not None:
+                    waits.append(self._search_from_start(queue))
+                    continue
+                if walk.is_older_than(self._answer_count):
+                    old.append(queue)
+                if walk.quiet_until is not None:
                     waits.append(max(self._queue_seconds(*queue), (walk.quiet_until - now).total_seconds()))
             elif due.subjects_due(connection, *queue, now, 1, self.fingerprint):
                 waits.append(self._queue_seconds(*queue))
         shortest = self._soon([*waits, *self._later(connection, now)])
+        if (
+            shortest == math.inf
+        ):  # once more before the work ends: what was committed meanwhile may stand further ahead
+            shortest = self._soon([self._search_from_start(queue) for queue in old])
         if 0 < shortest < SHORTEST_WAIT_SECONDS:  # a wait shorter than a clock's tick would never end
             shortest = SHORTEST_WAIT_SECONDS
         return min(shortest, self.poll_seconds) if shortest < math.inf else math.inf
+
+    def _search_from_start(self, queue: tuple[str, str]) -> float:
+        """Make the next search begin a pass; return the seconds until it may."""
+        self._walks[queue].begin_pass()
+        self._poll_at.pop(queue, None)
+        return self.lanes[queue[0]].wait_seconds(self.clock.monotonic(), push=queue[1] == "push")
 
     def _later(self, connection: sa.Connection, now: dt.datetime) -> Iterator[float]:
         """Yield the seconds until pending deliveries may be due that were not at the last search."""

@@ -40,6 +40,7 @@ class Walk:
     is_at_end: bool = False
     searched_at: dt.datetime = START[0]
     quiet_until: dt.datetime | None = None  # the first moment at which a subject's grace ends
+    has_skipped: bool = False  # since the last pass began: a subject was left out that an answer may make due
     _answer_count: int = -1  # when the current pass began
     _began_at: float = -math.inf  # when the current or last pass did
     _pass_rows: int = 0  # read since
@@ -55,7 +56,7 @@ class Walk:
         self._seen, self.is_at_end = set(), False
         seconds = pass_seconds * max(1.0, self._pass_rows / PASS_ROWS)
         if self.front == self.tail and monotonic >= self._began_at + seconds and not is_reading_on:
-            self.front, self._pass_rows, self.quiet_until = START, 0, None
+            self.front, self._pass_rows, self.quiet_until, self.has_skipped = START, 0, None, False
             self._answer_count, self._began_at = answer_count, monotonic
 
     def begin_pass(self) -> None:
@@ -67,9 +68,13 @@ class Walk:
         return self.is_at_end and self.passed.keys() <= set(in_flight)
 
     def is_over(self, answer_count: int) -> bool:
-        """Return whether a pass found nothing left to send, and no answer has arrived since (`answer_count`)."""
-        is_passed = self.front == self.tail and self._answer_count == answer_count
+        """Return whether nothing is left to send; if a subject was skipped, whether no answer has arrived since."""
+        is_passed = self.front == self.tail and not (self.has_skipped and self.is_older_than(answer_count))
         return is_passed and self.is_search_over(())
+
+    def is_older_than(self, answer_count: int) -> bool:
+        """Return whether an answer has arrived since the last pass began."""
+        return self._answer_count != answer_count
 
     def next_subjects(
         self, connection: sa.Connection, now: dt.datetime, room: int, in_flight: Collection[str]
@@ -105,6 +110,7 @@ class Walk:
         end, is_last = stretch.end, stretch.is_last
         for subject in stretch.subjects:
             if not self._is_free(subject, in_flight):
+                self.has_skipped = True
                 continue
             if len(subjects) == room:
                 end, is_last = max(position, subject.first), False
@@ -148,5 +154,6 @@ class Walk:
 
     def put_back(self, subject_id: str) -> None:
         """Note a subject that has more deliveries than could be sent now."""
+        self.has_skipped = True
         if len(self.passed) < MOST_PASSED:
             self.passed.setdefault(subject_id)

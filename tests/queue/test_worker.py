@@ -205,6 +205,36 @@ def test_a_full_window_is_waited_for_without_spinning(hand_queue, clock, worker_
     assert len(cycles) < 30
 
 
+def test_an_answer_that_unblocks_nothing_starts_no_further_search(hand_queue, clock, worker_of):
+    hand_queue.fill(20, kind="push")
+    cycles = []
+
+    @sa.event.listens_for(hand_queue.engine, "commit")
+    def count(_connection):
+        cycles.append(clock.seconds)
+
+    worker_of(
+        clock=clock, per_minute={"identify": 60, "track": 600, "company": 600}, poll_seconds=10
+    ).deliver()
+
+    assert hand_queue.counts() == {"accepted": 20}
+    assert len(cycles) <= 2 * 20 + 10  # one claims, one settles
+
+
+def test_what_is_committed_ahead_of_the_search_is_sent_before_the_work_ends(hand_queue, clock, worker_of):
+    hand_queue.add("u1", {"a": 1})
+    added = []
+
+    def add(_report):
+        if not added:
+            earlier = clock.now() - dt.timedelta(minutes=5)  # by a clock that is behind
+            added.append(hand_queue.add("u2", {"a": 1}, next_attempt_at=earlier))
+
+    worker_of(clock=clock, on_progress=add).deliver()
+
+    assert hand_queue.statuses() == ["accepted", "accepted"]
+
+
 def test_the_progress_shows_what_is_left(queue, worker_of):
     queue.fill(50)
     reports = []
