@@ -357,9 +357,13 @@ class Users(Scope):
         items, value = users.trait_value(path)
         if not users._joined:
             return items, value
+        ((key, joined),) = users._joined.items()
         if items:
-            raise ConfigError("a trait with $ cannot be compared inside a where(…)")
-        (joined,) = users._joined.values()
+            table = users._profile_table(key)
+            own = sa.select(*joined.from_.c).where(joined.user_id == row.user_text).correlate_except()
+            profile = own.subquery(self.name())
+            items, value = self.value_in(table, profile, table.properties, path)
+            return [profile, *items], value
 
         def of_user(part: Expression) -> Expression:
             of_row = sa.select(part).select_from(joined.from_).where(joined.user_id == row.user_text)

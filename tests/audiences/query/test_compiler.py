@@ -165,7 +165,8 @@ def of_row(depth):
 def conditions(depth=0):
     singles = st.builds(tree.Trait, SINGLE_PATHS)
     left = singles | reductions(depth)
-    left = of_row(depth) | of_row(depth) | left if depth else left | st.builds(tree.Trait, PATHS)
+    left |= st.builds(tree.Trait, PATHS)
+    left = of_row(depth) | of_row(depth) | left if depth else left
     others = (of_row(depth) | singles) if depth else (singles | reductions(depth))
     return st.recursive(
         compared(left, others),

@@ -129,6 +129,10 @@ AUDIENCES = {
     "event('Paid').where(event('Paid').within(parent: 1 day).count() >= 1).count() > 0": "",
     "event('Added to Cart').where(trait('vip') = true).count() > 0": "ann bob",
     "event('Order Completed').where(property('products.$.sku') = trait('sku')).count() > 0": "ann",
+    "event('Added to Cart').where(trait('tags.$') = 'beta').count() > 0": "bob",
+    "event('Added to Cart').where(trait('tags.$').absent()).count() > 0": "ann cy",
+    "event('Added to Cart').where(property('sku').one_of('x', trait('tags.$'))).count() > 0": "",
+    "event('Wished').where(event('Bought').where(trait('tags.$').starts_with('be', 'x')).count() > 0).count() > 0": "bob",
     "event('Order Completed').where(trait('left_on').before_date('2025-01-01')).count() > 0": "ann",
     "event('Order Completed').where(trait('renews_on').within_next(1 day)).count() > 0": "cy",
     "event('Added to Cart').where(event('Order Completed').where(trait('sku') = property(parent: 'sku')).count() > 0)"
