@@ -40,7 +40,7 @@ BODY = {"track": '{"event_name": "Seen"}', "identify": '{"visits": 1}', "company
 FILL = """INSERT INTO {{our}}deliveries
 (action, subject_id, body, class, call_id, value_at, status, created_at, next_attempt_at)
 SELECT :action, {subject}, {body}, :class, n, :now, 'pending', :now, :now FROM {numbers}"""
-LEFT = """SELECT 1 FROM {our}deliveries WHERE status IN ('pending', 'sending')
+LEFT = """SELECT 1 FROM {{our}}deliveries {index} WHERE status IN ('pending', 'sending')
 AND subject_id > 'user-' AND subject_id < 'user.' LIMIT 1"""
 
 
@@ -83,7 +83,8 @@ def deliver(configuration, action, hot, others):
             if time.perf_counter() - checked_at > 0.2:
                 checked_at = time.perf_counter()
                 with engines.read(app.engine) as connection:
-                    if dialects.sql(connection, LEFT).first() is None:
+                    index = dialects.indexed_by(connection, "ix_deliveries_unsettled")
+                    if dialects.sql(connection, LEFT.format(index=index)).first() is None:
                         stop.set()
 
         report = app.deliver(on_progress=check, stop=stop)

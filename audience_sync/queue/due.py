@@ -75,13 +75,18 @@ class Stretch:
     is_last: bool
 
 
+# SQLite compares no pair with an index that ends with the row's id: after a position among very many deliveries of one
+# moment, it would read all of them again.
+_ROWS = """
+  SELECT d.subject_id, d.next_attempt_at, d.delivery_id, d.attempt_count > 0 OR d.alone AS was_attempted, {ours} AS is_ours
+  FROM {our}deliveries d
+  WHERE d.action = :action AND d.class = :class AND d.status = 'pending' AND d.next_attempt_at <= :now"""
 _STRETCH = f"""
-WITH stretch AS (
-  SELECT d.subject_id, d.next_attempt_at, d.delivery_id, d.attempt_count > 0 OR d.alone AS was_attempted, {{ours}} AS is_ours
-  FROM {{our}}deliveries d
-  WHERE d.action = :action AND d.class = :class AND d.status = 'pending' AND d.next_attempt_at <= :now
-    AND (d.next_attempt_at, d.delivery_id) > (:after_at, :after_id)
-  ORDER BY d.next_attempt_at, d.delivery_id LIMIT :limit),
+WITH of_this_moment AS ({_ROWS} AND d.next_attempt_at = :after_at AND d.delivery_id > :after_id
+  ORDER BY d.delivery_id LIMIT :limit),
+later AS ({_ROWS} AND d.next_attempt_at > :after_at
+  ORDER BY d.next_attempt_at, d.delivery_id LIMIT :limit - (SELECT count(*) FROM of_this_moment)),
+stretch AS (SELECT * FROM of_this_moment UNION ALL SELECT * FROM later),
 subjects AS (
   SELECT subject_id, min(next_attempt_at) AS first_at, min(delivery_id) AS first_id, count(*) AS delivery_count,
     max(CASE WHEN was_attempted THEN 1 ELSE 0 END) AS was_attempted, max(CASE WHEN is_ours THEN 1 ELSE 0 END) AS is_ours

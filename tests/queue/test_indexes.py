@@ -6,7 +6,7 @@ import re
 import pytest
 
 from audience_sync.db import dialects, engines, tables
-from audience_sync.queue import conditions
+from audience_sync.queue import conditions, due
 from audience_sync.retention import pruning
 from audience_sync.retention.pruning import Retention
 from tests.plans import recorded_plans
@@ -81,6 +81,18 @@ def test_plans_that_are_off_but_inevitable_are_not_compiled(engine):
         assert settings(connection) == ["off", "off"]
     with engines.read(engine) as connection:
         assert settings(connection) == ["on", "on"]
+
+
+def test_a_search_finds_its_position_among_many_deliveries_of_one_moment_by_the_index(filled, plans):
+    with engines.read(filled) as connection:
+        position = (LATELY, SETTLED + PENDING // 2)
+        stretch = due.read_stretch(connection, "identify", "change", LATELY, position, 50)
+    assert [subject.subject_id for subject in stretch.subjects] == [
+        f"u{300 + number}" for number in range(50)
+    ]
+    assert (stretch.end, stretch.is_last) == ((LATELY, SETTLED + PENDING // 2 + 50), False)
+    plan = " ".join(line for _, lines in plans for line in lines)
+    assert re.search(r"next_attempt_at ?= ?\S[^\n]*delivery_id ?> ?", plan), plan
 
 
 def test_delivery_uses_indexes(plans, backend, worker_of):
