@@ -194,7 +194,14 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
         )
     _create_private(url.database)
     waits = {} if "timeout" in url.query else {"timeout": BUSY_SECONDS}
-    engine = sa.create_engine(url, **_JSON, hide_parameters=True, max_overflow=-1, connect_args=waits)
+    engine = sa.create_engine(
+        url,
+        **_JSON,
+        hide_parameters=True,
+        max_overflow=-1,
+        pool_use_lifo=True,  # each connection has a cache, which fills when it is used in turn
+        connect_args=waits,
+    )
     journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info[:3]) else "DELETE"
 
     @sa.event.listens_for(engine, "connect")
