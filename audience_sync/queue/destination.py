@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from audience_sync.db import engines
 from audience_sync.db.dialects import sql
 from audience_sync.db.tables import destination
-from audience_sync.queue import deliveries
+from audience_sync.queue import deliveries, superseded
 from audience_sync.userpilot.answers import Answer, Outcome
 
 ALIVE = dt.timedelta(seconds=60)  # a daemon whose last heartbeat is older is not running
@@ -52,21 +52,20 @@ class Destination:
 
 
 def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
-    """Return whether this destination may have accepted anything.
+    """Return whether this destination, or another key of its environment, may have accepted anything.
 
     If its key was refused before the first delivery, it has not, and any other destination may take its place.
     """
     if stopped(connection) is None:
         return True
-    accepted = (
-        "SELECT 1 FROM {our}deliveries WHERE fingerprint = :fingerprint AND status IN ('accepted', 'sending')"
-    )
+    environment = superseded.environment_of(connection, fingerprint)
+    accepted = "SELECT 1 FROM {our}deliveries WHERE fingerprint IN :environment AND status IN ('accepted', 'sending')"
     pruned = (
         "SELECT 1 FROM {our}runs r JOIN {our}definitions d ON d.definition_id = r.definition_id "
-        "WHERE d.fingerprint = :fingerprint AND r.accepted_count > 0"
+        "WHERE d.fingerprint IN :environment AND r.accepted_count > 0"
     )
     return any(
-        sql(connection, f"{query} LIMIT 1", fingerprint=fingerprint).first() is not None
+        sql(connection, f"{query} LIMIT 1", environment=environment).first() is not None
         for query in (accepted, pruned)
     )
 

@@ -5,6 +5,7 @@ import pytest
 from audience_sync.audiences import decisions, foreign, runs
 from audience_sync.db import engines
 from audience_sync.errors import ConfigError, NotApproved
+from audience_sync.queue import destination
 from audience_sync.queue.destination import Destination
 from tests.audiences.conftest import FIVE, WARY, counts
 
@@ -120,3 +121,14 @@ def test_an_accepted_destination_is_not_undone_by_a_run_under_way(known, monkeyp
     monkeypatch.setattr(runs, "compute", meanwhile)
     assert known.sync(known.audience(), fingerprint="one").status == "held"
     assert known.query("SELECT fingerprint FROM {our}definitions") == [("two",)]
+
+
+def test_a_new_key_that_is_refused_at_once_leaves_its_environment_in_use(world):
+    world.people("ann")
+    world.sync(world.audience(), fingerprint="one")
+    world.execute("UPDATE {our}deliveries SET status = 'accepted', request_id = 1, settled_at = created_at")
+    with engines.write(world.engine) as connection:
+        foreign.accept_destination(connection, Destination("two"))
+        destination.stop(connection, world.clock.now(), "refused")
+        foreign.hold_foreign(connection, Destination("other"), world.clock.now())
+        assert foreign.foreign_keys(connection, Destination("other")) == ["vips"]
