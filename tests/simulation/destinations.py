@@ -41,9 +41,11 @@ class TwoDestinations(Simulation):
         # Who left before the memberships that are kept is not reached by a full run at another environment.
         self.has_one_environment = self.chance.random() < 0.3
         spans = [60.0, 600.0]
+        # A call is not known to be older than one whose delivery was pruned: they are kept longer than clocks differ.
+        difference = max(self.skews) - min(self.skews)
         self.keep = pruning.Retention(
             calls=self.chance.choice(spans),
-            deliveries=self.chance.choice(spans),
+            deliveries=self.chance.choice(spans) + difference,
             requests=math.inf,
             past_members=self.chance.choice(spans) if self.has_one_environment else math.inf,
         )
