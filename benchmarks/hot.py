@@ -38,8 +38,8 @@ bulk = false
 """
 BODY = {"track": '{"event_name": "Seen"}', "identify": '{"visits": 1}', "company": '{"seats": 1}'}
 FILL = """INSERT INTO {{our}}deliveries
-(action, subject_id, body, class, call_id, value_at, status, created_at, next_attempt_at)
-SELECT :action, {subject}, {body}, :class, n, :now, 'pending', :now, :now FROM {numbers}"""
+(action, subject_id, body, class, call_id, fingerprint, value_at, status, created_at, next_attempt_at)
+SELECT :action, {subject}, {body}, :class, n, :fingerprint, :now, 'pending', :now, :now FROM {numbers}"""
 LEFT = """SELECT 1 FROM {{our}}deliveries {index} WHERE status IN ('pending', 'sending')
 AND subject_id > 'user-' AND subject_id < 'user.' LIMIT 1"""
 
@@ -57,7 +57,15 @@ class Line:
         return self.others / self.seconds
 
 
-def fill(engine, action, now, count, subject, delivery_class="call"):
+def fill(configuration, action, hot, others):
+    """Queue the deliveries as calls leave them."""
+    with open_app(configuration) as app:
+        for count, subject in ((hot, "'guest'"), (others, "'user-' || n")):
+            insert(app, action, count, subject)
+
+
+def insert(app, action, count, subject, delivery_class="call"):
+    engine, now, fingerprint = app.engine, app.clock.now(), app.destination.fingerprint
     numbers = f"generate_series(1, {count}) AS g(n)"
     body = f"CAST('{BODY[action]}' AS json)"
     if dialects.is_sqlite(engine):
@@ -66,15 +74,13 @@ def fill(engine, action, now, count, subject, delivery_class="call"):
     if count:
         with engines.write(engine) as connection:
             statement = FILL.format(subject=subject, body=body.replace(": ", "\\: "), numbers=numbers)
-            dialects.sql(connection, statement, action=action, now=now, **{"class": delivery_class})
+            parameters = {"action": action, "now": now, "fingerprint": fingerprint, "class": delivery_class}
+            dialects.sql(connection, statement, **parameters)
 
 
-def deliver(configuration, action, hot, others):
-    """Fill the queue and deliver until the others are all accepted; (seconds, requests of the hot user, megabytes)."""
+def deliver(configuration, others):
+    """Deliver until the others are all accepted; (seconds, requests of the hot user, megabytes)."""
     with open_app(configuration) as app:
-        now = app.clock.now()
-        fill(app.engine, action, now, hot, "'guest'")
-        fill(app.engine, action, now, others, "'user-' || n")
         stop = threading.Event()
         checked_at = started = time.perf_counter()
 
@@ -98,8 +104,10 @@ def measure(action, hot, others, multiple, database):
         configuration = Path(folder, "audience_sync.toml")
         text = CONFIGURATION.format(url=database(folder), endpoint=url, limit=LIMIT * multiple)
         configuration.write_text(text)
+        with ProcessPoolExecutor(1, SPAWN) as filler:
+            filler.submit(fill, configuration, action, hot, others).result()
         with ProcessPoolExecutor(1, SPAWN) as child:
-            seconds, hot_sent, megabytes = child.submit(deliver, configuration, action, hot, others).result()
+            seconds, hot_sent, megabytes = child.submit(deliver, configuration, others).result()
         return Line(hot, others, seconds, hot_sent, megabytes)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from delivery import BULK, LIVE, ask, databases, fresh_sandbox
-from hot import fill
+from hot import insert
 from rich.console import Console
 from rich.table import Table
 
@@ -52,10 +52,10 @@ def measure(database, latency, seconds):
         configuration.write_text(CONFIGURATION.format(url=database(folder), endpoint=url))
         minutes = (FILLING_SECONDS + seconds) / 60 + 1
         with open_app(configuration) as app:
-            now, stop = app.clock.now(), threading.Event()
-            fill(app.engine, "identify", now, int(minutes * (LIVE + BULK)), "'user-' || n", "push")
-            fill(app.engine, "track", now, int(minutes * LIVE), "'visitor-' || n", "push")
-            fill(app.engine, "company", now, int(minutes * LIVE), "'company-' || n", "push")
+            stop = threading.Event()
+            insert(app, "identify", int(minutes * (LIVE + BULK)), "'user-' || n", "push")
+            insert(app, "track", int(minutes * LIVE), "'visitor-' || n", "push")
+            insert(app, "company", int(minutes * LIVE), "'company-' || n", "push")
             working = threading.Thread(target=app.deliver, kwargs={"stop": stop})
             working.start()
             time.sleep(FILLING_SECONDS)
