@@ -39,9 +39,8 @@ class DatabaseClock:
 
     clock: Clock
     read: Callable[[], datetime | None]
-    _reading: tuple[datetime, float, float] = field(
-        init=False
-    )  # with our monotonic clock, and the offset of our two
+    # What was read, when it was read by our monotonic clock, and how far our own two clocks were apart then.
+    _reading: tuple[datetime, float, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self._reading = self._read(self.clock.now())

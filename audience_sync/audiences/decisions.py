@@ -53,9 +53,8 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, destination: Destinati
             )
             if is_foreign:
                 deliveries.cancel_foreign(connection, origin, now)
-            deliveries.release_older(
-                connection, origin, now
-            )  # before its own are no longer those of a held run
+            # While its own are still those of a held run.
+            deliveries.release_older(connection, origin, now)
             records.mark_succeeded(connection, run_id, result, now)
             commit_held(connection, Commit(origin, run.key, kind, now), counts)
             runs.settle_definition(connection, row, destination, erased_count)

@@ -46,9 +46,8 @@ class Throttle:
 
     clock: Clock
     _free_at: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    _known: OrderedDict[str, None] = field(
-        default_factory=OrderedDict
-    )  # names with an address that signed in
+    # Names, each with an address from which it has signed in.
+    _known: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str, address: str) -> float:
