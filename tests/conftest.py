@@ -28,9 +28,8 @@ if in_place_of_httpx := os.environ.get("TEST_IN_PLACE_OF_HTTPX"):  # a library o
     sys.modules["httpcore"] = importlib.import_module(in_place_of_httpx.replace("httpx", "httpcore"))
     sys.modules["httpx"] = importlib.import_module(in_place_of_httpx)
 
-os.environ.pop(
-    "PYTHONDONTWRITEBYTECODE", None
-)  # hundreds of processes are started, and each would compile the package
+# Hundreds of processes are started, and each would compile the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Thousands of databases are written and thrown away, so their files are in memory where there is room for them.
 MEMORY = Path("/dev/shm")

@@ -32,12 +32,8 @@ from audience_sync.stopping import Stop
 if TYPE_CHECKING:
     from audience_sync.audiences.query.compiler import CompiledQuery
 
-SQL, QUERY, READY, ELIGIBLE = (
-    "SQL",
-    "query",
-    "ready_sql",
-    "eligible_sql",
-)  # a definition's queries, as messages call them
+# A definition's queries, as messages call them.
+SQL, QUERY, READY, ELIGIBLE = "SQL", "query", "ready_sql", "eligible_sql"
 FETCH_ROWS = 20_000
 
 

@@ -28,9 +28,8 @@ from audience_sync.queue import destination
 
 CUT_OFF_AFTER = dt.timedelta(minutes=1)  # if a taken slot has no run by then, its process is gone
 LATE_AFTER = dt.timedelta(minutes=2)
-RETRY_AFTER = tuple(
-    dt.timedelta(minutes=minutes) for minutes in (1, 5, 15)
-)  # after the first failure, the second …
+# After the first failure, the second and the third.
+RETRY_AFTER = tuple(dt.timedelta(minutes=minutes) for minutes in (1, 5, 15))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from sqlglot import exp
 
 PARAMETERS = {"as_of": "the moment of the run", "today": "its date"}
-SUPPORTED = (
-    "sqlite",
-    "postgresql",
-)  # the databases that enforce reading and time limits; others are experimental
+# The databases that enforce reading and time limits; others are experimental.
+SUPPORTED = ("sqlite", "postgresql")
 
 # Functions that reach outside the query: files, other servers, sessions, locks, sequences, SQL in a string.
 _DENIED = re.compile(

@@ -16,9 +16,8 @@ _ISO = re.compile(
     (?(zone)(?:\[[A-Z0-9_/+-]+\] | \ [A-Z]{3,5})?(?:\ M=[+-][\d.]+)?)  # as Java and Go print a time""",
     re.VERBOSE | re.ASCII,
 )
-_COMPACT = re.compile(
-    r"((?:19|20)\d{6})(\d{6})", re.ASCII
-)  # as Unix time in milliseconds it would be after 2570
+# Date and time without separators. As Unix time in milliseconds it would be after 2570.
+_COMPACT = re.compile(r"((?:19|20)\d{6})(\d{6})", re.ASCII)
 # Dates of HTTP and e-mail headers, as JavaScript prints one, and as C does.
 _HEADER = re.compile(
     r"""(?:[a-z]{3,9},?\s+)?(?:

@@ -27,9 +27,8 @@ MAX_TRAITS = 300  # of an identify or group call, as at Segment
 MAX_NUMBER_BITS = 1023  # the range of a double: most JSON parsers accept no larger number
 OBJECTS = ("traits", "properties", "context", "integrations")
 FUTURE = "timestamp lies in the future: the time of arrival is used"
-CLOCK_TOLERANCE = timedelta(
-    seconds=1
-)  # a timestamp up to this far in the future is corrected without a message
+# A timestamp up to this far in the future is corrected without a message.
+CLOCK_TOLERANCE = timedelta(seconds=1)
 _BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
 _TYPES = {call_type.value: call_type for call_type in CallType}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -58,7 +58,7 @@ def _problem(kind: str, facts: Any, document: dict[str, Any]) -> str:
     """Return a text for a problem: the problem, then the remedy."""
     match kind:
         case "stopped":
-            return f"Delivery is stopped since {output.moment(facts['since'])} UTC. {facts['reason']}"
+            return f"Delivery has been stopped since {output.moment(facts['since'])} UTC. {facts['reason']}"
         case "foreign":
             keys = output.some(facts, SHOWN_SLOTS)
             advice = lazy.destination.other_destination(*(facts if len(facts) == 1 else ()))

@@ -171,8 +171,8 @@ def import_calls(
 ) -> Summary:
     """Store the call of each line; report a line that is not a valid call to `on_bad`, and skip it.
 
-    `keep_only`: nothing is queued. `second_process`: prepare in one, which imports the main module again; only for
-    a program that allows that.
+    `keep_only`: nothing is queued. `second_process`: prepare the calls in a second process. It imports the main module
+    again, so this is only for a program that allows that.
 
     Raises:
         ConfigError: the file cannot be read to its end; the lines before are stored.

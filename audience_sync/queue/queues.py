@@ -150,9 +150,8 @@ class Queues:
             elif due.subjects_due(connection, *queue, now, 1, self.fingerprint):
                 waits.append(self._queue_seconds(*queue))
         shortest = self._soon([*waits, *self._later(connection, now)])
-        if (
-            shortest == math.inf
-        ):  # once more before the work ends: what was committed meanwhile may stand further ahead
+        # Before the work ends, search once more: deliveries may have been committed ahead of the last search.
+        if shortest == math.inf:
             shortest = self._soon([self._search_from_start(queue) for queue in old])
         if 0 < shortest < SHORTEST_WAIT_SECONDS:  # a wait shorter than a clock's tick would never end
             shortest = SHORTEST_WAIT_SECONDS

@@ -40,8 +40,8 @@ FormHandler = Callable[[App, Viewer, Request, Form], Response]
 class Throttle:
     """Limits failed attempts to sign in, for each user name and from each address.
 
-    Attempts for a name from where it signed in before count apart, so that guesses at the name
-    elsewhere do not keep its owner out.
+    Attempts for a name from an address where it has signed in are counted separately, so that somebody who guesses
+    from another address does not keep its owner out.
     """
 
     clock: Clock

@@ -127,9 +127,8 @@ def test_a_delivery_continues_after_a_silence(through, sandbox):
     began = time.monotonic()
     line = next(line for line in process.stderr if "cannot be used" in line)
     assert re.search("timed out|timeout", line), line
-    assert (
-        time.monotonic() - began < 60
-    )  # tcp_user_timeout is 3 s here, and keepalives would take as long again
+    # Here tcp_user_timeout is 3 s, and keepalives would take as long again.
+    assert time.monotonic() - began < 60
     through.proxy.speak_again()
     code, output = command.ended(process)
     assert (code, users_in(sandbox)) == (0, wanted(range(USERS))), output

@@ -92,9 +92,8 @@ def test_check_names_each(command, backend):
     for key in keys(ODD | ODD_ON[backend]):
         assert any(line.startswith(f"wrong  definition {key}: ") for line in lines), key
     for key in keys(FINE[backend]) | {"good"}:
-        mark = (
-            "warn" if (key, backend) == ("deep", "postgresql") else "ok"
-        )  # too deep to be parsed before it runs
+        # The deep one cannot be parsed before it runs, so check gives a warning.
+        mark = "warn" if (key, backend) == ("deep", "postgresql") else "ok"
         assert any(line.startswith(f"{mark:6} definition {key}: 1 member") for line in lines), key
 
 

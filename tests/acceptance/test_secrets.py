@@ -138,9 +138,8 @@ class Witness:
         called, cwd = ["--config", str(self.configuration), *arguments], self.folder / "here"
         with path.with_suffix(".out").open("wb") as out, path.with_suffix(".err").open("wb") as err:
             streams = {"stdout": out, "stderr": err}
-            if (
-                arguments[0] == "daemon"
-            ):  # the others are forks, whose line in the list of processes is the server's
+            # The others are forks: the list of processes shows the forking server's line for them.
+            if arguments[0] == "daemon":
                 program = [sys.executable, "-m", "audience_sync", *called]
                 process = subprocess.Popen(program, cwd=cwd, env=self.environ | environ, **streams)
             else:

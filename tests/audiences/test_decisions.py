@@ -83,9 +83,8 @@ def test_reject_drops_the_changes(known):
 def test_a_run_is_not_approved_when_the_members_have_moved(known, monkeypatch):
     known.people()
     run = known.sync(known.audience(), hold=True)
-    monkeypatch.setattr(
-        runs, "replace_held_run", lambda *_: None
-    )  # as if it had been held while the other ran
+    # As if it had been held while the other ran.
+    monkeypatch.setattr(runs, "replace_held_run", lambda *_: None)
     known.people(*FIVE, "zoe")
     known.sync(known.audience())
     with pytest.raises(

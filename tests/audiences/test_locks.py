@@ -16,9 +16,8 @@ from audience_sync.userpilot.answers import Answer, Outcome
 from tests.waiting import PATIENCE_SECONDS, until
 
 SHORT_SECONDS = 5.0
-only_postgresql = pytest.mark.parametrize(
-    "backend", ["postgresql"], indirect=True
-)  # SQLite has one lock for writes
+# SQLite has one lock for writes.
+only_postgresql = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 
 
 class Deleter:

@@ -220,9 +220,8 @@ def test_a_slot_is_due_at_its_moment_and_not_after_itself():
 
 
 def test_offsets_with_seconds_are_exact():
-    plan = schedule.parse_schedule(
-        "0 12 * * *", "Africa/Monrovia"
-    )  # until 1972 it was 44 minutes and 30 seconds behind
+    # Until 1972 it was 44 minutes and 30 seconds behind.
+    plan = schedule.parse_schedule("0 12 * * *", "Africa/Monrovia")
     assert plan.next(at("1970-06-01")) == at("1970-06-01 12:44:30")
 
 

@@ -140,9 +140,8 @@ def test_a_repeat_whose_id_lies_between_new_ids_stays_a_repeat(engine):
     sequence = "{our}calls_call_id_seq"
     say(f"SELECT setval('{sequence}', 2)")
     assert [each.call_id for each in identify("m1", "m2")] == [3, 4]
-    say(
-        f"ALTER SEQUENCE {sequence} MAXVALUE 6 CYCLE"
-    )  # the next ids are 5, 6, 1 and 2: others took those between
+    # The next ids are 5, 6, 1 and 2: others took those between.
+    say(f"ALTER SEQUENCE {sequence} MAXVALUE 6 CYCLE")
     again = identify("m0", "m1", "m2", "m3")
     assert [each.is_repeat for each in again] == [False, True, True, False]
     with engines.read(engine) as connection:

@@ -32,9 +32,8 @@ def test_a_month_of_a_daemon(life):
     life.live_until("2026-04-02 12:00")
     refused = len(life.sandbox.state.requests)
     life.live_until("2026-04-02 14:00")
-    assert (
-        len(life.sandbox.state.requests) - refused <= 2
-    )  # it checks whether the key works again, and sends nothing else
+    # The daemon checks whether the key works again, and sends nothing else.
+    assert len(life.sandbox.state.requests) - refused <= 2
     assert life.members_at_userpilot() == set(USERS[:5])
     life.sandbox.state.api_key = "sandbox"
     life.live_until("2026-04-03 12:00")

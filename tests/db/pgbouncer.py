@@ -30,9 +30,8 @@ def pgbouncer(server_url, mode, **more):
     lines += [f"pool_mode = {mode}", f"default_pool_size = {size}", f"logfile = {folder}/log"]
     lines += [f"{name} = {value}" for name, value in more.items()]
     (folder / "ini").write_text("\n".join(lines))
-    user = (
-        ["-u", socket.owner()] if os.geteuid() == 0 else []
-    )  # it does not run as root, and must reach the socket
+    # PgBouncer does not run as root, and must be able to open the socket.
+    user = ["-u", socket.owner()] if os.geteuid() == 0 else []
     with subprocess.Popen([program, "-q", *user, str(folder / "ini")], stderr=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + SECONDS

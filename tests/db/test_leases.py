@@ -108,9 +108,8 @@ def test_a_process_that_runs_keeps_its_lease_and_an_earlier_one_with_its_id_is_g
     take()
     change("pid = :pid, owner = 'p-1'", pid=sleeper)
     assert take() == leases.Holder(leases.HOST, sleeper)
-    change(
-        "owner = :owner", owner=f"p-1 {sleeper}@5"
-    )  # seldom the truth, and skipped where it cannot be read
+    # A start time that is not the process's; it is ignored where start times cannot be read.
+    change("owner = :owner", owner=f"p-1 {sleeper}@5")
     assert isinstance(take(), leases.Lease if sys.platform == "linux" else leases.Holder)
 
 

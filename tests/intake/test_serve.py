@@ -167,9 +167,8 @@ def test_a_session_posts_no_call_and_a_write_key_opens_no_page(start):
             assert (signed_in.status_code, client.get("/").status_code) == (303, 200)
             assert client.post("/v1/identify", json={"userId": "ann"}).status_code == 401
             forged = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "127.0.0.1"}
-            assert (
-                client.get("/", headers=forged).status_code == 200
-            )  # of a proxy that is not trusted: ignored
+            # These headers are ignored, because no proxy is trusted.
+            assert client.get("/", headers=forged).status_code == 200
         with httpx.Client(base_url=address, headers=AS_SHOP) as client:
             assert client.get("/").status_code == 303
             assert client.post("/runs/1/approve", data={"csrf": KEY}).status_code == 303

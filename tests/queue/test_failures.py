@@ -70,9 +70,8 @@ def test_a_refused_key_stops_at_once_and_loses_nothing(queue, worker_of, sandbox
 
     report = worker_of().deliver()
 
-    assert (
-        21 <= len(sandbox.state.requests) <= 20 + MAX_IN_FLIGHT + 1
-    )  # one of them asks whether the key is valid
+    # One request asks whether the key is valid.
+    assert 21 <= len(sandbox.state.requests) <= 20 + MAX_IN_FLIGHT + 1
     assert "no such key" in report.stopped
     assert str(status) in report.stopped
     assert queue.counts() == {"accepted": 20, "pending": 40}
