@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from audience_sync.audiences.definition import Kind
 from audience_sync.audiences.records import ChangeCounts
 from audience_sync.db.dialects import create_temp_table, is_sqlite, sql
+from audience_sync.db.tables import MAY_HAVE_BEEN_SENT
 from audience_sync.queue import deliveries
 from audience_sync.queue.outcomes import Status
 
@@ -107,11 +108,12 @@ def _was_attempted(user: str, runs_of_entries: str) -> str:
     """Return the condition that something may have been sent to a user for the key; `user` is an SQL expression.
 
     Old deliveries are pruned. Each membership began with a delivery, so where that one is missing, it may have been sent.
+    Where only a full run sent the value, that delivery was never attempted; pruning deletes it no later than the other.
     `runs_of_entries` is a query for the runs (entered_run_id) in which the user's memberships began.
     """
     return (
         f"(EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE d.subject_id = {user} AND d.definition_id = :definition_id "
-        "AND (d.attempt_count > 0 OR d.status IN ('sending', 'accepted', 'dead'))) "
+        f"AND {MAY_HAVE_BEEN_SENT}) "
         f"OR EXISTS (SELECT 1 FROM ({runs_of_entries}) AS entry WHERE NOT EXISTS (SELECT 1 FROM {{our}}deliveries d "
         # + 0, because the index by run would find all users of a run.
         f"WHERE d.subject_id = {user} AND d.run_id + 0 = entry.entered_run_id)))"

@@ -76,6 +76,7 @@ DEAD = sa.text("status = 'dead'")
 SENDING = sa.text("status = 'sending'")
 HELD = sa.text("status = 'held'")
 WAITING = sa.text("status IN ('held', 'dead')")  # until somebody decides, or a later run does
+MAY_HAVE_BEEN_SENT = sa.text("(attempt_count > 0 OR status IN ('sending', 'accepted', 'dead'))")
 IGNORED = sa.text("status = 'ignored'")
 UNSETTLED = sa.text("status IN ('pending', 'sending')")
 ATTEMPTED = sa.text("status IN ('pending', 'sending') AND attempt_count > 0")

@@ -5,7 +5,8 @@ deleted, nor is anything that decides about them:
 
 - the calls and requests that they refer to;
 - newer deliveries of the same user or company, whatever their status: because of them an undecided value is superseded;
-- deliveries of the same user that were cancelled before anything was sent: a user who leaves then gets nothing either;
+- deliveries of the same user that were cancelled before anything of the definition was sent: a user who leaves then gets
+  nothing either. Once something was sent they may go, and go first, because alone they would say that nothing was;
 - the user's past memberships: they show that something was sent before, even where its delivery is gone;
 - while the destination is stopped, accepted deliveries of calls: they show that it was in use (destination.has_accepted).
 
@@ -23,6 +24,7 @@ import sqlalchemy as sa
 
 from audience_sync.db import engines
 from audience_sync.db.tables import (
+    MAY_HAVE_BEEN_SENT,
     SENDING,
     UNSETTLED,
     WAITING,
@@ -93,11 +95,20 @@ _HAS_OLDER_QUEUED = sa.exists(
     sa.select(_some.c.delivery_id).where(sa.tuple_(_some.c.value_at, _some.c.delivery_id) < _AGE)
 )
 _HAS_MANY_QUEUED = sa.exists(_queued.offset(MOST_QUEUED).limit(1))
+_something_sent = (  # a scalar, because PostgreSQL may hash the whole table for an EXISTS
+    sa.select(_other.c.delivery_id)
+    .where(_OF_SUBJECT, _other.c.definition_id == deliveries.c.definition_id, MAY_HAVE_BEEN_SENT)
+    .order_by(_other.c.delivery_id)
+    .limit(1)
+    .correlate(deliveries)
+    .scalar_subquery()
+)
 _WAS_NEVER_SENT = (
     (deliveries.c.status == "cancelled")
     & deliveries.c.run_id.is_not(None)
     & (deliveries.c.attempt_count == 0)
     & (sa.exists(_queued.limit(1)) | sa.exists().where(_OF_SUBJECT, WAITING))
+    & _something_sent.is_(None)
 )
 _DECIDES = (deliveries.c.action != "track") & (
     _HAS_MANY_QUEUED | _HAS_OLDER_QUEUED | _HAS_OLDER_WAITING | _WAS_NEVER_SENT

@@ -34,6 +34,14 @@ def prune(world, *, past_members=DAY):
     return pruning.prune(world.engine, keep, world.clock.now())
 
 
+def discard(world, run):
+    """Discard what a run queued."""
+    query = "SELECT delivery_id FROM {our}deliveries WHERE run_id = :run_id"
+    ids = [delivery_id for (delivery_id,) in world.query(query, run_id=run.run_id)]
+    with engines.write(world.engine) as connection:
+        assert deliveries.discard(connection, ids, world.clock.now())
+
+
 def values(userpilot):
     return [value for _, _, value in userpilot.history]
 
@@ -78,6 +86,26 @@ def test_a_user_who_left_before_anything_was_sent_is_never_seen_though_rows_were
     world.sync(world.audience())
     deliver(world, userpilot)
     assert userpilot.history == [("bob", "vips", True)]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_exit_is_sent_after_the_value_that_only_a_full_run_sent_was_pruned(world, userpilot, elsewhere):
+    world.people("ann")
+    entry = world.sync(world.audience(), fingerprint="A")
+    if not elsewhere:  # else the full run cancels the entry
+        discard(world, entry)
+    home = "B" if elsewhere else "A"
+    world.sync(world.audience(), full=True, fingerprint=home)
+    deliver(world, userpilot)
+    assert values(userpilot) == [True]
+    if elsewhere:
+        world.people()
+    world.sync(world.audience(), full=True, fingerprint="A")  # not delivered: something is undecided
+    prune(world, past_members=float("inf"))
+    world.people()
+    world.sync(world.audience(), full=elsewhere, fingerprint=home)
+    deliver(world, userpilot)
+    assert values(userpilot) == [True, False]
 
 
 @pytest.mark.parametrize("status", ["pending", "held", "dead"])

@@ -486,6 +486,22 @@ def test_newer_values_stay_while_an_older_one_is_undecided(store, undecided):
     assert store.prune() == {"deliveries": 3}
 
 
+def test_what_was_never_sent_stays_only_while_nothing_else_was_sent(store):
+    """Otherwise what was sent could be pruned first, and a user who leaves would get nothing."""
+    store.definition()
+    store.run()
+    store.deliver(
+        value(store, "cancelled", 500),
+        value(store, "accepted", 500) | {"definition_id": 2},
+        value(store, "pending", 1) | {"definition_id": 2},
+    )
+    assert store.prune() == {"deliveries": 1}
+    assert store.ids(tables.deliveries) == [1, 3]
+    store.deliver(value(store, "accepted", 400))
+    assert store.prune() == {"deliveries": 1}
+    assert store.ids(tables.deliveries) == [3, 4]
+
+
 def test_a_subject_with_many_pending_values_keeps_its_settled_ones(store):
     store.deliver(value(store, "accepted", 500, call=1), *[value(store, "pending", 1, call=1)] * 10)
     assert store.prune() == {"deliveries": 1}
