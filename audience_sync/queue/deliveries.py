@@ -14,7 +14,7 @@
 | held                | deleted   | its run is replaced by a newer one with another value  | replace_held, delete_held    |
 | pending             | sending   | claimed for a request that is about to be sent         | claim, start_in_job          |
 | pending             | held      | made for another destination                           | hold_definitions, hold_calls |
-| pending             | cancelled | Userpilot has accepted a newer value                   | choose_next                  |
+| pending             | cancelled | a newer value was accepted, or one of a run is dead    | choose_next                  |
 | pending             | cancelled | the user left before anything was sent                 | cancel_never_attempted       |
 | sending             | accepted  | 2xx, or its bulk job completed                         | settle, settle_job           |
 | sending             | cancelled | a newer value in the same request was accepted         | settle, settle_job           |
@@ -186,11 +186,15 @@ def choose_next(
 ) -> Chosen:
     """Choose the deliveries of each subject's next request; cancel those that accepted values have superseded.
 
+    The value of a run is also superseded by a newer run's that is dead: the older one is no longer true, and the newer one
+    may have been applied by an attempt without an answer.
     Where all that is due waits for a newer value, it becomes due when that does.
     """
     pending = due.pending_of(connection, action, subjects, now, fingerprint)
     late = [each for group in pending for each in group if each.is_call or each.isolated]
     newer = superseded.superseded_traits(connection, late, [Status.ACCEPTED], fingerprint)
+    isolated = [each for each in late if not each.is_call]
+    newer |= superseded.superseded_traits(connection, isolated, [Status.DEAD], fingerprint, of_runs=True)
     trimmed = [outcomes.without_superseded(group, newer) for group in pending]
     for ids in chunks([delivery_id for group in trimmed for delivery_id in group.superseded]):
         values: dict[str, Any] = {"ids": list(ids), "now": now, "error": SUPERSEDED}

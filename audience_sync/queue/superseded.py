@@ -24,13 +24,18 @@ def superseded_traits(
     values: Sequence[Delivery | sa.Row[Any]],
     statuses: Collection[Status] = _ALL_BUT_HELD,
     fingerprint: str | None = None,
+    *,
+    of_runs: bool = False,
 ) -> dict[int, frozenset[str]]:
     """Return, by delivery, those of its traits for which the subject has a newer value in one of the statuses.
 
     `fingerprint`: count only newer values for this destination or another key or address of its environment.
+    `of_runs`: count only newer values of runs.
     """
     superseded: dict[int, frozenset[str]] = {}
-    where = _newer_in(statuses)
+    if not values:
+        return superseded
+    where = _newer_in(statuses) + (" AND b.call_id IS NULL" if of_runs else "")
     parameters: dict[str, Any] = {}
     if fingerprint is not None:
         where = f"{where} AND (b.fingerprint IS NULL OR b.fingerprint IN :environment)"
@@ -75,6 +80,8 @@ def _newest_values(
 def _newer_in(statuses: Collection[Status]) -> str:
     names = ", ".join(f"'{Status(status).value}'" for status in statuses)
     status = f"= {names}" if len(statuses) == 1 else f"IN ({names})"  # = is what the partial index matches
+    if names == "'dead'":
+        status = "IN ('held', 'dead') AND b.status = 'dead'"  # likewise
     # The values of a rejected run were never true.
     rejected = (
         "b.status = 'cancelled' AND b.run_id IN (SELECT run_id FROM {our}runs WHERE status = 'rejected')"
