@@ -71,9 +71,9 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
     """Return those of a subject's pending deliveries that go into its next request, oldest value first.
 
     After a merged request was refused or failed repeatedly, its deliveries are isolated: sent one by one, so that only
-    the refused one waits or becomes dead. The newest is sent first, and older ones wait for it if they share a trait: an
-    earlier attempt may have been applied, and a value at Userpilot must not be replaced by an older one. Values that the
-    newest supersedes need no request.
+    the refused one waits or becomes dead. The one that has been due for longest is sent first, then the newest. Older ones
+    wait for a newer one that shares a trait with them: an earlier attempt may have been applied, and a value at Userpilot
+    must not be replaced by an older one. Values that the newest supersedes need no request.
     """
     blocked = blocked_until(pending, now)
     free = [
@@ -81,9 +81,10 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
         for delivery in sorted(pending, key=_age)
         if delivery.delivery_id not in blocked and not (delivery.isolated and delivery.next_attempt_at > now)
     ]
-    alone = next(([delivery] for delivery in reversed(free) if delivery.isolated), None)
-    is_due = any(delivery.next_attempt_at <= now for delivery in free)
-    return alone or (free if is_due else [])
+    isolated = [delivery for delivery in reversed(free) if delivery.isolated]
+    if isolated:
+        return [min(isolated, key=lambda delivery: delivery.next_attempt_at)]
+    return free if any(delivery.next_attempt_at <= now for delivery in free) else []
 
 
 def blocked_until(pending: Sequence[Delivery], now: dt.datetime) -> dict[int, dt.datetime]:
@@ -103,7 +104,7 @@ def blocked_until(pending: Sequence[Delivery], now: dt.datetime) -> dict[int, dt
             moments.append(delivery.next_attempt_at)
         if moments:
             waiting |= dict.fromkeys(delivery.body, max(moments))
-        elif delivery.attempt_count > 1:
+        elif delivery.isolated or delivery.attempt_count > 1:
             attempted |= dict.fromkeys(delivery.body, delivery.next_attempt_at)
     return blocked
 

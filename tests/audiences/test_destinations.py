@@ -1,6 +1,7 @@
 """Two destinations: what is held for one of them, and what is decided meanwhile. Each holds its newest values in the end."""
 
 import datetime as dt
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,7 +32,9 @@ class Two:
         with engines.write(self.world.engine) as connection:
             foreign.hold_foreign(connection, Destination(fingerprint), self.world.clock.now())
         settings = DeliverySettings(PACE, FaultyUserpilot.build, fingerprint=fingerprint, poll_seconds=0.01)
-        worker = Worker(self.world.engine, self.at(fingerprint), settings, self.world.clock)
+        worker = Worker(
+            self.world.engine, self.at(fingerprint), settings, self.world.clock, chance=random.Random(1)
+        )
         assert worker.deliver().stopped is None
 
     def accept(self, fingerprint):
@@ -117,7 +120,7 @@ def test_a_held_exit_and_a_newer_entry_end_as_the_entry(two, full, delivered):
     sync(two, "A", "ann", "bob", full=full)
     if delivered:  # by a worker that was started before the other destination was configured
         settings = DeliverySettings(PACE, FaultyUserpilot.build, fingerprint="A", poll_seconds=0.01)
-        Worker(two.world.engine, two.at("A"), settings, two.world.clock).deliver()
+        Worker(two.world.engine, two.at("A"), settings, two.world.clock, chance=random.Random(1)).deliver()
     two.deliver("A")
     assert two.values("A")[-1] is True
     assert two.values("A") == [True, True]

@@ -1,6 +1,7 @@
 """Values that are undecided while others are pruned, as when a key is refused for longer than rows are kept."""
 
 import datetime as dt
+import random
 
 import pytest
 
@@ -24,7 +25,7 @@ def userpilot():
 
 def deliver(world, userpilot):
     settings = DeliverySettings(PACE, FaultyUserpilot.build, poll_seconds=0.01)
-    return Worker(world.engine, userpilot, settings, world.clock).deliver()
+    return Worker(world.engine, userpilot, settings, world.clock, chance=random.Random(1)).deliver()
 
 
 def prune(world, *, past_members=DAY):

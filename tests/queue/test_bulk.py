@@ -1,6 +1,7 @@
 """Both lanes work off a backlog, in a clock's time: however a job ends, no user is forgotten."""
 
 import datetime as dt
+import random
 from collections import Counter
 
 import pytest
@@ -36,7 +37,9 @@ def work(hand_queue, clock, userpilot):
             jobs=bulk.BulkSettings(row=row, rows_per_minute=rows, rows_per_job=per_job),
             **({"poll_seconds": 1.0} | changes),
         )
-        return Worker(hand_queue.engine, userpilot, settings, clock, on_progress=on_progress)
+        return Worker(
+            hand_queue.engine, userpilot, settings, clock, chance=random.Random(1), on_progress=on_progress
+        )
 
     return make
 

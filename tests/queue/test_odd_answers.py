@@ -2,6 +2,7 @@
 
 import datetime as dt
 import gzip
+import random
 
 import pytest
 
@@ -25,11 +26,14 @@ def userpilot(clock):
 def deliver(hand_queue, clock, userpilot):
     """Deliver for this many hours, with a new process after each pause."""
 
+    chance = random.Random(1)
+
     def work(*, hours=0.0, sender=None, **changes):
         end = clock.seconds + hours * 3600
         settings = settings_of(grace=dt.timedelta(seconds=3), **({"poll_seconds": 30.0} | changes))
         while True:
-            report = Worker(hand_queue.engine, sender or userpilot, settings, clock).deliver()
+            worker = Worker(hand_queue.engine, sender or userpilot, settings, clock, chance=chance)
+            report = worker.deliver()
             if clock.seconds >= end:
                 return report
             clock.sleep(900)
@@ -218,6 +222,32 @@ def test_an_older_value_waits_for_a_newer_one_that_is_tried_alone(hand_queue, us
     deliver(hours=6, sender=sender)
     assert hand_queue.statuses() == ["accepted", "dead", "accepted"]
     assert hand_queue.row(older).attempt_count <= hand_queue.row(apart).attempt_count + 1
+
+
+def test_an_older_value_of_a_run_does_not_follow_a_newer_one_that_was_applied_before_it_died(
+    hand_queue, userpilot, deliver
+):
+    for value in (False, True):
+        hand_queue.add("u1", {"vip": value}, kind="change")
+    userpilot.faults.add({"user_id": "u1", "drop": "after", "times": 1})
+    userpilot.faults.add({"user_id": "u1", "status": 400, "times": 2})  # of both, then of the newer one
+
+    deliver(hours=1)
+
+    assert [value for _, value, _ in userpilot.state.history["u1"]] == [True]
+    assert hand_queue.statuses() == ["cancelled", "dead"]
+
+
+def test_the_value_of_a_run_is_sent_although_userpilot_refused_a_newer_call_with_the_same_trait(
+    hand_queue, userpilot, deliver
+):
+    hand_queue.add("u1", {"vip": True}, kind="change")
+    hand_queue.add("u1", {"vip": False, "bad": 1})
+
+    deliver(hours=1, sender=Choosy(userpilot, 400))
+
+    assert hand_queue.statuses() == ["accepted", "dead"]
+    assert userpilot.state.users["u1"]["properties"] == {"vip": True}
 
 
 # 2xx

@@ -104,6 +104,15 @@ def test_of_isolated_deliveries_the_newest_is_sent_first_and_older_ones_wait():
     assert outcomes.select_next([older, fresh], NOW) == [older]
 
 
+def test_of_isolated_deliveries_that_share_no_trait_the_one_that_has_been_due_for_longest_is_sent_first():
+    earlier = NOW - dt.timedelta(seconds=1)
+    older = delivery(1, {"a": 1}, isolated=True, due=earlier)
+    failing, sharing = delivery(2, {"b": 2}, isolated=True), delivery(2, {"a": 2}, isolated=True)
+
+    assert outcomes.select_next([older, failing], NOW) == [older]
+    assert outcomes.select_next([older, sharing], NOW) == [sharing]
+
+
 def test_an_isolated_delivery_waits_for_newer_ones_that_may_have_been_applied():
     later = NOW + dt.timedelta(minutes=5)
     older = delivery(1, {"a": 1}, isolated=True)
