@@ -1,6 +1,6 @@
 """Measure how long each page and its queries alone take, and how many calls are stored while pages are open.
 
-    python benchmarks/dashboard.py [--members 1000000] [--runs 8760] [--deliveries 10000000] [--database both]
+    python benchmarks/dashboard.py [--members 1000000] [--runs 8760] [--deliveries 10000000] [--pending 500000]
 
 `--runs` of each of four definitions. The first has all the members, and its first run a delivery for each of them. A page
 is asked for over HTTP from a server in another process; its bare queries are the same questions in this process, without
@@ -66,6 +66,7 @@ class Size:
     members: int
     runs: int  # of each definition
     deliveries: int
+    pending: int  # of the deliveries
 
     @property
     def all_runs(self):
@@ -182,17 +183,18 @@ def fill(app, size):
             profiled // 10,
         )
         # In the order of their ids: the first push, the other runs' with one in ten from a call, the held run's,
-        # the pending ones.
-        held, pending = m // 10, 2_000
+        # the pending ones of the first definition's newest run.
+        held, pending = m // 10, size.pending
         others = deliveries - m - held - pending
         is_push, is_held = f"n <= {m}", f"n > {m + others} AND n <= {m + others + held}"
+        is_pending = f"n > {deliveries - pending}"
         of_run = (
-            f"(CASE WHEN {is_push} THEN 1 WHEN {is_held} THEN {all_runs} "
+            f"(CASE WHEN {is_push} THEN 1 WHEN {is_held} THEN {all_runs} WHEN {is_pending} THEN {all_runs - 3} "
             f"ELSE 1 + (n - {m}) * {all_runs - 1} / {deliveries} END)"
         )
         is_call = f"(n % 10 = 0 AND NOT ({is_push}) AND NOT ({is_held}))"
         status = (
-            f"(CASE WHEN {is_held} THEN 'held' WHEN n > {deliveries - pending} THEN 'pending' WHEN n % 1000 = 7 THEN 'dead' "
+            f"(CASE WHEN {is_held} THEN 'held' WHEN {is_pending} THEN 'pending' WHEN n % 1000 = 7 THEN 'dead' "
             "ELSE 'accepted' END)"
         )
         seconds = f"({of_run} - 1) / {d} * 3600"
@@ -453,6 +455,7 @@ def main():
     parser.add_argument("--members", type=int, default=1_000_000)
     parser.add_argument("--runs", type=int, default=8_760, help="of each definition")
     parser.add_argument("--deliveries", type=int, default=10_000_000)
+    parser.add_argument("--pending", type=int, default=500_000, help="of the deliveries")
     parser.add_argument("--repetitions", type=int, default=40, help="of each page")
     parser.add_argument(
         "--calls", type=int, default=20_000, help="stored in each turn; 0 measures pages only"
@@ -462,7 +465,7 @@ def main():
     parser.add_argument("--folder", type=Path, help="where the databases stay for the next time")
     parser.add_argument("--database", choices=("sqlite", "postgresql", "both"), default="both")
     options = parser.parse_args()
-    size = Size(options.members, options.runs, options.deliveries)
+    size = Size(options.members, options.runs, options.deliveries, options.pending)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {size}")
     for name in ("sqlite", "postgresql") if options.database == "both" else (options.database,):
         if options.folder:

@@ -292,3 +292,21 @@ def test_the_changes_of_a_run_are_read_in_order_from_the_last_page_on(
         assert not any("TEMP B-TREE" in line for line in plan)
     assert len(reads) == (1 if status == "held" or what == "exited" else 2), plan
     assert not any(line.endswith("PRIMARY KEY (definition_id=? AND user_id>?)") for line in plan)
+
+
+def test_the_backlog_of_a_lane_is_counted_in_its_index_alone(plans, filled):
+    with engines.read(filled) as connection:
+        history.backlogs(connection)
+    pending = [plan for statement, plan in plans if "'pending'" in statement]
+    assert len(pending) == 3
+    assert all(any("ix_deliveries_claim" in line for line in plan) for plan in pending)
+
+
+def test_the_overview_reads_only_the_unsettled_deliveries_of_a_run(plans, filled, settings):
+    with engines.read(filled) as connection:
+        history.recent_runs(connection)
+        rows = history.definitions(connection, settings, LATER, counted=False)
+    assert {"run_id", "status", "error"} <= rows[0]["last_run"].keys()
+    assert "accepted_count" not in rows[0]["last_run"]
+    of_deliveries = [plan for statement, plan in plans if "deliveries.run_id" in statement]
+    assert len(of_deliveries) == 1

@@ -7,18 +7,22 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import slots
 from audience_sync.db import dialects, tables
-from audience_sync.history.runs import RUNS, UNSETTLED, held_runs, run_rows
+from audience_sync.history.paging import count_of, united
+from audience_sync.history.runs import RUNS, held_runs, run_rows
 from audience_sync.settings import Settings
-
-_UNITED = 100  # queries in a statement; SQLite allows 500
 
 
 def definitions(
-    connection: sa.Connection, settings: Settings, now: dt.datetime, only: str | None = None
+    connection: sa.Connection,
+    settings: Settings,
+    now: dt.datetime,
+    only: str | None = None,
+    *,
+    counted: bool = True,
 ) -> list[dict[str, Any]]:
     """The configured definitions, then the keys that were sent but are no longer in the configuration.
 
-    `only`: return only the one with this key.
+    `only`: return only the one with this key. `counted`: with the counts of each last run's deliveries.
     """
     is_asked = sa.true() if only is None else tables.definitions.c.key == only
     configured = {
@@ -28,7 +32,7 @@ def definitions(
         sa.select(tables.definitions).where(is_asked).order_by(tables.definitions.c.definition_id)
     ).all()
     stored = {row.key: row for row in rows}
-    sizes, last_runs = _member_counts(connection, is_asked), _last_runs(connection, is_asked)
+    sizes, last_runs = _member_counts(connection, is_asked), _last_runs(connection, is_asked, counted=counted)
     held = {run["key"] for run in held_runs(connection)}
     outlooks = slots.outlooks(connection, list(configured.values()), now)
     used = {row.key for row in rows if row.retired_at is not None} | held | _sent_keys(connection)
@@ -58,9 +62,11 @@ def definitions(
     return documents
 
 
-def _last_runs(connection: sa.Connection, is_asked: sa.ColumnElement[bool]) -> dict[str, dict[str, Any]]:
-    run_ids = connection.execute(_newest().where(is_asked)).scalars().all()
-    return {run["key"]: run for run in run_rows(connection, ids=[run_id for run_id in run_ids if run_id])}
+def _last_runs(
+    connection: sa.Connection, is_asked: sa.ColumnElement[bool], *, counted: bool
+) -> dict[str, dict[str, Any]]:
+    run_ids = list(filter(None, connection.execute(_newest().where(is_asked)).scalars()))
+    return {run["key"]: run for run in run_rows(connection, ids=run_ids, counted=counted)}
 
 
 def _sent_keys(connection: sa.Connection) -> set[str]:
@@ -106,36 +112,43 @@ def definition_keys(connection: sa.Connection) -> dict[int, str]:
 
 
 def recent_runs(connection: sa.Connection, limit: int = 30) -> dict[str, dict[str, Any]]:
-    """The sizes after the last committed runs, oldest first, and the number of their pending and held deliveries, by key."""
-    keys = {
-        row.definition_id: row.key
-        for row in connection.execute(sa.select(tables.definitions.c.definition_id, tables.definitions.c.key))
-    }
+    """The sizes after the last committed runs, oldest first, and what waits of these runs and of a held one, by key.
+
+    `pending_count` and `held_count` of their deliveries; `undecided_count` of those that the held run holds. Of each run,
+    at most MOST_COUNTED are counted.
+    """
+    keys = definition_keys(connection)
     recent: dict[str, dict[str, Any]] = {
-        key: {"sizes": [], "pending_count": 0, "held_count": 0} for key in keys.values()
+        key: {"sizes": [], "pending_count": 0, "held_count": 0, "undecided_count": 0} for key in keys.values()
     }
-    key_of_run = {}
     runs, deliveries = tables.runs.c, tables.deliveries.c
-    for start in range(0, len(keys), _UNITED):
-        ids = list(keys)[start : start + _UNITED]
-        newest = (
-            sa.select(
-                sa.select(runs.definition_id, runs.run_id, runs.member_count)
-                .where(runs.definition_id == definition_id, runs.status == "succeeded")
-                .order_by(runs.run_id.desc())
-                .limit(limit)
-                .subquery()
-            )
-            for definition_id in ids
-        )
-        for row in sorted(connection.execute(sa.union_all(*newest)), key=lambda row: row.run_id):
-            key_of_run[row.run_id] = keys[row.definition_id]
-            recent[keys[row.definition_id]]["sizes"].append(row.member_count)
-    columns = (deliveries.run_id, deliveries.status)
-    is_of_run = dialects.is_among(connection, deliveries.run_id, key_of_run)
-    unsettled = sa.select(*columns, sa.func.count()).where(is_of_run, deliveries.status.in_(UNSETTLED))
-    for run_id, status, count in connection.execute(unsettled.group_by(*columns)):
-        recent[key_of_run[run_id]]["held_count" if status == "held" else "pending_count"] += count
+    newest = (
+        sa.select(runs.run_id).where(runs.status == "succeeded").order_by(runs.run_id.desc()).limit(limit)
+    )
+    of_each = [newest.where(runs.definition_id == definition_id) for definition_id in keys]
+    shown = [row.run_id for row in united(connection, of_each)]
+    shown += [run["run_id"] for run in held_runs(connection)]
+    origin = sa.case(
+        (runs.status == "held", sa.func.coalesce(runs.deliveries_run_id, runs.run_id)), else_=runs.run_id
+    )
+    of_run = sa.select(deliveries.delivery_id).where(deliveries.run_id == origin).correlate(tables.runs)
+    waiting = {
+        "pending": count_of(of_run.where(deliveries.status.in_(("pending", "sending")))),
+        "held": count_of(of_run.where(deliveries.status == "held")),
+    }
+    counted = sa.select(
+        *(runs[name] for name in ("definition_id", "status", "member_count")),
+        *(query.scalar_subquery().label(name) for name, query in waiting.items()),
+    )
+    is_shown = dialects.is_among(connection, runs.run_id, shown)
+    for row in connection.execute(counted.where(is_shown).order_by(runs.run_id)):
+        facts = recent[keys[row.definition_id]]
+        facts["held_count"] += row.held
+        if row.status == "held":
+            facts["undecided_count"] = row.held
+        else:
+            facts["sizes"].append(row.member_count)
+            facts["pending_count"] += row.pending
     return recent
 
 

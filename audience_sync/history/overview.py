@@ -8,13 +8,15 @@ import sqlalchemy as sa
 
 from audience_sync.audiences import foreign, slots
 from audience_sync.db import leases, tables
+from audience_sync.history.paging import count_of
 from audience_sync.history.runs import UNSETTLED, failed_runs, held_runs
 from audience_sync.queue import backlog, destination, due, pace
 from audience_sync.settings import Settings
 
 LANES = ("identify", "track", "company", "bulk")
 MINUTE = dt.timedelta(minutes=1)
-MOST_COUNTED = 1_000_000
+MOST_OF_LANE = 500_000  # pending deliveries that are counted; the time remaining is computed from them
+_IDS = sa.select(tables.deliveries.c.delivery_id)
 
 
 def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> d
 
 
 def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
-    """Problems that need a person, the lanes, the daemon and the schedules. No count goes beyond MOST_COUNTED."""
+    """Problems that need a person, the lanes, the daemon and the schedules. Counts at most MOST_COUNTED dead deliveries."""
     stopped = destination.stopped(connection)
     holder = leases.holder(connection, leases.QUEUE)
     job = _bulk_job(connection)
@@ -44,7 +46,7 @@ def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -
         "stopped": stopped and {"since": stopped[0], "reason": stopped[1]},
         "deliverer": holder and {"host": holder.host, "pid": holder.pid},
         "held_runs": held_runs(connection),
-        "dead_count": _count_of(connection, tables.DEAD),
+        "dead_count": connection.execute(count_of(_IDS.where(tables.DEAD))).scalar_one(),
         "bulk_job": job,
         "daemon": daemon_state(connection, now),
         "lanes": _lanes(connection, settings, job, now),
@@ -103,15 +105,16 @@ def _slow_downs(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
 
 
 def backlogs(connection: sa.Connection) -> dict[str, int]:
-    """The number of pending deliveries of each lane that sends single requests, and of held ones: MOST_COUNTED at most."""
-    action = tables.deliveries.c.action
-    counts = {lane: _count_of(connection, tables.PENDING, action == lane) for lane in due.LANES}
-    return counts | {"held": _count_of(connection, tables.HELD)}
+    """The number of pending deliveries of each lane that sends single requests, and of held ones.
 
-
-def _count_of(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> int:
-    some = sa.select(tables.deliveries.c.delivery_id).where(*where).limit(MOST_COUNTED).subquery()
-    return connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
+    At most MOST_OF_LANE and MOST_COUNTED.
+    """
+    column = tables.deliveries.c
+    # The order of the index for claims. Without it, SQLite reads each row, by the index of statuses.
+    pending = _IDS.where(tables.PENDING).order_by(column["class"], column.next_attempt_at, column.delivery_id)
+    queries = {lane: count_of(pending.where(column.action == lane), MOST_OF_LANE) for lane in due.LANES}
+    queries["held"] = count_of(_IDS.where(tables.HELD))
+    return {name: connection.execute(query).scalar_one() for name, query in queries.items()}
 
 
 def _retried_count(connection: sa.Connection, now: dt.datetime) -> int:

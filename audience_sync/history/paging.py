@@ -1,4 +1,4 @@
-"""Pages of rows, newest first: of all rows in order, or of those that a search finds."""
+"""Limits of what a question reads: pages of rows, newest first, of all or of those that a search finds; and counts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from audience_sync.db import dialects, engines
 
 PAGE = 1_000  # rows that are read in one transaction
 SEARCHED = 5_000  # rows that a search reads for one page
+MOST_COUNTED = 100_000  # rows, where a page shows a number that may be large
 UNITED = 100  # queries in a statement; SQLite allows 500
 Matches = Callable[[Any], Iterable[sa.ColumnElement[bool]]]  # conditions on a table's columns
 
@@ -30,6 +31,11 @@ def pages(
         if len(page) < PAGE:
             return
         before = page[-1][id_name]
+
+
+def count_of(rows: sa.Select[Any], most: int | None = None) -> sa.Select[int]:
+    """A query for the number of rows, which stops at `most`, or else at MOST_COUNTED."""
+    return sa.select(sa.func.count()).select_from(rows.limit(most or MOST_COUNTED).subquery())
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,8 @@ def trend(points: Sequence[dict[str, Any]]) -> str:
 def _requested(view: View) -> tuple[dict[str, Any], Definition | None, int | None]:
     """The requested definition as `history` has it and as it is configured, and its id; None if it was never synced."""
     key = view.request.path_params["key"]
-    rows = [] if "\0" in key else history.definitions(view.connection, view.app.settings, view.now, key)
+    asked = (view.app.settings, view.now, key)
+    rows = [] if "\0" in key else history.definitions(view.connection, *asked, counted=False)
     if not rows:
         raise NotFound(f"There is no definition with the key {key[:200]}. The overview lists all of them.")
     configured = next((one for one in view.app.settings.definitions if one.key == key), None)

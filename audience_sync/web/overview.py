@@ -18,16 +18,12 @@ def overview(view: View) -> Response:
     settings = view.app.settings
     status = history.attention(view.connection, settings, view.now)
     problems = history.problems(view.connection, settings, status, view.now)
-    definitions = history.definitions(view.connection, settings, view.now)
+    definitions = history.definitions(view.connection, settings, view.now, counted=False)
     backlogs, recent = history.backlogs(view.connection), history.recent_runs(view.connection)
     history.mark_gone(view.connection, [row["last_run"] for row in definitions if row["last_run"]])
     failing = {facts["lane"]: facts for kind, facts in problems if kind == "lane"}
-    held_counts = {}
     for row in definitions:
         row.update(recent.get(row["key"], {"sizes": [], "pending_count": 0, "held_count": 0}))
-        if row["state"] == "held" and row["last_run"]:
-            held_counts[row["last_run"]["run_id"]] = row["last_run"]["pending_count"]
-            row["held_count"] += row["last_run"]["pending_count"]
         row["state"] = definition_state(row, status)
     is_busy = bool(status["deliverer"] or status["bulk_job"]) or any(
         row["state"] == "running" for row in definitions
@@ -40,10 +36,11 @@ def overview(view: View) -> Response:
         definitions=definitions,
         lanes=list(_lanes(view.app, status, backlogs, failing)),
         held_count=backlogs["held"],
-        held_counts=held_counts,
+        recent=recent,
         other_destination=other_destination,
         settings_path=settings.path,
-        most_counted=history.MOST_COUNTED,
+        most=history.MOST_COUNTED,
+        most_of_lane=history.MOST_OF_LANE,
     )
 
 
@@ -71,7 +68,8 @@ def _lanes(
             seconds = split.forecast(pending, 0, app.pace).seconds
         else:
             seconds = pending / lane["per_minute"] * 60 if lane["per_minute"] else 0.0
-        left = f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
+        about = "more than" if pending >= history.MOST_OF_LANE else "about"
+        left = f"{about} {duration(seconds)}" if seconds >= 1 else "less than a second"
         if status["stopped"]:
             left = "stopped"
         elif name in failing:

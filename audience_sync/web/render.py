@@ -53,9 +53,11 @@ def environment() -> jinja2.Environment:
     return templates
 
 
-def number(value: float | None) -> str:
-    """A number with separators; nothing for None."""
-    return "" if value is None else f"{value:,}"
+def number(value: float | None, most: float | None = None) -> str:
+    """A number with separators; nothing for None. `most`: where counting stopped, which is shown as 100,000+."""
+    if value is None:
+        return ""
+    return f"{value:,}" if most is None or value < most else f"{most:,}+"
 
 
 @lru_cache(8_192)

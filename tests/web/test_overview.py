@@ -5,9 +5,11 @@ import os
 
 import pytest
 
+from audience_sync import history
 from audience_sync.audiences import runs
 from audience_sync.cli.daemon import begin_commands
 from audience_sync.db import engines
+from audience_sync.history import paging
 from audience_sync.queue import destination
 from audience_sync.web.overview import overview
 from audience_sync.web.site import dashboard
@@ -94,6 +96,37 @@ def test_a_held_run_shows_readers_the_commands_and_operators_the_buttons(pages):
     assert row(pages, "vips").startswith("VIPs ▲ held 0")
     assert row(pages, "vips").endswith("1 held")
     assert "Nothing is waiting to be sent. 1 more is held." in pages.text("/")
+
+
+def test_a_held_run_that_is_not_the_newest_shows_what_it_holds(pages):
+    pages.configure(VIPS)
+    pages.people("ann")
+    run_id = pages.sync(hold=True)
+    pages.execute(
+        "INSERT INTO {our}runs (definition_id, mode, trigger, status, as_of, started_at, finished_at, error) "
+        "SELECT definition_id, 'changes', 'manual', 'failed', as_of, started_at, started_at, 'no' FROM {our}runs"
+    )
+    assert row(pages, "vips").endswith("1 held")
+    page = pages.as_operator(overview, "/")
+    assert f'action="/runs/{run_id}/approve"' in page
+    assert ">Send 1 change</button>" in page
+
+
+def test_large_counts_end_with_a_plus(pages, monkeypatch):
+    for module, name in ((paging, "MOST_COUNTED"), (history, "MOST_COUNTED"), (history, "MOST_OF_LANE")):
+        monkeypatch.setattr(module, name, 2)
+    monkeypatch.setattr(history.overview, "MOST_OF_LANE", 2)
+    pages.configure(VIPS + SPEND, 'api_key = "k"\nidentify_per_minute = 6\nbulk = false')
+    pages.people(*((f"u{number}", "1") for number in range(9)))
+    pages.sync()
+    assert " 2026-01-01 02:00 2+ spend " in row(pages, "vips")
+    assert "identify 2+ more than 20 seconds after sending starts 0 6" in pages.text("/")
+    pages.sync("spend", hold=True)
+    assert row(pages, "spend").endswith("2+ held")
+    assert "2+ more are held." in pages.text("/")
+    assert ">Send 2+ changes</button>" in pages.as_operator(overview, "/")
+    pages.execute("UPDATE {our}deliveries SET status = 'dead', error = 'no', settled_at = created_at")
+    assert "2+ dead deliveries" in needs(pages)
 
 
 @pytest.mark.parametrize("schedule", ["", "every 1 minute"])
