@@ -125,7 +125,9 @@ def load(
         mappings=(),
     )
     settings = msgspec.structs.replace(settings, tables=_mapped_tables(top, document, settings.sources))
-    defaults = top.section("[defaults]").convert(document.get("defaults", {}), DefaultSettings)
+    section = top.section("[defaults]")
+    defaults = section.convert(document.get("defaults", {}), DefaultSettings)
+    definitions.check_defaults(section, defaults)
     include = _patterns(top, document.get("include", []))
     versions = tuple(_versions(path, folder, include))
     settings = msgspec.structs.replace(settings, include=include, versions=versions)

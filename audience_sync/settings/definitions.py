@@ -39,6 +39,13 @@ _USERPILOT_OWN = {
 }
 
 
+def check_defaults(section: Section, defaults: DefaultSettings) -> None:
+    """Refuse a wrong schedule or time zone of [defaults] there, not at the first definition that takes it."""
+    _check_zone(section, defaults.timezone)
+    _schedule(section, "schedule", defaults.schedule, defaults.timezone)
+    _schedule(section, "full_schedule", defaults.full_schedule, defaults.timezone)
+
+
 def build_definition(
     section: Section,
     table: Any,
@@ -56,10 +63,7 @@ def build_definition(
         section.fail(f"source: there is no such [sources.NAME]: {did_you_mean(settings.source, sources)}")
     if settings.type is not None and kind is not Kind.TRAIT:
         section.fail("type: only a trait has values: remove it, or make this one of [[traits]]")
-    try:
-        schedule.load_zone(settings.timezone)
-    except ConfigError as error:
-        section.fail(f"timezone: {error}")
+    _check_zone(section, settings.timezone)
     key, key_error = _key(section, settings, name, kind)
     return Definition(
         key=key,
@@ -117,6 +121,13 @@ def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) 
             f"{key} is one of Userpilot's own properties: give the definition another key with `key = `"
         )
     return key, None
+
+
+def _check_zone(section: Section, timezone: str) -> None:
+    try:
+        schedule.load_zone(timezone)
+    except ConfigError as error:
+        section.fail(f"timezone: {error}")
 
 
 def _schedule(section: Section, name: str, text: str, timezone: str) -> schedule.Schedule | None:

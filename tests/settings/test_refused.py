@@ -76,6 +76,10 @@ REFUSED = [
     ("[sources.shop]\nuri = 's3cret'", "[sources.shop]: unknown name uri: did you mean url?"),
     ("[defaults]\nscedule = 's3cret'", "[defaults]: unknown name scedule: did you mean schedule?"),
     # schedules, guards and spans
+    ("[defaults]\nschedule = 'hourly'\n" + AUDIENCE, "[defaults]: schedule: "),
+    ("[defaults]\nfull_schedule = '61 * * * *'\n" + AUDIENCE, "[defaults]: full_schedule: "),
+    ("[defaults]\ntimezone = 'Berlin'\n" + AUDIENCE,
+     "[defaults]: timezone: there is no time zone 'Berlin': did you mean Europe/Berlin?"),
     ("[defaults]\nmax_exit_ratio = -1", "[defaults]: max_exit_ratio: expected a number of at least 0, such as 0.5"),
     ("[defaults]\nmax_change_ratio = 's3cret'",
      "[defaults]: max_change_ratio: expected a number of at least 0, such as 0.5"),
