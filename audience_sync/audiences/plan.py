@@ -24,13 +24,17 @@ SAMPLED = ("entered", "exited")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The changes that a sync of a definition would make; `samples` are user ids of each change, sorted."""
+    """The changes that a sync of a definition would make; `samples` are user ids of each change, sorted.
+
+    `unusable`: counts of the rows that cannot be used, by reason.
+    """
 
     key: str
     member_count: int
     counts: records.ChangeCounts
     held: runs.Held | None
     samples: dict[str, list[str]]
+    unusable: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,14 @@ def _plan(
     if not held:
         _add_affected(connection, is_push=last.is_first)
     samples = {change: _sample(connection, change) for change in SAMPLED}
-    return Plan(definition.key, result.member_count, result.counts, held, samples)
+    return Plan(
+        definition.key,
+        result.member_count,
+        result.counts,
+        held,
+        samples,
+        snapshot.unusable_rows(diff.set_aside),
+    )
 
 
 def _sample(connection: sa.Connection, change: str) -> list[str]:

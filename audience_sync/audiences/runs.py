@@ -354,3 +354,7 @@ def _log_finished(run: Run, finished: _Finished, seconds: float) -> None:
         **asdict(finished.result.counts),
         seconds=round(seconds, 3),
     )
+    if unusable := sum(snapshot.unusable_rows(finished.result.set_aside).values()):
+        logs.event(
+            log, logging.INFO, "rows left out", run_id=run.run_id, key=run.definition.key, rows=unusable
+        )

@@ -12,7 +12,7 @@ This module only reads our permanent tables. commit.py writes them, from the cha
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,12 @@ class Diff:
     counts: ChangeCounts
     set_aside: dict[str, int]
     is_empty: bool  # the snapshot has no row with a usable id
+
+
+def unusable_rows(set_aside: Mapping[str, int]) -> dict[str, int]:
+    """Return the counts of the rows that cannot be used, without those that were left out on purpose."""
+    on_purpose = {"forgotten", "not_eligible"}
+    return {reason: count for reason, count in set_aside.items() if reason not in on_purpose}
 
 
 @contextmanager

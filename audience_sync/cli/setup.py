@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from audience_sync.cli import lazy, output, session
+from audience_sync.cli import lazy, output, session, sync
 from audience_sync.errors import AudienceSyncError, ConfigError, DefinitionError, unexpected
 
 if TYPE_CHECKING:
@@ -194,7 +194,10 @@ def _check_definition(app: "App", definition: "Definition") -> _Passed:
     for message in planned.errors.values():
         raise DefinitionError(message)
     warnings += lazy.compute.review(app.engine, definition, moments[definition.key], app.source(definition))
-    return _Passed(output.plural(planned.plans[0].member_count, "member"), warnings)
+    (plan,) = planned.plans
+    if plan.unusable:
+        warnings.append(f"a sync would leave out {sync.unusable_rows(plan.unusable)}")
+    return _Passed(output.plural(plan.member_count, "member"), warnings)
 
 
 def _percent(text: str) -> float:

@@ -74,10 +74,18 @@ def _show_plan(planned: "Plans", forecast: "Forecast", *, as_json: bool) -> None
         for name, users in plan.samples.items():
             if users:
                 output.line(f"{plan.key} {name}, for example: {', '.join(users)}")
+        if plan.unusable:
+            output.line(f"{plan.key} would leave out {unusable_rows(plan.unusable)}.")
         if plan.held:
             output.line(f"{plan.key} would be held for approval. {plan.held.reason}")
     if plans or not planned.errors:
         output.line(_duration(forecast))
+
+
+def unusable_rows(counts: Mapping[str, int]) -> str:
+    """Return how many rows cannot be used, and why."""
+    reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in sorted(counts.items()))
+    return f"{output.plural(sum(counts.values()), 'row')} that cannot be used: {reasons}"
 
 
 def _duration(forecast: "Forecast") -> str:

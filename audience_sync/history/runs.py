@@ -7,11 +7,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from audience_sync.audiences import slots
+from audience_sync.audiences.snapshot import unusable_rows
 from audience_sync.db import dialects, leases, tables
 from audience_sync.history.paging import older
 from audience_sync.settings import Settings
 
-ON_PURPOSE = {"forgotten", "not_eligible"}  # reasons for leaving out usable rows on purpose
 SAMPLE = 5
 UNSETTLED = ("held", "pending", "sending")
 
@@ -126,10 +126,7 @@ def _set_aside(row: Any) -> dict[str, int]:
 def unusable_counts(connection: sa.Connection, ids: Collection[int]) -> dict[int, int]:
     """Counts of the rows of each run that could not be used, without those that were left out on purpose."""
     query = sa.select(tables.runs).where(dialects.is_among(connection, tables.runs.c.run_id, ids))
-    return {
-        row.run_id: sum(count for reason, count in _set_aside(row).items() if reason not in ON_PURPOSE)
-        for row in connection.execute(query)
-    }
+    return {row.run_id: sum(unusable_rows(_set_aside(row)).values()) for row in connection.execute(query)}
 
 
 def run_facts(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:

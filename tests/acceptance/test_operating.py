@@ -457,8 +457,13 @@ def test_only_rows_that_cannot_be_used_are_announced(start, people):
     eligible = "SELECT user_id FROM people WHERE user_id <> 'bob'"
     command = start({"Good": with_null}, extra=f'[defaults]\neligible_sql = "{eligible}"')
     assert command("forget", "erase-me")[0] == 0
+    planned = "good would leave out 1 row that cannot be used: 1 null."
+    assert planned in command("plan")[1].splitlines()
+    warning = "warn   definition good: 1 member, but a sync would leave out 1 row that cannot be used: 1 null"
+    assert warning in command("check")[1].splitlines()
     code, output = command("sync", "--no-deliver")
     assert (code, "Run 1 of good left out 1 row that cannot be used" in output) == (0, True), output
+    assert "INFO rows left out run_id=1 key=good rows=1\n" in output
     assert command.document("show", "1")["set_aside"] == {"not_eligible": 1, "forgotten": 1, "null": 1}
     assert command.document("history")[0]["set_aside_count"] == 3
 
