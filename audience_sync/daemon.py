@@ -256,7 +256,7 @@ class Daemon:
         self._waiting_since = None
         if report.stopped:
             self._deliver_at = app.clock.monotonic() + STOPPED_SECONDS
-        elif report.is_left:  # another process delivers
+        elif report.is_handed_over:  # another process delivers
             self._deliver_at = app.clock.monotonic() + IDLE_SECONDS
         elif not report.request_count:  # deliveries wait for their subject, or a lane is paused
             self._deliver_at = app.clock.monotonic() + IDLE_SECONDS

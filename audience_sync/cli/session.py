@@ -94,7 +94,7 @@ def parse_time(text: str | None) -> dt.datetime | None:
 def finish(report: "Report | None", *, failed: bool = False, busy: bool = False, held: bool = False) -> None:
     """Exit with the code of this command's work; 1 goes before 75, and 75 before 3."""
     unfinished = report is not None and (
-        report.dead_count or report.stopped or (report.pending_count and not report.is_left)
+        report.dead_count or report.stopped or (report.pending_count and not report.is_handed_over)
     )
     if failed or unfinished:
         raise typer.Exit(1)

@@ -278,7 +278,7 @@ def show_delivery(report: "Report | None", pending: int) -> None:
             f"{output.plural(report.held_count, 'delivery is', 'deliveries are')} held, "
             f"{lazy.destination.other_destination()}. To drop held calls, run `audience-sync discard`."
         )
-    if report.is_left:
+    if report.is_handed_over:
         output.line("Another process is delivering and sends the rest.")
     elif report.stopped:
         output.warn(f"audience-sync: {report.stopped}")

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from audience_sync.db import dialects, engines, tables
 from audience_sync.history import paging
 
-MOST_READ = 10  # pieces of PAGE users that a page of members may take
+MAX_PIECES_READ = 10  # pieces of PAGE users that a page of members may take
 
 
 def member_rows(
@@ -49,7 +49,7 @@ def member_page(
     run_id = _last_committed(connection, definition_id, at)
     rows: list[sa.Row[Any]] = []
     last: str | None = after
-    for _ in range(MOST_READ if run_id is not None else 0):
+    for _ in range(MAX_PIECES_READ if run_id is not None else 0):
         start, last = last or "", _page_end(connection, definition_id, last or "", prefix)
         query = _members_after(run_id or 0, definition_id, start, last, prefix)
         rows += connection.execute(query.limit(limit + 1 - len(rows)))

@@ -38,12 +38,12 @@ class TimedProtocol(H11Protocol):
     def __init__(
         self,
         *arguments: Any,
-        most_connections: int,
+        max_connections: int,
         on_refused: Callable[[int, str, str], None],
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
-        self._most_connections, self._on_refused = most_connections, on_refused
+        self._max_connections, self._on_refused = max_connections, on_refused
         self.logger = _ERRORS_ONLY  # anybody can cause its warnings
         # The idle connections of this server, those that are idle for the longest time first.
         self._idle: dict[TimedProtocol, None] = vars(self.server_state).setdefault("idle", {})
@@ -55,7 +55,7 @@ class TimedProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._set_receive_timer()
-        if len(self.connections) > self._most_connections:
+        if len(self.connections) > self._max_connections:
             surplus = next(iter(self._idle))
             del self._idle[surplus]
             surplus.transport.abort()
@@ -133,7 +133,7 @@ class TrackingServer(uvicorn.Server):
     def __init__(self, application: Starlette, stop: Stop) -> None:
         protocol: Any = partial(
             TimedProtocol,
-            most_connections=_most_connections(),
+            max_connections=_max_connections(),
             on_refused=application.state.refusals.request_refused,
         )
         super().__init__(
@@ -160,7 +160,7 @@ class TrackingServer(uvicorn.Server):
         return self._stop.is_set() or await super().on_tick(counter)
 
 
-def _most_connections() -> int:
+def _max_connections() -> int:
     """Return how many connections may be open, after raising the process's limit of open files as far as allowed."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + OTHER_FILES

@@ -1,1 +1,1 @@
-"""The queue: a delivery becomes accepted, dead or cancelled. Start in `worker.py`."""
+"""The queue, in which deliveries become accepted, dead or cancelled. Start in `worker.py`."""

@@ -1,4 +1,4 @@
-"""The backlog: how many deliveries wait, and when one may become due. Every function runs in its caller's transaction."""
+"""The backlog: how many deliveries are waiting, and when the next is due. Each function runs in its caller's transaction."""
 
 import datetime as dt
 from collections.abc import Collection
@@ -20,7 +20,7 @@ def _by_claim_index(action: str, delivery_class: str) -> sa.ColumnElement[bool]:
 
 
 def _by_full_index() -> sa.ColumnElement[bool]:
-    """Return the condition for pending in a form that matches a status column of an index, but no partial index."""
+    """Return the condition for pending deliveries, written so that it matches a full index but no partial one."""
     return deliveries.c.status.in_(("pending", ""))
 
 
@@ -71,9 +71,9 @@ _FIRST_WAITING = sa.union_all(
 
 
 def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | None = None) -> bool:
-    """Return whether anything may be claimed, or was left `sending` by a process that is gone.
+    """Return whether anything may be claimed, or was left `sending` by a process that has ended.
 
-    `since`: whether anything has become due after this moment.
+    `since`: count only deliveries that have become due after this moment.
     """
     due: list[Any] = [
         sa.and_(_by_claim_index(action, delivery_class), _DUE_AT <= _NOW, _DUE_AT > _SINCE)
@@ -87,9 +87,9 @@ def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | Non
 
 
 def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
-    """Return some deliveries whose first attempt is in the future: a clock was ahead when they were queued.
+    """Return some deliveries that were queued while a clock was ahead: their first attempt is in the future.
 
-    A first attempt is due at once. Looks at the AHEAD_COUNT of each queue that are due last.
+    In each queue it checks the AHEAD_COUNT deliveries that are due last.
     """
     return list(connection.execute(_SCHEDULED_AHEAD, {"now": now}).scalars())
 
@@ -113,7 +113,7 @@ _SCHEDULED_AHEAD = sa.union_all(
 def are_waiting(
     connection: sa.Connection, run_ids: Collection[int], call_ids: Collection[int], now: dt.datetime
 ) -> bool:
-    """Return whether deliveries of these runs and calls wait to be claimed for the first time."""
+    """Return whether any deliveries of these runs and calls have never been claimed."""
     for origin, ids in ((deliveries.c.run_id, run_ids), (deliveries.c.call_id, call_ids)):
         for chunk in chunks(ids):
             statement = sa.select(deliveries.c.delivery_id).where(
@@ -132,7 +132,7 @@ def counts(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextCl
 
 
 def pending_counts(connection: sa.Connection) -> dict[str, int]:
-    """Count what is pending or being sent by action."""
+    """Count the deliveries that are pending or being sent, by action."""
     return _count_by(connection, deliveries.c.action, UNSETTLED)
 
 
@@ -148,6 +148,6 @@ def pending_count(connection: sa.Connection) -> int:
 
 
 def is_anything_pending(connection: sa.Connection) -> bool:
-    """Return whether `pending_count` is more than 0, in a time that does not depend on the queue's length."""
+    """Return whether `pending_count` is more than 0, in the same time for a queue of any length."""
     one = sa.select(deliveries.c.delivery_id).where(UNSETTLED).limit(1)
     return connection.execute(one).first() is not None

@@ -8,9 +8,9 @@ and yields what it waits for:
 - a request: send it when this transaction is committed, and continue with its answer in a transaction.
 
 After a restart or a failed transaction, `resume` restarts the generators of unsettled jobs, each at the job's status.
-Whatever a failed transaction would undo is therefore a local variable of the generator, or set after COMMIT. While a
-job runs, the previous one is settled piece by piece, so that the live lane never waits, and shortly before its end the
-next one is gathered. A user is in one place at a time: deliveries in a job are `sending`.
+So state that a failed transaction would undo is a local variable of the generator, or is set after COMMIT. While a job
+runs, the previous one is settled in pieces, so that the live lane never waits. Shortly before it ends, the next one is
+gathered. The deliveries in a job are `sending`, so no other lane sends to its users.
 
 jobs.py has the rows and the requests, job_answers.py interprets the answers, split.py decides how many users go into a job.
 """
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 FIRST_ROWS = 2_000  # limit of a job that starts while none runs, so that it starts soon
 START_SECONDS = 0.1  # limit of gathering while no job runs; then the job starts with the users it has
-AHEAD_SECONDS = 2.0  # the next job is gathered at least this long before the end of a job
+AHEAD_SECONDS = 2.0  # the next job is gathered at least this long before the current one ends
 READY_SECONDS = 10.0  # a job that cannot start within this time returns its users to the queue
-OCCUPIED_SECONDS = 15.0  # the pause after a job that could not start, until the next is gathered
-BACKLOG_SECONDS = 1.0  # between two checks of the length of the queue
-MOST_USERS = 50_000  # read from the queue at a time
-MOST_BYTES = 20_000_000  # of an upload; Userpilot accepts 50 MB
-USERS_PER_TRANSACTION = 200  # taken into a job, few enough that the live lane hardly waits
+OCCUPIED_SECONDS = 15.0  # the pause after a job could not start, before the next is gathered
+BACKLOG_SECONDS = 1.0  # the time between two checks of the queue's length
+MAX_USERS_READ = 50_000
+MAX_UPLOAD_BYTES = 20_000_000  # Userpilot accepts 50 MB
+USERS_PER_TRANSACTION = 200  # few, because the live lane waits for each transaction
 SHORTEST_WAIT_SECONDS = 0.01  # a wait shorter than a clock's tick would never end
 NOW, NEVER = -math.inf, math.inf
 
@@ -60,7 +60,7 @@ Wait = float | JobRequest | After
 
 @dataclass(frozen=True, slots=True)
 class BulkSettings:
-    """Settings of the lane. With `rows_per_job` 0 no job is started; those that run are followed to their end.
+    """Settings of the lane. If `rows_per_job` is 0, no job is started; running jobs are still followed to their end.
 
     `row` returns a user's merged traits as a line of the upload, or None if only the live lane can send them.
     """
@@ -76,7 +76,7 @@ class BulkSettings:
 class Transaction:
     """A transaction of the worker, in which `live_count` users were claimed for the live lane.
 
-    `fronts`: the position of the live lane's search, by class; deliveries before it are not for bulk jobs.
+    `fronts`: the position of the live lane's search, by class. Bulk jobs take only deliveries after it.
     """
 
     connection: sa.Connection
@@ -99,7 +99,7 @@ class _Task:
 
 @dataclass(slots=True)
 class BulkLane:
-    """The worker calls `step` in each transaction, and `committed` after it. `live` is the lane for the other users."""
+    """Sends users by bulk jobs. The worker calls `step` in each transaction and `committed` after it."""
 
     settings: BulkSettings
     clock: Clock
@@ -109,9 +109,9 @@ class BulkLane:
     _tasks: list[_Task] = field(default_factory=list)
     _transaction: Transaction = field(init=False)
     _settled: Counter[str] = field(default_factory=Counter)  # deliveries by status, in this transaction
-    _request: JobRequest | None = None  # the one in flight
+    _request: JobRequest | None = None  # the request in flight
     _answer: Answer | None = None  # its answer, until a transaction reads it
-    _gather_seconds: float = 0.0  # the time that gathering the last job took for each row
+    _gather_seconds: float = 0.0  # the time for each row of the last job that was gathered
     _live_only: set[str] = field(default_factory=set)  # users whose row cannot be written
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class BulkLane:
         self._answers = JobAnswers(self.pace, self.clock, self.settings.grace)
 
     def resume(self, connection: sa.Connection, now: dt.datetime) -> None:
-        """Follow every unsettled job from its status on, after a restart or a failed transaction.
+        """Continue with every unsettled job, after a restart or a failed transaction.
 
         Jobs that were being gathered are given up: it is unknown which of their rows are in the database.
         """
@@ -156,14 +156,14 @@ class BulkLane:
         )
 
     def step(self, transaction: Transaction) -> Counter[str]:
-        """Do this transaction's share of the work; return how many deliveries it settles, by status."""
+        """Do the bulk lane's work in this transaction; return how many deliveries it settles, by status."""
         self._transaction, self._settled = transaction, Counter()
         for task in list(self._tasks):
             if not isinstance(task.wait, JobRequest):
-                self._go_on(task)
+                self._advance(task)
             if self._answer is not None and task.wait is self._request:
                 answer, self._request, self._answer = self._answer, None, None
-                self._go_on(task, answer)
+                self._advance(task, answer)
         if self._answer is not None:  # its job was given up meanwhile
             self._request = self._answer = None
         is_time = self.clock.monotonic() >= max(self.pace.gather_at, self._ahead_at())
@@ -175,7 +175,7 @@ class BulkLane:
         """Continue after the commit; return a request to send now."""
         for task in list(self._tasks):
             if task.wait is COMMIT:
-                self._go_on(task)
+                self._advance(task)
         if self._request is not None:
             return None
         waits = (task.wait for task in self._tasks)
@@ -186,14 +186,14 @@ class BulkLane:
         """Store the answer to the request in flight for the next transaction."""
         self._answer = answer
 
-    def _go_on(self, task: _Task, answer: Answer | None = None) -> None:
+    def _advance(self, task: _Task, answer: Answer | None = None) -> None:
         try:
             task.wait = next(task.steps) if answer is None else task.steps.send(answer)
         except StopIteration:
             self._tasks.remove(task)
 
     @property
-    def is_asking(self) -> bool:
+    def is_awaiting_answer(self) -> bool:
         return self._request is not None
 
     @property
@@ -202,7 +202,7 @@ class BulkLane:
         waits = (
             task.wait for task in self._tasks if task.job is not None or isinstance(task.wait, JobRequest)
         )
-        return self.is_asking or any(wait != NEVER for wait in waits)
+        return self.is_awaiting_answer or any(wait != NEVER for wait in waits)
 
     def wait_seconds(self) -> float:
         """Return the seconds until the next transaction is needed; infinite if that depends on an answer."""
@@ -231,7 +231,7 @@ class BulkLane:
         return max(0.0, job.ends_at(self.pace.rows_per_second) - self.clock.monotonic()) if job else 0.0
 
     def row_counts(self) -> tuple[int, int]:
-        """Return how many rows of the jobs that are not over are done, by estimate, and how many are left."""
+        """Return estimates of how many rows of the current jobs are done, and how many are left."""
         rows = sum(job.row_count for job in self._jobs if not job.is_over)
         job = self.under_way
         if job is None:
@@ -284,26 +284,26 @@ class BulkLane:
         )
         task = _Task(job, self._life(job, users))
         self._tasks.insert(-1, task)
-        self._go_on(task)
+        self._advance(task)
 
     def _next_users(self, monotonic: float) -> list[str]:
-        """Return users for the next job. It leaves out the oldest, which the live lane sends meanwhile."""
+        """Return users for the next job, without the oldest ones, which the live lane sends meanwhile."""
         transaction = self._transaction
         room = max(0, self.live.room(monotonic) - transaction.live_count)
         pace, start_seconds = self.rates(), self.seconds_left()
         if self.under_way is None:  # the first job starts soon; the next is gathered while it runs
             pace = replace(pace, rows_per_job=min(pace.rows_per_job, FIRST_ROWS))
         live_share = split.live_share(pace.rows_per_job, room, pace, start_seconds)
-        waiting, burst = self._waiting(min(MOST_USERS, pace.rows_per_job + live_share + 1), room)
+        waiting, burst = self._waiting(min(MAX_USERS_READ, pace.rows_per_job + live_share + 1), room)
         rows = split.job_rows(len(waiting), burst, pace, start_seconds)
         if not rows:
             return []
         fit = [user for user, attempted in waiting.items() if not attempted and user not in self._live_only]
         live_count = split.live_share(rows, burst, pace, start_seconds) - (len(waiting) - len(fit))
-        return fit[max(0, live_count) :][: min(rows, self.pace.most_rows)]
+        return fit[max(0, live_count) :][: min(rows, self.pace.max_rows)]
 
     def _waiting(self, limit: int, room: int) -> tuple[dict[str, bool], int]:
-        """Return the users who are due, each with whether it was attempted, and how many the live lane takes at once."""
+        """Return the users who are due, with whether they were attempted, and how many the live lane can send at once."""
         transaction, fingerprint = self._transaction, self.settings.fingerprint
         users, burst = dict[str, bool](), 0
         for delivery_class in due.CLASSES:
@@ -341,14 +341,14 @@ class BulkLane:
         return content
 
     def _is_enough(self, job: BulkJob, left: int, began_at: float) -> bool:
-        """Return whether to start a long job with only a part of its users, because no other job runs."""
+        """Return whether to start a long job with only some of its users, because no other job is running."""
         if self.under_way is not None or job.row_count < split.SMALLEST_JOB:
             return False
         is_long = job.row_count + left >= FIRST_ROWS
         return is_long and self.clock.monotonic() - began_at >= START_SECONDS
 
     def _take(self, job: BulkJob, users: list[str], content: bytearray) -> bool:
-        """Take those of the users who are idle into a job; return False when its upload is full."""
+        """Take the idle users into a job; return False when its upload is full."""
         connection, now, is_full = self._transaction.connection, self._transaction.now, False
         ids: list[int] = []
         superseded: list[int] = []
@@ -360,7 +360,7 @@ class BulkLane:
             if line is None:
                 self._live_only.add(chosen[0].subject_id)
                 continue
-            if len(content) + len(line) > MOST_BYTES:
+            if len(content) + len(line) > MAX_UPLOAD_BYTES:
                 is_full = True
                 break
             content += line
@@ -380,7 +380,7 @@ class BulkLane:
             return None
 
     def _wait_for_start(self, job: BulkJob) -> Generator[Wait, Answer, None]:
-        """Wait for the end of the previous job; return the users to the queue if that is too long or the lane pauses."""
+        """Wait until the previous job ends; drop this one if that takes too long or the lane is paused."""
         give_up_at = self.clock.monotonic() + READY_SECONDS
         while self._is_occupied() and not self._transaction.is_ending and self.clock.monotonic() < give_up_at:
             yield give_up_at
@@ -401,7 +401,7 @@ class BulkLane:
             self._answers.give_up_stalled(job)
             if job.is_over:
                 return None
-            if self._transaction.is_ending or self.is_asking:
+            if self._transaction.is_ending or self.is_awaiting_answer:
                 yield NEVER
             elif self.clock.monotonic() < job.poll_at:
                 yield job.poll_at
@@ -412,7 +412,7 @@ class BulkLane:
         jobs.record(self._transaction.connection, job, self._transaction.now)
 
     def _settle(self, job: BulkJob) -> Generator[Wait, Answer, None]:
-        """Settle the deliveries of a job that is over, some in each transaction."""
+        """Settle the deliveries of a job that has ended, some in each transaction."""
         while True:
             while self._next_to_settle() is not job:
                 yield NOW
@@ -435,7 +435,7 @@ class BulkLane:
         jobs.finish_job(transaction.connection, job.request_id, transaction.now)
 
     def _next_to_settle(self) -> BulkJob | None:
-        """Choose jobs whose users go back to the queue before completed ones, which can wait until the next job is sent."""
+        """Choose jobs whose users return to the queue first; completed jobs can wait until the next job is sent."""
         over = min((job for job in self._jobs if job.is_over), key=lambda job: job.is_completed, default=None)
         if over is None or not over.is_completed or self._transaction.is_ending:
             return over
@@ -445,7 +445,7 @@ class BulkLane:
     # When something may start.
 
     def _is_occupied(self) -> bool:
-        return self.under_way is not None or self.is_asking
+        return self.under_way is not None or self.is_awaiting_answer
 
     def _may_gather(self) -> bool:
         is_gathering = any(job.status == "gathering" for job in self._jobs)
@@ -453,7 +453,7 @@ class BulkLane:
         return may_start and not is_gathering and not self._transaction.is_ending
 
     def _ahead_at(self) -> float:
-        """Return when to gather the next job: 1.5 times the time that takes, before the end of the current job."""
+        """Return when to gather the next job, so that 1.5 times the expected time is left before the current job ends."""
         job = self.under_way
         if job is None:
             return NOW

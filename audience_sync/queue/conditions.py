@@ -1,6 +1,6 @@
-"""Conditions on the deliveries of one subject, a user or a company, in SQL. An index answers each of them.
+"""SQL conditions on the deliveries of one subject (a user or a company), each answered by an index.
 
-A subject may have any number of deliveries, so every query about one has the form that an index of its database matches.
+A subject may have any number of deliveries, so each query is written such that both databases can use an index.
 """
 
 from collections.abc import Callable, Collection
@@ -17,14 +17,14 @@ OF_SUBJECT = "b.subject_id = {subject} AND b.action = :action"
 
 
 def exists(condition: str, order: str) -> str:
-    """Return the condition that a delivery exists, which is tested subject by subject, by the index on this column.
+    """Return the condition that a delivery exists, tested for each subject with the index on the column `order`.
 
-    PostgreSQL may turn EXISTS into a join of whole tables, and SQLite may choose another index for it.
+    For EXISTS, PostgreSQL may join whole tables, and SQLite may choose another index.
     """
     return f"(SELECT 1 FROM {{our}}deliveries b WHERE {condition} ORDER BY b.{order} LIMIT 1) IS NOT NULL"
 
 
-def about(condition: str, subject: str) -> str:
+def for_subject(condition: str, subject: str) -> str:
     return condition.replace("{subject}", subject)
 
 
@@ -32,12 +32,14 @@ def subjects_where(
     connection: sa.Connection, subjects: Collection[str], condition: str, **parameters: Any
 ) -> set[str]:
     """Return the subjects for which a condition holds."""
-    query = f"SELECT a.value FROM {json_list(connection, 'subjects')} a WHERE {about(condition, 'a.value')}"
+    query = (
+        f"SELECT a.value FROM {json_list(connection, 'subjects')} a WHERE {for_subject(condition, 'a.value')}"
+    )
     return set(sql(connection, query, subjects=to_json(list(subjects)), **parameters).scalars())
 
 
 def moments_of(connection: sa.Connection) -> Callable[[Any], Any]:
-    """Return the conversion of times in the results of `sql`."""
+    """Return the function that converts times in the results of `sql`."""
     return partial(UtcDateTime().process_result_value, dialect=connection.dialect)
 
 
@@ -47,5 +49,5 @@ def prefer_index_scans(connection: sa.Connection) -> None:
         set_locally(connection, dict.fromkeys(_OFF, "off"))
 
 
-# Before version 18, PostgreSQL adds a huge cost to a disabled plan that it needs anyway, and would compile it (`jit`).
+# Before version 18, PostgreSQL gives a disabled plan a huge cost, and would compile it (`jit`) if there is no other.
 _OFF = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "enable_hashjoin", "enable_mergejoin", "jit")

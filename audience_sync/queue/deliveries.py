@@ -1,4 +1,4 @@
-"""The life of a delivery: every statement that writes `deliveries`, except that retention/ deletes rows.
+"""The life of a delivery: every statement that writes `deliveries`, except those of retention/ that delete rows.
 
 | from                | to        | when                                                   | by                           |
 | ------------------- | --------- | ------------------------------------------------------ | ---------------------------- |
@@ -19,18 +19,18 @@
 | sending             | accepted  | 2xx, or its bulk job completed                         | settle, settle_job           |
 | sending             | cancelled | a newer value in the same request was accepted         | settle, settle_job           |
 | sending             | pending   | no answer, a slow-down, a refused merge, a failed job  | settle, settle_job           |
-| sending             | pending   | the process that was sending it is gone                | recover                      |
+| sending             | pending   | the process that was sending it has ended              | recover                      |
 | sending             | dead      | refused for good, attempts exhausted, or a track that  | settle, recover              |
 |                     |           | must not be repeated                                   |                              |
 | dead                | pending   | retried, or a later run finds the value still current  | retry, revive                |
 | held, pending, dead | cancelled | a full run sends everything to another destination     | cancel_foreign               |
 | held, pending, dead | cancelled | discarded                                              | discard                      |
 
-Each transition is guarded by the status that it comes from. `assign_destination`, `assign_calls`, `bring_forward` and
-`restart_graces` change no status.
+Each transition requires its `from` status. `assign_destination`, `assign_calls`, `bring_forward` and `restart_graces`
+change no status.
 
-No release makes a value older: a definition's held deliveries are released at its next commit at the latest, and of a
-user's pending values the newest is sent.
+Releasing deliveries never sends an older value after a newer one: a definition's held deliveries are released at its
+next commit at the latest, and only the newest of a user's pending values is sent.
 Every function runs in its caller's transaction. Next: worker.py claims, sends and settles deliveries. due.py decides
 which deliveries it may claim, and outcomes.py decides what an answer means.
 """
@@ -97,9 +97,9 @@ def enqueue_calls(
 def bring_forward(connection: sa.Connection, now: dt.datetime, latest: dt.datetime | None = None) -> int:
     """Make deliveries due that were queued while a clock was ahead; return their number.
 
-    `latest`: the database's time if our own clock is behind it. A value from before then keeps its place in the order.
-    The value of a later call gets this time, unless it would fall behind a value that was sent. Values of runs keep
-    their order, because no run is computed for an earlier moment than the one before.
+    `latest`: the database's time if our own clock is behind it. Values from before that time keep their order. Later
+    values of calls get this time, unless that would put them before a value that was sent. Values of runs keep their
+    order, because no run is computed for an earlier moment than the run before it.
     """
     count = 0
     while ids := backlog.scheduled_ahead(connection, now):
@@ -147,8 +147,8 @@ def enqueue(
 ) -> None:
     """Queue an identify for each row of a query.
 
-    `source` is the query from its FROM on, with a column `user_id`; `body` is an SQL expression over its columns that
-    gives JSON text. Both may use the parameters. Status `cancelled` is for users who left before anything was sent.
+    `source` is the query from its FROM clause on, with a column `user_id`; `body` is an SQL expression over its columns
+    that gives JSON text. Both may use the parameters. Status `cancelled`: users who left before anything was sent.
     """
     is_cancelled = status is Status.CANCELLED
     json_body = f"({body})" if is_sqlite(connection) else f"CAST({body} AS json)"
@@ -175,7 +175,7 @@ def enqueue(
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The deliveries of some subjects' next requests, and the subjects of which superseded ones were cancelled."""
+    """The deliveries of some subjects' next requests, and the subjects whose superseded deliveries were cancelled."""
 
     groups: list[list[Delivery]]
     cancelled_subjects: set[str]
@@ -186,9 +186,9 @@ def choose_next(
 ) -> Chosen:
     """Choose the deliveries of each subject's next request; cancel those that accepted values have superseded.
 
-    The value of a run is also superseded by a newer run's that is dead: the older one is no longer true, and the newer one
-    may have been applied by an attempt without an answer.
-    Where all that is due waits for a newer value, it becomes due when that does.
+    A run's value is also superseded by a dead value of a newer run: the older value is no longer true, and an attempt
+    without an answer may have set the newer one.
+    If all due deliveries of a subject wait for a newer one, they become due together with it.
     """
     pending = due.pending_of(connection, action, subjects, now, fingerprint)
     late = [each for group in pending for each in group if each.is_call or each.isolated]
@@ -275,7 +275,7 @@ def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
             "grace": settlement.grace_until,
             "isolated": settlement.isolated,
             "no_attempt": 0 if settlement.was_attempt else 1,
-            "restarts_patience": settlement.restarts_patience,
+            "restarts_give_up_time": settlement.restarts_give_up_time,
         }
         for request in ended
         for settlement in request.settlements
@@ -283,7 +283,7 @@ def settle(connection: sa.Connection, ended: Sequence[EndedRequest]) -> None:
     connection.execute(_SETTLE, updates)
 
 
-_NO_ATTEMPT = sa.bindparam("no_attempt", type_=sa.Integer)  # 1 if it was none
+_NO_ATTEMPT = sa.bindparam("no_attempt", type_=sa.Integer)  # 1 if the request does not count as an attempt
 _SETTLE = (
     deliveries.update()
     .where(
@@ -302,7 +302,7 @@ _SETTLE = (
         alone=sa.bindparam("isolated"),
         attempt_count=deliveries.c.attempt_count - _NO_ATTEMPT,
         first_attempt_at=sa.case(
-            (sa.bindparam("restarts_patience", type_=sa.Boolean), sa.null()),
+            (sa.bindparam("restarts_give_up_time", type_=sa.Boolean), sa.null()),
             (deliveries.c.attempt_count > _NO_ATTEMPT, deliveries.c.first_attempt_at),
         ),
     )
@@ -324,9 +324,9 @@ def recover(
     tracks_at_most_once: bool,
     known_request_ids: Collection[int] = (),
 ) -> Recovered:
-    """Queue again the deliveries that a process was sending when it ended; Userpilot may have applied them or not.
+    """Queue again the deliveries that a process was sending when it ended; Userpilot may or may not have applied them.
 
-    Requests that are known to be under way keep their deliveries, and so do bulk jobs.
+    Deliveries of known requests in flight and of bulk jobs are not touched.
     """
     in_jobs = sa.select(bulk_jobs.c.request_id).where(bulk_jobs.c.settled_at.is_(None))
     is_lost = sa.and_(
@@ -352,9 +352,9 @@ def recover(
 def restart_graces(
     connection: sa.Connection, request_ids: Collection[int], now: dt.datetime, grace: dt.timedelta
 ) -> None:
-    """Restart the grace after these requests by our own clock: it was recorded by the clock of another process."""
+    """Restart the grace after these requests by our own clock, because another process recorded it by its clock."""
     for chunk in chunks(request_ids):
-        # Without a condition on the status, for which SQLite would read all pending rows. Settled ones have no grace.
+        # With a condition on the status, SQLite would read all pending rows. Settled rows have no grace.
         of_requests = deliveries.update().where(deliveries.c.request_id.in_(chunk))
         connection.execute(
             of_requests.where(deliveries.c.quiet_until.is_not(None)).values(quiet_until=now + grace)
@@ -373,8 +373,8 @@ def start_in_job(
 ) -> None:
     """Put pending deliveries into a bulk job.
 
-    They are `sending` until the job is settled, so that no other lane sends to their users. Until then, an `error`
-    marks those that are superseded by a newer value in the same row.
+    They are `sending` until the job is settled, so that no other lane sends to their users. Meanwhile an `error` marks
+    deliveries that a newer value in the same row supersedes.
     """
     lists = {"ids": json.dumps(list(ids)), "superseded_ids": json.dumps(list(superseded_ids))}
     chosen, superseded = (
@@ -393,7 +393,7 @@ def start_in_job(
 
 
 def is_in_job(request_id: int) -> sa.ColumnElement[bool]:
-    """Return the condition for the deliveries in a bulk job, in the form that the index of `sending` ones matches."""
+    """Return the condition for the deliveries in a bulk job, in a form that can use the index of `sending` deliveries."""
     return sa.and_(deliveries.c.request_id == request_id, SENDING)
 
 
@@ -406,10 +406,7 @@ def settle_job(
     grace: dt.timedelta,
     limit: int,
 ) -> Counter[str]:
-    """Settle some deliveries of a bulk job that ended.
-
-    Returns their number by new status; it is empty when none are left.
-    """
+    """Settle some deliveries of a bulk job that ended; return their number by new status, empty when none are left."""
     some = sa.select(deliveries.c.delivery_id).where(is_in_job(request_id)).limit(limit)
     statement = (
         deliveries.update()
@@ -447,10 +444,10 @@ def replace_held(
     now: dt.datetime,
     **parameters: Any,
 ) -> None:
-    """Make the held deliveries of a replaced run those of a newer held run, as `enqueue` would write them.
+    """Change the held deliveries of a replaced run into those of a newer held run, as `enqueue` would write them.
 
-    Rows that are the same are not written, so that a run which is held at every slot adds nothing. All keep the id of
-    the replaced run; `take_over` gives them the newer one's when somebody decides about it.
+    Equal rows are not written, so that a run which is held at every slot adds nothing. All rows keep the id of the
+    replaced run; `take_over` gives them the newer run's id when the run is approved or rejected.
     """
     create_temp_table(connection, "held", "user_id {id}, body text", unique_ids=True)
     statement = f"INSERT INTO {{temp}}audience_sync_held SELECT user_id, {body} {source}"
@@ -485,14 +482,14 @@ def replace_held(
 
 
 def delete_held(connection: sa.Connection, run_id: int) -> None:
-    """Delete the held deliveries of a run that a newer one replaced: nothing was sent, and nothing will be."""
+    """Delete the held deliveries of a run that a newer one replaced: they were never sent and never will be."""
     sql(connection, "DELETE FROM {our}deliveries WHERE run_id = :run_id AND status = 'held'", run_id=run_id)
 
 
 def take_over(
     connection: sa.Connection, run_id: int, delivery_class: str, value_at: dt.datetime, held_run_id: int
 ) -> None:
-    """Give a run the held deliveries that it shares with a replaced one."""
+    """Assign the held deliveries of a replaced run to the run that replaced it."""
     sql(
         connection,
         "UPDATE {our}deliveries SET run_id = :run_id, class = :class, value_at = :value_at "
@@ -529,9 +526,9 @@ def release_run(
 
 
 def release_older(connection: sa.Connection, origin: RunOrigin, now: dt.datetime) -> None:
-    """Queue what is held of a definition's earlier runs, before a run commits newer values of it.
+    """Queue the held deliveries of a definition's earlier runs, before a run commits newer values.
 
-    While an older value is held and a newer one is not, the newer one could be sent first.
+    Otherwise the newer value could be sent while the older one is held, and the older one after it.
     """
     where, values = "definition_id = :definition_id", {"definition_id": origin.definition_id}
     _release(connection, _HELD_BUT_NOT_BY_RUN, where, now, origin.fingerprint, **values)
@@ -584,7 +581,7 @@ def cancel_foreign(connection: sa.Connection, origin: RunOrigin, now: dt.datetim
 def hold_definitions(
     connection: sa.Connection, fingerprint: str, definition_ids: list[int], reason: str
 ) -> None:
-    """Hold the pending deliveries of these definitions that are for other destinations."""
+    """Hold pending deliveries of these definitions if they are for another destination."""
     where = "fingerprint <> :fingerprint AND definition_id IN :ids"
     values: dict[str, Any] = {"fingerprint": fingerprint, "ids": definition_ids, "error": reason}
     _move(connection, "status = 'pending'", "held", _HELD, where, **values)
@@ -604,14 +601,14 @@ def release_own(connection: sa.Connection, fingerprint: str, now: dt.datetime) -
 
 
 def release_all(connection: sa.Connection) -> None:
-    """Queue what is held for another destination, once that has been accepted as the configured one."""
+    """Queue everything that is held for another destination, after that was accepted as the configured one."""
     _move(connection, _HELD_BUT_NOT_BY_RUN, "pending", "error = NULL", "true")
 
 
 def assign_destination(
     connection: sa.Connection, fingerprint: str, definition_ids: list[int] | None = None
 ) -> None:
-    """Make this the destination of the deliveries, of all or these definitions, that may still be sent."""
+    """Set the destination of unsettled and dead deliveries, of all definitions or these."""
     where, values = f"status IN ('held', 'pending', 'sending', 'dead') AND {_IS_OTHER}", {}
     if definition_ids is not None:
         where, values = f"{where} AND definition_id IN :ids", {"ids": definition_ids}
@@ -619,7 +616,7 @@ def assign_destination(
 
 
 def assign_calls(connection: sa.Connection, fingerprint: str, other: str | None) -> None:
-    """Make this the destination of pending deliveries of calls that were made for another one, or for none."""
+    """Set the destination of pending deliveries of calls that were made for another one, or for none."""
     same, values = (
         ("fingerprint IS NULL", {}) if other is None else ("fingerprint = :other", {"other": other})
     )
@@ -632,13 +629,13 @@ def _assign(connection: sa.Connection, fingerprint: str, where: str, **parameter
 
 
 def fingerprints(connection: sa.Connection) -> set[str]:
-    """Return the destinations of everything that may still be sent."""
+    """Return the destinations of all deliveries that may still be sent."""
     query = "SELECT DISTINCT fingerprint FROM {our}deliveries WHERE status IN ('held', 'pending', 'sending', 'dead')"
     return {name for name in sql(connection, query).scalars() if name is not None}
 
 
 def other_fingerprints_of_calls(connection: sa.Connection, fingerprint: str) -> list[str | None]:
-    """Return the other destinations that calls have pending deliveries for; None for calls without one."""
+    """Return the other destinations of pending deliveries of calls; None stands for deliveries without one."""
     query = f"SELECT DISTINCT fingerprint FROM {{our}}deliveries WHERE {_PENDING_CALLS} AND {_IS_OTHER}"
     return list(sql(connection, query, fingerprint=fingerprint).scalars())
 

@@ -1,7 +1,7 @@
 """The destination: which endpoint and key it is, and whether it is stopped or slowed down.
 
-Deliveries and baselines belong to the destination that they were made for. What was made for another one is held
-until a person decides; the messages below say how.
+Deliveries and baselines belong to the destination that they were made for. Deliveries for another one are held until a
+person decides; the messages below say how.
 """
 
 import datetime as dt
@@ -16,12 +16,12 @@ from audience_sync.db.tables import destination
 from audience_sync.queue import deliveries, superseded
 from audience_sync.userpilot.answers import Answer, Outcome
 
-ALIVE = dt.timedelta(seconds=60)  # a daemon whose last heartbeat is older is not running
+HEARTBEAT_TIMEOUT = dt.timedelta(seconds=60)  # a daemon whose last heartbeat is older is not running
 MADE_FOR_ANOTHER = "made for another destination than the one that is configured now"
 
 
 def other_destination(key: str = "KEY") -> str:
-    """Return the end of a sentence about something that was made for another destination, with what to do."""
+    """Return the end of a message about something that was made for another destination, including what to do."""
     return (
         f"{MADE_FOR_ANOTHER}. For a new environment, run `audience-sync sync {key} --full`, which sends everything "
         "there; for the same environment with a new API key or address, run "
@@ -54,7 +54,7 @@ class Destination:
 def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
     """Return whether this destination, or another key of its environment, may have accepted anything.
 
-    If its key was refused before the first delivery, it has not, and any other destination may take its place.
+    If its key was refused before the first delivery, it accepted nothing, and any other destination may replace it.
     """
     if stopped(connection) is None:
         return True
@@ -71,7 +71,7 @@ def has_accepted(connection: sa.Connection, fingerprint: str) -> bool:
 
 
 def join_environments(connection: sa.Connection, fingerprints: set[str]) -> None:
-    """Record that these are keys and addresses of one environment: values for one of them are values for all."""
+    """Record that these keys and addresses belong to one environment: values for one of them are values for all."""
     stored = connection.execute(sa.select(destination.c.environments)).scalar_one_or_none() or []
     joined = fingerprints.union(*(names for names in stored if fingerprints & set(names)))
     others = [names for names in stored if not joined & set(names)]
@@ -84,20 +84,20 @@ class Stopped(NamedTuple):
 
 
 def stopped(connection: sa.Connection) -> Stopped | None:
-    """Return since when and why nothing is sent; None if the destination is not stopped."""
+    """Return when and why delivery stopped; None if the destination is not stopped."""
     row = connection.execute(sa.select(destination)).one_or_none()
     return None if row is None or row.stopped_at is None else Stopped(row.stopped_at, row.stopped_reason)
 
 
-def about_key(refusal: Answer, validation: Answer) -> Answer:
-    """Interpret a 401 or 403 by the answer to `GET /v1/validate`, which was asked for afterwards.
+def interpret_refusal(refusal: Answer, validation: Answer) -> Answer:
+    """Interpret a 401 or 403 with the help of the answer to a later `GET /v1/validate`.
 
-    If the key is valid, the refusal concerns the request alone. If the question was not answered, it is not evidence.
+    If the key is valid, the refusal concerns the request alone. Without an answer, the refusal proves nothing.
     """
     match validation.outcome:
         case Outcome.ACCEPTED:
             return replace(refusal, outcome=Outcome.FAILED)
-        case Outcome.UNAUTHORISED | Outcome.REFUSED:  # refused: there is no way to validate a key
+        case Outcome.UNAUTHORISED | Outcome.REFUSED:  # refused: the endpoint cannot validate keys
             return refusal
         case _:
             return replace(refusal, outcome=Outcome.FAILED, is_evidence=False)
@@ -108,7 +108,7 @@ class KeyValidator(Protocol):
 
 
 def try_to_resume(engine: sa.Engine, validator: KeyValidator) -> str | None:
-    """Resume a destination that stopped, if its key is valid now; return why it stays stopped."""
+    """Resume a stopped destination if its key is valid now; otherwise return why it stays stopped."""
     with engines.read(engine) as connection:
         stop_now = stopped(connection)
     if stop_now is None:
@@ -141,16 +141,16 @@ def record_heartbeat(connection: sa.Connection, now: dt.datetime) -> None:
 
 
 def end_heartbeat(connection: sa.Connection, heartbeat_at: dt.datetime) -> None:
-    """Record that the daemon of this heartbeat has stopped. A later heartbeat of another daemon stays valid."""
+    """Record that the daemon with this heartbeat has stopped. A later heartbeat of another daemon stays valid."""
     _set_destination(connection, stopped_heartbeat_at=heartbeat_at)
 
 
 def is_daemon_alive(connection: sa.Connection, now: dt.datetime) -> bool:
-    """Return whether a daemon recorded a heartbeat within ALIVE, and has not stopped since."""
+    """Return whether a daemon recorded a heartbeat within HEARTBEAT_TIMEOUT, and has not stopped since."""
     row = connection.execute(sa.select(destination)).one_or_none()
     if row is None or row.heartbeat_at is None or row.heartbeat_at == row.stopped_heartbeat_at:
         return False
-    return bool(now - row.heartbeat_at < ALIVE)
+    return bool(now - row.heartbeat_at < HEARTBEAT_TIMEOUT)
 
 
 def last_heartbeat(connection: sa.Connection) -> dt.datetime | None:

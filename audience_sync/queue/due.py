@@ -1,6 +1,7 @@
 """Queries for the deliveries that may be claimed now. deliveries.py claims them.
 
-A subject is a user or a company. Its deliveries wait while one of them is being sent, and after an unknown outcome.
+A subject is a user or a company. Its deliveries wait while one of them is being sent, and for a grace after an unknown
+outcome.
 Every function runs in its caller's transaction.
 """
 
@@ -16,19 +17,19 @@ from sqlalchemy.dialects import postgresql
 from audience_sync.db.dialects import chunks, is_sqlite, json_list, sql
 from audience_sync.db.engines import from_json, to_json
 from audience_sync.db.tables import deliveries
-from audience_sync.queue.conditions import OF_SUBJECT, about, exists, moments_of, subjects_where
+from audience_sync.queue.conditions import OF_SUBJECT, exists, for_subject, moments_of, subjects_where
 from audience_sync.queue.outcomes import Delivery
 from audience_sync.userpilot.payloads import COMPANY
 
 LANES = ("track", "company", "identify")
 CLASSES = ("call", "change", "push")  # in the order in which they are claimed
-FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # tracks wait no longer for the user's first identify
+FIRST_IDENTIFY_WAIT = dt.timedelta(minutes=10)  # the longest that tracks wait for the user's first identify
 
 START = (dt.datetime(1970, 1, 1, tzinfo=dt.UTC), 0)
-MOST_MERGED = 500  # deliveries in a request, the oldest first
-MOST_READ = 50_000  # rows of a queue that one search reads
-STEP_ROWS = 10_000  # that one statement reads at most
-FIRST_STEP_ROWS = 50  # that the first statement of a search reads; the following ones read more
+MAX_MERGED = 500  # deliveries in a request, the oldest first
+MAX_ROWS_READ = 50_000  # by one search of a queue
+STEP_ROWS = 10_000  # the most that one statement reads
+FIRST_STEP_ROWS = 50  # the most that the first statement of a search reads
 Position = tuple[dt.datetime, int]  # next_attempt_at and delivery_id: the order of a queue
 
 _ATTEMPTED = f"{OF_SUBJECT} AND b.status IN ('pending', 'sending') AND b.attempt_count > 0"
@@ -44,7 +45,7 @@ _UNSETTLED = f"{OF_SUBJECT} AND b.status IN ('pending', 'sending')"
 
 
 def refresh_statistics(connection: sa.Connection) -> None:
-    """Update PostgreSQL's statistics of a queue that has grown; from a small sample, because the lanes wait for it."""
+    """Update PostgreSQL's statistics of a queue that has grown, from a small sample because the lanes wait meanwhile."""
     if not is_sqlite(connection):
         connection.execute(sa.select(sa.func.set_config("default_statistics_target", "10", True)))
         sql(connection, "ANALYZE {our}deliveries")
@@ -54,7 +55,7 @@ def refresh_statistics(connection: sa.Connection) -> None:
 class DueSubject:
     """A subject in a stretch of a queue; `first` is a position at or before its first delivery there.
 
-    `was_attempted`: one of these deliveries was attempted. `is_sending`: a request of the subject is in flight.
+    `was_attempted`: a delivery of the subject in this stretch was attempted. `is_sending`: a request is in flight.
     """
 
     subject_id: str
@@ -75,8 +76,8 @@ class Stretch:
     is_last: bool
 
 
-# SQLite compares no pair with an index that ends with the row's id: after a position among very many deliveries of one
-# moment, it would read all of them again.
+# Two ranges, because SQLite cannot use an index for a comparison of pairs whose second member is the row's id: after a
+# position among many deliveries of the same moment, it would read all of them again.
 _ROWS = """
   SELECT d.subject_id, d.next_attempt_at, d.delivery_id, d.attempt_count > 0 OR d.alone AS was_attempted, {ours} AS is_ours
   FROM {our}deliveries d
@@ -92,7 +93,7 @@ subjects AS (
     max(CASE WHEN was_attempted THEN 1 ELSE 0 END) AS was_attempted, max(CASE WHEN is_ours THEN 1 ELSE 0 END) AS is_ours
   FROM stretch GROUP BY subject_id)
 SELECT s.subject_id, s.first_at, s.first_id, s.delivery_count, s.was_attempted, s.is_ours,
-  {about(_IS_SENDING, "s.subject_id")} AS is_sending, {about(_QUIET_UNTIL, "s.subject_id")} AS quiet_until,
+  {for_subject(_IS_SENDING, "s.subject_id")} AS is_sending, {for_subject(_QUIET_UNTIL, "s.subject_id")} AS quiet_until,
   (SELECT max(next_attempt_at) FROM stretch) AS last_at,
   (SELECT max(delivery_id) FROM stretch WHERE next_attempt_at = (SELECT max(next_attempt_at) FROM stretch)) AS last_id
 FROM subjects s"""
@@ -159,11 +160,11 @@ def subjects_due(
 ) -> dict[str, bool]:
     """Return subjects that are due and not busy, oldest first, each with whether it was attempted before.
 
-    After an attempt, only the live lane sends to a user, because there an answer concerns one user. However few
-    subjects there are, about `limit` rows are read, or MOST_READ.
+    After an attempt, only the live lane sends to a user, because its answers concern a single user. At most about
+    `limit` rows are read, or MAX_ROWS_READ if that is more.
     """
     subjects: dict[str, bool] = {}
-    left, step = max(limit, MOST_READ), FIRST_STEP_ROWS
+    left, step = max(limit, MAX_ROWS_READ), FIRST_STEP_ROWS
     while len(subjects) < limit and left > 0:
         size = min(left, max(limit, step))
         stretch = read_stretch(connection, action, delivery_class, now, after, size, fingerprint)
@@ -178,7 +179,7 @@ def subjects_due(
 
 
 def idle_users(connection: sa.Connection, users: Sequence[str]) -> list[str]:
-    """Return those of the users who have no request under way, no earlier attempt and no grace to wait for."""
+    """Return the users who have no request in flight, no earlier attempt and no grace to wait for."""
     idle = subjects_where(
         connection, users, f"NOT {_WAS_ATTEMPTED} AND NOT {_HAS_ISOLATED}", action="identify"
     )
@@ -192,10 +193,10 @@ def pending_of(
     now: dt.datetime,
     fingerprint: str | None = None,
 ) -> list[list[Delivery]]:
-    """Return what the next request of each subject may carry, as it will be once claimed: its oldest deliveries.
+    """Return the oldest deliveries of each subject, which its next request may carry, as they will be once claimed.
 
-    For tracks that is the first one. Leaves out subjects that are busy or have nothing due, deliveries that wait for
-    another subject, and a subject if another process is changing one of its deliveries.
+    For tracks, that is only the first one. Left out are subjects that are busy or have nothing due, deliveries that wait
+    for another subject, and subjects of which another process is changing a delivery.
     """
     ids = _oldest_of(connection, action, subjects, now, fingerprint)
     loaded = [row for chunk in chunks(ids) for row in connection.execute(_PENDING, {"ids": list(chunk)})]
@@ -254,8 +255,8 @@ def _oldest_of(
     now: dt.datetime,
     fingerprint: str | None,
 ) -> list[int]:
-    """Return the ids of the oldest pending deliveries of each subject that is not busy, and of its newest isolated ones."""
-    parameters: dict[str, Any] = {"action": action, "most": 1 if action == "track" else MOST_MERGED}
+    """Return the ids of the oldest pending and the newest isolated deliveries of each subject that is not busy."""
+    parameters: dict[str, Any] = {"action": action, "most": 1 if action == "track" else MAX_MERGED}
     ours = ""
     if fingerprint is not None:
         ours = "AND (d.fingerprint = :fingerprint OR d.fingerprint IS NULL)"
@@ -272,20 +273,20 @@ def _oldest_of(
 
 
 _OLDEST = f"""
-SELECT a.value AS subject_id, {about(_HAS_ISOLATED, "a.value")} AS has_isolated,
+SELECT a.value AS subject_id, {for_subject(_HAS_ISOLATED, "a.value")} AS has_isolated,
   (SELECT {{json_agg}}(o.delivery_id) FROM (
-    SELECT d.delivery_id FROM {{our}}deliveries d WHERE {about(_UNSETTLED, "a.value").replace("b.", "d.")}
+    SELECT d.delivery_id FROM {{our}}deliveries d WHERE {for_subject(_UNSETTLED, "a.value").replace("b.", "d.")}
       AND d.status = 'pending' {{ours}} ORDER BY d.delivery_id LIMIT :most) o) AS ids
-FROM {{list}} a WHERE NOT {about(_IS_SENDING, "a.value")} AND {about(_QUIET_UNTIL, "a.value")} IS NULL"""
+FROM {{list}} a WHERE NOT {for_subject(_IS_SENDING, "a.value")} AND {for_subject(_QUIET_UNTIL, "a.value")} IS NULL"""
 _NEWEST_ISOLATED = f"""
-SELECT d.delivery_id FROM {{our}}deliveries d WHERE {about(_ISOLATED, ":subject").replace("b.", "d.")} {{ours}}
+SELECT d.delivery_id FROM {{our}}deliveries d WHERE {for_subject(_ISOLATED, ":subject").replace("b.", "d.")} {{ours}}
 ORDER BY d.value_at DESC, d.delivery_id DESC LIMIT :most"""
 
 
 def _waiting_for_another(
     connection: sa.Connection, action: str, loaded: Sequence[sa.Row[*tuple[Any, ...]]], now: dt.datetime
 ) -> set[int]:
-    """Return the deliveries that wait for the first identify of their user (tracks) or company, ten minutes at most."""
+    """Return the deliveries that wait for the first identify of their user (tracks) or company, for ten minutes at most."""
     others: dict[int, str] = {}
     for row in loaded:
         other = (

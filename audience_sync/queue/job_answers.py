@@ -4,16 +4,16 @@
 | --- | --- |
 | completed | are accepted |
 | failed, or completed with rows missing | are sent by the live lane, which gets an answer for each |
-| refused (400, 422), or too large (413) | are queued again; the next job has half as many rows; a single row goes live |
-| 409: another job is running | are queued again; no upload until the list of jobs shows none running |
+| refused (400, 422), or too large (413) | are queued again; the next job has half as many rows; a single row is sent live |
+| 409: another job is running | are queued again; nothing is uploaded until the list of jobs shows none running |
 | 429, 5xx, no connection, no such endpoint | are queued again; the lane pauses, each time twice as long |
-| no answer to the upload | wait: the job is looked up by its file name; if no job runs, the live lane sends them |
-| an unknown state, no end, or a job that is unknown | wait until it has made no progress for long; then they go live |
+| no answer to the upload | wait: the job is looked up by its file name; if none is running, the live lane sends them |
+| unknown state, no end, or 404 | wait; after a long time without progress the live lane sends them |
 
-A job that is given up early, and still runs, would replace newer values by its own. So its users wait until it must be
-over: for half an hour, or four times as long as its rows take. After a poll that is answered by 404, the list of jobs
-is read. Jobs of other clients hold up ours until the list shows none running, but no longer than half an hour;
-then the answer to an upload decides, because a job in an unknown state may be over.
+If a job were given up while it still runs, it would overwrite newer values. So its users wait until it must have ended:
+for half an hour, or four times as long as its rows take. After a poll that is answered with 404, the list of jobs is
+read. Jobs of other clients block ours until the list shows none running, but for half an hour at most. Then we try an
+upload, because a job in an unknown state may have ended.
 """
 
 import datetime as dt
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 FOREIGN_JOB_POLL_SECONDS = 15.0
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 30.0
-STALLED_JOB_SECONDS = 1800.0  # without any progress; more for large jobs
-MEASURED_ROWS = 1_000  # from this size on a job's speed is measured: in smaller ones overhead dominates
+STALLED_JOB_SECONDS = 1800.0  # without progress; longer for large jobs
+MEASURED_ROWS = 1_000  # smaller jobs are not measured, because overhead dominates
 _NO_ENDPOINT = {404, 405, 501}
 _NOT_ALLOWED = {401, 403}  # although the key is valid
 
@@ -61,7 +61,7 @@ class JobAnswers:
                 self.pace.accepted()
                 self._update_status(job, status.job_id, status)
             case Outcome.ACCEPTED | Outcome.UNKNOWN:
-                job.error = answer.error or "Userpilot accepted the upload and named no job"
+                job.error = answer.error or "Userpilot accepted the upload but returned no job id"
                 job.poll_at = self.clock.monotonic() + self.grace.total_seconds()  # it may still arrive
             case Outcome.REFUSED if answer.status_code == 409:
                 job.end("dropped", error)
@@ -76,7 +76,7 @@ class JobAnswers:
                     self._pause(error, answer.retry_after_seconds)
 
     def _refused(self, job: BulkJob, answer: Answer, error: str) -> None:
-        """Halve the next job, until the row that was refused is alone: the live lane then gets an answer for it."""
+        """Halve the next job, until the refused row is alone; the live lane then sends it and gets its answer."""
         job.end("failed" if job.row_count == 1 else "dropped", error)
         logs.event(log, logging.WARNING, "bulk job refused", rows=job.row_count)
         if self.pace.refused(job.row_count, is_too_large=answer.status_code == 413):
@@ -113,7 +113,7 @@ class JobAnswers:
     def read_list_of_others(self, answer: Answer) -> None:
         listed, monotonic = parse_jobs(answer), self.clock.monotonic()
         if listed is None:
-            self.pace.is_foreign_job_running = False  # the answer to the next upload says whether one runs
+            self.pace.is_foreign_job_running = False  # the next upload shows whether one is running
             self._pause(answer.error or "the list of jobs cannot be read", answer.retry_after_seconds)
         elif any(status.is_running for status in listed) and not self.pace.has_waited_for_long(monotonic):
             self.pace.wait_for_foreign_job(monotonic + FOREIGN_JOB_POLL_SECONDS, self.pace.reason)
@@ -121,7 +121,7 @@ class JobAnswers:
             self.pace.is_foreign_job_running, self.pace.reason = False, ""
 
     def _update_status(self, job: BulkJob, job_id: str, status: JobStatus) -> None:
-        """Update a job from Userpilot's description; the values that it leaves out stay as they were."""
+        """Update a job from Userpilot's description; values that are missing from it do not change."""
         completed = job.completed_count if status.completed_rows is None else status.completed_rows
         if (status.state, completed, job_id) != (job.state, job.completed_count, job.job_id):
             job.moved_at = self.clock.monotonic()
@@ -163,7 +163,7 @@ class JobAnswers:
             self._wait_for_foreign_job("a bulk job that was given up may still run")
 
     def _poll_seconds(self, job: BulkJob) -> float:
-        """Return the seconds until the next poll: fewer when the end is near."""
+        """Return the seconds until the next poll: fewer near the expected end."""
         left = job.ends_at(self.pace.rows_per_second) - self.clock.monotonic()
         return min(LONGEST_POLL_SECONDS, max(SHORTEST_POLL_SECONDS, left / 2 if left > 0 else -left / 20))
 

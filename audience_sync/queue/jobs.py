@@ -1,6 +1,6 @@
 """Bulk jobs: their rows in the database, the requests about them, and Userpilot's descriptions of them.
 
-From being gathered to being settled, a job's deliveries are `sending`, so that no other request carries their users.
+Until the job is settled, its deliveries are `sending`, so that no other request carries their users.
 Functions that take a connection run in their caller's transaction.
 """
 
@@ -21,13 +21,13 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 UPLOAD_PATH = "v1/users/bulk_identify"
 JOBS_PATH = "v1/background_jobs"
-MOST_ROWS = 1_000_000_000
+MAX_ROWS = 1_000_000_000
 SETTLED_PER_TRANSACTION = 2_000  # deliveries that a transaction settles at most
 
 
 @dataclass(slots=True)
 class BulkJob:
-    """A job that is not settled. Its status is one of those in tables.py; times are monotonic seconds."""
+    """A job that is not settled. tables.py lists the statuses; times are monotonic seconds."""
 
     request_id: int
     filename: str
@@ -60,7 +60,7 @@ class BulkJob:
         self.status, self.error = status, error
 
     def ends_at(self, rows_per_second: float) -> float:
-        """Return when the job is expected to end, which may have passed."""
+        """Return when the job is expected to end; this moment may have passed."""
         rows = self.row_count - (self.completed_count or 0)
         since = self.moved_at if self.completed_count else self.submitted_at
         return since + rows / rows_per_second
@@ -106,7 +106,7 @@ class JobRequest:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """Userpilot's description of a job, without values that the database would refuse."""
+    """Userpilot's description of a job, without values that the database cannot store."""
 
     job_id: str | None = None
     filename: str | None = None
@@ -123,7 +123,7 @@ class JobStatus:
 
 
 def parse_job(document: Any) -> JobStatus:
-    """Read a job from an answer; every member may be missing."""
+    """Read a job from an answer; any member may be missing."""
     if not isinstance(document, dict):
         return JobStatus()
     texts = {
@@ -134,13 +134,13 @@ def parse_job(document: Any) -> JobStatus:
     counts = {
         name: value
         for name in ("total_rows", "completed_rows")
-        if type(value := document.get(name)) is int and 0 <= value < MOST_ROWS
+        if type(value := document.get(name)) is int and 0 <= value < MAX_ROWS
     }
     return JobStatus(texts.get("job_id"), texts.get("filename"), texts.get("status", "unknown"), **counts)
 
 
 def parse_jobs(answer: Answer) -> list[JobStatus] | None:
-    """Read a list of jobs; None if the answer is not one."""
+    """Read a list of jobs; None if the answer is not a list."""
     if answer.outcome is not Outcome.ACCEPTED or not isinstance(answer.document, list):
         return None
     return [parse_job(document) for document in answer.document]
@@ -170,7 +170,7 @@ def update_job(connection: sa.Connection, request_id: int, **columns: Any) -> No
 
 
 def begin_upload(connection: sa.Connection, request_id: int, now: dt.datetime) -> None:
-    """Record that the upload begins, and with how many deliveries."""
+    """Record that the upload begins, and the number of its deliveries."""
     update_job(connection, request_id, status="uploading", submitted_at=now)
     count = sa.select(sa.func.count()).where(deliveries.is_in_job(request_id)).scalar_subquery()
     connection.execute(
@@ -189,7 +189,7 @@ def record(connection: sa.Connection, job: BulkJob, now: dt.datetime) -> None:
             "x_request_id": job.upload.x_request_id,
             "error": job.upload.error,
         }
-    elif job.is_over:  # the process that sent it ended before the answer
+    elif job.is_over:  # the process that sent it ended before the answer came
         ended = {"error": job.error}
     else:
         return

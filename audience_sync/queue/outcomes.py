@@ -1,7 +1,7 @@
-"""Decide which deliveries of a user form the next request, and what its answer means for each of them. Pure.
+"""Pure decisions: which deliveries of a user form the next request, and what its answer means for each of them.
 
-Many deliveries of one user or company are merged into one request. The path ends when the worker stores the decisions
-with `deliveries.settle`.
+Many deliveries of one user or company are merged into one request. The worker stores the decisions with
+`deliveries.settle`.
 """
 
 import datetime as dt
@@ -16,11 +16,11 @@ from audience_sync.userpilot.answers import Answer, Outcome
 SUPERSEDED = "superseded by a newer value"
 NOT_REPEATED = "Not repeated (track_policy at_most_once)"
 
-ATTEMPTS_BEFORE_SPLIT = 3  # of a merged request
+ATTEMPTS_BEFORE_SPLIT = 3  # then the deliveries of a merged request are sent one by one
 GIVE_UP_ATTEMPTS = 8
 GIVE_UP_AFTER = dt.timedelta(hours=4)
 LONGEST_BACKOFF_SECONDS = 900.0
-GRACE = dt.timedelta(seconds=3)  # after an unknown outcome, for a late request to be applied
+GRACE = dt.timedelta(seconds=3)  # after an unknown outcome: Userpilot may apply the request late
 
 
 class Status(StrEnum):
@@ -34,7 +34,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A delivery as it is once claimed: `attempt_count` includes that attempt."""
+    """A delivery as it will be once claimed: `attempt_count` includes the next attempt."""
 
     delivery_id: int
     action: str
@@ -53,8 +53,8 @@ class Settlement:
     """The state of a delivery after a request.
 
     `isolated` deliveries are sent one by one. `grace_until` delays the subject's next request after an unknown
-    outcome. `was_attempt` is false after a 429 or a refused key. `restarts_patience`: the answer proves nothing, so
-    the time until the delivery is given up starts again.
+    outcome. `was_attempt` is false after a 429 or a refused key. `restarts_give_up_time`: the answer proves nothing
+    about the delivery, so the time after which it is given up starts again.
     """
 
     delivery_id: int
@@ -64,16 +64,16 @@ class Settlement:
     grace_until: dt.datetime | None = None
     isolated: bool = False
     was_attempt: bool = True
-    restarts_patience: bool = False
+    restarts_give_up_time: bool = False
 
 
 def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]:
-    """Return those of a subject's pending deliveries that go into its next request, oldest value first.
+    """Select the pending deliveries of a subject for its next request, oldest value first.
 
     After a merged request was refused or failed repeatedly, its deliveries are isolated: sent one by one, so that only
-    the refused one waits or becomes dead. The one that has been due for longest is sent first, then the newest. Older ones
-    wait for a newer one that shares a trait with them: an earlier attempt may have been applied, and a value at Userpilot
-    must not be replaced by an older one. Values that the newest supersedes need no request.
+    the delivery at fault waits or becomes dead. The one that has been due longest is sent first; of several, the newest.
+    An older delivery waits for a newer one that shares a trait with it: an earlier attempt may have set the newer value,
+    which an older one must not replace. Values that the newest supersedes need no request.
     """
     blocked = blocked_until(pending, now)
     free = [
@@ -88,9 +88,10 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
 
 
 def blocked_until(pending: Sequence[Delivery], now: dt.datetime) -> dict[int, dt.datetime]:
-    """Return until when deliveries wait for a newer one that shares a trait with them, by their ids.
+    """Return, by id, until when deliveries wait for a newer one that shares a trait with them.
 
-    All wait for a newer isolated one that waits for its next attempt. Isolated ones wait for any that was attempted.
+    Every delivery waits for a newer isolated one whose next attempt is in the future. Isolated deliveries also wait for
+    any newer one that was attempted.
     """
     waiting: dict[str, dt.datetime] = {}  # traits of newer deliveries
     attempted: dict[str, dt.datetime] = {}
@@ -115,14 +116,14 @@ def _age(delivery: Delivery) -> tuple[dt.datetime, int]:
 
 @dataclass(frozen=True, slots=True)
 class Trimmed:
-    """A subject's deliveries without superseded traits, and the ids of those that have no trait left."""
+    """A subject's deliveries without their superseded traits, and the ids of deliveries without any trait left."""
 
     left: list[Delivery]
     superseded: list[int]
 
 
 def without_superseded(ordered: Sequence[Delivery], newer: Mapping[int, Collection[str]]) -> Trimmed:
-    """Remove the traits for which Userpilot has accepted newer values; `newer` names them by delivery."""
+    """Remove superseded traits from deliveries; `newer` has the names of these traits by delivery id."""
     left, superseded = [], []
     for delivery in ordered:
         removed = newer.get(delivery.delivery_id, ())
@@ -135,7 +136,7 @@ def without_superseded(ordered: Sequence[Delivery], newer: Mapping[int, Collecti
 
 
 def body_of(ordered: Sequence[Delivery]) -> dict[str, Any]:
-    """Merge bodies: the newest value of each trait."""
+    """Merge the bodies of deliveries, with the newest value of each trait."""
     merged: dict[str, Any] = {}
     for delivery in ordered:
         merged |= delivery.body
@@ -143,16 +144,16 @@ def body_of(ordered: Sequence[Delivery]) -> dict[str, Any]:
 
 
 def carried(ordered: Sequence[Delivery]) -> set[int]:
-    """Return the ids of deliveries with a value in the merged body, and of those with an empty body."""
+    """Return the ids of the deliveries that have a value in the merged body, or an empty body."""
     owners = {trait: delivery.delivery_id for delivery in ordered for trait in delivery.body}
     return set(owners.values()) | {delivery.delivery_id for delivery in ordered if not delivery.body}
 
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """Rules for repeating a failed attempt. `tracks_at_most_once`: no track is repeated after an unknown outcome."""
+    """Rules for retries. `tracks_at_most_once`: no track is repeated after an unknown outcome."""
 
-    chance: random.Random
+    rng: random.Random
     grace: dt.timedelta = GRACE
     tracks_at_most_once: bool = False
 
@@ -160,7 +161,7 @@ class Retries:
 def decide_settlements(
     ordered: Sequence[Delivery], answer: Answer, now: dt.datetime, retries: Retries
 ) -> list[Settlement]:
-    """Decide the next state of each delivery of a request that was answered."""
+    """Decide the next state of each delivery of an answered request."""
     match answer.outcome:
         case Outcome.ACCEPTED:
             carried_ids = carried(ordered)
@@ -179,7 +180,7 @@ def decide_settlements(
                     next_attempt_at=delivery.next_attempt_at,
                     isolated=delivery.isolated,
                     was_attempt=False,
-                    restarts_patience=delivery.attempt_count == 1,
+                    restarts_give_up_time=delivery.attempt_count == 1,
                 )
                 for delivery in ordered
             ]
@@ -211,7 +212,7 @@ def _retry(
         is_refusal = answer.outcome is Outcome.DOUBTFUL
         message = error if is_refusal else f"Given up after {delivery.attempt_count} attempts: {error}"
         return Settlement(delivery.delivery_id, Status.DEAD, message)
-    seconds = 0.0 if is_split else backoff_seconds(delivery.attempt_count, retries.chance)
+    seconds = 0.0 if is_split else backoff_seconds(delivery.attempt_count, retries.rng)
     seconds = max(seconds, answer.retry_after_seconds or 0.0)
     grace_until = now + retries.grace if is_unknown else None
     return Settlement(
@@ -221,10 +222,10 @@ def _retry(
         next_attempt_at=max(now + dt.timedelta(seconds=seconds), grace_until or now),
         grace_until=grace_until,
         isolated=delivery.isolated or is_split,
-        restarts_patience=not answer.is_evidence,
+        restarts_give_up_time=not answer.is_evidence,
     )
 
 
-def backoff_seconds(attempt_count: int, chance: random.Random) -> float:
-    """Return a random wait (full jitter). Its limit is 1 s, and doubles with each attempt up to 15 minutes."""
-    return chance.uniform(0, min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(attempt_count - 1, 20)))
+def backoff_seconds(attempt_count: int, rng: random.Random) -> float:
+    """Return a random wait (full jitter). Its limit is 1 s and doubles with each attempt, up to 15 minutes."""
+    return rng.uniform(0, min(LONGEST_BACKOFF_SECONDS, 2.0 ** min(attempt_count - 1, 20)))

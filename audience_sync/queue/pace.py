@@ -1,6 +1,6 @@
-"""The pace of each lane: its limit over any 60 seconds, and how it slows down after refusals.
+"""The pace of each lane: its limit in any 60 seconds, and how it slows down after refusals.
 
-All times are arguments, in monotonic seconds, except `now` where a slow-down is written to or read from the database.
+All times are arguments in monotonic seconds. Only slow-downs, which are stored in the database, use the wall clock (`now`).
 """
 
 import datetime as dt
@@ -10,28 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WINDOW_SECONDS = 60.0
-THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # without Retry-After, Userpilot advises up to 8
+THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # without Retry-After; Userpilot advises up to 8 s
 LONGEST_PAUSE_SECONDS = 900.0
 FAILURES_BEFORE_PAUSE = 5
 REFUSALS_BEFORE_PAUSE = 5
-# Between two pauses more refusals are allowed, so that valid deliveries behind many invalid ones are reached.
+# After a pause more refusals are allowed, so that valid deliveries behind many invalid ones are reached.
 REFUSALS_BETWEEN_PAUSES = 20
 LONGEST_REFUSAL_PAUSE_SECONDS = 120.0
 LONGEST_FOREIGN_JOB_SECONDS = 1800.0
-MIN_SPEED_FACTOR = 0.05  # of the limit
-MIN_JOB_SPEED_FACTOR = 0.25  # of the configured speed of jobs
-PUSH_SECONDS = 1.0  # of unused time that pushes may catch up on
+MIN_SPEED_FACTOR = 0.05  # a share of the limit
+MIN_JOB_SPEED_FACTOR = 0.25  # a share of the configured speed of jobs
+PUSH_SECONDS = 1.0  # pushes may catch up on this much unused time
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
-SLOW_ANSWER_SECONDS = (
-    2.0  # up to which the latency of answers, with their settlement, does not slow a lane down
-)
+SLOW_ANSWER_SECONDS = 2.0  # answers that take this long, with their settlement, do not slow a lane down
 FEWEST_IN_FLIGHT = 8
 PUSHES_AT_ONCE = 6
 _ROUNDING = 1e-6
 
 
 def requests_in_flight(per_second: float) -> int:
-    """Return how many requests at a time a lane with this limit needs."""
+    """Return how many requests a lane with this limit needs in flight."""
     return max(FEWEST_IN_FLIGHT, math.ceil(per_second * SLOW_ANSWER_SECONDS))
 
 
@@ -39,13 +37,13 @@ def requests_in_flight(per_second: float) -> int:
 class Lane:
     """The pace of a live lane.
 
-    A request counts from its start until a window after its end. The server receives it somewhere in between,
-    so no window of the server's holds more requests than the limit.
+    A request counts from its start until one window after its end. The server receives it between its start and end, so
+    no window on the server contains more requests than the limit.
     """
 
     per_minute: int
-    window_seconds: float = WINDOW_SECONDS  # tests shorten it; the limit is then for this window
-    most_in_flight: int = 1_000_000
+    window_seconds: float = WINDOW_SECONDS  # tests shorten it; the limit then applies to the shorter window
+    max_in_flight: int = 1_000_000
     in_flight: int = 0
     ended: deque[float] = field(default_factory=deque)
     factor: float = 1.0
@@ -68,12 +66,12 @@ class Lane:
 
     @property
     def is_refusing(self) -> bool:
-        """Return whether the refusals in a row are too many to be caused by the deliveries alone."""
+        """Return whether too many requests in a row were refused for the deliveries to be the cause."""
         return self.refusal_streak >= REFUSALS_BEFORE_PAUSE
 
     @property
     def _is_trying(self) -> bool:
-        """Return whether the lane sends only one request at a time, until one succeeds."""
+        """Return whether the lane sends one request at a time until one succeeds."""
         return bool(self.pause_level or self.throttle_streak or self.is_refusing)
 
     @property
@@ -100,21 +98,21 @@ class Lane:
     def startable(self, now: float, *, push: bool = False) -> int:
         """Return how many requests may start now, in addition to those in flight.
 
-        For pushes the number is small, so that a call that arrives a moment later does not wait behind a second of pushes.
+        For pushes the number is small, so that a call that arrives a moment later does not wait for a second of pushes.
         """
-        most = self.most_in_flight - self.in_flight
+        most = self.max_in_flight - self.in_flight
         if push:
             most = min(most, max(PUSHES_AT_ONCE, math.ceil(self.per_second / 10)))
         return max(0, min(self.room(now, push=push), most))
 
     def wait_seconds(self, now: float, *, push: bool = False) -> float:
-        """Return the seconds until a request may start; infinite if that depends on one in flight."""
+        """Return the seconds until a request may start; infinite if that depends on a request in flight."""
         if self.startable(now, push=push):
             return 0.0
         wait = max(0.0, self.paused_until - now)
         excess = self.in_flight + len(self.ended) - self.limit
         is_trying = self._is_trying and self.in_flight
-        if excess >= len(self.ended) or is_trying or self.in_flight >= self.most_in_flight:
+        if excess >= len(self.ended) or is_trying or self.in_flight >= self.max_in_flight:
             return math.inf
         if excess >= 0:
             wait = max(wait, self.ended[excess] + self.window_seconds + 2 * _ROUNDING - now)
@@ -163,7 +161,7 @@ class Lane:
             self.reason = ""
 
     def throttled(self, now: float, retry_after_seconds: float | None) -> bool:
-        """Slow down; return False, and do nothing, for the other refusals of the same burst."""
+        """Slow down after a 429; do nothing and return False for further ones of the same burst."""
         if now < self.paused_until:
             return False
         step = THROTTLED_SECONDS[min(self.throttle_streak, len(THROTTLED_SECONDS) - 1)]
@@ -175,14 +173,14 @@ class Lane:
         return True
 
     def wait(self, until: float, reason: str) -> bool:
-        """Start nothing before this moment; return False if the lane pauses for that long already."""
+        """Start nothing before this moment; return False if the lane already pauses until then."""
         if until <= self.paused_until:
             return False
         self.paused_until, self.reason = until, reason
         return True
 
     def failed(self, now: float, reason: str, retry_after_seconds: float | None = None) -> bool:
-        """Count a failure; return True if the lane pauses: as asked, or because too many requests in a row failed."""
+        """Count a failure; return True if the lane pauses, because of Retry-After or too many failures in a row."""
         self.failure_streak += 1
         if retry_after_seconds:
             self.pause_level = max(1, self.pause_level)
@@ -203,7 +201,7 @@ class Lane:
 
 @dataclass(slots=True)
 class BulkPace:
-    """The pace of the bulk lane: how large the next job may be, when it may start, and how fast jobs are."""
+    """The pace of the bulk lane: how large the next job may be, when it may start, and the speed of jobs."""
 
     rows_per_minute: int
     rows_per_job: int  # 0: no new jobs
@@ -212,17 +210,17 @@ class BulkPace:
     reason: str = ""
     is_foreign_job_running: bool = False
     foreign_job_since: float = -math.inf
-    gather_at: float = -math.inf  # no job is begun before
+    gather_at: float = -math.inf  # the earliest time to gather the next job
     rows_per_second: float = field(init=False)
-    most_rows: int = field(init=False)  # of the next job; few while a refused row is searched for
-    _rows_cap: int = field(init=False)  # below rows_per_job where jobs of that size were too large
-    _pause_count: int = 0  # since a job last completed
-    _refusal_count: int = 0  # since an upload was last accepted
+    max_rows: int = field(init=False)  # of the next job; small while a refused row is being located
+    _rows_cap: int = field(init=False)  # less than rows_per_job if jobs of that size were too large
+    _pause_count: int = 0  # pauses since a job completed
+    _refusal_count: int = 0  # refusals since an upload was accepted
     _consecutive_accepts: int = 0
 
     def __post_init__(self) -> None:
         self.rows_per_second = self.rows_per_minute / 60
-        self.most_rows = self._rows_cap = self.rows_per_job
+        self.max_rows = self._rows_cap = self.rows_per_job
 
     def may_start(self, now: float) -> bool:
         return self.rows_per_job > 0 and not self.is_paused(now)
@@ -231,7 +229,7 @@ class BulkPace:
         return self.is_foreign_job_running or self.paused_until > now
 
     def pause(self, now: float, reason: str, seconds: float | None = None) -> float:
-        """Pause for so long, or twice as long as the last time; return the seconds."""
+        """Pause for `seconds`, or for twice as long as the last time; return the seconds."""
         self._pause_count += 1
         if seconds is None:
             seconds = min(2.0 ** min(self._pause_count, 10), LONGEST_PAUSE_SECONDS)
@@ -239,35 +237,35 @@ class BulkPace:
         return seconds
 
     def wait_for_foreign_job(self, until: float, reason: str) -> None:
-        """Start nothing while another client's job runs; `until` is when to check again."""
+        """Start no job while another client's job is running; `until` is when to check again."""
         self.is_foreign_job_running, self.reason = True, reason
         self.paused_until = max(self.paused_until, until)
 
     def has_waited_for_long(self, now: float) -> bool:
-        """Return whether another client's job has held up this lane for so long that an upload should try."""
+        """Return whether another client's job has blocked this lane for so long that an upload should be tried."""
         return now - self.foreign_job_since >= LONGEST_FOREIGN_JOB_SECONDS
 
     def accepted(self) -> None:
-        """Allow larger jobs again once two uploads in a row were accepted: neither half contains the refused row."""
+        """Allow larger jobs again after two accepted uploads in a row: neither half contains the refused row."""
         self._refusal_count, self.reason = 0, ""
         self._consecutive_accepts += 1
         if self._consecutive_accepts >= 2:
-            self.most_rows = min(self._rows_cap, 2 * self.most_rows)
+            self.max_rows = min(self._rows_cap, 2 * self.max_rows)
 
     def refused(self, row_count: int, *, is_too_large: bool) -> bool:
-        """Halve the next job, until a refused row is alone; return whether it is time to pause."""
+        """Halve the next job, until the refused row is alone; return whether to pause."""
         self._refusal_count, self._consecutive_accepts = self._refusal_count + 1, 0
         self.gather_at = -math.inf
-        self.most_rows = self._rows_cap if row_count == 1 else row_count // 2
+        self.max_rows = self._rows_cap if row_count == 1 else row_count // 2
         if is_too_large and row_count > 1:
-            self._rows_cap = self.most_rows
+            self._rows_cap = self.max_rows
         return self._refusal_count >= REFUSALS_BEFORE_PAUSE
 
     def completed(self) -> None:
         self._pause_count = 0
 
     def measured(self, rows_per_second: float) -> None:
-        """Use a job's measured speed, down to a limit: the end of a job may have been noticed very late."""
+        """Use a job's measured speed, but not less than a limit: its end may have been noticed very late."""
         self.rows_per_second = max(rows_per_second, self.rows_per_minute / 60 * MIN_JOB_SPEED_FACTOR)
 
 
@@ -276,13 +274,13 @@ def slow_down(
 ) -> dict[str, Any] | None:
     """Describe a lane that is paused or slower than its limit, for `status` and for the next process.
 
-    `stored`: what was recorded for the lane before; it may have been slow since then.
+    `stored`: the previous description of the lane, whose `since` is kept if it is recent enough.
     """
     trial = lane.trial if isinstance(lane, Lane) else {}
     if lane.factor == 1.0 and lane.paused_until <= monotonic and not trial:
         return None
     paused_until = now + dt.timedelta(seconds=max(-1.0, lane.paused_until - monotonic))
-    since = stored.get("since") if stored and _counts(stored, now) else None
+    since = stored.get("since") if stored and _is_current(stored, now) else None
     return {
         "since": since or now.isoformat(),
         "factor": round(lane.factor, 3),
@@ -294,7 +292,7 @@ def slow_down(
 
 def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now: dt.datetime) -> None:
     """Slow a lane down as an earlier process did, unless that was long ago."""
-    if _counts(stored, now):
+    if _is_current(stored, now):
         lane.factor, lane.reason = stored["factor"], stored["reason"]
         paused_until = dt.datetime.fromisoformat(stored["paused_until"])
         lane.paused_until = monotonic + (paused_until - now).total_seconds()
@@ -303,5 +301,5 @@ def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now
             lane.refusal_streak = stored.get("refusal_streak", 0)
 
 
-def _counts(stored: dict[str, Any], now: dt.datetime) -> bool:
+def _is_current(stored: dict[str, Any], now: dt.datetime) -> bool:
     return dt.datetime.fromisoformat(stored["paused_until"]) > now - SLOW_DOWN_LASTS

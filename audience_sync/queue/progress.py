@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from audience_sync.queue.bulk import BulkLane
     from audience_sync.queue.pace import Lane
 
-MEASURED_SECONDS = 20.0  # of work, after which its pace is a better estimate than the limits
+MEASURED_SECONDS = 20.0  # after this time the measured pace is a better estimate than the limits
 
 
 @dataclass(slots=True)
 class Report:
     """The work of one process.
 
-    `is_left`: another process does the rest. `stopped`: the reason why the destination is stopped. `held_count`:
-    deliveries that wait because they were made for another destination.
+    `is_handed_over`: another process delivers the rest. `stopped`: the reason why the destination is stopped.
+    `held_count`: deliveries that are held because they were made for another destination.
 
     Until the end, `pending_count` (of the whole queue), `left` (by lane; rows for bulk) and `seconds_left` are
-    estimates, which leave out what other processes add.
+    estimates, which do not include deliveries that other processes add.
     """
 
     accepted_count: int = 0
@@ -32,7 +32,7 @@ class Report:
     bulk_done_count: int = 0  # rows of a job under way
     left: dict[str, int] = field(default_factory=dict)
     seconds_left: float = 0.0
-    is_left: bool = False
+    is_handed_over: bool = False
     stopped: str | None = None
 
 
@@ -62,7 +62,7 @@ class Progress:
     def _seconds_left(
         self, report: Report, lanes: "Mapping[str, Lane]", bulk: "BulkLane", elapsed: float
     ) -> float:
-        """Estimate from the pace so far, once there is enough of it; before that, from the limits."""
+        """Estimate from the pace measured so far or, in the first seconds, from the limits."""
         done = self.settled_count + report.bulk_done_count
         if elapsed > MEASURED_SECONDS and done:
             return (report.pending_count - report.bulk_done_count) * elapsed / done

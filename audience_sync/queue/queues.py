@@ -1,7 +1,7 @@
-"""The queues of a worker, one for each lane and class: claim what may start now, and compute when more may start.
+"""The queues of a worker, one for each lane and class: claim deliveries, and compute when more may be claimed.
 
-Each queue is searched by a walk (walk.py). Once a search has found less than the lane has room for, the next one begins
-after `poll_seconds`, or as soon as an answer may have changed what is due.
+A walk (walk.py) searches each queue. If a search finds less than the lane has room for, the next search begins after
+`poll_seconds`, or as soon as an answer may have made more deliveries due.
 """
 
 import datetime as dt
@@ -16,14 +16,14 @@ from audience_sync.clock import Clock
 from audience_sync.queue import backlog, conditions, deliveries, due, pace, requests
 from audience_sync.queue.walk import Walk
 
-IDLE_EXIT_SECONDS = 60.0  # the worker waits for what becomes due within this time
+IDLE_EXIT_SECONDS = 60.0  # the worker ends if nothing becomes due within this time
 SHORTEST_WAIT_SECONDS = 0.01
 QUEUES = tuple(itertools.product(due.LANES, due.CLASSES))
 
 
 @dataclass(slots=True)
 class Queues:
-    """`fingerprint` is that of the destination; None takes whatever is pending."""
+    """The queues of one destination, by `fingerprint`; None takes all pending deliveries."""
 
     lanes: dict[str, pace.Lane]
     clock: Clock
@@ -45,7 +45,7 @@ class Queues:
         under_way: Collection[requests.ClaimedRequest],
         started_at: Callable[[], dt.datetime],
     ) -> list[requests.ClaimedRequest]:
-        """Claim what may start now: calls, then changes, then pushes; the lanes in turn, each within its limit."""
+        """Claim deliveries within the limit of each lane: first calls, then changes, then pushes."""
         claimed: list[requests.ClaimedRequest] = []
         monotonic = self.clock.monotonic()
         self._turn += 1
@@ -108,8 +108,8 @@ class Queues:
         """Return the positions of the walks through a lane, by class."""
         return {name: self._walks[lane, name].front for name in due.CLASSES}
 
-    def has_answer(self) -> None:
-        """Note that a request has ended, which may have unblocked its subject."""
+    def request_ended(self) -> None:
+        """Count a request that has ended, which may have unblocked its subject."""
         self._answer_count += 1
 
     def is_passed(self, claimed: requests.ClaimedRequest) -> bool:
@@ -158,13 +158,13 @@ class Queues:
         return min(shortest, self.poll_seconds) if shortest < math.inf else math.inf
 
     def _search_from_start(self, queue: tuple[str, str]) -> float:
-        """Make the next search begin a pass; return the seconds until it may."""
+        """Make the next search begin a pass; return the seconds until it may start."""
         self._walks[queue].begin_pass()
         self._poll_at.pop(queue, None)
         return self.lanes[queue[0]].wait_seconds(self.clock.monotonic(), push=queue[1] == "push")
 
     def _later(self, connection: sa.Connection, now: dt.datetime) -> Iterator[float]:
-        """Yield the seconds until pending deliveries may be due that were not at the last search."""
+        """Yield the seconds until pending deliveries that were not due at the last search may become due."""
         since = min(walk.searched_at for walk in self._walks.values())
         for moment in backlog.next_due(connection, min(since, now)):
             queue_seconds = self._queue_seconds(moment.action, moment.delivery_class)
@@ -174,7 +174,7 @@ class Queues:
     def _soon(waits: Collection[float]) -> float:
         """Return the shortest of these waits; infinite if it is so long that the work ends."""
         shortest = min(waits, default=math.inf)
-        # A full window has room again after a minute and the time of a request; longer pauses end the work.
+        # A full window has room again after a minute plus the time of a request; longer pauses end the work.
         return shortest if shortest <= IDLE_EXIT_SECONDS + 1 else math.inf
 
     def has_become_due(self, connection: sa.Connection) -> bool:

@@ -1,7 +1,7 @@
-"""Rows of HTTP requests: each is recorded before it is sent, and completed after. A new process derives the pace from them.
+"""Rows of HTTP requests, recorded before the request is sent and completed afterwards. New processes get the pace from them.
 
-When a request of a live lane started and ended is recorded by the database's clock, so that processes on machines whose
-clocks differ keep one pace. The uploads of bulk jobs are requests, too (jobs.py). Every function runs in its caller's
+The start and end of a live lane's request are recorded by the database's clock, so that processes on machines whose
+clocks differ keep one pace. The uploads of bulk jobs are requests too (jobs.py). Every function runs in its caller's
 transaction.
 """
 
@@ -31,7 +31,7 @@ class ClaimedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
-    """A request that was answered or given up, and the next states of its deliveries."""
+    """A request that was answered or not sent, and the next states of its deliveries."""
 
     request_id: int
     ended_at: dt.datetime
@@ -52,7 +52,7 @@ class RequestEnd:
 def record_requests(
     connection: sa.Connection, lane: str, epoch: int, delivery_counts: Sequence[int], now: dt.datetime
 ) -> Sequence[int]:
-    """Record that requests with these numbers of deliveries start; return their ids in this order."""
+    """Record requests with these numbers of deliveries before they start; return their ids in the same order."""
     rows = [
         {"lane": lane, "epoch": epoch, "started_at": now, "delivery_count": count}
         for count in delivery_counts
@@ -81,7 +81,7 @@ _END = tables.requests.update().where(tables.requests.c.request_id == sa.bindpar
 
 
 def end_lost_requests(connection: sa.Connection, ids: sa.Select[int], now: dt.datetime, error: str) -> None:
-    """Record the end of requests whose answers no process waits for."""
+    """Record the end of requests whose process ended before the answer."""
     connection.execute(
         tables.requests.update()
         .where(tables.requests.c.ended_at.is_(None), tables.requests.c.request_id.in_(ids))
@@ -90,7 +90,7 @@ def end_lost_requests(connection: sa.Connection, ids: sa.Select[int], now: dt.da
 
 
 def recent_request_ends(connection: sa.Connection, since: dt.datetime) -> list[RequestEnd]:
-    """Return the ends of the live lanes' requests since a moment, oldest first: Userpilot may have counted them."""
+    """Return the ends of the live lanes' requests since a moment, oldest first: Userpilot may still count them."""
     rows = connection.execute(
         sa.select(tables.requests.c.request_id, tables.requests.c.lane, tables.requests.c.ended_at)
         .where(

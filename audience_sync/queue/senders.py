@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Self, TypeVar
 
 SIGNAL_POLL_SECONDS = 0.2  # the longest wait, so that signals are handled
-TOGETHER_SECONDS = 0.003  # between replies that are collected together: a transaction costs more than that
+BATCH_SECONDS = 0.003  # replies this close together are collected together: a transaction takes longer
 ReplyT = TypeVar("ReplyT")
 
 
@@ -31,7 +31,7 @@ class Senders(Generic[ReplyT]):
         self._pool.submit(lambda: self._replies.put(send()))
 
     def collect(self, seconds: float) -> list[ReplyT]:
-        """Return the replies so far; if there are none, wait up to 0.2 s for one and for those close behind it."""
+        """Return the replies so far; if there are none, wait up to 0.2 s for one and any that follow closely."""
         replies = []
         while not self._replies.empty():
             replies.append(self._replies.get())
@@ -39,6 +39,6 @@ class Senders(Generic[ReplyT]):
             with contextlib.suppress(queue.Empty):
                 replies.append(self._replies.get(timeout=min(seconds, SIGNAL_POLL_SECONDS)))
                 while len(replies) < self._open:
-                    replies.append(self._replies.get(timeout=TOGETHER_SECONDS))
+                    replies.append(self._replies.get(timeout=BATCH_SECONDS))
         self._open -= len(replies)
         return replies

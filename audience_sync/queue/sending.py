@@ -13,7 +13,7 @@ from audience_sync.queue.jobs import JobRequest, JobSender
 from audience_sync.userpilot.answers import Answer, Outcome
 
 VALIDATE_PATH = "v1/validate"
-VALIDATION_SECONDS = 10.0  # for which the answer about the key is used
+VALIDATION_SECONDS = 10.0  # how long the answer about the key is reused
 
 
 class Sender(JobSender, Protocol):
@@ -22,7 +22,7 @@ class Sender(JobSender, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A request and its answer; None if it was not sent."""
+    """A request and its answer; the answer is None if the request was not sent."""
 
     request: requests.ClaimedRequest | JobRequest
     answer: Answer | None
@@ -30,7 +30,7 @@ class Reply:
 
 @dataclass(slots=True)
 class RequestSender:
-    """Builds and sends requests. `build` is that of DeliverySettings. Its methods may run in several threads at once."""
+    """Builds (with DeliverySettings.build) and sends requests, in several threads at once."""
 
     sender: Sender
     build: Callable[[str, str, dict[str, Any]], tuple[str, dict[str, Any]]]
@@ -40,13 +40,13 @@ class RequestSender:
     _validating: threading.Lock = field(default_factory=threading.Lock)
 
     def send(self, request: requests.ClaimedRequest | JobRequest, send_by: float) -> Reply:
-        """Send a request, unless the lease may have expired: another process may have sent newer values."""
+        """Send a request, unless the lease may have expired, because another process may then have sent newer values."""
         if self.clock.monotonic() > send_by:
             return Reply(request, None)
         try:
             answer = self._ask(request)
             if answer.outcome is Outcome.UNAUTHORISED:
-                answer = destination.about_key(answer, self._validate())
+                answer = destination.interpret_refusal(answer, self._validate())
             return Reply(request, answer)
         except Exception as error:  # noqa: BLE001  (it becomes the request's error; nothing else in the thread catches it)
             return Reply(
@@ -68,7 +68,7 @@ class RequestSender:
         return answer
 
     def _validate(self) -> Answer:
-        """Ask whether the key is valid, once for all the refusals that come together."""
+        """Ask whether the key is valid, once for all refusals that arrive together."""
         with self._validating:
             if self._validation is None or self.clock.monotonic() > self._validated_at + VALIDATION_SECONDS:
                 self._validation = self.sender.get(VALIDATE_PATH)

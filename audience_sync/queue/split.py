@@ -1,4 +1,4 @@
-"""The division of a backlog of users between the live lane and bulk jobs, and how long it takes. Pure."""
+"""Pure decisions: how to divide a backlog of users between the live lane and bulk jobs, and how long it takes."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Pace:
 def job_rows(waiting: int, burst: int, pace: Pace, start_seconds: float = 0.0) -> int:
     """Return how many of the waiting users go into the next job, so that both lanes end together; 0: no job.
 
-    The live lane can send `burst` users at once; these never go by bulk. The job starts in `start_seconds`.
+    The live lane can send `burst` users at once; these never go into a job. The job starts in `start_seconds`.
     """
     if waiting <= burst or not pace.rows_per_job:
         return 0
@@ -51,7 +51,7 @@ class Forecast:
 
 
 def forecast(pushes: int, changes: int, pace: Pace) -> Forecast:
-    """Estimate how idle lanes send this many users; changes use the empty window at once."""
+    """Estimate how idle lanes would send this many users; changes use the empty window at once."""
     waiting, burst = pushes + changes, min(changes, pace.live_limit)
     requests = rows_sent = jobs = 0
     seconds = 0.0

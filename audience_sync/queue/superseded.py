@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from audience_sync.db.dialects import is_among, json_keys, json_list, sql
 from audience_sync.db.engines import to_json
 from audience_sync.db.tables import deliveries, destination
-from audience_sync.queue.conditions import OF_SUBJECT, about, exists, moments_of, subjects_where
+from audience_sync.queue.conditions import OF_SUBJECT, exists, for_subject, moments_of, subjects_where
 from audience_sync.queue.outcomes import SUPERSEDED, Delivery, Status
 
 _ALL_BUT_HELD = tuple(status for status in Status if status is not Status.HELD)
@@ -27,7 +27,7 @@ def superseded_traits(
     *,
     of_runs: bool = False,
 ) -> dict[int, frozenset[str]]:
-    """Return, by delivery, those of its traits for which the subject has a newer value in one of the statuses.
+    """Return, by delivery id, the traits for which the subject has a newer value with one of the statuses.
 
     `fingerprint`: count only newer values for this destination or another key or address of its environment.
     `of_runs`: count only newer values of runs.
@@ -63,12 +63,12 @@ def superseded_traits(
 def _newest_values(
     connection: sa.Connection, subject: str, values: Sequence[Any], where: str, parameters: dict[str, Any]
 ) -> dict[str, tuple[dt.datetime, int]]:
-    """Return the age of the subject's newest value of each trait in these values, among the deliveries `where`."""
+    """Return the age of the subject's newest value of each trait in `values`, among the deliveries that meet `where`."""
     has_trait = f"EXISTS (SELECT 1 FROM {json_keys(connection, 'b.body')} k WHERE k.name = t.value)"
     newest = (
         f"SELECT t.value AS trait, d.value_at, d.delivery_id FROM {json_list(connection, 'names')} t "
         "JOIN {our}deliveries d ON d.delivery_id = (SELECT b.delivery_id FROM {our}deliveries b "
-        f"WHERE {about(where, ':subject')} AND {has_trait} ORDER BY b.value_at DESC, b.delivery_id DESC LIMIT 1)"
+        f"WHERE {for_subject(where, ':subject')} AND {has_trait} ORDER BY b.value_at DESC, b.delivery_id DESC LIMIT 1)"
     )
     names = sorted({name for value in values for name in value.body})
     since = min(value.value_at for value in values)
@@ -79,9 +79,9 @@ def _newest_values(
 
 def _newer_in(statuses: Collection[Status]) -> str:
     names = ", ".join(f"'{Status(status).value}'" for status in statuses)
-    status = f"= {names}" if len(statuses) == 1 else f"IN ({names})"  # = is what the partial index matches
+    status = f"= {names}" if len(statuses) == 1 else f"IN ({names})"  # the partial index matches only `=`
     if names == "'dead'":
-        status = "IN ('held', 'dead') AND b.status = 'dead'"  # likewise
+        status = "IN ('held', 'dead') AND b.status = 'dead'"  # the condition of its partial index
     # The values of a rejected run were never true.
     rejected = (
         "b.status = 'cancelled' AND b.run_id IN (SELECT run_id FROM {our}runs WHERE status = 'rejected')"
@@ -91,16 +91,16 @@ def _newer_in(statuses: Collection[Status]) -> str:
 
 
 def environment_of(connection: sa.Connection, fingerprint: str) -> list[str]:
-    """Return the fingerprints of the environment's keys and addresses, as far as they were accepted as the same."""
+    """Return the fingerprints of all keys and addresses that were accepted as the same environment."""
     stored = connection.execute(sa.select(destination.c.environments)).scalar_one_or_none() or []
     return sorted({fingerprint}.union(*(names for names in stored if fingerprint in names)))
 
 
 def reasons_not_to_retry(connection: sa.Connection, ids: Sequence[int]) -> dict[int, str]:
-    """Return why some of these deliveries must not get a new attempt.
+    """Return, by id, why some of these deliveries must not get a new attempt.
 
-    A value is superseded if its subject has a newer one of the same trait, whatever the newer one's status: each
-    change of a membership is a delivery, so the older value is no longer true.
+    A value is superseded if its subject has a newer one of the same trait, whatever the newer one's status: every change
+    of a membership has a delivery, so the older value is no longer true.
     """
     rows = connection.execute(
         sa.select(deliveries).where(is_among(connection, deliveries.c.delivery_id, ids))

@@ -1,14 +1,14 @@
 """The search for subjects that are due in one queue (an action and a class), some rows at a time.
 
-A walk reads the queue in the order in which its deliveries became due, and keeps its position, so that it does not start
-again because of deliveries that cannot be sent now. It skips deliveries whose subject is busy:
+A walk reads the queue in the order in which its deliveries became due, and remembers its position, so that it need not
+read deliveries that cannot be sent now again and again. It skips deliveries whose subject is busy:
 
-- If the subject has a request in flight, it is noted in `passed`, and gets another turn after the answer. While others
-  wait, each of these subjects gets a twentieth of the lane, and all of them together at most half of it.
+- If the subject has a request in flight, the walk notes it in `passed` and returns to it after the answer. While other
+  subjects wait, each passed subject gets a twentieth of the lane, and all of them together at most half of it.
 - A subject that waits for any other reason is found by the next pass: from time to time, a search reads the part of the
-  queue that was read before.
+  queue before its position again.
 
-Each search reads a limited number of rows of both parts. All state is a hint: deliveries.py checks what is claimed.
+Each search reads a limited number of rows of both parts. All state is only a hint: deliveries.py checks what is claimed.
 """
 
 import datetime as dt
@@ -21,15 +21,18 @@ import sqlalchemy as sa
 from audience_sync.queue import due
 from audience_sync.queue.due import START, DueSubject, Position
 
-SHARE = 20  # while others wait, a passed subject gets one in this many turns of the lane
-MOST_PASSED = 10_000  # subjects that are noted; further ones are found by the next pass
-PASS_ROWS = 1_000  # that a pass may read in each time between two searches: a few percent of it
-DENSE = 10  # rows of a subject in a step
+TURNS_PER_PASSED = 20  # while others wait, a passed subject gets one of this many turns of the lane
+MAX_PASSED = 10_000  # further subjects are found by the next pass
+PASS_ROWS = 1_000  # a pass that reads more than this makes the next pass begin later, in proportion
+DENSE_ROWS = 10  # rows for each subject of a step, from which the next step reads more rows
 
 
 @dataclass(slots=True)
 class Walk:
-    """`front` is where the current pass is, `tail` where unread deliveries begin; between passes they are equal."""
+    """A walk through a queue. `front`: the position of the current pass. `tail`: where unread deliveries begin.
+
+    Between passes they are equal.
+    """
 
     action: str
     delivery_class: str
@@ -40,19 +43,21 @@ class Walk:
     is_at_end: bool = False
     searched_at: dt.datetime = START[0]
     quiet_until: dt.datetime | None = None  # the first moment at which a subject's grace ends
-    has_skipped: bool = False  # since the last pass began: a subject was left out that an answer may make due
-    _answer_count: int = -1  # when the current pass began
-    _began_at: float = -math.inf  # when the current or last pass did
-    _pass_rows: int = 0  # read since
-    _others_count: int = 0  # subjects that got a turn since the last passed one
-    _rows_left: dict[bool, int] = field(default_factory=dict)  # of this search; True: in the current pass
+    has_skipped: bool = False  # the current pass left out a subject that an answer may make due
+    _answer_count: int = -1  # the number of answers when the current pass began
+    _began_at: float = -math.inf  # when the latest pass began
+    _pass_rows: int = 0  # rows read since then
+    _others_count: int = 0  # other subjects that got a turn since a passed subject did
+    _rows_left: dict[bool, int] = field(
+        default_factory=dict
+    )  # for this search: True in the pass, False beyond
     _step_rows: int = due.FIRST_STEP_ROWS
-    _seen: set[str] = field(default_factory=set)  # in this search
+    _seen: set[str] = field(default_factory=set)  # subjects returned in this search
 
     def begin(self, monotonic: float, pass_seconds: float, answer_count: int) -> None:
         """Begin a search. A short pass begins after `pass_seconds`, a longer one after a longer time."""
         is_reading_on = self._rows_left.get(False, 1) <= 0  # the last search did not reach the end
-        self._rows_left = {True: due.MOST_READ, False: due.MOST_READ}
+        self._rows_left = {True: due.MAX_ROWS_READ, False: due.MAX_ROWS_READ}
         self._seen, self.is_at_end = set(), False
         seconds = pass_seconds * max(1.0, self._pass_rows / PASS_ROWS)
         if self.front == self.tail and monotonic >= self._began_at + seconds and not is_reading_on:
@@ -64,11 +69,11 @@ class Walk:
         self._began_at = -math.inf
 
     def is_search_over(self, in_flight: Collection[str]) -> bool:
-        """Return whether the last search found all that may be sent now."""
+        """Return whether the last search found everything that may be sent now."""
         return self.is_at_end and self.passed.keys() <= set(in_flight)
 
     def is_over(self, answer_count: int) -> bool:
-        """Return whether nothing is left to send; if a subject was skipped, whether no answer has arrived since."""
+        """Return whether nothing is left to send and, if a subject was skipped, no answer has arrived since."""
         is_passed = self.front == self.tail and not (self.has_skipped and self.is_older_than(answer_count))
         return is_passed and self.is_search_over(())
 
@@ -82,7 +87,7 @@ class Walk:
         """Return the next subjects to send to, at most `room`; none if this search is over."""
         subjects: list[DueSubject] = []
         self.searched_at = now
-        if self._others_count >= max(1, SHARE // max(1, len(self.passed)) - 1):
+        if self._others_count >= max(1, TURNS_PER_PASSED // max(1, len(self.passed)) - 1):
             self._add_passed(subjects, 1, in_flight)
         while len(subjects) < room and (position := self._position()) is not None:
             self._step(connection, now, position, subjects, room, in_flight)
@@ -118,9 +123,9 @@ class Walk:
             self._seen.add(subject.subject_id)
             self._others_count += 1
             subjects.append(subject)
-        is_dense = stretch.row_count >= DENSE * len(stretch.subjects)
+        is_dense = stretch.row_count >= DENSE_ROWS * len(stretch.subjects)
         self._step_rows = min(4 * self._step_rows, due.STEP_ROWS) if is_dense else due.FIRST_STEP_ROWS
-        cost = max(1, stretch.row_count + DENSE * len(stretch.subjects))
+        cost = max(1, stretch.row_count + DENSE_ROWS * len(stretch.subjects))
         self._move(position, end, stretch.row_count, cost, is_last=is_last)
 
     def _is_free(self, subject: DueSubject, in_flight: Collection[str]) -> bool:
@@ -150,10 +155,10 @@ class Walk:
             del self.passed[subject_id]
             self._seen.add(subject_id)
             self._others_count = 0
-            subjects.append(DueSubject(subject_id, START, due.MOST_READ, True, False, None))
+            subjects.append(DueSubject(subject_id, START, due.MAX_ROWS_READ, True, False, None))
 
     def put_back(self, subject_id: str) -> None:
-        """Note a subject that has more deliveries than could be sent now."""
+        """Note a subject that has more deliveries than can be sent now."""
         self.has_skipped = True
-        if len(self.passed) < MOST_PASSED:
+        if len(self.passed) < MAX_PASSED:
             self.passed.setdefault(subject_id)

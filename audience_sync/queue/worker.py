@@ -1,10 +1,10 @@
-"""Work the queue: one process at a time claims, one thread decides, a few threads send.
+"""The worker: claims, sends and settles deliveries, in one process at a time.
 
 Runs and calls commit the deliveries (deliveries.py) that are sent here. Each cycle of `Worker._work` is one transaction:
 renew the lease, settle answered requests, claim deliveries (queues.py and due.py decide which, pace.py how many).
 Requests are recorded (requests.py) before they are sent, so that after a crash the next process knows what may have
-reached Userpilot. The threads of senders.py send them (sending.py), and outcomes.py decides what the answers mean. Long
-backlogs of users are also sent by bulk jobs (bulk.py), in the same transactions.
+reached Userpilot. One thread decides; the threads of senders.py send (sending.py). outcomes.py decides what the answers
+mean. Long backlogs of users are also sent by bulk jobs (bulk.py), in the same transactions.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 32  # requests of a lane; few lanes need as many
+MAX_IN_FLIGHT = 32  # requests of a lane; few lanes need that many
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 10.0
 QUEUE_POLL_SECONDS = 0.2  # how soon new deliveries in the queue are noticed
-LARGE_BACKLOG = 10_000  # deliveries
+LARGE_BACKLOG = 10_000  # deliveries, from which PostgreSQL's statistics are refreshed first
 RECONNECT_SECONDS = (0.5, 2.0, 8.0)
-SERVICE_UNAVAILABLE = 503  # its Retry-After concerns the whole lane, that of other failures the delivery
+SERVICE_UNAVAILABLE = 503  # its Retry-After delays the whole lane; that of other failures delays the delivery
 
 
 _NOT_SENT = "Not sent: this process was suspended, and another may have taken over"
@@ -79,9 +79,9 @@ class _Cycle:
 
 @dataclass(slots=True)
 class Worker:
-    """Deliver what is due. Setting `stop` makes the worker wait for the requests in flight and end.
+    """Delivers what is due. If `stop` is set, the worker waits for the requests in flight and ends.
 
-    While `is_gathering`, more changes of the same users are about to be committed, so only calls are sent.
+    While `is_gathering`, runs are about to commit more changes of the same users, so only calls are sent.
     """
 
     engine: sa.Engine
@@ -89,7 +89,7 @@ class Worker:
     settings: DeliverySettings
     clock: Clock
     stop: threading.Event = field(default_factory=threading.Event)
-    chance: random.Random = field(default_factory=random.Random)
+    rng: random.Random = field(default_factory=random.Random)
     on_progress: Callable[[Report], None] = lambda _: None
     is_gathering: Callable[[], bool] = lambda: False
     report: Report = field(default_factory=Report)
@@ -101,13 +101,15 @@ class Worker:
     _request_sender: RequestSender = field(init=False)
     _in_flight: dict[int, requests.ClaimedRequest] = field(default_factory=dict)
     _progress: Progress = field(default_factory=Progress)
-    _slow_downs: set[tuple[str, bool, str]] = field(default_factory=set)  # as they were last recorded
-    _stored: dict[str, Any] = field(default_factory=dict)  # what was recorded about them
+    _slow_downs: set[tuple[str, bool, str]] = field(
+        default_factory=set
+    )  # (lane, is paused, reason), as stored
+    _stored: dict[str, Any] = field(default_factory=dict)  # the stored slow-downs by lane
 
     def deliver(self, run_ids: Collection[int] = (), call_ids: Collection[int] = ()) -> Report:
         """Work until nothing is due and nothing becomes due within 60 s.
 
-        If another process has the lease, wait until it has claimed the deliveries of these runs and calls, then leave
+        If another process has the lease, wait until it has claimed the deliveries of these runs and calls, and leave
         the rest to it.
         """
         while not self._is_ending():
@@ -116,9 +118,9 @@ class Worker:
                 if not self._work(lease):
                     break
             elif not self._wait_for_claim(run_ids, call_ids):
-                self.report.is_left = True
+                self.report.is_handed_over = True
                 break
-        if self._is_ending() or self.report.is_left:
+        if self._is_ending() or self.report.is_handed_over:
             with engines.read(self.engine) as connection:
                 self.report.pending_count = backlog.pending_count(connection)
         return self.report
@@ -184,13 +186,13 @@ class Worker:
     def _lane(self, name: str) -> pace.Lane:
         per_minute, window = self.settings.per_minute[name], self.settings.window_seconds
         most = min(MAX_IN_FLIGHT, pace.requests_in_flight(per_minute / window))
-        return pace.Lane(per_minute, window, most_in_flight=most)
+        return pace.Lane(per_minute, window, max_in_flight=most)
 
     def _paces(self) -> list[tuple[str, pace.Lane | pace.BulkPace]]:
         return [*self._lanes.items(), ("bulk", self._bulk.pace)]
 
     def _recover(self, connection: sa.Connection, ended: Sequence[requests.EndedRequest]) -> None:
-        """Queue again what was in flight when its process ended; `ended` requests are about to be settled."""
+        """Queue again the deliveries that ended processes were sending, except those of the `ended` requests."""
         known = [*self._in_flight, *(request.request_id for request in ended)]
         lost = deliveries.recover(
             connection,
@@ -202,21 +204,22 @@ class Worker:
         )
         if lost.pending_count:
             log.warning(
-                "%d deliveries were being sent when their process ended: they are sent again",
+                "%d deliveries were being sent when their process ended: they will be sent again",
                 lost.pending_count,
             )
         if lost.dead_count:
             log.warning(
-                "%d events were being sent when their process ended: they are not repeated", lost.dead_count
+                "%d events were being sent when their process ended: they will not be repeated",
+                lost.dead_count,
             )
             self._delay_tracks()
 
     def _delay_tracks(self) -> None:
-        """Delay further events by the grace: one that is not repeated may still arrive."""
+        """Delay further events by the grace, because an event that is not repeated may still arrive."""
         self._lanes["track"].wait(self.clock.monotonic() + self.settings.grace.total_seconds(), _TRACKS_WAIT)
 
     def _work(self, lease: leases.Lease) -> bool:
-        """Work while this process has the lease; return True if more became due after it was released."""
+        """Work while this process has the lease; return True if more became due after the lease was released."""
         ended: list[requests.EndedRequest] = []
         try:
             with self.open_senders() as senders:
@@ -239,7 +242,7 @@ class Worker:
                     ended = self._evaluate(self._collect(senders, wait))
         except LeaseLost as lost:
             log.warning("%s", lost)
-            self.report.is_left = True
+            self.report.is_handed_over = True
             return False
         except BaseException:
             with contextlib.suppress(DatabaseError), engines.write(self.engine) as connection:
@@ -330,15 +333,15 @@ class Worker:
     # Answers.
 
     def _collect(self, senders: Senders[Reply], wait_seconds: float) -> list[Reply]:
-        """Return the replies that have come; wait while there are none."""
+        """Return the replies that have arrived; wait while there are none."""
         deadline = self.clock.monotonic() + wait_seconds
         while True:
             left = deadline - self.clock.monotonic()
-            is_asking = bool(self._in_flight) or self._bulk.is_asking
-            replies = senders.collect(left if is_asking else 0)
-            if replies or left <= 0 or (self.stop.is_set() and not is_asking):
+            is_awaiting_answer = bool(self._in_flight) or self._bulk.is_awaiting_answer
+            replies = senders.collect(left if is_awaiting_answer else 0)
+            if replies or left <= 0 or (self.stop.is_set() and not is_awaiting_answer):
                 return replies
-            if not is_asking:
+            if not is_awaiting_answer:
                 self.clock.sleep(min(left, self.settings.poll_seconds))
 
     def _evaluate(self, replies: list[Reply]) -> list[requests.EndedRequest]:
@@ -357,7 +360,7 @@ class Worker:
         return ended
 
     def _not_sent(self, claimed: requests.ClaimedRequest) -> requests.EndedRequest:
-        """Queue the deliveries of a request that was not sent again: that was no attempt, and no failure of the lane."""
+        """Return the deliveries of an unsent request to the queue: this is neither an attempt nor a failure of the lane."""
         self._forget(claimed)
         self._lanes[claimed.action].withdraw()
         logs.event(log, logging.WARNING, "request not sent", lane=claimed.action, reason=_NOT_SENT)
@@ -385,17 +388,17 @@ class Worker:
 
     def _forget(self, claimed: requests.ClaimedRequest) -> None:
         del self._in_flight[claimed.request_id]
-        self._queues.has_answer()
+        self._queues.request_ended()
 
     def _end(self, claimed: requests.ClaimedRequest, answer: Answer) -> requests.EndedRequest:
-        """Decide what an answer means, outside of the transaction that settles it, which may be repeated."""
+        """Decide what an answer means, before the transaction that settles it, because that may be repeated."""
         now, settings = self.clock.now(), self.settings
         self._forget(claimed)
         self._lanes[claimed.action].end(self.clock.monotonic())
         self._adjust_pace(claimed.action, answer)
         if answer.outcome is Outcome.REFUSED and self._lanes[claimed.action].is_refusing:
             answer = replace(answer, outcome=Outcome.DOUBTFUL)
-        retries = outcomes.Retries(self.chance, settings.grace, settings.tracks_at_most_once)
+        retries = outcomes.Retries(self.rng, settings.grace, settings.tracks_at_most_once)
         settlements = outcomes.decide_settlements(claimed.deliveries, answer, now, retries)
         final = [each.status for each in settlements if each.status is not outcomes.Status.PENDING]
         self.report.request_count += 1
@@ -417,7 +420,7 @@ class Worker:
         )
 
     def _adjust_pace(self, name: str, answer: Answer) -> None:
-        """Slow the lane down, or speed it up again."""
+        """Slow the lane down or speed it up, depending on the answer."""
         lane, monotonic = self._lanes[name], self.clock.monotonic()
         error, changed = answer.error or "no answer", False
         match answer.outcome:
@@ -445,7 +448,7 @@ class Worker:
             log.error("the destination is stopped: HTTP %s", answer.status_code)
 
     def _record_slow_downs(self, connection: sa.Connection, *, is_over: bool) -> None:
-        """Write the lanes' slow-downs when a pause begins or ends, and at the end of the work."""
+        """Store the lanes' slow-downs when a pause begins or ends, and at the end of the work."""
         now, monotonic = self.clock.now(), self.clock.monotonic()
         slow_downs = {
             name: slow_down

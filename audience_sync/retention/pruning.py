@@ -41,9 +41,7 @@ from audience_sync.db.tables import (
 from audience_sync.queue.conditions import prefer_index_scans
 
 CHUNK = 1_000  # rows that a transaction deletes at most
-MOST_QUEUED = (
-    10  # pending deliveries of a subject that are compared; with more, it keeps all that are settled
-)
+MAX_QUEUED = 10  # pending deliveries of a subject that are compared; with more, it keeps all that are settled
 STRETCH = 20_000  # rows that it reads at most, because reading a row is faster than deleting it
 LONGEST_SECONDS = 100 * 365 * 86_400  # longer spans are forever: SQLite compares years of four digits
 
@@ -90,11 +88,11 @@ _queued = (
     .order_by(_other.c.delivery_id)
     .correlate(deliveries)
 )
-_some = _queued.limit(MOST_QUEUED).subquery()
+_some = _queued.limit(MAX_QUEUED).subquery()
 _HAS_OLDER_QUEUED = sa.exists(
     sa.select(_some.c.delivery_id).where(sa.tuple_(_some.c.value_at, _some.c.delivery_id) < _AGE)
 )
-_HAS_MANY_QUEUED = sa.exists(_queued.offset(MOST_QUEUED).limit(1))
+_HAS_MANY_QUEUED = sa.exists(_queued.offset(MAX_QUEUED).limit(1))
 _something_sent = (  # a scalar, because PostgreSQL may hash the whole table for an EXISTS
     sa.select(_other.c.delivery_id)
     .where(_OF_SUBJECT, _other.c.definition_id == deliveries.c.definition_id, MAY_HAVE_BEEN_SENT)

@@ -33,7 +33,7 @@ class Two:
             foreign.hold_foreign(connection, Destination(fingerprint), self.world.clock.now())
         settings = DeliverySettings(PACE, FaultyUserpilot.build, fingerprint=fingerprint, poll_seconds=0.01)
         worker = Worker(
-            self.world.engine, self.at(fingerprint), settings, self.world.clock, chance=random.Random(1)
+            self.world.engine, self.at(fingerprint), settings, self.world.clock, rng=random.Random(1)
         )
         assert worker.deliver().stopped is None
 
@@ -120,7 +120,7 @@ def test_a_held_exit_and_a_newer_entry_end_as_the_entry(two, full, delivered):
     sync(two, "A", "ann", "bob", full=full)
     if delivered:  # by a worker that was started before the other destination was configured
         settings = DeliverySettings(PACE, FaultyUserpilot.build, fingerprint="A", poll_seconds=0.01)
-        Worker(two.world.engine, two.at("A"), settings, two.world.clock, chance=random.Random(1)).deliver()
+        Worker(two.world.engine, two.at("A"), settings, two.world.clock, rng=random.Random(1)).deliver()
     two.deliver("A")
     assert two.values("A")[-1] is True
     assert two.values("A") == [True, True]

@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
             self.userpilot,
             DeliverySettings(PACE, self.userpilot.build, poll_seconds=60),
             self.world.clock,
-            chance=random.Random(self.seed),
+            rng=random.Random(self.seed),
             on_progress=on_progress,
         )
 

@@ -25,7 +25,7 @@ def userpilot():
 
 def deliver(world, userpilot):
     settings = DeliverySettings(PACE, FaultyUserpilot.build, poll_seconds=0.01)
-    return Worker(world.engine, userpilot, settings, world.clock, chance=random.Random(1)).deliver()
+    return Worker(world.engine, userpilot, settings, world.clock, rng=random.Random(1)).deliver()
 
 
 def prune(world, *, past_members=DAY):

@@ -213,7 +213,7 @@ def worker_of(engine, sandbox):
             sender,
             settings_of(**changes),
             clock or SystemClock(),
-            chance=random.Random(1),
+            rng=random.Random(1),
             on_progress=on_progress,
         )
 

@@ -38,7 +38,7 @@ def work(hand_queue, clock, userpilot):
             **({"poll_seconds": 1.0} | changes),
         )
         return Worker(
-            hand_queue.engine, userpilot, settings, clock, chance=random.Random(1), on_progress=on_progress
+            hand_queue.engine, userpilot, settings, clock, rng=random.Random(1), on_progress=on_progress
         )
 
     return make

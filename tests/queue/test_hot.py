@@ -138,7 +138,7 @@ def test_a_transaction_of_the_worker_reads_and_writes_a_limited_number_of_rows(h
     sender = Recorder()
     stop_after(work(sender), lambda: len(sender.subjects) > 40)
 
-    assert max(written) <= 3 * 2 * due.MOST_MERGED
+    assert max(written) <= 3 * 2 * due.MAX_MERGED
 
 
 def test_the_deliveries_of_a_refused_merge_are_sent_one_by_one_while_the_others_continue(hand_queue, work):

@@ -85,7 +85,7 @@ class Machine(RuleBasedStateMachine):
             self.server,
             DeliverySettings(pace, self.server.build, poll_seconds=60),
             self.clock,
-            chance=random.Random(self.seed),
+            rng=random.Random(self.seed),
             on_progress=on_progress,
         )
 

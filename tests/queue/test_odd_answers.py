@@ -32,7 +32,7 @@ def deliver(hand_queue, clock, userpilot):
         end = clock.seconds + hours * 3600
         settings = settings_of(grace=dt.timedelta(seconds=3), **({"poll_seconds": 30.0} | changes))
         while True:
-            worker = Worker(hand_queue.engine, sender or userpilot, settings, clock, chance=chance)
+            worker = Worker(hand_queue.engine, sender or userpilot, settings, clock, rng=chance)
             report = worker.deliver()
             if clock.seconds >= end:
                 return report

@@ -202,7 +202,7 @@ def test_an_inconclusive_answer_does_not_make_a_delivery_dead():
     worn = delivery(1, {"a": 1}, attempts=99, first=NOW - dt.timedelta(days=9))
     (settled,) = repeat([worn], 404, Outcome.UNKNOWN, is_evidence=False)
 
-    assert (settled.status.value, settled.restarts_patience) == ("pending", True)
+    assert (settled.status.value, settled.restarts_give_up_time) == ("pending", True)
     assert repeat([worn], 500)[0].status.value == "dead"
 
 

@@ -164,7 +164,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(queue, worker_of, sandbox):
 
     report = worker.deliver()
 
-    assert report.is_left
+    assert report.is_handed_over
     assert {row.delivery_id: tuple(row) for row in queue.rows()} == before
     assert all(row.ended_at is None for row in queue.requests())
     assert len(sandbox.state.requests) <= MAX_IN_FLIGHT
@@ -185,7 +185,7 @@ def test_only_one_of_two_workers_delivers(queue, worker_of, sandbox, url):
     thread.join()
     other_engine.dispose()
 
-    assert report.is_left
+    assert report.is_handed_over
     assert report.request_count == 0
     assert first.report.accepted_count == 150
     assert len(sandbox.state.requests) == 150
@@ -206,7 +206,7 @@ def test_a_process_without_the_lease_waits_until_its_deliveries_are_claimed(queu
 
     report = worker_of(clock=Waits()).deliver(run_ids=[77])
 
-    assert (report.is_left, len(waited)) == (True, 3)
+    assert (report.is_handed_over, len(waited)) == (True, 3)
 
 
 def test_a_waiting_process_takes_over_when_the_holder_is_gone(queue, worker_of, clock):
@@ -222,7 +222,7 @@ def test_a_waiting_process_takes_over_when_the_holder_is_gone(queue, worker_of, 
 
     report = worker_of(clock=Waits()).deliver(call_ids=[5])
 
-    assert (report.is_left, report.accepted_count) == (False, 1)
+    assert (report.is_handed_over, report.accepted_count) == (False, 1)
 
 
 class Standstill(HeldSenders):

@@ -123,13 +123,13 @@ class Simulation(Acts):
             patch.setattr(job_answers, "MEASURED_ROWS", 15)
             patch.setattr(jobs, "SETTLED_PER_TRANSACTION", 15)
             if "hot" in self.kinds:  # one user's deliveries are more than these
-                patch.setattr(due, "MOST_MERGED", 10)
+                patch.setattr(due, "MAX_MERGED", 10)
                 patch.setattr(due, "STEP_ROWS", 30)
-                patch.setattr(due, "MOST_READ", 60)
+                patch.setattr(due, "MAX_ROWS_READ", 60)
                 patch.setattr(due, "FIRST_STEP_ROWS", 8)
                 patch.setattr(walk, "PASS_ROWS", 20)
-                patch.setattr(walk, "DENSE", 3)
-                patch.setattr(walk, "MOST_PASSED", 3)
+                patch.setattr(walk, "DENSE_ROWS", 3)
+                patch.setattr(walk, "MAX_PASSED", 3)
             self._patch = patch
             self._settle_in()
             self._storm()
@@ -266,7 +266,7 @@ class Simulation(Acts):
                 Line(process, self.network),
                 self.settings,
                 process.clock,
-                chance=chance,
+                rng=chance,
                 open_senders=lambda: Wire(process, self.timeline, self.chance, self.network),
             )
             report = process.worker.deliver()
@@ -274,7 +274,7 @@ class Simulation(Acts):
                 f"{report.accepted_count} accepted, {report.dead_count} dead, {report.pending_count} pending"
             )
             self.note(
-                f"{process.name}: {counts}{', left' * report.is_left}{', stopped' * bool(report.stopped)}"
+                f"{process.name}: {counts}{', left' * report.is_handed_over}{', stopped' * bool(report.stopped)}"
             )
 
     def _armed(self, deaths, statements):
