@@ -1,1 +1,1 @@
-"""A definition becomes committed changes. Start in runs.py."""
+"""Definitions, and the runs that turn them into committed changes. Start in runs.py."""

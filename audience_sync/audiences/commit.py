@@ -1,6 +1,6 @@
 """Commit a run: write the new baseline, and a delivery for each change in {temp}audience_sync_changes.
 
-The caller's transaction commits both together. Next: queue/deliveries.py.
+Both are written in the caller's transaction. Next: queue/deliveries.py.
 """
 
 import datetime as dt
@@ -24,7 +24,7 @@ class Commit:
     """A run whose changes are committed or held.
 
     `everyone`: send a value to all current and past members, not only to those who changed. `users`: if given, send
-    to these only. `replaced_id`: the run id of the held deliveries that this run takes over.
+    only to these. `replaced_id`: the run whose held deliveries this run takes over.
     """
 
     origin: deliveries.RunOrigin
@@ -36,7 +36,7 @@ class Commit:
     replaced_id: int | None = None
 
     def body(self, *, left: str, value: str) -> str:
-        """Return the SQL expression for a body; `left` is a condition that holds for users who left."""
+        """Return the SQL expression for a body; `left` is a condition that is true for users who left."""
         # Keys need no quoting.
         absent, present = ("false", "'true'") if self.kind is Kind.AUDIENCE else ("null", value)
         return f"'{{\"{self.key}\": ' || CASE WHEN {left} THEN '{absent}' ELSE {present} END || '}}'"
@@ -64,7 +64,7 @@ def hold_changes(connection: sa.Connection, run: Commit, counts: ChangeCounts) -
 
 
 def commit_held(connection: sa.Connection, run: Commit, counts: ChangeCounts) -> None:
-    """Commit a held run, whose deliveries the changes were loaded from: release these."""
+    """Commit a held run, from whose deliveries the changes were loaded: release these deliveries."""
     if counts.exited and _cancel_never_sent(connection, run):
         users = "SELECT user_id FROM {temp}audience_sync_never_sent"
         deliveries.cancel_run(connection, run.origin.run_id, run.now, deliveries.NEVER_SENT, users)
@@ -107,9 +107,9 @@ def _end_memberships(connection: sa.Connection, run: Commit) -> None:
 def _was_attempted(user: str, runs_of_entries: str) -> str:
     """Return the condition that something may have been sent to a user for the key; `user` is an SQL expression.
 
-    Old deliveries are pruned. Each membership began with a delivery, so where that one is missing, it may have been sent.
-    Where only a full run sent the value, that delivery was never attempted; pruning deletes it no later than the other.
-    `runs_of_entries` is a query for the runs (entered_run_id) in which the user's memberships began.
+    Old deliveries are pruned. Each membership began with a delivery, so if that one is missing, it may have been sent.
+    If only a full run sent the value, the first delivery was never attempted; pruning deletes it no later than the full
+    run's. `runs_of_entries` is a query for the runs (entered_run_id) in which the user's memberships began.
     """
     return (
         f"(EXISTS (SELECT 1 FROM {{our}}deliveries d WHERE d.subject_id = {user} AND d.definition_id = :definition_id "
@@ -130,21 +130,20 @@ def _past_entries(user: str) -> str:
 def _cancel_never_sent(connection: sa.Connection, run: Commit) -> bool:
     """Cancel the pending deliveries of users who leave before anything was attempted for them and the key.
 
-    Returns whether there are any. {temp}audience_sync_never_sent then holds these users and their deliveries.
+    Returns whether there are any. {temp}audience_sync_never_sent then contains these users and their deliveries.
     """
     columns = "user_id {id}, delivery_id bigint, entered_run_id bigint, PRIMARY KEY (user_id, delivery_id)"
     create_temp_table(connection, "never_sent", columns)
-    pending = (
-        sql(  # locks them, so that no worker claims them; on SQLite this transaction has the only write lock
-            connection,
-            "INSERT INTO {temp}audience_sync_never_sent SELECT d.subject_id, d.delivery_id, c.entered_run_id "
-            f"{_CHANGES} c JOIN {{our}}deliveries d ON d.subject_id = c.user_id "
-            f"WHERE c.change = 'exited' AND {deliveries.BY_SUBJECT_INDEX} AND d.status = 'pending' "
-            "AND d.action = 'identify' AND d.definition_id = :definition_id"
-            + ("" if is_sqlite(connection) else " FOR UPDATE OF d"),
-            definition_id=run.origin.definition_id,
-        ).rowcount
-    )
+    # Locked, so that no worker claims them; on SQLite this transaction has the only write lock.
+    pending = sql(
+        connection,
+        "INSERT INTO {temp}audience_sync_never_sent SELECT d.subject_id, d.delivery_id, c.entered_run_id "
+        f"{_CHANGES} c JOIN {{our}}deliveries d ON d.subject_id = c.user_id "
+        f"WHERE c.change = 'exited' AND {deliveries.BY_SUBJECT_INDEX} AND d.status = 'pending' "
+        "AND d.action = 'identify' AND d.definition_id = :definition_id"
+        + ("" if is_sqlite(connection) else " FOR UPDATE OF d"),
+        definition_id=run.origin.definition_id,
+    ).rowcount
     if not pending:
         return False
     user = "audience_sync_never_sent.user_id"
@@ -177,7 +176,7 @@ def _enqueue_everyone(
 ) -> None:
     """Queue the value of each member after this run, and of each past member who may ever have been sent one.
 
-    Users who leave in this run without having been sent anything get none.
+    Nothing is queued for users who leave in this run and were never sent anything.
     """
     of_definition = "definition_id = :definition_id"
     not_changed = f"NOT EXISTS (SELECT 1 {_CHANGES} c WHERE c.user_id ="
@@ -206,7 +205,7 @@ def _enqueue(connection: sa.Connection, run: Commit, status: Status, source: str
 
 
 def _revive_current(connection: sa.Connection, run: Commit) -> None:
-    """Give a new attempt to each dead delivery whose value is still current: no newer one was committed."""
+    """Give a new attempt to each dead delivery whose value is still current, because no newer one was committed."""
     if not deliveries.has_dead(connection, run.origin.definition_id):
         return
     current = run.body(left="m.user_id IS NULL", value="m.value")

@@ -1,8 +1,8 @@
 """Compute a definition into a temporary table: on our own database, or streamed from a source.
 
-`ready_sql` and `eligible_sql` run on the same database as the definition itself. Every query runs in a transaction
-of reading.py, which has a deadline and only reads. snapshot.py has the tables that the rows go into, values.py and
-postgresql_values.py the canonical text of ids and values.
+`ready_sql` and `eligible_sql` run on the same database as the definition. Every query runs in a read-only transaction
+with a deadline (reading.py). snapshot.py has the tables that the rows are put into, values.py and postgresql_values.py
+the canonical text of ids and values.
 """
 
 import datetime as dt
@@ -44,12 +44,12 @@ def compute(
     source: sa.Engine | None,
     stop: Stop | None = None,
 ) -> None:
-    """Fill the snapshot table, and the eligible table where the definition has an `eligible_sql`.
+    """Fill the snapshot table and, if the definition has an `eligible_sql`, the eligible table.
 
     `connection` is to our own database, outside a transaction.
 
     Raises:
-        DefinitionError: a query is invalid or took too long, `ready_sql` did not return true, or anything unexpected.
+        DefinitionError: a query is invalid, took too long or failed unexpectedly, or `ready_sql` did not return true.
         SourceError: the source cannot be reached.
         Interrupted: a signal, or `stop`, ended it.
 
@@ -93,7 +93,7 @@ def compute(
 
 
 def _compile(connection: sa.Connection, query: BoundQuery, as_of: dt.datetime) -> "CompiledQuery":
-    """Compile a definition's query for the database where it runs, which knows the columns of its tables."""
+    """Compile a definition's query for the database where it runs, from which the columns of its tables are read."""
     from audience_sync.audiences.query import catalog, compiler  # noqa: PLC0415  (only where there is a query)
 
     definition = query.definition
@@ -115,7 +115,7 @@ def sql_of(engine: sa.Engine, definition: Definition, as_of: dt.datetime, source
 def review(
     engine: sa.Engine, definition: Definition, as_of: dt.datetime, source: sa.Engine | None
 ) -> list[str]:
-    """Return warnings about a definition's query: names never seen, and values of an unexpected kind."""
+    """Return warnings about a definition's query: names that were never seen, and values of an unexpected kind."""
     if definition.query is None:
         return []
     from audience_sync.audiences.query.catalog import read_catalog  # noqa: PLC0415  (only where there is a query)
@@ -132,14 +132,14 @@ def review(
 
 
 def _lookup(definition: Definition, source: sa.Engine | None) -> BoundQuery:
-    """Return an empty query for reading the catalog of tables within the definition's timeout."""
+    """Return an empty query, with which the catalog of tables is read within the definition's timeout."""
     deadline = time.monotonic() + definition.timeout_seconds
     return BoundQuery(definition, QUERY, "", None, (), (), source, deadline, Stop())
 
 
 @contextmanager
 def _contained(definition: Definition) -> Iterator[None]:
-    """Turn an unexpected error of a driver or a library into an error of this definition."""
+    """Convert an unexpected error of a driver or a library to an error of this definition."""
     try:
         yield
     except (AudienceSyncError, sa.exc.DBAPIError):
@@ -197,9 +197,9 @@ def _fill(connection: sa.Connection, table: str, query: BoundQuery) -> None:
 
 
 def _canonical(connection: sa.Connection, query: BoundQuery) -> str:
-    """Return the query's SELECT of canonical text; empty for databases without expressions for it.
+    """Return the SELECT of the query's canonical text; empty for databases without expressions for it.
 
-    It gives the query's columns new names, because the query's own names need not be unique.
+    It renames the query's columns, because their names need not be unique.
     """
     if connection.dialect.name not in {"sqlite", "postgresql"}:
         return ""
@@ -223,7 +223,7 @@ def _canonical(connection: sa.Connection, query: BoundQuery) -> str:
 
 
 def _batches(connection: sa.Connection, query: BoundQuery) -> Generator[Sequence[values.Row]]:
-    """Yield an empty batch once the source has answered, then batches of rows, of which one is in memory."""
+    """Yield an empty batch once the source has answered, then batches of rows, one in memory at a time."""
     with begin_reading(connection, query) as reading:
         authorize(reading, query)
         if reading.dialect.name == "postgresql":  # plan for reading all rows
@@ -244,7 +244,7 @@ def _batches(connection: sa.Connection, query: BoundQuery) -> Generator[Sequence
 def _converter(
     connection: sa.Connection, query: BoundQuery, result: sa.CursorResult[*tuple[Any, ...]]
 ) -> Callable[[Sequence[Sequence[Any]]], Sequence[values.Row]]:
-    """Return the function that makes canonical rows of a batch that the driver returns."""
+    """Return the function that converts a batch of the driver's rows to canonical rows."""
     match connection.dialect.name:
         case "postgresql":
             return values.plain_rows

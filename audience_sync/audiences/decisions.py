@@ -53,7 +53,7 @@ def approve(engine: sa.Engine, run_id: int, clock: Clock, destination: Destinati
             )
             if is_foreign:
                 deliveries.cancel_foreign(connection, origin, now)
-            # While its own are still those of a held run.
+            # Before its own deliveries are released, while the run is still held.
             deliveries.release_older(connection, origin, now)
             records.mark_succeeded(connection, run_id, result, now)
             commit_held(connection, Commit(origin, run.key, kind, now), counts)
@@ -137,7 +137,7 @@ def _held_run(connection: sa.Connection, run_id: int) -> sa.Row[Any]:
 
 
 def _take_over_deliveries(connection: sa.Connection, run: sa.Row[Any]) -> None:
-    """Give a held run the deliveries that it shares with the run that it replaced."""
+    """Assign the deliveries of the run that it replaced to a held run."""
     if run.deliveries_run_id is not None:
         delivery_class = "push" if run.mode in {"first", "full"} else "change"
         deliveries.take_over(connection, run.run_id, delivery_class, run.as_of, run.deliveries_run_id)

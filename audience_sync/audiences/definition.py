@@ -14,7 +14,7 @@ from audience_sync.audiences.schedule import Schedule
 from audience_sync.errors import ConfigError
 
 MAX_KEY_LENGTH = 200
-MIN_LOST = 10  # members of the last snapshot from which an empty one is held, whatever `above` is
+MIN_LOST = 10  # an empty snapshot is held if the last one had this many members, whatever `above` is
 # A capital letter followed by two lower-case letters starts a word: OrderCompleted, HTTPServer. VIPs stays whole.
 _NEW_WORD = re.compile(r"(?<=[A-Za-z])(?=[A-Z][a-z]{2})")
 # Unicode's names show how to write a Latin letter that has no decomposition, such as ø, ł and æ.
@@ -80,10 +80,10 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """An audience (its SQL returns `user_id`) or a computed trait (`user_id` and `value`), by `sql` or by `query`.
+    """An audience (its SQL returns `user_id`) or a computed trait (`user_id` and `value`), as `sql` or `query`.
 
-    `source`: the name of a declared source; None is our own database. `is_key_derived`: the configuration sets no
-    key, so the key stored at the name's first use applies, even if the rule that derives keys has changed since.
+    `source`: the name of a configured source; None is our own database. `is_key_derived`: the configuration sets no
+    key, so the key that was stored when the name was first used applies, even if newer rules derive another one.
     `key_error`: why no key can be derived now; only a stored one can be used.
     """
 
@@ -129,7 +129,7 @@ def key_from_name(name: str) -> str:
 
 
 def older_key_from_name(name: str) -> str:
-    """Return the key that older versions derived: they left out letters such as ß and ł. Empty if they refused it."""
+    """Return the key that older versions derived, without letters such as ß and ł. Empty if they refused the name."""
     key = _snake_case(inflection.transliterate(name)) if len(name) <= MAX_KEY_LENGTH else ""
     return key if len(key) <= MAX_KEY_LENGTH else ""
 
@@ -154,7 +154,7 @@ def _transliterate(name: str) -> Iterator[str]:
 
 
 def _to_ascii(character: str) -> str | None:
-    """Return the ASCII for a decomposed character: nothing for a mark, a space for a symbol; None for a foreign letter."""
+    """Return ASCII for a decomposed character: nothing for a mark, a space for a symbol, None for another alphabet."""
     if character.isascii():
         return character
     category, unicode_name = unicodedata.category(character), unicodedata.name(character, "")

@@ -1,6 +1,6 @@
 """Hold the deliveries of definitions whose baseline belongs to another destination, or move them to this one.
 
-A definition without a fingerprint gets that of the first destination that is known.
+A definition without a fingerprint gets the fingerprint of the first known destination.
 """
 
 import datetime as dt
@@ -18,9 +18,9 @@ def hold_foreign(connection: sa.Connection, destination: Destination, now: dt.da
     """Hold pending deliveries for other destinations, and release held ones for this destination.
 
     Returns how many deliveries are held for other destinations. A definition's deliveries are for the destination of
-    its baseline, so the queue is read only for definitions with another one. A definition that a run is committing to
-    is skipped until a later call: the delivery of the others does not wait for it, and its deliveries for another
-    destination are not claimed.
+    its baseline, so the queue is read only for definitions with another one. If a run is committing a definition, the
+    definition is skipped until a later call, so that the other deliveries do not wait. Meanwhile its deliveries for
+    another destination are not claimed.
     """
     if destination.fingerprint is None:
         return 0
@@ -34,14 +34,14 @@ def hold_foreign(connection: sa.Connection, destination: Destination, now: dt.da
 
 
 def adopt(connection: sa.Connection, definition_ids: list[int], destination: Destination) -> None:
-    """Make this the destination of the definitions' baselines, and of their unsettled deliveries."""
+    """Set the destination of the definitions' baselines and of their unsettled deliveries."""
     if definition_ids and destination.fingerprint is not None:
         records.set_fingerprint(connection, destination.fingerprint, definition_ids)
         deliveries.assign_destination(connection, destination.fingerprint, definition_ids)
 
 
 def accept_destination(connection: sa.Connection, destination: Destination) -> list[str]:
-    """Move everything to this destination, the old one with a new key or address; return the definitions' keys."""
+    """Move everything to this destination, which is the old one with a new key or address; return the keys that moved."""
     if destination.fingerprint is None:
         return []
     moved = foreign_keys(connection, destination)

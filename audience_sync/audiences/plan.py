@@ -1,6 +1,6 @@
 """Plan a sync: compute and diff as a run does, without storing or sending anything.
 
-The temporary table {temp}audience_sync_affected (user_id, is_push) has the users of several definitions' changes.
+The temporary table {temp}audience_sync_affected (user_id, is_push) has the users with changes in any definition.
 """
 
 import datetime as dt
@@ -24,7 +24,7 @@ SAMPLED = ("entered", "exited")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The changes that a sync of a definition would make; `samples` are user ids of each change, sorted.
+    """The changes that a sync of a definition would make; `samples` has some user ids for each kind of change, sorted.
 
     `unusable`: counts of the rows that cannot be used, by reason.
     """
@@ -39,7 +39,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Affected:
-    """Users with changes or pending identifies; `push_count`: those with pushes only."""
+    """The number of users with changes or pending identifies; `push_count`: only with pushes."""
 
     user_count: int
     push_count: int
@@ -49,7 +49,7 @@ class Affected:
 class Plans:
     """The plans of several definitions, and the users who would get identifies from them or from the queue.
 
-    `errors`: the messages of definitions that cannot be computed, by key.
+    `errors`: messages about definitions that cannot be computed, by key.
     """
 
     plans: list[Plan]
@@ -64,7 +64,7 @@ def plan(
     now: dt.datetime,
     destination: Destination,
 ) -> Plans:
-    """Plan a sync of definitions, each given with its source."""
+    """Plan a sync of definitions, each with its source."""
     plans, errors = [], {}
     with snapshot.connection_with_temp_tables(engine) as connection, engines.one_transaction(connection):
         with engines.begin(connection):
@@ -122,7 +122,7 @@ def _create_affected(connection: sa.Connection) -> None:
 
 
 def _add_affected(connection: sa.Connection, *, is_push: bool) -> None:
-    """Add the users of the changes to the affected ones."""
+    """Add the users with changes to the affected users."""
     sql(
         connection,
         "INSERT INTO {temp}audience_sync_affected SELECT user_id, :is_push FROM {temp}audience_sync_changes",
@@ -159,7 +159,7 @@ def preview(
     now: dt.datetime,
     stop: Stop,
 ) -> Preview:
-    """Compute a definition that need not be configured, and store nothing."""
+    """Compute a definition, which need not be configured, without storing anything."""
     with snapshot.connection_with_temp_tables(engine, lock_seconds(definition)) as connection:
         compute(connection, definition, as_of, source, stop)
         with connection.begin():

@@ -1,7 +1,7 @@
 """PostgreSQL's expressions for the canonical text of ids and values, which depend on the type of the column.
 
-No expression may raise an error, whatever the value is: a cast that could fail follows a check of the text. The text must
-not depend on a session's settings; compute.py fixes the settings that affect a cast to text.
+No expression may raise an error for any value: the text is checked before a cast that could fail. The result must not
+depend on a session's settings; compute.py sets those that affect a cast to text.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from audience_sync.audiences.values import (
 
 HASH = "encode(sha256(convert_to(user_id, 'UTF8')), 'hex')"
 
-# A cheap condition for ids that need a closer check, and the reason why such an id cannot be sent, or null.
+# A cheap condition that selects ids for a closer check, and the reason why such an id cannot be sent, or null.
 NEEDS_CHECK = (
     f"(user_id IS NULL OR user_id < '!' OR user_id > '~' OR octet_length(user_id) > {MAX_ID_LENGTH})"
 )
@@ -34,13 +34,13 @@ CASE WHEN user_id IS NULL THEN 'null' {UNUSABLE_REASONS} WHEN btrim(user_id, '{B
 
 # Settings of the session that affect a definition's casts to text.
 SETTINGS = {
-    "extra_float_digits": "0",  # 15 digits, as everywhere
+    "extra_float_digits": "0",  # 15 digits
     "DateStyle": "ISO",
     "IntervalStyle": "postgres",
     "bytea_output": "hex",
     "standard_conforming_strings": "on",  # as statement.py reads them
 }
-# Of the hexadecimal digits of UTF-8.
+# Matches the hexadecimal digits of valid UTF-8.
 _UTF8 = (
     "^([0-7].|(c[2-9a-f]|d.)[89ab].|e0[ab].[89ab].|(e[1-9abcef])([89ab].){2}|ed[89].[89ab].|f0[9ab].([89ab].){2}"
     "|f[123]([89ab].){3}|f48.([89ab].){2})*$"
@@ -58,9 +58,9 @@ class Column:
 
 
 def select(wanted: Sequence[str], query: str, columns: Sequence[Column], *, streamed: bool) -> str:
-    """Return the SELECT of a query's canonical ids and values, `wanted`; `columns` are all its columns.
+    """Return the SELECT of a query's canonical ids and values (`wanted`); `columns` are all its columns.
 
-    `streamed`: replace ids that are null, too. In place they stay null, because the plain column is faster.
+    `streamed`: replace null ids too. On our own database they stay null, because the plain column is faster.
     """
     makers = {"user_id": _streamed_id if streamed else _id, "value": _value}
     selected = ", ".join(
@@ -145,7 +145,7 @@ def _numeric_id(value: str) -> str:
 
 
 def _float8(name: str, column: Column) -> str:
-    """Return a number as float8; a float4 by its shortest decimal form: 0.1, not 0.100000001490116."""
+    """Return a number as float8. A float4 is read from its shortest decimal form: 0.1, not 0.100000001490116."""
     if column.type_name == "float8":
         return name
     digits = [f"CAST(CAST({name} AS text) AS float8)"]  # six
@@ -156,7 +156,7 @@ def _float8(name: str, column: Column) -> str:
 
 
 def _date(name: str, column: Column) -> str:
-    """Return a date or a time as JSON writes it, whatever the session's zone is."""
+    """Return a date or a time as JSON, independent of the session's time zone."""
     if column.type_name != "timestamptz":
         return _QUOTED.format(name)
     utc = _QUOTED.format(f"{name} AT TIME ZONE 'UTC'")

@@ -1,4 +1,4 @@
-"""Run a definition's query in a transaction with a deadline, in which the database itself enforces that it only reads."""
+"""Run a definition's query in a transaction with a deadline, which the database itself keeps read-only."""
 
 import contextlib
 import sqlite3
@@ -19,15 +19,17 @@ from audience_sync.stopping import Stop
 
 PREVIEW_LOCK_SECONDS = 5  # how long a preview waits for a lock
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
-PROGRESS_STEPS = 20_000  # of SQLite's virtual machine between checks of the deadline: some milliseconds
+PROGRESS_STEPS = (
+    20_000  # steps of SQLite's virtual machine between checks of the deadline: a few milliseconds
+)
 _QUERY_ACTIONS = {
     sqlite3.SQLITE_SELECT,
     sqlite3.SQLITE_READ,
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
-# SQLite asks for these when a query first uses a virtual table, such as json_each or one of FTS5. It refuses a statement
-# that would itself change its schema table.
+# SQLite requests these when a query first uses a virtual table, such as json_each or an FTS5 table. It refuses
+# statements that change its schema table.
 _VIRTUAL_TABLE_ACTIONS = {(sqlite3.SQLITE_UPDATE, "sqlite_master"), (sqlite3.SQLITE_PRAGMA, "data_version")}
 _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
@@ -45,15 +47,15 @@ class BoundQuery:
     name: str
     text: str
     arguments: Any
-    columns: tuple[str, ...]  # those that it must return
-    conversions: tuple[str, ...]  # of a trait's values, in this order; values.py has them
+    columns: tuple[str, ...]  # the columns that it must return
+    conversions: tuple[str, ...]  # conversions of a trait's values, in this order (values.py)
     source: sa.Engine | None
     deadline: float  # monotonic seconds
     stop: Stop
 
 
 def lock_seconds(definition: Definition) -> float | None:
-    """Return how long a definition waits for a lock; None is the usual time."""
+    """Return how long a definition waits for a lock; None for the default."""
     return PREVIEW_LOCK_SECONDS if definition.is_preview else None
 
 
@@ -68,13 +70,13 @@ def execute_query(
 def begin_reading(
     connection: sa.Connection, query: BoundQuery
 ) -> contextlib.AbstractContextManager[sa.Connection]:
-    """Begin a transaction that only reads: on the query's source, or on `connection` to our own database."""
+    """Begin a read-only transaction, on the query's source or on `connection` to our own database."""
     return _reading_own(connection, query) if query.source is None else _reading_source(query)
 
 
 @contextmanager
 def _reading_own(connection: sa.Connection, query: BoundQuery) -> Iterator[sa.Connection]:
-    """Begin a transaction, or a part of one, in which PostgreSQL writes to temporary tables only."""
+    """Begin a transaction (or a part of one) in which PostgreSQL writes only to temporary tables."""
     with engines.begin(connection), _translated_errors(query), _limits(connection, query):
         if not dialects.is_sqlite(connection):
             connection.exec_driver_sql("SET TRANSACTION READ ONLY")
@@ -83,7 +85,7 @@ def _reading_own(connection: sa.Connection, query: BoundQuery) -> Iterator[sa.Co
 
 @contextmanager
 def _reading_source(query: BoundQuery) -> Iterator[sa.Connection]:
-    """Open a read-only transaction on the source, in which all statements see one state of it."""
+    """Open a read-only transaction on the source, in which all statements see the same state."""
     source = query.source
     assert source is not None  # noqa: S101  (the caller checked)
     with _translated_errors(query), source.connect() as reading:
@@ -123,13 +125,13 @@ def authorize(connection: sa.Connection, query: BoundQuery) -> None:
 
 
 def _ignoring_closed() -> contextlib.AbstractContextManager[None]:
-    """Ignore that a signal closed SQLite's connection in the middle of a statement."""
+    """Ignore the error when a signal closed SQLite's connection during a statement."""
     return contextlib.suppress(sqlite3.ProgrammingError)
 
 
 @contextmanager
 def _limits(connection: sa.Connection, query: BoundQuery) -> Iterator[None]:
-    """Interrupt a statement when the deadline passes or the process is asked to stop. No wait for a lock is longer."""
+    """Interrupt a statement, also while it waits for a lock, at the deadline or when the process is asked to stop."""
     raw: Any = connection.connection.dbapi_connection
     deadline, stop = query.deadline, query.stop
     left, lock_wait = max(0.0, deadline - time.monotonic()), lock_seconds(query.definition)

@@ -18,7 +18,7 @@ from audience_sync.suggest import shown
 class Baseline:
     """The last committed run of a definition, from which the next one starts; run_id is None before the first.
 
-    `is_first`: no run but canaries was committed yet.
+    `is_first`: only canaries, or nothing, was committed so far.
     """
 
     run_id: int | None
@@ -40,7 +40,7 @@ class ChangeCounts:
 class RunResult:
     """The outcome of a computation: the size of the snapshot, the changes, and the rows that were set aside, by reason.
 
-    `erased_count`: those of the exits that get no delivery, because the user was erased.
+    `erased_count`: exits without a delivery, because the user was erased.
     """
 
     member_count: int
@@ -77,7 +77,7 @@ def register_definition(connection: sa.Connection, definition: Definition, now: 
 
 
 def register_definitions(connection: sa.Connection, new: Sequence[Definition], now: dt.datetime) -> None:
-    """Insert the rows of definitions that have none; another process may have inserted some of them."""
+    """Insert rows for definitions that have none; another process may have inserted some of them."""
     columns = ("key", "name", "kind", "created_at")
     inserted = [
         (definition.key, definition.name, definition.kind.value, rows.moment(now)) for definition in new
@@ -90,9 +90,9 @@ def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
 
 
 def check_kind(definition: Definition, row: sa.Row[Any] | None) -> None:
-    """Raise ConfigError if the key was first used for the other kind: `row` is the key's, None before its first use.
+    """Raise ConfigError if the key was first used for the other kind. `row`: the key's row, None before its first use.
 
-    Userpilot keeps one property for a key, so old values would mix with values of another kind.
+    Userpilot has one property for a key, so old values would mix with values of another kind.
     """
     if row is None or row.kind == definition.kind:
         return
@@ -112,14 +112,14 @@ def check_kind(definition: Definition, row: sa.Row[Any] | None) -> None:
 def lock_definition(connection: sa.Connection, definition_id: int) -> sa.Row[Any]:
     """Return the definition's row, locked until this transaction ends.
 
-    `key_share`: others may insert rows that refer to it meanwhile, such as a slot.
+    `key_share`: other transactions may meanwhile insert rows that refer to it, such as a slot.
     """
     row = sa.select(definitions).where(definitions.c.definition_id == definition_id)
     return connection.execute(row.with_for_update(key_share=True)).one()
 
 
 def all_definitions(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
-    """Return the row of every key that was ever used, in the order of first use."""
+    """Return the row of every key that was ever used, in order of first use."""
     return connection.execute(sa.select(definitions).order_by(definitions.c.definition_id)).all()
 
 
@@ -128,7 +128,7 @@ def of_other_destinations(
 ) -> Sequence[sa.Row[Any]]:
     """Return the definitions whose baseline belongs to another destination, or to none yet.
 
-    `free_only`: lock them, without those that a run is committing to.
+    `free_only`: lock them, and skip those that a run is committing.
     """
     query = sa.select(definitions).where(_is_of_other(fingerprint))
     if free_only:
@@ -139,7 +139,7 @@ def of_other_destinations(
 def set_fingerprint(
     connection: sa.Connection, fingerprint: str, definition_ids: Sequence[int] | None = None
 ) -> None:
-    """Make this the destination of the baselines of all definitions, or of these."""
+    """Set the destination of the baselines of all definitions, or of these."""
     some = sa.true() if definition_ids is None else definitions.c.definition_id.in_(definition_ids)
     update = definitions.update().where(some, _is_of_other(fingerprint))
     connection.execute(update.values(fingerprint=fingerprint))
@@ -206,7 +206,7 @@ def start_run(
     now: dt.datetime,
     baseline_run_id: int | None,
 ) -> int:
-    """Insert a run; return its id. A run left by a process that died becomes abandoned. The caller has the lease."""
+    """Insert a run; return its id. The run of a process that died becomes abandoned. The caller holds the lease."""
     connection.execute(
         runs.update()
         .where(runs.c.definition_id == definition_id, runs.c.status == "running")
@@ -229,7 +229,7 @@ def start_run(
 
 
 def mark_succeeded(connection: sa.Connection, run_id: int, result: RunResult, now: dt.datetime) -> None:
-    """End a run; its lease protects it from other processes.
+    """Mark a run as succeeded; its lease keeps other processes away.
 
     Exits without a delivery count as cancelled, so that the deliveries add up to the changes.
     """

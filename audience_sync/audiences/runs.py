@@ -1,4 +1,4 @@
-"""START HERE: one run of a definition, from its lease to the committed queue.
+"""START HERE: one run of a definition, from its lease to the commit.
 
 `sync` reads from top to bottom:
 
@@ -8,8 +8,8 @@
    new baseline and its deliveries (commit.py). If the guard trips, the destination has changed, or --hold was given, it
    holds the deliveries instead, until somebody approves or rejects the run (decisions.py).
 
-records.py has the rows of definitions and runs. The committed deliveries are pending in the queue, which is explained in
-queue/deliveries.py; queue/worker.py sends them.
+records.py has the rows of definitions and runs. The committed deliveries are then pending in the queue: see
+queue/deliveries.py. queue/worker.py sends them.
 """
 
 import datetime as dt
@@ -43,7 +43,7 @@ class RunOptions:
     """Options of a run.
 
     `full`: send everyone's value, not only the changes. `hold`: wait for approval. `users`: a canary, restricted to
-    these. `slot_at`: the schedule's slot that the run is for. `destination`: where its deliveries will be sent.
+    these users. `slot_at`: the schedule's slot of the run. `destination`: where its deliveries will be sent.
     """
 
     full: bool = False
@@ -116,7 +116,7 @@ def sync(
     source: Callable[[], sa.Engine | None] = lambda: None,
     stop: Stop | None = None,
 ) -> int:
-    """Run a definition; return the run's id. Whatever goes wrong with the definition ends the run as failed.
+    """Run a definition; return the run's id. Any error in the definition ends the run as failed.
 
     Raises:
         Busy: another process is syncing the definition.
@@ -181,7 +181,7 @@ def _start(
 
 
 def take_lease(connection: sa.Connection, key: str, seconds: float) -> leases.Lease:
-    """Take the sole right to change a definition's members.
+    """Take the definition's lease: the exclusive right to change its members.
 
     Raises:
         Busy: another process has it.
@@ -208,7 +208,7 @@ def _mode(options: RunOptions, last: records.Baseline) -> str:
 
 
 def _finish(connection: sa.Connection, run: Run, clock: Clock) -> _Finished:
-    """Diff, then commit the new baseline with its deliveries, or hold the changes; end the run. One transaction."""
+    """Diff, commit the new baseline with its deliveries or hold the changes, and end the run, in one transaction."""
     options, definition = run.options, run.definition
     with engines.begin_write(connection):
         row = records.lock_definition(connection, run.definition_id)
@@ -261,9 +261,9 @@ def _finish(connection: sa.Connection, run: Run, clock: Clock) -> _Finished:
 
 
 def replace_held_run(connection: sa.Connection, definition_id: int, reason: str) -> int | None:
-    """Reject the definition's held run, if it has one: a newer run computed the changes again.
+    """Reject the definition's held run, if any, because a newer run computed the changes again.
 
-    Returns the run id of its held deliveries, which the caller takes over or deletes.
+    Returns the run id of its held deliveries, which the caller must take over or delete.
     """
     held = records.find_held_run(connection, definition_id)
     if held is None:
@@ -301,7 +301,7 @@ def reason_to_hold(
 def settle_definition(
     connection: sa.Connection, row: sa.Row[Any], destination: Destination, erased_count: int
 ) -> None:
-    """Record after a commit which destination the baseline belongs to, and that erased members were counted."""
+    """Record, after a commit, the destination of the baseline, and that erased members were counted."""
     if row.fingerprint != destination.fingerprint:
         foreign.adopt(connection, [row.definition_id], destination)
     if erased_count:
@@ -309,7 +309,7 @@ def settle_definition(
 
 
 def _fail(engine: sa.Engine, run: Run, error: BaseException, clock: Clock) -> bool:
-    """Record the run as failed; return False if the database does not accept even that."""
+    """Record the run as failed; return False if even that fails."""
     if isinstance(error, AudienceSyncError):
         message = str(error)
     elif isinstance(error, sa.exc.DBAPIError):

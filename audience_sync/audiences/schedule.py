@@ -1,15 +1,15 @@
-"""Schedules: `schedule` and `timezone` of the configuration as slots, which are moments in UTC.
+"""Schedules: the slots (moments in UTC) of a configured `schedule` and `timezone`.
 
-A cron expression means what crontab(5) says, in the local time of its zone. Each local time is one slot, at the first
+A cron expression has the meaning of crontab(5), in the local time of its zone. Each local time is one slot, at the first
 moment at which the zone's clock has reached it:
-- a local time that occurs twice (clocks go back) is taken the first time only. During the repeated hour nothing new is
-  due, not even for `*/30 * * * *`; `every 30 minutes` has no such pause;
-- a local time that does not occur (clocks go forward) is taken at the end of the gap. All times in one gap, and a slot
+- a local time that occurs twice (clocks go back) is a slot only the first time. During the repeated hour nothing is due,
+  not even for `*/30 * * * *`; `every 30 minutes` has no such pause;
+- a local time that does not occur (clocks go forward) is a slot at the end of the gap. All times in one gap, and a slot
   that is due at its end anyway, are one slot.
 
 `every N minutes` (hours, days) is due at whole multiples of the span since 1970-01-01T00:00Z, in every zone.
 
-Slots are computed from the text alone, so every process computes the same ones.
+Slots are computed from the text alone, so every process computes the same slots.
 """
 
 import calendar
@@ -63,7 +63,7 @@ class Cron:
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
         """Return the latest slot with after < slot <= until."""
-        # When clocks have gone back (by a day at most), local times later than now are already past slots.
+        # After clocks have gone back (by a day at most), local times later than now may be past slots.
         newest = until.astimezone(self.zone).toordinal() + 1
         oldest = after.astimezone(self.zone).toordinal()
         for day in self._days(range(newest, oldest - 1, -1)):
@@ -73,7 +73,7 @@ class Cron:
         return None
 
     def next(self, after: datetime) -> datetime:
-        """Return the first slot after a moment. There is one: `parse_schedule` refuses expressions that are never due."""
+        """Return the first slot after a moment. One exists: `parse_schedule` refuses expressions that are never due."""
         for day in self._days(itertools.count(after.astimezone(self.zone).toordinal())):
             if (passed := self._passed(day, after)) < len(self.times):
                 return self._slot(day, self.times[passed])

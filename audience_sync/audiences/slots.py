@@ -4,11 +4,11 @@ After downtime only the newest missed slot runs. A new definition starts with th
 While a definition has a run held by `sync --hold`, none of its slots is due. The definition that has waited longest
 comes first. Taking a slot is an insert, so only one of two daemons gets it. daemon.py runs the slots that it takes.
 
-A slot whose run failed is due again after RETRY_AFTER, until the next slot is due. One whose process ended is due again
-at once, and after RETRY_AFTER if that happens again. A missed full slot makes the next run a full one, until a full run
-has succeeded.
+A slot whose run failed is due again after RETRY_AFTER, until the next slot is due. A slot whose process ended is due
+again at once, and after RETRY_AFTER if that happens again. After a missed full slot, all runs are full until one has
+succeeded.
 
-What is due is read with the same few statements whatever the number of definitions.
+Due slots are read with the same few statements for any number of definitions.
 """
 
 import datetime as dt
@@ -28,13 +28,13 @@ from audience_sync.queue import destination
 
 CUT_OFF_AFTER = dt.timedelta(minutes=1)  # if a taken slot has no run by then, its process is gone
 LATE_AFTER = dt.timedelta(minutes=2)
-# After the first failure, the second and the third.
+# The delays after the first, second and third failure.
 RETRY_AFTER = tuple(dt.timedelta(minutes=minutes) for minutes in (1, 5, 15))
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A definition with a slot to take: its newest missed one, or its last one again.
+    """A definition with a slot to take: the newest missed slot, or the last slot again.
 
     `due_at`: when it became due. `last_at`: its last slot, or when it was registered. `taken_at`: when that slot was
     taken, if it is due again. `is_running`: its last run has not ended, so the slot waits for that.
@@ -59,10 +59,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """A definition's next slot; None without a schedule.
+    """A definition's next slot; `next_at` is None without a schedule.
 
-    `late_since`: when the first missed slot was due, if that is longer ago than LATE_AFTER. `waits`: no slot is due
-    until somebody decides about a held run. `retry_at`: when the slot whose run failed is due again.
+    `late_since`: when the first missed slot was due, if that was more than LATE_AFTER ago. `waits`: no slot is due until
+    somebody decides about a held run. `retry_at`: when the slot of a failed run is due again.
     """
 
     next_at: dt.datetime | None
@@ -78,7 +78,7 @@ def find_due(
     running: Collection[str] = (),
     wait_seconds: float | None = None,
 ) -> list[Due]:
-    """Return the due slots of these definitions, the longest due first; insert the rows of new definitions.
+    """Return the due slots of these definitions, longest due first; insert the rows of new definitions.
 
     `running` are keys whose runs this process has started. `wait_seconds` is for locks.
     """
@@ -103,7 +103,7 @@ def find_due(
 def take(
     engine: sa.Engine, due: Sequence[Due], now: dt.datetime, *, limit: int, wait_seconds: float | None = None
 ) -> list[Slot]:
-    """Take at most `limit` of the due slots, in their order, without those that another process has taken."""
+    """Take at most `limit` of the due slots, in order, except those that another process has taken."""
     taken: list[Slot] = []
     for slot in due:
         if len(taken) >= limit:
@@ -143,7 +143,7 @@ def _newest_missed(definition: Definition, after: dt.datetime, now: dt.datetime)
 def _retry_at(row: sa.Row[Any]) -> dt.datetime | None:
     """Return when the last slot is due again; None if its run did not fail, or failed too often.
 
-    The caller makes sure that the run has ended: if its row still says running, its process is gone.
+    The caller makes sure that the run has ended: if its row still says running, its process has died.
     """
     if row.slot_at is None:
         return None
@@ -164,8 +164,8 @@ _FAILED = ("failed", "abandoned")
 def _last_slots(connection: sa.Connection, now: dt.datetime) -> dict[str, sa.Row[Any]]:
     """Return each definition with its last slot and the slot's last run, by key.
 
-    `failure_count` is how many runs of the slot failed, `is_replaced` whether a later run did the work of the last one.
-    Slots after `now` come from a clock that was wrong.
+    `failure_count`: how many runs of the slot failed. `is_replaced`: a later run did the work of the last one. Slots
+    after `now` come from a wrong clock and are ignored.
     """
     slot, other = schedule_slots.c, runs.alias("other").c
 

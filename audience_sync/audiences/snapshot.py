@@ -3,7 +3,7 @@
 It works with temporary tables of one connection, called {temp}audience_sync_NAME:
 
     snapshot  user_id, row_count; for a trait also low and high, the smallest and the greatest canonical value.
-              An audience's user may have several rows on PostgreSQL, whose counts add up
+              On PostgreSQL, a user of an audience may have several rows, whose counts add up
     eligible  user_id, row_count
     changes   user_id, change (entered, exited, changed), value; for a member also entered_run_id and old_value
 
@@ -34,12 +34,12 @@ from audience_sync.db.dialects import (
 
 SNAPSHOT, ELIGIBLE, CHANGES = "snapshot", "eligible", "changes"
 WORK_MEMORY = "128MB"  # enough to hash one or two million ids
-FEW_ROWS = 2  # of a user, on average: grouping so few costs more than storing all of them
+FEW_ROWS = 2  # for each user on average: grouping so few rows costs more than storing all of them
 
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """Counts of the changes, and of the rows of the snapshot that were set aside, by reason."""
+    """Counts of the changes, and of the rows that were set aside, by reason."""
 
     counts: ChangeCounts
     set_aside: dict[str, int]
@@ -56,9 +56,9 @@ def unusable_rows(set_aside: Mapping[str, int]) -> dict[str, int]:
 def connection_with_temp_tables(
     engine: sa.Engine, wait_seconds: float | None = None
 ) -> Iterator[sa.Connection]:
-    """Open a connection that is not pooled afterwards: its temporary tables disappear with it.
+    """Open a connection that is not returned to the pool, so that its temporary tables disappear with it.
 
-    On SQLite it waits no longer for a lock; None is the usual time.
+    `wait_seconds`: how long it waits for a lock on SQLite; None for the default.
     """
     with engines.plain_errors(engine), engines.connected(engine, wait_seconds) as connection:
         try:
@@ -68,7 +68,7 @@ def connection_with_temp_tables(
 
 
 def create_table(connection: sa.Connection, table: str, columns: Sequence[str]) -> None:
-    """Create the snapshot or the eligible table, for the `columns` user_id and perhaps value."""
+    """Create the snapshot or the eligible table; `columns` are user_id and, for a trait, value."""
     value_columns = ", low text, high text" if "value" in columns else ""
     row_columns = f"user_id {{id}}, row_count bigint DEFAULT 1{value_columns}"
     create_temp_table(connection, table, row_columns, unique_ids=True)
@@ -84,7 +84,7 @@ def fill_from_query(
 ) -> None:
     """Fill a temporary table from a query on our own database, as a subquery, so that no row leaves the database.
 
-    `query` returns canonical ids and values, `arguments` are its driver's arguments.
+    `query` returns canonical ids and values, `arguments` are the arguments for the driver.
     """
     _group_into(connection, table, f"({query}) AS canonical", arguments, columns, conversions)
 
@@ -122,7 +122,7 @@ def _group_into(
     columns: Sequence[str],
     conversions: Sequence[str],
 ) -> None:
-    """Add the ids of the source to a table, grouped by user where that is needed or faster."""
+    """Add the source's rows to a table, grouped by user where that is necessary or faster."""
     has_value = "value" in columns
     expressions = values.SQLITE_CONVERSIONS if is_sqlite(connection) else postgresql_values.CONVERSIONS
     for name in conversions:
@@ -143,7 +143,7 @@ def _group_into(
 
 
 def _sorted_upsert(table: str, source: str, *, has_value: bool) -> str:
-    """Return SQLite's statement that groups rows: a sorted upsert takes two thirds of the time of GROUP BY."""
+    """Return SQLite's statement to group rows: a sorted upsert, which takes two thirds of the time of GROUP BY."""
     low_high = ", value AS low, value AS high" if has_value else ""
     merge = (
         ", low = coalesce(min(low, excluded.low), low, excluded.low), "
@@ -168,7 +168,7 @@ def _has_few_rows_for_each_user(connection: sa.Connection, source: str, argument
 
 @contextmanager
 def _prepared_to_group(connection: sa.Connection) -> Iterator[None]:
-    """Give PostgreSQL enough memory to hash the ids; numbers have 15 digits."""
+    """Give PostgreSQL enough memory to hash the ids, and set its numbers to 15 digits."""
     if is_sqlite(connection):
         yield
         return
@@ -205,7 +205,7 @@ def diff(
 
 
 def _compare(connection: sa.Connection, definition_id: int | None, kind: Kind) -> None:
-    """Fill the changes: users only in the snapshot, users only among the members, users whose value differs."""
+    """Fill the changes: users only in the snapshot, users only among the members, and users whose value differs."""
     _create_changes(connection)
     insert = "INSERT INTO {temp}audience_sync_changes "
     members = "SELECT 1 FROM {our}members WHERE definition_id = :id LIMIT 1"
@@ -260,7 +260,7 @@ def _anti_joins(kind: Kind) -> str:
 def _full_join(kind: Kind) -> str:
     """Return PostgreSQL's query.
 
-    It runs with the session's own work_mem: a hash in small batches, which fit the processor's cache, is a third faster.
+    It runs with the session's work_mem: a hash in small batches that fit into the processor's cache is a third faster.
     """
     value, old_value, differs = "NULL", "NULL", "s.user_id IS NULL OR m.user_id IS NULL"
     if kind is Kind.TRAIT:
@@ -294,7 +294,7 @@ def _set_aside_ids(connection: sa.Connection, table: str) -> Counter[str]:
 
 
 def _id_check(connection: sa.Connection) -> tuple[str, str]:
-    """Return a cheap condition for ids that need a closer check, and the reason why an id is invalid, or null."""
+    """Return a cheap condition that selects ids for a closer check, and the reason why an id is invalid, or null."""
     if is_sqlite(connection):
         return values.SQLITE_NEEDS_CHECK, values.SQLITE_INVALID_REASON
     return postgresql_values.NEEDS_CHECK, postgresql_values.INVALID_REASON
@@ -309,9 +309,9 @@ def _is_empty(connection: sa.Connection) -> bool:
 
 
 def _set_aside_values(connection: sa.Connection) -> Counter[str]:
-    """Clear the value of each user whose trait is not one primitive value; count these users by reason.
+    """Clear the value of each user whose trait is not a single primitive value; count these users by reason.
 
-    They stay in the snapshot, and the comparison skips them: an unusable value does not mean that a user left.
+    They stay in the snapshot but are not compared: an unusable value does not mean that a user left.
     """
     sql(connection, "DELETE FROM {temp}audience_sync_snapshot WHERE low IS NULL")
     conditions = {reason: f"low = '{mark}'" for mark, reason in values.UNUSABLE_VALUES.items()}
@@ -323,7 +323,7 @@ def _set_aside_values(connection: sa.Connection) -> Counter[str]:
 def _leave_out_ineligible(connection: sa.Connection) -> int:
     """Remove the changes of users who are not in the eligible table; return how many would have entered.
 
-    Eligibility is checked on entry only: a member who is no longer eligible stays, whatever the change is.
+    Eligibility is checked only on entry: members who are no longer eligible stay unchanged.
     """
     ineligible = (
         "NOT EXISTS (SELECT 1 FROM {temp}audience_sync_eligible e "
@@ -335,7 +335,7 @@ def _leave_out_ineligible(connection: sa.Connection) -> int:
 
 
 def _leave_out_erased(connection: sa.Connection, now: dt.datetime) -> int:
-    """Remove erased users who may not return yet; return how many. They are not members, so they enter."""
+    """Remove erased users who may not return yet from the entries (they are never members); return their number."""
     where = "WHERE returns_at IS NULL OR returns_at > :now"
     if sql(connection, f"SELECT 1 FROM {{our}}forgotten {where} LIMIT 1", now=now).first() is None:
         return 0

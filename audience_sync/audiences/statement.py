@@ -1,8 +1,8 @@
 """The SQL of a definition: check that it is one query that only reads, and bind its parameters.
 
-The author of a definition is trusted: these checks guard against mistakes. Read-only transactions, the database's roles
-and SQLite's authorizer (compute.py) guard as well. sqlglot parses the SQL for the check, and is imported where it is
-used, because its import takes 0.2 s. Parameters are found by the database's own rules for quotes and comments.
+The author of a definition is trusted: these checks guard against mistakes, as do read-only transactions, the database's
+roles and SQLite's authorizer (reading.py). sqlglot parses the SQL; it is imported where it is used, because that takes
+0.2 s. Parameters are found by the database's own rules for quotes and comments.
 """
 
 import logging
@@ -40,14 +40,14 @@ _FORBIDDEN = (
     "Set", "Pragma", "Attach", "Detach", "TruncateTable", "Use", "Transaction", "Commit", "Rollback", "Kill",
     "Grant", "Revoke", "Analyze", "Cache", "LoadData", "NextValueFor", "QueryTransform",
 )  # fmt: skip
-# On an experimental source only the text is checked, so these words are refused there in any place, unless they are
-# quoted, or before a parenthesis, where they name a function. SQL Server takes a statement without a semicolon before it.
+# On an experimental source only the text is checked, so these words are refused there everywhere, unless they are quoted
+# or name a function (before a parenthesis). SQL Server needs no semicolon between two statements.
 _WRITING_WORDS = {
     "insert", "update", "delete", "merge", "create", "drop", "alter", "truncate", "exec", "execute", "call", "grant",
     "revoke", "into", "outfile", "dumpfile", "attach", "install", "copy", "procedure", "nextval", "shutdown", "kill",
     "dbcc", "waitfor", "backup", "restore", "reconfigure", "deny",
 }  # fmt: skip
-# A query of SQLite or PostgreSQL without these words writes nothing and locks nothing, whatever it means.
+# A query of SQLite or PostgreSQL without these words can neither write nor lock.
 _SUSPICIOUS_WORDS = _WRITING_WORDS | {name.lower() for name in _FORBIDDEN} | {"for", "share"}
 _QUERY_STARTS = {"select", "with", "from", "table", "values"}
 _UNREADABLE = "the SQL cannot be read: is a quote or a comment not closed?"
@@ -56,8 +56,8 @@ _DIALECTS = {
     "postgresql": "postgres", "mssql": "tsql", "clickhousedb": "clickhouse", "mariadb": "mysql",
 }  # fmt: skip
 
-# The tokens of SQL. Space and comments have no group. An unclosed quote or comment matches no token.
-# The characters of names are everything but ASCII's others: `re` compiles that ten times as fast as ranges of all letters.
+# The tokens of SQL. Space and comments have no group. An unclosed quote or comment matches no token. A name may contain
+# all characters outside ASCII, because `re` compiles that ten times as fast as the ranges of all letters.
 _LETTER = r"[^\x00-@\[-^`{-\x7f]"
 _LETTER_OR_DIGIT = r"[^\x00-/:-@\[-^`{-\x7f]"
 _IN_NAME = r"[^\x00-#%-/:-@\[-^`{-\x7f]"  # with $
@@ -95,7 +95,7 @@ class _Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BoundText:
-    """SQL that is split at its parameters: `names[i]` stands between `parts[i]` and `parts[i + 1]`."""
+    """SQL that is split at its parameters: `names[i]` is between `parts[i]` and `parts[i + 1]`."""
 
     parts: tuple[str, ...]
     names: tuple[str, ...]  # without the colon
@@ -107,7 +107,7 @@ class BoundText:
         return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 
     def with_literal(self, name: str, literal: str) -> str:
-        """Return the text in its own style, with a literal in place of one parameter."""
+        """Return the SQL as it was written, with a literal in place of one parameter."""
         marks = [literal if each == name else f":{each}" for each in self.names]
         return "".join(part + mark for part, mark in zip(self.parts, [*marks, ""], strict=True))
 
@@ -148,13 +148,13 @@ def check(sql: str, dialect: str) -> list[str]:
 
 
 def check_before_run(sql: str, dialect: str) -> None:
-    """Raise the errors of `check`, but import sqlglot only where a word of the SQL might do more than read."""
+    """Raise the errors of `check`, but import sqlglot only if a word in the SQL might do more than read."""
     if not _plainly_reads(sql, dialect):
         check(sql, dialect)
 
 
 def _plainly_reads(sql: str, dialect: str) -> bool:
-    """Return whether the SQL is one query whose words show that it only reads; false if only sqlglot can decide."""
+    """Return whether the words of the SQL show that it is one query that only reads; false if only sqlglot can decide."""
     if dialect not in SUPPORTED:
         return False
     tokens = _tokenize(sql, dialect)
@@ -170,7 +170,7 @@ def _plainly_reads(sql: str, dialect: str) -> bool:
 
 
 def _parse(sql: str, dialect: str) -> "list[list[exp.Expr]] | None":
-    """Return the nodes of each statement, the root first; None if sqlglot cannot read the SQL, whatever the reason."""
+    """Return the nodes of each statement, root first; None if sqlglot cannot parse the SQL for any reason."""
     import sqlglot  # noqa: PLC0415
 
     logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it would log the definition
@@ -250,7 +250,7 @@ def _tokenize(sql: str, dialect: str) -> list[_Token]:
     """Return the tokens, without comments and without semicolons at the end.
 
     Raises:
-        DefinitionError: a quote or a comment never ends.
+        DefinitionError: a quote or a comment is not closed.
 
     """
     pattern = _pattern(_TOKENS.get(dialect, _OTHERS))

@@ -1,12 +1,12 @@
-"""Canonical text of user ids and trait values: the same on our own database and on a source, SQLite and PostgreSQL.
+"""Canonical text of user ids and trait values: the same on our own database and on a source, on SQLite and PostgreSQL.
 
-The database that computes a definition writes the text itself, in SQL, so that no driver reads the raw values. A value's
-canonical text is JSON, and equal texts are equal values: a whole number that fits 64 bits is written as an integer, any
-other number with 15 significant digits. '!' stands for a value that is not a primitive, '!REASON' for one that cannot be
-converted to the trait's type; both sort before all others. An id that cannot be sent is replaced by `unusable(reason)`.
+The database that computes a definition produces the text in SQL, so that no driver reads the raw values. A value's
+canonical text is JSON, and equal texts mean equal values: a whole number that fits into 64 bits is written as an integer,
+any other number with 15 significant digits. '!' stands for a value that is not a primitive, '!REASON' for one that cannot
+be converted to the trait's type; both sort before all others. An id that cannot be sent becomes `unusable(reason)`.
 
-This module has the rules in Python, which SQLite calls in rare cases, SQLite's expressions, and the rules for rows that
-other drivers return. postgresql_values.py has PostgreSQL's expressions.
+This module has SQLite's expressions, the rules in Python, which SQLite calls in rare cases, and the rules for rows from
+other drivers. postgresql_values.py has PostgreSQL's expressions.
 """
 
 import datetime as dt
@@ -27,12 +27,12 @@ NOT_PRIMITIVE = "!"
 NOT_BOOLEAN, NOT_NUMBER = "!not_a_boolean", "!not_a_number"
 UNUSABLE_VALUES = {mark: mark[1:] or "not_primitive" for mark in (NOT_PRIMITIVE, NOT_BOOLEAN, NOT_NUMBER)}
 REASONS = ("null", "binary", "not_text_or_number", "nul_character", "not_unicode")
-TRUE_WORDS = ("true", "t", "yes", "y", "on", "1")  # what PostgreSQL takes for a boolean
+TRUE_WORDS = ("true", "t", "yes", "y", "on", "1")  # the words that PostgreSQL accepts as booleans
 FALSE_WORDS = ("false", "f", "no", "n", "off", "0")
 NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"
-MAX_NUMBER_LENGTH = 300  # of a number that is given as text
+MAX_NUMBER_LENGTH = 300  # of a number in a string
 LIMIT = 2**63
-# White space, and characters without a width.
+# White space and zero-width characters.
 BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
 _ZEROS_AT_END = re.compile(
     r"(?<=\.\d\d\d\d\d)0|(?<=\.\d\d\d\d)00|(?<=\.\d\d\d)000|(?<=\.\d\d)0000|(?<=\.\d)00000"
@@ -41,7 +41,7 @@ Row = tuple[str | None, ...]  # the canonical text of an id and, for a trait, of
 
 
 def unusable(reason: str) -> str:
-    """Return the text in place of an id that cannot be sent. It is longer than any id, and starts with a space."""
+    """Return the text that replaces an id that cannot be sent. It is longer than any id, and starts with a space."""
     return f"{reason:>{MAX_ID_LENGTH + 45}}"
 
 
@@ -101,9 +101,9 @@ def as_number(canonical: str) -> str:
 
 
 def register_functions(connection: sa.Connection) -> None:
-    """Register the functions that the SQLite expressions call for a few values.
+    """Register the functions that the SQLite expressions call for some values.
 
-    SQLite's own printf is wrong in the fifteenth digit, and its text may contain any bytes.
+    SQLite's printf is wrong in the fifteenth digit, and its text may contain any bytes.
     """
     raw: Any = connection.connection.dbapi_connection
     for function in (canonical_number, canonical_string, invalid_reason, as_boolean, as_number, user_hash):
@@ -113,7 +113,7 @@ def register_functions(connection: sa.Connection) -> None:
 
 
 def _never_failing(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return null if the function raises an error: SQLite would hide the error, and it would look like a signal."""
+    """Make a function return null instead of raising: SQLite would hide the error, which would look like a signal."""
 
     def call(raw: Any) -> Any:
         try:
@@ -130,7 +130,7 @@ _SQLITE_REAL = (
     f"CASE WHEN {{0}} >= -{LIMIT}.0 AND {{0}} < {LIMIT}.0 AND {{0}} = CAST({{0}} AS INTEGER) "
     "THEN CAST(CAST({0} AS INTEGER) AS TEXT) ELSE audience_sync_canonical_number({0}) END"
 )
-# Text is not converted, and its bytes may not even be valid text. The diff checks only ids that enter.
+# Text is not converted, and its bytes need not be valid text. The diff checks only ids that enter.
 SQLITE_ID = f"""
 CASE typeof(user_id)
   WHEN 'text' THEN user_id
@@ -147,7 +147,7 @@ CASE typeof(value)
   WHEN 'blob' THEN '!' END"""
 SQLITE_HASH = "audience_sync_user_hash(user_id)"
 
-# A cheap condition for ids that need a closer check, and the reason why such an id cannot be sent, or null.
+# A cheap condition that selects ids for a closer check, and the reason why such an id cannot be sent, or null.
 SQLITE_NEEDS_CHECK = f"(user_id < '!' OR length(user_id) > {MAX_ID_LENGTH} OR NOT {_PLAIN.format('user_id')})"
 UNUSABLE_REASONS = " ".join(f"WHEN user_id = '{unusable(reason)}' THEN '{reason}'" for reason in REASONS)
 SQLITE_INVALID_REASON = (
@@ -170,7 +170,7 @@ SQLITE_CONVERSIONS = {
 
 
 def sqlite_select(wanted: Sequence[str], query: str, names: Sequence[str], *, streamed: bool) -> str:
-    """Return the SELECT of a query's canonical ids and values, `wanted`; `names` are names for all its columns.
+    """Return the SELECT of a query's canonical ids and values (`wanted`); `names` are names for all its columns.
 
     `streamed`: return the ids as blobs, because text that is not UTF-8 cannot be fetched.
     """
@@ -180,7 +180,7 @@ def sqlite_select(wanted: Sequence[str], query: str, names: Sequence[str], *, st
 
 
 def decode_ids(batch: Sequence[Sequence[Any]]) -> list[Row]:
-    """Return SQLite's rows with their ids, which came as bytes, as text."""
+    """Return SQLite's rows with their ids, which were fetched as bytes, as text."""
     ids, *others = zip(*batch, strict=True)
     try:  # all at once takes a third of the time
         texts = b"\0".join(ids).decode().split("\0")
@@ -192,7 +192,7 @@ def decode_ids(batch: Sequence[Sequence[Any]]) -> list[Row]:
 
 
 def plain_rows(batch: Sequence[Any]) -> Sequence[Row]:
-    """Return PostgreSQL's rows, which are canonical; SQLAlchemy's own rows as tuples."""
+    """Return PostgreSQL's rows, which are canonical already, as tuples."""
     return batch if isinstance(batch[0], tuple) else [tuple(row) for row in batch]
 
 
@@ -206,9 +206,9 @@ def _decoded(raw: bytes) -> str:
 
 
 def canonical_rows(batch: Sequence[Sequence[Any]], positions: Sequence[int]) -> list[Row]:
-    """Return (user id,) or (user id, JSON text) of each row that another driver returns.
+    """Return (user id,) or (user id, JSON text) for each row of another driver.
 
-    `positions`: where a row has its id and, for a trait, its value.
+    `positions`: the positions of the id and, for a trait, of the value in a row.
     """
     id_position, *value_positions = positions
     return [

@@ -1,4 +1,4 @@
-"""The tables that a query may read, with the kinds of their columns: our own profiles and events, and [tables.*]."""
+"""The tables that a query may read (our own profiles and events, and [tables.*]), with the kinds of their columns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,12 +23,12 @@ class ReadTable:
     """A table as the compiler reads it: `columns` has the kind of each column.
 
     Kinds: integer, number, real (of four bytes), money, text, uuid, bpchar, boolean, date, timestamp, timestamptz, json,
-    jsonb and other; `moment` is the timestamp of our own events. SQLite also has `any`, for columns whose values have
-    a type each, and `document` for our own tables.
-    PostgreSQL also has `text_c`, for text of the collation C, and `collated`, for text of any other than its own and C.
+    jsonb and other; `moment` is the timestamp of our own events. SQLite also has `any`, for columns whose values may
+    differ in type, and `document` for our own tables. PostgreSQL also has `text_c`, for text with the collation C, and
+    `collated`, for text with a collation other than C and the default.
 
     Columns of our own tables: `properties` is the document that property(…) reads instead of the columns, `context` the
-    document of context(…), `event_name` the name of the event. `arrival` orders rows of equal timestamps in any table.
+    document of context(…), `event_name` the name of the event. In any table, `arrival` orders rows of equal timestamps.
     """
 
     mapping: TableMapping
@@ -44,7 +44,7 @@ class ReadTable:
 
     @property
     def place(self) -> tuple[str, bool]:
-        """Return what identifies the table: a section may have the name of one of our tables."""
+        """Return the identity of the table, because a section may have the name of one of our tables."""
         return self.mapping.name, self.properties is not None
 
     def column(self, alias: sa.FromClause, name: str | None) -> TypedColumn:
@@ -61,7 +61,7 @@ class ReadTable:
 
 
 def sql_text(sql: str) -> sa.TextClause:
-    """Return SQL that SQLAlchemy does not change: `:as_of` is bound later."""
+    """Return SQL that SQLAlchemy does not change, because `:as_of` is bound later."""
     return sa.text(f"{sql}\n".replace(":", "\\:"))
 
 

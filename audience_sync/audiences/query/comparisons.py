@@ -1,7 +1,7 @@
 """Conditions and comparisons in SQL. A scalar is compiled to one expression for each kind of value that it may have.
 
-A condition may be null instead of false; only NOT has to distinguish them. A subquery refers to the tables of all queries
-around it (`correlate_except()`); SQLAlchemy alone would correlate it with the nearest only.
+A condition may be null instead of false; only NOT has to distinguish them. A subquery refers to the tables of all
+enclosing queries (`correlate_except()`); by default, SQLAlchemy would correlate it only with the nearest one.
 """
 
 import datetime as dt
@@ -21,7 +21,11 @@ from audience_sync.audiences.query.dialect import Expression, JsonValue, is_one_
 from audience_sync.audiences.query.moments import moved, parse_moment
 from audience_sync.audiences.query.tree import Comparator
 
-KINDS = ("number", "text", "boolean")  # of scalars, in the order in which values of several kinds are sorted
+KINDS = (
+    "number",
+    "text",
+    "boolean",
+)  # of scalars, in the order in which values of different kinds are sorted
 ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
     Comparator.GREATER_THAN: operator.gt,
     Comparator.AT_LEAST: operator.ge,
@@ -31,13 +35,13 @@ ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
 NUMBER_TESTS = {**ORDERS, Comparator.EQUALS: operator.eq, Comparator.DIFFERS: operator.ne}
 _NULL_TESTS = {sql_operators.is_, sql_operators.is_not}
 _DAY = dt.timedelta(days=1)
-_FEW = 10  # tests that may each evaluate the value
-_MOST_IN_A_ROW = 50
+_FEW = 10  # up to this many tests, each evaluates the value again
+_MAX_IN_A_ROW = 50
 
 
 @dataclass(frozen=True, slots=True)
 class SqlValue:
-    """A scalar in SQL: for each kind of value that it may have, an expression that is null for another kind."""
+    """A scalar in SQL: for each kind of value that it may have, an expression that is null for the other kinds."""
 
     exists: Expression
     number: Expression | None = None
@@ -72,7 +76,7 @@ def any_of(conditions: Iterable[Expression]) -> Expression:
 
 
 class Scope(ABC):
-    """Compiles conditions and comparisons. `Users` and `Row` extend it, and compile the scalars."""
+    """Compiles conditions and comparisons. The subclasses `Users` and `Row` compile the scalars."""
 
     def __init__(self, catalog: Catalog, as_of: dt.datetime) -> None:
         self.db, self.catalog, self.as_of = catalog.db, catalog, as_of
@@ -97,7 +101,7 @@ class Scope(ABC):
         return _with_items(items, self._test(compared, left))
 
     def value(self, scalar: tree.Scalar) -> tuple[list[sa.FromClause], SqlValue]:
-        """Return the tables of the list items in the scalar's path, and the scalar's value for one of the items."""
+        """Return the tables of list items in the scalar's path, and the scalar's value for a single item."""
         match scalar:
             case tree.Constant(value):
                 return [], self._constant(value)
@@ -144,9 +148,9 @@ class Scope(ABC):
             for argument in compared.arguments:
                 items, right = self.value(argument)
                 tests.append(_with_items(items, test(left, right)))
-            while len(tests) > _MOST_IN_A_ROW:  # SQLite's expressions are at most 1,000 levels deep
-                starts = range(0, len(tests), _MOST_IN_A_ROW)
-                chunks = [tests[start : start + _MOST_IN_A_ROW] for start in starts]
+            while len(tests) > _MAX_IN_A_ROW:  # SQLite's expressions are at most 1,000 levels deep
+                starts = range(0, len(tests), _MAX_IN_A_ROW)
+                chunks = [tests[start : start + _MAX_IN_A_ROW] for start in starts]
                 tests = [sa.func.coalesce(sa.or_(*chunk), sa.false()) for chunk in chunks]
             return tests[0] if len(tests) == 1 else sa.or_(*tests)
 
@@ -176,7 +180,7 @@ class Scope(ABC):
         return is_in
 
     def _equals_any(self, left: SqlValue, arguments: Iterable[tree.Scalar]) -> Expression:
-        """Return whether the left side equals one of the arguments. Literals are one list, which a database hashes."""
+        """Return whether the left side equals one of the arguments. Literals form one list, which a database hashes."""
         tests, literals = [], list[SqlValue]()
         for argument in arguments:
             items, right = self.value(argument)
@@ -285,7 +289,7 @@ def chain(tables: list[sa.FromClause]) -> sa.FromClause:
 
 
 def _evaluated_once(value: SqlValue, test: Callable[[SqlValue], Expression]) -> Expression:
-    """Test a text many times, and evaluate its expression once. LIMIT keeps the database from inlining it."""
+    """Test a text many times, but evaluate its expression once: LIMIT keeps the database from inlining it."""
     assert value.text is not None  # noqa: S101  (the caller checked)
     given = sa.select(value.text.label("t")).correlate_except().limit(1).subquery("given")
     tested = test(replace(value, text=given.c.t))

@@ -1,9 +1,9 @@
 """Compile a query into one SELECT: `user_id`, and `value` for a trait.
 
-An outermost stream becomes a named query, grouped by user, which is joined to the users. A stream inside a `where` becomes
-a correlated subquery of the current row (rows.py). If the query is false for everybody without rows in its streams, the
-users are read from the streams alone, so that an index on the events can be used. comparisons.py compiles the conditions;
-what differs between databases is in on_sqlite.py and on_postgresql.py.
+An outermost stream becomes a common table expression, grouped by user, which is joined to the users. A stream inside a
+`where` becomes a correlated subquery of the current row (rows.py). If the query is false for everybody without rows in
+its streams, the users are read from the streams alone, so that an index on the events can be used. comparisons.py
+compiles the conditions; on_sqlite.py and on_postgresql.py have the differences between databases.
 """
 
 import datetime as dt
@@ -33,12 +33,12 @@ from audience_sync.audiences.schedule import load_zone
 from audience_sync.errors import ConfigError
 
 _DOCUMENT_KINDS = {"document", "json", "jsonb"}
-_TEXT_KINDS = {"integer", "number", "real", "money", "any"}  # whose text may have more digits than a double
+_TEXT_KINDS = {"integer", "number", "real", "money", "any"}  # their text may have more digits than a double
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledQuery:
-    """The SELECT of a definition. `value_type` converts a trait's value whose column does not show its type."""
+    """The SELECT of a definition. `value_type`: the type of a trait's value if its column does not show it."""
 
     sql: str
     value_type: str | None = None
@@ -64,7 +64,7 @@ def statement_text(select: sa.Select[Any], catalog: Catalog) -> str:
 
 
 def _value_of(parts: dict[str, Any]) -> SqlValue:
-    """Return the value with these expressions by kind, which exists if one of them is not null."""
+    """Return the value with these expressions by kind; it exists if one of them is not null."""
     return SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
 
 
@@ -77,12 +77,12 @@ class _Joined:
 
 
 def _is_stream(key: Any) -> bool:
-    """Return whether a joined relation is a reduced stream: few of all users, and found by an index."""
+    """Return whether a joined relation is a reduced stream, which contains few of all users and can use an index."""
     return isinstance(key, tree.Reduction)
 
 
 class Users(Scope):
-    """The users of a query, and what is joined to them: reduced streams, profiles, definitions."""
+    """The users of a query, and the relations joined to them: reduced streams, profiles, definitions."""
 
     def __init__(
         self,
@@ -107,14 +107,14 @@ class Users(Scope):
         return table.from_clause(self.name())
 
     def relation(self, select: sa.Select[Any], *, is_grouped: bool) -> sa.FromClause:
-        """Return a SELECT to select from: a common table expression if it is grouped by user, else a subquery."""
+        """Return a SELECT as a relation: a common table expression if it is grouped by user, else a subquery."""
         return select.cte(self.name()) if is_grouped else select.subquery(self.name())
 
     def only_table(self) -> sa.FromClause | None:
         """Return the one table that is joined so far."""
         return next((joined.from_ for joined in self._joined.values()), None)
 
-    # What is selected.
+    # The selected users and values.
 
     def audience(self, condition: tree.Condition) -> sa.Select[Any]:
         drivers = self._drivers(condition)
@@ -189,7 +189,7 @@ class Users(Scope):
         return next(table for table in self.catalog.profile_tables() if table.name == name)
 
     def _all_users(self) -> list[_Joined]:
-        """Return the relations of everybody who has a profile, and of everybody in a table that the query names."""
+        """Return the relations of all users who have a profile or are in a table that the query names."""
         profiles = self.catalog.profile_tables()
         tables = {table.place: table for table in [*profiles, *self._read.values()]}
         if self.catalog.profiles in profiles:  # every user with an event in our table has a profile, too
@@ -212,7 +212,7 @@ class Users(Scope):
         return _Joined(users, users.c.user_id)
 
     def _drivers(self, condition: tree.Condition) -> list[Any] | None:
-        """Return keys of joined relations that contain every user with a true condition; None if unknown."""
+        """Return the keys of joined relations that contain every user with a true condition; None if unknown."""
         match condition:
             case tree.Conjunction(operands):
                 sets = [drivers for operand in operands if (drivers := self._drivers(operand)) is not None]
@@ -237,7 +237,7 @@ class Users(Scope):
         return None
 
     def _is_true_without_rows(self, compared: tree.Compared) -> bool:
-        """Return whether a comparison may be true for a user without rows: a count of 0, or something absent."""
+        """Return whether a comparison may be true for a user without rows, such as a count of 0 or an absent value."""
         left, comparator = compared.left, compared.comparator
         assert isinstance(left, tree.Reduction)  # noqa: S101
         if left.reducer not in COUNTS:
@@ -271,7 +271,7 @@ class Users(Scope):
         return self._test(compared, SqlValue(number.is_not(None), number=number))
 
     def _is_looked_up(self, stream: tree.Stream) -> bool:
-        """Return whether EXISTS is fast: it is joined set by set, or else would read all our events without a window."""
+        """Return whether EXISTS is faster than grouping: it is joined as a set, or the stream is all our events."""
         is_ours = (
             stream.kind is tree.StreamKind.EVENT and self.catalog.event(stream.name) is self.catalog.events
         )
@@ -282,7 +282,7 @@ class Users(Scope):
         return of_reduction(reduction, by_kind(self._joined[reduction].from_.c))
 
     def _trait_key(self, path: tree.ValuePath) -> Any:
-        """Return where a trait is read from: ("definition", key), a table's name, or None if nobody has it."""
+        """Return the origin of a trait: ("definition", key), a table's name, or None if nobody has it."""
         name = path.steps[0]
         if len(path.steps) == 1 and name in self.catalog.definitions:
             return ("definition", name)
@@ -292,7 +292,7 @@ class Users(Scope):
         return None
 
     def _is_audience(self, key: Any) -> bool:
-        """Return whether the key of a trait is that of an audience, which has a value for every user."""
+        """Return whether a trait's key belongs to an audience, which has a value for every user."""
         return isinstance(key, tuple) and not self.catalog.definitions[key[1]].is_trait
 
     def trait_value(self, path: tree.ValuePath) -> tuple[list[sa.FromClause], SqlValue]:

@@ -1,4 +1,4 @@
-"""A query as it is configured: its text, and the tables and definitions that it may name."""
+"""A configured query: its text, and the tables and definitions that it may name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from audience_sync.audiences.query.tree import Query
 
 @dataclass(frozen=True, slots=True)
 class TableMapping:
-    """A section of [tables.*]: a `table`, optionally with its schema, or an `sql` query. The reference has the names."""
+    """A section of [tables.*]: a `table`, optionally with its schema, or an `sql` query. The reference explains it."""
 
     name: str
     table: str | None = None
@@ -32,7 +32,7 @@ class TableMapping:
 class QueryDefinition:
     """A definition that queries may name as a trait: a query, or SQL.
 
-    `value_type`: what a trait's values are converted to; `timezone`: of `:today` in the SQL.
+    `value_type`: the type to which a trait's values are converted; `timezone`: the time zone of `:today` in the SQL.
     """
 
     is_trait: bool
@@ -46,9 +46,9 @@ class QueryDefinition:
 class ConfiguredQuery:
     """A definition's query, with the mapped tables and the definitions that it needs.
 
-    For hints, `known_events` and `known_keys`: all mapped events and all definitions on the same database;
-    `events_elsewhere`: the source of each event that is mapped on another one; `keys_elsewhere`: the database of each
-    definition that is computed on another one.
+    The others are for hints. `known_events` and `known_keys`: all mapped events and all definitions on the same database.
+    `events_elsewhere` and `keys_elsewhere`: the source of each event that is mapped, and the database of each definition
+    that is computed, on another database.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""The expressions that the compiler needs from a database. No expression may fail because of the data that it reads.
+"""The SQL expressions that the compiler needs from a database. None of them may fail because of the data that it reads.
 
 on_sqlite.py and on_postgresql.py implement them.
 """
@@ -16,7 +16,7 @@ from audience_sync.audiences.query import tree
 from audience_sync.audiences.query.moments import moment_text
 from audience_sync.audiences.values import FALSE_WORDS, TRUE_WORDS
 
-_BLANKS = '" '  # around a text that is converted
+_BLANKS = '" '  # removed from a text before it is converted
 Expression: TypeAlias = sa.ColumnElement[Any]
 LARGEST_DOUBLE: Expression = sa.literal_column("1.7976931348623157e308")
 
@@ -24,7 +24,7 @@ LARGEST_DOUBLE: Expression = sa.literal_column("1.7976931348623157e308")
 def execute(
     connection: sa.Connection, sql: str, as_of: dt.datetime = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 ) -> sa.CursorResult[Any]:
-    """Run a query only to inspect it: `:today` is the day in UTC."""
+    """Run a query only to inspect it; `:today` is then the day in UTC."""
     bound = statement.bind(sql, connection.dialect.name)
     style, moment = connection.dialect.paramstyle, as_of.astimezone(dt.UTC)
     values: dict[str, Any] = {"as_of": moment, "today": moment.date()}
@@ -71,7 +71,7 @@ class JsonValue(ABC):
 
     @abstractmethod
     def items(self, name: str) -> "tuple[sa.FromClause, JsonValue]":
-        """Return the items of a list as a table, with their places (`key`), and the value of one.
+        """Return the items of a list as a table with their positions (`key`), and the value of an item.
 
         The table is empty if this is not a list.
         """
@@ -100,9 +100,9 @@ class JsonValue(ABC):
 class Dialect(ABC):
     """The expressions that differ between databases.
 
-    `moment_kinds`: the kinds of columns that hold moments. `value_types` has the kinds of traits whose column does not show
-    their type, with the type to convert to. `has_semi_joins`: EXISTS is joined set by set, not looked up for each user,
-    and so needs no grouped rows. `position`: the function that finds a text in another.
+    `moment_kinds`: the kinds of columns that contain moments. `value_types`: for kinds of traits whose column does not
+    show their type, the type to convert to. `has_semi_joins`: EXISTS is joined as a set, not looked up for each user, and
+    so needs no grouped rows. `position`: the function that finds a text in another.
     """
 
     sqlalchemy: ClassVar[sa.Dialect]
@@ -113,18 +113,18 @@ class Dialect(ABC):
 
     @abstractmethod
     def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
-        """Return how the language sees each column of a table, or of a query."""
+        """Return the kind of each column of a table or of a query."""
 
     @abstractmethod
     def json_of_column(self, column: TypedColumn) -> JsonValue: ...
 
     @abstractmethod
     def text_of(self, column: TypedColumn) -> Expression:
-        """Return a column's text; a number's is the one that it has as a user id."""
+        """Return a column's text; a number has the same text as in a user id."""
 
     @abstractmethod
     def key_of(self, column: TypedColumn) -> Expression:
-        """Return what two columns of the same kind are compared by: equal only where their texts are equal."""
+        """Return the expression by which columns of the same kind are compared: equal only if their texts are equal."""
 
     def are_same(self, own: TypedColumn, other: TypedColumn) -> Expression:
         """Return whether two columns are equal, in a form that can use an index of the first."""
@@ -164,7 +164,7 @@ class Dialect(ABC):
     def is_within_parent(
         self, own: TypedColumn, parent: TypedColumn, window: tree.Window, until: dt.datetime
     ) -> Expression:
-        """Return whether a column's moment is in a window that starts at a parent's moment, which is not after `until`."""
+        """Return whether a column's moment is in a window from a parent's moment, which is not after `until`."""
 
     # Numbers and text.
 
@@ -179,14 +179,14 @@ class Dialect(ABC):
         return column.expression
 
     def parts_of_any(self, column: TypedColumn) -> tuple[Expression, Expression]:
-        """Return the number and the text of a column that holds values of any type, which only SQLite has."""
+        """Return the number and the text of a column with values of any type, which only SQLite has."""
         return self.number_of_column(column), self.text_of(column)
 
     @abstractmethod
     def at_15_digits(self, number: Expression) -> Expression: ...
 
     def summed(self, number: Expression) -> Expression:
-        """Return a number in the type in which numbers are added up."""
+        """Return a number in the type in which numbers are summed."""
         return number
 
     def by_code_points(self, text: Expression) -> Expression:
@@ -194,14 +194,14 @@ class Dialect(ABC):
 
     @abstractmethod
     def number_text(self, number: Expression) -> Expression:
-        """Return a number as a list shows it: whole ones as integers, others with up to 15 digits."""
+        """Return a number as text in a list: whole numbers as integers, others with up to 15 digits."""
 
     @abstractmethod
     def number_of_text(self, text: Expression) -> Expression:
-        """Return the number that a text is converted to by the type of a trait, null if it names none."""
+        """Return the number in a text, as a trait's `type` converts it; null if it has none."""
 
     def converted(self, parts: Mapping[str, Any], value_type: str) -> dict[str, Any]:
-        """Return the value with these expressions by kind, converted to the type of a trait; null if it cannot be."""
+        """Return the value with these expressions by kind, converted to a trait's type; null if that is impossible."""
         number, text, boolean = (parts.get(kind) for kind in ("number", "text", "boolean"))
         word = None if text is None else sa.func.lower(sa.func.trim(text, _BLANKS))
         either: list[Any] = []
@@ -234,8 +234,8 @@ class Dialect(ABC):
 
     @abstractmethod
     def joined(self, text: Expression, *order: Expression) -> Expression:
-        """Return the aggregate that joins texts with commas in this order; the rows are already in it."""
+        """Return the aggregate that joins texts with commas in this order, in which the rows already are."""
 
     @abstractmethod
     def json_of(self, parts: Mapping[str, Expression]) -> Expression:
-        """Return the part that is not null, in a form that shows its kind."""
+        """Return the part that is not null, as JSON, which shows its kind."""

@@ -1,4 +1,4 @@
-"""The syntax of a query: lark parses it by grammar.lark. A syntax error shows its position in the text."""
+"""The syntax of a query, which lark parses by grammar.lark. A syntax error shows its position in the text."""
 
 import re
 from collections.abc import Collection
@@ -43,7 +43,7 @@ def parse_form(text: str) -> Tree[Token]:
     """Return lark's tree of a text.
 
     Raises:
-        QueryError: its syntax is not that of a query.
+        QueryError: the syntax is wrong.
 
     """
     if len(text) > MAX_LENGTH:

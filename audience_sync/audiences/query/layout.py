@@ -1,4 +1,4 @@
-"""Write a tree as the text of a query: on one line if it fits, otherwise with one operand on each line."""
+"""Write a tree as the text of a query: on one line if it fits, otherwise with one operand a line."""
 
 import datetime as dt
 import json

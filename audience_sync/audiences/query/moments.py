@@ -11,7 +11,7 @@ MOMENT_PATTERN = (
 
 
 def moved(moment: dt.datetime, length: dt.timedelta) -> dt.datetime:
-    """Return a moment earlier or later; beyond all years, the first day of the first or last one."""
+    """Return a moment moved by a length; outside the years 1 to 9999, the first day of the first or last year."""
     try:
         return moment + length
     except OverflowError:
@@ -20,12 +20,12 @@ def moved(moment: dt.datetime, length: dt.timedelta) -> dt.datetime:
 
 
 def moment_text(moment: dt.datetime) -> str:
-    """Return a moment in UTC as databases write it, with four digits of the year."""
+    """Return a moment in UTC as databases write it, with a four-digit year."""
     return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 def parse_moment(text: str) -> dt.datetime | None:
-    """Return the moment that a text names, or None if it is not a date. Without a zone it is in UTC; a day is its midnight.
+    """Return the moment in a text, or None if it is not a date. Without a zone it is in UTC; without a time, midnight.
 
     Fractions beyond microseconds are cut off. A day or time that does not exist is not a date.
     """

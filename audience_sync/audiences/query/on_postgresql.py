@@ -43,12 +43,12 @@ _COLLATED_KINDS = {
     ("bpchar", '"C"'): "bpchar",
 }
 
-# A date, a time and a zone that exist; whether the month has that day is checked separately.
+# A valid date, time and zone, except that the month may not have that day, which is checked separately.
 _DATE = (
     "^(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
     "([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]+)?)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])?)?$"
 )
-_LEAST: Expression = sa.literal_column("2.5e-324")  # a cast to float8 refuses what is nearer to 0
+_LEAST: Expression = sa.literal_column("2.5e-324")  # a cast to float8 refuses numbers nearer to 0
 _ZERO: Expression = sa.literal_column("0::float8")
 # Escapes in JSON that text cannot represent: NUL, and half a pair of surrogates. A backslash before them may be escaped.
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -111,14 +111,14 @@ class PostgresqlJson(JsonValue):
         return sa.case((self._kind == "string", self._scalar))
 
     def scalar_text(self, dialect: Dialect) -> Expression:
-        """Return a string, or a number as it is written as a user id; null for anything else."""
+        """Return a string, or a number as text, as in a user id; null for anything else."""
         number = sa.case((self.number.is_not(None), sa.cast(self._scalar, sa.Numeric)))
         return sa.case(
             (self._kind == "number", dialect.text_of(TypedColumn(number, "number"))), else_=self.text
         )
 
     def is_text(self, texts: Sequence[str]) -> Expression:
-        """Compare jsonb as it is: half the time of a check of its kind and a comparison of its text."""
+        """Compare jsonb as it is, which takes half the time of checking its kind and comparing its text."""
         if not self.is_binary:
             return is_one_of(self.text, texts)
         literals = [json.dumps(text, ensure_ascii=False) for text in texts]
@@ -153,7 +153,7 @@ class OnPostgresql(Dialect):
         return PostgresqlJson(document, False)
 
     def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
-        """Return the kinds by the types' names in pg_type, a domain's by its base type's, and by the texts' collations."""
+        """Return the kinds by the types' names in pg_type (a domain has its base type's kind) and by collations."""
         if sql is None:
             preparer: Any = connection.dialect.identifier_preparer
             sql = f"SELECT * FROM {'.'.join(preparer.quote(part) for part in (table or '').rsplit('.', 1))}"
@@ -250,7 +250,7 @@ class OnPostgresql(Dialect):
     def is_within_parent(
         self, own: TypedColumn, parent: TypedColumn, window: tree.Window, until: dt.datetime
     ) -> Expression:
-        """Compare the column itself, so that an index can be used. `least`: no sum is later than every timestamp."""
+        """Compare the column itself, so that an index can be used. With `least`, no sum exceeds the last timestamp."""
         if own.kind in self.moment_kinds and own.kind == parent.kind:
             start = sa.func.least(parent.expression, self._bound(until, own.kind))
         else:
@@ -274,7 +274,7 @@ class OnPostgresql(Dialect):
         return is_between(moment, lowest, self._bound(until, kind))
 
     def _bound(self, moment: dt.datetime, kind: str) -> Expression:
-        """Return a moment as a column of a date or timestamp type is compared with it."""
+        """Return a moment in a form that can be compared with a column of a date or timestamp type."""
         if kind == "date":  # a date is after a moment if it is after the moment's day
             return sa.literal_column(f"DATE '{moment_text(moment)[:10]}'")
         if kind in _ZONED:
@@ -305,7 +305,7 @@ class OnPostgresql(Dialect):
         return self.finite(value)
 
     def _shortest(self, column: Expression) -> Expression:
-        """Return the number of a float4's shortest decimal form: 0.1, not 0.100000001490116."""
+        """Return a float4 as the number of its shortest decimal form: 0.1, not 0.100000001490116."""
         wide = sa.cast(column, sa.Double)
         digits: list[Expression] = [
             sa.cast(sa.func.to_char(wide, f"9.{'9' * (count - 1)}EEEE"), sa.Double) for count in (6, 7, 8, 9)

@@ -33,7 +33,7 @@ _DAY = "[0-9][0-9][0-9][0-9]-[0-1][0-9]-[0-3][0-9]"
 _TIME = f"{_DAY}[T ][0-2][0-9]:[0-5][0-9]"
 _ZONE = "[+-][0-2][0-9]:[0-5][0-9]"
 _VIEW = "audience_sync_columns"
-# Kinds by patterns of declared types. `NUM` is what SQLite says of a computed number.
+# Kinds by patterns of declared types. `NUM` is SQLite's type of a computed number.
 _KINDS = (
     ("^(NUM)?$", "any"),
     ("JSON", "json"),
@@ -43,7 +43,7 @@ _KINDS = (
     (r"\bU?(TINY|SMALL|MEDIUM|BIG|HUGE)?INT(EGER)?[0-9]*\b", "integer"),
     ("CHAR|CLOB|TEXT|UUID", "text"),
     ("REAL|FLOA|DOUB|NUMERIC|DECIMAL|NUMBER", "number"),
-    ("INT", "any"),  # POINT and INTERVAL: SQLite makes integers of texts that look like one
+    ("INT", "any"),  # POINT and INTERVAL: SQLite converts texts that look like integers
 )
 
 
@@ -51,7 +51,7 @@ _KINDS = (
 class SqliteJson(JsonValue):
     """A JSON value: its type and value as SQLite's functions return them, NULL if there is none.
 
-    `paths` are its possible places in the document: a step of digits may be an index of a list or a name in an object.
+    `paths`: its possible paths in the document, because a step of digits may be a list index or a name in an object.
     """
 
     kind: Expression
@@ -111,7 +111,7 @@ class SqliteJson(JsonValue):
 
 
 def _kind(type_name: str) -> str:
-    """Return the kind of a declared type. Each value has its own type; this one decides how the language sees it."""
+    """Return the kind of a declared type. In SQLite each value has a type; the language uses the declared one."""
     for pattern, kind in _KINDS:
         if re.search(pattern, type_name):
             return kind
@@ -125,9 +125,9 @@ def _declared_types(connection: sa.Connection, *names: str) -> dict[str, str]:
 
 
 def _types_of_query(connection: sa.Connection, sql: str) -> dict[str, str]:
-    """Return the declared type of each column of a query: of a column of a table its own, else empty.
+    """Return the declared type of each column of a query: the type of a table's column, empty for an expression.
 
-    Only a view of the query shows them. A temporary one writes nothing to the database, and is undone.
+    Only a view of the query shows them. It is temporary, so it writes nothing to the database, and is rolled back.
     """
     types = {name: "" for name, _ in described_columns(connection, sql)}
     text = "NULL".join(statement.bind(sql, "sqlite").parts)  # a view has no parameters
@@ -159,7 +159,7 @@ class OnSqlite(Dialect):
         return SqliteJson.in_document(document, ("$",))
 
     def column_kinds(self, connection: sa.Connection, table: str | None, sql: str | None) -> dict[str, str]:
-        """Return the kinds by the declared types."""
+        """Return the kinds according to the declared types."""
         if sql is not None:
             types = _types_of_query(connection, sql)
         else:
@@ -173,7 +173,7 @@ class OnSqlite(Dialect):
         return self.number_of_column(column), sa.collate(_if_text(column.expression), "BINARY")
 
     def text_of(self, column: TypedColumn) -> Expression:
-        """Return a blob as it is, which is neither a user id nor a value, and null for an infinite number."""
+        """Return the text; null for an infinite number, and a blob unchanged: it is neither a user id nor a value."""
         value = column.expression
         if column.kind == "text":
             return sa.collate(value, "BINARY")
@@ -199,7 +199,7 @@ class OnSqlite(Dialect):
         return self.moment_of_text(_if_text(column.expression))
 
     def moment_of_text(self, text: Expression) -> Expression:
-        """Return the moment that an ISO 8601 text names, or NULL. Nested SELECTs keep a step from repeating the last one."""
+        """Return the moment in an ISO 8601 text, or NULL. Nested SELECTs keep each step from repeating the previous one."""
         given = sa.select(text.label("t")).correlate_except().subquery("given")
         t = given.c.t
         has_zone = t.op("GLOB")(f"*{_ZONE}")
@@ -269,7 +269,7 @@ class OnSqlite(Dialect):
     def is_within_parent(
         self, own: TypedColumn, parent: TypedColumn, window: tree.Window, until: dt.datetime
     ) -> Expression:
-        del until  # datetime() of a moment too late is NULL
+        del until  # datetime() of a moment that is too late is NULL
         start = self.moment_of(parent)
         return is_between(
             self.moment_of(own), self._shifted(start, window.start), self._shifted(start, window.end)
@@ -316,7 +316,7 @@ class OnSqlite(Dialect):
         return sa.case((is_whole, whole), (number.is_not(None), sa.func.printf("%.15g", number)))
 
     def number_of_text(self, text: Expression) -> Expression:
-        """Check the text by its parts: SQLite's cast reads as much of any text as is a number."""
+        """Check the parts of the text first, because SQLite's cast accepts any text and reads a number at its start."""
 
         def unsigned(part: Expression) -> Expression:
             return sa.func.substr(part, sa.case((part.op("GLOB")("[-+]*"), 2), else_=1))

@@ -1,6 +1,6 @@
-"""Parse a query. grammar.lark has the syntax, parts.py reads spans and paths; here are the functions with their arguments.
+"""Parse a query: the functions and their arguments. grammar.lark has the syntax, parts.py parses spans and paths.
 
-The tree is built once the syntax of the whole text is right, so every message points at the first wrong position.
+The tree is built only if the syntax of the whole text is right, so every message shows the first wrong position.
 """
 
 import datetime as dt
@@ -88,7 +88,7 @@ def parse_query(text: str) -> tree.Query:
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """The surroundings of an expression: how many `where`s it is in, and whether a reducer's argument is being read."""
+    """The context of an expression: how many `where`s enclose it, and whether it is a reducer's argument."""
 
     depth: int = 0
     is_argument: bool = False
@@ -96,7 +96,7 @@ class _Scope:
 
 @dataclass(frozen=True, slots=True)
 class _ParsedStream:
-    """A stream that is not reduced yet; `end` is its end in the text."""
+    """A stream that is not reduced yet; `end` is the position in the text where it ends."""
 
     stream: tree.Stream
     end: int
@@ -104,9 +104,9 @@ class _ParsedStream:
 
 @dataclass(frozen=True, slots=True)
 class _Argument:
-    """An argument: a query or stream, else what only some functions take: a span, a path of the parent.
+    """An argument: a query, a stream, or what only some functions take, such as a span or a path of the parent.
 
-    `rule` is the grammar's, and `cast` the word after `as`.
+    `rule`: the rule of the grammar. `cast`: the word after `as`.
     """
 
     rule: str
@@ -130,7 +130,7 @@ def _complete(query: tree.Query | _ParsedStream) -> tree.Query:
 
 
 class _Builder:
-    """Turns lark's tree into ours, and counts the extractors."""
+    """Converts lark's tree to ours, and counts the extractors."""
 
     def __init__(self) -> None:
         self._extractor_count = 0

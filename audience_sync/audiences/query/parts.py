@@ -1,4 +1,4 @@
-"""Parts of a query that are read without their surroundings: function calls, spans, strings, numbers and paths."""
+"""Parts of a query that are parsed without their context: function calls, spans, strings, numbers and paths."""
 
 import math
 import re
@@ -26,7 +26,7 @@ class Mistake(Exception):  # noqa: N818  (parse_query turns it into a QueryError
 class ParsedCall:
     name: str
     start: int
-    end: int  # behind its closing parenthesis
+    end: int  # the position after its closing parenthesis
     arguments: list[Tree[Token]]
 
 

@@ -37,7 +37,7 @@ _PICKS_A_VALUE = {Reducer.FIRST, Reducer.LAST, Reducer.MODE}
 class _Use:
     """A value that a query uses; `stream` is None for a trait and a reduction.
 
-    `wanted`: the kinds that the value may have, the usual one first; none if any will do.
+    `wanted`: the kinds that the value may have, the usual kind first; empty if any kind will do.
     """
 
     value: tree.Trait | tree.Property | tree.Context | tree.Reduction
@@ -48,12 +48,12 @@ class _Use:
 def review_query(
     connection: sa.Connection, configured: ConfiguredQuery, catalog: Catalog, as_of: dt.datetime
 ) -> list[str]:
-    """Return a sentence about each probable mistake, from a sample of the rows."""
+    """Return a sentence about each probable mistake, based on a sample of the rows."""
     return list(dict.fromkeys(_Review(connection, configured, catalog, as_of).warnings()))
 
 
 def hidden_profiles(connection: sa.Connection, mappings: Sequence[TableMapping]) -> str | None:
-    """Return a warning if mapped tables of our own database take the place of the profiles that calls made."""
+    """Return a warning if mapped tables of our own database replace the profiles from calls."""
     hiding = [mapping for mapping in mappings if mapping.profile and mapping.source is None]
     ours = str(connection.get_execution_options()["our"]).replace('"', "") + "profiles"
     if not hiding or any(_reads(connection, mapping, ours) for mapping in hiding):
@@ -68,7 +68,7 @@ def hidden_profiles(connection: sa.Connection, mappings: Sequence[TableMapping])
 
 
 def _reads(connection: sa.Connection, mapping: TableMapping, name: str) -> bool:
-    """Return whether a mapped table is the named one, or a query or view that names it."""
+    """Return whether a mapped table is the named table, or a query or view that names it."""
     sql = mapping.sql or mapping.table or ""
     if mapping.sql is None:
         schema, _, table = sql.rpartition(".")
@@ -110,7 +110,7 @@ def _uses_of_reduction(
 
 
 def _wanted(comparator: Comparator, others: tuple[tree.Scalar, ...]) -> tuple[str, ...]:
-    """Return the kinds that a value may have to be compared with these others."""
+    """Return the kinds that a value may have if it is compared with these others."""
     if comparator in WITH_STRINGS:
         return ("text",)
     if comparator in WITH_DATE | WITH_SPAN:
@@ -120,7 +120,7 @@ def _wanted(comparator: Comparator, others: tuple[tree.Scalar, ...]) -> tuple[st
 
 
 def _wanted_of_item(reduction: tree.Reduction, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the kinds that the reduced values may have; `wanted` are those of the result."""
+    """Return the kinds that the reduced values may have; `wanted`: the kinds that the result may have."""
     match reduction.reducer:
         case reducer if reducer in _PICKS_A_VALUE:
             return wanted
@@ -154,7 +154,7 @@ def _comparable(scalar: tree.Scalar) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Counts of the sampled rows: those that have a value, and those that have one of each kind."""
+    """Counts of the sampled rows that have a value: in total, and for each kind."""
 
     value_count: int
     kind_counts: dict[str, int]
@@ -232,7 +232,7 @@ class _Review:
             yield f"{name} was never seen: {hint}" if hint else f"{name} was never seen"
 
     def _of_definition(self, use: _Use, name: str, key: str) -> Iterator[str]:
-        """Yield warnings about a trait that is another definition. Its own values are reviewed with that definition."""
+        """Yield warnings about a trait that is another definition, whose values are reviewed with that definition."""
         tables = [table for table in self.catalog.profile_tables() if not table.properties]
         hidden = next((table.name for table in tables if key in table.columns), None)
         if hidden is not None:
@@ -247,7 +247,7 @@ class _Review:
             yield f"{name} is an audience, so true or false: the comparison needs {_NAMES[use.wanted[0]]}"
 
     def _is_hidden(self, use: _Use) -> bool:
-        """Return whether calls set a trait that no mapped table of profiles has."""
+        """Return whether calls set a trait that is in no mapped table of profiles."""
         if self.catalog.profiles is None:
             return False
         own = self._sample(use, replace(self.catalog, tables={}))
@@ -279,7 +279,7 @@ class _Review:
         return _Sample(value_count or 0, dict(zip(parts, kind_counts, strict=True)))
 
     def _hint(self, use: _Use, name: str, *, is_column: bool) -> str:
-        """Suggest the nearest name that is known without reading the rows; empty if there is none."""
+        """Suggest the nearest name among those that are known without reading rows; empty if there is none."""
         if use.stream is not None:
             table = None if isinstance(use.value, tree.Context) else self._table(use.stream)
             known = list(table.columns) if table is not None and not table.properties else []

@@ -1,4 +1,4 @@
-"""Rows of a stream: which rows belong to it, their values, and what they are reduced to."""
+"""The rows of a stream, their values, and the value that they are reduced to."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ COUNTS = {Reducer.COUNT, Reducer.COUNT_UNIQUE}
 
 
 class Row(Scope):
-    """A row of a stream: its columns, and the conditions that a row of the stream meets."""
+    """A row of a stream: its columns, and the conditions that every row of the stream meets."""
 
     def __init__(self, users: "Users", stream: tree.Stream, parent: "Row | None") -> None:
         super().__init__(users.catalog, users.as_of)
@@ -67,7 +67,7 @@ class Row(Scope):
 
     @property
     def user_key(self) -> Expression:
-        """Return what identifies the user among users of columns of the same kind."""
+        """Return the expression that identifies the user among user columns of the same kind."""
         return self.db.key_of(self.user)
 
     @property
@@ -140,7 +140,7 @@ class Row(Scope):
         return Row(self.users, compared.left.stream, self).exists(is_there)
 
     def exists(self, is_there: bool, *conditions: Expression) -> Expression:
-        """Return whether there are such rows or, if `is_there` is false, none."""
+        """Return whether there are such rows; if `is_there` is false, whether there are none."""
         rows: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(self.from_)
         exists = sa.exists(rows.where(*self.conditions, *conditions).correlate_except())
         return exists if is_there else ~exists

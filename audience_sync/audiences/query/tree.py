@@ -1,7 +1,7 @@
-"""The tree of a query: what parser.py reads, and what the formatter, the English text and the compiler walk.
+"""The tree of a query, which parser.py builds, and layout.py, english.py and compiler.py walk.
 
-A query is a condition (an audience) or a scalar (a trait). Positions in the text are not part of a tree, so that two
-texts that mean the same have equal trees.
+A query is a condition (an audience) or a scalar (a trait). Positions in the text are not part of the tree, so that two
+texts with the same meaning have equal trees.
 """
 
 import datetime as dt
@@ -22,7 +22,7 @@ class ValuePath:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A literal. To Python `1 == True`, so the kind of the value belongs to it."""
+    """A literal. Its kind is stored too, because in Python `1 == True`."""
 
     value: str | int | float | bool
     is_boolean: bool = field(init=False, repr=False)
@@ -33,7 +33,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Trait:
-    """A trait of the user: of the profile, or the result of another definition, whose key is the first step."""
+    """A trait of the user, from the profile or from another definition, whose key is then the first step."""
 
     path: ValuePath
 
@@ -68,8 +68,8 @@ class Where:
 class Window:
     """Rows whose timestamp is after `start` and not after `end`, counted back from the run's moment.
 
-    `within(7 days)` is 7 days to 0, `between(7 days, 10 days)` is 10 days to 7. `of_parent`: counted on from the
-    parent's timestamp: `between(parent: 1 day, 5 days)` is 1 day to 5.
+    `within(7 days)` is 7 days to 0, `between(7 days, 10 days)` is 10 days to 7. `of_parent`: counted forward from the
+    parent's timestamp, so `between(parent: 1 day, 5 days)` is 1 day to 5.
     """
 
     start: dt.timedelta
@@ -174,7 +174,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A scalar compared with others (most comparators) or with a span (WITHIN_LAST and its like)."""
+    """A scalar compared with others (most comparators) or with a span (such as WITHIN_LAST)."""
 
     left: "Scalar"
     comparator: Comparator
@@ -203,7 +203,7 @@ Query: TypeAlias = Condition | Scalar
 
 
 def scalars(query: Query) -> Iterator[Scalar]:
-    """Yield every scalar of a query, those inside of others after them."""
+    """Yield every scalar of a query, outer ones before the ones inside them."""
     match query:
         case Negation(operand):
             yield from scalars(operand)
