@@ -107,7 +107,7 @@ def _slow_downs(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
 def backlogs(connection: sa.Connection) -> dict[str, int]:
     """The number of pending deliveries of each lane that sends single requests, and of held ones.
 
-    At most MOST_OF_LANE and MOST_COUNTED.
+    Counts at most MOST_OF_LANE of each lane, and at most MOST_COUNTED held ones.
     """
     column = tables.deliveries.c
     # The order of the index for claims. Without it, SQLite reads each row, by the index of statuses.
