@@ -4,8 +4,8 @@ Userpilot keeps a property until it is null. So when `{"address": {"city": "Rome
 `{"address": {"city": "Bern"}}`, the second call must also send `"address.zip": null`; the same holds when a list gets
 shorter, and when a value changes between text, object and list. The profile has the previous value.
 
-For KEEP after a name vanished, it is sent as null with every value of its trait: several calls may be merged into one
-request, and a newer one may replace an older one.
+For a time (KEEP) after a name vanished, it is sent as null with every value of its trait, because several calls may be
+merged into one request, and a newer one may replace an older one.
 """
 
 import datetime as dt
@@ -17,7 +17,7 @@ from audience_sync.db.engines import from_json, to_json
 from audience_sync.db.rows import moment
 from audience_sync.userpilot.properties import property_names, with_gone, without_gone
 
-KEEP = dt.timedelta(days=7)  # longer than a delivery is tried
+KEEP = dt.timedelta(days=7)  # longer than any delivery is retried
 MAX_NAMES = 5_000  # of a user or a company
 
 
@@ -62,7 +62,7 @@ def without_traits(
 class SentNames:
     """Names of properties of a user or a company, each with its trait and the moment when it vanished.
 
-    The moment is None for a current name of a trait that the profile does not hold, because a mapping makes it.
+    The moment is None for a current name of a trait that is not in the profile, because a mapping makes it.
     """
 
     def __init__(self, stored: Mapping[str, tuple[str, str | None]] | None, now: str) -> None:
@@ -88,9 +88,9 @@ class SentNames:
         before: Mapping[str, Any],
         held: Collection[str],
     ) -> PreparedCall:
-        """Return the call with the properties that its traits no longer have in the deliveries at these positions.
+        """Return the call, with the properties that its traits no longer have added to these deliveries as null.
 
-        `before` is the profile's traits without this call, `held` names the traits of this call that it will hold.
+        `before` has the profile's traits without this call, `held` the names of this call's traits that it will have.
         """
         deliveries = list(call.deliveries)
         for position in positions:
@@ -120,9 +120,9 @@ class SentNames:
         return delivery._replace(body=to_json(body))
 
     def update(self, before: Mapping[str, Any], after: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Note the names that vanished from the profile by a call, or came too late to be in it.
+        """Record the names that vanished from the profile because of a call, or arrived too late to be in it.
 
-        `before` and `after` are the values of the call's traits in the profile, `new` those in the call.
+        `before` and `after` are the values of the call's traits in the profile, `new` their values in the call.
         """
         current = property_names(after)
         known = property_names(new) | property_names(before)

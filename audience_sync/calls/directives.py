@@ -1,9 +1,9 @@
 """Segment's mapping directives, checked when the configuration loads and resolved against calls.
 
 An object whose only key begins with `@` is a directive. Anything else is a fixed value, whose members may be
-directives. A key whose value is missing from the call is left out; in a list, a missing item becomes null, so that
-the other items keep their positions (as in Segment). Segment's engine follows JavaScript's truthiness and
-conversions; this one follows JSON's types.
+directives. A key whose value is missing from the call is left out; in a list, a missing item becomes null, so that the
+other items keep their positions (as in Segment). Segment's engine follows JavaScript's truthiness and conversions; this
+one follows JSON's types.
 """
 
 import math
@@ -38,8 +38,8 @@ class Template:
     def resolve(self, document: Document) -> Any:
         """Build the value for a call's document, or return MISSING.
 
-        The value may share parts with the document and the mapping: do not modify it. Raises CallError if the
-        document is nested too deeply, or a number is too long to become text.
+        The value may share parts with the document and the mapping, so do not modify it. Raises CallError if the document
+        is nested too deeply, or a number is too long to be converted to text.
         """
         try:
             return self._resolve(document)
@@ -48,7 +48,7 @@ class Template:
 
 
 def compile_template(value: Any, where: str = "") -> Template:
-    """Compile a mapping from the configuration. Raises ConfigError, which begins with the place: `fields.name: …`."""
+    """Compile a mapping from the configuration. Raises ConfigError; its message begins with the place: `fields.name: …`."""
     return Template(_compile(value, where, MAX_LEVELS))
 
 

@@ -1,7 +1,7 @@
 """Triggers in Segment's filter query language (FQL): parsed into a tree, then compiled into a condition on calls.
 
-The language is as documented at https://segment.com/docs/api/public-api/fql/, even where Segment's engine differs.
-Where that page leaves a question open, the answer here is:
+The language follows https://segment.com/docs/api/public-api/fql/, even where Segment's engine differs from it. Where
+that page leaves a question open, the answer here is:
 - Only `true` is true. Any other condition (null, 1, "yes", an object) is false, and `!` makes it true.
 - A missing field is null. An argument of the wrong type counts as null.
 - Text in quotes is literal: a backslash has a meaning for `match` only.
@@ -161,7 +161,7 @@ _KEYWORDS = {"and", "or", "in", "null", "true", "false", "not"}
 
 
 def _reserved(name: str) -> str | None:
-    """Return why a name cannot be a field, or None if it can. Keywords are also reserved in upper case, such as AND."""
+    """Return why a name cannot be a field, or None. Keywords are also reserved in upper case, such as AND."""
     word = name.lower()
     if word not in _KEYWORDS or name in _KEYWORDS - {"not"}:
         return None
@@ -175,7 +175,7 @@ class _Mistake(Exception):  # noqa: N818  (parse_trigger turns it into a ConfigE
 
 @v_args(inline=True)
 class _Builder(Transformer[Token, Expression]):
-    """Builds the tree while lark parses: a method for each rule of the grammar, leaves first."""
+    """Builds the tree while lark parses, with a method for each rule of the grammar, leaves first."""
 
     def PATH(self, token: Token) -> Token:  # noqa: N802  (the grammar's name)
         if reserved := _reserved(token):

@@ -1,7 +1,7 @@
-"""Mappings decide what a call sends to Userpilot: each one whose trigger matches builds the fields of an action.
+"""Mappings decide what a call sends to Userpilot: each mapping whose trigger matches builds the fields of an action.
 
-The presets work like the configuration's mappings. They send the same as Segment's own Userpilot destination;
-docs/reference/segment-differences.md lists the differences. Next: records.py.
+The presets work like configured mappings. They send the same as Segment's Userpilot destination, with the differences
+that docs/reference/segment-differences.md lists. Next: records.py.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -48,7 +48,7 @@ class Outgoing:
     """A delivery of a call.
 
     `body` is the metadata of a user or a company, and the id of a user's company under COMPANY; for a track it is
-    event_name and metadata. `corrections` say what is sent otherwise than it was written.
+    event_name and metadata. `corrections` say which values are sent in another form.
     """
 
     action: Action
@@ -59,7 +59,7 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The deliveries of a call, the traits that must not be sent, and the reasons why something is not sent."""
+    """The deliveries of a call, the traits that must not be sent, and the reasons why anything is not sent."""
 
     outgoing: list[Outgoing] = field(default_factory=list)
     left_out: dict[str, Any] = field(default_factory=dict)
@@ -81,11 +81,11 @@ class Mapping:
     action: str
     matches: Callable[[dict[str, Any]], bool]
     fields: directives.Template
-    makes_values: bool = False  # whether a value may differ from the call's, and must be checked again
+    makes_values: bool = False  # its values may differ from the call's, so they must be checked again
 
 
 def compile_mapping(name: str, action: str, trigger: str, fields: dict[str, Any]) -> Mapping:
-    """Compile a mapping of the configuration; fields that it leaves out are filled as in the presets.
+    """Compile a configured mapping; fields that it leaves out are filled as in the presets.
 
     Raises ConfigError if the trigger or a field is wrong; the message says where.
     """
@@ -153,7 +153,7 @@ def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection
 
 
 def _is_for_us(integrations: dict[str, Any]) -> bool:
-    """Return whether the call is for Userpilot. Its own entry overrides All; an object means true (as in Segment)."""
+    """Return whether the call is for Userpilot. Userpilot's entry overrides All; an object means true (as in Segment)."""
     own = [integrations[name] for name in NAMES if integrations.get(name) is not None]
     return own[0] is not False if own else integrations.get("All") is not False
 
@@ -223,13 +223,13 @@ def _metadata(fields: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _date(value: object) -> Any:
-    """Return a date as it is sent: as it was written if that is ISO 8601 or a number, otherwise as ISO 8601 in UTC."""
+    """Return a date as it is sent: unchanged if it is ISO 8601 or a number, otherwise as ISO 8601 in UTC."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value  # a Unix time, in seconds or milliseconds
     if not isinstance(value, str):
         raise CallError(_NO_DATE)
     if value.isdecimal():
-        return value  # the same as text, which Segment's destination sends as well
+        return value  # a Unix time as text, which Segment's destination sends too
     try:
         datetime.fromisoformat(value)
     except ValueError:

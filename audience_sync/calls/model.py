@@ -20,7 +20,7 @@ class Call:
     """A valid call; `timestamp` is aware, in UTC.
 
     `document` is the call in Segment's fields, which triggers and mappings read; its ids are strings. `corrections` say
-    what was read otherwise than it was written, `left_out` holds traits beyond the limits.
+    which values were corrected, `left_out` has the traits beyond the limits.
     """
 
     type: CallType
@@ -55,7 +55,7 @@ class Call:
 class PreparedDelivery(NamedTuple):
     """A delivery of a call; `body` is JSON text.
 
-    `names` are the properties that its flattened traits become, each with its trait; None if each trait is one.
+    `names` has the properties of its flattened traits, each with its trait; None if each trait is one property.
     """
 
     action: str
@@ -67,7 +67,7 @@ class PreparedDelivery(NamedTuple):
 
 
 class PreparedCall(NamedTuple):
-    """A call with its deliveries, as the text that is stored."""
+    """A call with its deliveries, as text that can be stored."""
 
     message_id: str
     type: str
@@ -101,7 +101,7 @@ class Receipt:
     """The outcome of a call: accepted for delivery, ignored for a reason, or a repeat, which changed nothing.
 
     `reason` says why the call, or a part of it, is not delivered; `left_out` names traits that are not sent;
-    `corrected` says what was read otherwise than it was written.
+    `corrected` says which values were corrected.
     """
 
     call_id: int

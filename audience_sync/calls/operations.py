@@ -1,7 +1,7 @@
 """FQL's operators and functions on JSON values.
 
-They take arguments of any type, and raise only at Python's own limits: RecursionError for thousands of levels,
-ValueError for thousands of digits.
+They take arguments of any type, and raise only at Python's limits: RecursionError for thousands of levels, ValueError
+for thousands of digits.
 """
 
 import json
@@ -108,8 +108,8 @@ def _number(value: Any) -> float | None:
 def glob(pattern: str) -> re.Pattern[str] | None:
     """Compile a glob into a regular expression; None if the pattern is not valid.
 
-    Each `*` is an atomic group: it stops at the first match of what follows it, up to the next `*`, and never
-    backtracks. The cost is at most the length of the text times that of the pattern.
+    Each `*` is an atomic group: it stops at the first match of the text between it and the next `*`, and never
+    backtracks. The cost is at most the length of the text times the length of the pattern.
     """
     parts = [""]
     position = 0

@@ -1,6 +1,6 @@
 """Profiles, companies and events, built from calls; definitions may read their tables.
 
-A profile also decides what its calls send: traits beyond its limit are left out, and properties that an object or list
+A profile also changes what its calls send: traits beyond its limit are left out, and properties that an object or list
 no longer has become null.
 """
 
@@ -39,9 +39,9 @@ class _MembershipRow(NamedTuple):
 
 
 class _Observation(NamedTuple):
-    """A call's statement about a user or a company, and the positions of its deliveries to them.
+    """A call's traits of a user or a company, and the positions of the deliveries for it.
 
-    `at` is empty if the call is about others, and only sends something to them; `traits` may be empty.
+    `at` is empty if the call is about another subject and only sends something for this one; `traits` may be empty.
     """
 
     call_id: int
@@ -62,8 +62,8 @@ def update_profiles(
 ) -> dict[int, PreparedCall]:
     """Update profiles and companies and add events, from new calls by call id; skip calls of erased users.
 
-    A stored time after `latest` is of a clock that was ahead, and does not count. Return the calls that must be sent
-    otherwise than they were prepared.
+    Stored times after `latest` come from a clock that was ahead, and do not count. Returns the calls whose deliveries
+    must be changed.
     """
     users: _Observations = defaultdict(list)
     companies: _Observations = defaultdict(list)
@@ -123,7 +123,7 @@ def _merge(
     received: str,
     latest: str,
 ) -> None:
-    """Merge traits into rows: the newest timestamp of each wins; a null removes the trait and leaves its time."""
+    """Merge traits into rows: the newest value of each trait wins; null removes the trait but keeps its time."""
     seen = {
         subject: [each.at for each in about if each.at] for subject, about in sorted(observations.items())
     }
@@ -202,7 +202,7 @@ def _surplus(traits: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, A
 
 
 def _drop_oldest_times(traits: Mapping[str, Any], times: dict[str, str]) -> None:
-    """Keep the times of removed traits within the limit: a late older value of one dropped here would bring it back."""
+    """Drop the oldest times of removed traits beyond the limit; a late older value would bring such a trait back."""
     removed = sorted(times.keys() - traits.keys(), key=lambda name: times[name])
     for name in removed[: max(0, len(removed) - MAX_PROFILE_TRAITS)]:
         del times[name]

@@ -1,6 +1,6 @@
-"""Storage of calls, with the deliveries that they queue; a few statements store any number of calls.
+"""Storage of calls and of their deliveries; a few statements store any number of calls.
 
-`profiles` stores what the calls say about users and companies. Next: queue/deliveries.py.
+profiles.py stores the traits of users and companies. Next: queue/deliveries.py.
 """
 
 import datetime as dt
@@ -32,7 +32,7 @@ _column_values = attrgetter(*_COLUMNS)
 
 
 def prepare_call(call: Call, decision: Decision, *, flatten: bool = True) -> PreparedCall:
-    """Turn a call into the form that is stored. `flatten`: whether Userpilot gets nested traits flattened."""
+    """Convert a call to the form in which it is stored. `flatten`: whether nested traits are flattened for Userpilot."""
     body = {
         name: value
         for name, value in call.document.items()
@@ -78,7 +78,7 @@ def _prepared(outgoing: Outgoing, *, flatten: bool) -> PreparedDelivery:
 
 
 def not_after(call: PreparedCall, received_at: dt.datetime) -> PreparedCall:
-    """Return the call with its timestamp corrected, if the clock of the machine that prepared it was ahead."""
+    """Return the call, with a corrected timestamp if the clock of the machine that prepared it was ahead."""
     latest = rows.moment(received_at)
     if call.timestamp <= latest:
         return call
@@ -98,9 +98,9 @@ def save_calls(
 ) -> list[Receipt]:
     """Store calls, update profiles and companies, and queue the deliveries; skip calls whose message id is known.
 
-    Only the message id, type and times of an erased user's call are stored. `user_by_user` queues the deliveries
-    sorted by user, so that only each user's own are in the order of the calls. A large batch is stored faster that
-    way, because each page of an index by user is touched once.
+    Only the message id, type and times of an erased user's call are stored. `user_by_user` queues the deliveries sorted
+    by user, so that only the deliveries of each user are in the order of the calls. This stores large batches faster,
+    because each page of an index by user is written once.
     """
     erasure.block_erasures(connection)
     unique: dict[str, PreparedCall] = {}
@@ -154,7 +154,7 @@ def save_calls(
 
 
 def _users(call: PreparedCall) -> Iterator[str]:
-    """User ids in a call and in its deliveries."""
+    """Return the user ids in a call and in its deliveries."""
     yield from (user_id for user_id in (call.user_id, call.anonymous_id) if user_id is not None)
     yield from (delivery.subject_id for delivery in call.deliveries if delivery.action != Action.COMPANY)
 
@@ -237,7 +237,7 @@ def _call_ids(connection: sa.Connection, message_ids: Sequence[str]) -> dict[str
 
 
 def _by_user(deliveries: Sequence[CallDelivery]) -> list[CallDelivery]:
-    """Sort by user, but put companies and their users first, in the order of the calls: a company precedes its users."""
+    """Sort by user, after companies and their users in the order of the calls, because a company precedes its users."""
     group_calls = {delivery.call_id for delivery in deliveries if delivery.action == Action.COMPANY}
     linked = {delivery.subject_id for delivery in deliveries if delivery.call_id in group_calls}
     return sorted(

@@ -1,11 +1,16 @@
-"""Times as clients write them: ISO 8601 in all its forms, Unix times, and the dates of headers and other languages."""
+"""Parse times as clients write them: all forms of ISO 8601, Unix times, and the formats of headers and languages."""
 
 import datetime as dt
 import email.utils
 import re
 
-EARLIEST_UNIX_TIME = 1e8  # 1973; a smaller number is hardly a time
-_UNITS = (1e11, 1e14, 1e17, 1e20)  # a number below is in seconds, milliseconds, microseconds, nanoseconds
+EARLIEST_UNIX_TIME = 1e8  # 1973; a smaller number is probably not a time
+_UNITS = (
+    1e11,
+    1e14,
+    1e17,
+    1e20,
+)  # numbers below these are in seconds, milliseconds, microseconds, nanoseconds
 _ISO = re.compile(
     r"""(?:(?P<year>\d{4})(?P<separator>[-/.])(?P<month>\d{1,2})(?P=separator)(?P<day>\d{1,2})
       | (?P<basic>\d{8})
@@ -16,9 +21,9 @@ _ISO = re.compile(
     (?(zone)(?:\[[A-Z0-9_/+-]+\] | \ [A-Z]{3,5})?(?:\ M=[+-][\d.]+)?)  # as Java and Go print a time""",
     re.VERBOSE | re.ASCII,
 )
-# Date and time without separators. As Unix time in milliseconds it would be after 2570.
+# Date and time without separators. Read as Unix time in milliseconds, it would be after the year 2570.
 _COMPACT = re.compile(r"((?:19|20)\d{6})(\d{6})", re.ASCII)
-# Dates of HTTP and e-mail headers, as JavaScript prints one, and as C does.
+# Dates in HTTP and e-mail headers, and as JavaScript and C print them.
 _HEADER = re.compile(
     r"""(?:[a-z]{3,9},?\s+)?(?:
         \d{1,2}[ -][a-z]{3}[ -](?:\d\d|\d{4})\s+\d\d:\d\d:\d\d\s+(?:gmt|utc?|z|[ecmp][sd]t|[+-]\d{4})
@@ -30,7 +35,7 @@ _HEADER = re.compile(
 
 
 def parse_time(value: object) -> dt.datetime:
-    """Parse a time that has one sensible meaning; return it aware, in UTC. Raises ValueError.
+    """Parse a time that has only one sensible meaning; return it aware, in UTC. Raises ValueError.
 
     Without an offset it is UTC. `:60` is the next minute, `24:00` the next day. Numbers are Unix times in seconds,
     milliseconds, microseconds or nanoseconds.
@@ -46,7 +51,7 @@ def parse_time(value: object) -> dt.datetime:
 
 
 def is_complete(text: str) -> bool:
-    """Return whether a text that `parse_time` accepts is usual ISO 8601 with an offset, which needs no correction."""
+    """Return whether a text that `parse_time` accepts is ordinary ISO 8601 with an offset, which needs no correction."""
     try:
         return dt.datetime.fromisoformat(text).tzinfo is not None
     except ValueError:

@@ -22,9 +22,9 @@ MAX_ID_LENGTH = 255
 MAX_GROUP_ID_LENGTH = 500
 MAX_MESSAGE_ID_LENGTH = 100
 MAX_EVENT_LENGTH = 500  # PostgreSQL cannot index much longer text
-MAX_LEVELS = 20  # of objects and lists; the call itself is the first
+MAX_LEVELS = 20  # of objects and lists, including the call itself
 MAX_TRAITS = 300  # of an identify or group call, as at Segment
-MAX_NUMBER_BITS = 1023  # the range of a double: most JSON parsers accept no larger number
+MAX_NUMBER_BITS = 1023  # the range of a double; most JSON parsers accept no larger number
 OBJECTS = ("traits", "properties", "context", "integrations")
 FUTURE = "timestamp lies in the future: the time of arrival is used"
 # A timestamp up to this far in the future is corrected without a message.
@@ -40,7 +40,7 @@ def decode_json(text: bytes) -> Any:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
-    # Accepts lone surrogates, NaN and a number of any length, so that validation names them and refuses one call only.
+    # Accepts lone surrogates, NaN and numbers of any length, so that validation can name them and refuse only that call.
     try:
         return json.loads(text, parse_int=_parse_int)
     except (ValueError, RecursionError):
@@ -67,9 +67,9 @@ def parse_call(
     """Check a call in Segment's camel-case fields.
 
     `timestamp` may also be a datetime; a naive one is UTC. `sent_at` is the time at which the call was sent, by the
-    sender's clock: it corrects that clock's error in the call's time (Segment's rule: receivedAt - (sentAt -
-    originalTimestamp)). `corrections` were made before. Raises CallError, which names the field and what is wrong with
-    it.
+    sender's clock, whose error it corrects in the call's time (Segment's rule: receivedAt - (sentAt -
+    originalTimestamp)). `corrections`: those that were made before. Raises CallError, which names the field and the
+    problem.
     """
     if not isinstance(raw, Mapping):
         raise CallError("a call must be a JSON object")
@@ -109,7 +109,7 @@ def parse_call(
 
 
 def _user_ids(document: dict[str, Any], corrected: list[str]) -> tuple[str | None, str | None]:
-    """Read userId and anonymousId; an empty one counts as absent if the other is there, as browsers send it."""
+    """Read userId and anonymousId; an empty one counts as absent if the other is present, as browsers send it."""
     names = ("userId", "anonymousId")
     for name, other in (names, names[::-1]):
         if document.get(name) == "" and document.get(other) not in (None, ""):
@@ -145,7 +145,7 @@ def read_id(document: dict[str, Any], name: str, max_length: int) -> str | None:
     if value is None:
         return None
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1.0 and 1 are the same JSON number
+        value = int(value)  # in JSON, 1.0 and 1 are the same number
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -162,7 +162,7 @@ _KINDS = {bool: "true or false", list: "a list"}
 
 
 def is_blank(text: str) -> bool:
-    """Return whether a text shows nothing: it is empty, or only white space and characters without a width."""
+    """Return whether a text is empty, or only white space and zero-width characters."""
     return _BLANK.fullmatch(text) is not None
 
 
@@ -204,7 +204,7 @@ def _timestamp(
 
 
 def read_optional_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> datetime | None:
-    """Return the time in a field that a call can do without: None if it is absent or not a time."""
+    """Return the time in an optional field: None if it is absent or not a time."""
     try:
         return read_time(document, name, corrected)
     except CallError:
@@ -213,7 +213,7 @@ def read_optional_time(document: Mapping[str, Any], name: str, corrected: list[s
 
 
 def read_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> datetime | None:
-    """Return the time in a field, None if it is absent; add a correction unless it is usual ISO 8601.
+    """Return the time in a field, None if it is absent; add a correction unless it is ordinary ISO 8601.
 
     Raises CallError if the field is not a time.
     """
@@ -238,7 +238,7 @@ def read_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> d
 
 
 def _check_document(document: dict[str, Any], corrected: list[str]) -> dict[str, Any]:
-    """Check the whole call as `check_json` does; remove and return traits and properties that are nested too deep."""
+    """Check the whole call as `check_json` does; remove and return traits and properties that are nested too deeply."""
     left_out: dict[str, Any] = {}
     try:
         check_json(document)
@@ -265,7 +265,7 @@ def _is_too_deep(value: object) -> bool:
 
 
 def check_json(document: dict[str, Any]) -> None:
-    """Raise CallError for values that are not JSON, too large, too deep, or that a database cannot store."""
+    """Raise CallError for values that are not JSON, too large, nested too deeply, or that a database cannot store."""
     _check_values(document)
     if len(_encoded(document)) > MAX_CALL_BYTES:
         raise CallError("the call is larger than 32 KB")
@@ -281,7 +281,7 @@ def _encoded(document: dict[str, Any]) -> bytes:
 def _check_values(document: dict[str, Any]) -> None:
     """Check all nested values, level by level.
 
-    Each value takes at least one byte, so the size limit also ends the walk of a structure that contains itself.
+    Each value takes at least one byte, so the size limit also stops at a structure that contains itself.
     """
     level, budget, layer = 1, MAX_CALL_BYTES, [document]
     texts: list[str] = []

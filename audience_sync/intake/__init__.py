@@ -85,7 +85,7 @@ class Preparer:
         sent_at: dt.datetime | None = None,
         corrections: Sequence[str] = (),
     ) -> PreparedCall:
-        """Prepare a call without using the database; give it a message id if it has none. Errors as for parse_call."""
+        """Prepare a call without the database; give it a message id if it has none. Raises CallError as parse_call does."""
         call = validation.parse_call(
             raw, received_at=received_at, new_id=_new_id, sent_at=sent_at, corrections=corrections
         )
@@ -94,7 +94,7 @@ class Preparer:
 
 
 def as_history(call: PreparedCall) -> PreparedCall:
-    """Return the call without its deliveries, to be stored only."""
+    """Return the call without its deliveries, so that it is only stored."""
     return call._replace(deliveries=(), reason=HISTORY)
 
 
@@ -109,7 +109,7 @@ def save_within(
 ) -> list[Receipt]:
     """Store calls as `save` does, in the caller's transaction; `user_by_user` as for records.save_calls.
 
-    The database's clock decides if this machine's is ahead of it.
+    If this machine's clock is ahead of the database's, the database's is used.
     """
     received_at = min(app.clock.now(), dialects.now(connection))
     return records.save_calls(

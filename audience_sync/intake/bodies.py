@@ -1,4 +1,4 @@
-"""Read the bodies of HTTP requests to the tracking API, with a bound on memory."""
+"""Reads the bodies of HTTP requests to the tracking API in bounded memory."""
 
 import zlib
 
@@ -7,7 +7,9 @@ from starlette.requests import Request
 from audience_sync.intake.refusals import RefusalError
 
 MAX_BATCH_BYTES = 500 * 1024
-MAX_READ_BYTES = 4 * MAX_BATCH_BYTES  # of an oversized body: many senders send all of it before reading
+MAX_READ_BYTES = (
+    4 * MAX_BATCH_BYTES
+)  # of an oversized body, because many senders read the answer only at its end
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -37,7 +39,7 @@ def _decompressed(received: bytearray, max_bytes: int) -> bytes:
     if len(body) > max_bytes:
         raise _too_large(max_bytes)
     if not decompressor.eof or decompressor.unused_data:
-        raise RefusalError(400, "the body is not gzip: it ends early, or more data follows")
+        raise RefusalError(400, "the body is not valid gzip: it ends early, or more data follows")
     return body
 
 

@@ -1,6 +1,6 @@
 """Import of calls from a file of any size: one JSON object a line (NDJSON), in UTF-8 or UTF-16, plain or gzip.
 
-A line without a message id gets one that is derived from its bytes. So importing a file again adds nothing, and two
+A line without a message id gets one that is derived from its bytes, so importing a file again adds nothing, and two
 equal lines are one call. A second process may prepare the calls while this one stores them. Next: intake/__init__.py.
 """
 
@@ -36,18 +36,18 @@ from audience_sync.db import dialects, engines, rows
 from audience_sync.errors import CallError, ConfigError
 from audience_sync.settings import Settings
 
-LINES_PER_PIECE = 10_000  # lines that are prepared, and stored, together
-PIECE_BYTES = 8_000_000  # of a piece's lines at most; a prepared call takes a few times as much
-# On SQLite a transaction takes several pieces: its journal writes every changed page twice, and each piece changes the
-# pages of the indexes by user. Other connections wait for the transaction; the gap after it is as long as the pause in
-# which they try again. As many pieces as a transaction may take are prepared before, so that it waits for nothing.
+LINES_PER_PIECE = 10_000  # the most lines that are prepared and stored together
+PIECE_BYTES = 8_000_000  # the most bytes of a piece's lines; prepared calls take a few times as much memory
+# On SQLite a transaction stores several pieces, because its journal writes every changed page twice, and each piece
+# changes the pages of the indexes by user. Other connections wait for the transaction, and the gap after it is long
+# enough for them to try again. All pieces of a transaction are prepared before it begins.
 LOCK_SECONDS, GAP_SECONDS, READ_AHEAD = 2, 0.12, 8
 MAX_LINE_BYTES = 6 * MAX_CALL_BYTES  # an escape takes six bytes for one
-HEAD_BYTES = 8192  # that show a file's encoding
-OLD = dt.timedelta(days=1)  # Userpilot counts an event at its arrival, whenever it happened
+HEAD_BYTES = 8192  # from which a file's encoding is detected
+OLD = dt.timedelta(days=1)  # of an event: Userpilot counts events when they arrive
 _GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
-# The first bytes of files whose lines are recoded: a BOM, or the NULs of an ASCII character. JSON's first one is ASCII. The
-# last is UTF-8 whose lines end with CR alone.
+# Encodings by the first bytes of a file: a BOM, or the NULs around the first character, which is ASCII in JSON. The last
+# entry is UTF-8 with lines that end with CR.
 _ENCODINGS = {
     rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
     rb"\xff\xfe|\xfe\xff": "utf-16",
@@ -83,7 +83,7 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Lines of a file, prepared."""
+    """Prepared lines of a file."""
 
     calls: list[PreparedCall] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
@@ -125,9 +125,9 @@ class Summary:
 
 
 def decompressed(file: BinaryIO) -> BinaryIO:
-    """Return a reader of the file's lines in UTF-8; its first bytes show whether it is gzip, and its encoding.
+    """Return a reader of the file's lines in UTF-8; gzip and the encoding are recognised by the first bytes.
 
-    Raises ConfigError if they show another format.
+    Raises ConfigError if the file has another format.
     """
     reader: Any = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast("Any", file))
     if reader.peek(2)[:2] == _GZIP:
@@ -135,7 +135,7 @@ def decompressed(file: BinaryIO) -> BinaryIO:
     try:
         head = reader.peek(HEAD_BYTES)
     except (OSError, EOFError, zlib.error):
-        head = b""  # reading the lines will report it
+        head = b""  # reading the lines will report the error
     for beginning, name in _FORMATS.items():
         if head.startswith(beginning):
             raise ConfigError(f"The file is {name}, but {_NDJSON}: convert it first. Nothing is imported.")
@@ -146,7 +146,7 @@ def decompressed(file: BinaryIO) -> BinaryIO:
 
 
 class _Recoded:
-    """The lines of a file in another encoding, in UTF-8. They may end with CR, which no JSON text contains."""
+    """Converts the lines of a file to UTF-8. They may end with CR, which no JSON text contains."""
 
     def __init__(self, file: Any, encoding: str) -> None:
         self._file = file
@@ -169,14 +169,14 @@ def import_calls(
     second_process: bool = False,
     keep_only: bool = False,
 ) -> Summary:
-    """Store the call of each line; report a line that is not a valid call to `on_bad`, and skip it.
+    """Store the call in each line; skip lines that are not valid calls, and report them to `on_bad`.
 
-    `keep_only`: nothing is queued. `second_process`: prepare the calls in a second process. It imports the main module
-    again, so this is only for a program that allows that.
+    `keep_only`: queue nothing. `second_process`: prepare the calls in a second process, which imports the main module
+    again, so this is only for programs that allow that.
 
     Raises:
-        ConfigError: the file cannot be read to its end; the lines before are stored.
-        DatabaseError: committed lines are stored; importing again adds the others.
+        ConfigError: the file cannot be read to its end; the lines before that are stored.
+        DatabaseError: only committed lines are stored; importing again adds the others.
 
     """
     summary = Summary()
@@ -212,8 +212,8 @@ def import_calls(
 class Preparation:
     """Prepares pieces in order, ahead of the caller.
 
-    `second_process`: a child process prepares all pieces but the first, and ends with this one. A thread talks to it, so
-    that it has the next piece while the caller stores one.
+    `second_process`: a child process prepares all pieces but the first, and ends with this process. A thread talks to it,
+    so that it works on the next piece while the caller stores one.
     """
 
     def __init__(self, configured: Settings, *, second_process: bool) -> None:
@@ -230,7 +230,7 @@ class Preparation:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
         if self._pipe is not None:
-            self._pipe.close()  # which ends the process
+            self._pipe.close()  # this ends the child process
 
     def read(self, pieces: Iterator[list[Line]], depth: int) -> bool:
         """Read until this many pieces are being prepared; return False if none is left."""
@@ -274,7 +274,7 @@ class Preparation:
 
 
 def _block_interrupts() -> None:
-    """Leave Ctrl-C to the main thread; the process that this thread starts inherits the mask and stays silent."""
+    """Leave Ctrl-C to the main thread; the process that this thread starts inherits the mask."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
@@ -310,7 +310,7 @@ def _raw(content: bytes) -> Any:
 
 
 def _pieces(lines: Iterator[Line], read_errors: list[ConfigError]) -> Iterator[list[Line]]:
-    """Divide the lines into pieces; an error that ends the file early is added to `read_errors`."""
+    """Divide the lines into pieces; add an error that ends the file early to `read_errors`."""
     piece: list[Line] = []
     size = 0
     try:
@@ -327,7 +327,7 @@ def _pieces(lines: Iterator[Line], read_errors: list[ConfigError]) -> Iterator[l
 
 
 def _lines(file: BinaryIO) -> Iterator[Line]:
-    """Read the lines that are not blank; a line that is too long is cut, but still too long."""
+    """Yield the lines that are not blank. Overlong lines are cut, but stay too long to be accepted."""
     number = 0
     try:
         while content := file.readline(MAX_LINE_BYTES + 1):
@@ -345,7 +345,7 @@ def _lines(file: BinaryIO) -> Iterator[Line]:
 
 
 def _checked(lines: Iterator[Line]) -> Iterator[Line]:
-    """Yield the lines. Raises ConfigError if the first ones show JSON that is not one object a line."""
+    """Yield the lines. Raises ConfigError if the first lines show JSON other than one object a line."""
     beginning = list(itertools.islice(lines, 1))
     first = beginning[0].content.strip() if beginning else b""
     if first.startswith(b"["):
@@ -376,7 +376,7 @@ def _is_json(content: bytes) -> bool:
 
 
 def _is_regular(file: BinaryIO) -> bool:
-    """Return whether reading never waits; a pipe may be silent for an hour, and no transaction may be open then."""
+    """Return whether reading never waits. A pipe may be silent for an hour, while no transaction may be open."""
     try:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
     except OSError:

@@ -43,15 +43,15 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_CALLS = 2_500
 MAX_MERGED_BYTES = 4 * 1024 * 1024  # of the fields that a batch shares, counted once for each of its calls
-MAX_REQUESTS = 500  # at a time; each may hold a batch in memory
-MAX_UNKNOWN_REQUESTS = 100  # at a time, with the key in the body: anybody may send such requests
-MAX_WAITING_CALLS = 20_000  # more wait only if the writer is stuck, and then their senders may be gone
-BODY_SECONDS = 30.0  # to receive a whole body
-RETRY_SECONDS = 5  # until a sender may try again after the database failed
+MAX_REQUESTS = 500  # in progress at a time; each may have a batch in memory
+MAX_UNKNOWN_REQUESTS = 100  # of these, requests with the key in the body, which anybody may send
+MAX_WAITING_CALLS = 20_000  # more wait only if the writer is stuck, when their senders may have given up
+BODY_SECONDS = 30.0  # the time to receive a whole body
+RETRY_SECONDS = 5  # Retry-After when the database failed
 HEALTH_SECONDS = 5.0
 _BROWSER_HEADERS = {"origin", "sec-fetch-site"}
 _MERGED = ("context", "integrations")  # fields of a batch that are merged into each of its calls
-# The last part of each path: what Segment's libraries for servers, phones and browsers call.
+# The last part of each path that Segment's libraries for servers, phones and browsers use.
 _KINDS = {
     **{kind.value: kind.value for kind in CallType},
     **{kind.value[0]: kind.value for kind in CallType},
@@ -63,9 +63,9 @@ _API_PATH = re.compile("/v1(/.*)?|/healthz|/openapi.json", re.DOTALL)
 
 
 class CanonicalPath:
-    """Removes doubled and trailing slashes from the path of a request: libraries differ in them.
+    """Removes repeated and trailing slashes from the path of a request, in which libraries differ.
 
-    A redirect would send the calls to whatever host the Host header names.
+    A redirect instead would send the calls to the host in the Host header, which may be any host.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -78,7 +78,7 @@ class CanonicalPath:
 
 
 class _Dashboard(Mount):
-    """All paths but the API's. A request with JSON is meant for the API, whatever its path is."""
+    """All paths except those of the API. A request with JSON is meant for the API, whatever its path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         content_type = Headers(scope=scope).get("Content-Type", "")
@@ -89,7 +89,7 @@ class _Dashboard(Mount):
 
 @dataclass(slots=True)
 class TrackingApi:
-    """The API of an app; `writer` must run while the API is served."""
+    """The tracking API of an app; `writer` must run while the API is served."""
 
     app: App
     writer: Writer
@@ -110,7 +110,7 @@ class TrackingApi:
         self._description["info"]["version"] = __version__
 
     def asgi(self, dashboard: ASGIApp | None = None) -> Starlette:
-        """Return the application; a dashboard answers all paths outside of /v1 that are not the API's."""
+        """Return the ASGI application; a dashboard answers all paths outside /v1 that the API does not have."""
         routes: list[BaseRoute] = [
             *(Route(f"/v1/{name}", self._post, methods=["POST"]) for name in _KINDS),
             Route("/healthz", self._health, methods=["GET"]),

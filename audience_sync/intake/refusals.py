@@ -1,4 +1,4 @@
-"""Refusals of the tracking API: the error of a request, the limit of calls, and the log of both."""
+"""Refusals of the tracking API: the error for a request, the rate limit of calls, and the log of both."""
 
 import logging
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ class RefusalError(Exception):
 
 @dataclass(slots=True)
 class CallRate:
-    """Limits calls per second. One second's calls may arrive at once; a batch passes if its first call does."""
+    """Limits calls per second. The calls of a second may arrive at once; a batch passes if its first call does."""
 
     per_second: int
     clock: Clock
     _free_at: float = 0.0
 
     def take(self, count: int) -> float:
-        """Count the calls and return 0 if they may pass; else return the seconds to wait before another attempt."""
+        """Count the calls and return 0 if they may pass, else the seconds to wait before another attempt."""
         now = self.clock.monotonic()
         wait = max(self._free_at, now) - now - 1.0
         if wait > 0:
@@ -46,7 +46,7 @@ class CallRate:
 
 @dataclass(slots=True)
 class RefusalLog:
-    """Logs at most LOGGED_PER_SECOND refusals a second; `unlogged` in an event counts the ones skipped before it."""
+    """Logs at most LOGGED_PER_SECOND refusals a second; `unlogged` in an event counts those skipped before it."""
 
     clock: Clock
     _since: float = float("-inf")

@@ -23,17 +23,19 @@ from audience_sync.errors import ConfigError
 from audience_sync.stopping import Stop
 
 MAX_CONNECTIONS = 5_000  # fewer if the system allows fewer open files
-OTHER_FILES = 100  # that the process may have open
+OTHER_FILES = 100  # files that the process needs besides connections
 BACKLOG = 500  # connections that wait to be accepted
-HEAD_SECONDS = 10.0  # for the head of a request
-REQUEST_SECONDS = 40.0  # for the rest, even if the API does not read it; longer than the API's BODY_SECONDS
-ANSWER_SECONDS = 30.0  # for the sender to read its answer
+HEAD_SECONDS = 10.0  # the time to send the head of a request
+REQUEST_SECONDS = (
+    40.0  # the time to send the rest, even if the API does not read it; longer than BODY_SECONDS
+)
+ANSWER_SECONDS = 30.0  # the time to read the answer
 IDLE_SECONDS = 65  # longer than load balancers usually keep a connection
 SHUTDOWN_SECONDS = 30
 
 
 class TimedProtocol(H11Protocol):
-    """Cuts off slow connections; uvicorn alone would wait for them forever."""
+    """Closes slow connections, for which uvicorn alone would wait forever."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class TimedProtocol(H11Protocol):
         super().__init__(*arguments, **options)
         self._max_connections, self._on_refused = max_connections, on_refused
         self.logger = _ERRORS_ONLY  # anybody can cause its warnings
-        # The idle connections of this server, those that are idle for the longest time first.
+        # The idle connections of this server, longest idle first.
         self._idle: dict[TimedProtocol, None] = vars(self.server_state).setdefault("idle", {})
 
     _receive_timer: asyncio.TimerHandle | None = None
@@ -69,7 +71,7 @@ class TimedProtocol(H11Protocol):
         self._set_receive_timer()
 
     def _set_receive_timer(self) -> None:
-        """Start the timer when a part of a request begins; further bytes of the same part do not extend it."""
+        """Start the timer when a part of a request begins; more bytes of the same part do not extend it."""
         state: Any = self.conn.their_state
         if state is h11.IDLE:
             self._idle.setdefault(self)
@@ -128,7 +130,7 @@ _ERRORS_ONLY.setLevel(logging.ERROR)
 
 
 class TrackingServer(uvicorn.Server):
-    """Ends when `stop` is set, after the requests in flight are answered."""
+    """A uvicorn server that ends when `stop` is set, after the requests in flight are answered."""
 
     def __init__(self, application: Starlette, stop: Stop) -> None:
         protocol: Any = partial(
@@ -161,7 +163,7 @@ class TrackingServer(uvicorn.Server):
 
 
 def _max_connections() -> int:
-    """Return how many connections may be open, after raising the process's limit of open files as far as allowed."""
+    """Raise the process's limit of open files as far as allowed; return how many connections may be open."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + OTHER_FILES
     files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -177,8 +179,8 @@ def listen(host: str, port: int) -> socket.socket:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = addresses[0]
         listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-        # Connections inherit it. asyncio sets it only where the socket names its protocol. Without it, the body of an
-        # answer waits 40 ms, until the client acknowledges the head.
+        # Connections inherit TCP_NODELAY. asyncio sets it only if the socket names its protocol. Without it, the body of
+        # an answer is delayed by 40 ms, until the client acknowledges the head.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except (OSError, OverflowError) as error:
         text = str(getattr(error, "strerror", None) or error)

@@ -1,7 +1,7 @@
-"""The writer commits the calls of many requests in one transaction; during a commit, the next calls gather.
+"""The writer commits the calls of many requests in one transaction, while the next calls are collected.
 
 A commit takes about as long for one call as for a thousand. So throughput rises with the load, and a call waits for
-two commits at most. Next: `save` in intake/__init__.py.
+at most two commits. Next: `save` in intake/__init__.py.
 """
 
 import queue
@@ -18,7 +18,7 @@ from audience_sync.app import App
 from audience_sync.calls.model import PreparedCall, Receipt
 from audience_sync.errors import DatabaseError
 
-MAX_CALLS = 2_500  # in a transaction of more than one batch
+MAX_CALLS = 2_500  # in a transaction with more than one batch
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class _Batch:
 
 
 class Writer:
-    """A thread that commits batches in the order of `submit`; at the end of the `with` block all are committed."""
+    """A thread that commits batches in the order of `submit`; leaving the `with` block waits for all of them."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -54,7 +54,7 @@ class Writer:
         return self._count
 
     def submit(self, calls: Sequence[PreparedCall]) -> "Future[list[Receipt]]":
-        """Queue a batch; its future gets the receipts when all calls are committed, or the error if none is."""
+        """Queue a batch; its future gets the receipts when all calls are committed, or the error if none are."""
         batch = _Batch(calls)
         batch.future.set_running_or_notify_cancel()  # from now on the caller cannot cancel it
         with self._lock:
@@ -106,5 +106,5 @@ class Writer:
 
 
 def _is_unavailable(error: Exception) -> bool:
-    """Return whether every batch would fail, so that trying each one would only take longer."""
+    """Return whether every batch would fail, so that trying each one is pointless."""
     return isinstance(error, DatabaseError) and isinstance(error.__cause__, sa.exc.OperationalError)
