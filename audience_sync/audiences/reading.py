@@ -35,6 +35,7 @@ _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_to
 
 # Errors that the definition did not cause: SQLSTATE classes (connection, resources, operator, system), SQLite's codes.
 _CANCELLED = "57014"
+_MISSING_TABLE = "42P01"
 _SERVER_STATES = ("08", "53", "55P03", "57", "58", "XX")  # 55P03: a lock was not released in time
 _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
 
@@ -188,7 +189,12 @@ def _translated_errors(query: BoundQuery) -> Iterator[None]:
             # SQLite hides the exception that a signal raises during a callback.
             raise Interrupted("A signal stopped the statement.") from error
         if not _is_server_error(error):
-            raise DefinitionError(f"{definition.key}: its {query.name} does not work: {reason}.") from error
+            hint = ""
+            if query.source is None and _is_missing_table(error, reason):
+                hint = " It runs on the database of audience-sync: `source` names another one."
+            raise DefinitionError(
+                f"{definition.key}: its {query.name} does not work: {reason}.{hint}"
+            ) from error
         if query.source is None:
             raise
         advice = f"Is it running, and is its url in [sources.{definition.source}] right?"
@@ -197,6 +203,10 @@ def _translated_errors(query: BoundQuery) -> Iterator[None]:
         raise SourceError(
             f"{definition.key}: the source {definition.source} cannot be read: {reason}. {advice}"
         ) from error
+
+
+def _is_missing_table(error: sa.exc.DBAPIError, reason: str) -> bool:
+    return reason.startswith("no such table") or getattr(error.orig, "sqlstate", None) == _MISSING_TABLE
 
 
 def timeout_message(definition: Definition) -> str:

@@ -107,7 +107,7 @@ def serve(
             shown = f"[{host}]" if ":" in host else host
             address = f"http://{shown}:{listening.getsockname()[1]}/"
             output.line(
-                f"The dashboard is at {address}, which also accepts calls. Ctrl-C stops it."
+                f"The dashboard is at {address}, which also accepts calls; the daemon sends them. Ctrl-C stops it."
                 if web.dashboard
                 else f"Calls are accepted at {address}. Ctrl-C stops it."
             )

@@ -57,6 +57,11 @@ COMMANDS = (
 
 TAKE_QUERIES = {"preview", "explain"}  # these explain themselves what to do if the shell split a query
 
+ELSEWHERE = {  # options that people expect of a command
+    "--config": "It goes before the command: `audience-sync --config FILE COMMAND`.",
+    "--dry-run": "`audience-sync plan` shows what a sync would change.",
+}
+
 
 class Grouped(TyperGroup):
     """A group of commands whose help lists them under the headings of COMMANDS."""
@@ -64,6 +69,14 @@ class Grouped(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         names = list(dict.fromkeys(name.split()[0] for _, name, _ in COMMANDS))
         return sorted(super().list_commands(ctx), key=lambda name: (*names, name).index(name))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hint := ELSEWHERE.get(getattr(error, "option_name", None) or ""):
+                error.message = f"{error.message}. {hint}"  # type: ignore[attr-defined]
+            raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         headings: dict[str, list[tuple[str, str]]] = {}

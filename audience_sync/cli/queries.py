@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 100_000
 UNQUOTED_NAME = re.compile(r"\b(event|entity|trait|property|context)\(\s*(?!parent\s*:)[^'\"\s)]")
+SQL = re.compile(r"\s*(select|with)\s", re.IGNORECASE)
 QUOTES_ADVICE = (
     "The shell may have removed quotes: put the whole query into single quotes and its strings into double quotes, or "
     "pass it on standard input, with - in its place."
@@ -181,6 +182,13 @@ def _is_trait(app: "App", text: str, source: str | None) -> bool:
 
 def _read(query: str) -> str:
     """Return the query itself, or what a file or standard input contains."""
+    if not query.strip():
+        raise ConfigError("The query is empty.")
+    if SQL.match(query):
+        raise ConfigError(
+            "This is SQL, not a query: put it into the configuration as `sql` of a definition, and run "
+            "`audience-sync plan KEY`."
+        )
     if query == "-":
         raw = sys.stdin.buffer.read(MAX_BYTES)
     elif len(query) < 1_000 and "\n" not in query and "(" not in query:

@@ -34,8 +34,20 @@ def row_ids(ids: Any) -> Any:
     return ids
 
 
+def _run_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text} is not the number of a run: `audience-sync history` lists them."
+        ) from None
+
+
 RunId = Annotated[
-    int, typer.Argument(metavar="RUN_ID", help="The run's number in `history`.", callback=row_ids)
+    int,
+    typer.Argument(
+        metavar="RUN_ID", help="The run's number in `history`.", callback=row_ids, parser=_run_number
+    ),
 ]
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def init(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder in which config/ is made.", show_default=False)
+        Path,
+        typer.Argument(metavar="DIR", help="The folder in which config/ is made."),
     ] = Path(),
 ) -> None:
     """Write a commented configuration file to start from.
@@ -41,7 +42,8 @@ def init(
         raise ConfigError(f"{target} exists already and was not changed.") from None
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}.") from None
-    output.line(f"Wrote {target}. Edit it, set USERPILOT_API_KEY, then run `audience-sync check`.")
+    place = "" if folder == Path() else f" in {folder}"
+    output.line(f"Wrote {target}. Edit it, set USERPILOT_API_KEY, then run `audience-sync check`{place}.")
 
 
 def check(
@@ -233,7 +235,7 @@ def sandbox(
     try:
         server = lazy.sandbox.Sandbox(
             port=port, api_key=api_key, limits=lazy.sandbox.Limits(refused_percent=refuse)
-        )
+        ).start()
         output.line("A local stand-in for Userpilot is running. To use it, set in your configuration:")
         output.line(f'  [destination]\n  endpoint = "{server.url}"\n  api_key = "{api_key}"')
         output.line(f"Users and companies that it received: {server.url}_sandbox/state")

@@ -216,6 +216,8 @@ def show_table(runs: Sequence[dict[str, Any]]) -> None:
 
 
 def held(run_id: int, key: str, reason: str) -> str:
+    if lazy.destination.MADE_FOR_ANOTHER in reason:  # `approve` would refuse it
+        return f"Run {run_id} of {key} is held. {reason}"
     return (
         f"Run {run_id} of {key} is held for approval. {reason} `audience-sync show {run_id}` shows its changes, "
         f"`audience-sync approve {run_id}` commits exactly these, `audience-sync reject {run_id}` drops them."

@@ -334,7 +334,8 @@ def reason(error: sa.exc.DBAPIError) -> str:
     message = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
     if message.startswith("unsafe use of "):  # because of trusted_schema = OFF
         message += f" in a view, by SQLite {sqlite3.sqlite_version}: read the view's own SELECT in its place"
-    return re.sub(r"\s+", " ", message).strip().rstrip(".")
+    message = re.sub(r"\s+", " ", message).strip()
+    return re.sub(r" Is the server running[^?]*\?$", "", message).rstrip(".")  # libpq asks what `advice` asks
 
 
 def failure(error: sa.exc.DBAPIError) -> str:

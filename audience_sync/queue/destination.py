@@ -23,9 +23,9 @@ MADE_FOR_ANOTHER = "made for another destination than the one that is configured
 def other_destination(key: str = "KEY") -> str:
     """Return the end of a message about something that was made for another destination, including what to do."""
     return (
-        f"{MADE_FOR_ANOTHER}. For a new environment, run `audience-sync sync {key} --full`, which sends everything "
-        "there; for the same environment with a new API key or address, run "
-        "`audience-sync check --accept-destination`"
+        f"{MADE_FOR_ANOTHER}. If the endpoint or the API key is wrong, correct it. For a new environment, run "
+        f"`audience-sync sync {key} --full`, which sends everything there; for the same environment with a new API key "
+        "or address, run `audience-sync check --accept-destination`"
     )
 
 

@@ -33,6 +33,26 @@ def test_no_configuration(tmp_path, environ):
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_wrong_command_line(good, sandbox):
+    command = good()
+    for arguments, message in (
+        (("sync", "--config", "x.toml"), "No such option: --config. It goes before the command: "),
+        (("db", "current", "--config=x.toml"), "No such option: --config. It goes before the command: "),
+        (
+            ("sync", "--dry-run"),
+            "No such option: --dry-run. `audience-sync plan` shows what a sync would change.",
+        ),
+        (("show", "good"), "good is not the number of a run: `audience-sync history` lists them."),
+    ):
+        code, output = command(*arguments)
+        assert (code, message in output) == (2, True), output
+    port = sandbox.url.strip("/").rsplit(":")[-1]
+    code, output = command("sandbox", "--port", port)
+    assert code == 2
+    assert output.startswith(f"audience-sync: Port {port} cannot be used: "), output
+
+
 def test_a_wrong_configuration(good):
     code, output = good(identfy_per_minute=5)("sync")
     assert (code, "did you mean identify_per_minute?" in output) == (2, True), output

@@ -287,6 +287,9 @@ def test_another_key_holds_all_until_it_is_accepted(good, people, sandbox):
     assert (code, run["status"], counts(run)) == (3, "held", (3, 1, 1, 0))
     assert "audience-sync sync good --full" in run["error"]
     assert "audience-sync check --accept-destination" in run["error"]
+    for output in (command("status")[1], command("check")[1]):
+        assert "If the endpoint or the API key is wrong, correct it." in output
+        assert "audience-sync approve" not in output  # it would be refused
     assert sent(sandbox) == [("ann", {"good": True}), ("bob", {"good": True})]
     held = command.document("deliveries", "--status", "held")
     subjects = sorted((each["subject_id"], each["run_id"]) for each in held)

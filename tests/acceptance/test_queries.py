@@ -162,6 +162,12 @@ def test_a_query_comes_from_a_file_or_from_standard_input(command, tmp_path, env
     [
         (["preview", "event('A').count()"], "an audience needs a condition"),
         (["preview", "event('A').cout() > 1"], "unknown function cout: did you mean count?"),
+        (["preview", ""], "The query is empty."),
+        (["explain", " "], "The query is empty."),
+        (
+            ["preview", "SELECT user_id FROM orders"],
+            "This is SQL, not a query: put it into the configuration",
+        ),
         (["preview", "nothing.txt"], "nothing.txt is neither a query nor the key of a definition"),
         (["preview", "recent_buyers"], "recent_buyers is the key of a definition, and preview takes a query"),
         (["preview", "event('A').count()"], "It is a valid query of a trait: add --trait."),

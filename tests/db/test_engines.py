@@ -74,6 +74,7 @@ def test_a_message_shows_no_option_of_a_url_that_may_be_a_secret(opened, option)
         pass
     assert "s3cret" not in str(raised.value)
     assert "postgresql+psycopg://u:***@127.0.0.1:1/x?host=127.0.0.1 cannot be used" in str(raised.value)
+    assert str(raised.value).count("s the server running") == 1  # our question in place of libpq's
 
 
 class FileDialect(SQLiteDialect_pysqlite):

@@ -290,7 +290,7 @@ class _Builder:
         rules = [argument.rule for argument in arguments]
         example = {"within": "within(7 days)", "between": "between(7 days, 10 days)"}[call.name]
         if len(rules) != example.count("days") or not {*rules} <= {"span", "parent_span"}:
-            fail(call.start, f"write {example}")
+            fail(call.start, f"write {example}: numbers with units, without quotes")
         of_parent = rules[0] == "parent_span"
         if of_parent and not scope.depth:
             fail(arguments[0].position, "`parent:` needs a where(…) of another event around it")
@@ -334,7 +334,7 @@ class _Builder:
         arguments = [self._argument(node, scope) for node in call.arguments]
         if comparator in WITH_SPAN:
             if [argument.rule for argument in arguments] != ["span"]:
-                fail(call.start, f"write {call.name}(7 days)")
+                fail(call.start, f"write {call.name}(7 days): a number with a unit, without quotes")
             return tree.Compared(value, comparator, span=arguments[0].value)
         for argument in arguments:
             if isinstance(argument.value, _ParsedStream) and argument.cast is None:
