@@ -1,4 +1,4 @@
-"""The App connects the settings, the database, the clock and Userpilot's client for commands, daemon and `intake`.
+"""The App, which connects settings, database, clock and Userpilot's client for the commands, the daemon and `intake`.
 
 It makes no decisions. Next: audiences/runs.py for a sync, queue/worker.py for a delivery.
 """
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class App:
-    """The settings, the database and the clock of a program. `open_app` makes one; the functions of `intake` take it."""
+    """The settings, the database and the clock of a program, from `open_app`; the functions of `intake` take it."""
 
     settings: Settings
     engine: sa.Engine
@@ -77,7 +77,7 @@ class App:
     def load_keys(self) -> None:
         """Load the keys under which the definitions were first used, and the keys that are retired.
 
-        Raises ConfigError if two definitions have the same key, or one the key of a definition of the other kind.
+        Raises ConfigError if two definitions have the same key, or if a key belongs to the other kind of definition.
         """
         with engines.read(self.engine) as connection:
             rows = records.all_definitions(connection)
@@ -114,9 +114,9 @@ class App:
         )
 
     def check_key(self) -> bool:
-        """Return whether the endpoint accepted the API key; False if it has no way to validate one.
+        """Return whether the endpoint accepted the API key; False if it cannot validate keys.
 
-        Raises ConfigError if it refuses the key, or gives no answer.
+        Raises ConfigError if it refuses the key or does not answer.
         """
         with self.client() as client:
             answer = client.validate()
@@ -172,7 +172,7 @@ class App:
         return planned, split.forecast(push_count, user_count - push_count, self.pace)
 
     def query_definition(self, text: str, source: str | None, kind: Kind) -> Definition:
-        """Return a definition of a query that is not configured, to preview or explain it."""
+        """Return a definition for a query that is not configured, to preview or explain it."""
         return queries.unnamed_definition(self.settings, text, source, kind)
 
     def likely_source(self, text: str, kind: Kind) -> str | None:
@@ -188,10 +188,10 @@ class App:
         stop: threading.Event | None = None,
         is_gathering: Callable[[], bool] = lambda: False,
     ) -> progress.Report:
-        """Hold the deliveries for another destination, then deliver what is due.
+        """Hold the deliveries for other destinations, then deliver what is due.
 
-        `stop` ends this delivery only. While `is_gathering`, changes wait for the changes of the same users that
-        other runs are about to commit.
+        `stop` ends only this delivery. While `is_gathering`, changes wait for changes of the same users that other runs
+        are about to commit.
         """
         self.settings.destination.api_key.require()
         with engines.write(self.engine) as connection:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
-JUMP_SECONDS = 1.0  # by which this machine's clock may be corrected until the database's is read again
+JUMP_SECONDS = 1.0  # if this machine's clock is corrected by more, the database's is read again
 
 
 class Clock(Protocol):
@@ -14,7 +14,7 @@ class Clock(Protocol):
         """The wall-clock time, aware, in UTC."""
 
     def monotonic(self) -> float:
-        """The seconds of a clock that never goes back."""
+        """The seconds of a clock that never goes backwards."""
 
     def sleep(self, seconds: float) -> None: ...
 
@@ -32,14 +32,14 @@ class SystemClock:
 
 @dataclass(slots=True)
 class DatabaseClock:
-    """The database's clock, by which all machines work, because the clock of one may be wrong.
+    """The database's clock, which all machines follow, because the clock of a machine may be wrong.
 
-    It is `read` at first, and again when this machine's clock was set or stood still. It runs on if that returns None.
+    It is `read` at first, and again after this machine's clock was set or suspended. If `read` returns None, it continues.
     """
 
     clock: Clock
     read: Callable[[], datetime | None]
-    # What was read, when it was read by our monotonic clock, and how far our own two clocks were apart then.
+    # The time that was read, our monotonic time at that moment, and the difference between our two clocks then.
     _reading: tuple[datetime, float, float] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class DatabaseClock:
         self.clock.sleep(seconds)
 
     def monotonic_of(self, moment: datetime) -> float:
-        """Return a past moment by our own monotonic clock."""
+        """Return a past moment as a time of our monotonic clock."""
         read_at, monotonic, _ = self._reading
         return min(monotonic + (moment - read_at).total_seconds(), self.monotonic())
 

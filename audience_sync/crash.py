@@ -1,7 +1,6 @@
 """Named points at which a test can kill this process, to show that nothing is lost.
 
-AUDIENCE_SYNC_CRASH_AT=NAME kills it when it reaches that point, NAME:3 the third time. Otherwise a point costs one
-comparison.
+AUDIENCE_SYNC_CRASH_AT=NAME kills it at that point, NAME:3 at the third time. Otherwise a point costs one comparison.
 """
 
 import os

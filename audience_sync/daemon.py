@@ -1,7 +1,7 @@
-"""The daemon runs definitions when their slots are due, delivers, reloads the configuration, and stops on request.
+"""The daemon, which runs definitions when their slots are due, delivers, reloads the configuration, and stops on request.
 
-APScheduler only ticks. Each tick reads from the database what is due, so missed ticks, clock changes, restarts and
-other daemons do no harm. A tick does not wait for a lock: a later tick does what another transaction delays. At most
+APScheduler only ticks. Each tick reads the due slots from the database, so missed ticks, clock changes, restarts and
+other daemons do no harm. A tick does not wait for a lock: a later tick does what another transaction delayed. At most
 [daemon] concurrency definitions run at a time, each in its own thread, which then runs the next one that is due. One
 more thread delivers. Next: audiences/slots.py, which decides what is due; app.py, which runs and delivers.
 """
@@ -28,17 +28,17 @@ from audience_sync.queue import backlog, destination
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 5.0
-QUEUE_POLL_SECONDS = 1.0  # also how often requests to stop or reload, and the clock, are checked
-LOCK_SECONDS = 2.0  # a tick waits no longer for a lock
-# Changes of runs that start within this time are delivered together; the next wait begins as long after its end.
+QUEUE_POLL_SECONDS = 1.0  # also how often the clock and requests to stop or reload are checked
+LOCK_SECONDS = 2.0  # the longest that a tick waits for a lock
+# Changes of runs that start within this time are delivered together. At least as long passes before the next such wait.
 GATHER_SECONDS = 10.0
-LATE_LOG_SECONDS = 60.0  # between two events about the same lateness
-STOPPED_SECONDS = 300.0  # between two checks whether a refused key works again
-IDLE_SECONDS = 15.0  # after a poll at which nothing could be sent, unless something else becomes due
-JUST_QUEUED = dt.timedelta(seconds=1)  # a delivery is committed at most this long after its time
+LATE_LOG_SECONDS = 60.0  # the time between two events about the same late runs
+STOPPED_SECONDS = 300.0  # the time between two checks of a refused key
+IDLE_SECONDS = 15.0  # the wait after a poll at which nothing could be sent, unless something else becomes due
+JUST_QUEUED = dt.timedelta(seconds=1)  # the longest time between a delivery's due time and its commit
 PRUNE_SECONDS = 3600.0
-ENDING_SECONDS = 60.0  # a request may take half of it
-CLOCK_SECONDS = 2.0  # the wall clock was set if it moves further than this against the monotonic clock
+ENDING_SECONDS = 60.0  # a single request may take half of it
+CLOCK_SECONDS = 2.0  # the wall clock was set if it differs by more than this from the monotonic clock
 
 
 def in_thread(name: str, work: Callable[[], None]) -> None:
@@ -51,7 +51,7 @@ def _log_error(error: AudienceSyncError, event: str = "failed") -> None:
 
 @dataclass(slots=True)
 class Daemon:
-    """`open_again` reads the configuration again; `start` starts a run in a thread (tests run it at once)."""
+    """The daemon. `open_again` reads the configuration again; `start` starts a run in a thread (tests run it at once)."""
 
     app: App
     open_again: Callable[[App], App]
@@ -93,7 +93,7 @@ class Daemon:
                     self.reload()
                 if abs(self._clock_offset() - offset) > CLOCK_SECONDS:
                     offset = self._clock_offset()
-                    # If the clock was set back an hour, the next tick would be an hour away.
+                    # If the clock was set back by an hour, the next tick would be an hour away.
                     ticker.reschedule_job("tick", trigger=interval)
                     logs.event(log, logging.WARNING, "the clock was set")
         finally:
@@ -116,7 +116,7 @@ class Daemon:
             clock.sleep(0.05)
 
     def _end_heartbeat(self) -> None:
-        """Make `status` say at once that the daemon is not running; without it, that takes a minute."""
+        """Make `status` report at once that the daemon is not running; otherwise that takes a minute."""
         try:
             if self._heartbeat_at is not None:
                 with engines.write(self.app.engine, LOCK_SECONDS) as connection:
@@ -148,7 +148,7 @@ class Daemon:
             _log_error(error)
 
     def _take_next(self, ended: str | None = None) -> slots.Slot | None:
-        """Take the slot that has been due longest, unless enough are running; `ended` no longer runs."""
+        """Take the slot that has been due longest, unless enough runs are running; the run of `ended` has ended."""
         with self._taking:
             app, clock = self.app, self.app.clock
             self._running.discard(ended or "")
@@ -167,7 +167,7 @@ class Daemon:
             return taken[0] if taken else None
 
     def _log_late(self, due: Sequence[slots.Due], now: dt.datetime) -> None:
-        # A slot that was due before this daemon started counts as due from the start on.
+        # A slot that was due before this daemon started counts as due from its start.
         late_before = now - slots.LATE_AFTER
         late = [slot for slot in due if max(slot.due_at, self._started_at or now) < late_before]
         if late and self.app.clock.monotonic() >= self._late_log_at:
@@ -178,7 +178,7 @@ class Daemon:
             logs.event(log, logging.WARNING, "runs are late", count=len(late), key=key, seconds=seconds)
 
     def _is_gathering(self) -> bool:
-        """Return whether runs that started together have not all ended yet."""
+        """Return whether some of the runs that started together have not ended yet."""
         return bool(self._running) and self.app.clock.monotonic() < self._gather_until
 
     def _prune(self, app: App) -> None:
@@ -188,7 +188,7 @@ class Daemon:
             _log_error(error)
 
     def _sync_one_by_one(self, app: App, slot: slots.Slot | None) -> None:
-        """Run a slot, then those that are due next."""
+        """Run a slot, then the slots that are due next."""
         while slot is not None:
             key = slot.definition.key
             self._sync(app, slot)
@@ -263,7 +263,7 @@ class Daemon:
             self._waiting_since = now - JUST_QUEUED
 
     def reload(self) -> None:
-        """Read the configuration again; if it is invalid, the previous one stays in use."""
+        """Read the configuration again; if it is invalid, keep the previous one."""
         self.reload_requested = False
         before = self.app
         try:

@@ -16,7 +16,7 @@ AudienceSyncError
 Interrupted              a signal asked this process to stop (a BaseException)
 
 A message says what happened, where, and what to do next, and never contains a secret. A command that ends with an
-error exits with its `exit_code`.
+error exits with the error's `exit_code`.
 """
 
 import traceback
@@ -28,7 +28,7 @@ class AudienceSyncError(Exception):
 
 
 def unexpected(error: Exception) -> str:
-    """Describe an unexpected error by its type and place, for a report. Its message may contain a user's data."""
+    """Describe an unexpected error by its type and place, for a report: its message may contain a user's data."""
     name = f"{type(error).__module__}.{type(error).__name__}".removeprefix("builtins.")
     frames = traceback.extract_tb(error.__traceback__)
     return f"{name} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else name

@@ -2,8 +2,8 @@
 
 docs/reference/log-events.md lists every event with its fields; a test compares it with the code.
 
-An exception is logged with its type and traceback. Only our own errors are logged with their message: a driver's
-message quotes the row ("Key (user_id)=(17850) already exists"), even where SQLAlchemy hides parameters.
+An exception is logged with its type and traceback. Only our own errors are logged with their message, because a driver's
+message may quote a row ("Key (user_id)=(17850) already exists") even if SQLAlchemy hides parameters.
 """
 
 import json
@@ -20,7 +20,7 @@ QUIET = ("alembic", "apscheduler", "httpcore", "httpx", "sqlalchemy", "uvicorn")
 
 
 def configure(format: str = "text", level: str = "info") -> None:  # noqa: A002  (its name in the configuration)
-    """Log messages of at least this level to standard error, as `text` or `json`; a later call replaces this one."""
+    """Log messages of at least this level to standard error, as `text` or `json`; a later call replaces an earlier one."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if format == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

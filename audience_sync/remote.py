@@ -1,4 +1,4 @@
-"""The origin of an HTTP request: this machine, another one, or a proxy that passes it on."""
+"""The origin of an HTTP request: this machine, another machine, or a proxy."""
 
 import ipaddress
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(headers: Headers) -> str:
-    """Return the host of the Host header; starlette would return our own address for an invalid one."""
+    """Return the host in the Host header; starlette would return our own address if it is invalid."""
     try:
         return urlsplit(f"//{headers.get('Host', '')}").hostname or ""
     except ValueError:
@@ -25,12 +25,12 @@ def host_name(headers: Headers) -> str:
 
 
 def came_through_proxy(scope: Scope) -> bool:
-    """Return whether the request came through a proxy: its headers say so, or it is HTTP/1.0, nginx's default."""
+    """Return whether the request came through a proxy: its headers say so, or it is HTTP/1.0, the default of nginx."""
     return scope.get("http_version") == "1.0" or any(
         name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in Headers(scope=scope)
     )
 
 
 def is_local(scope: Scope) -> bool:
-    """Return whether a program on this machine sent the request to this machine, without a proxy between them."""
+    """Return whether a program on this machine sent the request, to this machine and without a proxy."""
     return is_loopback(host_name(Headers(scope=scope))) and not came_through_proxy(scope)

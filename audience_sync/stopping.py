@@ -1,4 +1,4 @@
-"""The stop request of a process: its threads end, and what they wait for is interrupted."""
+"""The stop request of a process, which ends its threads and interrupts what they wait for."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ class Stop(threading.Event):
 
     @contextmanager
     def interrupting(self, interrupt: Callable[[], object]) -> Iterator[None]:
-        """Call `interrupt` when the event is set during the block, or if it is already set, from whichever thread."""
+        """Call `interrupt`, from any thread, if the event is set before or during the block."""
         with self._lock:
             self._interrupts.append(interrupt)
             if self.is_set():

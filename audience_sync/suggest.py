@@ -1,4 +1,4 @@
-"""Hints in error messages: the nearest known name, the place in a text, what is allowed there."""
+"""Hints in error messages: the nearest known name, the position in a text, and what is allowed there."""
 
 import difflib
 from collections.abc import Iterable, Sequence

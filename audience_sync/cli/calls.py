@@ -131,8 +131,8 @@ def import_(
 ) -> None:
     """Import calls from an NDJSON file.
 
-    Each line is a call as Segment's libraries send it. Importing a file again changes nothing. Lines that are not
-    valid calls are reported and left out.
+    Each line is a call in the form that Segment's libraries send. Importing a file again changes nothing. Lines that
+    are not valid calls are reported and left out.
 
     With --keep-only, calls fill profiles, companies and events, and nothing is sent, because Userpilot would count an old
     event as today's.
@@ -180,7 +180,7 @@ def import_(
 
 @contextlib.contextmanager
 def _source(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """Open the file; with its size in bytes where that is known."""
+    """Open the file; return it with its size in bytes if that is known."""
     if file == "-":
         yield sys.stdin.buffer, None
         return

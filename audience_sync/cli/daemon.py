@@ -25,8 +25,8 @@ def _log_everything(app: "App") -> None:
 def daemon(context: typer.Context) -> None:
     """Sync by schedule and deliver, until stopped.
 
-    Runs each definition that has a `schedule` when it is due, and delivers all the time. SIGTERM or Ctrl-C finishes
-    the requests in flight and stops; SIGHUP reads the configuration again.
+    Runs each definition with a `schedule` when it is due, and delivers continuously. SIGTERM or Ctrl-C finishes the
+    requests in flight and stops; SIGHUP reads the configuration again.
     """
 
     def reopen(before: "App") -> "App":
@@ -55,7 +55,7 @@ def daemon(context: typer.Context) -> None:
 
 
 def begin_commands(path: Path) -> str:
-    """Return the beginning of commands that use this configuration when they are run in this folder."""
+    """Return the beginning of commands that use this configuration if they are run in this folder."""
     try:
         usual = lazy.settings.find(None, os.environ, Path.cwd())
     except ConfigError:
@@ -75,9 +75,9 @@ def serve(
     """Show the dashboard and accept calls by HTTP, until stopped.
 
     Open the address in a browser to see the dashboard. The API for calls is the one that Segment's libraries use: give
-    them this address as host, and a key of [tracking] write_keys. Calls are stored and queued; `daemon` or `deliver`
-    sends them. To listen for other machines, the dashboard needs users ([[web.users]]) and the API write keys. Needs
-    the extra packages of `pip install 'audience-sync[web]'`.
+    them this address as host, and a key from [tracking] write_keys. Calls are stored and queued; `daemon` or `deliver`
+    sends them. To listen for other machines, the dashboard needs users ([[web.users]]), and the API needs write keys.
+    `serve` needs the extra packages of `pip install 'audience-sync[web]'`.
     """
     try:
         http, remote, server, site, writer = lazy.http, lazy.remote, lazy.server, lazy.site, lazy.writer

@@ -129,7 +129,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _holds_a_demo(folder: Path) -> bool:
-    """Return whether a folder contains the files of an earlier demo and nothing else."""
+    """Return whether a folder contains only the files of an earlier demo."""
     configuration = folder / "audience_sync.toml"
     if not configuration.is_file() or {path.name for path in folder.iterdir()} - set(FILES):
         return False

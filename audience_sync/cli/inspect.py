@@ -178,7 +178,7 @@ def _newest(
     *,
     as_json: bool,
 ) -> list[dict[str, Any]]:
-    """Return the newest rows to show. With `as_json` print all of them instead; say so if there are none."""
+    """Return the newest rows to show; with `as_json`, print all of them instead. Say so if there are none."""
     if status is not None and status not in statuses:
         raise ConfigError(f"There is no status {status}: choose {', '.join(statuses)}.")
     with session.open_app(context) as app:
@@ -242,7 +242,7 @@ def _mention_more(rows: list[dict[str, Any]]) -> None:
 
 
 def known_id(connection: "sa.Connection", app: "App", key: str) -> int | None:
-    """Return the id of a key that was synced, None for one that is only configured.
+    """Return the id of a key that was synced, None for a key that is only configured.
 
     Raises:
         ConfigError: the key is neither.

@@ -1,4 +1,4 @@
-"""The modules that commands work with, each imported when it is first used: `--help` must not wait for SQLAlchemy."""
+"""The modules that commands use, each imported when it is first needed, so that `--help` does not wait for SQLAlchemy."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """The commands in their groups; errors and signals become messages and exit codes.
 
-Typer reads each command's arguments and help from its function. A paragraph of a docstring that is indented, such as
-an example, is printed as it is.
+Typer reads each command's arguments and help from its function. An indented paragraph of a docstring, such as an
+example, is printed unchanged.
 """
 
 import atexit
@@ -150,8 +150,8 @@ def configure(
 
 
 def main() -> None:
-    # Most of what a command allocates are its imports, which stay. Collecting garbage among them would take a
-    # tenth of the time of a short command, and collecting them once more at exit a quarter.
+    # Most of the memory that a command allocates is for its imports, which stay. Collecting garbage among them would
+    # take a tenth of the time of a short command, and once more at exit a quarter.
     gc.set_threshold(200_000)
     atexit.register(gc.freeze)
     try:

@@ -1,4 +1,4 @@
-"""The commands that decide about runs, keys, users and deliveries; what they queue is sent by `deliver` or the daemon."""
+"""The commands that decide about runs, keys, users and deliveries; `deliver` or the daemon sends what they queue."""
 
 import shlex
 from typing import TYPE_CHECKING, Annotated
@@ -53,7 +53,7 @@ def retire(
 ) -> None:
     """End a key: send false to all its members, then reserve it.
 
-    Members of an audience get false, users with a trait's value get null. The key can never be used again.
+    Members of an audience get false; users with a value of a trait get null. The key can never be used again.
     """
     with session.open_app(context) as app:
         run_id = lazy.decisions.retire(app.engine, key, app.clock, app.destination)
@@ -121,7 +121,7 @@ def retry(
 ) -> None:
     """Queue dead deliveries again.
 
-    One whose value has been superseded by a newer one stays dead.
+    A delivery whose value has been superseded by a newer one stays dead.
 
         audience-sync deliveries --status dead
         audience-sync retry 1041 1042
@@ -153,8 +153,8 @@ def discard(
 ) -> None:
     """Cancel deliveries, so that they are never sent.
 
-    Pending, dead and held deliveries can be cancelled; those of a held run only together, with `reject`. Userpilot
-    then lacks these values until `audience-sync sync KEY --full`.
+    Pending, dead and held deliveries can be cancelled; the deliveries of a held run only together, with `reject`.
+    Userpilot then lacks these values until `audience-sync sync KEY --full`.
     """
     with session.open_app(context) as app, lazy.engines.write(app.engine) as connection:
         count = lazy.deliveries.discard(connection, ids, app.clock.now())

@@ -1,6 +1,6 @@
 """Output for people and programs: tables, progress bars and JSON documents.
 
-A reader who leaves (`| head`) changes neither the work nor its exit code.
+If the reader closes the pipe (`| head`), neither the work nor its exit code changes.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def streams() -> Iterator[None]:
 
 
 def drop_output() -> None:
-    """Drop output that cannot be written: the interpreter would try again at exit and change the exit code."""
+    """Drop output that cannot be written: the interpreter would try again at exit, and change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -110,16 +110,16 @@ def plural(number: int, one: str, many: str = "") -> str:
 
 
 def some(texts: Sequence[str], most: int) -> str:
-    """Return the first texts, and how many more there are."""
+    """Return the first texts, and the number of the others."""
     more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """Print a table that fits the terminal (80 columns without one) and cuts nothing off; nothing if it has no rows.
+    """Print a table that fits the terminal (80 columns without one), without cutting anything off; nothing without rows.
 
-    `numbers` names the columns that are aligned to the right. Long texts are folded. Where that is not enough, the
-    key is printed on a separate line above the rest of its row.
+    `numbers` names the columns that are aligned to the right. Long texts are folded. If that is not enough, the key is
+    printed on a separate line above the rest of its row.
     """
     if not rows:
         return
@@ -140,7 +140,7 @@ def _terminal_width() -> int:
 
 
 class _Layout:
-    """The columns' widths, the gap between them, and which column stands above the others, if any."""
+    """The columns' widths, the gap between them, and the column that is printed above the others, if any."""
 
     def __init__(self, widths: list[int], numbers: set[int], gap: int, above: int | None) -> None:
         self.widths, self.numbers, self.gap, self.above = widths, numbers, gap, above
@@ -180,7 +180,7 @@ class _Layout:
 def _layout(
     columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str], width: int
 ) -> _Layout:
-    """Return the first of four layouts that fits, else the narrowest: with wide or narrow gaps, with the key above."""
+    """Return the first of four layouts that fits, else the narrowest: wide or narrow gaps, the key beside or above."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     right = {column for column, name in enumerate(columns) if name in numbers}
     key = columns.index("key") if "key" in columns else None
@@ -211,7 +211,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 @contextmanager
 def progress() -> Iterator[Callable[["Report"], None]]:
-    """Show the progress of a delivery on a terminal; yields a function that shows a report."""
+    """Show the progress of a delivery on a terminal; yield a function that shows a report."""
     with _bar("delivering", None, "MofNCompleteColumn") as update:
 
         def show(report: "Report") -> None:
@@ -227,7 +227,7 @@ def progress() -> Iterator[Callable[["Report"], None]]:
 
 @contextmanager
 def bytes_read(file: BinaryIO, size: int | None) -> Iterator[Callable[[object], None]]:
-    """Show on a terminal how far a file is read; yields a function to call after each piece."""
+    """Show on a terminal how much of a file has been read; yield a function to call after each piece."""
     with _bar("reading", size, "DownloadColumn", "TimeRemainingColumn") as update:
 
         def show(_: object) -> None:
@@ -239,7 +239,7 @@ def bytes_read(file: BinaryIO, size: int | None) -> Iterator[Callable[[object], 
 
 @contextmanager
 def _bar(name: str, total: int | None, *columns: str) -> Iterator[Callable[..., None] | None]:
-    """Show a progress bar with these columns of rich; yields its update function, or None without a terminal."""
+    """Show a progress bar with these columns of rich; yield its update function, or None without a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

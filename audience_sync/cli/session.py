@@ -1,4 +1,4 @@
-"""The common parts of commands: options, opening the database, signals and exit codes."""
+"""Common parts of the commands: options, opening the database, signals and exit codes."""
 
 import datetime as dt
 import os
@@ -27,7 +27,7 @@ NoDeliver = Annotated[
 
 
 def row_ids(ids: Any) -> Any:
-    """Refuse numbers that no row can have."""
+    """Refuse ids that no row can have."""
     for row_id in ids if isinstance(ids, list) else [ids or 1]:
         if not 1 <= row_id < 2**63:
             raise typer.BadParameter(f"there cannot be a number {row_id}.")
@@ -55,7 +55,7 @@ RunId = Annotated[
 def open_app(context: typer.Context, *, migrated: bool = True) -> Iterator["App"]:
     """Open the configuration and the database that the command line names.
 
-    On a terminal progress is shown by the command itself, so logging at level info is reduced to warnings.
+    On a terminal the command shows its progress itself, so logging at level info is reduced to warnings.
     """
     with lazy.app.open_app(context.obj, migrated=migrated) as app:
         settings = app.settings.logging
@@ -66,9 +66,9 @@ def open_app(context: typer.Context, *, migrated: bool = True) -> Iterator["App"
 
 @contextmanager
 def stoppable(app: "App") -> Iterator[None]:
-    """Stop on SIGTERM, SIGINT or SIGHUP: while delivering after the requests in flight, otherwise at once.
+    """Stop on SIGTERM, SIGINT or SIGHUP: during a delivery after the requests in flight, otherwise at once.
 
-    A second signal ends the process at once. SIGHUP stays ignored where `nohup` had ignored it.
+    A second signal ends the process at once. SIGHUP stays ignored if `nohup` ignored it.
     """
 
     def stop(_number: int, _frame: object) -> None:
@@ -104,7 +104,7 @@ def parse_time(text: str | None) -> dt.datetime | None:
 
 
 def finish(report: "Report | None", *, failed: bool = False, busy: bool = False, held: bool = False) -> None:
-    """Exit with the code of this command's work; 1 goes before 75, and 75 before 3."""
+    """Exit with the code of this command's work; 1 takes precedence over 75, and 75 over 3."""
     unfinished = report is not None and (
         report.dead_count or report.stopped or (report.pending_count and not report.is_handed_over)
     )

@@ -1,4 +1,4 @@
-"""The commands that set up: init, check, demo, sandbox, db."""
+"""The commands for setting up: init, check, demo, sandbox, db."""
 
 import contextlib
 import getpass
@@ -28,7 +28,7 @@ def init(
 ) -> None:
     """Write a commented configuration file to start from.
 
-    The file is config/audience_sync.toml; one that exists is left as it is.
+    The file is config/audience_sync.toml; an existing file is not changed.
     """
     package = Path(__file__).parent.parent
     shipped = package / "_config" / "audience_sync.toml"
@@ -76,14 +76,14 @@ def check(
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """The result of a check that did not fail. Each warning is about a possible mistake."""
+    """The result of a check that did not fail; each warning describes a possible mistake."""
 
     text: str = ""
     warnings: Sequence[str] = ()
 
 
 def _checks(app: "App", *, accept_destination: bool) -> Iterator[str]:
-    """Make the checks one by one; yield the mark of each line that they print."""
+    """Make the checks one by one; yield the mark of each printed line."""
     yield from (database := _try("database", partial(_check_database, app)))
     for name in app.settings.sources:
         yield from _try(f"source {name}", partial(_check_source, app, name))
@@ -228,7 +228,7 @@ def sandbox(
 ) -> None:
     """Run a local stand-in for Userpilot.
 
-    It answers as Userpilot does, within the documented limits, and keeps what it receives in memory until Ctrl-C.
+    It answers like Userpilot, within the documented limits, and keeps everything in memory until Ctrl-C.
 
         audience-sync sandbox --refuse 3%
     """

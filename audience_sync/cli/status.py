@@ -1,4 +1,4 @@
-"""The commands that show the present state: status, list."""
+"""The commands that show the current state: status, list."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def _show_status(document: dict[str, Any], problems: list[tuple[str, Any]]) -> N
 
 
 def _problem(kind: str, facts: Any, document: dict[str, Any]) -> str:
-    """Return a text for a problem: the problem, then the remedy."""
+    """Return the text for a problem: the problem, then the remedy."""
     match kind:
         case "stopped":
             return f"Delivery has been stopped since {output.moment(facts['since'])} UTC. {facts['reason']}"

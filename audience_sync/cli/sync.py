@@ -36,8 +36,8 @@ def plan(context: typer.Context, keys: Keys = None, as_of: AsOf = None, as_json:
     """Show what a sync would change, without storing or sending.
 
     For each definition: its members, who would enter, exit or change, and whether the run would be held. At the end:
-    how many requests that takes, and for how long. If a definition cannot be computed, the others are still shown, and
-    the exit code is 1.
+    how many requests this takes, and how long. If a definition cannot be computed, the others are still shown, and the
+    exit code is 1.
 
         audience-sync plan
         audience-sync plan at_risk --as-of 2026-05-01
@@ -227,7 +227,7 @@ def held(run_id: int, key: str, reason: str) -> str:
 def deliver(context: typer.Context, as_json: Json = False) -> None:
     """Send what is due.
 
-    Works until nothing is due within the next minute. When another process is delivering, the rest is left to it.
+    Works until nothing is due within the next minute. If another process is delivering, that process sends the rest.
     """
     with session.open_app(context) as app, session.stoppable(app):
         report = deliver_now(app)
@@ -257,7 +257,7 @@ def _delivery(report: "Report | None", pending: int) -> dict[str, int]:
 
 
 def show_delivery(report: "Report | None", pending: int) -> None:
-    """Print what was sent; `pending` counts what is left in the whole queue."""
+    """Print what was sent; `pending` is the number of deliveries left in the whole queue."""
     if report is None:
         waiting = f"{output.plural(pending, 'delivery', 'deliveries')} in the queue"
         how = (

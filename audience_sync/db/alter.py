@@ -1,8 +1,8 @@
 """Alter a table in a migration, and keep everything that belongs to it.
 
-SQLite cannot alter constraints, so Alembic makes a new table, copies the rows and drops the old table. By itself that
-loses the table's counter of ids (the id of a deleted row would be given out again), its triggers and its indexes, and it
-fails if a view uses the table. Only migrations import this module, because importing Alembic takes long.
+SQLite cannot alter constraints, so Alembic creates a new table, copies the rows and drops the old table. That alone would
+lose the table's counter of ids (so that ids of deleted rows are reused), its triggers and its indexes, and it would fail
+if a view uses the table. Only migrations import this module, because importing Alembic is slow.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from audience_sync.db.dialects import is_sqlite, sql
 
 @contextmanager
 def alter_table(table: sa.Table) -> Iterator[BatchOperations]:
-    """Yield the operations that alter a table; `table` has its present columns and constraints, without indexes."""
+    """Yield the operations that alter a table; `table` has its current columns and constraints, without indexes."""
     connection = op.get_bind()
     if not is_sqlite(connection):
         with op.batch_alter_table(table.name) as batch:
@@ -29,7 +29,7 @@ def alter_table(table: sa.Table) -> Iterator[BatchOperations]:
 
 @contextmanager
 def _rebuilding(connection: sa.Connection, table: str) -> Iterator[None]:
-    """Put back what SQLite loses while a table is rebuilt, and leave other tables' triggers and all views alone."""
+    """Restore what SQLite loses when a table is rebuilt, and do not touch other tables' triggers or any views."""
     last_id = sql(connection, "SELECT seq FROM sqlite_sequence WHERE name = :table", table=table).scalar()
     is_lost = "tbl_name = :table AND type IN ('index', 'trigger') AND sql <> ''"
     lost = sql(connection, f"SELECT sql FROM sqlite_master WHERE {is_lost}", table=table).scalars().all()

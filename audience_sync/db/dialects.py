@@ -1,6 +1,6 @@
-"""The differences between SQLite and PostgreSQL, each in one place: statements, temporary tables, COPY, the clock.
+"""The differences between SQLite and PostgreSQL: statements, temporary tables, COPY, the clock.
 
-In a statement, `{our}` is the prefix of our tables' names and `{temp}` that of temporary tables.
+In a statement, `{our}` is the prefix of the names of our tables, and `{temp}` of temporary tables.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def is_sqlite(bind: sa.Engine | sa.Connection) -> bool:
 
 
 def sql(connection: sa.Connection, statement: str, **parameters: Any) -> sa.CursorResult[*tuple[Any, ...]]:
-    """Run a statement on our tables and temporary ones. A parameter that is a list, of any length, is for `IN :name`."""
+    """Run a statement on our tables and temporary tables. A parameter for `IN :name` is a list of any length."""
     our = connection.get_execution_options()["our"]
     for name, value in parameters.items():
         if isinstance(value, list) and len(value) > CHUNK:
@@ -83,10 +83,10 @@ def newest_of(
     id_column: sa.Column[int],
     before: int | None,
 ) -> tuple[list[sa.ColumnElement[bool]], list[sa.UnaryExpression[Any]]]:
-    """Return conditions and an order: rows with these values in columns, newest first, by an index on these and the id.
+    """Return conditions and an order for rows with these values, newest first, by an index on these columns and the id.
 
-    PostgreSQL compares whole index entries. If it compared the columns, it would expect such rows everywhere, and might
-    read the whole table backwards to find the first of them.
+    PostgreSQL compares whole index entries. If it compared single columns, it would expect such rows everywhere, and might
+    read the whole table backwards to find the first one.
     """
     below = MAX_ID if before is None else before
     if is_sqlite(connection) or not columns:
@@ -102,22 +102,22 @@ def newest_of(
 
 
 def indexed_by(connection: sa.Connection, index: str) -> str:
-    """Return the clause that follows a table's name to make SQLite use an index; empty for PostgreSQL.
+    """Return the clause after a table's name that makes SQLite use an index; empty for PostgreSQL.
 
-    SQLite has no statistics, and may choose a slower plan.
+    SQLite has no statistics, so it may choose a slower plan.
     """
     return f"INDEXED BY {index}" if is_sqlite(connection) else ""
 
 
 def json_list(connection: sa.Connection, parameter: str) -> str:
-    """Return a FROM item with the column `value`: the texts in a parameter that is a JSON list, however many."""
+    """Return a FROM item with the column `value`: the texts in a parameter that is a JSON list of any length."""
     if is_sqlite(connection):
         return f"(SELECT value FROM json_each(:{parameter}))"
     return f"(SELECT value FROM json_array_elements_text(CAST(:{parameter} AS json)))"
 
 
 def json_keys(connection: sa.Connection, column: str) -> str:
-    """Return a FROM item with the column `name`: the names in a JSON object; none if it is nested too deeply for SQLite."""
+    """Return a FROM item with the column `name`: the names in a JSON object, unless it is nested too deeply for SQLite."""
     if is_sqlite(connection):
         return f"(SELECT key AS name FROM json_each(CASE WHEN json_valid({column}) THEN {column} END))"
     return f"(SELECT json_object_keys({column}) AS name)"
@@ -149,10 +149,10 @@ def time_of(engine: sa.Engine) -> dt.datetime | None:
 def create_temp_table(
     connection: sa.Connection, name: str, columns: str, *, unique_ids: bool = False
 ) -> None:
-    """Create {temp}audience_sync_NAME, in place of an older one.
+    """Create {temp}audience_sync_NAME, and drop an older one.
 
-    In `columns`, `{id}` is the type of a user id: text that compares byte by byte. With `unique_ids` SQLite keeps
-    the rows in the order of the one id column and refuses duplicates; PostgreSQL, which joins by hash, gets no index.
+    In `columns`, `{id}` is the type of a user id: text that is compared byte by byte. With `unique_ids` SQLite stores the
+    rows in the order of the id column and refuses duplicates. PostgreSQL, which joins by hash, gets no index.
     """
     is_keyed = unique_ids and is_sqlite(connection)
     id_type = "text" if is_sqlite(connection) else 'text COLLATE "C"'
@@ -173,7 +173,7 @@ def drop_temp_table(connection: sa.Connection, name: str) -> None:
 
 @contextmanager
 def with_settings(connection: sa.Connection, settings: Mapping[str, str]) -> Iterator[None]:
-    """Change settings of PostgreSQL for a block of a transaction; an error ends its part, and thereby resets them."""
+    """Change settings of PostgreSQL for a block of a transaction; an error rolls the block back and so resets them."""
     present = [f"pg_catalog.current_setting('{name}')" for name in settings]
     before = connection.exec_driver_sql(f"SELECT {', '.join(present)}").one()
     set_locally(connection, settings)
@@ -224,7 +224,7 @@ def _copy_text(rows: Sequence[Sequence[Any]]) -> str:
 
 @contextmanager
 def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
-    """Run PostgreSQL's COPY FROM STDIN; yield the object to `write` text to. Errors are SQLAlchemy's, as elsewhere."""
+    """Run PostgreSQL's COPY FROM STDIN; yield the object to `write` text to. Errors become SQLAlchemy's."""
     raw: Any = connection.connection.dbapi_connection
     kind = connection.dialect.loaded_dbapi.Error
     try:
@@ -249,7 +249,7 @@ def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
 
 
 def cancel(raw: Any) -> None:
-    """Ask PostgreSQL to end the connection's running statement, if there is one; ignore a failure."""
+    """Ask PostgreSQL to end the connection's running statement, if any; ignore a failure."""
     with contextlib.suppress(Exception):
         if raw.info.transaction_status.name == "ACTIVE":
             raw.cancel_safe(timeout=CANCEL_SECONDS)

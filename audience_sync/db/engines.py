@@ -24,9 +24,9 @@ from audience_sync.errors import DatabaseError, DatabaseLocked
 
 # Longer than our longest transaction: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
-# Both sides notice within about a minute that the network is gone. Until the server does, it keeps the locks of the
-# abandoned transaction. tcp_user_timeout, in milliseconds, is for sent data that is not acknowledged, which keepalives
-# do not cover; the others are in seconds.
+# With these, both sides notice within about a minute that the network is gone. Until then the server keeps the locks of
+# the abandoned transaction. tcp_user_timeout (in milliseconds; the others are in seconds) applies to sent data that is
+# not acknowledged, which keepalives do not cover.
 _POSTGRESQL_ARGUMENTS = {
     "client_encoding": "UTF8",
     "connect_timeout": 10,
@@ -45,11 +45,12 @@ _POSTGRESQL_SETTINGS = {
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "60000",
 }
-# How our statements are read and times are written, whatever URL and database say. ISO leaves the order of day and month.
+# Our statements and times depend on these, so URL and database cannot change them. ISO does not fix the order of day and
+# month.
 _REQUIRED_SETTINGS = {"datestyle": "ISO", "standard_conforming_strings": "on"}
-_POOLED = "is_pooled"  # in a connection's info: it leads to a pooler such as PgBouncer
+_POOLED = "is_pooled"  # in a connection's info: it is connected to a pooler such as PgBouncer
 _REFUSES_OPTIONS = re.compile("unsupported startup parameter|command-line options", re.IGNORECASE)
-# How long a new connection to SQLite may wait for a lock: its pragmas read the file. None is the usual time.
+# How long a new connection to SQLite may wait for a lock, because its pragmas read the file. None: the default.
 _wait_seconds: ContextVar[float | None] = ContextVar("wait_seconds", default=None)
 _SQLITE_PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cache_size = -32768")
 
@@ -144,10 +145,10 @@ def _startup_options(settings: Mapping[str, str]) -> str:
 
 
 def _work_through_poolers(engine: sa.Engine, settings: Mapping[str, str], *, is_preparing: bool) -> None:
-    """Make an engine work when a pooler, such as PgBouncer, gives each transaction another server's connection.
+    """Make an engine work with a pooler, such as PgBouncer, that gives each transaction another server connection.
 
-    A pooler refuses or drops the settings of the start, so each transaction sets them for itself. Statements are not
-    prepared, because that belongs to one server's connection, unless the URL says so (`is_preparing`).
+    A pooler refuses or drops settings at the start of a connection, so each transaction sets them itself. Statements are
+    not prepared, because they would belong to one server connection, unless the URL asks for it (`is_preparing`).
     """
 
     @sa.event.listens_for(engine, "do_connect")
@@ -230,7 +231,7 @@ def _create_private(database: str | None) -> None:
 def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Connection]:
     """Begin a transaction that sees one state of the database and changes nothing.
 
-    `wait_seconds`: wait no longer for a lock, which on SQLite a commit holds; None is the usual time.
+    `wait_seconds`: how long to wait for a lock, which a commit holds on SQLite; None for the default.
     """
     with plain_errors(engine), connected(engine, wait_seconds) as connection:
         if not is_sqlite(engine):
@@ -242,21 +243,21 @@ def read(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Co
 
 @contextmanager
 def write(engine: sa.Engine, wait_seconds: float | None = None) -> Iterator[sa.Connection]:
-    """Begin a write transaction. `wait_seconds`: wait no longer for a lock; None is the usual time."""
+    """Begin a write transaction. `wait_seconds`: how long to wait for a lock; None for the default."""
     with plain_errors(engine), connected(engine, wait_seconds) as connection, begin_write(connection):
         _limit_lock_waits(connection, wait_seconds)
         yield connection
 
 
 def _limit_lock_waits(connection: sa.Connection, seconds: float | None) -> None:
-    """Shorten PostgreSQL's lock timeout until the transaction ends. It takes no snapshot."""
+    """Shorten PostgreSQL's lock timeout until the transaction ends, without taking a snapshot."""
     if seconds is not None and not is_sqlite(connection):
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
 
 
 @contextmanager
 def connected(engine: sa.Engine, wait_seconds: float | None) -> Iterator[sa.Connection]:
-    """Open a connection; on SQLite neither opening nor using it waits longer for a lock."""
+    """Open a connection; `wait_seconds` limits how long opening and using it may wait for a lock on SQLite."""
     token = _wait_seconds.set(wait_seconds)
     try:
         opened = engine.connect()
@@ -285,14 +286,14 @@ def waiting_at_most(raw: Any, seconds: float | None) -> Iterator[None]:
 
 @contextmanager
 def begin(connection: sa.Connection) -> Iterator[sa.Connection]:
-    """Begin a transaction, or a part of the one that `one_transaction` began."""
+    """Begin a transaction, or a savepoint in the one that `one_transaction` began."""
     with connection.begin_nested() if connection.in_transaction() else connection.begin():
         yield connection
 
 
 @contextmanager
 def begin_write(connection: sa.Connection) -> Iterator[sa.Connection]:
-    """Begin a write transaction on a connection that outlives it (for its temporary tables)."""
+    """Begin a write transaction on a connection that stays open after it, for its temporary tables."""
     connection.execution_options(write=True)
     with begin(connection):
         yield connection
@@ -300,10 +301,10 @@ def begin_write(connection: sa.Connection) -> Iterator[sa.Connection]:
 
 @contextmanager
 def one_transaction(connection: sa.Connection) -> Iterator[None]:
-    """Make the transactions of a block that shares temporary tables one transaction on PostgreSQL.
+    """Make the transactions of a block that share temporary tables one transaction, on PostgreSQL.
 
-    A pooler may give the next transaction another server's connection, without the tables. SQLite keeps them apart,
-    because it would hold the write lock while it computes.
+    A pooler may give the next transaction another server connection, without the tables. On SQLite they stay separate,
+    because one transaction would hold the write lock while it computes.
     """
     with contextlib.nullcontext() if is_sqlite(connection) else connection.begin():
         yield
@@ -311,7 +312,7 @@ def one_transaction(connection: sa.Connection) -> Iterator[None]:
 
 @contextmanager
 def plain_errors(engine: sa.Engine) -> Iterator[None]:
-    """Turn the driver's errors about our own database into a DatabaseError that says what to do."""
+    """Convert the driver's errors about our own database to a DatabaseError that says what to do."""
     try:
         yield
     except sa.exc.DBAPIError as error:
@@ -321,7 +322,7 @@ def plain_errors(engine: sa.Engine) -> Iterator[None]:
 
 
 def without_secrets(url: sa.URL) -> str:
-    """Return a URL without its secrets: of its options, only those that say where the database is."""
+    """Return a URL without secrets; of its options, only those that say where the database is."""
     place = {name: value for name, value in url.query.items() if name in {"host", "port", "service"}}
     return url.set(query=place).render_as_string(hide_password=True)
 
@@ -329,7 +330,7 @@ def without_secrets(url: sa.URL) -> str:
 def reason(error: sa.exc.DBAPIError) -> str:
     """Return the driver's message on one line, without the statement and its values.
 
-    For PostgreSQL only the primary message: the details quote rows.
+    For PostgreSQL, only the primary message, because the details quote rows.
     """
     message = getattr(getattr(error.orig, "diag", None), "message_primary", None) or str(error.orig)
     if message.startswith("unsafe use of "):  # because of trusted_schema = OFF

@@ -4,9 +4,9 @@ A lease is a row whose epoch grows each time the lease changes hands. A worker r
 transactions. If the worker was suspended and another process has taken the lease, the epoch differs and the transaction
 is rolled back.
 
-A lease is taken before it expires only if its holder is provably gone. Process ids prove that only within one process
-namespace: two containers may have the same hostname, and each has a process 1. So `host` also identifies the
-namespace, and `owner` ends with the start time of the process, because ids are reused.
+A lease is taken before it expires only if its holder has provably ended. Process ids prove that only within one process
+namespace: two containers may have the same hostname, and each has a process 1. So `host` also identifies the namespace,
+and `owner` ends with the start time of the process, because ids are reused.
 """
 
 import datetime as dt
@@ -49,7 +49,7 @@ class Holder:
 
 
 def acquire(connection: sa.Connection, name: str, seconds: float) -> Lease | Holder:
-    """Take a lease that is free, has expired, or whose holder is provably gone; else return its holder."""
+    """Take a lease that is free, has expired, or whose holder has provably ended; else return its holder."""
     row = _locked(connection, name)
     if row is None:
         # If two processes see no row, the second waits here for the first, and then sees its row.
@@ -84,7 +84,7 @@ def _locked(connection: sa.Connection, name: str) -> sa.Row[tuple[object, ...]] 
 
 
 def holder(connection: sa.Connection, name: str) -> Holder | None:
-    """Return the live holder of a lease, if there is one."""
+    """Return the live holder of a lease, if any."""
     row = connection.execute(sa.select(leases).where(leases.c.name == name)).one_or_none()
     return None if row is None else _live_holder(row, now(connection))
 
@@ -104,7 +104,7 @@ def held_names(connection: sa.Connection) -> set[str]:
 
 
 def renew(connection: sa.Connection, lease: Lease) -> None:
-    """Extend the lease from now on, and lock it until this transaction ends.
+    """Extend the lease from now, and lock it until this transaction ends.
 
     Raises:
         LeaseLost: it has another epoch; this transaction must not be committed.
@@ -165,7 +165,7 @@ def _is_alive(pid: int) -> bool:
 
 @cache
 def _place() -> str:
-    """Return the hostname and a hash of boot and process namespace: where a process id means one process."""
+    """Return the hostname and a hash of boot and process namespace, within which a process id is unambiguous."""
     if sys.platform != "linux":  # has no process namespaces
         return HOST
     try:

@@ -1,6 +1,6 @@
 """The version of the database, and the migrations between versions.
 
-Alembic is imported only to migrate: its import takes longer than a whole sync without changes.
+Alembic is imported only to migrate, because its import takes longer than a whole sync without changes.
 """
 
 from collections.abc import Iterator
@@ -94,7 +94,7 @@ def downgrade(engine: sa.Engine, revision: str) -> None:
 
 
 def script_folder() -> Path:
-    """Return the folder of the migrations: in a wheel inside the package, in a checkout next to it."""
+    """Return the folder of the migrations, which is inside the package in a wheel, and next to it in a checkout."""
     package = Path(audience_sync.__file__).parent
     shipped = package / "_migrations"
     return shipped if shipped.is_dir() else package.parent / "migrations"
@@ -120,7 +120,7 @@ def _run(engine: sa.Engine, direction: str, revision: str) -> None:
 def _without_foreign_keys(connection: sa.Connection) -> Iterator[None]:
     """Switch foreign keys off on SQLite: batch mode rebuilds tables, which would delete the rows that refer to them.
 
-    The pragma has no effect inside a transaction, so it runs on the driver's connection, where SQLAlchemy begins none.
+    The pragma has no effect inside a transaction, so it runs on the driver's connection, outside any transaction.
     """
     if not dialects.is_sqlite(connection):
         yield

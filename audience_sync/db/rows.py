@@ -1,4 +1,4 @@
-"""Insert and update many rows of one table, in the fastest way of each database.
+"""Insert and update many rows of one table, in the fastest way for each database.
 
 SQLite gets several hundred rows in a statement, because it rebuilds the lists in CHECK constraints for each
 statement, which costs more than a row. PostgreSQL gets rows in a JSON document, and many of them by COPY. Values are
@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql
 from audience_sync.db.dialects import copy_rows, is_sqlite
 from audience_sync.db.tables import UtcDateTime
 
-COPY_FROM = 1_000  # the least rows for which COPY is worth its round trips
+COPY_FROM = 1_000  # the fewest rows for which COPY is worth its round trips
 ROWS_PER_STATEMENT = 500  # on SQLite, where a statement has at most 32,766 values
 Row = tuple[Any, ...]
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ def insert(
     rows: Sequence[Row],
     suffix: str = "",
 ) -> int:
-    """Insert the rows in their order; return how many were inserted.
+    """Insert the rows in this order; return how many were inserted.
 
     `suffix` is an ON CONFLICT clause, in which `t` is the table.
     """
@@ -79,7 +79,7 @@ def update(
 ) -> int:
     """Update rows: the first column is the key, the others are set; return how many rows were changed.
 
-    `where` is a further condition, in which `t` is the table and `{name}` the new value of a column.
+    `where` is an additional condition, in which `t` is the table and `{name}` the new value of a column.
     """
     if not rows:
         return 0
@@ -116,7 +116,7 @@ def _as_source(
     connection.exec_driver_sql("DELETE FROM pg_temp.audience_sync_new")
 
 
-# One table serves all uses and is never dropped: creating it each time would leave dead rows in PostgreSQL's catalogs.
+# One table is reused and never dropped, because creating it each time would leave dead rows in PostgreSQL's catalogs.
 _NEW_COLUMNS = [f"value_{number}" for number in range(1, 17)]
 _CREATE_NEW = (
     f"CREATE TEMPORARY TABLE IF NOT EXISTS audience_sync_new ({', '.join(f'{name} text' for name in _NEW_COLUMNS)}) "

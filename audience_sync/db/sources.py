@@ -1,4 +1,4 @@
-"""Open the databases that definitions read from: for reading only, where the database can enforce it."""
+"""Open the databases that definitions read from, for reading only if the database can enforce it."""
 
 import re
 import sqlite3
@@ -51,7 +51,7 @@ def _open_sqlite_source(url: sa.URL) -> sa.Engine:
 
 
 def _open_experimental(url: sa.URL) -> sa.Engine:
-    """Open a database of another kind. One in a file must exist; many drivers would create it."""
+    """Open a database of another kind. A database file must exist, because many drivers would create it."""
     name = url.database or ""
     is_duckdb = url.get_backend_name() == "duckdb"
     in_file = name and ":memory:" not in name and not name.startswith(("md:", "motherduck:"))

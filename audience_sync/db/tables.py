@@ -40,7 +40,7 @@ class UtcDateTime(sa.TypeDecorator[dt.datetime]):
         return dt.datetime.fromisoformat(value).replace(tzinfo=dt.UTC)
 
 
-# Ids compare byte by byte on both databases, whatever the database's locale.
+# Ids are compared byte by byte on both databases, in any locale.
 UserId = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 Document = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")  # definitions read values in these
@@ -75,7 +75,7 @@ PENDING = sa.text("status = 'pending'")
 DEAD = sa.text("status = 'dead'")
 SENDING = sa.text("status = 'sending'")
 HELD = sa.text("status = 'held'")
-WAITING = sa.text("status IN ('held', 'dead')")  # until somebody decides, or a later run does
+WAITING = sa.text("status IN ('held', 'dead')")  # until a person or a later run decides
 MAY_HAVE_BEEN_SENT = sa.text("(attempt_count > 0 OR status IN ('sending', 'accepted', 'dead'))")
 IGNORED = sa.text("status = 'ignored'")
 UNSETTLED = sa.text("status IN ('pending', 'sending')")
@@ -111,7 +111,7 @@ runs = sa.Table(
     sa.Column(
         "deliveries_run_id", Serial
     ),  # while it is held: the replaced run whose held deliveries it took over
-    # Counts of the deliveries of this run that were deleted; exits of erased users, which have none, are cancelled.
+    # Counts of this run's deliveries that were deleted; exits of erased users, which have none, count as cancelled.
     sa.Column("accepted_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("dead_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("cancelled_count", sa.BigInteger, nullable=False, server_default="0"),
@@ -340,7 +340,7 @@ forgotten = sa.Table(
     metadata,
     sa.Column("user_hash", sa.Text, primary_key=True),  # SHA-256 of the user id, in hexadecimal
     sa.Column("forgotten_at", UtcDateTime, nullable=False),
-    sa.Column("returns_at", UtcDateTime),  # the user may be sent again from then on
+    sa.Column("returns_at", UtcDateTime),  # from this time the user may be sent again
 )
 
 schedule_slots = sa.Table(

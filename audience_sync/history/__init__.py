@@ -1,6 +1,6 @@
-"""Read-only questions about runs, members, users, deliveries and the queue.
+"""Read-only queries about runs, members, users, deliveries and the queue.
 
-Answers are dicts with the names of the JSON output.
+Results are dicts with the names of the JSON output.
 """
 
 from audience_sync.history.audiences import (

@@ -1,4 +1,4 @@
-"""Questions about definitions: their states and sizes."""
+"""Queries about definitions: their states and sizes."""
 
 import datetime as dt
 from typing import Any
@@ -70,7 +70,7 @@ def _last_runs(
 
 
 def _sent_keys(connection: sa.Connection) -> set[str]:
-    """The keys with which anybody ever entered, so that Userpilot may have a value."""
+    """The keys that any user ever entered, so that Userpilot may have a value."""
     has_entered = sa.exists().where(
         tables.runs.c.definition_id == tables.definitions.c.definition_id,
         tables.runs.c.status == "succeeded",
@@ -112,10 +112,10 @@ def definition_keys(connection: sa.Connection) -> dict[int, str]:
 
 
 def recent_runs(connection: sa.Connection, limit: int = 30) -> dict[str, dict[str, Any]]:
-    """The sizes after the last committed runs, oldest first, and what waits of these runs and of a held one, by key.
+    """The sizes after the last committed runs, oldest first, and the waiting deliveries of these and held runs, by key.
 
-    `pending_count` and `held_count` of their deliveries; `undecided_count` of those that the held run holds. Of each run,
-    at most MOST_COUNTED are counted.
+    `pending_count` and `held_count`: deliveries of the committed runs. `undecided_count`: deliveries of the held run. At
+    most MOST_COUNTED are counted for each run.
     """
     keys = definition_keys(connection)
     recent: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
-"""Questions about who entered, exited or changed in a run.
+"""Queries about who entered, exited or changed in a run.
 
-The changes of a committed run are read from the memberships that it began and ended; those of a held or rejected run,
-from its deliveries and the members. Each query reads an index in order, and stops at its limit.
+The changes of a committed run are read from the memberships that it began and ended; the changes of a held or rejected
+run from its deliveries and the members. Each query reads an index in order and stops at its limit.
 """
 
 import json
@@ -68,8 +68,8 @@ def change_rows(
 ) -> list[dict[str, Any]]:
     """The users who entered, exited or changed in a run, with a trait's old and new value, ordered by user id.
 
-    `after`: only greater user ids. For a held or rejected run: the users that it would change. Users who were erased
-    since are missing, and so are those whose past memberships were pruned.
+    `after`: only greater user ids. A held or rejected run has the users that it would change. Users who were erased since
+    are missing, and so are users whose past memberships were pruned.
     """
     row = connection.execute(
         sa.select(tables.runs, tables.definitions.c.key, tables.definitions.c.kind)
@@ -91,9 +91,9 @@ def change_rows(
 
 
 def deliveries_of(connection: sa.Connection, run_id: int, user_ids: Collection[str]) -> dict[str, Any]:
-    """The delivery of each of these users' changes in a run, by user id; none for those that are no longer stored.
+    """The deliveries of these users' changes in a run, by user id, as far as they are still stored.
 
-    The ids of a run's deliveries limit the search, because a user may have very many others.
+    The ids of the run's deliveries limit the search, because a user may have very many others.
     """
     column = tables.deliveries.c
     statement = sa.select(tables.runs.c.run_id, tables.runs.c.status, tables.runs.c.deliveries_run_id)
@@ -137,7 +137,7 @@ def _held(connection: sa.Connection, run: Any, what: str) -> tuple[str, dict[str
     by_user = dialects.indexed_by(connection, "ix_deliveries_waiting") if is_large else ""
     status = "= 'held' AND d.status IN ('held', 'dead')" if run.status == "held" else "<> 'held'"
     is_trait = run.kind == "trait"
-    # Keys need no quoting, so a body is its value in a frame of a known length.
+    # Keys need no quoting, so a body is its value between texts of a known length.
     new_value = (
         f"substr(CAST(d.body AS text), {len(run.key) + 6}, length(CAST(d.body AS text)) - {len(run.key) + 6})"
     )

@@ -1,4 +1,4 @@
-"""Questions about the members of an audience, now or at a past time."""
+"""Queries about the members of an audience, now or at a past time."""
 
 import datetime as dt
 import json
@@ -18,8 +18,8 @@ def member_rows(
 ) -> Iterator[tuple[str, str | None]]:
     """(user id, JSON text of a trait's value) of each member, now or at a past time, ordered by user id.
 
-    Each page has its own transaction, so that a slow reader locks nothing. All pages show the members after the
-    same run, even if another one is committed meanwhile.
+    Each page has its own transaction, so that a slow reader locks nothing. All pages show the members after the same run,
+    even if another run is committed meanwhile.
     """
     with engines.read(engine) as connection:
         run_id = _last_committed(connection, definition_id, at)
@@ -43,8 +43,8 @@ def member_page(
 ) -> dict[str, Any]:
     """Members whose ids begin with a prefix, now or at a past time, ordered by user id: at most `limit` after an id.
 
-    `run`: the run after which they were members, and its time; None before the first. `after`: the id after which the
-    next page begins; None on the last one. A page may have few members, or none, where most users have left.
+    `run`: the run after which they were members, and its time; None before the first run. `after`: the id after which the
+    next page begins; None on the last page. If most users have left, a page may have few members or none.
     """
     run_id = _last_committed(connection, definition_id, at)
     rows: list[sa.Row[Any]] = []
@@ -80,7 +80,7 @@ def _moments(connection: sa.Connection, run_ids: set[int]) -> dict[int, dt.datet
 
 
 def _last_committed(connection: sa.Connection, definition_id: int, at: dt.datetime | None) -> int | None:
-    """The last run that was committed, for a moment that is not after `at`. Later runs have greater ids."""
+    """The last committed run as of a moment not after `at`. Later runs have greater ids."""
     query = sa.select(sa.func.max(tables.runs.c.run_id)).where(
         tables.runs.c.definition_id == definition_id, tables.runs.c.status == "succeeded"
     )
@@ -105,7 +105,7 @@ def _end_of_prefix(prefix: str) -> str:
 
 
 def _page_end(connection: sa.Connection, definition_id: int, after: str, prefix: str = "") -> str | None:
-    """The last user id of a page of members and past members; None if all the remaining ones fit into the page."""
+    """The last user id of a page of members and past members; None if all remaining users fit into the page."""
     heads = []
     for table in (tables.members, tables.past_members):
         is_left = _is_left(table, definition_id, after, prefix)

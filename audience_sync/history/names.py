@@ -1,4 +1,4 @@
-"""Names of events and traits from calls, as help for writing queries."""
+"""Names of events and traits from calls, as suggestions for queries."""
 
 import sqlalchemy as sa
 
@@ -27,7 +27,7 @@ def event_names(connection: sa.Connection) -> list[str]:
 
 
 def number_property(connection: sa.Connection) -> tuple[str, str] | None:
-    """An event with a property that is a number, of the newest events."""
+    """An event with a property that is a number, from the newest events."""
     events = tables.events.c
     newest = sa.select(events.name, events.properties).order_by(events.event_id.desc()).limit(SAMPLED_EVENTS)
     for event in connection.execute(newest):

@@ -57,9 +57,9 @@ def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -
 def problems(
     connection: sa.Connection, settings: Settings, status: dict[str, Any], now: dt.datetime
 ) -> list[tuple[str, Any]]:
-    """Problems that need a person, the most urgent first, as pairs of a kind and its facts.
+    """Problems that need a person, most urgent first, as pairs of a kind and its facts.
 
-    `status` is the answer of `attention` or `status` to the same connection.
+    `status` is the result of `attention` or `status` on the same connection.
     """
     daemon = status["daemon"]
     is_missing = daemon["heartbeat_at"] and not daemon["is_alive"] and status["next_slots"]
@@ -82,7 +82,7 @@ def problems(
 def _lanes_in_trouble(
     connection: sa.Connection, status: dict[str, Any], now: dt.datetime
 ) -> Iterator[dict[str, Any]]:
-    """The lanes that pause (`until`), and those whose requests failed before and that have something to send."""
+    """The lanes that are paused (`until`), and lanes with something to send whose last requests failed."""
     for name, slow in {} if status["stopped"] else _slow_downs(connection, now).items():
         until = dt.datetime.fromisoformat(slow["paused_until"])
         has_failed = "pause_level" in slow
@@ -98,7 +98,7 @@ def _lanes_in_trouble(
 
 
 def _slow_downs(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
-    """The slow-downs that still matter: the next process also ignores those that ended long ago."""
+    """The current slow-downs, without those that ended so long ago that the next process ignores them."""
     oldest = now - pace.SLOW_DOWN_LASTS
     stored = destination.slow_downs(connection).items()
     return {name: slow for name, slow in stored if dt.datetime.fromisoformat(slow["paused_until"]) > oldest}
@@ -110,7 +110,7 @@ def backlogs(connection: sa.Connection) -> dict[str, int]:
     Counts at most MOST_OF_LANE of each lane, and at most MOST_COUNTED held ones.
     """
     column = tables.deliveries.c
-    # The order of the index for claims. Without it, SQLite reads each row, by the index of statuses.
+    # The order of the index for claims. Without it, SQLite uses the index of statuses and reads each row.
     pending = _IDS.where(tables.PENDING).order_by(column["class"], column.next_attempt_at, column.delivery_id)
     queries = {lane: count_of(pending.where(column.action == lane), MOST_OF_LANE) for lane in due.LANES}
     queries["held"] = count_of(_IDS.where(tables.HELD))
@@ -148,7 +148,7 @@ def daemon_state(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
 def _lanes(
     connection: sa.Connection, settings: Settings, job: dict[str, Any] | None, now: dt.datetime
 ) -> dict[str, dict[str, Any]]:
-    """Each lane's limit and use, in requests; the bulk lane's in rows."""
+    """The limit and use of each lane, in requests; in rows for the bulk lane."""
     since = now - MINUTE
     requests = sa.select(tables.requests.c.lane, sa.func.count().label("number"))
     is_recent = sa.and_(tables.requests.c.lane.in_(LANES), tables.requests.c.started_at > since)
@@ -184,7 +184,7 @@ def _describe(job: dict[str, Any]) -> str:
 
 
 def schedule_state(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
-    """The runs that failed, the next slots in order, and the keys whose slots wait for a held run or are late."""
+    """The failed runs, the next slots in order, and the keys whose slots wait for a held run or are late."""
     outlooks = slots.outlooks(connection, settings.definitions, now)
     upcoming = sorted(
         (outlook.next_at, key) for key, outlook in outlooks.items() if outlook.next_at and not outlook.waits

@@ -1,4 +1,4 @@
-"""Limits of what a question reads: pages of rows, newest first, of all or of those that a search finds; and counts."""
+"""Bounded reading: pages of rows, newest first, of all rows or of those that a search finds, and bounded counts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from audience_sync.db import dialects, engines
 
-PAGE = 1_000  # rows that are read in one transaction
+PAGE = 1_000  # rows read in one transaction
 SEARCHED = 5_000  # rows that a search reads for one page
 MOST_COUNTED = 100_000  # rows, where a page shows a number that may be large
 UNITED = 100  # queries in a statement; SQLite allows 500
@@ -34,7 +34,7 @@ def pages(
 
 
 def count_of(rows: sa.Select[Any], most: int | None = None) -> sa.Select[int]:
-    """A query for the number of rows, which stops at `most`, or else at MOST_COUNTED."""
+    """A query for the number of rows, which stops at `most`, by default at MOST_COUNTED."""
     return sa.select(sa.func.count()).select_from(rows.limit(most or MOST_COUNTED).subquery())
 
 
@@ -43,7 +43,7 @@ class Found:
     """Ids of rows, newest first.
 
     `older`: the next page has the ids below this; None if there is no next page. `is_cut`: the search stopped there
-    because it had read SEARCHED rows, so that no search takes long.
+    because it had read SEARCHED rows, the limit that keeps searches short.
     """
 
     ids: list[int]
@@ -63,8 +63,8 @@ def search(
 ) -> Found:
     """Search the rows with these values in indexed columns, newest first, for those that match all conditions.
 
-    There must be an index on these columns and the id, in this order. `where`: a condition of a partial index, or one that
-    nearly all rows meet.
+    There must be an index on these columns and the id, in this order. `where`: the condition of a partial index, or a
+    condition that nearly all rows meet.
     """
     [id_column] = table.primary_key.columns
     conditions, order = dialects.newest_of(connection, indexed, id_column, before)

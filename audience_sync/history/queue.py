@@ -1,4 +1,4 @@
-"""Questions about deliveries, requests and calls."""
+"""Queries about deliveries, requests and calls."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -13,7 +13,7 @@ STATUSES = ("held", "pending", "sending", "accepted", "dead", "cancelled")
 CALL_STATUSES = ("accepted", "ignored")
 CALL_TYPES = ("identify", "track", "group")
 COUNTED = 20_000  # dead deliveries that are read to count those that match
-LONGEST_PART = 5_000  # characters of an error that are searched for; SQLite allows 50,000 bytes
+LONGEST_PART = 5_000  # the most characters to search for in an error; SQLite allows 50,000 bytes
 OUTCOMES = ("accepted", "refused", "no answer", "under way")
 
 
@@ -93,7 +93,7 @@ def find_deliveries(
     before: int | None = None,
     limit: int,
 ) -> Found:
-    """Search deliveries. `key`: of their definition. `error`: a part of their error, in upper or lower case."""
+    """Search deliveries. `key`: the key of their definition. `error`: a part of their error, in upper or lower case."""
     column = tables.deliveries.c
     definition_id = tables.definitions.c.definition_id
     of_key = sa.select(definition_id).where(tables.definitions.c.key == key).scalar_subquery()
@@ -122,7 +122,7 @@ def find_deliveries(
 
 
 def _has_error(row: Any, part: str) -> sa.ColumnElement[bool]:
-    """Return the condition that a delivery's error has this part. SQLite refuses longer ones, which match nothing."""
+    """Return the condition that a delivery's error contains this part. Parts that SQLite refuses as too long never match."""
     return row.error.icontains(part, autoescape=True) if len(part) <= LONGEST_PART else sa.false()
 
 
@@ -155,7 +155,7 @@ def _of_run(
     before: int | None,
     limit: int,
 ) -> Found:
-    """Search the deliveries of a run, status by status, because its index has them in this order."""
+    """Search the deliveries of a run, status by status, because that is the order of its index."""
     column = tables.deliveries.c
     parts = [
         search(
@@ -179,7 +179,7 @@ def _of_run(
 
 
 def delivery_details(connection: sa.Connection, ids: Collection[int]) -> list[dict[str, Any]]:
-    """Deliveries as `delivery_rows` has them, each with the key of its definition and its last request's id."""
+    """Deliveries as from `delivery_rows`, each with the key of its definition and the id of its last request."""
     column = tables.deliveries.c
     query = (
         sa.select(column.delivery_id, column.request_id, tables.definitions.c.key)

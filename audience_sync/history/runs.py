@@ -1,4 +1,4 @@
-"""Questions about runs: their counts, and which are held or failed."""
+"""Queries about runs: their counts, and which runs are held or failed."""
 
 import datetime as dt
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +16,7 @@ SAMPLE = 5
 UNSETTLED = ("held", "pending", "sending")
 
 
-# Written as in the partial indexes, so that they are used.
+# Written as in the partial indexes, so that these are used.
 _IS_RUNNING = tables.runs.c.status == sa.literal_column("'running'")
 _IS_HELD = tables.runs.c.status == sa.literal_column("'held'")
 RUNS = sa.select(tables.runs, tables.definitions.c.key).join(
@@ -36,7 +36,7 @@ def run_rows(
 ) -> list[dict[str, Any]]:
     """Runs, newest first, with the counts of their deliveries, including those that were pruned.
 
-    `before`: only those with smaller ids. `counted`: with the counts, which take long for runs of a million deliveries.
+    `before`: only runs with smaller ids. `counted`: with the counts, which are slow for runs of a million deliveries.
     """
     query = older(RUNS, tables.runs.c.run_id, before)
     if key is not None:
@@ -62,16 +62,16 @@ def run_rows(
 
 
 def mark_gone(connection: sa.Connection, runs: Sequence[dict[str, Any]]) -> None:
-    """Show running runs whose process is gone with the status that will be recorded for them."""
+    """Give running runs whose process has ended the status that will be recorded for them."""
     gone = gone_runs(connection, {run["run_id"]: run["key"] for run in runs if run["status"] == "running"})
     for run in runs:
         run.update(gone.get(run["run_id"], {}))
 
 
 def gone_runs(connection: sa.Connection, running: Mapping[int, str]) -> dict[int, dict[str, str]]:
-    """The status and error of running runs whose process is gone, before another process records that.
+    """The status and error of running runs whose process has ended, before another process records that.
 
-    `running`: the key of each by id.
+    `running`: the key of each run by its id.
     """
     leased = leases.held_names(connection) if running else set()
     gone = {"status": "abandoned", "error": "Its process ended before it was done."}
@@ -79,7 +79,7 @@ def gone_runs(connection: sa.Connection, running: Mapping[int, str]) -> dict[int
 
 
 def held_id(row: Any) -> int:
-    """The run id of a run's held deliveries; a held run may have taken them over from the run that it replaced."""
+    """The run id in a run's held deliveries, which it may have taken over from the run that it replaced."""
     held_id: int = (row.deliveries_run_id if row.status == "held" else None) or row.run_id
     return held_id
 
@@ -119,7 +119,7 @@ def _run(row: Any, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def _set_aside(row: Any) -> dict[str, int]:
-    """Rows that could not be used, by reason. Earlier releases also stored duplicates, which collapse instead."""
+    """Rows that could not be used, by reason. Earlier releases also counted duplicates, which now collapse."""
     return {reason: count for reason, count in (row.set_aside or {}).items() if reason != "duplicate"}
 
 
@@ -130,7 +130,7 @@ def unusable_counts(connection: sa.Connection, ids: Collection[int]) -> dict[int
 
 
 def run_facts(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
-    """A run with what it was compared with, why it is held, and what was set aside; None if there is no such run."""
+    """A run with the run it was compared with, why it is held, and the rows set aside; None if there is no such run."""
     rows = run_rows(connection, ids=[run_id])
     if not rows:
         return None
@@ -153,7 +153,7 @@ def settled_at(connection: sa.Connection, run_id: int) -> dt.datetime | None:
 
 
 def held_runs(connection: sa.Connection) -> list[dict[str, Any]]:
-    # Sorted here, because SQLite would read all runs in this order instead of the index of held ones.
+    # Sorted here, because otherwise SQLite would read all runs in this order instead of the index of held runs.
     held = sorted(connection.execute(RUNS.where(_IS_HELD)), key=lambda row: row.run_id)
     return [
         {"run_id": row.run_id, "key": row.key, "held_by": row.held_by, "reason": row.error} for row in held
@@ -163,9 +163,9 @@ def held_runs(connection: sa.Connection) -> list[dict[str, Any]]:
 def failed_runs(
     connection: sa.Connection, settings: Settings, outlooks: Mapping[str, slots.Outlook]
 ) -> list[dict[str, Any]]:
-    """The enabled definitions' last runs that failed, and when they are tried again.
+    """The last runs of enabled definitions that failed, and when they will be tried again.
 
-    A run whose process is gone counts as abandoned, even before another process records that.
+    A run whose process has ended counts as abandoned, even before another process records that.
     """
     has_failed = tables.runs.c.status.in_(("failed", "abandoned"))
     last = connection.execute(sa.select(_last_decided()).select_from(tables.definitions)).scalars()

@@ -21,7 +21,7 @@ SHOWN_ONE_BY_ONE = 6  # runs or slots of a definition in a day; more are shown a
 def past_day(connection: sa.Connection, now: dt.datetime) -> list[dict[str, Any]]:
     """The runs of the last 24 hours, newest first: one line each, or one line for a definition with many runs.
 
-    A line for many runs has the newest one, and counts the newest SHOWN_ONE_BY_ONE by status.
+    A line for many runs shows the newest one and, by status, the counts of the newest SHOWN_ONE_BY_ONE.
     """
     keys = definition_keys(connection)
     slot_of_run = _slot_of_run(connection, list(keys), now)
@@ -48,7 +48,7 @@ def past_day(connection: sa.Connection, now: dt.datetime) -> list[dict[str, Any]
 
 
 def _newest_runs(connection: sa.Connection, definition_ids: Sequence[int]) -> list[Any]:
-    """The newest runs of each definition, newest first; one more than is shown."""
+    """The newest runs of each definition, newest first, including one more than is shown."""
     names = ("run_id", "definition_id", "status", "trigger", "mode", "started_at", "finished_at", "error")
     query = sa.select(*(tables.runs.c[name] for name in names)).order_by(tables.runs.c.run_id.desc())
     queries = [
@@ -97,14 +97,14 @@ def next_day(connection: sa.Connection, settings: Settings, now: dt.datetime) ->
 
 
 def _text(definition: Definition) -> str:
-    """The schedules of a definition as they are configured."""
+    """The schedules of a definition, as configured."""
     return " and ".join(
         schedule.text for schedule in (definition.schedule, definition.full_schedule) if schedule
     )
 
 
 def _upcoming(definition: Definition, now: dt.datetime) -> list[tuple[dt.datetime, bool]]:
-    """The slots of the next 24 hours, at most one more than is shown; each with whether its run is a full one."""
+    """The slots of the next 24 hours, at most one more than is shown, each with whether its run is full."""
     upcoming: dict[dt.datetime, bool] = {}
     for schedule, is_full in ((definition.schedule, False), (definition.full_schedule, True)):
         moment = now

@@ -1,4 +1,4 @@
-"""Questions about one user."""
+"""Queries about one user."""
 
 import datetime as dt
 import json
@@ -14,7 +14,7 @@ from audience_sync.history.queue import delivery_details, delivery_rows
 from audience_sync.history.runs import SAMPLE
 from audience_sync.retention import erasure
 
-LOOKED_AT = 1_000  # newest deliveries of a user that are searched for those of the memberships
+LOOKED_AT = 1_000  # the newest deliveries of a user, among which those of the memberships are searched
 SUGGESTED = 8
 _LAST = "\U0010ffff"  # sorts after every other character
 
@@ -78,7 +78,7 @@ def user_profile(connection: sa.Connection, user_id: str) -> dict[str, Any] | No
 
 
 def memberships_now(connection: sa.Connection, user_id: str) -> list[dict[str, Any]]:
-    """Each current membership and trait: since which run, and its newest delivery; None if that is no longer stored."""
+    """Each current membership and trait: its first run, and its newest delivery, or None if that is no longer stored."""
     statement = (
         "SELECT d.key, d.kind, d.definition_id, m.value, m.entered_run_id FROM {our}definitions d "
         "CROSS JOIN {our}members m WHERE m.definition_id = d.definition_id AND m.user_id = :user_id ORDER BY d.key"
@@ -111,7 +111,7 @@ def _delivery_ids(
 ) -> dict[int, int]:
     """The newest delivery of each membership, by definition.
 
-    Search the user's newest deliveries, then the accepted ones by the time of the value.
+    It searches the user's newest deliveries, then the accepted ones by the time of their value.
     """
     column = tables.deliveries.c
     is_of_user = (column.subject_id == user_id, column.action != "company")
@@ -153,7 +153,7 @@ def time_line(
     keys = definition_keys(connection)
     events: dict[int, dict[str, Any]] = {}
     for row in _intervals(connection, list(keys), user_id, before, limit + 1):
-        # Sorted by their beginning: an interval that begins in the run in which another ends is a change.
+        # Sorted by their beginning: an interval that begins in the run in which another one ends is a change.
         change = "changed" if row.entered_run_id in events else "entered"
         value = None if row.value is None else json.loads(row.value)
         events[row.entered_run_id] = {"key": keys[row.definition_id], "change": change, "value": value}
@@ -210,7 +210,7 @@ def erased_at(connection: sa.Connection, user_id: str) -> dict[str, Any] | None:
 
 
 def similar_ids(connection: sa.Connection, user_id: str) -> list[str]:
-    """Ids of users that begin as this one does, or differ only in spaces, upper and lower case."""
+    """Ids of users that begin like this one, or differ only in spaces or upper and lower case."""
     trimmed = user_id.strip()
     forms = dict.fromkeys(
         (user_id, trimmed, trimmed.lower(), trimmed.upper(), trimmed[: len(trimmed) // 2 + 1])

@@ -18,7 +18,7 @@ from audience_sync.userpilot.answers import Answer, Outcome
 
 DELETION_ATTEMPTS = 4
 DELETION_PAUSE_SECONDS = 2.5  # Userpilot documents one deletion in 2 s
-DELETIONS_HOUR = 2  # UTC, when Userpilot carries deletions out (its documentation of DELETE /v1/users)
+DELETIONS_HOUR = 2  # UTC; the hour of Userpilot's deletions, by its documentation of DELETE /v1/users
 _LOCK = 4_710_226_014  # an arbitrary number: PostgreSQL's advisory lock between calls and erasures
 
 
@@ -27,7 +27,7 @@ class UserDeleter(Protocol):
 
 
 def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clock: Clock) -> Counter[str]:
-    """Have Userpilot delete a user, then erase the user here; return how many rows of each table were erased.
+    """Have Userpilot delete a user, then erase the user here; return the number of erased rows by table.
 
     Raises:
         NotForgotten: Userpilot did not accept the deletion; nothing was changed.
@@ -58,9 +58,9 @@ def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clo
 
 
 def forget(connection: sa.Connection, user_id: str, now: dt.datetime) -> int:
-    """Erase a user here, in the caller's transaction; return how many memberships that ended.
+    """Erase a user here, in the caller's transaction; return how many memberships this ended.
 
-    Each of these counts as an exit in its definition's next run.
+    Each of them counts as an exit in the next run of its definition.
     """
     ended = [_end_membership(connection, number, user_id) for number in _definition_ids(connection)]
     _exclude(connection, user_id, now)
@@ -82,9 +82,9 @@ def _definition_ids(connection: sa.Connection) -> Sequence[int]:
 
 
 def _end_membership(connection: sa.Connection, definition_id: int, user_id: str) -> Counter[str]:
-    """Erase the user from a definition and its deliveries; return how many rows of each table were erased.
+    """Erase the user from a definition and its deliveries; return the number of erased rows by table.
 
-    The lock makes it wait for a run that is committing its changes, which may be the user's.
+    The lock waits for a run that is committing, because its changes may concern the user.
     """
     is_definition = definitions.c.definition_id == definition_id
     connection.execute(sa.select(definitions).where(is_definition).with_for_update(key_share=True))
@@ -106,7 +106,7 @@ def _end_membership(connection: sa.Connection, definition_id: int, user_id: str)
 
 
 def _erase_calls(connection: sa.Connection, user_id: str) -> Counter[str]:
-    """Erase the user's calls, profile, events and remaining deliveries; return how many rows of each table."""
+    """Erase the user's calls, profile, events and remaining deliveries; return the number of rows by table."""
     erased = Counter(deliveries=_delete_deliveries(connection, user_id))
     for table in ("profiles", "events", "calls"):
         where = "WHERE user_id = :user_id"
@@ -137,9 +137,9 @@ def find_erasure(connection: sa.Connection, user_id: str) -> sa.Row[Any] | None:
 
 
 def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
-    """Allow an erased user to be sent again, once Userpilot has carried out the deletion.
+    """Allow an erased user to be sent again after Userpilot has carried out the deletion.
 
-    Returns the moment of that, or None if the user was not erased.
+    Returns the moment from which that is allowed, or None if the user was not erased.
     """
     row = find_erasure(connection, user_id)
     if row is None:
@@ -151,16 +151,16 @@ def allow_return(connection: sa.Connection, user_id: str) -> dt.datetime | None:
 
 
 def block_erasures(connection: sa.Connection) -> None:
-    """Make erasures by other processes wait until this transaction ends, so that they see the rows it writes.
+    """Make erasures by other processes wait until this transaction ends, so that they see the rows that it writes.
 
-    They wait for nothing else while they hold this lock, so calls are not delayed by a run's commit.
+    An erasure that holds this lock waits for nothing else, so a run's commit does not delay calls.
     """
     if not is_sqlite(connection):
         sql(connection, "SELECT pg_advisory_xact_lock_shared(:lock)", lock=_LOCK)
 
 
 def forgotten_among(connection: sa.Connection, user_ids: Iterable[str], now: dt.datetime) -> set[str]:
-    """Return those of the users who are erased; `user_ids` is not read if nobody is."""
+    """Return the erased users among these; `user_ids` is not read if no user was ever erased."""
     if not connection.execute(sa.select(sa.exists(sa.select(forgotten.c.user_hash)))).scalar_one():
         return set()
     by_hash = {user_hash(user_id): user_id for user_id in user_ids}
@@ -177,11 +177,11 @@ def forgotten_among(connection: sa.Connection, user_ids: Iterable[str], now: dt.
 
 
 def user_hash(user_id: str) -> str:
-    """SHA-256 of the id, in hexadecimal: all that is stored of an erased user."""
+    """SHA-256 of the id, in hexadecimal: the only thing that is stored about an erased user."""
     return hashlib.sha256(user_id.encode()).hexdigest()
 
 
 def next_deletions(after: dt.datetime) -> dt.datetime:
-    """Return when Userpilot carries out a deletion that it accepted at a moment."""
+    """Return when Userpilot carries out a deletion that it accepted at this moment."""
     same_day = after.astimezone(dt.UTC).replace(hour=DELETIONS_HOUR, minute=0, second=0, microsecond=0)
     return same_day if same_day > after else same_day + dt.timedelta(days=1)

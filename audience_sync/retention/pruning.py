@@ -1,13 +1,14 @@
 """Delete old rows, in small transactions. Runs keep the counts of their deliveries, so the history still adds up.
 
 Deliveries that are held, pending, sending or dead (a later run or a person may retry them) are undecided. They are never
-deleted, nor is anything that decides about them:
+deleted, nor are the rows that decide about them:
 
 - the calls and requests that they refer to;
-- newer deliveries of the same user or company, whatever their status: because of them an undecided value is superseded;
-- deliveries of the same user that were cancelled before anything of the definition was sent: a user who leaves then gets
-  nothing either. Once something was sent they may go, and go first, because alone they would say that nothing was;
-- the user's past memberships: they show that something was sent before, even where its delivery is gone;
+- newer deliveries of the same user or company, with any status, because they supersede an undecided value;
+- deliveries of the same user that were cancelled before anything of the definition was sent: if the user leaves,
+  nothing is sent either. Once something was sent, they may be deleted, and are deleted first: without the deliveries
+  that were sent, they would show that nothing was;
+- the user's past memberships: they show that something was sent before, even if its delivery has been deleted;
 - while the destination is stopped, accepted deliveries of calls: they show that it was in use (destination.has_accepted).
 
 Runs, members, profiles, companies and events stay.
@@ -40,19 +41,21 @@ from audience_sync.db.tables import (
 )
 from audience_sync.queue.conditions import prefer_index_scans
 
-CHUNK = 1_000  # rows that a transaction deletes at most
-MAX_QUEUED = 10  # pending deliveries of a subject that are compared; with more, it keeps all that are settled
-STRETCH = 20_000  # rows that it reads at most, because reading a row is faster than deleting it
-LONGEST_SECONDS = 100 * 365 * 86_400  # longer spans are forever: SQLite compares years of four digits
+CHUNK = 1_000  # the most rows that a transaction deletes
+MAX_QUEUED = (
+    10  # pending deliveries of a subject that are compared; if it has more, its settled ones are kept
+)
+STRETCH = 20_000  # the most rows that a transaction reads; reading a row is faster than deleting it
+LONGEST_SECONDS = 100 * 365 * 86_400  # longer spans mean forever, because SQLite compares four-digit years
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
     """Time spans, in seconds, for which rows are kept; `math.inf` is forever.
 
-    A span begins when the call was received, the delivery was settled, the request started, or the run ended in which
-    the past member left. The span for requests also holds for bulk jobs and schedule slots; it must be an hour at
-    least, because pacing reads recent requests.
+    A span begins when the call was received, the delivery was settled, the request started, or the run in which the past
+    member left ended. The span for requests also applies to bulk jobs and schedule slots; it must be at least an hour,
+    because pacing reads recent requests.
     """
 
     calls: float
@@ -65,7 +68,7 @@ class Retention:
 class _Part:
     """A table, and the condition for its old rows.
 
-    `rising`: what rises with the key, if anything does. `key`: other columns than the primary key, with an index.
+    `rising`: a time that rises with the key, if there is one. `key`: indexed columns to use instead of the primary key.
     """
 
     table: sa.Table
@@ -120,7 +123,7 @@ _OF_USER = (_other.c.subject_id == past_members.c.user_id) & (_other.c.action ==
 _IS_UNDECIDED = sa.exists().where(_OF_USER, UNSETTLED) | sa.exists().where(_OF_USER, WAITING)
 _HAS_UNSETTLED_DELIVERY = sa.exists().where(deliveries.c.call_id == calls.c.call_id, ~_SETTLED)
 _IS_UNDER_WAY = sa.exists().where(deliveries.c.request_id == requests.c.request_id, SENDING)
-# Past members are pruned in the order in which they left. By user, the first definitions could take all the time.
+# Past members are pruned in the order in which they left: by user, the first definitions could take all the time.
 _BY_EXIT = (past_members.c.exited_run_id, past_members.c.definition_id, past_members.c.user_id)
 _LEFT_AT = (
     sa.select(runs.c.finished_at).where(runs.c.run_id == past_members.c.exited_run_id).scalar_subquery()
@@ -135,7 +138,7 @@ _NEWEST_SLOT = (
 _PARTS = (
     _Part(
         deliveries,
-        # An expression, because SQLite would sort by the index of statuses instead of walking by the key.
+        # An expression, because with the plain column SQLite would use the index of statuses instead of the key.
         deliveries.c.status.concat("").in_(("accepted", "cancelled"))
         & (deliveries.c.settled_at < _BEFORE)
         & ~_DECIDES
@@ -158,10 +161,10 @@ def prune(
     seconds: float = 5.0,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> dict[str, int]:
-    """Delete old rows; return how many of each table.
+    """Delete old rows; return their number by table.
 
-    The tables take turns until nothing is left, or until a round ends after `seconds`: with 0 there is one round.
-    The next call deletes the rest. Each turn is a write transaction that blocks others for less than 0.1 s.
+    The tables take turns until nothing is left, or until a round ends after `seconds`; with 0 there is one round. The
+    next call deletes the rest. Each turn is a write transaction that blocks others for less than 0.1 s.
     """
     spans = {
         deliveries: retention.deliveries,
@@ -193,8 +196,8 @@ def prune(
 def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
     """Go through a table by its key and delete old rows; yield how many each transaction deleted.
 
-    A transaction covers one stretch of the table at most. Where a column rises with the key, the walk ends after the
-    stretch in which that column reaches `before`.
+    A transaction covers at most one stretch of the table. If the table has a `rising` time, the walk ends after the
+    stretch in which it reaches `before`.
     """
     columns = list(part.key or part.table.primary_key)
     key = sa.tuple_(*columns)
@@ -217,7 +220,7 @@ def _walk(engine: sa.Engine, part: _Part, before: dt.datetime) -> Iterator[int]:
 def _delete(
     connection: sa.Connection, table: sa.Table, where: sa.ColumnElement[bool], before: dt.datetime
 ) -> int:
-    """Delete rows; return how many this statement deleted, as another process may delete some of them first."""
+    """Delete rows; return how many this statement deleted, because another process may delete some of them first."""
     deletion = table.delete().where(where)
     if table is deliveries:
         return delete_deliveries(connection, deletion, before=before)
@@ -225,7 +228,7 @@ def _delete(
 
 
 def delete_deliveries(connection: sa.Connection, deletion: sa.Delete, **parameters: Any) -> int:
-    """Delete deliveries and add them to the counts of their runs; those that are not settled count as cancelled."""
+    """Delete deliveries and add them to the counts of their runs; unsettled ones count as cancelled."""
     returning = deletion.returning(deliveries.c.run_id, deliveries.c.status)
     deleted = connection.execute(returning, parameters).all()
     counts = Counter(

@@ -1,6 +1,6 @@
 """A local Userpilot with the documented endpoints, limits and bulk jobs.
 
-It shares no code with the rest of this project, so that one misunderstanding of the API cannot affect both.
+It shares no code with the rest of the project, so that a misunderstanding of the API cannot affect both.
 """
 
 import threading
@@ -15,7 +15,7 @@ __all__ = ["Limits", "Sandbox", "State"]
 
 
 class Sandbox:
-    """A server on loopback. `stop` and a later `start` simulate an outage; the port, state and log survive it.
+    """A server on loopback. `stop` and a later `start` simulate an outage, after which port, state and log are the same.
 
     `monotonic` and `wall` (Unix seconds) are its clocks. Subclasses may replace the state and the handler.
     """

@@ -1,4 +1,4 @@
-"""Userpilot's endpoints: they check each request, and apply an accepted one to the state."""
+"""Userpilot's endpoints, which check each request and apply accepted ones to the state."""
 
 import json
 from collections.abc import Callable
@@ -85,7 +85,7 @@ _Properties = dict[str, str | int | float | bool | None]
 
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True):
-    """An unknown member is refused, so that the mistake is seen; Userpilot may ignore it."""
+    """A schema that refuses unknown members, so that mistakes are seen; Userpilot may ignore them."""
 
 
 class _Identify(_Strict):

@@ -1,4 +1,4 @@
-"""The data that Userpilot would hold, its rate limits and bulk jobs, without HTTP; the clocks are two callables."""
+"""The data that Userpilot would have, its rate limits and its bulk jobs, without HTTP; the clocks are two callables."""
 
 import math
 import threading
@@ -25,8 +25,8 @@ class RefusedError(Exception):
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Userpilot's limits: requests in a window of `window_seconds`, and the size and speed of bulk jobs.
 
-    `bulk_rows_per_minute` is a job's speed in real minutes, whatever the window. `refused_percent` is the share of
-    identifies, tracks and companies that are refused with 400, in an even distribution; none of Userpilot's limits.
+    `bulk_rows_per_minute` is a job's speed in real minutes, for any window. `refused_percent`, which is not a limit of
+    Userpilot, is the share of identifies, tracks and companies that are refused with 400, evenly distributed.
     """
 
     identify_per_minute: _Count = 600
@@ -99,7 +99,7 @@ class Entry(msgspec.Struct):
 
 
 class State:
-    """Callers hold `lock`, and call `advance` first to bring jobs and deletions up to date."""
+    """Callers must hold `lock`, and first call `advance` to bring jobs and deletions up to date."""
 
     entry_type: ClassVar[type[Entry]] = Entry
     job_type: ClassVar[type[Job]] = Job
@@ -113,7 +113,7 @@ class State:
         self.reset()
 
     def reset(self) -> None:
-        """Delete users, jobs, the log and the windows' contents; the key and the limits stay."""
+        """Delete users, jobs, the log and the contents of the windows; the key and the limits stay."""
         self.users: dict[str, dict[str, Any]] = {}
         self.companies: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
@@ -148,7 +148,7 @@ class State:
             self._windows[name].append(entry.monotonic)
 
     def windows_of(self, lane: str) -> list[str]:
-        """Windows in which a request counts; the documentation limits neither uploads nor polls."""
+        """The windows in which a request counts; the documentation has no limits for uploads and polls."""
         return [] if lane in {"upload", "poll"} else [lane]
 
     def places(self, name: str) -> tuple[int, float]:
@@ -190,7 +190,7 @@ class State:
         return job
 
     def describe(self, job: Job, **more: int) -> dict[str, Any]:
-        """Members of a job in an answer; `more` are those of the answer about a single job."""
+        """The members of a job in an answer; `more` are only in the answer about a single job."""
         return job.fields() | more
 
     def delete_users(self, ids: list[str]) -> None:
@@ -213,7 +213,7 @@ class State:
             self._deletions_due_at = math.inf
 
     def snapshot(self) -> dict[str, Any]:
-        """Return all data; the inner objects are the state's own, so serialize it under the lock."""
+        """Return all data. The inner objects are not copies, so serialize it under the lock."""
         return {
             "users": self.users,
             "companies": self.companies,

@@ -1,7 +1,7 @@
 """The configuration: `load` finds the file, reads it and checks all of it.
 
 Every error is a ConfigError that names the file, the section, the name and what to do. No message repeats a value,
-which may be a secret. `schema` has the names, types and defaults; `sections` checks one table. Imports stay light,
+because it may be a secret. `schema` has the names, types and defaults; `sections` checks one table. Imports must be fast,
 because every command loads the configuration.
 """
 
@@ -58,7 +58,7 @@ _NAMES = (
 
 class Settings(Table, frozen=True):
     path: Path
-    folder: Path  # relative paths start here
+    folder: Path  # the base of relative paths
     database: DatabaseSettings
     sources: dict[str, SourceSettings]
     destination: DestinationSettings
@@ -78,7 +78,7 @@ class Settings(Table, frozen=True):
 
 
 def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
-    """Return the path: the given one, the environment's, or the first of the usual ones that exists."""
+    """Return the path: the given one, the one in the environment, or the first default path that exists."""
     if path is None and environ.get(VARIABLE):
         path = Path(environ[VARIABLE])
     if path is not None:
@@ -95,9 +95,9 @@ def find(path: Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
 def load(
     path: Path | None = None, environ: Mapping[str, str] = os.environ, *, resolve_keys: bool = True
 ) -> Settings:
-    """Return the checked settings; `environ` supplies the variables, and relative paths become absolute.
+    """Return the checked settings; `environ` has the variables, and relative paths become absolute.
 
-    `resolve_keys=False` leaves it to `with_stored_keys` to check the keys, because the database may have others.
+    `resolve_keys=False`: do not check keys; `with_stored_keys` does, because the database may have other ones.
     """
     path = absolute(Path(), find(path, environ, Path()))
     folder = path.parent.parent if path.parent.name == "config" else path.parent
@@ -161,7 +161,7 @@ def _mapped_tables(
 
 
 def _patterns(top: Section, patterns: Any) -> tuple[str, ...]:
-    """Return the patterns of included files, with their variables replaced."""
+    """Return the patterns of included files with their variables replaced."""
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         top.fail('include: expected a list of strings, such as ["audiences/*.toml"]')
     return tuple(top.expand("include", pattern) for pattern in patterns)
@@ -184,7 +184,7 @@ def _versions(path: Path, folder: Path, include: tuple[str, ...]) -> Iterator[tu
 def _included(
     top: Section, patterns: list[str], expanded: tuple[str, ...], folder: Path
 ) -> Iterator[tuple[Section, dict[str, Any]]]:
-    """Yield the included files with their documents, each file once."""
+    """Yield each included file once, with its document."""
     seen = {top.path}
     for pattern, include in zip(patterns, expanded, strict=True):
         files = _matching(folder, include)
@@ -277,10 +277,10 @@ def _web(top: Section, table: Any) -> WebSettings:
 
 
 def with_stored_keys(settings: Settings, stored: Mapping[tuple[str, str], list[str]]) -> Settings:
-    """Replace each derived key by the one that was stored when the definition was first used.
+    """Replace each derived key with the key that was stored when the definition was first used.
 
-    `stored` has the keys by kind and name, in the order of their first use. Raises ConfigError if two definitions have
-    the same key, or if a name has no key.
+    `stored` has the keys by kind and name, in order of first use. Raises ConfigError if two definitions have the same key,
+    or if no key can be derived from a name.
     """
     built = tuple(
         definitions.with_stored_key(definition, stored.get((definition.kind, definition.name), []))

@@ -40,7 +40,7 @@ _USERPILOT_OWN = {
 
 
 def check_defaults(section: Section, defaults: DefaultSettings) -> None:
-    """Refuse a wrong schedule or time zone of [defaults] there, not at the first definition that takes it."""
+    """Report a wrong schedule or time zone in [defaults] there, not in the first definition that inherits it."""
     _check_zone(section, defaults.timezone)
     _schedule(section, "schedule", defaults.schedule, defaults.timezone)
     _schedule(section, "full_schedule", defaults.full_schedule, defaults.timezone)
@@ -107,7 +107,7 @@ def _query(section: Section, settings: DefinitionSettings, kind: Kind) -> Config
 
 
 def _key(section: Section, settings: DefinitionSettings, name: str, kind: Kind) -> tuple[str, str | None]:
-    """Return the key; and if it may be used only where an older version has stored it, the message otherwise."""
+    """Return the key and, if it is valid only where an older version has stored it, the error otherwise."""
     reserved = _USERPILOT_OWN[kind]
     try:
         key = key_from_name(name) if settings.key is None else check_key(settings.key)
@@ -139,7 +139,7 @@ def _schedule(section: Section, name: str, text: str, timezone: str) -> schedule
 
 
 def with_stored_key(definition: Definition, stored: list[str]) -> Definition:
-    """Give a definition the newest key that is stored for its name, unless the file sets a key."""
+    """Give a definition the newest stored key for its name, unless the file sets a key."""
     if not definition.is_key_derived:
         return definition
     if not stored:
@@ -151,7 +151,7 @@ def with_stored_key(definition: Definition, stored: list[str]) -> Definition:
 
 
 def check_unique(path: Path, definitions: Iterable[Definition], *, older: bool = False) -> None:
-    """Refuse two definitions with one key. `older`: only if older versions gave them one key as well."""
+    """Refuse two definitions with the same key. `older`: only if older versions gave them the same key too."""
     names: dict[tuple[str, str], str] = {}
     for definition in definitions:
         key, name = definition.key, definition.name

@@ -9,7 +9,7 @@ import unicodedata
 
 MIN_LENGTH = 10  # characters
 _LOG_N, _R, _P = 15, 8, 3  # 32 MB
-_MAX_MEMORY = 300_000_000  # a little more than the largest parameters of PATTERN need
+_MAX_MEMORY = 300_000_000  # slightly more than the largest parameters in PATTERN need
 _FOUR = r"(?:[A-Za-z0-9+/]{4})"  # characters of base64 for three bytes
 _REST = r"[A-Za-z0-9+/]{2,4}"
 PATTERN = (
@@ -25,7 +25,7 @@ def hash_password(password: str) -> str:
 
 
 def is_password(password: str, stored: str) -> bool:
-    """Return whether a hash is that of the password. The time that it takes depends on the hash only."""
+    """Return whether a hash belongs to the password, in a time that depends only on the hash."""
     match = re.fullmatch(PATTERN, stored)
     if match is None:
         raise ValueError("not a hash in the PHC form")

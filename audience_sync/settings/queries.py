@@ -25,7 +25,7 @@ _SQL = re.compile(r"\s*(SELECT|WITH)\s", re.IGNORECASE)
 def build_table(
     section: Section, name: str, table: Any, sources: Mapping[str, SourceSettings], names: Iterable[str]
 ) -> TableMapping:
-    """Check a section [tables.NAME]; `names` are those of all such sections."""
+    """Check a section [tables.NAME]; `names` has the names of all such sections."""
     settings = section.convert(table, TableSettings)
     mapping = TableMapping(name, **msgspec.structs.asdict(settings))
     if (mapping.table is None) == (mapping.sql is None):
@@ -50,7 +50,7 @@ def build_table(
 
 
 def check_tables(top: Section, mappings: Sequence[TableMapping]) -> None:
-    """Check what concerns two of the mapped tables."""
+    """Check the relations between mapped tables."""
     by_name = {mapping.name: mapping for mapping in mappings}
     events: dict[tuple[str | None, str], str] = {}
     for mapping in mappings:
@@ -82,7 +82,7 @@ def check_tables(top: Section, mappings: Sequence[TableMapping]) -> None:
 def configure_queries(
     path: Path, definitions: Sequence[Definition], mappings: Sequence[TableMapping]
 ) -> tuple[Definition, ...]:
-    """Give each query the tables and definitions that it needs, of those on the same database."""
+    """Give each query the tables and definitions that it needs from its own database."""
     return tuple(
         replace(
             definition,
@@ -99,7 +99,7 @@ def configure_queries(
 def unnamed_definition(settings: "Settings", text: str, source: str | None, kind: Kind) -> Definition:
     """Return a definition of a query that is not in the configuration.
 
-    Raises ConfigError if it cannot be read, or names what is not there.
+    Raises ConfigError if the query cannot be parsed, or names an unknown table or definition.
     """
     if source is not None and source not in settings.sources:
         raise ConfigError(f"There is no [sources.{shown(source)}]: {did_you_mean(source, settings.sources)}")
@@ -121,10 +121,10 @@ def _parsed(text: str, kind: Kind) -> tree.Query:
 
 
 def likely_source(settings: "Settings", text: str, kind: Kind) -> str | None:
-    """Return the one source that has every table and definition that a query names.
+    """Return the only source that has every table and definition in a query.
 
-    None if none or several have them, or if the database of audience-sync has them too. Raises ConfigError if the
-    query cannot be read.
+    None if no source or several sources have them, or if the database of audience-sync has them too. Raises ConfigError
+    if the query cannot be parsed.
     """
     mappings: dict[str | None, list[TableMapping]] = {name: [] for name in (None, *settings.sources)}
     for mapping in settings.tables:
@@ -146,9 +146,9 @@ def likely_source(settings: "Settings", text: str, kind: Kind) -> str | None:
 
 
 def events_elsewhere(definition: Definition, advice: str) -> list[str]:
-    """Return a sentence about each event of a query that is read from calls, and that a table on a source has as well.
+    """Return a sentence about each event of a query that is read from calls although a table on a source has it too.
 
-    `advice` ends it, and names the source as {source}.
+    The sentence ends with `advice`, in which {source} is the source's name.
     """
     query = definition.query
     if query is None or definition.source is not None:
@@ -211,7 +211,7 @@ def _reach(
     others: Mapping[str, QueryDefinition],
     reached: dict[str, QueryDefinition],
 ) -> list[tree.Scalar]:
-    """Return the scalars of a query and of the definitions that it names, which are added to `reached`."""
+    """Return the scalars of a query and of the definitions that it names; add these definitions to `reached`."""
     scalars = list(tree.scalars(query))
     for scalar in list(scalars):
         if not isinstance(scalar, tree.Trait) or len(scalar.path.steps) > 1:
@@ -236,9 +236,9 @@ def _needed(
     tables: Mapping[str, TableMapping],
     elsewhere: Iterable[TableMapping],
 ) -> tuple[TableMapping, ...]:
-    """Return the mapped tables that these scalars read, those that they are nested in, and the profiles.
+    """Return the mapped tables that these scalars read, the tables in which those are nested, and the profiles.
 
-    `tables` are those on the definition's database, `elsewhere` the others.
+    `tables` are the tables on the definition's database, `elsewhere` the others.
     """
     needed = {name for name, mapping in tables.items() if mapping.profile}
     for scalar in scalars:

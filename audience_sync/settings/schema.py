@@ -57,7 +57,7 @@ class Secret:
 
     value: str | None
     problem: str = ""  # the message if the value is missing
-    pattern: ClassVar[str] = r"[!-~]+"  # the characters that a header can carry
+    pattern: ClassVar[str] = r"[!-~]+"  # the characters that are allowed in a header
 
     def require(self) -> str:
         if self.value is None:
@@ -149,7 +149,7 @@ class DestinationSettings(Table, frozen=True):
 
     @property
     def fingerprint(self) -> str:
-        """A hash that identifies endpoint and key; empty while the key is missing."""
+        """A hash of endpoint and key; empty while the key is missing."""
         if self.api_key.value is None:
             return ""
         return hashlib.sha256(f"{self.endpoint}\n{self.api_key.value}".encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""One section of the configuration: its variables, names and types are checked; errors name the file and section."""
+"""Check one section of the configuration: its variables, names and types. Errors name the file and the section."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from audience_sync.settings.schema import Secret, Table
 from audience_sync.suggest import did_you_mean, shown
 
 MAX_BYTES = 1_000_000
-FILE_DATABASES = ("sqlite", "duckdb")  # whose URLs have a path instead of a host
+FILE_DATABASES = ("sqlite", "duckdb")  # their URLs have a path instead of a host
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 _T = TypeVar("_T", bound=Table)
@@ -105,7 +105,7 @@ class Section:
 
 
 def _secret_type(kind: Any) -> type[Secret] | None:
-    """Return the type of secret that a field holds, alone or in a tuple; None if it holds none."""
+    """Return the type of secret in a field, alone or in a tuple; None if it contains none."""
     if isinstance(kind, type) and issubclass(kind, Secret):
         return kind
     return next(filter(None, map(_secret_type, get_args(kind))), None)

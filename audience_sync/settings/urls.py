@@ -1,4 +1,4 @@
-"""Database URLs and the endpoint: they are checked and normalised to the form that the program uses."""
+"""Check database URLs and the endpoint, and normalise them to the form that the program uses."""
 
 import ipaddress
 import re
@@ -14,7 +14,7 @@ _DRIVERS = {
     "sqlite": "sqlite", "sqlite+pysqlite": "sqlite", "postgres": "postgresql+psycopg",
     "postgresql": "postgresql+psycopg", "postgresql+psycopg": "postgresql+psycopg",
 }  # fmt: skip
-# The options of a URL that are passed on: those of libpq, and of SQLite.
+# The allowed options of a URL: those of libpq and of SQLite.
 _OPTIONS = {
     "postgresql+psycopg": (
         "application_name", "channel_binding", "client_encoding", "connect_timeout",
@@ -58,7 +58,7 @@ def database_url(section: Section, url: str, folder: Path) -> str:
 
 
 def is_supported(url: str) -> bool:
-    """Return whether the URL's database is one of those that all promises hold for."""
+    """Return whether all promises hold for the URL's kind of database."""
     return re.split(r"[:+]", url, maxsplit=1)[0] in SUPPORTED
 
 
@@ -83,7 +83,7 @@ def _absolute_file(section: Section, scheme: str, rest: str, folder: Path) -> st
 
 
 def _check_options(section: Section, known: Collection[str], query: str) -> None:
-    """Refuse an option that would not take effect, or that the driver would refuse without naming its place."""
+    """Refuse an option that would have no effect, or that the driver would refuse without saying where it is."""
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in known:
             section.fail(f"url: unknown option {shown(name)}: {did_you_mean(name, known, 'remove it')}")
@@ -93,7 +93,7 @@ def _check_options(section: Section, known: Collection[str], query: str) -> None
 
 
 def _check_network(section: Section, rest: str) -> None:
-    """Refuse a URL in which a part of the password would be read as host, port or option, which messages show."""
+    """Refuse a URL in which a part of the password would be read as host, port or option, because messages show those."""
     authority, _, after = rest.partition("/")
     host = authority.rpartition("@")[2]
     if "," in host:
@@ -134,7 +134,7 @@ def normalize_endpoint(section: Section, endpoint: str, *, custom: bool) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    """Recognise plain forms only: 127.1 and 2130706433 also mean loopback, but a reader does not see that."""
+    """Recognise only plain forms: 127.1 and 2130706433 mean loopback too, but a reader would not see that."""
     try:
         return host in {"localhost", "::1"} or ipaddress.IPv4Address(host).is_loopback
     except ValueError:

@@ -1,6 +1,6 @@
-"""The meaning of an HTTP answer for the deliveries of its request; pure.
+"""Pure decisions: what an HTTP answer means for the deliveries of its request.
 
-Only Userpilot's own answer says anything about a delivery, and a gateway, proxy or login page may answer in its place.
+Only Userpilot's own answer says anything about a delivery, but a gateway, proxy or login page may answer in its place.
 An answer is not Userpilot's own if one of these is true:
 
 - its body is a page: it is declared as HTML or XML, starts with `<`, or is text with an HTML tag
@@ -8,9 +8,9 @@ An answer is not Userpilot's own if one of these is true:
 - its status is 3xx, 407, 421, 499, 511 or 520 to 530, which proxies send;
 - it is a refusal (4xx) in plain text, without the `x-request-id` that Userpilot's answers carry.
 
-A 2xx of Userpilot's is accepted, whether its body is empty, JSON or another text, and however it is encoded. JSON whose
-end is missing leaves the outcome unknown. Bodies compressed with gzip or deflate are decompressed; others that are encoded
-count as empty.
+A 2xx from Userpilot is accepted, whether its body is empty, JSON or other text, in any encoding. If the end of the JSON is
+missing, the outcome is unknown. Bodies that are compressed with gzip or deflate are decompressed; bodies in any other
+encoding count as empty.
 """
 
 import json
@@ -25,11 +25,11 @@ from functools import lru_cache
 from typing import Any
 
 MAX_ERROR_LENGTH = 500
-MAX_TEXT_LENGTH = 65_536  # of a body that is searched for a message
+MAX_TEXT_LENGTH = 65_536  # the part of a body that is searched for a message
 MAX_REQUEST_ID_LENGTH = 200
 MAX_RETRY_AFTER_SECONDS = 900.0
 MAX_DECODED_BYTES = 1024 * 1024
-MAX_PAGE_LENGTH = 4096  # of a page whose text becomes an error
+MAX_PAGE_LENGTH = 4096  # the part of a page from which an error is made
 MIN_SECRET_LENGTH = 12  # a shorter one is not a real key, and might occur in a job id by chance
 
 
@@ -69,8 +69,8 @@ class Answer:
     """Result of one request.
 
     `error` quotes the API's message if there is one; `retry_after_seconds` is the pause that the API asks for, 0 to
-    900. `document` is the JSON of an accepted answer's body, or None if the body is empty, cut off or not JSON.
-    `is_evidence` is false if the answer proves nothing about its deliveries, for example because a gateway sent it.
+    900. `document` is the JSON body of an accepted answer, or None if the body is empty, cut off or not JSON.
+    `is_evidence` is false if the answer proves nothing about the deliveries, for example because a gateway sent it.
     """
 
     outcome: Outcome
@@ -179,7 +179,7 @@ def _decode(encoding: str, body: bytes) -> tuple[bytes, bool]:
 
 
 def _json(body: bytes, text: str) -> Any:
-    """Parse JSON. Text that only resembles it, such as `{ok}`, is not JSON, but it has its end."""
+    """Parse JSON. Text that only resembles JSON, such as `{ok}`, is not JSON, but it is complete."""
     has_end = text.endswith(("}", "]"))
     try:
         return json.loads(body, parse_constant=_no_constant)
@@ -195,7 +195,7 @@ def _no_constant(name: str) -> None:
 
 
 def _message(content: _Content) -> str:
-    """Text of an error: from `{"errors": [{"error_code", "error", "message", "details"}]}`, else the whole body."""
+    """Return the error in `{"errors": [{"error_code", "error", "message", "details"}]}`, else the whole body."""
     document = content.document
     if isinstance(document, dict):
         errors = document.get("errors")
@@ -220,7 +220,7 @@ def one_line(text: str, max_length: int, secret: str) -> str:
 
 @lru_cache(maxsize=4)
 def _spellings(secret: str) -> re.Pattern[str]:
-    """Pattern of the secret as it is, and as JSON, URLs and HTML escape it."""
+    """Return a pattern of the secret, also as escaped in JSON, URLs and HTML."""
     return re.compile("".join(map(_character_pattern, secret)), re.IGNORECASE)
 
 

@@ -30,7 +30,7 @@ MAX_LIST_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """The time that a request may take, and the bytes of its answer's body that are read."""
+    """The time that a request may take, and how many bytes of the answer's body are read."""
 
     seconds: float
     body_bytes: int
@@ -39,9 +39,9 @@ class _Bounds:
 class Client:
     """Sends requests from any number of threads.
 
-    `ca_file` adds certificate authorities to the system's. `deadline_seconds` limits a request, from its start to the
-    last byte of its answer; `upload_seconds` does so for an upload, `connect_seconds` for the attempt at each address
-    of the host and for the TLS handshake. With `only_public`, nothing is sent to an address of a private network.
+    `ca_file` adds certificate authorities to the system's. `deadline_seconds` limits a request from its start to the last
+    byte of its answer, `upload_seconds` an upload. `connect_seconds` limits the attempt at each address of the host, and
+    the TLS handshake. With `only_public`, nothing is sent to an address of a private network.
     Raises ConfigError if the endpoint, the key or the file cannot be used.
     """
 
@@ -93,26 +93,26 @@ class Client:
     def send(self, path: str, payload: dict[str, Any]) -> Answer:
         """POST the payload to the path below the endpoint, once.
 
-        The answer holds every failure; only a closed client raises (RuntimeError).
+        Every failure is returned as an answer; only a closed client raises (RuntimeError).
         """
         return self._write("POST", path, payload)
 
     def upload(self, path: str, filename: str, content: bytes) -> Answer:
-        """POST the NDJSON as the part `file` of a form, once; the answer holds every failure."""
-        # httpx sends a file in pieces. Bytes would be copied as a whole for each piece that the network takes.
+        """POST the NDJSON as the part `file` of a form, once; every failure is returned as an answer."""
+        # httpx sends a file in pieces. It would copy all of the bytes for each piece that the network takes.
         part = (filename, io.BytesIO(content), "application/x-ndjson")
         return self._request("POST", path, self._upload_bounds, files={"file": part})
 
     def get(self, path: str) -> Answer:
-        """GET the path below the endpoint, which is quoted where necessary; an answer may have 4 MB."""
+        """GET the path below the endpoint, quoted where necessary; an answer may have 4 MB."""
         return self._request("GET", path, self._list_bounds)
 
     def delete_user(self, user_id: str) -> Answer:
-        """Request the deletion of a user, which Userpilot carries out at 02:00 UTC; it allows one request in 2 s."""
+        """Request the deletion of a user, at 02:00 UTC; Userpilot allows one such request in 2 s."""
         return self._write("DELETE", "v1/users", {"users": [user_id]})
 
     def validate(self) -> Answer:
-        """Check the key: the answer is accepted, unauthorised, or 404, which proves nothing about the key."""
+        """Check the key. The answer is accepted, unauthorised, or 404, which proves nothing about the key."""
         return self._request("GET", "v1/validate", self._bounds)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class Client:
             text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             content = text.encode()
         except (TypeError, ValueError, RecursionError) as error:
-            # The exception's own text would quote the payload.
+            # The text of the exception would quote the payload.
             message = f"the payload cannot be written as JSON in UTF-8 ({type(error).__name__}): not sent"
             return Answer(Outcome.REFUSED, None, None, message, None)
         headers = {"Content-Type": "application/json"}

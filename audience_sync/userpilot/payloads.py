@@ -24,8 +24,8 @@ def build(
 ) -> tuple[str, dict[str, Any]]:
     """Build the path below the endpoint and the payload of one delivery.
 
-    `body` is the traits of a user (with the id of the user's company under COMPANY) or of a company, each perhaps in
-    the form of `properties.with_gone`; for a track it is `{"event_name": …, "metadata": …}`, where metadata is optional.
+    `body` has the traits of a user (with the id of the user's company under COMPANY) or of a company, which may be in the
+    form of `properties.with_gone`; for a track it is `{"event_name": …, "metadata": …}`, where metadata is optional.
     `booleans` is native or string, `nested` flatten or json. Raises ValueError if the action is unknown.
     """
     match Action(action):
@@ -53,10 +53,10 @@ def build(
 def bulk_row(payload: dict[str, Any]) -> bytes | None:
     """Convert an identify payload to a line of an NDJSON upload to v1/users/bulk_identify.
 
-    Return None if the payload must be sent alone, because a bulk job does not report errors of single rows: for an
+    Return None if the payload must be sent alone, because a bulk job does not report errors of single rows: if it has an
     id that is empty or not a string, a company with more than an id, a value that is not a primitive, NaN or infinity,
-    text that UTF-8 cannot encode, and more than 500 properties, 255 characters in a name or 65,535 in a value. The
-    limits are third-party figures; Userpilot documents none.
+    text that UTF-8 cannot encode, or more than 500 properties, 255 characters in a name or 65,535 in a value. These
+    limits are from third parties; Userpilot documents none.
     """
     match payload:
         case {"user_id": str(user_id), "metadata": dict(metadata), **rest} if user_id and _fits(metadata):

@@ -12,12 +12,12 @@ _Path: TypeAlias = tuple[str, ...]
 def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
     """Convert metadata to primitives; nothing is dropped. `nested` is flatten or json.
 
-    flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. A definition's
-    key never contains a dot, so no flattened name equals one. Empty objects and lists become "{}" and "[]". If names
-    collide, the least nested one stays, and the others get the suffixes "~2", "~3", whatever their order:
+    flatten: names are joined with dots, list items by index: `{"a": {"b": [7]}}` gives `{"a.b.0": 7}`. Keys of definitions
+    contain no dots, so they never equal a flattened name. Empty objects and lists become "{}" and "[]". If names
+    collide, the least nested one stays, and the others get the suffixes "~2", "~3", in any order of the members:
     `{"a.b": 1, "a": {"b": 2}}` gives `{"a.b": 1, "a.b~2": 2}`.
-    json: each object or list becomes a string of compact JSON. Flattening does the same to one whose names together
-    would be too long, as for a long list under a long name.
+    json: each object or list becomes a string of compact JSON. So does an object or list whose flattened names together
+    would be too long, such as a long list under a long name.
     """
     if nested == "json":
         return {name: _text(value) if _is_nested(value) else value for name, value in metadata.items()}
@@ -27,9 +27,10 @@ def primitives(metadata: Mapping[str, Any], nested: str) -> dict[str, Any]:
 
 
 def trait_properties(traits: Mapping[str, Any], nested: str) -> dict[str, Any]:
-    """Convert the traits of a user or a company, which stay at Userpilot until they are null.
+    """Convert the traits of a user or a company, which Userpilot keeps until they are null.
 
-    As `primitives`, but flattened empty objects and lists have no property, and those that `with_gone` names are null.
+    Works like `primitives`, but empty objects and lists become no property when flattened, and properties that
+    `with_gone` added become null.
     """
     gone = [name for value in traits.values() if _is_marked(value) for name in value[_GONE]]
     values = {name: without_gone(value) for name, value in traits.items()}
@@ -42,7 +43,7 @@ def trait_properties(traits: Mapping[str, Any], nested: str) -> dict[str, Any]:
 
 
 def property_names(traits: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of the properties that `trait_properties` makes by flattening, each with its trait."""
+    """Return the names of the properties that `trait_properties` makes by flattening, with the trait of each."""
     if not has_nested(traits):
         return {name: name for name in traits}
     return {name: path[0] for path, name in _names(_filled_leaves(traits)).items()}
@@ -53,7 +54,7 @@ def has_nested(traits: Mapping[str, Any]) -> bool:
 
 
 def with_gone(value: Any, names: Iterable[str]) -> Any:
-    """Return a trait's value in a form that includes the properties which the trait no longer has."""
+    """Return a trait's value in a form that includes the names of properties that the trait no longer has."""
     gone = sorted(names)
     return {_VALUE: value, _GONE: gone} if gone or _is_marked(value) else value
 

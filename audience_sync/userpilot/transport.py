@@ -1,8 +1,8 @@
 """The transport of the HTTP client: one deadline for a whole request, and no connection to a private network.
 
-The timeouts of HTTP libraries apply to each read and write, so an answer sent a byte at a time would never end. Here
-every connect, TLS handshake, read and write gets the time that is left until its request's deadline. httpcore passes a
-request's timeouts to the connection's stream unchanged; the request's Exchange is passed in their place.
+The timeouts of HTTP libraries apply to each read and write, so an answer that is sent a byte at a time could take forever.
+Here every connect, TLS handshake, read and write gets the time that is left until its request's deadline. httpcore passes
+a request's timeouts to the connection's stream unchanged; we pass the request's Exchange instead.
 """
 
 import ipaddress
@@ -16,7 +16,7 @@ from typing import Any
 import httpcore
 import httpx
 
-KEEPALIVE_SECONDS = 5.0  # of an idle connection; a gateway may drop an older one silently
+KEEPALIVE_SECONDS = 5.0  # the life of an idle connection; gateways may drop older ones silently
 
 
 class Exchange:
@@ -39,7 +39,7 @@ class Exchange:
         return seconds
 
     def seconds_to_read(self) -> float:
-        """Return `seconds_left`, but 0 once after the deadline: an answer may have arrived during a long write."""
+        """Return `seconds_left`, but 0 the first time after the deadline: an answer may have arrived during a long write."""
         if self.is_over and not self._has_read_late:
             self._has_read_late = True
             return 0.0
@@ -150,7 +150,7 @@ class _Stream(httpcore.NetworkStream):
         except OSError as error:
             if not timeout.sent:
                 raise
-            # After a WriteError httpcore still reads: a server may refuse an upload before it has read all of it.
+            # After a WriteError httpcore still reads, because a server may refuse an upload before it has read all of it.
             raise httpcore.WriteError(error) from error
 
     def read(self, max_bytes: int, timeout: Any = None) -> bytes:
