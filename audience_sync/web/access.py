@@ -1,7 +1,7 @@
 """Access to the dashboard: who sends a request, from where, and what that person may do.
 
-Without configured users, only browsers on this machine may read it, and nobody may act: the request must name this
-machine as its host, and must not come through a proxy. With users, everything but the sign-in needs a session.
+Without configured users, only browsers on this machine may read it, and nobody may act: the request must have this
+machine as its host, and must not come through a proxy. With users, everything except signing in needs a session.
 """
 
 import hmac
@@ -48,7 +48,7 @@ class Access:
     users: Mapping[str, WebUser]
 
     def refusal(self, request: Request) -> str | None:
-        """Return why a request is refused for everybody; None if it is not."""
+        """Return why a request is refused, independent of its sender; None if it is not."""
         if not self.users:
             if not remote.is_loopback(remote.host_name(request.headers)):
                 return (
@@ -63,7 +63,7 @@ class Access:
 
 
 def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str | None:
-    """Return why a form is refused; None if one of our pages sent it, with the token of this person's session if any."""
+    """Return why a form is refused; None if it is from one of our pages, with the token of the person's session, if any."""
     source = _origin(request.headers.get("Origin", request.headers.get("Referer", "")))
     if comes_from_other_site(request) or source is None or source != own_origin(request):
         return (
@@ -78,7 +78,7 @@ def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str
 
 
 def is_visit(request: Request) -> bool:
-    """Return whether the request opens a page in a browser's window, not in a frame or for a script."""
+    """Return whether the request opens a page in a browser window, not in a frame or for a script."""
     headers = request.headers
     mode, target = headers.get("Sec-Fetch-Mode", "navigate"), headers.get("Sec-Fetch-Dest", "document")
     return request.method in _READING and (mode, target) == ("navigate", "document")
@@ -94,7 +94,7 @@ def own_origin(request: Request) -> str | None:
 
 
 def local_path(text: str | None) -> str:
-    """Return where to go after a form: the text if it is one of our paths, with or without a query; else the overview."""
+    """Return the path to open after a form: the text if it is one of our paths, else the overview."""
     if text is None or not text.isprintable() or "\\" in text or len(text) > 2_000:
         return "/"
     return text if text.startswith("/") and not text.startswith("//") else "/"
@@ -124,7 +124,7 @@ def _origin(url: str) -> str | None:
 
 
 class TrustedProxies:
-    """Takes the browser's address, scheme and host from the headers of proxies that the configuration names."""
+    """Takes the browser's address, scheme and host from the headers of proxies in the configuration."""
 
     def __init__(self, app: ASGIApp, settings: WebSettings) -> None:
         self._app = app
@@ -142,7 +142,7 @@ class TrustedProxies:
         await self._app(scope, receive, send)
 
     def _browser(self, scope: Scope) -> str:
-        """Return the last address that is not a trusted proxy's. The addresses before it may be forged."""
+        """Return the last address that does not belong to a trusted proxy. Addresses before it may be forged."""
         address = _peer(scope)
         passed = ",".join(Headers(scope=scope).getlist("X-Forwarded-For")).split(",")
         for text in reversed(passed):

@@ -1,6 +1,6 @@
 """Actions in the dashboard: decide about held runs and deliveries, and accept the destination.
 
-Each action needs the role `operate`. It is recorded before it is done. Its result is recorded afterwards, even if the
+Each action needs the role `operate` and is recorded before it is done. Its result is recorded afterwards, even if the
 action is refused or fails.
 """
 
@@ -27,14 +27,14 @@ from audience_sync.web.view import PAGE_ROWS, BadRequest, Forbidden, View, row_i
 
 CHUNK = 1_000  # deliveries that one transaction changes
 _TARGET_ID = re.compile(r"(run|deliveries) ([0-9]{1,18})(?![0-9])", re.ASCII)
-MAX_TARGET = 300  # characters of a target, and of a filter in it
+MAX_TARGET = 300  # characters of a target, or of a filter in it
 # Fields of a filter, and what `history` calls them.
 FILTER = {"key": "key", "action": "action", "error": "error", "user": "user_id", "run": "run_id"}
 
 
 @dataclass(frozen=True, slots=True)
 class FormAction:
-    """An action: its name in the record, the target of a form, and the function that does it and returns the result."""
+    """An action: its recorded name, the target of a form, and the function that does it and returns the result."""
 
     name: str
     target: Callable[[Form], str]
@@ -42,7 +42,7 @@ class FormAction:
 
 
 def act(action: FormAction, app: App, viewer: Viewer, request: Request, form: Form) -> Response:
-    """Do the action of a form, then redirect to the page of the form, which shows the result."""
+    """Do the action of a form, then redirect to the form's page, which shows the result."""
     if viewer.name is None:
         raise Forbidden(
             f"Without users, the dashboard is read-only. To use its buttons, configure {HOW_TO_ADD_USERS}."
@@ -95,7 +95,7 @@ def _approve(app: App, form: Form) -> str:
 
 
 def _has_daemon(app: App) -> bool:
-    """Return whether a daemon sends what is in the queue."""
+    """Return whether a daemon is running, which sends what is in the queue."""
     with engines.read(app.engine) as connection:
         return bool(history.daemon_state(connection, app.clock.now())["is_alive"])
 
@@ -144,7 +144,7 @@ def _discard(app: App, form: Form) -> str:
 
 
 def _chosen(app: App, form: Form) -> Iterator[list[int]]:
-    """Yield the ids of a form, or those of all dead deliveries that its filter matches."""
+    """Yield the ids in a form, or the ids of all dead deliveries that match its filter."""
     if not form.get("all"):
         ids = [row_id("A delivery id", text) for text in dict.fromkeys(form.getlist("id"))]
         if not ids:
@@ -201,7 +201,7 @@ def actions(view: View) -> Response:
 
 
 def _address(target: str) -> str:
-    """Return the address of the page of a target: its run, or its first delivery and those that follow."""
+    """Return the address of a target's page: its run, or the deliveries from its first one on."""
     number = _TARGET_ID.match(target)
     if number is None:
         return "/deliveries" if target.startswith("all dead") else ""

@@ -20,8 +20,8 @@ from audience_sync.clock import duration
 from audience_sync.web.overview import definition_state
 from audience_sync.web.view import PAGE_ROWS, BadRequest, NotFound, View
 
-MAX_POINTS = 20_000  # of a chart: two years of hourly runs
-DRAWN_RUNS = 1_000  # in the chart for browsers without JavaScript, and in the sentence about the trend
+MAX_POINTS = 20_000  # in a chart: two years of hourly runs
+DRAWN_RUNS = 1_000  # in the chart for browsers without JavaScript, and for the sentence about the trend
 SHOWN_RUNS, SHOWN_MEMBERS = 20, 10
 TREND = dt.timedelta(days=30)
 CSV_ROWS = 1_000  # in a piece of a download
@@ -65,7 +65,7 @@ def sizes(view: View) -> Response:
     columns = {
         "times": [int(row["as_of"].timestamp()) for row in rows],
         "members": [row["member_count"] for row in rows],
-        # In the first run everyone enters, which would make all other changes too small to see.
+        # In the first run everyone enters, so all other changes would be too small to see.
         "entered": [None if row["mode"] == "first" else row["entered_count"] for row in rows],
         "exited": [None if row["mode"] == "first" else row["exited_count"] for row in rows],
     }
@@ -98,7 +98,7 @@ def members(view: View) -> Response:
 
 
 def members_csv(view: View) -> Response:
-    """All members, now or at a past time. Each piece is read in its own transaction while the answer is sent."""
+    """All members, now or at a past time, as CSV. Each piece is read in its own transaction while the answer is sent."""
     row, _, definition_id = _requested(view)
     at = view.moment("at")
     rows: Iterator[tuple[str, str | None]] = iter(())
@@ -113,7 +113,7 @@ def members_csv(view: View) -> Response:
 
 
 async def _in_turn(pieces: Iterator[str], limiter: anyio.CapacityLimiter) -> AsyncIterator[str]:
-    """Make the pieces in the turns of pages, so that many downloads do not take the processor from the calls."""
+    """Make the pieces within the limit of pages, so that many downloads do not take the processor from the calls."""
     while piece := await anyio.to_thread.run_sync(next, pieces, "", limiter=limiter):
         yield piece
 
@@ -130,7 +130,7 @@ def _csv(rows: Iterator[tuple[str, str | None]], *, has_values: bool) -> Iterato
 
 
 def _plain(value: str | None) -> str:
-    """A trait's value as text: strings without quotes, everything else as JSON."""
+    """A trait's value as text: a string without quotes, anything else as JSON."""
     parsed = None if value is None else json.loads(value)
     return parsed if isinstance(parsed, str) else value or ""
 
@@ -141,7 +141,7 @@ def cell(text: str) -> str:
 
 
 def trend(points: Sequence[dict[str, Any]]) -> str:
-    """A sentence that compares the size after the last run with that up to 30 days, or a run, before."""
+    """A sentence that compares the size after the last run with the size up to 30 days, or one run, before."""
     if len(points) < 2:
         return ""
     last = points[-1]
@@ -157,7 +157,7 @@ def trend(points: Sequence[dict[str, Any]]) -> str:
 
 
 def _requested(view: View) -> tuple[dict[str, Any], Definition | None, int | None]:
-    """The requested definition as `history` has it and as it is configured, and its id; None if it was never synced."""
+    """The requested definition from `history` and from the configuration, and its id; None if it was never synced."""
     key = view.request.path_params["key"]
     asked = (view.app.settings, view.now, key)
     rows = [] if "\0" in key else history.definitions(view.connection, *asked, counted=False)

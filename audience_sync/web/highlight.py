@@ -1,10 +1,10 @@
-"""Syntax highlighting for SQL and for queries: HTML with a class for each kind of word."""
+"""Syntax highlighting of SQL and queries: HTML with a class for each kind of word."""
 
 import re
 
 from markupsafe import Markup
 
-# A comment or string that is not closed extends to the end of the text, so that each character is read once.
+# A comment or string without an end extends to the end of the text, so that each character is read once.
 _SQL = re.compile(
     r"""(?P<comment>--[^\n]*|/\*.*?(?:\*/|\Z))
     |(?P<string>'(?:[^']|'')*(?:'|\Z))

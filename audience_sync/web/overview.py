@@ -45,7 +45,7 @@ def overview(view: View) -> Response:
 
 
 def definition_state(row: dict[str, Any], status: dict[str, Any]) -> str:
-    """The state of a definition as pages show it: failed and late come before running and enabled."""
+    """The state of a definition on pages, where failed and late take precedence over running and enabled."""
     if row["state"] != "enabled":
         return str(row["state"])
     failed = {run["key"]: str(run["status"]) for run in status["failed_runs"]}

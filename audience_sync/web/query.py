@@ -16,7 +16,7 @@ from audience_sync.errors import AudienceSyncError, Interrupted
 from audience_sync.settings.queries import events_elsewhere
 from audience_sync.web.view import View
 
-OWN = "(own)"  # the choice of the database of audience-sync
+OWN = "(own)"  # in the form, the database of audience-sync
 NAMES = ("event_names", "trait_names", "examples")
 MAX_PREVIEWS = 2  # at a time, because each runs a statement on the company's database
 PREVIEW_SECONDS = 30.0  # for each statement of a preview
@@ -25,7 +25,7 @@ _previews = threading.BoundedSemaphore(MAX_PREVIEWS)
 
 @dataclass(slots=True)
 class QueryAnswer:
-    """A query laid out, in English and as SQL, or its error. `preview` is None if the query was not computed."""
+    """A query laid out, in English and as SQL, or its error. `preview` is None if it was not computed."""
 
     error: str | None = None
     query: str | None = None
@@ -37,7 +37,7 @@ class QueryAnswer:
 
 
 def query_page(view: View) -> Response:
-    """Parse a query, and compute it unless the address has `check`: then the user is still typing."""
+    """Parse a query, and compute it unless the address has `check`, because then the user is still typing."""
     kind = Kind(view.choice("kind", [kind.value for kind in Kind]) or Kind.AUDIENCE)
     text, source, name = (
         view.text("text"),

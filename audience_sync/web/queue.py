@@ -59,7 +59,7 @@ def _list(
     finds: tuple[Callable[..., history.Found], Callable[..., list[dict[str, Any]]]],
     **values: Any,
 ) -> Response:
-    """A page of a list: `finds` are the search that takes the filters, and the function that reads the rows found."""
+    """A page of a list. `finds`: the search with the filters, and the function that reads the rows that it found."""
     search, read = finds
     before, wanted = view.number("before"), {NAMES.get(name, name): filters[name] for name in filters}
     hits = search(view.connection, **wanted, before=before, limit=PAGE_ROWS)
@@ -69,7 +69,7 @@ def _list(
 
 
 def request_page(view: View) -> Response:
-    """One request, with its bulk job and those of its deliveries that no later request carried."""
+    """A request, with its bulk job and the deliveries that no later request carried."""
     request_id = view.path_id("request_id")
     rows = history.request_rows(view.connection, [request_id])
     if not rows:

@@ -1,4 +1,4 @@
-"""The record of what people did with the dashboard: who, when, from where, what, and how it ended."""
+"""The record of actions in the dashboard: who did what, when and from where, and how it ended."""
 
 import datetime as dt
 from typing import Any
@@ -32,7 +32,7 @@ def action_rows(connection: sa.Connection, *, before: int | None = None, limit: 
 
 
 def find_decision(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
-    """Return the action that approved or rejected a run; None if it was not decided in the dashboard."""
+    """Return the action that approved or rejected a run; None if it was not done in the dashboard."""
     is_decision = actions.c.action.in_(("approve", "reject")) & (actions.c.target == f"run {run_id}")
     query = sa.select(actions).where(is_decision, actions.c.status == "done")
     row = connection.execute(query).mappings().one_or_none()
@@ -40,7 +40,7 @@ def find_decision(connection: sa.Connection, run_id: int) -> dict[str, Any] | No
 
 
 def find_action(connection: sa.Connection, action_id: int, user_name: str) -> dict[str, Any] | None:
-    """Return an action of this user; None if there is no such action, or it is somebody else's."""
+    """Return an action of this user; None if there is no such action or it belongs to another user."""
     query = sa.select(actions).where(actions.c.action_id == action_id, actions.c.user_name == user_name)
     row = connection.execute(query).mappings().one_or_none()
     return None if row is None else dict(row)

@@ -1,4 +1,4 @@
-"""Renders answers of `history` as HTML: the template environment, and the format of numbers, times and states."""
+"""Render results of `history` as HTML: the template environment, and the format of numbers, times and states."""
 
 import contextlib
 import datetime as dt
@@ -82,7 +82,7 @@ def time_tag(value: dt.datetime | None, *, seconds: bool = False) -> Markup:
 
 @lru_cache(1_024)
 def breakable(text: str) -> Markup:
-    """A key that may continue on the next line after each underscore."""
+    """A key with possible line breaks after its underscores."""
     return Markup("_<wbr>").join(text.split("_"))
 
 
@@ -150,7 +150,7 @@ def short(text: Any, length: int) -> str:
 
 @jinja2.pass_context
 def prose(context: jinja2.runtime.Context, text: str) -> Markup:
-    """A message whose commands, in backticks, are code, and begin as the reader has to begin them."""
+    """A message whose commands, in backticks, become code, and begin in the way that the reader must type."""
     program = str(context["program"])
     texts: list[str] = _COMMAND.split(text)
     for place in range(1, len(texts), 2):
@@ -161,7 +161,7 @@ def prose(context: jinja2.runtime.Context, text: str) -> Markup:
 
 
 def link(path: str, **parameters: Any) -> str:
-    """A path with a query string of the parameters that are set."""
+    """A path with a query string of the given parameters that are not None."""
     given = [
         f"{name}={quote_plus(str(value))}" for name, value in parameters.items() if value not in (None, "")
     ]

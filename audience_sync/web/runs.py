@@ -90,7 +90,7 @@ def changes(view: View) -> Response:
 def _changes(
     view: View, run: dict[str, Any], what: str, *, after: str = "", limit: int
 ) -> list[dict[str, Any]]:
-    """A page of users who changed in a run, each with the delivery of the change."""
+    """A page of the users who changed in a run, each with the delivery of the change."""
     users = history.change_rows(view.connection, run["run_id"], what, after=after, limit=limit)
     sent = history.deliveries_of(view.connection, run["run_id"], [user["user_id"] for user in users])
     return [user | {"delivery": sent.get(user["user_id"])} for user in users]

@@ -17,7 +17,7 @@ from audience_sync.settings.schema import WebUser
 
 LIFE = dt.timedelta(hours=12)
 IDLE = dt.timedelta(hours=2)
-SEEN_EVERY = dt.timedelta(minutes=1)  # the last use is written at most this often
+SEEN_EVERY = dt.timedelta(minutes=1)  # how often the last use is written, at most
 
 
 def start_session(connection: sa.Connection, user: WebUser, now: dt.datetime) -> str:
@@ -54,7 +54,7 @@ def end_session(connection: sa.Connection, token: str) -> None:
 
 
 def csrf_token(token: str) -> str:
-    """Return the token that the forms of a session carry. The session's own token cannot be computed from it."""
+    """Return the token for the forms of a session, from which the session's own token cannot be computed."""
     return hmac.new(token.encode(), b"csrf", hashlib.sha256).hexdigest()
 
 

@@ -25,11 +25,11 @@ from audience_sync.web.view import Forbidden, NotFound, View, html
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 10  # that may fail at once, for a name and from an address
-ATTEMPT_SECONDS = 60.0  # until one more attempt may fail
+MAX_ATTEMPTS = 10  # failed attempts at once, for a name and from an address
+ATTEMPT_SECONDS = 60.0  # then one more is allowed after each of these spans
 MAX_REMEMBERED = 10_000  # names and addresses
-WAIT_SECONDS = 10.0  # for a lock of the database
-RECORD_SECONDS = 0.2  # for a lock of the database, to record that a session is used
+WAIT_SECONDS = 10.0  # the longest wait for a lock of the database
+RECORD_SECONDS = 0.2  # the same, to record that a session was used
 NO_USERS = f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
 
 Form = ImmutableMultiDict[str, str]
@@ -40,8 +40,8 @@ FormHandler = Callable[[App, Viewer, Request, Form], Response]
 class Throttle:
     """Limits failed attempts to sign in, for each user name and from each address.
 
-    Attempts for a name from an address where it has signed in are counted separately, so that somebody who guesses
-    from another address does not keep its owner out.
+    Attempts for a name from an address where it has signed in before are counted separately, so that somebody who
+    guesses from another address does not lock this user out.
     """
 
     clock: Clock
@@ -51,7 +51,7 @@ class Throttle:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str, address: str) -> float:
-        """Count an attempt and return 0 if it is allowed; else return the seconds to wait."""
+        """Count an attempt and return 0 if it is allowed, else the seconds to wait."""
         with self._lock:
             now = self.clock.monotonic()
             free_at = {key: max(now, self._free_at.get(key, now)) for key in self._keys(name, address)}
@@ -63,7 +63,7 @@ class Throttle:
             return 0.0
 
     def succeeded(self, name: str, address: str) -> None:
-        """Do not count an attempt that succeeded."""
+        """Uncount an attempt that succeeded."""
         with self._lock:
             for key in self._keys(name, address):
                 if key in self._free_at:
@@ -90,7 +90,7 @@ def _pair(name: str, address: str) -> str:
 
 
 def _network(address: str) -> str:
-    """Return the address, or its network if one household or server has all of it."""
+    """Return the address, or its network if a single household or server usually has all of it."""
     with contextlib.suppress(ValueError):
         ip = ipaddress.ip_address(address)
         if ip.version == 6:
@@ -148,7 +148,7 @@ def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response
 
 
 def viewer(app: App, access: Access, request: Request) -> tuple[Viewer, bool]:
-    """Return the person who asks, and whether to record this use of the session."""
+    """Return the person who sends the request, and whether to record this use of the session."""
     if not access.users:
         return Viewer(), False
     token, now = _token(request), app.clock.now()

@@ -85,7 +85,7 @@ HEADERS = {
 
 
 class Gate:
-    """Refuses requests that are not for this dashboard, or come from other sites; adds HEADERS to every answer."""
+    """Refuses requests that are not for this dashboard or come from other sites; adds HEADERS to every answer."""
 
     def __init__(self, app: ASGIApp, site: "Site") -> None:
         self._app, self._site = app, site
@@ -136,7 +136,7 @@ class Site:
         return await anyio.to_thread.run_sync(work, limiter=self.pages)
 
     def _page(self, page: Page, request: Request) -> Response:
-        """Make a page in its own read transaction, which locks nothing before the page reads something."""
+        """Make a page in its own read transaction, which locks nothing until the page reads something."""
         viewer, is_use = signin.viewer(self.app, self.access, request)
         request.state.viewer = viewer
         if not viewer.may_read and page is not signin.sign_in_page:
@@ -189,7 +189,7 @@ class Site:
         return answer
 
     def _guarded(self, request: Request, work: Callable[[], Response]) -> Response:
-        """Do the work for a request. Any error becomes a page."""
+        """Do the work for a request, and turn any error into a page."""
         logged = None
         try:
             return work()
@@ -236,7 +236,7 @@ class Site:
 
 
 def _viewer(request: Request) -> Viewer:
-    """Return the person who asks, as far as that is known."""
+    """Return the person who sent the request, as far as that is known."""
     viewer: Viewer = getattr(request.state, "viewer", STRANGER)
     return viewer
 
@@ -253,7 +253,7 @@ def dashboard(app: App, program: str = render.PROGRAM) -> Starlette:
         exception_handlers={404: site.no_page, 405: site.no_page},
     )
     application.state.pages, application.state.program = site.pages, program
-    application.router.redirect_slashes = False  # it would redirect to the host that the request names
+    application.router.redirect_slashes = False  # it would redirect to the host in the request's header
     return application
 
 

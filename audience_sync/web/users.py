@@ -1,4 +1,4 @@
-"""The page of a user: the memberships, since when and why, and whether Userpilot accepted them."""
+"""The page of a user: memberships, since when and why, and whether Userpilot accepted them."""
 
 from starlette.responses import Response
 

@@ -18,7 +18,7 @@ PAGE_ROWS = 50  # of a table on a page
 
 
 class Refusal(Exception):  # noqa: N818  (an answer, not an error)
-    """A request that is refused. The message says why, and what to do."""
+    """Refuses a request. The message says why, and what to do."""
 
     status, title = 400, "This address cannot be used"
 
@@ -28,7 +28,7 @@ class Refusal(Exception):  # noqa: N818  (an answer, not an error)
 
 
 class BadRequest(Refusal):
-    """A parameter of the address or form cannot be used. The message says which, and what is expected."""
+    """A parameter of the address or form is not valid. The message says which, and what is expected."""
 
 
 class NotFound(Refusal):
@@ -69,7 +69,7 @@ class View:
     def text(self, name: str) -> str | None:
         """A parameter of the address; None if it is missing or empty.
 
-        Raises BadRequest if it has a NUL character, which PostgreSQL cannot compare with anything.
+        Raises BadRequest if it has a NUL character, which PostgreSQL cannot compare.
         """
         text = self.request.query_params.get(name) or None
         if text and "\0" in text:
@@ -136,7 +136,7 @@ def html(
     status_code: int = 200,
     **values: Any,
 ) -> Response:
-    """Render a template for a person. `path`: where the person is, if that is not the request's address."""
+    """Render a template for a person. `path`: the page's address, if that is not the request's."""
     program = request.app.state.program if "app" in request.scope else render.PROGRAM
     common = {
         "notice": None,

@@ -210,7 +210,7 @@ def test_removed_and_retired_keys_have_pages(pages):
     pages.configure()
     text = pages.text("/definitions/vips")
     assert "○ not configured · 1 member" in text
-    assert "until audience-sync retire vips takes them back." in text
+    assert "until audience-sync retire vips clears them." in text
     assert pages.users("/definitions/vips/members") == [["ann"]]
     decisions.retire(pages.engine, "vips", pages.clock, pages.app.destination)
     assert "This key is retired" in pages.text("/definitions/vips")

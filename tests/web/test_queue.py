@@ -244,7 +244,7 @@ def test_operators_see_the_forms_for_deliveries(olga):
     assert forms(olga, "/deliveries?status=accepted") == []
     body = olga.get("/deliveries?status=dead&key=vips&error=HTTP").text
     assert 'name="id" value="1" form="chosen"' in body
-    assert "This is about <strong>1</strong> delivery" in body
+    assert "This applies to <strong>1</strong> delivery" in body
     for field in ('name="all" value="dead"', 'name="key" value="vips"', 'name="error" value="HTTP"'):
         assert field in body
     answer = olga.act("/deliveries/retry", all="dead", key="vips", back="/deliveries?status=dead")
