@@ -6,7 +6,6 @@ machine as its host, and must not come through a proxy. With users, everything e
 
 import hmac
 import ipaddress
-from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -15,9 +14,10 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from audience_sync import remote
-from audience_sync.settings.schema import WebSettings, WebUser
+from audience_sync.settings.schema import WebSettings
 
 HOW_TO_ADD_USERS = "[[web.users]]: `audience-sync password` makes the hash of a password"
+NO_USERS = f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
 _READING = {"GET", "HEAD"}
 
 
@@ -41,31 +41,27 @@ class Viewer:
 STRANGER = Viewer(role="none")
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """The users of the dashboard, and the checks of a request's headers."""
-
-    users: Mapping[str, WebUser]
-
-    def refusal(self, request: Request) -> str | None:
-        """Return why a request is refused, independent of its sender; None if it is not."""
-        if not self.users:
-            if not remote.is_loopback(remote.host_name(request.headers)):
-                return (
-                    "Without users, only this machine can open the dashboard: use http://127.0.0.1 or "
-                    f"http://localhost, or configure {HOW_TO_ADD_USERS}."
-                )
-            if remote.came_through_proxy(request.scope):
-                return f"Without users, the dashboard refuses requests from a proxy. Configure {HOW_TO_ADD_USERS}."
-        if request.method in _READING and _is_cross_site(request):
-            return "The request was sent by another site. Enter the dashboard's address in the browser."
-        return None
+def refusal(request: Request, *, has_users: bool) -> str | None:
+    """Return why a request is refused, independent of its sender; None if it is not."""
+    if not has_users:
+        if not remote.is_loopback(remote.host_name(request.headers)):
+            return (
+                "Without users, only this machine can open the dashboard: use http://127.0.0.1 or "
+                f"http://localhost, or configure {HOW_TO_ADD_USERS}."
+            )
+        if remote.came_through_proxy(request.scope):
+            return (
+                f"Without users, the dashboard refuses requests from a proxy. Configure {HOW_TO_ADD_USERS}."
+            )
+    if request.method in _READING and _is_cross_site(request):
+        return "The request was sent by another site. Enter the dashboard's address in the browser."
+    return None
 
 
 def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str | None:
     """Return why a form is refused; None if it is from one of our pages, with the token of the person's session, if any."""
     source = _origin(request.headers.get("Origin", request.headers.get("Referer", "")))
-    if comes_from_other_site(request) or source is None or source != own_origin(request):
+    if _comes_from_other_site(request) or source is None or source != own_origin(request):
         return (
             "The form was not sent by a page of this dashboard. If the dashboard is behind a proxy, add the proxy's "
             "address to [web] trusted_proxies, and have the proxy set X-Forwarded-Proto and X-Forwarded-Host."
@@ -77,14 +73,15 @@ def form_refusal(request: Request, viewer: Viewer | None, csrf: str = "") -> str
     return None
 
 
-def is_visit(request: Request) -> bool:
-    """Return whether the request opens a page in a browser window, not in a frame or for a script."""
+def is_cross_site_visit(request: Request) -> bool:
+    """Return whether another site leads to a page in a browser window, not in a frame or for a script."""
     headers = request.headers
     mode, target = headers.get("Sec-Fetch-Mode", "navigate"), headers.get("Sec-Fetch-Dest", "document")
-    return request.method in _READING and (mode, target) == ("navigate", "document")
+    is_visit = request.method in _READING and (mode, target) == ("navigate", "document")
+    return is_visit and _comes_from_other_site(request)
 
 
-def comes_from_other_site(request: Request) -> bool:
+def _comes_from_other_site(request: Request) -> bool:
     """Return whether another site caused the request. Browsers then leave the session's cookie out."""
     return request.headers.get("Sec-Fetch-Site") in {"cross-site", "same-site"}
 
@@ -101,9 +98,8 @@ def local_path(text: str | None) -> str:
 
 
 def _is_cross_site(request: Request) -> bool:
-    if comes_from_other_site(request) and not (
-        is_visit(request) and not request.url.path.startswith("/static/")
-    ):
+    is_page = is_cross_site_visit(request) and not request.url.path.startswith("/static/")
+    if _comes_from_other_site(request) and not is_page:
         return True
     given = request.headers.get("Origin")
     return given is not None and (_origin(given) is None or _origin(given) != own_origin(request))
@@ -116,11 +112,8 @@ def _origin(url: str) -> str | None:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         return None
-    return (
-        f"{parts.scheme}://{parts.hostname}:{port}"
-        if parts.hostname and port and "@" not in parts.netloc
-        else None
-    )
+    is_complete = parts.hostname and port and "@" not in parts.netloc
+    return f"{parts.scheme}://{parts.hostname}:{port}" if is_complete else None
 
 
 class TrustedProxies:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from starlette.datastructures import URL
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -58,7 +58,8 @@ def act(action: FormAction, app: App, viewer: Viewer, request: Request, form: Fo
         record.end_action(connection, action_id, status, result, app.clock.now())
     if refusal:
         raise Forbidden(refusal)
-    return RedirectResponse(_with_notice(local_path(form.get("back")), action_id), 303)
+    back = URL(local_path(form.get("back"))).include_query_params(notice=action_id)
+    return RedirectResponse(str(back), 303)
 
 
 def _outcome(action: FormAction, app: App, form: Form) -> tuple[str, str]:
@@ -70,14 +71,6 @@ def _outcome(action: FormAction, app: App, form: Form) -> tuple[str, str]:
         return "failed", str(error)
     except Exception as error:  # noqa: BLE001  (a bug: never a traceback)
         return "failed", f"An unexpected error: {unexpected(error)}. Please report it."
-
-
-def _with_notice(path: str, action_id: int) -> str:
-    parts = urlsplit(path)
-    others = [
-        (name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True) if name != "notice"
-    ]
-    return f"{parts.path}?{urlencode([*others, ('notice', action_id)])}"
 
 
 def _run(form: Form) -> str:
@@ -123,11 +116,9 @@ def _retry(app: App, form: Form) -> str:
         refused_count += len(retried.refusals)
         reason = reason or next(iter(retried.refusals), "")
     others = f" {refused_count:,} more cannot be queued: {reason}" if refused_count else ""
-    sender = ""
-    if count:
-        by_daemon = f" The daemon sends {'it' if count == 1 else 'them'}."
-        sender = by_daemon if _has_daemon(app) else " To send now: `audience-sync deliver`."
-    return f"{_number(count)} queued again.{sender}{others}"
+    by_daemon = f" The daemon sends {'it' if count == 1 else 'them'}."
+    sender = by_daemon if _has_daemon(app) else " To send now: `audience-sync deliver`."
+    return f"{_number(count)} queued again.{sender if count else ''}{others}"
 
 
 def _discard(app: App, form: Form) -> str:
@@ -137,10 +128,8 @@ def _discard(app: App, form: Form) -> str:
             count += deliveries.discard(connection, ids, app.clock.now())
         total += len(ids)
     others = "" if count == total else " The others are settled already, or belong to a held run."
-    lack = (
-        " Userpilot lacks discarded values of audiences and traits until the next full sync." if count else ""
-    )
-    return f"{_number(count)} cancelled.{lack}{others}"
+    lack = " Userpilot lacks discarded values of audiences and traits until the next full sync."
+    return f"{_number(count)} cancelled.{lack if count else ''}{others}"
 
 
 def _chosen(app: App, form: Form) -> Iterator[list[int]]:

@@ -2,7 +2,7 @@
 
 import re
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 # A comment or string without an end extends to the end of the text, so that each character is read once.
 _SQL = re.compile(
@@ -31,15 +31,11 @@ _QUERY = re.compile(
 
 def highlight(text: str, language: str = "sql") -> Markup:
     """Return a text as HTML; the language is sql or query."""
-    parts, end = [Markup()], 0
+    parts, end = [], 0
     for match in (_QUERY if language == "query" else _SQL).finditer(text):
-        parts.append(Markup("{}").format(text[end : match.start()]))
-        kind = match.lastgroup
-        parts.append(
-            Markup('<span class="{}">{}</span>').format(kind, match[0])
-            if kind
-            else Markup("{}").format(match[0])
-        )
+        word = escape(match[0])
+        if match.lastgroup:
+            word = Markup('<span class="{}">{}</span>').format(match.lastgroup, word)
+        parts += [escape(text[end : match.start()]), word]
         end = match.end()
-    parts.append(Markup("{}").format(text[end:]))
-    return Markup().join(parts)
+    return Markup().join([*parts, escape(text[end:])])

@@ -39,14 +39,9 @@ class QueryAnswer:
 def query_page(view: View) -> Response:
     """Parse a query, and compute it unless the address has `check`, because then the user is still typing."""
     kind = Kind(view.choice("kind", [kind.value for kind in Kind]) or Kind.AUDIENCE)
-    text, source, name = (
-        view.text("text"),
-        view.choice("source", [*view.app.settings.sources, OWN]),
-        view.text("name"),
-    )
-    answer = None
-    if text is not None:
-        answer = _read(view, text, source, kind, name or "My " + kind.value)
+    source = view.choice("source", [*view.app.settings.sources, OWN])
+    text, name = view.text("text"), view.text("name")
+    answer = None if text is None else _read(view, text, source, kind, name or "My " + kind.value)
     is_checked_only = view.text("check") is not None  # the page then replaces its answer only
     return view.html(
         "query.html",
@@ -119,9 +114,7 @@ def _compute(view: View, definition: Definition, answer: QueryAnswer) -> None:
         computed = plan.preview(app.engine, definition, now, source, now, app.stop)
         answer.preview = {
             "member_count": computed.member_count,
-            "sample": [
-                (user_id, None if value is None else json.loads(value)) for user_id, value in computed.sample
-            ],
+            "sample": [(user_id, json.loads(value or "null")) for user_id, value in computed.sample],
             "seconds": round(time.monotonic() - started, 2),
             "set_aside": computed.set_aside,
             "warnings": compute.review(app.engine, definition, now, source),
@@ -138,11 +131,8 @@ def _configuration(text: str, source: str | None, kind: Kind, name: str) -> str:
     if source is not None:
         lines.append(f"source = {_toml(source)}")
     query = text.replace("\r\n", "\n").strip()
-    is_literal = (
-        "'''" not in query
-        and not query.endswith("'")
-        and all(letter.isprintable() or letter in "\n\t" for letter in query)
-    )
+    is_readable = all(letter.isprintable() or letter in "\n\t" for letter in query)
+    is_literal = is_readable and "'''" not in query and not query.endswith("'")
     lines.append(f"query = '''\n{query}\n'''" if is_literal and "\n" in query else f"query = {_toml(query)}")
     return "\n".join(lines) + "\n"
 

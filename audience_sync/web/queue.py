@@ -13,14 +13,9 @@ NAMES = FILTER | {"type": "call_type"}  # what `history` calls the fields of the
 
 
 def deliveries_page(view: View) -> Response:
-    filters: dict[str, Any] = {
-        "status": view.choice("status", history.STATUSES),
-        "action": view.choice("action", history.ACTIONS),
-        "key": view.text("key"),
-        "run": view.number("run"),
-        "user": view.text("user"),
-        "error": view.text("error"),
-    }
+    filters = _filters(
+        view, status=history.STATUSES, action=history.ACTIONS, key=str, run=int, user=str, error=str
+    )
     matching = None
     if view.viewer.may_operate and filters["status"] == "dead":
         counted = {FILTER[name]: filters[name] for name in ("action", "key", "user", "error")}
@@ -32,24 +27,23 @@ def deliveries_page(view: View) -> Response:
 
 
 def calls_page(view: View) -> Response:
-    filters = {
-        "status": view.choice("status", history.CALL_STATUSES),
-        "type": view.choice("type", history.CALL_TYPES),
-        "user": view.text("user"),
-        "event": view.text("event"),
-    }
+    filters = _filters(view, status=history.CALL_STATUSES, type=history.CALL_TYPES, user=str, event=str)
     finds = (history.find_calls, history.call_rows)
     return _list(view, "calls.html", filters, finds, statuses=history.CALL_STATUSES, types=history.CALL_TYPES)
 
 
 def requests_page(view: View) -> Response:
-    filters = {
-        "lane": view.choice("lane", history.LANES),
-        "outcome": view.choice("outcome", history.OUTCOMES),
-        "x_request_id": view.text("x_request_id"),
-    }
+    filters = _filters(view, lane=history.LANES, outcome=history.OUTCOMES, x_request_id=str)
     finds = (history.find_requests, history.request_rows)
     return _list(view, "requests.html", filters, finds, lanes=history.LANES, outcomes=history.OUTCOMES)
+
+
+def _filters(view: View, **kinds: Any) -> dict[str, Any]:
+    """The fields of a form, by name. A field is one of some words, an id (`int`), or any text (`str`)."""
+    read = {int: view.number, str: view.text}
+    return {
+        name: read[kind](name) if kind in read else view.choice(name, kind) for name, kind in kinds.items()
+    }
 
 
 def _list(
@@ -73,14 +67,12 @@ def request_page(view: View) -> Response:
     request_id = view.path_id("request_id")
     rows = history.request_rows(view.connection, [request_id])
     if not rows:
-        raise NotFound(
-            f"There is no request {request_id}. Old requests are deleted; see keep_requests in [database]."
-        )
+        old = "Old requests are deleted; see keep_requests in [database]."
+        raise NotFound(f"There is no request {request_id}. {old}")
     before = view.number("before")
     hits = history.deliveries_of_request(view.connection, request_id, before, PAGE_ROWS)
     deliveries = history.delivery_details(view.connection, hits.ids)
     job = history.bulk_job(view.connection, request_id)
+    values = {"sent": rows[0], "rows": deliveries, "before": before, "hits": hits, "job": job}
     is_busy = rows[0]["ended_at"] is None or bool(job and job["ended_at"] is None)
-    return view.html(
-        "request.html", live=is_busy, sent=rows[0], rows=deliveries, before=before, hits=hits, job=job
-    )
+    return view.html("request.html", live=is_busy, **values)

@@ -34,13 +34,14 @@ def action_rows(connection: sa.Connection, *, before: int | None = None, limit: 
 def find_decision(connection: sa.Connection, run_id: int) -> dict[str, Any] | None:
     """Return the action that approved or rejected a run; None if it was not done in the dashboard."""
     is_decision = actions.c.action.in_(("approve", "reject")) & (actions.c.target == f"run {run_id}")
-    query = sa.select(actions).where(is_decision, actions.c.status == "done")
-    row = connection.execute(query).mappings().one_or_none()
-    return None if row is None else dict(row)
+    return _find(connection, is_decision & (actions.c.status == "done"))
 
 
 def find_action(connection: sa.Connection, action_id: int, user_name: str) -> dict[str, Any] | None:
     """Return an action of this user; None if there is no such action or it belongs to another user."""
-    query = sa.select(actions).where(actions.c.action_id == action_id, actions.c.user_name == user_name)
-    row = connection.execute(query).mappings().one_or_none()
+    return _find(connection, (actions.c.action_id == action_id) & (actions.c.user_name == user_name))
+
+
+def _find(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> dict[str, Any] | None:
+    row = connection.execute(sa.select(actions).where(condition)).mappings().one_or_none()
     return None if row is None else dict(row)

@@ -56,10 +56,11 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         auto_reload=False,
     )
-    filters = (number, breakable, state, sparkline, chart, highlight, duration, prose)
-    templates.filters.update({function.__name__: function for function in filters})
-    templates.filters.update(moment=time_tag, json=as_json, short=short)
-    templates.globals.update(link=link, version=__version__)
+    filters = (number, breakable, state, sparkline, chart, highlight, duration, prose, short)
+    templates.filters.update(
+        {function.__name__: function for function in filters}, moment=time_tag, json=as_json
+    )
+    templates.globals.update(link=link, version=__version__, notice=None, is_outdated=False, live=False)
     return templates
 
 
@@ -89,10 +90,8 @@ def breakable(text: str) -> Markup:
 @lru_cache(256)
 def state(name: str) -> Markup:
     """A state as a shape and a word."""
-    look, shape = STATES.get(name, ("quiet", "○"))
-    return Markup('<span class="state {}"><span aria-hidden="true">{}</span> {}</span>').format(
-        look, shape, name
-    )
+    tag = Markup('<span class="state {}"><span aria-hidden="true">{}</span> {}</span>')
+    return tag.format(*STATES.get(name, ("quiet", "○")), name)
 
 
 def sparkline(sizes: Iterable[int]) -> Markup:

@@ -42,31 +42,26 @@ def runs(view: View) -> Response:
 
 def run(view: View) -> Response:
     run = _requested(view)
-    samples = {
-        what: _changes(view, run, what, limit=SHOWN_CHANGES)
-        for what in history.CHANGES
-        if run[f"{what}_count"]
-    }
+    changed = [what for what in history.CHANGES if run[f"{what}_count"]]
+    member_count = run["member_count"]
     retry_at = None
     if run["status"] in {"failed", "abandoned"}:
         failed = history.schedule_state(view.connection, view.app.settings, view.now)["failed_runs"]
         retry_at = next((other["retry_at"] for other in failed if other["run_id"] == run["run_id"]), None)
-    delivered = ("accepted", "pending", "dead", "cancelled")
-    count = sum(run[f"{name}_count"] for name in delivered)
+    delivered = {name: run[f"{name}_count"] for name in ("accepted", "pending", "dead", "cancelled")}
+    count = sum(delivered.values())
     return view.html(
         "run.html",
         live=run["status"] == "running" or (bool(run["pending_count"]) and run["status"] == "succeeded"),
         run=run,
-        before=None
-        if run["member_count"] is None
-        else run["member_count"] - run["entered_count"] + run["exited_count"],
+        before=None if member_count is None else member_count - run["entered_count"] + run["exited_count"],
         seconds=run["finished_at"] and (run["finished_at"] - run["started_at"]).total_seconds(),
         mode=MODES[run["mode"]],
         held_by=HELD_BY.get(run["held_by"] or "", run["held_by"]),
         decision=record.find_decision(view.connection, run["run_id"]) if run["held_by"] else None,
-        samples=samples,
+        samples={what: _changes(view, run, what, limit=SHOWN_CHANGES) for what in changed},
         shown_changes=SHOWN_CHANGES,
-        delivered=[(name, run[f"{name}_count"]) for name in delivered],
+        delivered=delivered.items(),
         delivery_count=count,
         settled_at=history.settled_at(view.connection, run["run_id"]) if 0 < count <= COUNTED else None,
         retry_at=retry_at,

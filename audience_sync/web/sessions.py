@@ -44,9 +44,8 @@ def find_session(
 
 
 def set_last_seen(connection: sa.Connection, token: str, now: dt.datetime) -> None:
-    connection.execute(
-        sessions.update().where(sessions.c.token_hash == _hashed(token)).values(last_seen_at=now)
-    )
+    is_used = sessions.c.token_hash == _hashed(token)
+    connection.execute(sessions.update().where(is_used).values(last_seen_at=now))
 
 
 def end_session(connection: sa.Connection, token: str) -> None:

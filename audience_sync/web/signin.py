@@ -5,9 +5,9 @@ import ipaddress
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
@@ -19,9 +19,11 @@ from audience_sync.clock import Clock
 from audience_sync.db import engines
 from audience_sync.errors import DatabaseError
 from audience_sync.settings.passwords import is_password
+from audience_sync.settings.schema import WebUser
 from audience_sync.web import sessions
-from audience_sync.web.access import HOW_TO_ADD_USERS, STRANGER, Access, Viewer, form_refusal, local_path
-from audience_sync.web.view import Forbidden, NotFound, View, html
+from audience_sync.web.access import NO_USERS, STRANGER, Viewer, form_refusal, is_cross_site_visit, local_path
+from audience_sync.web.render import link
+from audience_sync.web.view import Forbidden, NotFound, View, here, html
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,6 @@ ATTEMPT_SECONDS = 60.0  # then one more is allowed after each of these spans
 MAX_REMEMBERED = 10_000  # names and addresses
 WAIT_SECONDS = 10.0  # the longest wait for a lock of the database
 RECORD_SECONDS = 0.2  # the same, to record that a session was used
-NO_USERS = f"Nobody can sign in, because no users are configured. To add some, configure {HOW_TO_ADD_USERS}."
 
 Form = ImmutableMultiDict[str, str]
 FormHandler = Callable[[App, Viewer, Request, Form], Response]
@@ -75,10 +76,7 @@ class Throttle:
         return [pair] if pair in self._known else [f"user {name[:200]}", f"address {_network(address)}"]
 
 
-_V = TypeVar("_V")
-
-
-def _remember(memory: OrderedDict[str, _V], key: str, value: _V) -> None:
+def _remember(memory: OrderedDict[str, Any], key: str, value: float | None) -> None:
     memory[key] = value
     memory.move_to_end(key)
     while len(memory) > MAX_REMEMBERED:
@@ -98,6 +96,13 @@ def _network(address: str) -> str:
     return address
 
 
+def ask_to_sign_in(app: App, request: Request) -> Response:
+    if is_cross_site_visit(request):
+        # Our page asks again, and the browser then sends the session's cookie.
+        return html("visit.html", request, STRANGER, app.clock.now(), path=local_path(here(request)))
+    return RedirectResponse(link("/login", next=here(request)), 303)
+
+
 def sign_in_page(view: View) -> Response:
     if view.viewer.may_read:
         if view.viewer.name is None:
@@ -107,22 +112,21 @@ def sign_in_page(view: View) -> Response:
 
 
 def sign_in(
-    access: Access, throttle: Throttle, app: App, _viewer: Viewer, request: Request, form: Form
+    users: Mapping[str, WebUser], throttle: Throttle, app: App, _viewer: Viewer, request: Request, form: Form
 ) -> Response:
     """Begin a session for a name and its password. A wrong name takes as long as a wrong password."""
-    if not access.users:
+    if not users:
         raise Forbidden(NO_USERS)
     if refusal := form_refusal(request, None):
         raise Forbidden(refusal)
     name, address = form.get("name", "").strip(), client_address(request)
-    wait = throttle.take(name, address)
-    if wait:
+    if wait := throttle.take(name, address):
         logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="too many attempts")
-        return _again(
-            app, request, form, f"Too many attempts failed. Try again in {_duration(wait)}.", 429, wait
-        )
-    user = access.users.get(name)
-    stored = (user or next(iter(access.users.values()))).password.require()
+        answer = _again(app, request, form, f"Too many attempts failed. Try again in {_duration(wait)}.", 429)
+        answer.headers["Retry-After"] = str(int(wait) + 1)
+        return answer
+    user = users.get(name)
+    stored = (user or next(iter(users.values()))).password.require()
     if not is_password(form.get("password", ""), stored) or user is None:
         logs.event(log, logging.WARNING, "sign-in refused", address=address, reason="wrong name or password")
         return _again(app, request, form, "The name or the password is wrong.", 403)
@@ -132,8 +136,7 @@ def sign_in(
         token = sessions.start_session(connection, user, app.clock.now())
     logs.event(log, logging.INFO, "signed in", user=name, address=address)
     answer = RedirectResponse(local_path(form.get("next")), 303)
-    life = int(sessions.LIFE.total_seconds())
-    answer.set_cookie(value=token, max_age=life, **_cookie(request))
+    answer.set_cookie(value=token, max_age=int(sessions.LIFE.total_seconds()), **_cookie(request))
     return answer
 
 
@@ -147,15 +150,14 @@ def sign_out(app: App, viewer: Viewer, request: Request, form: Form) -> Response
     return answer
 
 
-def viewer(app: App, access: Access, request: Request) -> tuple[Viewer, bool]:
+def viewer(app: App, users: Mapping[str, WebUser], request: Request) -> tuple[Viewer, bool]:
     """Return the person who sends the request, and whether to record this use of the session."""
-    if not access.users:
+    if not users:
         return Viewer(), False
-    token, now = _token(request), app.clock.now()
-    session = None
+    token, now, session = _token(request), app.clock.now(), None
     if token:
         with engines.read(app.engine, WAIT_SECONDS) as connection:
-            session = sessions.find_session(connection, token, access.users, now)
+            session = sessions.find_session(connection, token, users, now)
     if session is None:
         return STRANGER, False
     user, last_seen_at = session
@@ -174,16 +176,10 @@ def client_address(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def _again(app: App, request: Request, form: Form, problem: str, status: int, wait: float = 0.0) -> Response:
-    values: dict[str, Any] = {
-        "next": local_path(form.get("next")),
-        "name": form.get("name", "")[:100],
-        "problem": problem,
-    }
-    answer = html("login.html", request, STRANGER, app.clock.now(), status_code=status, **values)
-    if wait:
-        answer.headers["Retry-After"] = str(int(wait) + 1)
-    return answer
+def _again(app: App, request: Request, form: Form, problem: str, status: int) -> Response:
+    values: dict[str, Any] = {"next": local_path(form.get("next")), "name": form.get("name", "")[:100]}
+    now = app.clock.now()
+    return html("login.html", request, STRANGER, now, status_code=status, problem=problem, **values)
 
 
 def _duration(seconds: float) -> str:

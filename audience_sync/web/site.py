@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,25 +24,20 @@ from audience_sync import logs
 from audience_sync.app import App
 from audience_sync.db import engines
 from audience_sync.errors import AudienceSyncError, DatabaseError, DatabaseLocked, unexpected
-from audience_sync.web import actions, render, signin
-from audience_sync.web.access import (
-    STRANGER,
-    Access,
-    TrustedProxies,
-    Viewer,
-    comes_from_other_site,
-    is_visit,
-    local_path,
+from audience_sync.web import (
+    actions,
+    definitions,
+    overview,
+    query,
+    queue,
+    render,
+    runs,
+    schedule,
+    signin,
+    users,
 )
-from audience_sync.web.definitions import definition, members, members_csv, sizes
-from audience_sync.web.overview import overview
-from audience_sync.web.query import query_page
-from audience_sync.web.queue import calls_page, deliveries_page, request_page, requests_page
-from audience_sync.web.render import link
-from audience_sync.web.runs import changes, run, runs
-from audience_sync.web.schedule import schedule_page
-from audience_sync.web.users import user_page
-from audience_sync.web.view import OVERVIEW, FormError, NotFound, Page, Refusal, View, here, html
+from audience_sync.web.access import STRANGER, TrustedProxies, Viewer, refusal
+from audience_sync.web.view import OVERVIEW, Forbidden, FormError, NotFound, Page, Refusal, View, html
 
 log = logging.getLogger(__name__)
 
@@ -56,22 +51,22 @@ MAX_FIELDS = 5_000
 FORM_SECONDS = 20.0  # to receive a form
 BUSY = "A large sync is being stored, or another program holds a lock. Try again in a moment."
 PAGES: dict[str, Page] = {
-    "/": overview,
-    "/definitions/{key}": definition,
-    "/definitions/{key}/members": members,
-    "/definitions/{key}/members.csv": members_csv,
-    "/definitions/{key}/sizes.json": sizes,
-    "/runs": runs,
-    "/runs/{run_id}": run,
-    "/runs/{run_id}/changes": changes,
+    "/": overview.overview,
+    "/definitions/{key}": definitions.definition,
+    "/definitions/{key}/members": definitions.members,
+    "/definitions/{key}/members.csv": definitions.members_csv,
+    "/definitions/{key}/sizes.json": definitions.sizes,
+    "/runs": runs.runs,
+    "/runs/{run_id}": runs.run,
+    "/runs/{run_id}/changes": runs.changes,
     "/actions": actions.actions,
-    "/user": user_page,
-    "/deliveries": deliveries_page,
-    "/calls": calls_page,
-    "/requests": requests_page,
-    "/requests/{request_id}": request_page,
-    "/schedule": schedule_page,
-    "/query": query_page,
+    "/user": users.user_page,
+    "/deliveries": queue.deliveries_page,
+    "/calls": queue.calls_page,
+    "/requests": queue.requests_page,
+    "/requests/{request_id}": queue.request_page,
+    "/schedule": schedule.schedule_page,
+    "/query": query.query_page,
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
@@ -98,9 +93,11 @@ class Gate:
                 MutableHeaders(scope=message).update(HEADERS | cache)
             await send(message)
 
-        app, request = self._app, Request(scope) if scope["type"] == "http" else None
-        if request is not None and (refusal := self._site.access.refusal(request)):
-            app = self._site.error(request, 403, "Not allowed", refusal)
+        app = self._app
+        if scope["type"] == "http":
+            request = Request(scope)
+            if reason := refusal(request, has_users=bool(self._site.users)):
+                app = self._site.error(request, Forbidden(reason))
         await app(scope, receive, send_with_headers)
 
 
@@ -109,27 +106,20 @@ class Site:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.access = Access(app.settings.web.require_users())
+        self.users = app.settings.web.require_users()
         self.pages = anyio.CapacityLimiter(MAX_PAGES)
         self._in_progress = Counter[anyio.CapacityLimiter]()  # forms
 
-    def routes(self) -> list[Route | Mount]:
-        pages = PAGES | {"/login": signin.sign_in_page}
-        sign_in = partial(signin.sign_in, self.access, signin.Throttle(self.app.clock))
-        forms: dict[str, signin.FormHandler] = {
-            path: partial(actions.act, action) for path, action in actions.ACTIONS.items()
-        }
-        acting = anyio.CapacityLimiter(MAX_ACTIONS)
-        limiters = {"/login": anyio.CapacityLimiter(MAX_SIGN_INS)}
-        forms |= {"/login": sign_in, "/logout": signin.sign_out}
-        return [
-            *(Route(path, partial(self._show, page), methods=["GET"]) for path, page in pages.items()),
-            *(
-                Route(path, partial(self._post, form, limiters.get(path, acting)), methods=["POST"])
-                for path, form in forms.items()
-            ),
-            Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
-        ]
+    def routes(self) -> Iterator[BaseRoute]:
+        for path, page in (PAGES | {"/login": signin.sign_in_page}).items():
+            yield Route(path, partial(self._show, page), methods=["GET"])
+        acting, signing_in = anyio.CapacityLimiter(MAX_ACTIONS), anyio.CapacityLimiter(MAX_SIGN_INS)
+        sign_in = partial(signin.sign_in, self.users, signin.Throttle(self.app.clock))
+        yield Route("/login", partial(self._post, sign_in, signing_in), methods=["POST"])
+        yield Route("/logout", partial(self._post, signin.sign_out, acting), methods=["POST"])
+        for path, action in actions.ACTIONS.items():
+            yield Route(path, partial(self._post, partial(actions.act, action), acting), methods=["POST"])
+        yield Mount("/static", StaticFiles(directory=Path(__file__).with_name("static")))
 
     async def _show(self, page: Page, request: Request) -> Response:
         work = partial(self._guarded, request, partial(self._page, page, request))
@@ -137,22 +127,15 @@ class Site:
 
     def _page(self, page: Page, request: Request) -> Response:
         """Make a page in its own read transaction, which locks nothing until the page reads something."""
-        viewer, is_use = signin.viewer(self.app, self.access, request)
+        viewer, is_use = signin.viewer(self.app, self.users, request)
         request.state.viewer = viewer
         if not viewer.may_read and page is not signin.sign_in_page:
-            return self._ask_to_sign_in(request)
+            return signin.ask_to_sign_in(self.app, request)
         with engines.read(self.app.engine, signin.WAIT_SECONDS) as connection:
             answer = page(View(request, self.app, connection, viewer))
         if is_use:
             signin.record_use(self.app, request)
         return answer
-
-    def _ask_to_sign_in(self, request: Request) -> Response:
-        if comes_from_other_site(request) and is_visit(request):
-            # Our page asks again, and the browser then sends the session's cookie.
-            path = local_path(here(request))
-            return html("visit.html", request, STRANGER, self.app.clock.now(), path=path)
-        return RedirectResponse(link("/login", next=here(request)), 303)
 
     async def _post(
         self, action: signin.FormHandler, limiter: anyio.CapacityLimiter, request: Request
@@ -160,16 +143,14 @@ class Site:
         try:
             async with asyncio.timeout(FORM_SECONDS):
                 form = await _read_form(request)
+            if self._in_progress[limiter] >= limiter.total_tokens + MAX_WAITING:
+                raise FormError("Too many forms are waiting. Try again in 10 seconds.", status=429)  # noqa: TRY301
         except ClientDisconnect:
             return Response(status_code=499)  # the sender is gone
         except TimeoutError:
-            return self._unread(request, FormError(408, "It took too long to arrive. Send it again."))
+            return self._unread(request, FormError("It took too long to arrive. Send it again.", status=408))
         except FormError as error:
             return self._unread(request, error)
-        if self._in_progress[limiter] >= limiter.total_tokens + MAX_WAITING:
-            return self._unread(
-                request, FormError(429, "Too many forms are waiting. Try again in 10 seconds.")
-            )
         work = partial(self._guarded, request, partial(self._action, action, request, form))
         self._in_progress[limiter] += 1
         try:
@@ -178,13 +159,13 @@ class Site:
             self._in_progress[limiter] -= 1
 
     def _action(self, action: signin.FormHandler, request: Request, form: signin.Form) -> Response:
-        request.state.viewer = viewer = signin.viewer(self.app, self.access, request)[0]
+        request.state.viewer = viewer = signin.viewer(self.app, self.users, request)[0]
         if not viewer.may_read and request.url.path != "/login":
             return RedirectResponse("/login", 303)
         return action(self.app, viewer, request, form)
 
     def _unread(self, request: Request, error: FormError) -> Response:
-        answer = self.error(request, error.status, error.title, str(error))
+        answer = self.error(request, error)
         answer.headers.update({"Connection": "close", "Retry-After": "10"})  # the rest is not read
         return answer
 
@@ -194,7 +175,7 @@ class Site:
         try:
             return work()
         except Refusal as error:
-            return self.error(request, error.status, error.title, str(error), error.way_on)
+            return self.error(request, error)
         except DatabaseLocked:
             status, title, message = 503, "The database is busy", BUSY
         except DatabaseError as error:
@@ -210,29 +191,23 @@ class Site:
             if not _viewer(request).may_read:  # only readers may learn where the database is
                 message = "The log of audience-sync serve says why. Try again later."
         is_action = request.method == "POST" and _viewer(request).may_operate
-        way_on = ("/actions", "See whether it was done") if is_action else ("/", OVERVIEW)
-        return self.error(request, status, title, message, way_on)
+        way_on = ("/actions", "See whether it was done") if is_action else OVERVIEW
+        return self.error(request, Refusal(message, way_on, status=status, title=title))
 
     async def no_page(self, request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException) or error.status_code == 404:
             return await self._show(_nothing, request)
         takes = (error.headers or {}).get("Allow", "other methods")
-        request.state.viewer = STRANGER if self.access.users else Viewer()
-        answer = self.error(request, 405, "Method not allowed", f"This address accepts {takes} only.")
+        request.state.viewer = STRANGER if self.users else Viewer()
+        wrong = Refusal(f"This address accepts {takes} only.", status=405, title="Method not allowed")
+        answer = self.error(request, wrong)
         answer.headers["Allow"] = takes
         return answer
 
-    def error(
-        self,
-        request: Request,
-        status: int,
-        title: str,
-        message: str,
-        way_on: tuple[str, str] = ("/", OVERVIEW),
-    ) -> Response:
-        values: dict[str, Any] = {"title": title, "message": message, "way_on": way_on}
-        now = self.app.clock.now()
-        return html("error.html", request, _viewer(request), now, path="", status_code=status, **values)
+    def error(self, request: Request, refusal: Refusal) -> Response:
+        values: dict[str, Any] = {"title": refusal.title, "message": str(refusal), "way_on": refusal.way_on}
+        viewer, now = _viewer(request), self.app.clock.now()
+        return html("error.html", request, viewer, now, path="", status_code=refusal.status, **values)
 
 
 def _viewer(request: Request) -> Viewer:
@@ -245,11 +220,8 @@ def dashboard(app: App, program: str = render.PROGRAM) -> Starlette:
     """Return the dashboard of an app; `program` is how commands on its pages begin."""
     site = Site(app)
     application = Starlette(
-        routes=site.routes(),
-        middleware=[
-            Middleware(TrustedProxies, app.settings.web),
-            Middleware(Gate, site),
-        ],
+        routes=list(site.routes()),
+        middleware=[Middleware(TrustedProxies, app.settings.web), Middleware(Gate, site)],
         exception_handlers={404: site.no_page, 405: site.no_page},
     )
     application.state.pages, application.state.program = site.pages, program
@@ -264,18 +236,17 @@ def _nothing(_view: View) -> Response:
 async def _read_form(request: Request) -> signin.Form:
     """Read a form together with the parameters in its path. Never hold more than MAX_FORM_BYTES in memory."""
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != FORM_TYPE:
-        raise FormError(415, f"It must be sent as {FORM_TYPE}.")
+        raise FormError(f"It must be sent as {FORM_TYPE}.", status=415)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_FORM_BYTES:
-            raise FormError(413, f"It is larger than {MAX_FORM_BYTES // 1024} KB.")
+            raise FormError(f"It is larger than {MAX_FORM_BYTES // 1024} KB.", status=413)
     try:
-        fields = parse_qsl(
-            body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
-        )
+        text = body.decode("ascii")
+        fields = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
     except ValueError as error:
-        raise FormError(400, "It is not valid, or has too many fields.") from error
+        raise FormError("It is not valid, or has too many fields.") from error
     if any("\0" in text for field in fields for text in field):
-        raise FormError(400, "It contains a NUL character.")
+        raise FormError("It contains a NUL character.")
     return signin.Form([*fields, *request.path_params.items()])

@@ -13,18 +13,20 @@ from audience_sync.app import App
 from audience_sync.web import record, render
 from audience_sync.web.access import Viewer
 
-OVERVIEW = "Go to the overview"
+OVERVIEW = ("/", "Go to the overview")  # an address, and the text of its link
 PAGE_ROWS = 50  # of a table on a page
 
 
 class Refusal(Exception):  # noqa: N818  (an answer, not an error)
-    """Refuses a request. The message says why, and what to do."""
+    """Refuses a request. The message says why, and what to do; `way_on` is where to go instead."""
 
     status, title = 400, "This address cannot be used"
 
-    def __init__(self, message: str, way_on: tuple[str, str] = ("/", OVERVIEW)) -> None:
+    def __init__(
+        self, message: str, way_on: tuple[str, str] = OVERVIEW, *, status: int = 0, title: str = ""
+    ) -> None:
         super().__init__(message)
-        self.way_on = way_on  # an address, and the text of its link
+        self.way_on, self.status, self.title = way_on, status or self.status, title or self.title
 
 
 class BadRequest(Refusal):
@@ -47,10 +49,6 @@ class FormError(Refusal):
     """A form that cannot be read."""
 
     title = "The form cannot be read"
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +136,8 @@ def html(
 ) -> Response:
     """Render a template for a person. `path`: the page's address, if that is not the request's."""
     program = request.app.state.program if "app" in request.scope else render.PROGRAM
-    common = {
-        "notice": None,
-        "is_outdated": False,
-        "live": False,
-        "viewer": viewer,
-        "now": now,
-        "program": program,
-    }
-    common["path"] = here(request) if path is None else path
+    path = here(request) if path is None else path
+    common = {"viewer": viewer, "now": now, "program": program, "path": path}
     page = render.environment().get_template(template)
     return HTMLResponse(page.render(common | values), status_code)
 
