@@ -156,7 +156,7 @@ def _check_destination(app: "App") -> _Passed:
     with lazy.engines.read(app.engine) as connection:
         keys = lazy.foreign.foreign_keys(connection, app.destination)
     if keys:
-        message = lazy.destination.other_destination(keys[0])
+        message = lazy.destination.other_destination(*(keys if len(keys) == 1 else ()))
         raise ConfigError(f"the last sync of {', '.join(keys)} was {message}.")
     return _Passed("unchanged")
 

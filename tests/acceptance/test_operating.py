@@ -308,6 +308,15 @@ def test_another_key_holds_all_until_it_is_accepted(good, people, sandbox):
     assert audience(sandbox, "good") == {"ann": False, "bob": True, "cid": True, "dan": True}
 
 
+def test_check_names_no_single_definition_when_several_belong_to_another_destination(start, people):
+    people("ann")
+    audiences = {"Good": GOOD, "Fine": GOOD}
+    assert start(audiences)("sync")[0] == 0
+    output = start(audiences, key="rotated")("check")[1]
+    assert "wrong  destination: the last sync of fine, good was made for another destination" in output
+    assert "run `audience-sync sync KEY --full`" in output
+
+
 def test_a_new_environment_receives_everything_and_nothing_of_the_old_queue(good, people, sandbox):
     people("ann", "bob", "cid")
     command = good()

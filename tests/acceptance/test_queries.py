@@ -93,6 +93,11 @@ def test_a_preview_of_a_trait(command):
             ["event('Order Complete') was never seen: did you mean Order Completed?"],
         ),
         (
+            "event('Refund').count() >= 1",
+            [("event('Refund') was never seen: no event has a similar name; to read it from a table of yours, map that "
+            "with [tables.NAME]")],
+        ),
+        (
             "event('Plan Chosen').where(property('plan') > 3).count() >= 1",
             [("property('plan') of event('Plan Chosen') is not a number in 2 of 3 events: "
             "the comparison needs a number")],

@@ -205,7 +205,10 @@ class _Review:
             return f"{text} was never seen here: it is mapped on the source {elsewhere[stream.name]}"
         names = sa.select(table.from_clause("e").c[table.event_name]).distinct().limit(SAMPLED_NAMES)
         known = [*self.configured.known_events, *(name for (name,) in self._run(names))]
-        return f"{text} was never seen: {did_you_mean(stream.name, known, 'no event has a similar name')}"
+        otherwise = (
+            "no event has a similar name; to read it from a table of yours, map that with [tables.NAME]"
+        )
+        return f"{text} was never seen: {did_you_mean(stream.name, known, otherwise)}"
 
     def _of_use(self, use: _Use) -> Iterator[str]:
         if isinstance(use.value, tree.Reduction):
