@@ -111,7 +111,7 @@ def run(folder: Path) -> None:
     ):
         output.line(f"  {program} {command}")
     output.line("To begin with your own database:")
-    output.line(f"  {_program()} init")
+    output.line(f"  {_program()} init my-audiences")
 
 
 def _make_folder(folder: Path) -> None:

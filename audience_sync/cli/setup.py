@@ -39,7 +39,9 @@ def init(
         with target.open("x", encoding="utf-8") as file:
             file.write(starter.read_text(encoding="utf-8"))
     except FileExistsError:
-        raise ConfigError(f"{target} exists already and was not changed.") from None
+        raise ConfigError(
+            f"{target} exists already and was not changed: edit it, or name another folder: `audience-sync init DIR`."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}.") from None
     place = "" if folder == Path() else f" in {folder}"

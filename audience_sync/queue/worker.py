@@ -441,8 +441,9 @@ class Worker:
 
     def _stop_if_unauthorised(self, answer: Answer) -> None:
         if answer.outcome is Outcome.UNAUTHORISED and self.report.stopped is None:
+            reason = (answer.error or "").removeprefix(f"{answer.status_code}: ")
             self.report.stopped = (
-                f"Userpilot refused the API key (HTTP {answer.status_code}: {answer.error}). Nothing is lost: put "
+                f"Userpilot refused the API key (HTTP {answer.status_code}: {reason}). Nothing is lost: put "
                 "the right key into [destination] api_key, then run `audience-sync deliver`."
             )
             log.error("the destination is stopped: HTTP %s", answer.status_code)

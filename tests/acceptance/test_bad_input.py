@@ -53,6 +53,18 @@ def test_a_wrong_command_line(good, sandbox):
     assert output.startswith(f"audience-sync: Port {port} cannot be used: "), output
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_configuration_that_exists_is_not_replaced(good, tmp_path):
+    command = good()
+    assert command("init", str(tmp_path / "new"))[0] == 0
+    path = tmp_path / "new" / "config" / "audience_sync.toml"
+    path.write_text("# mine")
+    code, output = command("init", str(tmp_path / "new"))
+    assert code == 2
+    assert f"{path} exists already and was not changed: edit it, or name another folder" in output
+    assert path.read_text() == "# mine"
+
+
 def test_a_wrong_configuration(good):
     code, output = good(identfy_per_minute=5)("sync")
     assert (code, "did you mean identify_per_minute?" in output) == (2, True), output
@@ -186,6 +198,7 @@ def test_a_key_without_rights_stops_at_once(good, company, sandbox):
 def test_a_wrong_key_loses_nothing(good, sandbox):
     code, output = good(key="wrong")("sync")
     assert code == 1
+    assert "Userpilot refused the API key (HTTP 401: unauthorized: " in output
     assert "api_key" in output
     command = good()
     deliveries = command.document("deliveries")

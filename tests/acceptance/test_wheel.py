@@ -51,6 +51,7 @@ def test_the_installed_wheel_works(tmp_path, repository, environ):
 
     ended = program("demo", "months")
     assert "31 syncs of three audiences" in ended
+    assert ended.splitlines()[-1].endswith(" init my-audiences")  # a checkout has a configuration already
     suggested = ended.partition("open the dashboard in a browser:\n")[2].splitlines()[0]
     assert suggested.endswith(" --config months/audience_sync.toml serve")
     serve = (sys.executable, "-P", "-m", "audience_sync", *suggested.split()[-3:], "--port", "0")
