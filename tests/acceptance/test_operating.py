@@ -308,6 +308,17 @@ def test_another_key_holds_all_until_it_is_accepted(good, people, sandbox):
     assert audience(sandbox, "good") == {"ann": False, "bob": True, "cid": True, "dan": True}
 
 
+def test_check_warns_of_a_percentage_where_a_share_is_needed(start, people):
+    people("ann")
+    command = start(
+        {"Good": GOOD}, extra="[defaults]\nmax_exit_ratio = 50\nmax_change_ratio = 1.0\nmax_enter_ratio = 3"
+    )
+    warnings = [line for line in command("check")[1].splitlines() if "_ratio" in line]
+    assert warnings == [
+        "warn   definition good: 1 member, but max_exit_ratio is 50, which no run exceeds: it is a share, and half is 0.5"
+    ]
+
+
 def test_check_names_no_single_definition_when_several_belong_to_another_destination(start, people):
     people("ann")
     audiences = {"Good": GOOD, "Fine": GOOD}
