@@ -65,7 +65,8 @@ def history(
 def show(context: typer.Context, run_id: RunId, as_json: Json = False) -> None:
     """Show one run in detail.
 
-    Its counts and times, how far its deliveries are, rows that were set aside, and some of the users who changed.
+    Its counts and times, how far its deliveries are, rows that were set aside, and some of the users who changed; the
+    dashboard (`serve`) lists all of them.
     """
     with session.open_app(context) as app, lazy.engines.read(app.engine) as connection:
         run = lazy.history.run_in_full(connection, run_id)
