@@ -203,7 +203,7 @@ def _check_definition(app: "App", definition: "Definition") -> _Passed:
         if (ratio := getattr(definition.guard, name)) > 1:  # it looks like a percentage
             warnings.append(f"{name} is {ratio:g}, which no run exceeds: it is a share, and half is 0.5")
     if plan.unusable:
-        warnings.append(f"a sync would leave out {sync.unusable_rows(plan.unusable)}")
+        warnings.append(f"a sync would leave out {sync.describe_unusable(plan.unusable)}")
     return _Passed(output.plural(plan.member_count, "member"), warnings)
 
 

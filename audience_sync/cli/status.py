@@ -13,8 +13,8 @@ SHOWN_SLOTS = 10
 def status(context: typer.Context, as_json: Json = False) -> None:
     """Show what needs attention, who delivers, and the queue.
 
-    Needing attention: delivery that is stopped, runs that are held or failed, dead deliveries, and schedules that are
-    late. Then each lane's pace, and the next runs by schedule.
+    Needing attention: delivery that is stopped, runs that are held, failed or left out most of their rows, dead deliveries,
+    and schedules that are late. Then each lane's pace, and the next runs by schedule.
 
     Exit codes: 0, or 1 while a scheduled run has failed or was abandoned and none has succeeded since.
     """
@@ -74,6 +74,10 @@ def _problem(kind: str, facts: Any, document: dict[str, Any]) -> str:
             again = f" It will be tried again at {output.moment(at)} UTC." if at else ""
             last = f"The last run of {facts['key']} ({facts['run_id']}) {facts['status']}."
             return f"{last} {facts['reason'] or ''}{again}".strip()
+        case "unusable":
+            rows, used = sync.describe_unusable(facts["unusable"]), facts["member_count"]
+            last = f"The last run of {facts['key']} ({facts['run_id']}) left out {rows}"
+            return f"{last}; it has {output.plural(used, 'member')}. Check its query."
         case "dead":
             return (
                 f"{output.plural(facts, 'delivery is', 'deliveries are')} dead: `audience-sync deliveries --status dead` "

@@ -75,14 +75,14 @@ def _show_plan(planned: "Plans", forecast: "Forecast", *, as_json: bool) -> None
             if users:
                 output.line(f"{plan.key} {name}, for example: {', '.join(users)}")
         if plan.unusable:
-            output.line(f"{plan.key} would leave out {unusable_rows(plan.unusable)}.")
+            output.line(f"{plan.key} would leave out {describe_unusable(plan.unusable)}.")
         if plan.held:
             output.line(f"{plan.key} would be held for approval. {plan.held.reason}")
     if plans or not planned.errors:
         output.line(_duration(forecast))
 
 
-def unusable_rows(counts: Mapping[str, int]) -> str:
+def describe_unusable(counts: Mapping[str, int]) -> str:
     """Return how many rows cannot be used, and why."""
     reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in sorted(counts.items()))
     return f"{output.plural(sum(counts.values()), 'row')} that cannot be used: {reasons}"

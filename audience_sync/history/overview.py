@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from audience_sync.audiences import foreign, slots
 from audience_sync.db import leases, tables
 from audience_sync.history.paging import count_of
-from audience_sync.history.runs import UNSETTLED, failed_runs, held_runs
+from audience_sync.history.runs import UNSETTLED, failed_runs, held_runs, unusable_runs
 from audience_sync.queue import backlog, destination, due, pace
 from audience_sync.settings import Settings
 
@@ -71,6 +71,7 @@ def problems(
         *(("lane", lane) for lane in _lanes_in_trouble(connection, status, now)),
         *(("held", run) for run in status["held_runs"]),
         *(("failed", run) for run in status["failed_runs"]),
+        *(("unusable", run) for run in unusable_runs(connection, settings)),
         ("dead", status["dead_count"]),
         ("waiting", [key for key in status["waiting"] if key in scheduled]),
         ("late", status["late_since"]),

@@ -190,6 +190,25 @@ def failed_runs(
     return [run for key, run in failed.items() if key in enabled]
 
 
+def unusable_runs(connection: sa.Connection, settings: Settings) -> list[dict[str, Any]]:
+    """The last runs of enabled definitions that succeeded but could use less than half of their rows."""
+    last = connection.execute(sa.select(_last_decided()).select_from(tables.definitions)).scalars()
+    is_last = dialects.is_among(connection, tables.runs.c.run_id, filter(None, last))
+    enabled = {definition.key for definition in settings.definitions if definition.enabled}
+    runs = []
+    for row in connection.execute(RUNS.where(is_last, tables.runs.c.status == "succeeded")):
+        unusable = unusable_rows(_set_aside(row))
+        if row.key in enabled and sum(unusable.values()) > (row.member_count or 0):
+            facts = {
+                "run_id": row.run_id,
+                "key": row.key,
+                "member_count": row.member_count,
+                "unusable": unusable,
+            }
+            runs.append(facts)
+    return runs
+
+
 def _last_decided() -> sa.ScalarSelect[int]:
     """The newest run of a definition that has ended, without canaries that did not fail."""
     other = tables.runs.alias("other").c

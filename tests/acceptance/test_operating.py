@@ -489,6 +489,16 @@ def test_only_rows_that_cannot_be_used_are_announced(start, people):
     assert "INFO rows left out run_id=1 key=good rows=1\n" in output
     assert command.document("show", "1")["set_aside"] == {"not_eligible": 1, "forgotten": 1, "null": 1}
     assert command.document("history")[0]["set_aside_count"] == 3
+    assert "Nothing needs attention." in command("status")[1]
+
+
+def test_a_run_that_left_out_most_of_its_rows_needs_attention(start, people):
+    people("ann")
+    command = start({"Good": "SELECT user_id FROM people UNION ALL SELECT NULL UNION ALL SELECT NULL"})
+    assert command("sync", "--no-deliver")[0] == 0
+    line = "- The last run of good (1) left out 2 rows that cannot be used: 2 null; it has 1 member. Check its query."
+    code, output = command("status")
+    assert (code, line in output.splitlines()) == (0, True), output
 
 
 def test_a_call_without_a_user_id_shows_its_anonymous_id(good, people, tmp_path):

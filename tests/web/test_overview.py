@@ -156,6 +156,15 @@ def test_a_late_definition_shows_since_when(pages):
     assert row(pages, "vips").startswith("VIPs ▲ late 1")
 
 
+def test_a_run_that_left_out_most_of_its_rows_is_shown(pages):
+    pages.configure(VIPS.replace("FROM people", "FROM people UNION ALL SELECT ' ' UNION ALL SELECT ''"))
+    pages.people("ann")
+    pages.sync()
+    assert needs(pages).endswith(
+        "run 1 of vips has 1 member, because it left out 2 rows that cannot be used (empty). Check its query."
+    )
+
+
 def test_dead_deliveries_lead_to_their_page(pages):
     pages.configure(VIPS)
     pages.people("ann", "bob")
