@@ -1,6 +1,5 @@
 """Render results of `history` as HTML: the template environment, and the format of numbers, times and states."""
 
-import contextlib
 import datetime as dt
 import json
 import re
@@ -135,10 +134,10 @@ def _line_chart(
 def as_json(value: Any, indent: int | None = None) -> str:
     """A value as readable JSON; a template escapes it."""
     text = _JSON.encode(value)
-    if indent is not None:
-        with contextlib.suppress(msgspec.DecodeError):  # NaN
-            return msgspec.json.format(text, indent=indent)
-    return text
+    try:
+        return text if indent is None else msgspec.json.format(text, indent=indent)
+    except msgspec.DecodeError:  # NaN
+        return text
 
 
 def short(text: Any, length: int) -> str:
