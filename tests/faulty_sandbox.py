@@ -1,4 +1,4 @@
-"""The sandbox with faults on demand, jobs that go wrong, and other readings of what Userpilot does not document.
+"""The sandbox with faults on demand, failing jobs, and other interpretations of what Userpilot does not document.
 
 In addition to the sandbox's, it has these endpoints under /_sandbox/:
 
@@ -34,7 +34,7 @@ _Key = Annotated[dict[Literal["api_key"], str], msgspec.Meta(min_length=1)]
 
 
 class Limits(sandbox.Limits, frozen=True, forbid_unknown_fields=True):
-    """Userpilot's limits, and the doubts about them.
+    """Userpilot's limits, and what is uncertain about them.
 
     With `bare_jobs` an answer has no more of a job than its `job_id` and `status`: Userpilot promises nothing else.
     Uploads, their rows, polls of jobs and company calls (`*_count`) may take places among the identifies.

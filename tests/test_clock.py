@@ -1,4 +1,4 @@
-"""The database's clock, by which every process works, whatever its machine's clock shows."""
+"""The database's clock, which every process follows, whatever the clock of its machine shows."""
 
 import datetime as dt
 

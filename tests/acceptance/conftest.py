@@ -86,7 +86,7 @@ def forker():
 
 @pytest.fixture(scope="session")
 def forkers(forker):
-    """One for each scene that runs at the same time."""
+    """One forker for each scene that runs at the same time."""
     more = [Forker(forker) for _ in range(3)]
     yield [forker, *more]
     for one in more:

@@ -128,7 +128,7 @@ class Proxy:
             each.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, drop)
 
     def speak_again(self):
-        """Serve new connections; the earlier ones stay lost."""
+        """Serve new connections; earlier ones stay lost."""
         self._is_silent.clear()
         self._listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
@@ -212,7 +212,7 @@ def here(own_server, start, url):
 
 @pytest.fixture
 def cutting(postgres, url):
-    """A context in which connections to the test's database are cut at varying intervals, except the one it returns."""
+    """A context that cuts connections to the test's database at varying intervals, except the connection that it returns."""
 
     @contextlib.contextmanager
     def cut():

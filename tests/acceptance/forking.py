@@ -36,7 +36,7 @@ class Forker:
     """The tests' side of the server."""
 
     def __init__(self, first=None):
-        """Start a server; with `first`, as a fork of that one's."""
+        """Start a server, as a fork of the server of `first` if that is given."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._codes, self._process = {}, None
         with theirs:
@@ -116,7 +116,7 @@ class Started:
             os.kill(self.pid, number)
 
     def communicate(self, timeout=None):
-        """Return its output, (stdout, stderr); None where there is no pipe."""
+        """Return its output, (stdout, stderr); None if there is no pipe."""
         output = dict.fromkeys(self._streams, b"")
         with selectors.DefaultSelector() as selector:
             for name, stream in self._streams.items():

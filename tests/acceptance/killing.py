@@ -1,7 +1,7 @@
 """Kills `audience-sync` while its audiences change, starts it again, and measures the consequences.
 
-A `Scene` is a company with its own database and sandbox. Each kill is checked when a new process has everything
-accepted: the sandbox has the current values, and no value ever went back.
+A `Scene` is a company with its own database and sandbox. Each kill is checked once a new process has delivered
+everything: the sandbox has the current values, and no value ever went back.
 """
 
 import itertools
@@ -197,7 +197,7 @@ class People:
         return count
 
     def count_turned_back(self, history):
-        """Count the properties whose values at Userpilot, without repeats, are in another order than they were true."""
+        """Count the properties whose values at Userpilot, without repeats, are in another order than in the table."""
         count = 0
         for (user, key), values in self._truths.items():
             lines = history.get(user, [])
@@ -211,7 +211,7 @@ class People:
 
 
 def nothing_new(history):
-    """Numbers of requests with nothing new, once for each such user."""
+    """The numbers of requests without anything new, once for each such user."""
     for lines in history.values():
         last = {}
         for number, group in itertools.groupby(lines, key=lambda line: line[2]):
@@ -285,7 +285,7 @@ class Scene:
         return process.returncode, "".join(output)
 
     def _kill_at(self, point):
-        """Kill a sync at this passing of the point; a later sync if the first does not get there."""
+        """Kill a sync when it reaches the point for this time, or a later sync if the first one does not reach it."""
         for _ in range(SYNCS_TO_REACH_A_POINT):
             self._people.move()
             code, output = self._run(crash_at=point)

@@ -38,7 +38,7 @@ def paths(sandbox):
     return Counter((entry.path, entry.status) for entry in sandbox.state.requests if entry.method == "POST")
 
 
-def test_a_plan_names_what_the_sync_then_does(command, sandbox):
+def test_a_plan_predicts_what_the_sync_does(command, sandbox):
     planned = command.document("plan")["delivery"]
     code, output = command("plan")
     assert code == 0

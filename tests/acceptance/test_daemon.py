@@ -261,7 +261,7 @@ def test_a_scheduled_run_is_held_and_logged(start, company, make_due, sandbox):
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)  # a file does not go away
-def test_a_server_that_goes_away_is_waited_for(start, make_due, sandbox, url, postgres):
+def test_the_daemon_waits_for_a_server_that_is_down(start, make_due, sandbox, url, postgres):
     command = start({"In": PEOPLE}, extra=f"[defaults]\n{YEARLY}")
     make_due(command)
     daemon = command.popen("daemon")

@@ -78,7 +78,7 @@ def test_output_that_cannot_be_written_is_reported(command, sandbox, full):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_lets_a_delivery_finish_what_is_in_flight(start, command, sandbox, number):
+def test_after_a_signal_a_delivery_finishes_its_requests_in_flight(start, command, sandbox, number):
     command = start({"In": PEOPLE}, identify_per_minute=60)
     handlers = {
         "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -136,7 +136,7 @@ def test_a_delivery_continues_after_a_silence(through, sandbox):
 
 
 @pytest.mark.usefixtures("people")
-def test_a_lock_is_waited_for(start, engine, sandbox):
+def test_commands_wait_for_a_lock(start, engine, sandbox):
     command = start({"In": EVERYONE})
     with locked(engine):
         process = command.popen("sync")
@@ -147,7 +147,7 @@ def test_a_lock_is_waited_for(start, engine, sandbox):
 
 
 @pytest.mark.usefixtures("people")
-def test_a_lock_that_stays_is_reported(start, engine, sandbox, url, backend):
+def test_a_lock_that_is_not_released_is_reported(start, engine, sandbox, url, backend):
     command = impatient(start({"In": EVERYONE}), url, backend)
     assert command("sync", "--no-deliver")[0] == 0
     with locked(engine):

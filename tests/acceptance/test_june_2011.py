@@ -53,7 +53,7 @@ def expected(orders, day):
     }
 
 
-def test_every_day_is_as_plain_python_says(orders, audiences, start, company, backend, sandbox):
+def test_every_day_equals_the_result_of_plain_python(orders, audiences, start, company, backend, sandbox):
     company(f"CREATE TABLE orders (user_id text, {COLUMNS[backend]})")
     rows = [{"user": user, "day": str(day), "gbp": pence / 100} for user, day, pence in orders]
     day_of = "CAST(:day AS date)" if backend == "postgresql" else ":day"

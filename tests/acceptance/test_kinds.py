@@ -1,4 +1,4 @@
-"""A key keeps its kind: an audience cannot use a key that was a trait's, nor the reverse."""
+"""A key keeps its kind: an audience cannot use the key of an earlier trait, or vice versa."""
 
 import pytest
 

@@ -97,7 +97,7 @@ def orders(request):
 
 @pytest.fixture
 def shop(company, backend, orders):
-    """The company's table of orders, with a copy to repair it from."""
+    """The company's table of orders, with a copy from which it can be repaired."""
     company(f"CREATE TABLE orders (number integer, user_id text, {COLUMNS[backend]})")
     day = "CAST(:day AS date)" if backend == "postgresql" else ":day"
     rows = [
@@ -223,7 +223,7 @@ def test_a_held_run_is_applied_as_it_was_computed(good, people, sandbox):
     assert len(sandbox.state.requests) == 7
 
 
-def test_a_held_run_is_outdated_by_another_commit(good, people, sandbox):
+def test_a_held_run_cannot_be_approved_after_another_commit(good, people, sandbox):
     command = good()
     people("ann", "bob")
     assert sync(command, "--hold")[0] == 3
@@ -576,7 +576,7 @@ def test_a_full_sync_is_right_after_an_old_backup_was_restored(good, people, san
     }
 
 
-def test_a_full_sync_is_right_though_the_backup_held_a_queue_that_was_sent_since(
+def test_a_full_sync_is_right_although_the_backup_held_a_queue_that_was_sent_since(
     good, people, sandbox, back_up
 ):
     command = good()

@@ -41,7 +41,7 @@ DATABASE_ERRORS = (
 
 @pytest.fixture
 def seats(company):
-    """The seats' states, all free; the list follows the table."""
+    """The states of the seats, all free at first, in a list that follows the table."""
     company("CREATE TABLE seats (user_id text, number integer, taken integer)")
     rows = [{"user_id": f"u{number}", "number": number} for number in range(SEATS)]
     company("INSERT INTO seats VALUES (:user_id, :number, 0)", *rows)

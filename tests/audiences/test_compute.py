@@ -32,7 +32,7 @@ def computed(engine):
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def shop(request, tmp_path):
-    """A source with orders of ann (two) and bob."""
+    """A source with two orders of ann and one of bob."""
     if request.param == "sqlite":
         path = tmp_path / "shop.db"
         sqlite3.connect(path).close()
@@ -140,14 +140,14 @@ def test_a_trait_needs_a_value(world, computed):
         computed(world.trait("SELECT user_id FROM people"))
 
 
-def test_a_definition_that_gives_nothing_is_an_empty_snapshot(world, computed):
+def test_a_definition_without_rows_is_an_empty_snapshot(world, computed):
     assert computed(world.audience("SELECT NULL AS user_id WHERE 1 = 0")) == ({}, {})
     assert computed(world.audience("SELECT NULL AS user_id")) == ({}, {"null": 1})
     assert computed(world.trait("SELECT 'ann' AS user_id, NULL AS value")) == ({}, {})
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
-def test_the_authorizer_refuses_what_is_more_than_reading(world, computed, monkeypatch):
+def test_the_authorizer_refuses_more_than_reading(world, computed, monkeypatch):
     monkeypatch.setattr(compute.statement, "check", lambda *_: [])  # as if the check had missed it
     for sql in ("SELECT load_extension('x') AS user_id", "ATTACH 'other.db' AS other", "DELETE FROM people"):
         with pytest.raises(DefinitionError, match="may only read, and this one does more"):
@@ -227,7 +227,7 @@ def test_no_wait_for_a_lock_outlasts_a_definitions_timeout(world, computed, shop
         computed(world.audience("SELECT user_id FROM orders", source="shop", timeout_seconds=0.2), shop)
 
 
-def test_a_preview_waits_for_a_lock_for_a_time_of_its_own(world, computed, shop, monkeypatch):
+def test_a_preview_has_its_own_limit_for_waiting_for_a_lock(world, computed, shop, monkeypatch):
     monkeypatch.setattr(reading, "PREVIEW_LOCK_SECONDS", 0.1)
     preview = world.audience("SELECT user_id FROM orders", source="shop", is_preview=True)
     with (
@@ -253,7 +253,7 @@ def _locked(shop):
     other.dispose()
 
 
-def test_a_preview_that_takes_too_long_is_advised_what_applies(world, computed):
+def test_a_preview_that_takes_too_long_gets_advice_for_previews(world, computed):
     with pytest.raises(DefinitionError) as caught:
         computed(world.audience(ENDLESS, timeout_seconds=0.1, is_preview=True))
     assert str(caught.value) == (
@@ -275,7 +275,7 @@ def test_a_source_is_only_read(world, computed, shop, monkeypatch):
         computed(world.audience(sql, source="shop"), shop)
 
 
-def test_an_sql_error_on_a_source_is_the_definitions(world, computed, shop):
+def test_an_sql_error_on_a_source_is_an_error_of_the_definition(world, computed, shop):
     with pytest.raises(DefinitionError, match=r"vips: its SQL does not work: .*missing(?!.*database)"):
         computed(world.audience("SELECT user_id FROM missing", source="shop"), shop)
     with pytest.raises(DefinitionError, match="must return one column called user_id; it returns total"):

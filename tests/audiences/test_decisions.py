@@ -80,7 +80,7 @@ def test_reject_drops_the_changes(known):
         decisions.reject(known.engine, 99, known.clock)
 
 
-def test_a_run_is_not_approved_when_the_members_have_moved(known, monkeypatch):
+def test_a_run_is_not_approved_after_the_members_have_changed(known, monkeypatch):
     known.people()
     run = known.sync(known.audience(), hold=True)
     # As if it had been held while the other ran.
@@ -106,7 +106,7 @@ def test_an_entry_that_was_never_sent_is_cancelled_with_its_approved_exit(world)
     ]  # fmt: skip
 
 
-def test_a_pending_exit_is_sent_though_the_accepted_entry_before_it_was_pruned(world):
+def test_a_pending_exit_is_sent_although_the_accepted_entry_before_it_was_pruned(world):
     world.people("ann")
     world.sync(world.audience())
     world.execute("DELETE FROM {our}deliveries")  # sent, accepted, and pruned
@@ -121,7 +121,7 @@ def test_a_pending_exit_is_sent_though_the_accepted_entry_before_it_was_pruned(w
     ] * 3
 
 
-def test_a_dead_delivery_is_retried_though_a_later_run_was_rejected(known):
+def test_a_dead_delivery_is_retried_although_a_later_run_was_rejected(known):
     known.execute("UPDATE {our}deliveries SET status = 'dead', error = 'no' WHERE subject_id = 'ann'")
     known.people()
     run = known.sync(known.audience(guard=WARY))
@@ -131,7 +131,7 @@ def test_a_dead_delivery_is_retried_though_a_later_run_was_rejected(known):
     assert ("ann", '{"vips": true}', "pending") in known.deliveries(1)
 
 
-def test_a_canary_changes_its_users_alone(world):
+def test_a_canary_changes_only_its_users(world):
     world.people(*FIVE)
     run = world.sync(world.audience(), users=("bob", "eve", "nobody"))
     assert (run.mode, run.status, counts(run)) == ("canary", "succeeded", (2, 2, 0, 0))
@@ -164,7 +164,7 @@ def test_a_full_canary_sends_its_users_values_again(known):
     assert set(known.members()) == {"cid", "dan", "eve"}
 
 
-def test_retire_sends_false_to_everyone_who_holds_the_key_and_reserves_it(known):
+def test_retire_sends_false_to_everyone_who_has_the_key_and_reserves_it(known):
     known.people(*FIVE[1:])
     known.sync(known.audience())
     known.people(*FIVE[2:])
@@ -319,7 +319,7 @@ def test_a_held_run_shows_what_it_would_do(world):
     assert samples == [["dan"], ["cid"], ["bob"]]
 
 
-def test_an_exit_is_sent_though_the_accepted_entry_was_pruned(known):
+def test_an_exit_is_sent_although_the_accepted_entry_was_pruned(known):
     known.execute("DELETE FROM {our}deliveries")  # pruned
     known.sync(known.audience(), full=True)  # not sent yet
     known.people(*FIVE[1:])

@@ -1,4 +1,4 @@
-"""Two destinations: what is held for one of them, and what is decided meanwhile. Each holds its newest values in the end."""
+"""Two destinations: deliveries held for one of them, and decisions meanwhile. In the end each has its newest values."""
 
 import datetime as dt
 import random
@@ -212,7 +212,7 @@ def test_a_run_that_is_rejected_changes_nothing_about_what_is_held(two):
     assert two.values("A") == [True, False]
 
 
-def test_a_call_that_was_held_reaches_its_destination_though_another_one_got_a_newer_value(two):
+def test_a_call_that_was_held_reaches_its_destination_although_another_one_got_a_newer_value(two):
     sync(two, "A", "bob")
     two.deliver("A")
     two.identify("A", "old")
@@ -235,7 +235,7 @@ def test_a_late_call_does_not_follow_a_newer_one_that_an_earlier_key_of_the_envi
     assert two.values("B", "plan") == ["new"]
 
 
-def test_a_refused_call_is_retried_though_another_destination_got_a_newer_value(two):
+def test_a_refused_call_is_retried_although_another_destination_got_a_newer_value(two):
     two.identify("A", "old poison")
     two.deliver("A")
     two.identify("B", "new")

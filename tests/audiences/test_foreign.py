@@ -100,7 +100,7 @@ def test_a_scheduled_full_run_is_held_for_another_destination_like_any_other(kno
         decisions.approve(known.engine, run.run_id, known.clock, Destination())
 
 
-def test_what_is_being_sent_goes_with_its_definition_to_another_destination(world):
+def test_deliveries_in_flight_move_with_their_definition_to_another_destination(world):
     world.people("ann")
     world.sync(world.audience(), fingerprint="one")
     world.execute("UPDATE {our}deliveries SET status = 'sending', request_id = 1")

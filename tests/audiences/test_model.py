@@ -1,4 +1,4 @@
-"""Random histories of snapshots, on both databases, compared with a model that is slow and obvious.
+"""Random histories of snapshots, on both databases, compared with a slow, obvious model.
 
 The model keeps each user's value, since when, and the list of the user's deliveries, without sets, joins or
 transactions.

@@ -1,4 +1,4 @@
-"""A plan says what the sync would do, and stores nothing."""
+"""A plan shows what the sync would do, and stores nothing."""
 
 from audience_sync.audiences import plan
 from audience_sync.audiences.records import ChangeCounts

@@ -1,4 +1,4 @@
-"""Values that are undecided while others are pruned, as when a key is refused for longer than rows are kept."""
+"""Undecided values while others are pruned, for example when a key is refused for longer than rows are kept."""
 
 import datetime as dt
 import random
@@ -36,7 +36,7 @@ def prune(world, *, past_members=DAY):
 
 
 def discard(world, run):
-    """Discard what a run queued."""
+    """Discard the deliveries of a run."""
     query = "SELECT delivery_id FROM {our}deliveries WHERE run_id = :run_id"
     ids = [delivery_id for (delivery_id,) in world.query(query, run_id=run.run_id)]
     with engines.write(world.engine) as connection:
@@ -49,7 +49,7 @@ def values(userpilot):
 
 @pytest.mark.parametrize("past_members", [DAY, float("inf")])
 @pytest.mark.parametrize("ending", ["exit", "full", "retire", "approve"])
-def test_an_exit_is_sent_though_the_accepted_values_before_it_were_pruned(
+def test_an_exit_is_sent_although_the_accepted_values_before_it_were_pruned(
     world, userpilot, past_members, ending
 ):
     world.people(("ann", 1.0))
@@ -78,7 +78,7 @@ def test_memberships_are_kept_while_a_value_is_undecided_and_pruned_afterwards(w
     assert prune(world)["past_members"] == 1
 
 
-def test_a_user_who_left_before_anything_was_sent_is_never_seen_though_rows_were_pruned(world, userpilot):
+def test_a_user_who_left_before_anything_was_sent_is_never_seen_although_rows_were_pruned(world, userpilot):
     for people in (["ann", "bob"], ["bob"], ["ann", "bob"]):
         world.people(*people)
         world.sync(world.audience())

@@ -154,7 +154,7 @@ def test_a_dead_delivery_whose_value_is_not_current_stays_dead(world):
     assert world.deliveries(second.run_id) == [("ann", FALSE, "pending")]
 
 
-def test_a_full_run_sends_to_everyone_who_ever_held_the_key(world):
+def test_a_full_run_sends_to_everyone_who_ever_had_the_key(world):
     world.people("ann", "bob", "cid")
     world.sync(world.audience())
     world.settle("accepted", "subject_id <> 'cid'")
@@ -243,7 +243,7 @@ def test_each_definition_has_its_own_members(world):
     assert set(world.members()) == {"ann"}
 
 
-def test_a_definition_that_fails_is_its_runs_failure_and_changes_nothing(world):
+def test_a_definition_that_fails_ends_its_run_as_failed_and_changes_nothing(world):
     world.people("ann")
     world.sync(world.audience())
     run = world.sync(world.audience("SELECT user_id FROM nobody"))
@@ -267,7 +267,7 @@ def test_a_definition_that_another_process_is_syncing_is_busy(world):
     assert world.sync(world.audience()).status == "succeeded"  # it is gone now
 
 
-def test_a_run_that_its_process_left_behind_is_abandoned(world):
+def test_a_run_whose_process_died_is_abandoned(world):
     script = f"""
 import datetime as dt, sys
 from audience_sync.clock import SystemClock
@@ -320,7 +320,7 @@ def test_a_signal_during_the_computation_ends_it_at_once(world, error):
     assert world.sync(world.audience()).status == "succeeded"
 
 
-def test_the_first_error_is_raised_where_the_run_cannot_even_be_ended(world, monkeypatch):
+def test_the_first_error_is_raised_if_the_run_cannot_even_be_ended(world, monkeypatch):
     world.people("ann")
 
     def refuse(*_):
@@ -397,7 +397,7 @@ def test_a_run_that_waited_does_not_go_back_in_time(world):
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-def test_an_exit_is_sent_where_a_worker_claims_the_entry_meanwhile(world):
+def test_an_exit_is_sent_if_a_worker_claims_the_entry_meanwhile(world):
     world.people("ann")
     world.sync(world.audience())
     world.people()

@@ -205,7 +205,7 @@ def test_in_the_repeated_hour_the_latest_slot_is_in_the_past():
     assert plan.next(again) == at("2026-10-26 01:00")
 
 
-def test_midnight_is_due_though_the_clock_went_back_to_the_day_before():
+def test_midnight_is_due_although_the_clock_went_back_to_the_day_before():
     plan = schedule.parse_schedule("@daily", "America/St_Johns")  # 7 November 2010, 00:01: back to 23:01
     assert plan.latest(at("2010-11-06 12:00"), at("2010-11-07 02:45")) == at("2010-11-07 02:30")
     assert plan.next(at("2010-11-07 02:45")) == at("2010-11-08 03:30")

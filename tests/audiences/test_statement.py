@@ -41,7 +41,7 @@ def test_a_query_passes(sql, dialect):
         "SELECT load_extension('x')",
     ],
 )
-def test_what_does_more_than_read_is_refused(sql, dialect):
+def test_sql_that_does_more_than_read_is_refused(sql, dialect):
     with pytest.raises(DefinitionError) as refused:
         statement.check(sql, dialect)
     with pytest.raises(DefinitionError, match=re.escape(str(refused.value))):
@@ -89,7 +89,7 @@ def test_sql_that_may_write_or_lock_is_parsed_before_it_runs(sql, dialect):
         ("EXPLAIN SELECT 1", "the SQL contains COMMAND, and a definition only reads"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_a_remedy(sql, message, dialect):
+def test_sql_that_cannot_be_parsed_is_refused_with_a_remedy(sql, message, dialect):
     with pytest.raises(DefinitionError, match=message):
         statement.check(sql, dialect)
     checks = (statement.check_before_run, statement.bind)
@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_refused_with_a_remedy(sql, message, dialect):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_what_sqlglot_cannot_parse_is_a_warning_where_it_may_be_a_query(dialect):
+def test_sql_that_sqlglot_cannot_parse_is_a_warning_if_it_may_be_a_query(dialect):
     assert statement.check("SELECT 1 + FROM t", dialect) == [
         "the SQL could not be parsed before it runs, so only the database checks it"
     ]

@@ -1,6 +1,6 @@
 """The same id and the same value get the same text, wherever they are computed.
 
-The same rows are stored in SQLite and in PostgreSQL, then computed in place and streamed from either as a source.
+The same rows are stored in SQLite and in PostgreSQL, then computed in place and streamed from both as sources.
 """
 
 import datetime as dt

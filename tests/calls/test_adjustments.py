@@ -236,7 +236,7 @@ CALLS = st.tuples(
 @given(calls=st.lists(CALLS, min_size=1, max_size=6))
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_userpilot_ends_with_the_properties_of_the_newest_values(engine, calls):
-    """However calls are merged; only where two traits want one property, it may be either's."""
+    """In any merging of calls. If two traits have the same property, its value may be from either trait."""
     userpilot = Userpilot(engine)
     with engines.write(engine) as connection:
         for table in (tables.profiles, tables.calls, tables.deliveries):

@@ -1,4 +1,4 @@
-"""Triggers in FQL: what each means, and what is refused."""
+"""Triggers in FQL: their meaning, and which are refused."""
 
 import math
 

@@ -171,7 +171,7 @@ def tagged(value):
 
 
 def model(e, document):
-    """What the documentation says, one step after the other, on tagged values."""
+    """The documentation's rules, step by step, on tagged values."""
     if isinstance(e, Literal):
         return tagged(e.value)
     if isinstance(e, List):

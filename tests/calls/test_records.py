@@ -58,7 +58,7 @@ def raw(call, prefix):
 
 
 class Model:
-    """One call after the other: the newest timestamp wins, of equal ones the later arrival."""
+    """One call after another: the newest timestamp wins; if timestamps are equal, the later arrival."""
 
     def __init__(self):
         self.users, self.companies = {}, {}

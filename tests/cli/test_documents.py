@@ -22,7 +22,7 @@ DELIVERY = {"accepted_count": 0, "dead_count": 0, "pending_count": 0, "request_c
 
 @pytest.fixture
 def program(url, tmp_path, sandbox, forker, monkeypatch):
-    """Runs the command line on a database with three people, two of them in; SQL text comes back as a table."""
+    """Runs the command line on a database with three people, two of them members. Given SQL, it returns the rows."""
     (tmp_path / "audience_sync.toml").write_text(
         f"""
 [database]
@@ -129,7 +129,7 @@ def test_looking_inside(program):
     assert (status["stopped"], status["pending_count"], status["dead_count"]) == (None, 0, 0)
 
 
-def test_calls_by_hand(program, sandbox):
+def test_calls_from_the_command_line(program, sandbox):
     program("identify", "a", "--trait", "plan=pro", "--trait", "seats=3", "--trait", 'code="12"')
     program("track", "a", "Order Completed", "--property", "total=12.5")
     program("group", "a", "acme", "--trait", "size=40")

@@ -1,4 +1,4 @@
-"""Days of a daemon, checked by its history: the test sets the clock, the rest is real."""
+"""Days of a daemon, checked by its history. The test sets the clock; everything else is real."""
 
 import datetime as dt
 import threading

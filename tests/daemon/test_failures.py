@@ -1,4 +1,4 @@
-"""Runs of the daemon that fail, and locks that it meets: what is repeated, and when."""
+"""Failing runs and locks in the daemon: what is repeated, and when."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def mend_source(life):
 
 @pytest.fixture
 def failing(life):
-    """A life in which the run of 16 March, 01:30 UTC, fails, and those that follow."""
+    """A life in which the run of 16 March, 01:30 UTC, and all later runs fail."""
     life.live_until("2026-03-15 12:00")
     break_source(life)
     life.tick_at("2026-03-16 01:30")

@@ -173,7 +173,7 @@ def test_a_bounded_number_of_definitions_runs_at_a_time(crowd, life):
     assert len(set(done)) == 10
 
 
-def test_deliveries_do_not_wait_for_runs_that_never_cease(life, monkeypatch):
+def test_deliveries_do_not_wait_for_runs_that_never_end(life, monkeypatch):
     definitions = fleet(99)
     monkeypatch.setattr(App, "definitions", lambda _: definitions)
     daemon = Daemon(life.daemon.app, App.reloaded, start=lambda *_: None)

@@ -1,4 +1,4 @@
-"""What a database's own catalog says about our tables."""
+"""Our tables as described by the catalog of a database."""
 
 from audience_sync.db import dialects, engines, migrate
 

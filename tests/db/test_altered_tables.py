@@ -1,4 +1,4 @@
-"""A migration that alters a table keeps all that belongs to it, on the way up and on the way down.
+"""A migration that alters a table keeps everything that belongs to it, in upgrades and downgrades.
 
 SQLite rebuilds the table, which by itself loses its counter of ids, its triggers and its indexes.
 """

@@ -155,7 +155,7 @@ SPREAD = (
         ),
     ],
 )
-def test_what_is_not_one_object_a_line_is_named(import_file, users, content, message):
+def test_a_file_without_one_object_a_line_is_refused_with_advice(import_file, users, content, message):
     code, said = import_file(content)
     assert (code, said, users()) == (2, f"audience-sync: {message}\n", [])
 
@@ -312,7 +312,7 @@ def test_lines_with_different_message_ids_are_different_calls(import_file, users
 
 
 @SQLITE
-def test_ignored_calls_are_counted_apart(import_file):
+def test_ignored_calls_are_counted_separately(import_file):
     code, said = import_file(ANN + b'\n{"type": "page", "userId": "ann"}')
     assert (code, said.splitlines()[0]) == (
         0,

@@ -151,7 +151,7 @@ def test_the_paths_of_all_libraries_take_a_call(api, path):
 
 @SQLITE
 @pytest.mark.parametrize("path", ["/healthz/", "/openapi.json/"])
-def test_a_slash_at_the_end_makes_no_difference(api, path):
+def test_a_trailing_slash_makes_no_difference(api, path):
     assert api("GET", path).status_code == 200
 
 
@@ -194,7 +194,7 @@ async def page(scope, receive, send):
         ("POST", "/healthz", 405),
     ],
 )
-def test_beside_the_dashboard_a_client_of_the_api_gets_json_as_well(make_api, method, path, status):
+def test_clients_of_the_api_get_json_also_when_the_dashboard_is_on(make_api, method, path, status):
     api = make_api(dashboard=page)
     answer = api(method, path, headers=AS_SHOP, json={"batch": []})
     assert (answer.headers["Content-Type"], answer.status_code) == ("application/json", status)

@@ -1,4 +1,4 @@
-"""The writer: calls of many requests in one transaction, and a batch that breaks it."""
+"""The writer: calls of many requests in one transaction, and a batch that makes it fail."""
 
 import pytest
 import sqlalchemy as sa

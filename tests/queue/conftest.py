@@ -115,7 +115,7 @@ class Queue:
             )
 
     def crash(self, delivery_id):
-        """Leave a delivery as a process leaves it that is killed while sending."""
+        """Leave a delivery in the state in which a process that is killed while sending leaves it."""
         with engines.write(self.engine) as connection:
             inserted = connection.execute(
                 requests.insert().values(
@@ -129,7 +129,7 @@ class Queue:
             )
 
     def lose_lease(self):
-        """Raise the lease's epoch, as another process does that takes over."""
+        """Raise the lease's epoch, as a process that takes over does."""
         with engines.write(self.engine) as connection:
             connection.execute(leases.update().values(epoch=leases.c.epoch + 1))
 

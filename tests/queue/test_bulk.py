@@ -1,4 +1,4 @@
-"""Both lanes work off a backlog, in a clock's time: however a job ends, no user is forgotten."""
+"""Both lanes deliver a backlog, by a clock that tests set: however a job ends, no user is forgotten."""
 
 import datetime as dt
 import random
@@ -29,7 +29,7 @@ def userpilot(clock):
 
 @pytest.fixture
 def work(hand_queue, clock, userpilot):
-    """Makes workers of both lanes; `per_job` 0 is the live lane alone."""
+    """Makes workers with both lanes; with `per_job` 0, only the live lane."""
 
     def make(*, per_job=10_000, live=LIVE, rows=ROWS, on_progress=lambda _: None, **changes):
         settings = settings_of(
@@ -174,7 +174,7 @@ def test_the_real_pace_of_jobs_is_learned(hand_queue, clock, userpilot, work):
 # How a job may end.
 
 
-def test_what_a_failed_job_held_is_sent_by_the_live_lane(hand_queue, userpilot, work):
+def test_users_of_a_failed_job_are_sent_by_the_live_lane(hand_queue, userpilot, work):
     userpilot.state.job_faults.append(JobFault(outcome="failed", after_rows=100))
     hand_queue.fill(400, kind="push")
     work().deliver()

@@ -150,7 +150,7 @@ def test_an_isolated_value_waits_for_a_newer_one_that_may_have_been_applied(queu
     ],
     ids=str,
 )
-def test_what_fails_is_sent_again(hand_queue, clock, worker_of, sandbox, fault):
+def test_failed_requests_are_sent_again(hand_queue, clock, worker_of, sandbox, fault):
     sandbox.faults.add({"times": 3, **fault})
     hand_queue.add("u1", {"plan": "pro"})
     hand_queue.track("u2", "Signed Up")
@@ -165,7 +165,7 @@ def test_what_fails_is_sent_again(hand_queue, clock, worker_of, sandbox, fault):
     assert all(row.ended_at for row in hand_queue.requests())
 
 
-def test_a_slow_answer_is_waited_for(queue, worker_of, sandbox):
+def test_the_worker_waits_for_a_slow_answer(queue, worker_of, sandbox):
     sandbox.faults.add({"delay_after_seconds": 0.3, "times": 2})
     queue.fill(3)
 

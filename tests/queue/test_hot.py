@@ -1,4 +1,4 @@
-"""No user or company slows the others, however many deliveries it has: what a cycle reads and writes is bounded."""
+"""No user or company slows down the others, however many deliveries it has: the work of a cycle is bounded."""
 
 import datetime as dt
 from collections import Counter
@@ -181,7 +181,7 @@ def test_a_late_value_of_a_user_with_a_long_history_is_compared_with_the_accepte
 
 
 class Suspended:
-    """Senders of a process that stands still before it sends, the first times."""
+    """Senders of a process that is suspended before it sends, the first few times."""
 
     def __init__(self, clock, times):
         self.clock, self.times, self.sends = clock, times, []

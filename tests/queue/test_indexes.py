@@ -1,4 +1,4 @@
-"""Statements of the queue and of pruning use indexes, whatever the statistics say; none reads a whole table."""
+"""Statements of the queue and of pruning use indexes with any statistics; none reads a whole table."""
 
 import datetime as dt
 import re

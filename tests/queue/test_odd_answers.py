@@ -1,4 +1,4 @@
-"""Answers that are not Userpilot's, or that concern one delivery only: no other delivery waits or becomes dead."""
+"""Answers that are not Userpilot's own, or concern only one delivery: no other delivery waits or becomes dead."""
 
 import datetime as dt
 import gzip

@@ -46,7 +46,7 @@ def test_stop_finishes_what_is_in_flight_and_returns(queue, worker_of, sandbox):
     assert worker_of().deliver().accepted_count == counts["pending"], "the lease was released"
 
 
-def test_what_a_killed_process_was_sending_is_sent_again_after_a_grace(hand_queue, clock, worker_of, sandbox):
+def test_deliveries_of_a_killed_process_are_sent_again_after_a_grace(hand_queue, clock, worker_of, sandbox):
     killed = hand_queue.add("u1", {"plan": "free"})
     hand_queue.add("u1", {"plan": "pro"})
     hand_queue.crash(killed)
@@ -59,7 +59,7 @@ def test_what_a_killed_process_was_sending_is_sent_again_after_a_grace(hand_queu
     assert [row.error for row in hand_queue.requests()] == ["The process ended before the answer came", None]
 
 
-def test_a_killed_process_s_track_is_not_repeated_at_most_once(queue, worker_of, sandbox):
+def test_with_at_most_once_a_track_of_a_killed_process_is_not_repeated(queue, worker_of, sandbox):
     queue.crash(queue.track("u1", "Paid"))
 
     worker_of(tracks_at_most_once=True).deliver()
@@ -150,7 +150,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(queue, worker_of, sandbox):
     reached = []
 
     class Meanwhile:
-        """While the first requests are on their way another process takes over."""
+        """Another process takes over while the first requests are in flight."""
 
         def send(self, path, payload):
             if not reached:

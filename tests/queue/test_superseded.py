@@ -1,4 +1,4 @@
-"""Superseded values, compared with a model that compares each value with each other."""
+"""Superseded values, compared with a model that compares all pairs of values."""
 
 import datetime as dt
 import random

@@ -28,7 +28,7 @@ def test_a_users_pending_identifies_are_one_request(queue, worker_of, sandbox):
     assert (report.accepted_count, report.request_count, report.pending_count) == (4, 2, 0)
 
 
-def test_what_is_overwritten_is_cancelled_when_the_newer_value_is_accepted(queue, worker_of):
+def test_overwritten_values_are_cancelled_when_the_newer_one_is_accepted(queue, worker_of):
     queue.add("u1", {"plan": "free"})
     queue.add("u1", {"plan": "pro"})
 
@@ -177,7 +177,7 @@ def test_very_many_superseded_values_of_one_company_are_cancelled(hand_queue, cl
     assert [event["event_name"] for event in sandbox.state.events] == ["Paid"]
 
 
-def test_what_becomes_due_within_a_minute_is_waited_for(hand_queue, clock, worker_of):
+def test_the_worker_waits_for_deliveries_that_become_due_within_a_minute(hand_queue, clock, worker_of):
     now = clock.now()
     hand_queue.add("u1", {"a": 1}, next_attempt_at=now + dt.timedelta(seconds=59))
     hand_queue.add("u2", {"a": 1}, next_attempt_at=now + dt.timedelta(seconds=200))
@@ -197,7 +197,7 @@ def commits(hand_queue):
     return committed
 
 
-def test_a_full_window_is_waited_for_without_spinning(hand_queue, clock, worker_of, commits):
+def test_the_worker_waits_for_a_full_window_without_spinning(hand_queue, clock, worker_of, commits):
     hand_queue.fill(6)
     commits.clear()
     worker_of(
@@ -219,7 +219,7 @@ def test_an_answer_that_unblocks_nothing_starts_no_further_search(hand_queue, cl
     assert len(commits) <= 2 * 20 + 10  # one claims, one settles
 
 
-def test_what_is_committed_ahead_of_the_search_is_sent_before_the_work_ends(hand_queue, clock, worker_of):
+def test_deliveries_committed_ahead_of_the_search_are_sent_before_the_work_ends(hand_queue, clock, worker_of):
     hand_queue.add("u1", {"a": 1})
     added = []
 

@@ -1,4 +1,4 @@
-"""Erased users stay erased, whatever calls arrive meanwhile and by whatever entry point."""
+"""Erased users stay erased, whichever calls arrive meanwhile, by any entry point."""
 
 import datetime as dt
 import threading

@@ -1,4 +1,4 @@
-"""Pruning deletes old rows in small transactions, keeps what is not settled, and history still adds up."""
+"""Pruning deletes old rows in small transactions and keeps unsettled deliveries; the history still adds up."""
 
 import datetime as dt
 import itertools
@@ -170,7 +170,7 @@ def test_a_run_adds_to_its_counts(store):
     assert [(run["accepted_count"], run["cancelled_count"]) for run in store.runs()] == [(2, 2)]
 
 
-def test_what_is_not_settled_is_never_pruned(store):
+def test_unsettled_deliveries_are_never_pruned(store):
     store.definition()
     store.run()
     store.deliver(*[store.delivery(status, 5000) for status in STATUSES])
@@ -372,7 +372,7 @@ def test_the_walk_ends_where_rows_are_new(store, transactions, monkeypatch):
     assert transactions() == before + 2
 
 
-def test_what_supersedes_a_dead_delivery_stays_with_it(store):
+def test_values_that_supersede_a_dead_delivery_are_kept(store):
     store.definition()
     store.run()
     store.deliver(
@@ -415,7 +415,7 @@ ages = st.integers(0, 5)
     chunk=st.integers(1, 3),
     stretch=st.integers(1, 5),
 )
-def test_what_stays_is_what_the_rules_say(store, monkeypatch, keep, queue, chunk, stretch):
+def test_pruning_keeps_what_the_rules_say(store, monkeypatch, keep, queue, chunk, stretch):
     for table in (tables.deliveries, tables.calls, tables.requests, tables.runs, tables.definitions):
         with engines.write(store.engine) as connection:
             connection.execute(table.delete())
@@ -486,8 +486,8 @@ def test_newer_values_stay_while_an_older_one_is_undecided(store, undecided):
     assert store.prune() == {"deliveries": 3}
 
 
-def test_what_was_never_sent_stays_only_while_nothing_else_was_sent(store):
-    """Otherwise what was sent could be pruned first, and a user who leaves would get nothing."""
+def test_never_sent_deliveries_are_kept_only_while_nothing_else_was_sent(store):
+    """Otherwise the sent deliveries could be pruned first, and nothing would be sent to a user who leaves."""
     store.definition()
     store.run()
     store.deliver(
@@ -535,7 +535,7 @@ def test_a_stopped_destination_keeps_the_proof_that_it_was_in_use(store):
 
 
 def test_past_members_of_every_definition_get_their_turn(engine, monkeypatch):
-    """However many past members, who left lately, the first definitions have, and in however little time."""
+    """Even if the first definitions have any number of recent past members, and in very little time."""
     monkeypatch.setattr(pruning, "STRETCH", 10)
     run = {"mode": "changes", "trigger": "schedule", "status": "succeeded", "member_count": 0}
     old, new = NOW - dt.timedelta(days=30), NOW - dt.timedelta(hours=1)

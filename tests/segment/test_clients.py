@@ -1,4 +1,4 @@
-"""Segment's own libraries send to `serve`: every call arrives once, also when the server is killed in between."""
+"""Segment's own libraries send to `serve`: every call arrives once, even if the server is killed in between."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def sending(sender, port):
 
 
 def sent(process):
-    """What the library was given, and by its own account did not give up."""
+    """The calls that the library was given, without those that it reported as given up."""
     said, troubles = process.communicate(timeout=100)
     assert process.returncode == 0, troubles
     return [(call["messageId"], call["type"]) for call in map(json.loads, said.splitlines())]

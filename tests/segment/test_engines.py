@@ -1,4 +1,4 @@
-"""Triggers and mappings answer as Segment's own engines do, but where a difference is named."""
+"""Triggers and mappings give the same results as Segment's own engines, except for the listed differences."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What we send for a call is what Segment's own Userpilot destination sends, but for the differences named here.
+"""We send the same for a call as Segment's own Userpilot destination, except for the differences listed here.
 
 A rule rewrites the requests that Segment sends into those that we mean to send. The reasons are in
 docs/reference/segment-differences.md.
@@ -141,7 +141,7 @@ USUAL_TIMES = {
 
 
 def corrected(call):
-    """The call as it should have been written, if it has something that has one sensible meaning."""
+    """The call as it should have been written, if it has unusual values with only one sensible meaning."""
     if call.get("type") not in SUBSCRIBED:
         return None
     changed = call
@@ -316,7 +316,7 @@ RULES = [
 
 
 def judged(answer):
-    """What we are to send, and the names of the rules that made it differ from what Segment sends."""
+    """The requests that we should send, and the names of the rules that make them differ from Segment's."""
     requests, applied = answer["requests"], []
     if answer["call"].get("type") not in SUBSCRIBED:
         return requests, applied
@@ -340,7 +340,7 @@ def test_a_corrected_call_is_sent_as_if_it_was_written_right():
     assert [call for call, right in pairs if ours(call) != ours(right)] == []
 
 
-def test_we_send_what_segment_sends_but_for_the_rules(judgements):
+def test_we_send_what_segment_sends_except_for_the_rules(judgements):
     sent = {key: ours(recorded()[key]["call"]) for key in judgements}
     assert [
         (key, sent[key], expected)

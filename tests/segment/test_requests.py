@@ -207,7 +207,7 @@ REQUESTS = {
 
 @SQLITE
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_library_for_another_language_is_understood(serving, name):
+def test_requests_of_libraries_for_other_languages_are_accepted(serving, name):
     with serving() as address, socket.create_connection(address, timeout=60) as connection:
         connection.sendall(REQUESTS[name])
         status, body = answer(connection)

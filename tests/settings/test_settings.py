@@ -1,4 +1,4 @@
-"""The configuration: for each file, the settings or the error that it gives."""
+"""The configuration: the settings or the error for each file."""
 
 import dataclasses
 import itertools
@@ -158,7 +158,7 @@ OLD = [
 
 
 @pytest.mark.parametrize(("name", "old", "new"), OLD)
-def test_a_stored_key_stays_though_letters_were_lost_in_it(write, name, old, new):
+def test_a_stored_key_stays_although_letters_were_lost_in_it(write, name, old, new):
     unresolved = settings.load(write(f"[[audiences]]\nname = '{name}'\nsql = 's'"), {}, resolve_keys=False)
     [definition] = settings.with_stored_keys(unresolved, {("audience", name): [old]}).definitions
     assert (definition.key, definition.key_error) == (old, None)
@@ -196,7 +196,7 @@ def test_a_name_of_one_key_in_every_version_is_refused_before_the_database_is_re
         settings.load(path, {}, resolve_keys=False)
 
 
-def test_what_is_unusual_but_right_is_accepted(load):
+def test_unusual_but_valid_settings_are_accepted(load):
     assert load(b"\xef\xbb\xbf[logging]\nlevel = 'debug'").logging.level == "debug"
     assert load("[[audiences]]\nname = '注文'\nkey = 'chumon'\nsql = 's'").definitions[0].key == "chumon"
     assert load("[[traits]]\nname = 'Name'\nsql = 's'").definitions[0].key == "name"

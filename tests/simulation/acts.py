@@ -1,4 +1,4 @@
-"""What happens during a simulation: people move, applications call, and whatever may go wrong goes wrong."""
+"""The events of a simulation: people move, applications send calls, and anything may fail."""
 
 import datetime as dt
 from functools import partial
@@ -185,7 +185,7 @@ class Acts:
         self._weather(self.chance.sample(ODD, 5), self.chance.choice([0.1, 0.5, 1.0]), [20, 60, 300])
 
     def leave_odd_job(self):
-        """Another client's job in an unknown state, which stays in the list when it is over."""
+        """Another client's job in an unknown state, which stays in the list after its end."""
         try:
             other = self.network.userpilot.state.start_other_job(self.chance.choice([10, 200]))
         except RefusedError:
@@ -270,7 +270,7 @@ class Acts:
             self.processes[-1].failure = failure
 
     def nap(self):
-        """Whatever runs stands still, now or at a point, long enough for another to take its place or not."""
+        """Suspend the running process, now or at a point, perhaps long enough for another process to take over."""
         self._nap_at = self.chance.choice([None, "claimed", "claimed", "settled", "snapshot_computed"])
         if self._nap_at is None:
             self._sleep_through(self.chance.choice([2, 30, 100]))

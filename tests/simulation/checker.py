@@ -140,7 +140,7 @@ class Findings:
                 assert any(sent), (each, number)
 
     def check_repeats(self):
-        """Nothing is sent twice, except what was in flight when something failed."""
+        """Nothing is sent twice, except requests that were in flight when something failed."""
         simulation = self.simulation
         known = set(self.carried.values())
         applied = {
@@ -159,7 +159,7 @@ class Findings:
         assert sent <= asked, sent - asked
 
     def check_pace(self):
-        """Userpilot refused nothing for its number that the simulation did not."""
+        """Userpilot refused no request because of its rate limits, except those that the simulation refused."""
         network, jumps = self.simulation.network, self.simulation.forward_jumps
         for entry in self.state.requests:
             if entry.status != 429 or entry.number in network.injected:

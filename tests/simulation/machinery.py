@@ -49,7 +49,7 @@ class Killed(BaseException):
 
 
 class Timeline:
-    """A clock that only waiting moves; actions that are due meanwhile run at their time, inside the wait.
+    """A clock that moves only during waits. Actions that become due run at their time, inside the wait.
 
     The wall clock may be set; the monotonic one never goes back.
     """
@@ -249,7 +249,7 @@ class Line:
 
 
 class Network:
-    """The network to Userpilot, in some weather; it records which answers were not Userpilot's own."""
+    """The network to Userpilot, with some faults; it records which answers were not Userpilot's own."""
 
     def __init__(self, timeline, chance, note, **limits):
         self.userpilot = LocalUserpilot(timeline, **limits)

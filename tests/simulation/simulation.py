@@ -1,4 +1,4 @@
-"""One seed, one run: people, definitions, calls, syncs and workers, and all that may go wrong meanwhile.
+"""A simulation of one seed: people, definitions, calls, syncs and workers, and the failures in the meantime.
 
 Each seed takes some kinds of failure and leaves out the others; about one seed in eight has none. acts.py has what
 happens meanwhile. When the storm is over, everything is synced and delivered; what must be true then, checker.py says.
@@ -162,7 +162,7 @@ class Simulation(Acts):
             self.timeline.sleep(self.chance.choice([0.1, 3.0, 60.0]))
 
     def _calm(self):
-        """Faults are over, time passes, and everything is synced and delivered."""
+        """End all faults, let time pass, and sync and deliver everything."""
         self.note("calm")
         self.kinds, self._nap_at = set(), None
         self.network.calm_down()

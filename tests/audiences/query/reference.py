@@ -1,4 +1,4 @@
-"""What a query means, in plain Python over lists: slow and obvious. The compiled SQL must give the same.
+"""The meaning of a query in plain Python over lists, slow and obvious. The compiled SQL must give the same result.
 
 A row is a dictionary: the document of its properties, its timestamp, its user. A scalar is a list of values: of each item
 where the path has a `$`, else of one value, ABSENT where there is none.

@@ -1,4 +1,4 @@
-"""The query language's texts: what parses, what the errors say and where they point.
+"""Parsing of queries: which texts are valid, and the message and position of errors.
 
 QUERY_EXAMPLES=1000000 tries a million texts.
 """
@@ -153,7 +153,7 @@ def test_an_error_shows_the_place():
 
 
 def error_position(text):
-    """Return where a text is wrong, None if it is right."""
+    """Return the position of the error in a text, None if the text is valid."""
     try:
         parse_query(text)
     except QueryError as error:

@@ -1,4 +1,4 @@
-"""Profiles and events in our own tables, and what a compiled query makes of them."""
+"""Profiles and events in our own tables, and the results of compiled queries on them."""
 
 import datetime as dt
 import json
