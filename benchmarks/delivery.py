@@ -277,7 +277,7 @@ def show(title, lines, multiple):
 
 
 def share(each, multiple):
-    """Of what both lanes may take together, requests and rows."""
+    """The share of the limits of both lanes together, in requests and rows."""
     return each.sent / each.seconds / ((LIVE + BULK) * multiple / 60)
 
 

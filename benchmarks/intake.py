@@ -52,7 +52,7 @@ FILLED = (tables.calls, tables.events, tables.deliveries, tables.profiles, table
 
 
 def call(number):
-    """As Segment's Node library writes them: some 600 bytes."""
+    """A call as Segment's Node library writes it, about 600 bytes."""
     chance = random.Random(number)
     user = chance.randrange(USERS)
     common = {

@@ -1,4 +1,4 @@
-"""A script that a team without a tool runs from cron: `script.py` compares audience-sync to it.
+"""A script that a team without such a tool would run from cron: `script.py` compares audience-sync to it.
 
 It is a careful one: it sends changes only, keeps the pace, retries, and remembers the members it has sent.
     0 */2 * * * rival.py --database shop.db --sql "SELECT …" --property vips --state vips.json

@@ -1,4 +1,4 @@
-"""Memory does not grow with the number of members: a million, and a hundred thousand."""
+"""Memory does not grow with the number of members: a million, compared with a hundred thousand."""
 
 import os
 import signal

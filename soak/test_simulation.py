@@ -1,4 +1,4 @@
-"""Hundreds of simulations of each kind on each database; SOAK_SEEDS says how many, SOAK_FROM from which on."""
+"""Hundreds of simulations of each kind on each database; SOAK_SEEDS sets their number, SOAK_FROM the first."""
 
 import os
 

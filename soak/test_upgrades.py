@@ -1,4 +1,4 @@
-"""Upgrades: from an earlier version with work under way, and with a kill at each statement."""
+"""Upgrades from an earlier version with unfinished work, and with a kill at each statement."""
 
 import signal
 import subprocess

@@ -138,7 +138,7 @@ def check(sql: str, dialect: str) -> list[str]:
         _check_unparsed(tokens)
         if dialect not in SUPPORTED:
             raise DefinitionError(
-                "sqlglot cannot read the SQL, and on an experimental source only SQL that it can read is run"
+                "sqlglot cannot parse the SQL, and an experimental source runs only SQL that it can parse"
             )
         return ["the SQL could not be parsed before it runs, so only the database checks it"]
     if len(statements) != 1:

@@ -191,7 +191,9 @@ class TrackingApi:
     async def _accept(self, raws: Sequence[Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Store the valid calls; return a verdict for each call, in order. `shared` is a batch's document, or empty."""
         if self.writer.waiting_count >= MAX_WAITING_CALLS:
-            raise RefusalError(503, "the database is behind: try again", {"Retry-After": str(RETRY_SECONDS)})
+            raise RefusalError(
+                503, "the database cannot keep up: try again", {"Retry-After": str(RETRY_SECONDS)}
+            )
         if wait := self.rate.take(len(raws)):
             message = "more calls than [tracking] calls_per_second"
             raise RefusalError(429, message, {"Retry-After": str(int(wait) + 1)})

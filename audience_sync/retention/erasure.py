@@ -41,7 +41,7 @@ def forget_everywhere(engine: sa.Engine, deleter: UserDeleter, user_id: str, clo
         answer = deleter.delete_user(user_id)
     if answer.outcome is not Outcome.ACCEPTED:
         raise NotForgotten(
-            f"Userpilot did not accept the deletion ({answer.error}), so nothing was changed: run it again."
+            f"Userpilot did not accept the deletion ({answer.error}), so nothing was changed: run the command again."
         )
     with engines.write(engine) as connection:
         _exclude(connection, user_id, clock.now())

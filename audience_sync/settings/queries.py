@@ -114,8 +114,7 @@ def _parsed(text: str, kind: Kind) -> tree.Query:
 
     if _SQL.match(text):
         raise ConfigError(
-            "This is SQL, and what is read here is the query language: SQL goes into `sql =` of a definition in the "
-            "configuration"
+            "This is SQL, but a query is expected here: put SQL into `sql =` of a definition in the configuration"
         )
     return parser.parse_query(text) if kind is Kind.TRAIT else parser.parse_condition(text)
 

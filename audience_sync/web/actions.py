@@ -141,7 +141,7 @@ def _chosen(app: App, form: Form) -> Iterator[list[int]]:
         yield ids
         return
     if form["all"] != "dead":
-        raise BadRequest("all can only be dead.")
+        raise BadRequest("all must be `dead`.")
     filters: dict[str, Any] = {FILTER[name]: value for name, value in _filter(form).items()}
     if "run_id" in filters:
         filters["run_id"] = row_id("The run id", filters["run_id"])

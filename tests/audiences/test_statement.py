@@ -140,7 +140,7 @@ def test_on_an_experimental_source_the_text_alone_must_show_that_it_reads(dialec
 )
 def test_on_an_experimental_source_sql_that_cannot_be_parsed_is_refused(dialect):
     with pytest.raises(
-        DefinitionError, match="sqlglot cannot read the SQL, and on an experimental source only"
+        DefinitionError, match="sqlglot cannot parse the SQL, and an experimental source runs only"
     ):
         statement.check("SELECT 1 + FROM t", dialect)
 

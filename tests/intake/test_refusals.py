@@ -152,7 +152,7 @@ def test_nothing_is_stored_in_part_while_the_database_cannot_be_used(api, caplog
 @SQLITE
 def test_calls_are_refused_while_the_database_is_behind(api, monkeypatch):
     monkeypatch.setattr(http, "MAX_WAITING_CALLS", 0)
-    assert refusal(api.post("identify", IDENTIFY)) == (503, refused("the database is behind: try again"))
+    assert refusal(api.post("identify", IDENTIFY)) == (503, refused("the database cannot keep up: try again"))
 
 
 def test_health_says_whether_calls_can_be_stored(api):

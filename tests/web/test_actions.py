@@ -241,7 +241,7 @@ def test_all_dead_deliveries_that_a_filter_matches(olga, monkeypatch, verb, fiel
         ({}, "No delivery is selected. Select at least one."),
         ({"id": "x"}, "A delivery id must be a whole number, not 'x'"),
         ({"id": ["1", "9" * 19]}, f"A delivery id must be a whole number, not '{'9' * 19}'"),
-        ({"all": "accepted"}, "all can only be dead."),
+        ({"all": "accepted"}, "all must be `dead`."),
         ({"all": "dead", "run": "x"}, "The run id must be a whole number, not 'x'"),
     ],
 )
