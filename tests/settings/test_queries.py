@@ -133,7 +133,7 @@ def test_a_query_says_which_source_has_its_event_as_well(load):
 
 @pytest.mark.parametrize("text", ["SELECT user_id FROM t", " with x as (SELECT 1) SELECT 2"])
 def test_sql_in_the_place_of_a_query_has_a_message_of_its_own(load, text):
-    with pytest.raises(ConfigError, match="SQL goes into `sql =`"):
+    with pytest.raises(ConfigError, match="put SQL into `sql =`"):
         queries.unnamed_definition(load(ORDERS), text, None, Kind.AUDIENCE)
 
 

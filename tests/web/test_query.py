@@ -198,7 +198,7 @@ def test_examples_have_names_that_exist_and_lead_to_their_answers(shop):
 
 @pytest.mark.parametrize("text", ["SELECT user_id FROM orders", "with a as (select 1) select 2"])
 def test_sql_has_a_message_of_its_own(shop, text):
-    assert "SQL goes into `sql =` of a definition" in shop.text("/query", text=text)
+    assert "put SQL into `sql =` of a definition" in shop.text("/query", text=text)
 
 
 def test_a_query_that_fails_offers_no_configuration(pages):
