@@ -235,9 +235,9 @@ def _batches(connection: sa.Connection, query: BoundQuery) -> Generator[Sequence
             yield []
             batch: Sequence[Sequence[Any]] = result.fetchmany(1)  # SQLAlchemy has already fetched it
             while batch:
+                yield convert(batch)
                 if time.monotonic() > query.deadline:
                     raise DefinitionError(timeout_message(query.definition))
-                yield convert(batch)
                 batch = _fetch(reading, result.cursor)
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,10 +13,12 @@ import sqlalchemy as sa
 from audience_sync.audiences import postgresql_values
 from audience_sync.audiences.definition import Definition
 from audience_sync.db import dialects, engines
+from audience_sync.db.watch import Watch
 from audience_sync.errors import DefinitionError, Interrupted, SourceError
 from audience_sync.stopping import Stop
 
 PREVIEW_LOCK_SECONDS = 5  # how long a preview waits for a lock
+LATE_SECONDS = 1.0  # PostgreSQL's own timeout should end a statement before we do
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
 PROGRESS_STEPS = (
     20_000  # steps of SQLite's virtual machine between checks of the deadline: a few milliseconds
@@ -33,10 +34,12 @@ _QUERY_ACTIONS = {
 _VIRTUAL_TABLE_ACTIONS = {(sqlite3.SQLITE_UPDATE, "sqlite_master"), (sqlite3.SQLITE_PRAGMA, "data_version")}
 _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
-# Errors that the definition did not cause: SQLSTATE classes (connection, resources, operator, system), SQLite's codes.
+# Errors that the definition did not cause: SQLSTATE classes (connection, conflict, resources, operator, system), SQLite's
+# codes.
 _CANCELLED = "57014"
 _MISSING_TABLE = "42P01"
-_SERVER_STATES = ("08", "53", "55P03", "57", "58", "XX")  # 55P03: a lock was not released in time
+_CONFLICT = "40"  # class: such as a replica that must apply a change of the rows that are read
+_SERVER_STATES = ("08", _CONFLICT, "53", "55P03", "57", "58", "XX")  # 55P03: a lock was not released in time
 _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
 
 
@@ -78,7 +81,12 @@ def begin_reading(
 @contextmanager
 def _reading_own(connection: sa.Connection, query: BoundQuery) -> Iterator[sa.Connection]:
     """Begin a transaction (or a part of one) in which PostgreSQL writes only to temporary tables."""
-    with engines.begin(connection), _translated_errors(query), _limits(connection, query):
+    with (
+        engines.begin(connection),
+        _translated_errors(query),
+        _watched(connection, query),
+        _limits(connection, query),
+    ):
         if not dialects.is_sqlite(connection):
             connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         yield connection
@@ -89,7 +97,7 @@ def _reading_source(query: BoundQuery) -> Iterator[sa.Connection]:
     """Open a read-only transaction on the source, in which all statements see the same state."""
     source = query.source
     assert source is not None  # noqa: S101  (the caller checked)
-    with _translated_errors(query), source.connect() as reading:
+    with _translated_errors(query), source.connect() as reading, _watched(reading, query):
         if source.dialect.name == "postgresql":
             reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with reading.begin(), _limits(reading, query):
@@ -131,6 +139,18 @@ def _ignoring_closed() -> contextlib.AbstractContextManager[None]:
 
 
 @contextmanager
+def _watched(connection: sa.Connection, query: BoundQuery) -> Iterator[None]:
+    """End what PostgreSQL does not end itself soon after the deadline, or when the process is asked to stop."""
+    if connection.dialect.name != "postgresql":
+        yield
+        return
+    raw: Any = connection.connection.dbapi_connection
+    left = max(0.0, query.deadline - time.monotonic())
+    with Watch(raw, left + LATE_SECONDS) as watch, query.stop.interrupting(watch.wake):
+        yield
+
+
+@contextmanager
 def _limits(connection: sa.Connection, query: BoundQuery) -> Iterator[None]:
     """Interrupt a statement, also while it waits for a lock, at the deadline or when the process is asked to stop."""
     raw: Any = connection.connection.dbapi_connection
@@ -150,9 +170,8 @@ def _limits(connection: sa.Connection, query: BoundQuery) -> Iterator[None]:
             settings = postgresql_values.SETTINGS | {"statement_timeout": str(max(1, int(left * 1000)))}
             if lock_wait is not None:
                 settings["lock_timeout"] = f"{lock_wait}s"
-            limited = dialects.with_settings(connection, settings)
             try:
-                with limited, stop.interrupting(partial(dialects.cancel, raw)):
+                with dialects.with_settings(connection, settings):
                     _end_with_our_process(connection)
                     yield
             except Interrupted:
@@ -200,6 +219,10 @@ def _translated_errors(query: BoundQuery) -> Iterator[None]:
         advice = f"Is it running, and is its url in [sources.{definition.source}] right?"
         if engines.is_locked(error):
             advice = engines.advice(error)
+        if (getattr(error.orig, "sqlstate", None) or "").startswith(_CONFLICT):
+            advice = "Its server ended the query because of other work there: run it again."
+        if error.connection_invalidated and late_seconds > 0:
+            reason = f"it did not answer within {definition.timeout_seconds:g} seconds"
         raise SourceError(
             f"{definition.key}: the source {definition.source} cannot be read: {reason}. {advice}"
         ) from error

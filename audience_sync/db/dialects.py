@@ -3,7 +3,6 @@
 In a statement, `{our}` is the prefix of the names of our tables, and `{temp}` of temporary tables.
 """
 
-import contextlib
 import datetime as dt
 import json
 import re
@@ -16,11 +15,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from audience_sync.db.tables import UtcDateTime
+from audience_sync.db.watch import cancel
 
 CHUNK = (
     500  # ids in a statement as single parameters, whose number is limited: SQLite 32,766, PostgreSQL 65,535
 )
-CANCEL_SECONDS = 5.0
 MAX_ID = 2**63 - 1
 Id = TypeVar("Id", int, str)
 
@@ -246,10 +245,3 @@ def copy_in(connection: sa.Connection, statement: str) -> Iterator[Any]:
     except BaseException:  # a signal; the COPY may still be running, and no other statement could follow
         connection.invalidate()
         raise
-
-
-def cancel(raw: Any) -> None:
-    """Ask PostgreSQL to end the connection's running statement, if any; ignore a failure."""
-    with contextlib.suppress(Exception):
-        if raw.info.transaction_status.name == "ACTIVE":
-            raw.cancel_safe(timeout=CANCEL_SECONDS)

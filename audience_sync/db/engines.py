@@ -19,17 +19,19 @@ from urllib.parse import unquote
 import msgspec
 import sqlalchemy as sa
 
-from audience_sync.db.dialects import cancel, is_sqlite, set_locally
+from audience_sync.db.dialects import is_sqlite, set_locally
+from audience_sync.db.watch import Watch, cancel
 from audience_sync.errors import DatabaseError, DatabaseLocked
 
 # Longer than our longest transaction: the commit of a first sync of several million members.
 BUSY_SECONDS = 300
+ANSWER_SECONDS = 10  # within which PostgreSQL accepts a connection, and answers on one that was idle
 # With these, both sides notice within about a minute that the network is gone. Until then the server keeps the locks of
 # the abandoned transaction. tcp_user_timeout (in milliseconds; the others are in seconds) applies to sent data that is
 # not acknowledged, which keepalives do not cover.
 _POSTGRESQL_ARGUMENTS = {
     "client_encoding": "UTF8",
-    "connect_timeout": 10,
+    "connect_timeout": ANSWER_SECONDS,
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
@@ -48,6 +50,7 @@ _POSTGRESQL_SETTINGS = {
 # Our statements and times depend on these, so URL and database cannot change them. ISO does not fix the order of day and
 # month.
 _REQUIRED_SETTINGS = {"datestyle": "ISO", "standard_conforming_strings": "on"}
+_WATCH = "watch"  # in a connection's info, until it is used for the first time
 _POOLED = "is_pooled"  # in a connection's info: it is connected to a pooler such as PgBouncer
 _REFUSES_OPTIONS = re.compile("unsupported startup parameter|command-line options", re.IGNORECASE)
 # How long a new connection to SQLite may wait for a lock, because its pragmas read the file. None: the default.
@@ -116,7 +119,6 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
             url.difference_update_query(["options", "prepare_threshold"]),
             **options,
             hide_parameters=True,
-            pool_pre_ping=True,
             max_overflow=-1,  # a long run keeps one connection, which must not block the others
             connect_args=arguments | {"options": _startup_options(settings)},
         )
@@ -130,7 +132,27 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
         cancel(raw)  # after a signal; closing the connection would leave the statement running
 
     _work_through_poolers(engine, settings, is_preparing=threshold is not None)
+    _require_answers(engine)
     return engine
+
+
+def _require_answers(engine: sa.Engine) -> None:
+    """Check each connection before it is used, and close those that do not answer; SQLAlchemy would wait for ever."""
+
+    @sa.event.listens_for(engine, "connect", insert=True)  # before the first statements
+    def watch(raw: Any, record: Any) -> None:
+        record.info[_WATCH] = Watch(raw, ANSWER_SECONDS)
+
+    @sa.event.listens_for(engine, "checkout")
+    def check(raw: Any, record: Any, _proxy: Any) -> None:
+        if (watch := record.info.pop(_WATCH, None)) is not None:
+            watch.end()  # it has answered
+            return
+        try:
+            with Watch(raw, ANSWER_SECONDS):
+                engine.dialect.do_ping(raw)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise sa.exc.InvalidatePoolError from error
 
 
 def _settings(options: str) -> dict[str, str]:

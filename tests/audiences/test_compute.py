@@ -1,6 +1,8 @@
 """Definitions are computed on our own database or a source; errors name the definition."""
 
 import datetime as dt
+import os
+import signal
 import sqlite3
 from contextlib import contextmanager
 
@@ -8,9 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from audience_sync.audiences import compute, reading, snapshot
-from audience_sync.db import dialects
+from audience_sync.db import dialects, engines, watch
 from audience_sync.db.sources import open_source
-from audience_sync.errors import DefinitionError, SourceError
+from audience_sync.errors import DefinitionError, Interrupted, SourceError
+from audience_sync.stopping import Stop
 
 AS_OF = dt.datetime(2026, 3, 1, 13, 30, tzinfo=dt.UTC)
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) AS user_id FROM n"
@@ -336,6 +339,75 @@ def test_a_source_that_dies_while_it_is_read_is_a_source_error(world, computed, 
     with pytest.raises(SourceError, match="vips: the source shop cannot be read"):
         computed(world.audience(sql, source="shop"), source)
     source.dispose()
+
+
+@pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
+def test_a_conflict_on_a_source_is_no_error_of_the_definition(world, computed, shop):
+    maker = sa.create_engine(shop.url)
+    with maker.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION conflict() RETURNS boolean LANGUAGE plpgsql STABLE AS "
+            "$$ BEGIN RAISE 'conflict with recovery' USING ERRCODE = '40001'; END $$"
+        )
+    maker.dispose()
+    message = r"the source shop cannot be read: conflict with recovery\. Its server ended the query .*: run it again"
+    with pytest.raises(SourceError, match=message):
+        computed(world.audience("SELECT user_id FROM orders WHERE conflict()", source="shop"), shop)
+
+
+@pytest.fixture
+def silent(postgres, monkeypatch):
+    """Give a source whose server stops answering when it is told to; everything that is waited for is short."""
+    for module, name in ((watch, "CANCEL_SECONDS"), (watch, "CLOSE_SECONDS"), (engines, "ANSWER_SECONDS")):
+        monkeypatch.setattr(module, name, 0.2)
+    monkeypatch.setattr(reading, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(compute, "FETCH_ROWS", 10)
+    source = open_source("shop", postgres.url(postgres.create()))
+    stopped = []
+
+    def fall_silent():
+        with postgres.engine.connect() as connection:
+            servers = sa.text("SELECT pid FROM pg_stat_activity WHERE datname = :name")
+            for pid in connection.execute(servers, {"name": source.url.database}).scalars():
+                os.kill(pid, signal.SIGSTOP)
+                stopped.append(pid)
+
+    yield source, fall_silent
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    source.dispose()
+
+
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_a_source_that_falls_silent_holds_a_run_no_longer_than_its_timeout(
+    world, silent, monkeypatch, is_stopping
+):
+    source, fall_silent = silent
+    stop, plain_rows = Stop(), compute.values.plain_rows
+
+    def convert(batch):
+        fall_silent()
+        if is_stopping:
+            stop.set()
+        return plain_rows(batch)
+
+    monkeypatch.setattr(compute.values, "plain_rows", convert)
+    sql = "SELECT i AS user_id FROM generate_series(1, 100000) i"
+    seconds = 3600 if is_stopping else 0.5
+    definition = world.audience(sql, source="shop", timeout_seconds=seconds)
+    error = Interrupted if is_stopping else SourceError
+    with pytest.raises(error) as raised, snapshot.connection_with_temp_tables(world.engine) as connection:
+        compute.compute(connection, definition, AS_OF, source, stop)
+    if not is_stopping:
+        assert "cannot be read: it did not answer within 0.5 seconds. Is it running" in str(raised.value)
+
+
+def test_an_idle_connection_that_fell_silent_is_replaced(world, computed, silent):
+    source, fall_silent = silent
+    definition = world.audience("SELECT 'ann' AS user_id", source="shop")
+    computed(definition, source)
+    fall_silent()
+    assert computed(definition, source) == ({"ann": None}, {})
 
 
 def test_a_file_that_is_not_an_sqlite_database_is_a_source_error(world, computed, tmp_path):

@@ -1,0 +1,55 @@
+"""Bound the time that a connection to PostgreSQL may take, also when the server stops answering in the middle."""
+
+import contextlib
+import socket
+import threading
+from typing import Any, Self
+
+CANCEL_SECONDS = 5.0
+CLOSE_SECONDS = 2.0  # how long the server has to end a statement after it was asked to
+
+
+class Watch:
+    """Ends what runs on a connection if the block is not left within these seconds, or when `wake` is called.
+
+    The server is asked first. If it does not end the statement, the connection is closed under it. The server's own
+    time limits, keepalives and tcp_user_timeout do not help where a proxy acknowledges what nobody answers.
+    """
+
+    def __init__(self, raw: Any, seconds: float) -> None:
+        self._raw, self._seconds = raw, seconds
+        self._is_over, self._is_woken = threading.Event(), threading.Event()
+        # Its own descriptor, so that it cannot become another connection's.
+        self._socket = socket.fromfd(raw.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        self._is_woken.set()
+
+    def end(self) -> None:
+        """End the watch. A request to cancel that is under way is waited for, as it would meet the next statement."""
+        self._is_over.set()
+        self._is_woken.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        with self._socket, contextlib.suppress(OSError):
+            self._is_woken.wait(self._seconds)
+            if not self._is_over.is_set():
+                cancel(self._raw)
+                if not self._is_over.wait(CLOSE_SECONDS):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def cancel(raw: Any) -> None:
+    """Ask PostgreSQL to end the connection's running statement, if any; ignore a failure."""
+    with contextlib.suppress(Exception):
+        if raw.info.transaction_status.name == "ACTIVE":
+            raw.cancel_safe(timeout=CANCEL_SECONDS)
