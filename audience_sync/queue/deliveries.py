@@ -208,7 +208,7 @@ def choose_next(
 
 
 def _postpone(connection: sa.Connection, group: Sequence[Delivery], now: dt.datetime) -> None:
-    blocked = outcomes.blocked_until(group, now)
+    blocked = outcomes.blocked_until(group)
     updates = [
         {"id": each.delivery_id, "next": blocked[each.delivery_id]}
         for each in group

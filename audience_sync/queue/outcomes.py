@@ -71,27 +71,29 @@ def select_next(pending: Sequence[Delivery], now: dt.datetime) -> list[Delivery]
     """Select the pending deliveries of a subject for its next request, oldest value first.
 
     After a merged request was refused or failed repeatedly, its deliveries are isolated: sent one by one, so that only
-    the delivery at fault waits or becomes dead. The one that has been due longest is sent first; of several, the newest.
-    An older delivery waits for a newer one that shares a trait with it: an earlier attempt may have set the newer value,
-    which an older one must not replace. Values that the newest supersedes need no request.
+    the delivery at fault waits or becomes dead. The others stay merged. What has been due longest is sent first; of
+    several isolated ones, the newest. An older delivery waits for a newer one that shares a trait with it: an earlier
+    attempt may have set the newer value, which an older one must not replace. Values that the newest supersedes need no
+    request.
     """
-    blocked = blocked_until(pending, now)
+    blocked = blocked_until(pending)
     free = [
         delivery
         for delivery in sorted(pending, key=_age)
         if delivery.delivery_id not in blocked and not (delivery.isolated and delivery.next_attempt_at > now)
     ]
-    isolated = [delivery for delivery in reversed(free) if delivery.isolated]
-    if isolated:
-        return [min(isolated, key=lambda delivery: delivery.next_attempt_at)]
-    return free if any(delivery.next_attempt_at <= now for delivery in free) else []
+    groups = [[delivery] for delivery in reversed(free) if delivery.isolated]
+    merged = [delivery for delivery in free if not delivery.isolated]
+    if any(delivery.next_attempt_at <= now for delivery in merged):
+        groups.append(merged)
+    return min(groups, key=lambda group: min(each.next_attempt_at for each in group), default=[])
 
 
-def blocked_until(pending: Sequence[Delivery], now: dt.datetime) -> dict[int, dt.datetime]:
+def blocked_until(pending: Sequence[Delivery]) -> dict[int, dt.datetime]:
     """Return, by id, until when deliveries wait for a newer one that shares a trait with them.
 
-    Every delivery waits for a newer isolated one whose next attempt is in the future. Isolated deliveries also wait for
-    any newer one that was attempted.
+    Every delivery waits for newer isolated ones, and for what those wait for. Isolated deliveries also wait for any newer
+    one that was attempted.
     """
     waiting: dict[str, dt.datetime] = {}  # traits of newer deliveries
     attempted: dict[str, dt.datetime] = {}
@@ -101,11 +103,11 @@ def blocked_until(pending: Sequence[Delivery], now: dt.datetime) -> dict[int, dt
         moments = [until[trait] for until in newer for trait in delivery.body if trait in until]
         if moments:
             blocked[delivery.delivery_id] = max(moments)
-        if delivery.isolated and delivery.next_attempt_at > now:
+        if delivery.isolated:
             moments.append(delivery.next_attempt_at)
         if moments:
             waiting |= dict.fromkeys(delivery.body, max(moments))
-        elif delivery.isolated or delivery.attempt_count > 1:
+        elif delivery.attempt_count > 1:
             attempted |= dict.fromkeys(delivery.body, delivery.next_attempt_at)
     return blocked
 

@@ -113,6 +113,18 @@ def test_of_isolated_deliveries_that_share_no_trait_the_one_that_has_been_due_fo
     assert outcomes.select_next([older, sharing], NOW) == [sharing]
 
 
+def test_isolated_deliveries_that_fail_do_not_keep_the_others_from_their_turn():
+    earlier, earliest = NOW - dt.timedelta(seconds=1), NOW - dt.timedelta(seconds=2)
+    failing = delivery(2, {"a": 1, "b": 1}, isolated=True, due=earlier)
+    fresh, older = delivery(3, {"c": 1}, due=earliest), delivery(1, {"b": 2}, due=earliest)
+
+    assert outcomes.select_next([failing, fresh], NOW) == [fresh]
+    assert outcomes.select_next([failing, delivery(3, {"c": 1})], NOW) == [failing]
+    assert outcomes.select_next([older, failing], NOW) == [failing]
+    assert outcomes.select_next([older, failing, fresh], NOW) == [fresh]
+    assert outcomes.blocked_until([older, failing]) == {1: earlier}
+
+
 def test_an_isolated_delivery_waits_for_newer_ones_that_may_have_been_applied():
     later = NOW + dt.timedelta(minutes=5)
     older = delivery(1, {"a": 1}, isolated=True)
@@ -133,7 +145,7 @@ def test_a_delivery_waits_only_for_newer_isolated_ones_that_share_a_trait():
     fourth = delivery(5, {"b": 2}, isolated=True, due=latest)
     pending = [first, second, apart, third, fourth]
 
-    assert outcomes.blocked_until(pending, NOW) == {1: latest, 2: latest, 4: latest}
+    assert outcomes.blocked_until(pending) == {1: latest, 2: latest, 4: latest}
     assert outcomes.select_next(pending, NOW) == [apart]
     assert outcomes.select_next([first, apart], NOW) == [apart]
 
@@ -144,7 +156,7 @@ def test_an_isolated_delivery_is_not_sent_after_an_attempt_with_a_newer_value():
     newer = delivery(2, {"a": 2}, attempts=2, due=soon)
 
     assert outcomes.select_next([older, newer], NOW) == []
-    assert outcomes.blocked_until([older, newer], NOW) == {1: soon}
+    assert outcomes.blocked_until([older, newer]) == {1: soon}
     assert outcomes.select_next([older, newer], soon) == [newer]
     assert outcomes.select_next([older, delivery(2, {"a": 2}, due=later)], NOW) == [older]
     assert outcomes.select_next([older, delivery(2, {"b": 2}, attempts=2, due=later)], NOW) == [older]
