@@ -5,7 +5,7 @@ An answer is not Userpilot's own if one of these is true:
 
 - its body is a page: it is declared as HTML or XML, starts with `<`, or is text with an HTML tag
   (the empty body of a 2xx is not a page, whatever its type);
-- its status is 3xx, 407, 421, 499, 511 or 520 to 530, which proxies send;
+- its status is 3xx, 407, 421, 426, 499, 511 or 520 to 530, which proxies send;
 - it is a refusal (4xx) in plain text, without the `x-request-id` that Userpilot's answers carry.
 
 A 2xx from Userpilot is accepted, whether its body is empty, JSON or other text, in any encoding. If the end of the JSON is
@@ -52,13 +52,14 @@ _BY_STATUS = {
     421: Outcome.FAILED,
     423: Outcome.FAILED,
     425: Outcome.FAILED,
+    426: Outcome.FAILED,
     429: Outcome.THROTTLED,
     499: Outcome.UNKNOWN,  # a proxy gave up waiting
     501: Outcome.REFUSED,
     502: Outcome.UNKNOWN,  # a gateway may have passed the request on before it failed
     504: Outcome.UNKNOWN,
 }
-_OF_PROXIES = {407, 421, 499, 511, *range(300, 400)}
+_OF_PROXIES = {407, 421, 426, 499, 511, *range(300, 400)}
 _OF_CLOUDFLARE = range(520, 531)
 _PAGE_TAG = re.compile(r"<(!doctype|html|head|body|title)\b", re.IGNORECASE)
 _TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.IGNORECASE | re.DOTALL)
@@ -101,6 +102,8 @@ def judge(
         error = f"HTTP {status_code}, but the JSON of the body breaks off: {content.text}"
     elif outcome is not Outcome.ACCEPTED:
         error = _message(content).strip() or f"HTTP {status_code} without a message"
+        if status_code // 100 == 3 and (location := headers.get("location")):
+            error = f"HTTP {status_code} redirects to {location}: is [destination] endpoint right?"
     if (is_foreign and outcome is not Outcome.THROTTLED) or (error and outcome is Outcome.ACCEPTED):
         outcome = Outcome.UNKNOWN
     has_document = outcome is Outcome.ACCEPTED and content.is_json

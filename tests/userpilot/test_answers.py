@@ -126,11 +126,18 @@ def test_a_page_of_a_429_slows_the_lane_down():
     assert (answer.outcome, answer.is_evidence, answer.retry_after_seconds) == (Outcome.THROTTLED, False, 7.0)
 
 
-@pytest.mark.parametrize("status_code", [301, 302, 307, 407, 421, 511])
+@pytest.mark.parametrize("status_code", [301, 302, 307, 407, 421, 426, 511])
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b"moved"])
 def test_the_statuses_of_proxies_say_nothing_about_a_delivery(status_code, body):
     answer = judged(status_code, body)
     assert (answer.outcome, answer.is_evidence) == (Outcome.FAILED, False)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>moved"])
+def test_a_redirect_says_where_it_leads(body):
+    answer = judged(307, body, location="https://eu.example/k3y")
+    message = "HTTP 307 redirects to https://eu.example/[API key]: is [destination] endpoint right?"
+    assert (answer.outcome, answer.error) == (Outcome.FAILED, message)
 
 
 @pytest.mark.parametrize("body", [b"", b"error code: 522", b"{}"])
