@@ -18,7 +18,9 @@ from audience_sync.db.rows import moment
 from audience_sync.userpilot.properties import property_names, with_gone, without_gone
 
 KEEP = dt.timedelta(days=7)  # longer than any delivery is retried
-MAX_NAMES = 5_000  # of a user or a company
+# Of a user or a company: the newest vanished names. Each value of their traits is sent with all of them.
+MAX_NAMES = 5_000
+MAX_NAMES_LENGTH = 256 * 1024
 
 
 def delivery_positions(call: PreparedCall) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -79,7 +81,7 @@ class SentNames:
 
     def text(self) -> str | None:
         """Return the names as JSON text, None if there are none."""
-        return to_json(dict(list(self._names.items())[-MAX_NAMES:])) if self._names else None
+        return to_json(self._names) if self._names else None
 
     def complete(
         self,
@@ -139,3 +141,9 @@ class SentNames:
         for name, trait in names.items():
             self._names.pop(name, None)  # the newest are last
             self._names[name] = (trait, gone_at)
+        surplus, length = len(self._names) - MAX_NAMES, sum(map(len, self._names))
+        for name in list(self._names) if surplus > 0 or length > MAX_NAMES_LENGTH else ():
+            if surplus <= 0 and length <= MAX_NAMES_LENGTH:
+                break
+            del self._names[name]
+            surplus, length = surplus - 1, length - len(name)

@@ -19,7 +19,12 @@ from audience_sync.db.engines import from_json, to_json
 from audience_sync.userpilot.payloads import Action
 from audience_sync.userpilot.properties import has_nested
 
-MAX_PROFILE_TRAITS = 1_000  # of a user or a company
+# Of a user or a company. Each call reads and writes the whole profile.
+MAX_PROFILE_TRAITS = 1_000
+MAX_PROFILE_LENGTH = 256 * 1024  # of the traits as JSON
+_SURPLUS = (
+    f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} or {MAX_PROFILE_LENGTH // 1024} KB are left out"
+)
 
 
 class _EventRow(NamedTuple):
@@ -165,15 +170,19 @@ def _merged(
 ) -> rows.Row:
     traits, times = row.traits, row.trait_times
     is_flat = not (sent_names or has_nested(traits))
+    length = len(to_json(traits))
     for observation in observations:
         stamp = _stamp(observation.at)
         new = from_json(observation.traits or "{}")
         newer = {name: value for name, value in new.items() if not stamp < times.get(name, "") <= latest}
         call = calls[observation.call_id]
         is_flat = is_flat and not has_nested(new) and is_sent_flat(call, observation.sent)
-        if surplus := _surplus(traits, newer):
-            correction = f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} are left out"
-            call = without_traits(call, observation.sent, surplus, correction)
+        length += len(observation.traits)  # at most
+        surplus: dict[str, Any] = {}
+        if len(traits) + len(newer) > MAX_PROFILE_TRAITS or length > MAX_PROFILE_LENGTH:
+            surplus, length = _surplus(traits, newer)
+        if surplus:
+            call = without_traits(call, observation.sent, surplus, _SURPLUS)
         if not is_flat:
             call = sent_names.complete(call, observation.sent, traits, new)
         calls[observation.call_id] = call
@@ -194,11 +203,21 @@ def _stamp(moment: str) -> str:
     return f"{moment.replace(' ', 'T')}+00:00"
 
 
-def _surplus(traits: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the new traits for which the profile has no room."""
-    added = [name for name, value in newer.items() if value is not None and name not in traits]
-    room = max(0, MAX_PROFILE_TRAITS - len(traits))
-    return {name: newer[name] for name in added[room:]}
+def _surplus(traits: Mapping[str, Any], newer: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return the new values for which the profile has no room, and the profile's length with the others, at most."""
+    room, length = MAX_PROFILE_TRAITS - len(traits), len(to_json(traits))
+    surplus = {}
+    for name, value in newer.items():
+        if value is None:
+            continue
+        is_added, growth = name not in traits, len(to_json({name: value}))
+        if not is_added:
+            growth -= len(to_json({name: traits[name]}))
+        if (is_added and room <= 0) or (growth > 0 and length + growth > MAX_PROFILE_LENGTH):
+            surplus[name] = value
+        else:
+            room, length = room - is_added, length + growth
+    return surplus, length
 
 
 def _drop_oldest_times(traits: Mapping[str, Any], times: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from audience_sync.calls import mappings, records, validation
+from audience_sync.calls import adjustments, mappings, profiles, records, validation
 from audience_sync.db import engines, tables
 from audience_sync.queue import outcomes
 from audience_sync.userpilot import payloads
@@ -199,7 +199,7 @@ def test_a_profile_has_a_limit_of_traits(engine, nested):
         userpilot.call({f"t{number}": 1 for number in range(start, start + 250)})
     receipt = userpilot.call({"t0": 2, "new": 3, "newer": None})
     assert (receipt.left_out, receipt.ignored) == (("new",), None)
-    assert receipt.corrected == ("traits beyond the profile's 1,000 are left out",)
+    assert receipt.corrected == ("traits beyond the profile's 1,000 or 256 KB are left out",)
     with engines.read(engine) as connection:
         call = connection.execute(
             tables.calls.select().where(tables.calls.c.call_id == receipt.call_id)
@@ -263,3 +263,47 @@ def test_userpilot_ends_with_the_properties_of_the_newest_values(engine, calls):
     }
     shared = any(name.startswith("t.a") for name in newest) and "t" in newest
     assert shared or (found <= wanted and wanted - found <= nulls)
+
+
+def test_a_profile_has_a_limit_of_size(engine):
+    userpilot = Userpilot(engine)
+    large = "x" * 26_000
+    for number in range(10):
+        assert userpilot.call({f"t{number}": large}).left_out == ()
+    assert userpilot.call({"small": 1, "long": {"a": large}}).left_out == ("long",)
+    assert userpilot.call({"t0": [large, 4_000 * "y"], "t2": "short"}).left_out == ("t0",)
+    assert userpilot.call({"t1": None, "t3": large[1:]}).left_out == ()
+    assert userpilot.call({"new": [large]}).left_out == ()
+    assert userpilot.call({"newer": large}).left_out == ()
+    assert userpilot.call({"newest": large}).left_out == ("newest",)
+    with engines.read(engine) as connection:
+        traits = connection.execute(tables.profiles.select()).one().traits
+    assert (traits["small"], traits["t0"], traits["t2"], "t1" in traits) == (1, large, "short", False)
+    length = len(json.dumps(traits, separators=(",", ":")))
+    assert profiles.MAX_PROFILE_LENGTH - 30_000 < length <= profiles.MAX_PROFILE_LENGTH
+
+
+@pytest.mark.parametrize("length", [3, 200])
+def test_an_object_with_other_names_in_each_call_of_a_batch_is_sent_with_a_limited_number_of_vanished_names(
+    engine, monkeypatch, length
+):
+    monkeypatch.setattr(adjustments, "MAX_NAMES", 50)
+    monkeypatch.setattr(adjustments, "MAX_NAMES_LENGTH", 5_000)
+    prepared = []
+    for number in range(40):
+        names = [f"{number}-{part}".rjust(length, "x") for part in range(10)]
+        traits = {"cart": dict.fromkeys(names, 1)}
+        raw = {"type": "identify", "userId": "ann", "traits": traits, "messageId": f"m{number}"}
+        parsed = validation.parse_call(raw, received_at=NOON, new_id=str)
+        prepared.append(
+            records.prepare_call(parsed, mappings.decide(parsed, mappings.PRESETS, reserved_keys=()))
+        )
+    with engines.write(engine) as connection:
+        records.save_calls(connection, prepared, received_at=NOON, fingerprint=None)
+    with engines.read(engine) as connection:
+        bodies = [row.body for row in connection.execute(tables.deliveries.select())]
+        stored = connection.execute(tables.profiles.select()).one().sent_names
+    most = 50 if length < 100 else 5_000 // (len("cart.") + length)
+    assert len(bodies[-1]["cart"]["@gone"]) <= most + 10  # with those of the value before
+    assert bodies[-1]["cart"]["@gone"][-1] == f"cart.{'39-9'.rjust(length, 'x')}".replace("39", "38")
+    assert len(stored) <= most
