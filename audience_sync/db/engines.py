@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,6 +51,8 @@ _POSTGRESQL_SETTINGS = {
 # Our statements and times depend on these, so URL and database cannot change them. ISO does not fix the order of day and
 # month.
 _REQUIRED_SETTINGS = {"datestyle": "ISO", "standard_conforming_strings": "on"}
+IDLE_SECONDS = 5.0  # a connection that was used more recently is still alive
+_USED_AT = "used_at"  # in a connection's info: when it was last used, by the monotonic clock
 _WATCH = "watch"  # in a connection's info, until it is used for the first time
 _POOLED = "is_pooled"  # in a connection's info: it is connected to a pooler such as PgBouncer
 _REFUSES_OPTIONS = re.compile("unsupported startup parameter|command-line options", re.IGNORECASE)
@@ -148,11 +151,16 @@ def _require_answers(engine: sa.Engine) -> None:
         if (watch := record.info.pop(_WATCH, None)) is not None:
             watch.end()  # it has answered
             return
+        was_idle = time.monotonic() - record.info.get(_USED_AT, 0.0) >= IDLE_SECONDS
         try:
-            with Watch(raw, ANSWER_SECONDS):
+            with Watch(raw, ANSWER_SECONDS) if was_idle else contextlib.nullcontext():
                 engine.dialect.do_ping(raw)
         except engine.dialect.loaded_dbapi.Error as error:
             raise sa.exc.InvalidatePoolError from error
+
+    @sa.event.listens_for(engine, "checkin")
+    def note(_raw: Any, record: Any) -> None:
+        record.info[_USED_AT] = time.monotonic()
 
 
 def _settings(options: str) -> dict[str, str]:

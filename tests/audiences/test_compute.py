@@ -361,6 +361,7 @@ def silent(postgres, monkeypatch):
     for module, name in ((watch, "CANCEL_SECONDS"), (watch, "CLOSE_SECONDS"), (engines, "ANSWER_SECONDS")):
         monkeypatch.setattr(module, name, 0.2)
     monkeypatch.setattr(reading, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(compute, "FETCH_ROWS", 10)
     source = open_source("shop", postgres.url(postgres.create()))
     stopped = []
