@@ -36,7 +36,7 @@ _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_to
 
 # Errors that the definition did not cause: SQLSTATE classes (connection, conflict, resources, operator, system), SQLite's
 # codes.
-_CANCELLED = "57014"
+_CANCELLED = ("57014", "25P02")  # 25P02: so was an earlier statement, whose error was ignored
 _MISSING_TABLE = "42P01"
 _CONFLICT = "40"  # class: such as a replica that must apply a change of the rows that are read
 _SERVER_STATES = ("08", _CONFLICT, "53", "55P03", "57", "58", "XX")  # 55P03: a lock was not released in time
@@ -201,7 +201,7 @@ def _translated_errors(query: BoundQuery) -> Iterator[None]:
         if query.stop.is_set():
             raise Interrupted("The process was asked to stop.") from error
         late_seconds = time.monotonic() - query.deadline
-        is_cancelled = getattr(error.orig, "sqlstate", None) == _CANCELLED
+        is_cancelled = getattr(error.orig, "sqlstate", None) in _CANCELLED
         if (is_cancelled and late_seconds > -1) or (reason == "interrupted" and late_seconds > 0):
             raise DefinitionError(timeout_message(definition)) from error
         if reason in {"interrupted", "user-defined function raised exception"}:

@@ -1,5 +1,6 @@
 """Definitions are computed on our own database or a source; errors name the definition."""
 
+import contextlib
 import datetime as dt
 import os
 import signal
@@ -223,6 +224,19 @@ def test_a_source_that_takes_too_long_is_stopped(world, computed, shop):
     drip = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i AS user_id FROM n"
     with pytest.raises(DefinitionError, match=r"ran longer than 0.2 seconds"):
         computed(world.audience(drip, source="shop", timeout_seconds=0.2), shop)
+
+
+@pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
+def test_a_timeout_is_reported_although_it_ended_a_statement_whose_error_is_ignored(
+    world, computed, shop, monkeypatch
+):
+    def waste_time(connection):
+        with contextlib.suppress(sa.exc.DBAPIError):
+            connection.exec_driver_sql("SELECT pg_sleep(60)")
+
+    monkeypatch.setattr(reading, "_end_with_our_process", waste_time)
+    with pytest.raises(DefinitionError, match=r"ran longer than 0.1 seconds"):
+        computed(world.audience("SELECT user_id FROM orders", source="shop", timeout_seconds=0.1), shop)
 
 
 def test_no_wait_for_a_lock_outlasts_a_definitions_timeout(world, computed, shop):
