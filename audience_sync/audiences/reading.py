@@ -216,16 +216,19 @@ def _translated_errors(query: BoundQuery) -> Iterator[None]:
             ) from error
         if query.source is None:
             raise
-        advice = f"Is it running, and is its url in [sources.{definition.source}] right?"
-        if engines.is_locked(error):
-            advice = engines.advice(error)
-        if (getattr(error.orig, "sqlstate", None) or "").startswith(_CONFLICT):
-            advice = "Its server ended the query because of other work there: run it again."
-        if error.connection_invalidated and late_seconds > 0:
-            reason = f"it did not answer within {definition.timeout_seconds:g} seconds"
-        raise SourceError(
-            f"{definition.key}: the source {definition.source} cannot be read: {reason}. {advice}"
-        ) from error
+        raise _source_error(query, error, reason) from error
+
+
+def _source_error(query: BoundQuery, error: sa.exc.DBAPIError, reason: str) -> SourceError:
+    definition = query.definition
+    advice = f"Is it running, and is its url in [sources.{definition.source}] right?"
+    if engines.is_locked(error):
+        advice = engines.advice(error)
+    elif (getattr(error.orig, "sqlstate", None) or "").startswith(_CONFLICT):
+        advice = "Its server ended the query because of other work there: run it again."
+    elif error.connection_invalidated and time.monotonic() > query.deadline:
+        reason = f"it did not answer within {definition.timeout_seconds:g} seconds"
+    return SourceError(f"{definition.key}: the source {definition.source} cannot be read: {reason}. {advice}")
 
 
 def _is_missing_table(error: sa.exc.DBAPIError, reason: str) -> bool:
