@@ -371,7 +371,7 @@ def test_a_conflict_on_a_source_is_no_error_of_the_definition(world, computed, s
 
 @pytest.fixture
 def silent(postgres, monkeypatch):
-    """Give a source whose server stops answering when it is told to; everything that is waited for is short."""
+    """Give a source, and a function that makes its server stop answering; all time limits are short."""
     for module, name in ((watch, "CANCEL_SECONDS"), (watch, "CLOSE_SECONDS"), (engines, "ANSWER_SECONDS")):
         monkeypatch.setattr(module, name, 0.2)
     monkeypatch.setattr(reading, "LATE_SECONDS", 0.0)
