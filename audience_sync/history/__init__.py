@@ -15,7 +15,7 @@ from audience_sync.history.members import member_page, member_rows
 from audience_sync.history.names import event_names, number_property, trait_names
 from audience_sync.history.overview import (
     LANES,
-    MOST_OF_LANE,
+    MAX_COUNTED_OF_LANE,
     attention,
     backlogs,
     daemon_state,
@@ -23,7 +23,7 @@ from audience_sync.history.overview import (
     schedule_state,
     status,
 )
-from audience_sync.history.paging import MOST_COUNTED, Found, pages
+from audience_sync.history.paging import MAX_COUNTED, Found, pages
 from audience_sync.history.queue import (
     ACTIONS,
     CALL_STATUSES,
@@ -59,8 +59,8 @@ __all__ = [
     "CALL_TYPES",
     "CHANGES",
     "LANES",
-    "MOST_COUNTED",
-    "MOST_OF_LANE",
+    "MAX_COUNTED",
+    "MAX_COUNTED_OF_LANE",
     "OUTCOMES",
     "STATUSES",
     "Found",

@@ -115,7 +115,7 @@ def recent_runs(connection: sa.Connection, limit: int = 30) -> dict[str, dict[st
     """The sizes after the last committed runs, oldest first, and the waiting deliveries of these and held runs, by key.
 
     `pending_count` and `held_count`: deliveries of the committed runs. `undecided_count`: deliveries of the held run. At
-    most MOST_COUNTED are counted for each run.
+    most MAX_COUNTED are counted for each run.
     """
     keys = definition_keys(connection)
     recent: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from audience_sync.settings import Settings
 
 LANES = ("identify", "track", "company", "bulk")
 MINUTE = dt.timedelta(minutes=1)
-MOST_OF_LANE = 500_000  # pending deliveries that are counted; the time remaining is computed from them
+MAX_COUNTED_OF_LANE = 500_000  # pending deliveries that are counted; the time remaining is computed from them
 _IDS = sa.select(tables.deliveries.c.delivery_id)
 
 
@@ -38,7 +38,7 @@ def status(connection: sa.Connection, settings: Settings, now: dt.datetime) -> d
 
 
 def attention(connection: sa.Connection, settings: Settings, now: dt.datetime) -> dict[str, Any]:
-    """Problems that need a person, the lanes, the daemon and the schedules. Counts at most MOST_COUNTED dead deliveries."""
+    """Problems that need a person, the lanes, the daemon and the schedules. Counts at most MAX_COUNTED dead deliveries."""
     stopped = destination.stopped(connection)
     holder = leases.holder(connection, leases.QUEUE)
     job = _bulk_job(connection)
@@ -108,12 +108,14 @@ def _slow_downs(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
 def backlogs(connection: sa.Connection) -> dict[str, int]:
     """The number of pending deliveries of each lane that sends single requests, and of held ones.
 
-    Counts at most MOST_OF_LANE of each lane, and at most MOST_COUNTED held ones.
+    Counts at most MAX_COUNTED_OF_LANE of each lane, and at most MAX_COUNTED held ones.
     """
     column = tables.deliveries.c
     # The order of the index for claims. Without it, SQLite uses the index of statuses and reads each row.
     pending = _IDS.where(tables.PENDING).order_by(column["class"], column.next_attempt_at, column.delivery_id)
-    queries = {lane: count_of(pending.where(column.action == lane), MOST_OF_LANE) for lane in due.LANES}
+    queries = {
+        lane: count_of(pending.where(column.action == lane), MAX_COUNTED_OF_LANE) for lane in due.LANES
+    }
     queries["held"] = count_of(_IDS.where(tables.HELD))
     return {name: connection.execute(query).scalar_one() for name, query in queries.items()}
 

@@ -10,7 +10,7 @@ from audience_sync.db import dialects, engines
 
 PAGE = 1_000  # rows read in one transaction
 SEARCHED = 5_000  # rows that a search reads for one page
-MOST_COUNTED = 100_000  # rows, where a page shows a number that may be large
+MAX_COUNTED = 100_000  # rows, where a page shows a number that may be large
 UNITED = 100  # queries in a statement; SQLite allows 500
 Matches = Callable[[Any], Iterable[sa.ColumnElement[bool]]]  # conditions on a table's columns
 
@@ -34,8 +34,8 @@ def pages(
 
 
 def count_of(rows: sa.Select[Any], most: int | None = None) -> sa.Select[int]:
-    """A query for the number of rows, which stops at `most`, by default at MOST_COUNTED."""
-    return sa.select(sa.func.count()).select_from(rows.limit(most or MOST_COUNTED).subquery())
+    """A query for the number of rows, which stops at `most`, by default at MAX_COUNTED."""
+    return sa.select(sa.func.count()).select_from(rows.limit(most or MAX_COUNTED).subquery())
 
 
 @dataclass(frozen=True, slots=True)

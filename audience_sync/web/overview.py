@@ -39,8 +39,8 @@ def overview(view: View) -> Response:
         recent=recent,
         other_destination=other_destination,
         settings_path=settings.path,
-        most=history.MOST_COUNTED,
-        most_of_lane=history.MOST_OF_LANE,
+        most=history.MAX_COUNTED,
+        most_of_lane=history.MAX_COUNTED_OF_LANE,
     )
 
 
@@ -68,7 +68,7 @@ def _lanes(
             seconds = split.forecast(pending, 0, app.pace).seconds
         else:
             seconds = pending / lane["per_minute"] * 60 if lane["per_minute"] else 0.0
-        about = "more than" if pending >= history.MOST_OF_LANE else "about"
+        about = "more than" if pending >= history.MAX_COUNTED_OF_LANE else "about"
         left = f"{about} {duration(seconds)}" if seconds >= 1 else "less than a second"
         if status["stopped"]:
             left = "stopped"

@@ -113,9 +113,9 @@ def test_a_held_run_that_is_not_the_newest_shows_what_it_holds(pages):
 
 
 def test_large_counts_end_with_a_plus(pages, monkeypatch):
-    for module, name in ((paging, "MOST_COUNTED"), (history, "MOST_COUNTED"), (history, "MOST_OF_LANE")):
+    for module, name in ((paging, "MAX_COUNTED"), (history, "MAX_COUNTED"), (history, "MAX_COUNTED_OF_LANE")):
         monkeypatch.setattr(module, name, 2)
-    monkeypatch.setattr(history.overview, "MOST_OF_LANE", 2)
+    monkeypatch.setattr(history.overview, "MAX_COUNTED_OF_LANE", 2)
     pages.configure(VIPS + SPEND, 'api_key = "k"\nidentify_per_minute = 6\nbulk = false')
     pages.people(*((f"u{number}", "1") for number in range(9)))
     pages.sync()
