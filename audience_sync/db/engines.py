@@ -58,7 +58,13 @@ _POOLED = "is_pooled"  # in a connection's info: it is connected to a pooler suc
 _REFUSES_OPTIONS = re.compile("unsupported startup parameter|command-line options", re.IGNORECASE)
 # How long a new connection to SQLite may wait for a lock, because its pragmas read the file. None: the default.
 _wait_seconds: ContextVar[float | None] = ContextVar("wait_seconds", default=None)
-_SQLITE_PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cache_size = -32768")
+_SQLITE_PRAGMAS = (
+    "synchronous = FULL",
+    "foreign_keys = ON",
+    "trusted_schema = OFF",
+    "cache_size = -32768",
+    "secure_delete = ON",  # so that nothing is left of erased users; some libraries are built without it
+)
 
 
 def to_json(value: Any) -> str:

@@ -4,6 +4,7 @@ import datetime as dt
 import threading
 
 import pytest
+import sqlalchemy as sa
 
 from audience_sync.calls import mappings, records, validation
 from audience_sync.db import dialects, engines
@@ -53,6 +54,22 @@ def test_a_mapping_sends_nothing_about_an_erased_user(engine, rows):
     (saved,) = save(engine, SHARED)
     assert saved.reason == "the user was forgotten"
     assert rows("subject_id, action", "deliveries") == [("ann", "track")]
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_no_byte_of_an_erased_user_is_left_in_sqlites_file(engine, tmp_path):
+    engine.dispose()
+
+    @sa.event.listens_for(engine, "connect", insert=True)
+    def as_a_library_that_leaves_deleted_bytes(connection, _record):
+        connection.execute("PRAGMA secure_delete = OFF")
+
+    save(engine, *(SHARED | {"userId": "zoe-of-x", "messageId": f"m{number}"} for number in range(50)))
+    forget(engine, "zoe-of-x")
+    with engines.read(engine) as connection:
+        assert connection.exec_driver_sql("PRAGMA secure_delete").scalar_one() == 1
+    engine.dispose()
+    assert not [file for file in tmp_path.iterdir() if b"zoe-of-x" in file.read_bytes()]
 
 
 def test_an_erased_anonymous_id_is_not_stored_with_another_users_call(engine, rows):
