@@ -12,8 +12,9 @@ CLOSE_SECONDS = 2.0  # how long the server has to end a statement after it was a
 class Watch:
     """Ends what runs on a connection if the block is not left within these seconds, or when `wake` is called.
 
-    The server is asked first. If it does not end the statement, the connection is closed under it. The server's own
-    time limits, keepalives and tcp_user_timeout do not help where a proxy acknowledges what nobody answers.
+    The server is asked first. If it does not end the statement, the connection is closed under it; a connection without
+    one stays open. The server's own time limits, keepalives and tcp_user_timeout do not help where a proxy acknowledges
+    what nobody answers.
     """
 
     def __init__(self, raw: Any, seconds: float) -> None:
@@ -36,9 +37,9 @@ class Watch:
     def _watch(self) -> None:
         with self._socket, contextlib.suppress(OSError):
             self._is_woken.wait(self._seconds)
-            if not self._is_over.is_set():
-                cancel(self._raw)
-                if not self._is_over.wait(CLOSE_SECONDS):
+            while not self._is_over.is_set():
+                is_running = cancel(self._raw)
+                if not self._is_over.wait(CLOSE_SECONDS) and is_running:
                     self._socket.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
@@ -48,8 +49,10 @@ class Watch:
         self.end()
 
 
-def cancel(raw: Any) -> None:
-    """Ask PostgreSQL to end the connection's running statement, if any; ignore a failure."""
+def cancel(raw: Any) -> bool:
+    """Ask PostgreSQL to end the connection's running statement, ignoring a failure; return False if none is running."""
+    if raw.info.transaction_status.name != "ACTIVE":
+        return False
     with contextlib.suppress(Exception):
-        if raw.info.transaction_status.name == "ACTIVE":
-            raw.cancel_safe(timeout=CANCEL_SECONDS)
+        raw.cancel_safe(timeout=CANCEL_SECONDS)
+    return True
