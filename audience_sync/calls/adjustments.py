@@ -141,9 +141,9 @@ class SentNames:
         for name, trait in names.items():
             self._names.pop(name, None)  # the newest are last
             self._names[name] = (trait, gone_at)
-        surplus, length = len(self._names) - MAX_NAMES, sum(map(len, self._names))
-        for name in list(self._names) if surplus > 0 or length > MAX_NAMES_LENGTH else ():
-            if surplus <= 0 and length <= MAX_NAMES_LENGTH:
+        length = sum(map(len, self._names))
+        for name in list(self._names):
+            if len(self._names) <= MAX_NAMES and length <= MAX_NAMES_LENGTH:
                 break
             del self._names[name]
-            surplus, length = surplus - 1, length - len(name)
+            length -= len(name)

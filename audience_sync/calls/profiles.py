@@ -22,7 +22,7 @@ from audience_sync.userpilot.properties import has_nested
 # Of a user or a company. Each call reads and writes the whole profile.
 MAX_PROFILE_TRAITS = 1_000
 MAX_PROFILE_LENGTH = 256 * 1024  # of the traits as JSON
-_SURPLUS = (
+_LEFT_OUT = (
     f"traits beyond the profile's {MAX_PROFILE_TRAITS:,} or {MAX_PROFILE_LENGTH // 1024} KB are left out"
 )
 
@@ -182,7 +182,7 @@ def _merged(
         if len(traits) + len(newer) > MAX_PROFILE_TRAITS or length > MAX_PROFILE_LENGTH:
             surplus, length = _surplus(traits, newer)
         if surplus:
-            call = without_traits(call, observation.sent, surplus, _SURPLUS)
+            call = without_traits(call, observation.sent, surplus, _LEFT_OUT)
         if not is_flat:
             call = sent_names.complete(call, observation.sent, traits, new)
         calls[observation.call_id] = call
@@ -204,20 +204,28 @@ def _stamp(moment: str) -> str:
 
 
 def _surplus(traits: Mapping[str, Any], newer: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Return the new values for which the profile has no room, and the profile's length with the others, at most."""
-    room, length = MAX_PROFILE_TRAITS - len(traits), len(to_json(traits))
+    """Return the new values for which the profile has no room, and the profile's length with the others, at most.
+
+    Traits that become null make room for the others, wherever they are in the call.
+    """
+    staying = {name: value for name, value in traits.items() if newer.get(name, "") is not None}
+    room, length = MAX_PROFILE_TRAITS - len(staying), len(to_json(staying))
     surplus = {}
     for name, value in newer.items():
         if value is None:
             continue
-        is_added, growth = name not in traits, len(to_json({name: value}))
+        is_added, growth = name not in staying, _length(name, value)
         if not is_added:
-            growth -= len(to_json({name: traits[name]}))
+            growth -= _length(name, staying[name])
         if (is_added and room <= 0) or (growth > 0 and length + growth > MAX_PROFILE_LENGTH):
             surplus[name] = value
         else:
             room, length = room - is_added, length + growth
     return surplus, length
+
+
+def _length(name: str, value: Any) -> int:
+    return len(to_json({name: value})) - 1  # a comma in place of the braces
 
 
 def _drop_oldest_times(traits: Mapping[str, Any], times: dict[str, str]) -> None:

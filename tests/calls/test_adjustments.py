@@ -265,6 +265,12 @@ def test_userpilot_ends_with_the_properties_of_the_newest_values(engine, calls):
     assert shared or (found <= wanted and wanted - found <= nulls)
 
 
+def identify(traits, number):
+    raw = {"type": "identify", "userId": "ann", "traits": traits, "messageId": f"m{number}"}
+    parsed = validation.parse_call(raw, received_at=NOON, new_id=str)
+    return records.prepare_call(parsed, mappings.decide(parsed, mappings.PRESETS, reserved_keys=()))
+
+
 def test_a_profile_has_a_limit_of_size(engine):
     userpilot = Userpilot(engine)
     large = "x" * 26_000
@@ -283,6 +289,25 @@ def test_a_profile_has_a_limit_of_size(engine):
     assert profiles.MAX_PROFILE_LENGTH - 30_000 < length <= profiles.MAX_PROFILE_LENGTH
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_limit_of_size_is_the_same_for_calls_in_a_batch(engine, monkeypatch, size):
+    monkeypatch.setattr(profiles, "MAX_PROFILE_LENGTH", len('{"a":1,"b":2,"c":3}'))
+    calls = [
+        {"a": 7, "b": 7},
+        {"a": 7, "b": 7},
+        {"a": 1, "b": 2, "c": 3},
+        {"d": 4, "a": None},
+        {"e": 5, "f": 6},
+    ]
+    prepared = [identify(traits, number) for number, traits in enumerate(calls)]
+    with engines.write(engine) as connection:
+        for start in range(0, len(prepared), size):
+            records.save_calls(connection, prepared[start : start + size], received_at=NOON, fingerprint=None)
+    with engines.read(engine) as connection:
+        traits = connection.execute(tables.profiles.select()).one().traits
+    assert traits == {"b": 2, "c": 3, "d": 4}
+
+
 @pytest.mark.parametrize("length", [3, 200])
 def test_an_object_with_other_names_in_each_call_of_a_batch_is_sent_with_a_limited_number_of_vanished_names(
     engine, monkeypatch, length
@@ -292,12 +317,7 @@ def test_an_object_with_other_names_in_each_call_of_a_batch_is_sent_with_a_limit
     prepared = []
     for number in range(40):
         names = [f"{number}-{part}".rjust(length, "x") for part in range(10)]
-        traits = {"cart": dict.fromkeys(names, 1)}
-        raw = {"type": "identify", "userId": "ann", "traits": traits, "messageId": f"m{number}"}
-        parsed = validation.parse_call(raw, received_at=NOON, new_id=str)
-        prepared.append(
-            records.prepare_call(parsed, mappings.decide(parsed, mappings.PRESETS, reserved_keys=()))
-        )
+        prepared.append(identify({"cart": dict.fromkeys(names, 1)}, number))
     with engines.write(engine) as connection:
         records.save_calls(connection, prepared, received_at=NOON, fingerprint=None)
     with engines.read(engine) as connection:
