@@ -51,7 +51,7 @@ _POSTGRESQL_SETTINGS = {
 # Our statements and times depend on these, so URL and database cannot change them. ISO does not fix the order of day and
 # month.
 _REQUIRED_SETTINGS = {"datestyle": "ISO", "standard_conforming_strings": "on"}
-IDLE_SECONDS = 5.0  # a connection that was used more recently is still alive
+IDLE_SECONDS = 5.0  # our own connections that were used more recently need no watch, which would be slow
 _USED_AT = "used_at"  # in a connection's info: when it was last used, by the monotonic clock
 _WATCH = "watch"  # in a connection's info, until it is used for the first time
 _POOLED = "is_pooled"  # in a connection's info: it is connected to a pooler such as PgBouncer
@@ -110,12 +110,15 @@ def open_own(url: str, schema: str) -> sa.Engine:
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed).execution_options(our="")
-    engine = open_postgresql(parsed, **_JSON)
+    engine = open_postgresql(parsed, IDLE_SECONDS, **_JSON)
     return engine.execution_options(our=f'"{schema}".', schema=schema, schema_translate_map={None: schema})
 
 
-def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
-    """Open PostgreSQL with time limits on every wait; parameters of the URL take precedence over ours."""
+def open_postgresql(url: sa.URL, idle_seconds: float = 0.0, **options: Any) -> sa.Engine:
+    """Open PostgreSQL with time limits on every wait; parameters of the URL take precedence over ours.
+
+    A connection that was used less than `idle_seconds` ago is trusted to answer in time.
+    """
     arguments: dict[str, Any] = {
         name: value for name, value in _POSTGRESQL_ARGUMENTS.items() if name not in url.query
     }
@@ -141,11 +144,11 @@ def open_postgresql(url: sa.URL, **options: Any) -> sa.Engine:
         cancel(raw)  # after a signal; closing the connection would leave the statement running
 
     _work_through_poolers(engine, settings, is_preparing=threshold is not None)
-    _require_answers(engine)
+    _require_answers(engine, idle_seconds)
     return engine
 
 
-def _require_answers(engine: sa.Engine) -> None:
+def _require_answers(engine: sa.Engine, idle_seconds: float) -> None:
     """Check each connection before it is used, and close those that do not answer; SQLAlchemy would wait for ever."""
 
     @sa.event.listens_for(engine, "connect", insert=True)  # before the first statements
@@ -157,7 +160,7 @@ def _require_answers(engine: sa.Engine) -> None:
         if (watch := record.info.pop(_WATCH, None)) is not None:
             watch.end()  # it has answered
             return
-        was_idle = time.monotonic() - record.info.get(_USED_AT, 0.0) >= IDLE_SECONDS
+        was_idle = time.monotonic() - record.info.get(_USED_AT, 0.0) >= idle_seconds
         try:
             with Watch(raw, ANSWER_SECONDS) if was_idle else contextlib.nullcontext():
                 engine.dialect.do_ping(raw)

@@ -375,7 +375,6 @@ def silent(postgres, monkeypatch):
     for module, name in ((watch, "CANCEL_SECONDS"), (watch, "CLOSE_SECONDS"), (engines, "ANSWER_SECONDS")):
         monkeypatch.setattr(module, name, 0.2)
     monkeypatch.setattr(reading, "LATE_SECONDS", 0.0)
-    monkeypatch.setattr(engines, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(compute, "FETCH_ROWS", 10)
     source = open_source("shop", postgres.url(postgres.create()))
     stopped = []
@@ -417,7 +416,7 @@ def test_a_source_that_falls_silent_holds_a_run_no_longer_than_its_timeout(
         assert "cannot be read: it did not answer within 0.5 seconds. Is it running" in str(raised.value)
 
 
-def test_an_idle_connection_that_fell_silent_is_replaced(world, computed, silent):
+def test_a_connection_that_fell_silent_between_two_runs_is_replaced(world, computed, silent):
     source, fall_silent = silent
     definition = world.audience("SELECT 'ann' AS user_id", source="shop")
     computed(definition, source)
