@@ -418,7 +418,8 @@ def test_a_redirect_is_not_followed(serve, ask, status):
     server = serve(answering(response(status, b"", f"location: {elsewhere.url}")))
     with client_of(server) as client:
         answer = ask(client)
-    assert answer == Answer(Outcome.FAILED, status, None, f"HTTP {status} without a message", None)
+    error = f"HTTP {status} redirects to {elsewhere.url}: is [destination] endpoint right?"
+    assert answer == Answer(Outcome.FAILED, status, None, error, None)
     assert (len(server.requests), elsewhere.connection_count) == (1, 0)
 
 
