@@ -146,7 +146,8 @@ def _watched(connection: sa.Connection, query: BoundQuery) -> Iterator[None]:
         return
     raw: Any = connection.connection.dbapi_connection
     left = max(0.0, query.deadline - time.monotonic())
-    with Watch(raw, left + LATE_SECONDS) as watch, query.stop.interrupting(watch.wake):
+    watch = Watch(raw, left + LATE_SECONDS, keeps_idle=True)
+    with watch, query.stop.interrupting(watch.wake):
         yield
 
 

@@ -12,13 +12,13 @@ CLOSE_SECONDS = 2.0  # how long the server has to end a statement after it was a
 class Watch:
     """Ends what runs on a connection if the block is not left within these seconds, or when `wake` is called.
 
-    The server is asked first. If it does not end the statement, the connection is closed under it; a connection without
-    one stays open. The server's own time limits, keepalives and tcp_user_timeout do not help where a proxy acknowledges
-    what nobody answers.
+    The server is asked first. If it does not end the statement, the connection is closed under it. The server's own
+    time limits, keepalives and tcp_user_timeout do not help where a proxy acknowledges what nobody answers.
+    `keeps_idle`: leave the connection open while no statement runs, because our own process may be slow between two.
     """
 
-    def __init__(self, raw: Any, seconds: float) -> None:
-        self._raw, self._seconds = raw, seconds
+    def __init__(self, raw: Any, seconds: float, *, keeps_idle: bool = False) -> None:
+        self._raw, self._seconds, self._keeps_idle = raw, seconds, keeps_idle
         self._is_over, self._is_woken = threading.Event(), threading.Event()
         # Its own descriptor, so that it cannot become another connection's.
         self._socket = socket.fromfd(raw.fileno(), socket.AF_INET, socket.SOCK_STREAM)
@@ -39,8 +39,9 @@ class Watch:
             self._is_woken.wait(self._seconds)
             while not self._is_over.is_set():
                 is_running = cancel(self._raw)
-                if not self._is_over.wait(CLOSE_SECONDS) and is_running:
+                if not self._is_over.wait(CLOSE_SECONDS) and (is_running or not self._keeps_idle):
                     self._socket.shutdown(socket.SHUT_RDWR)
+                    return
 
     def __enter__(self) -> Self:
         return self
