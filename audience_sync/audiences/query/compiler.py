@@ -63,11 +63,6 @@ def statement_text(select: sa.Select[Any], catalog: Catalog) -> str:
     return str(select.compile(dialect=catalog.db.sqlalchemy, compile_kwargs={"literal_binds": True}))
 
 
-def _value_of(parts: dict[str, Any]) -> SqlValue:
-    """Return the value with these expressions by kind; it exists if one of them is not null."""
-    return SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
-
-
 @dataclass(frozen=True, slots=True)
 class _Joined:
     """A relation that is joined to the users, with the text of its user id."""
@@ -310,7 +305,8 @@ class Users(Scope):
         relation = self._joined[key].from_
         if self._is_audience(key):
             return SqlValue(sa.true(), boolean=relation.c.user_id.is_not(None))
-        return _value_of(by_kind(relation.c))
+        parts = by_kind(relation.c)
+        return SqlValue(any_of(part.is_not(None) for part in parts.values()), **parts)
 
     def _definition_relation(self, key: str, definition: QueryDefinition) -> sa.FromClause:
         if key in self._parents:
@@ -370,9 +366,10 @@ class Users(Scope):
             return of_row.correlate_except().limit(1).scalar_subquery()
 
         parts: dict[str, Any] = {kind: of_user(part) for kind, part in value.kinds().items()}
-        if self._is_audience(self._trait_key(path)):
-            parts["boolean"] = sa.func.coalesce(parts["boolean"], sa.false())
-        return [], _value_of(parts)
+        if self._is_audience(key):
+            return [], SqlValue(sa.true(), boolean=sa.func.coalesce(parts["boolean"], sa.false()))
+        moment = None if value.moment is None else of_user(value.moment)
+        return [], SqlValue(sa.func.coalesce(of_user(value.exists), sa.false()), **parts, moment=moment)
 
     def value_in(
         self, table: ReadTable, alias: sa.FromClause, document: str | None, path: tree.ValuePath

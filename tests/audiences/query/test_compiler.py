@@ -3,6 +3,7 @@
 import datetime as dt
 import os
 
+import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
@@ -221,3 +222,18 @@ def test_a_random_query_gives_what_the_reference_says(engine, data):
             reject()
         connection.rollback()
     assert actual == expected, query_text(query)
+
+
+@pytest.mark.parametrize("value", [[], {}, [None], [[1]], {"a": 1}, "", False, 0, None], ids=str)
+@pytest.mark.parametrize("test", ["exists()", "absent()", "!= 'x'", "none_of('x', 1)"])
+def test_a_trait_beside_a_row_exists_whatever_its_value(engine, test, value):
+    test = f" {test}" if test.startswith("!") else f".{test}"
+    query = parse_query(f"event('A').where(trait('a'){test}).count()")
+    traits, rows = {"ann": {}, "bob": {"a": value}}, [("bob", "A", NOW - dt.timedelta(days=1), 1, {}, {})]
+    rows = [reference.Row(*row) for row in rows]
+    expected = reference.trait(reference.World(NOW, traits, rows, {}), query)
+    with engine.connect() as connection:
+        write(connection, traits, rows)
+        actual = computed(connection, query, catalog_of(engine, {}), NOW, is_trait=True)
+        connection.rollback()
+    assert actual == expected
