@@ -49,6 +49,7 @@ from audience_sync.db.dialects import (
     chunks,
     create_temp_table,
     drop_temp_table,
+    is_among,
     is_sqlite,
     json_list,
     sql,
@@ -408,9 +409,11 @@ def settle_job(
 ) -> Counter[str]:
     """Settle some deliveries of a bulk job that ended; return their number by new status, empty when none are left."""
     some = sa.select(deliveries.c.delivery_id).where(is_in_job(request_id)).limit(limit)
+    ids = connection.execute(some).scalars().all()
+    # A list, because PostgreSQL expects few rows of a subquery, and would read all of them again for each delivery.
     statement = (
         deliveries.update()
-        .where(deliveries.c.delivery_id.in_(some), SENDING)
+        .where(is_among(connection, deliveries.c.delivery_id, ids), SENDING)
         .values(_after_job(job_status, error, now, grace))
         .returning(deliveries.c.status)
     )

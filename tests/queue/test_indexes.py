@@ -6,7 +6,7 @@ import re
 import pytest
 
 from audience_sync.db import dialects, engines, tables
-from audience_sync.queue import conditions, due
+from audience_sync.queue import conditions, deliveries, due
 from audience_sync.retention import pruning
 from audience_sync.retention.pruning import Retention
 from tests.plans import recorded_plans
@@ -129,6 +129,23 @@ def test_no_statement_of_delivery_reads_all_deliveries_of_a_status_or_subject(pl
             used.setdefault(index.removeprefix("ix_deliveries_"), statement)
     assert used.keys() <= OF_SUBJECTS, {name: used[name] for name in used.keys() - OF_SUBJECTS}
     assert used.keys() >= {"attempted", "isolated", "accepted"}
+
+
+def test_the_deliveries_of_a_job_are_settled_without_a_join(plans, filled, backend):
+    in_job = delivery(1, "identify", "sending") | {"class": "push", "request_id": 1}
+    with engines.write(filled) as connection:
+        connection.execute(
+            tables.deliveries.insert(),
+            [in_job | {"subject_id": f"job-{number}"} for number in range(SETTLED // 2)],
+        )
+        plans.clear()
+        counts = deliveries.settle_job(
+            connection, 1, "completed", None, LATELY, dt.timedelta(seconds=3), SETTLED
+        )
+    assert counts == {"accepted": SETTLED // 2}
+    assert_uses_indexes(plans, backend)
+    update = next(plan for statement, plan in plans if statement.startswith("UPDATE"))
+    assert not re.search("Join|Loop", " ".join(update)), update
 
 
 def test_pruning_uses_indexes_and_small_transactions(plans, filled, backend, monkeypatch):
