@@ -261,7 +261,7 @@ def test_a_gateways_page_says_nothing_about_a_job(hand_queue, userpilot, work):
     assert {job.status for job in jobs(hand_queue.engine)} == {"completed"}
 
 
-@pytest.mark.parametrize("state", ["cancelled", "processing"])
+@pytest.mark.parametrize("state", ["cancelled", "paused", "processing"])
 def test_another_clients_job_that_does_not_end_holds_up_bulk_for_half_an_hour_only(
     hand_queue, userpilot, work, state
 ):
