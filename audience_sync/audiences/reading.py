@@ -20,9 +20,8 @@ from audience_sync.stopping import Stop
 PREVIEW_LOCK_SECONDS = 5  # how long a preview waits for a lock
 LATE_SECONDS = 1.0  # PostgreSQL's own timeout should end a statement before we do
 CLIENT_CHECK_SECONDS = 5  # how often PostgreSQL checks whether our process is still connected
-PROGRESS_STEPS = (
-    20_000  # steps of SQLite's virtual machine between checks of the deadline: a few milliseconds
-)
+# Steps of SQLite's virtual machine between checks of the deadline: a few milliseconds.
+PROGRESS_STEPS = 20_000
 _QUERY_ACTIONS = {
     sqlite3.SQLITE_SELECT,
     sqlite3.SQLITE_READ,
@@ -36,7 +35,7 @@ _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_to
 
 # Errors that the definition did not cause: SQLSTATE classes (connection, conflict, resources, operator, system), SQLite's
 # codes.
-_CANCELLED = ("57014", "25P02")  # 25P02: so was an earlier statement, whose error was ignored
+_CANCELLED = ("57014", "25P02")  # 25P02: an earlier statement was cancelled, and its error was ignored
 _MISSING_TABLE = "42P01"
 _CONFLICT = "40"  # class: such as a replica that must apply a change of the rows that are read
 _SERVER_STATES = ("08", _CONFLICT, "53", "55P03", "57", "58", "XX")  # 55P03: a lock was not released in time

@@ -17,9 +17,8 @@ from sqlalchemy.dialects import postgresql
 from audience_sync.db.tables import UtcDateTime
 from audience_sync.db.watch import cancel
 
-CHUNK = (
-    500  # ids in a statement as single parameters, whose number is limited: SQLite 32,766, PostgreSQL 65,535
-)
+# Ids in a statement as single parameters, whose number is limited: SQLite 32,766, PostgreSQL 65,535.
+CHUNK = 500
 MAX_ID = 2**63 - 1
 Id = TypeVar("Id", int, str)
 

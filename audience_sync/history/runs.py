@@ -167,10 +167,7 @@ def failed_runs(
 
     A run whose process has ended counts as abandoned, even before another process records that.
     """
-    has_failed = tables.runs.c.status.in_(("failed", "abandoned"))
-    last = connection.execute(sa.select(_last_decided()).select_from(tables.definitions)).scalars()
-    is_last = dialects.is_among(connection, tables.runs.c.run_id, filter(None, last))
-    decided = connection.execute(RUNS.where(is_last, has_failed)).all()
+    decided = _last_runs_with(connection, "failed", "abandoned")
     running = connection.execute(RUNS.where(_IS_RUNNING)).all()
     gone = gone_runs(connection, {row.run_id: row.key for row in running})
     failed = {}
@@ -192,21 +189,25 @@ def failed_runs(
 
 def unusable_runs(connection: sa.Connection, settings: Settings) -> list[dict[str, Any]]:
     """The last runs of enabled definitions that succeeded but could use less than half of their rows."""
+    enabled = {definition.key for definition in settings.definitions if definition.enabled}
+    runs = [
+        {
+            "run_id": row.run_id,
+            "key": row.key,
+            "member_count": row.member_count,
+            "unusable": unusable_rows(_set_aside(row)),
+        }
+        for row in _last_runs_with(connection, "succeeded")
+        if row.key in enabled
+    ]
+    return [run for run in runs if sum(run["unusable"].values()) > run["member_count"]]
+
+
+def _last_runs_with(connection: sa.Connection, *statuses: str) -> list[Any]:
+    """The last decided runs of all definitions, as far as they have one of these statuses."""
     last = connection.execute(sa.select(_last_decided()).select_from(tables.definitions)).scalars()
     is_last = dialects.is_among(connection, tables.runs.c.run_id, filter(None, last))
-    enabled = {definition.key for definition in settings.definitions if definition.enabled}
-    runs = []
-    for row in connection.execute(RUNS.where(is_last, tables.runs.c.status == "succeeded")):
-        unusable = unusable_rows(_set_aside(row))
-        if row.key in enabled and sum(unusable.values()) > (row.member_count or 0):
-            facts = {
-                "run_id": row.run_id,
-                "key": row.key,
-                "member_count": row.member_count,
-                "unusable": unusable,
-            }
-            runs.append(facts)
-    return runs
+    return list(connection.execute(RUNS.where(is_last, tables.runs.c.status.in_(statuses))))
 
 
 def _last_decided() -> sa.ScalarSelect[int]:

@@ -26,9 +26,8 @@ MAX_CONNECTIONS = 5_000  # fewer if the system allows fewer open files
 OTHER_FILES = 100  # files that the process needs besides connections
 BACKLOG = 500  # connections that wait to be accepted
 HEAD_SECONDS = 10.0  # the time to send the head of a request
-REQUEST_SECONDS = (
-    40.0  # the time to send the rest, even if the API does not read it; longer than BODY_SECONDS
-)
+# The time to send the rest, even if the API does not read it; longer than BODY_SECONDS.
+REQUEST_SECONDS = 40.0
 ANSWER_SECONDS = 30.0  # the time to read the answer
 IDLE_SECONDS = 65  # longer than load balancers usually keep a connection
 SHUTDOWN_SECONDS = 30

@@ -42,9 +42,8 @@ from audience_sync.db.tables import (
 from audience_sync.queue.conditions import prefer_index_scans
 
 CHUNK = 1_000  # the most rows that a transaction deletes
-MAX_QUEUED = (
-    10  # pending deliveries of a subject that are compared; if it has more, its settled ones are kept
-)
+# Pending deliveries of a subject that are compared; if it has more, its settled ones are kept.
+MAX_QUEUED = 10
 STRETCH = 20_000  # the most rows that a transaction reads; reading a row is faster than deleting it
 LONGEST_SECONDS = 100 * 365 * 86_400  # longer spans mean forever, because SQLite compares four-digit years
 
