@@ -128,19 +128,20 @@ def are_waiting(
 
 
 def counts(connection: sa.Connection, *where: sa.ColumnElement[bool] | sa.TextClause) -> dict[str, int]:
-    return _count_by(connection, deliveries.c.status, *where)
+    """Count the deliveries by status."""
+    status = deliveries.c.status
+    rows = connection.execute(sa.select(status, sa.func.count()).where(*where).group_by(status))
+    return {value: count for value, count in rows}  # noqa: C416  (a row is not a pair to mypy)
 
 
 def pending_counts(connection: sa.Connection) -> dict[str, int]:
-    """Count the deliveries that are pending or being sent, by action."""
-    return _count_by(connection, deliveries.c.action, UNSETTLED)
+    """Count the deliveries that are pending or being sent, by action.
 
-
-def _count_by(
-    connection: sa.Connection, column: sa.Column[str], *where: sa.ColumnElement[bool] | sa.TextClause
-) -> dict[str, int]:
-    rows = connection.execute(sa.select(column, sa.func.count()).where(*where).group_by(column))
-    return {value: count for value, count in rows}  # noqa: C416  (a row is not a pair to mypy)
+    No index has them in the order of their actions: a GROUP BY would sort them all in memory.
+    """
+    columns = [sa.func.count().filter(deliveries.c.action == action) for action in LANES]
+    row = connection.execute(sa.select(*columns).where(UNSETTLED)).one()
+    return {action: count for action, count in zip(LANES, row, strict=True) if count}
 
 
 def pending_count(connection: sa.Connection) -> int:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from audience_sync.db import dialects, engines, tables
-from audience_sync.queue import conditions, deliveries, due
+from audience_sync.queue import backlog, conditions, deliveries, due
 from audience_sync.retention import pruning
 from audience_sync.retention.pruning import Retention
 from tests.plans import recorded_plans
@@ -68,6 +68,13 @@ def assert_uses_indexes(plans, backend, *, but=()):
     for statement, plan in plans:
         whole = [line for line in plan if WHOLE[backend].search(line)]
         assert not whole or any(each in statement for each in but), (statement, plan)
+
+
+def test_the_queue_is_counted_without_sorting_it(filled, plans):
+    with engines.read(filled) as connection:
+        assert backlog.pending_counts(connection) == {"identify": PENDING, "track": PENDING}
+    assert len(plans) == 1
+    assert not [line for _, plan in plans for line in plan if "TEMP B-TREE" in line or "Sort" in line]
 
 
 @pytest.mark.parametrize("backend", ["postgresql"])
