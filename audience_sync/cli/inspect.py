@@ -53,12 +53,12 @@ def history(
         if not any(run[f"{name}_count"] for run in runs):
             del names[name]
     rows = [
-        [str(run["run_id"]), run["key"], output.moment(run["as_of"]), run["status"]]
+        [str(run["run_id"]), *([] if key else [run["key"]]), output.moment(run["as_of"]), run["status"]]
         + [output.count(run[f"{name}_count"]) for name in names]
         for run in runs
     ]
-    numbers = ["run", *names.values()]
-    output.table(["run", "key", "as of (UTC)", "status", *names.values()], rows, numbers=numbers)
+    columns = ["run", *([] if key else ["key"]), "as of (UTC)", "status", *names.values()]
+    output.table(columns, rows, numbers=["run", *names.values()])
     _mention_more(runs)
 
 

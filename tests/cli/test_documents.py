@@ -90,6 +90,8 @@ def test_a_sync_from_plan_to_history(program, sandbox):
 
     assert [run["run_id"] for run in program.document("history")] == [2, 1]
     assert [run["run_id"] for run in program.document("history", "vips")] == [1]
+    assert "vips" in program("history")
+    assert "vips" not in program("history", "vips")  # every row would repeat it
     shown = program.document("show", "1")
     assert shown.keys() == RUN | {"set_aside", "held_by", "entered_sample", "exited_sample", "changed_sample"}
     assert (shown["set_aside"], shown["entered_sample"]) == ({"null": 1}, ["a", "b"])
