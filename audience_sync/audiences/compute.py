@@ -249,7 +249,7 @@ def _converter(
         case "postgresql":
             return values.plain_rows
         case "sqlite":
-            return values.decode_ids
+            return partial(values.decode_ids, encoding=values.sqlite_encoding(connection))
     names = [name.lower() for name in result.keys()]  # noqa: SIM118  (a result, not a dict)
     _check_columns(query, names)
     return partial(values.canonical_rows, positions=[names.index(name) for name in query.columns])

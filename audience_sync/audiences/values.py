@@ -16,6 +16,7 @@ import re
 import uuid
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -62,19 +63,19 @@ def canonical_number(raw: float | Decimal) -> str:
     return "0" if text == "-0" else text
 
 
-def canonical_string(raw: str | bytes) -> str:
+def canonical_string(raw: str | bytes, encoding: str = "utf-8") -> str:
     try:
-        text = raw.decode() if isinstance(raw, bytes) else raw
+        text = raw.decode(encoding) if isinstance(raw, bytes) else raw
         text.encode()
     except UnicodeError:
         return NOT_PRIMITIVE
     return NOT_PRIMITIVE if "\0" in text else json.dumps(text, ensure_ascii=False)
 
 
-def invalid_reason(raw: str | bytes) -> str | None:
+def invalid_reason(raw: str | bytes, encoding: str = "utf-8") -> str | None:
     """Return why a text cannot be a user id, or None."""
     try:
-        text = raw.decode() if isinstance(raw, bytes) else raw
+        text = raw.decode(encoding) if isinstance(raw, bytes) else raw
         text.encode()
     except UnicodeError:
         return "not_unicode"
@@ -105,11 +106,23 @@ def register_functions(connection: sa.Connection) -> None:
 
     SQLite's printf is wrong in the fifteenth digit, and its text may contain any bytes.
     """
+    encoding = sqlite_encoding(connection)
+    functions: dict[str, Callable[[Any], Any]] = {
+        "canonical_number": canonical_number,
+        "canonical_string": partial(canonical_string, encoding=encoding),
+        "invalid_reason": partial(invalid_reason, encoding=encoding),
+        "as_boolean": as_boolean,
+        "as_number": as_number,
+        "user_hash": user_hash,
+    }
     raw: Any = connection.connection.dbapi_connection
-    for function in (canonical_number, canonical_string, invalid_reason, as_boolean, as_number, user_hash):
-        raw.create_function(
-            f"audience_sync_{function.__name__}", 1, _never_failing(function), deterministic=True
-        )
+    for name, function in functions.items():
+        raw.create_function(f"audience_sync_{name}", 1, _never_failing(function), deterministic=True)
+
+
+def sqlite_encoding(connection: sa.Connection) -> str:
+    """Return the encoding of a SQLite file's text, which a cast to a blob keeps: UTF-8, or a form of UTF-16."""
+    return str(connection.exec_driver_sql("PRAGMA encoding").scalar_one())
 
 
 def _never_failing(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -179,15 +192,15 @@ def sqlite_select(wanted: Sequence[str], query: str, names: Sequence[str], *, st
     return f"WITH audience_sync_result ({', '.join(names)}) AS ({query}) SELECT {selected} FROM audience_sync_result"
 
 
-def decode_ids(batch: Sequence[Sequence[Any]]) -> list[Row]:
+def decode_ids(batch: Sequence[Sequence[Any]], encoding: str) -> list[Row]:
     """Return SQLite's rows with their ids, which were fetched as bytes, as text."""
     ids, *others = zip(*batch, strict=True)
     try:  # all at once takes a third of the time
-        texts = b"\0".join(ids).decode().split("\0")
+        texts = "\0".encode(encoding).join(ids).decode(encoding).split("\0")
     except UnicodeDecodeError:
         texts = []
     if len(texts) != len(ids):
-        texts = [_decoded(user_id) for user_id in ids]
+        texts = [_decoded(user_id, encoding) for user_id in ids]
     return list(zip(texts, *others, strict=True))
 
 
@@ -196,13 +209,12 @@ def plain_rows(batch: Sequence[Any]) -> Sequence[Row]:
     return batch if isinstance(batch[0], tuple) else [tuple(row) for row in batch]
 
 
-def _decoded(raw: bytes) -> str:
-    if b"\0" in raw:
-        return unusable(invalid_reason(raw) or "")
+def _decoded(raw: bytes, encoding: str) -> str:
     try:
-        return raw.decode()
+        text = raw.decode(encoding)
     except UnicodeDecodeError:
         return unusable("not_unicode")
+    return unusable("nul_character") if "\0" in text else text
 
 
 def canonical_rows(batch: Sequence[Sequence[Any]], positions: Sequence[int]) -> list[Row]:

@@ -4,8 +4,10 @@ Each literal has its expected text, written by hand. `aside` marks the reason fo
 computed in place, and streamed from a source into SQLite and into PostgreSQL: three results that must be the same.
 """
 
+import contextlib
 import datetime as dt
 import json
+import sqlite3
 from decimal import Decimal
 
 import pytest
@@ -369,6 +371,30 @@ def test_values_of_sqlite(databases):
 
 def test_ids_of_sqlite(databases):
     check_ids(databases, "sqlite", "{}", SQLITE_IDS)
+
+
+@pytest.fixture(scope="module", params=["UTF-16le", "UTF-16be"])
+def wide(request, tmp_path_factory, postgres):
+    """Databases of which SQLite's has text in UTF-16."""
+    folder = tmp_path_factory.mktemp("wide")
+    with contextlib.closing(sqlite3.connect(folder / "own.db")) as connection:
+        connection.execute(f"PRAGMA encoding = '{request.param}'")
+        connection.execute("CREATE TABLE first (x)")
+    made = Databases(folder, postgres)
+    yield made, "x'41d8'" if request.param == "UTF-16le" else "x'd841'"
+    made.dispose()
+
+
+def test_ids_and_values_of_sqlite_in_utf_16(wide):
+    databases, half_a_character = wide
+    broken = f"CAST({half_a_character} AS TEXT)"
+    odd = {literal for literal in {**SQLITE_VALUES, **SQLITE_IDS} if literal.startswith("CAST(x'")}
+    values = {literal: text for literal, text in SQLITE_VALUES.items() if literal not in odd}
+    ids = {literal: text for literal, text in SQLITE_IDS.items() if literal not in odd}
+    texts = {"'Łódź 😀'": "Łódź 😀", "'a' || char(10) || 'é'": "a\né"}
+    quoted = {literal: json.dumps(text, ensure_ascii=False) for literal, text in texts.items()}
+    check_values(databases, "sqlite", "{}", values | quoted | {broken: NOT_PRIMITIVE})
+    check_ids(databases, "sqlite", "{}", ids | texts | {broken: aside("not_unicode")})
 
 
 CONVERTED = {
