@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -52,20 +53,31 @@ _ENCODINGS = {
     rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32",
     rb"\xff\xfe|\xfe\xff": "utf-16",
     rb"[^\0]\0\0\0": "utf-32-le",
-    rb"\0\0\0": "utf-32-be",
+    rb"\0\0\0[^\0]": "utf-32-be",
     rb"[^\0]\0": "utf-16-le",
     rb"\0[^\0]": "utf-16-be",
     rb"[^\r\n]*\r[^\n]": "utf-8",
 }
 _FORMATS = {
-    b"PK\3\4": "a ZIP archive",
-    b"BZh": "compressed with bzip2",
-    b"\xfd7zXZ": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"PAR1": "a Parquet file",
-    b"SQLite format": "an SQLite database",
+    rb"PK(\x03\x04|\x05\x06)": "a ZIP archive",
+    rb"7z\xbc\xaf": "a 7-Zip archive",
+    rb".{257}ustar": "a tar archive",
+    _GZIP: "compressed with gzip twice",
+    rb"BZh": "compressed with bzip2",
+    rb"\xfd7zXZ": "compressed with xz",
+    rb"\x28\xb5\x2f\xfd": "compressed with zstd",
+    rb"\x04\x22\x4d\x18": "compressed with LZ4",
+    rb"PAR1": "a Parquet file",
+    rb"Obj\x01": "an Avro file",
+    rb"ORC": "an ORC file",
+    rb"%PDF": "a PDF file",
+    rb"SQLite format": "an SQLite database",
 }
 _NDJSON = "import reads one JSON object a line (NDJSON), plain or gzip"
+# The beginning of a batch, in which texts and numbers may come before the calls.
+_BATCH = re.compile(rb'\{[^][{}]*"batch"\s*:\s*\[')
+# The beginning of a line in the middle of a JSON object. A line that begins with { may be a call of its own.
+_CONTINUATION = re.compile(rb'[]"}:,0-9-]|(?:true|false|null)\b')
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -134,10 +146,14 @@ def decompressed(file: BinaryIO) -> BinaryIO:
         reader = gzip.GzipFile(fileobj=reader)
     try:
         head = reader.peek(HEAD_BYTES)
-    except (OSError, EOFError, zlib.error):
-        head = b""  # reading the lines will report the error
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+    ) as error:  # reading on would skip what was read of a header of gzip
+        raise ConfigError(f"The file cannot be read: {error}. Nothing is imported.") from error
     for beginning, name in _FORMATS.items():
-        if head.startswith(beginning):
+        if re.match(beginning, head, re.DOTALL):
             raise ConfigError(f"The file is {name}, but {_NDJSON}: convert it first. Nothing is imported.")
     for beginning, encoding in _ENCODINGS.items():
         if re.match(beginning, head):
@@ -348,23 +364,53 @@ def _checked(lines: Iterator[Line]) -> Iterator[Line]:
     """Yield the lines. Raises ConfigError if the first lines show JSON other than one object a line."""
     beginning = list(itertools.islice(lines, 1))
     first = beginning[0].content.strip() if beginning else b""
-    if first.startswith(b"["):
-        raise ConfigError(
-            f"The file is a JSON array, but {_NDJSON}. Convert it: jq -c '.[]' FILE. Nothing is imported."
-        )
-    if re.match(rb'\{\s*"batch"\s*:\s*\[', first):
-        raise ConfigError(
-            f"The file is a batch, but {_NDJSON}. Convert it: jq -c '.batch[]' FILE. Nothing is imported."
-        )
+    second = b""
     if first.startswith(b"{") and not _is_json(first):
         beginning += itertools.islice(lines, 1)
-        if beginning[-1].content.strip().startswith((b'"', b"}")):
-            raise ConfigError(
-                "The file has JSON objects that span several lines, but "
-                f"{_NDJSON}. Convert it: jq -c . FILE. Nothing is imported."
-            )
+        second = beginning[-1].content.strip() if len(beginning) > 1 else b""
+    if problem := _other_json(first, second):
+        found, command = problem
+        raise ConfigError(f"The file {found}, but {_NDJSON}. Convert it: {command}. Nothing is imported.")
     yield from beginning
     yield from lines
+
+
+def _other_json(first: bytes, second: bytes) -> tuple[str, str] | None:
+    """Return what the first lines show, and a command that converts the file; None if they may be one object a line.
+
+    `second` is empty if the first line is a JSON object.
+    """
+    if first.startswith(b"["):
+        return "is a JSON array", "jq -c '.[]' FILE"
+    if _is_batch(first, second):
+        return "is a batch", "jq -c '.batch[]' FILE"
+    if _CONTINUATION.match(second):
+        return "has JSON objects that span several lines", "jq -c . FILE"
+    if first.startswith(b"{"):
+        rest = _after_object(first)
+        if rest.startswith("{"):
+            return "has several JSON objects in a line", "jq -c . FILE"
+        if rest == ",":
+            return "has commas between JSON objects", "sed 's/,[[:space:]]*$//' FILE"
+    return None
+
+
+def _is_batch(first: bytes, second: bytes) -> bool:
+    try:
+        document = decode_json(first)
+    except CallError:  # it spans several lines, or was cut
+        return _BATCH.match(first + second) is not None
+    return isinstance(document, dict) and isinstance(document.get("batch"), list) and "type" not in document
+
+
+def _after_object(line: bytes) -> str:
+    """Return what follows the JSON value at the beginning of a line; nothing if there is no such value."""
+    text = line.decode(errors="replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return ""
+    return text[end:].strip()
 
 
 def _is_json(content: bytes) -> bool:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,20 @@ SPREAD = (
     f"The file has JSON objects that span several lines, but {ONE_A_LINE}. Convert it: jq -c . FILE. "
     "Nothing is imported."
 )
+SEVERAL = f"The file has several JSON objects in a line, but {ONE_A_LINE}. Convert it: jq -c . FILE. Nothing is imported."
+COMMAS = (
+    f"The file has commas between JSON objects, but {ONE_A_LINE}. Convert it: sed 's/,[[:space:]]*$//' FILE. "
+    "Nothing is imported."
+)
+
+
+def tar(content):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        member = tarfile.TarInfo("calls.json")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
 
 
 @SQLITE
@@ -145,6 +160,14 @@ SPREAD = (
         (b'{ "type": "identify",\r\n  "userId": "ann" }\r\n', SPREAD),
         (b"{\n}\n", SPREAD),
         (gzip.compress(json.dumps(json.loads(ANN), indent=4).encode("utf-16"), mtime=0), SPREAD),
+        (b'{"sentAt": "2024-05-01", "batch": [' + ANN + b'], "context": {"ip": "::1"}}', BATCH),
+        (b'{"context": {"ip": "::1"}, "batch": [' + ANN + b"]}\n" + ANN, BATCH),
+        (b'{\n "sentAt": "2024-05-01", "batch": [' + ANN + b"]}", BATCH),
+        (b'{"type": "identify", "userId": "ann", "traits": {"tags": [\n1,\n2]}}', SPREAD),
+        (b'{"type": "identify", "userId": "ann"\n, "traits": {}}', SPREAD),
+        (ANN + BOB, SEVERAL),
+        (ANN + b" " + BOB + b"\n" + CLEO, SEVERAL),
+        (ANN + b" ,\r\n" + BOB, COMMAS),
         (
             b"PK\3\4....",
             f"The file is a ZIP archive, but {ONE_A_LINE}: convert it first. Nothing is imported.",
@@ -152,6 +175,14 @@ SPREAD = (
         (
             bz2.compress(ANN),
             f"The file is compressed with bzip2, but {ONE_A_LINE}: convert it first. Nothing is imported.",
+        ),
+        (
+            gzip.compress(gzip.compress(ANN, mtime=0), mtime=0),
+            f"The file is compressed with gzip twice, but {ONE_A_LINE}: convert it first. Nothing is imported.",
+        ),
+        (
+            gzip.compress(tar(ANN), mtime=0),
+            f"The file is a tar archive, but {ONE_A_LINE}: convert it first. Nothing is imported.",
         ),
     ],
 )
@@ -206,6 +237,28 @@ def test_lines_before_a_truncation_of_gzip_are_imported(import_file, users):
     assert import_file(content)[1].splitlines()[0] == (
         f"20,000 lines: {20_000 - count:,} accepted, {count:,} known already."
     )
+
+
+@SQLITE
+@pytest.mark.parametrize("length", [2, 9, 10, 11])
+def test_gzip_that_ends_in_its_header_is_an_error(import_file, users, length):
+    code, said = import_file(gzip.compress(ANN, mtime=0)[:length])
+    assert (code, users()) == (2, [])
+    assert said.startswith("audience-sync: The file cannot be read: ")
+    assert said.endswith(" Nothing is imported.\n")
+
+
+@SQLITE
+def test_a_call_may_have_a_batch_among_its_traits(import_file, users):
+    content = identify("ann", batch=[]) + b"\n" + identify("bob", traits={"batch": [{"a": 1}]})
+    assert import_file(content)[1].splitlines()[0] == "2 lines: 2 accepted."
+    assert users() == ["ann", "bob"]
+
+
+@SQLITE
+def test_nuls_before_the_first_line_spoil_that_line_only(import_file, users):
+    code, said = import_file(bytes(8) + ANN + b"\n" + BOB)
+    assert (code, said.splitlines()[0], users()) == (0, "2 lines: 1 accepted, 1 set aside.", ["bob"])
 
 
 @SQLITE
