@@ -1,5 +1,6 @@
 """Parse times as clients write them: all forms of ISO 8601, Unix times, and the formats of headers and languages."""
 
+import contextlib
 import datetime as dt
 import email.utils
 import re
@@ -11,18 +12,26 @@ _UNITS = (
     1e17,
     1e20,
 )  # numbers below these are in seconds, milliseconds, microseconds, nanoseconds
+# Forms that `datetime.fromisoformat` reads as ISO 8601 means them: not a fraction of an hour, nor a zone after a date.
+_USUAL = re.compile(
+    r"\d{4}-?\d\d-?\d\d(?:[Tt ]\d\d(?::?\d\d(?::?\d\d(?:[.,]\d+)?)?)?(?:Z|[+-]\d\d(?::?\d\d(?::?\d\d)?)?)?)?",
+    re.ASCII,
+)
 _ISO = re.compile(
-    r"""(?:(?P<year>\d{4})(?P<separator>[-/.])(?P<month>\d{1,2})(?P=separator)(?P<day>\d{1,2})
+    r"""(?:\+00?)?(?:(?P<year>\d{4})(?P<separator>[-/.])(?P<month>\d{1,2})(?P=separator)(?P<day>\d{1,2})
       | (?P<basic>\d{8})
       | (?P<ordinal>\d{4}-?\d{3})
       | (?P<week>\d{4}-?W\d\d(?:-?\d)?))
-    (?:[T\s]\s*(?P<hour>\d{1,2})(?::?(?P<minute>\d\d)(?::?(?P<second>\d\d)(?P<fraction>[.,]\d+)?)?)?)?
+    (?:(?:[T_\s]\s*|-(?=\d\d:?\d\d:?\d\d))
+      (?P<hour>\d{1,2})(?::?(?P<minute>\d\d)(?::?(?P<second>\d\d))?)?(?P<fraction>[.,]\d*)?)?
     \s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?(?:\s*(?:Z|UTC|GMT|[+-]\d\d:?\d\d\ UTC))?
     (?(zone)(?:\[[A-Z0-9_/+-]+\] | \ [A-Z]{3,5})?(?:\ M=[+-][\d.]+)?)  # as Java and Go print a time""",
     re.VERBOSE | re.ASCII,
 )
-# Date and time without separators. Read as Unix time in milliseconds, it would be after the year 2570.
-_COMPACT = re.compile(r"((?:19|20)\d{6})(\d{6})", re.ASCII)
+# Date and time without separators, to the minute, second or millisecond. Read as Unix time in milliseconds or
+# microseconds, it would be in the year 1976, or after the year 2570.
+_COMPACT = re.compile(r"((?:19|20)\d{6})(\d{4}|\d{6}|\d{9})", re.ASCII)
+_LENGTHS = {name: dt.timedelta(**{f"{name}s": 1}) for name in ("hour", "minute", "second")}
 # Dates in HTTP and e-mail headers, and as JavaScript and C print them.
 _HEADER = re.compile(
     r"""(?:[a-z]{3,9},?\s+)?(?:
@@ -43,6 +52,8 @@ def parse_time(value: object) -> dt.datetime:
     try:
         if isinstance(value, str):
             return _in_utc(_parse_text(value.strip()))
+        if isinstance(value, int) and _COMPACT.fullmatch(str(value)):
+            return parse_time(str(value))
         if isinstance(value, int | float) and not isinstance(value, bool):
             return _parse_number(value)
     except OverflowError as error:
@@ -52,10 +63,15 @@ def parse_time(value: object) -> dt.datetime:
 
 def is_complete(text: str) -> bool:
     """Return whether a text that `parse_time` accepts is ordinary ISO 8601 with an offset, which needs no correction."""
-    try:
-        return dt.datetime.fromisoformat(text).tzinfo is not None
-    except ValueError:
-        return False
+    usual = _read_usual(text)
+    return usual is not None and usual.tzinfo is not None
+
+
+def _read_usual(text: str) -> dt.datetime | None:
+    if _USUAL.fullmatch(text):
+        with contextlib.suppress(ValueError):  # such as 24:00
+            return dt.datetime.fromisoformat(text)
+    return None
 
 
 def _in_utc(time: dt.datetime) -> dt.datetime:
@@ -64,13 +80,12 @@ def _in_utc(time: dt.datetime) -> dt.datetime:
 
 def _parse_text(text: str) -> dt.datetime:
     if match := _COMPACT.fullmatch(text):
-        return dt.datetime.fromisoformat("T".join(match.groups()))
+        date, time = match.groups()
+        return dt.datetime.fromisoformat(f"{date}T{time[:6]}" + (f".{time[6:]}" if time[6:] else ""))
     if text.isascii() and re.fullmatch(r"-?\d{9,20}(\.\d+)?", text):
         return _parse_number(float(text) if "." in text else int(text))
-    try:
-        return dt.datetime.fromisoformat(text)
-    except ValueError:
-        pass
+    if (usual := _read_usual(text)) is not None:
+        return usual
     if match := _ISO.fullmatch(text.upper()):
         return _from_parts(match.groupdict())
     if _HEADER.fullmatch(text):
@@ -80,14 +95,14 @@ def _parse_text(text: str) -> dt.datetime:
 
 def _from_parts(parts: dict[str, str | None]) -> dt.datetime:
     hour, minute, second = (int(parts[name] or 0) for name in ("hour", "minute", "second"))
-    fraction = (parts["fraction"] or "").lstrip(".,")
-    more = dt.timedelta()
-    if (hour, minute, second, int(fraction or 0)) == (24, 0, 0, 0):
+    last = next((name for name in ("second", "minute") if parts[name]), "hour")  # what the fraction is of
+    digits = (parts["fraction"] or "")[1:]
+    more = _LENGTHS[last] * int(digits[:15] or 0) / 10 ** len(digits[:15])
+    if (hour, minute, second, more) == (24, 0, 0, dt.timedelta()):
         hour, more = 0, dt.timedelta(days=1)
     elif second == 60:
-        second, more = 59, dt.timedelta(seconds=1)
-    time = dt.time(hour, minute, second, int(fraction[:6].ljust(6, "0")))
-    return dt.datetime.combine(_date(parts), time, _zone(parts["zone"])) + more
+        second, more = 59, more + dt.timedelta(seconds=1)
+    return dt.datetime.combine(_date(parts), dt.time(hour, minute, second), _zone(parts["zone"])) + more
 
 
 def _date(parts: dict[str, str | None]) -> dt.date:

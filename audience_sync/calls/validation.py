@@ -27,6 +27,7 @@ MAX_TRAITS = 300  # of an identify or group call, as at Segment
 MAX_NUMBER_BITS = 1023  # the range of a double; most JSON parsers accept no larger number
 OBJECTS = ("traits", "properties", "context", "integrations")
 FUTURE = "timestamp lies in the future: the time of arrival is used"
+UNSET_DATE = "0000-00-00"  # what MySQL has for a time that was never set
 # A timestamp up to this far in the future is corrected without a message.
 CLOCK_TOLERANCE = timedelta(seconds=1)
 _BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
@@ -224,6 +225,9 @@ def read_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> d
         raise CallError(f"{name} must be an ISO 8601 string, such as 2024-05-01T12:00:00Z")
     if isinstance(value, str) and is_blank(value):
         corrected.append(f"{name} is empty: it is not used")
+        return None
+    if isinstance(value, str) and value.startswith(UNSET_DATE):
+        corrected.append(f"{name} is {UNSET_DATE}: it is not used")
         return None
     try:
         time = parse_time(value)
