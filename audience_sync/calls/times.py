@@ -96,8 +96,8 @@ def _parse_text(text: str) -> dt.datetime:
 def _from_parts(parts: dict[str, str | None]) -> dt.datetime:
     hour, minute, second = (int(parts[name] or 0) for name in ("hour", "minute", "second"))
     last = next((name for name in ("second", "minute") if parts[name]), "hour")  # what the fraction is of
-    digits = (parts["fraction"] or "")[1:]
-    more = _LENGTHS[last] * int(digits[:15] or 0) / 10 ** len(digits[:15])
+    digits = (parts["fraction"] or "")[1:16]
+    more: dt.timedelta = _LENGTHS[last] * int(digits or 0) / 10 ** len(digits)
     if (hour, minute, second, more) == (24, 0, 0, dt.timedelta()):
         hour, more = 0, dt.timedelta(days=1)
     elif second == 60:

@@ -76,7 +76,7 @@ _FORMATS = {
 _NDJSON = "import reads one JSON object a line (NDJSON), plain or gzip"
 # The beginning of a batch, in which texts and numbers may come before the calls.
 _BATCH = re.compile(rb'\{[^][{}]*"batch"\s*:\s*\[')
-# The beginning of a line in the middle of a JSON object. A line that begins with { may be a call of its own.
+# The beginning of a line in the middle of a JSON object. A line that begins with { may be another call.
 _CONTINUATION = re.compile(rb'[]"}:,0-9-]|(?:true|false|null)\b')
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -369,8 +369,8 @@ def _checked(lines: Iterator[Line]) -> Iterator[Line]:
         beginning += itertools.islice(lines, 1)
         second = beginning[-1].content.strip() if len(beginning) > 1 else b""
     if problem := _other_json(first, second):
-        found, command = problem
-        raise ConfigError(f"The file {found}, but {_NDJSON}. Convert it: {command}. Nothing is imported.")
+        description, command = problem
+        raise ConfigError(f"The file {description}, but {_NDJSON}. Convert it: {command}. Nothing is imported.")
     yield from beginning
     yield from lines
 
