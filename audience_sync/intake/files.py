@@ -370,7 +370,9 @@ def _checked(lines: Iterator[Line]) -> Iterator[Line]:
         second = beginning[-1].content.strip() if len(beginning) > 1 else b""
     if problem := _other_json(first, second):
         description, command = problem
-        raise ConfigError(f"The file {description}, but {_NDJSON}. Convert it: {command}. Nothing is imported.")
+        raise ConfigError(
+            f"The file {description}, but {_NDJSON}. Convert it: {command}. Nothing is imported."
+        )
     yield from beginning
     yield from lines
 
