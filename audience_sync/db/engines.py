@@ -227,12 +227,26 @@ def is_pooled(connection: sa.Connection) -> bool:
     return bool(connection.info.get(_POOLED))
 
 
+def sqlite_file(url: sa.URL) -> Path:
+    """Return the file of a URL, which may be a URI of SQLite."""
+    return Path((url.database or "").removeprefix("file:")).absolute()
+
+
+def sqlite_options(url: sa.URL) -> dict[str, str]:
+    """Return the options of a URL that are SQLite's own, and work only in a URI."""
+    return {name: str(value) for name, value in url.query.items() if name not in {"timeout", "uri"}}
+
+
 def _open_sqlite(url: sa.URL) -> sa.Engine:
-    if url.database and url.database != ":memory:" and not Path(url.database).parent.is_dir():
-        raise DatabaseError(
-            f"The folder of the database file {url.database} does not exist: create it, or change [database] url."
-        )
-    _create_private(url.database)
+    if url.database and url.database != ":memory:":
+        file = sqlite_file(url)
+        if not file.parent.is_dir():
+            raise DatabaseError(
+                f"The folder of the database file {file} does not exist: create it, or change [database] url."
+            )
+        if "mode" not in url.query:  # a mode says whether the file may be created
+            _create_private(file)
+        url = _with_options(url, file)
     waits = {} if "timeout" in url.query else {"timeout": BUSY_SECONDS}
     engine = sa.create_engine(
         url,
@@ -259,11 +273,17 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     return engine
 
 
-def _create_private(database: str | None) -> None:
+def _with_options(url: sa.URL, file: Path) -> sa.URL:
+    """Return the URL of a file in the form in which SQLite reads its options."""
+    if sqlite_options(url):
+        return url.set(database=file.as_uri()).update_query_dict({"uri": "true"})
+    return url.set(database=str(file)).difference_update_query(["uri"])
+
+
+def _create_private(file: Path) -> None:
     """Create a missing file for its owner only, as it will contain user ids. Opening it later reports any failure."""
-    if database and not database.startswith((":", "file:")):
-        with contextlib.suppress(OSError):
-            os.close(os.open(database, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    with contextlib.suppress(OSError):
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 @contextmanager

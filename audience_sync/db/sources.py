@@ -4,10 +4,11 @@ import re
 import sqlite3
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 
-from audience_sync.db.engines import BUSY_SECONDS, open_postgresql, parse_url
+from audience_sync.db.engines import BUSY_SECONDS, open_postgresql, parse_url, sqlite_file, sqlite_options
 from audience_sync.errors import SourceError
 
 
@@ -35,7 +36,8 @@ def open_source(name: str, url: str) -> sa.Engine:
 def _open_sqlite_source(url: sa.URL) -> sa.Engine:
     """Open a file for reading only; a missing file is an error and is not created."""
     waits = {"timeout": float(str(url.query.get("timeout", BUSY_SECONDS)))}
-    file = Path((url.database or "").removeprefix("file:")).absolute()
+    file = sqlite_file(url)
+    uri = f"{file.as_uri()}?{urlencode(sqlite_options(url) | {'mode': 'ro'})}"
     engine = sa.create_engine(url.set(query={}), hide_parameters=True, max_overflow=-1, connect_args=waits)
     _require_file(engine, file)
 
@@ -43,7 +45,7 @@ def _open_sqlite_source(url: sa.URL) -> sa.Engine:
     def connect(
         _dialect: sa.Dialect, _record: Any, _arguments: Any, options: dict[str, Any]
     ) -> sqlite3.Connection:
-        connection: sqlite3.Connection = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, **options)
+        connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, **options)
         connection.execute("PRAGMA query_only = ON")
         return connection
 

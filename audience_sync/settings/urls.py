@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -28,6 +29,7 @@ _OPTIONS = {
     ),
     "sqlite": ("cache", "immutable", "mode", "nolock", "psow", "timeout", "uri", "vfs"),
 }  # fmt: skip
+_REPEATABLE = {"host", "port", "options"}
 _VALUES = {  # what some of them must look like
     "connect_timeout": (r"\d{1,6}", "a number of seconds"),
     "prepare_threshold": (r"\d{1,6}|none", 'a whole number, or "none" to prepare no statements'),
@@ -84,9 +86,13 @@ def _absolute_file(section: Section, scheme: str, rest: str, folder: Path) -> st
 
 def _check_options(section: Section, known: Collection[str], query: str) -> None:
     """Refuse an option that would have no effect, or that the driver would refuse without saying where it is."""
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    options = parse_qsl(query, keep_blank_values=True)
+    counts = Counter(name for name, _ in options)
+    for name, value in options:
         if name not in known:
             section.fail(f"url: unknown option {shown(name)}: {did_you_mean(name, known, 'remove it')}")
+        if counts[name] > 1 and name not in _REPEATABLE:
+            section.fail(f"url: option {name} is there {counts[name]} times: remove all but one")
         pattern, expected = _VALUES.get(name, (r"(?s:.*)", ""))
         if not re.fullmatch(pattern, value):
             section.fail(f"url: option {name}: expected {expected}")

@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
@@ -135,6 +136,39 @@ def test_a_source_by_uri_is_opened(opened, tmp_path):
         assert connection.exec_driver_sql("SELECT count(*) FROM orders").scalar_one() == 0
         with pytest.raises(sa.exc.OperationalError, match="readonly"):
             connection.exec_driver_sql("INSERT INTO orders VALUES (1)")
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}?mode={}", "sqlite:///file:{}?uri=true&mode={}"])
+def test_the_options_of_sqlite_apply_to_our_own_file(opened, tmp_path, url):
+    file = tmp_path / "50%41 own.db"
+    quoted = quote(str(file))
+    with (
+        pytest.raises(sa.exc.OperationalError, match="unable to open"),
+        opened(engines.open_own(url.format(quoted, "rw"), "x")).connect(),
+    ):
+        pass
+    assert not file.exists()
+    with opened(engines.open_own(url.format(quoted, "rwc"), "x")).connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n)")
+    with (
+        opened(engines.open_own(url.format(quoted, "ro"), "x")).connect() as connection,
+        pytest.raises(sa.exc.OperationalError, match="readonly"),
+    ):
+        connection.exec_driver_sql("CREATE TABLE u (n)")
+
+
+def test_our_own_file_by_uri_is_created_for_its_owner_only(opened, tmp_path):
+    with opened(engines.open_own(f"sqlite:///file:{tmp_path}/own.db?uri=true&cache=private", "x")).connect():
+        assert (tmp_path / "own.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_options_of_sqlite_apply_to_a_source(opened, tmp_path):
+    sqlite3.connect(tmp_path / "shop.db").close()
+    url = f"sqlite:///{tmp_path}/shop.db?mode=rw&immutable=1"
+    with opened(sources.open_source("shop", url)).connect() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
+    with pytest.raises(sa.exc.OperationalError, match="no such vfs: none"):
+        opened(sources.open_source("shop", f"{url}&vfs=none")).connect()
 
 
 @pytest.mark.usefixtures("_stand_ins")

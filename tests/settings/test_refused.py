@@ -152,6 +152,8 @@ REFUSED = [
     ("[sources.shop]\nurl = 'postgres://u:s3cret@h1:1,h2:2/d'", "[sources.shop]: url: write several hosts as options"),
     *((f"[database]\nurl = 'postgres://u:s3cret@h/d?{each}'", f"[database]: url: {message}") for each, message in (
         ("sslmod=require", "unknown option sslmod: did you mean sslmode?"),
+        ("sslmode=require&sslmode=disable", "option sslmode is there 2 times: remove all but one"),
+        ("prepare_threshold=1&a=b&prepare_threshold=2", "option prepare_threshold is there 2 times: remove all but one"),
         ("autocommit=true", "unknown option autocommit: remove it"),
         ("replication=database", "unknown option replication: "),
         ("prepare_threshold=s3cret", "option prepare_threshold: expected a whole number, or"),
@@ -159,6 +161,10 @@ REFUSED = [
         ("options=-E%20s3cret", "option options: expected -c NAME=VALUE"),
         ("client_encoding=latin1", "option client_encoding: expected utf8"),
     )),
+    (
+        "[database]\nurl = 'sqlite:///own.db?timeout=5&timeout=6'",
+        "[database]: url: option timeout is there 2 times: remove all but one",
+    ),
     ("[database]\nurl = 'sqlite:///own.db?timout=5'", "[database]: url: unknown option timout: did you mean timeout?"),
     ("[database]\nurl = 'sqlite:///own.db?timeout=s3cret'", "[database]: url: option timeout: expected a number of sec"),
     ("[database]\nurl = 'mysql://u:s3cret@h/d'", "[database]: url: expected sqlite:///FILE or postgresql://"),
