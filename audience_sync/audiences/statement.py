@@ -82,6 +82,7 @@ _TOKENS = {
     "postgresql": _POSTGRESQL, "duckdb": _POSTGRESQL, "sqlite": _SQLITE, "mssql": _SQLITE, "": _OTHERS,
     **dict.fromkeys(("mysql", "mariadb", "clickhousedb", "bigquery", "snowflake", "databricks"), _BACKSLASHES),
 }  # fmt: skip
+_ENDS_IN_NAME = re.compile(rf"{_IN_NAME}\Z")
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _PLACEHOLDERS = {"qmark": "?", "format": "%s", "pyformat": "%({0})s", "named": ":{0}", "numeric": ":{1}"}
 
@@ -103,6 +104,8 @@ class BoundText:
     def render(self, paramstyle: str) -> str:
         """Return the text in a driver's style (PEP 249)."""
         parts = [part.replace("%", "%%") if "format" in paramstyle else part for part in self.parts]
+        # PostgreSQL gets $1 for a parameter, which must not continue a name, as in `AND:today`.
+        parts = [f"{part} " if _ENDS_IN_NAME.search(part) else part for part in parts]
         marks = [_PLACEHOLDERS[paramstyle].format(name, number) for number, name in enumerate(self.names, 1)]
         return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 

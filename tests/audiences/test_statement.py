@@ -225,3 +225,9 @@ def test_each_driver_gets_parameters_in_its_style(paramstyle, text, arguments):
     bound = statement.bind("SELECT '5%', :as_of - :today", "postgresql")
     assert bound.render(paramstyle) == text
     assert bound.arguments(paramstyle, {"as_of": 1, "today": 2}) == arguments
+
+
+@pytest.mark.parametrize("name", ["AND", "é", "a$", "x_1"])
+def test_a_parameter_does_not_continue_a_name(name):  # PostgreSQL would read AND$1 as one word
+    text = statement.bind(f"SELECT 1{name}:today", "postgresql").render("pyformat")
+    assert text == f"SELECT 1{name} %(today)s\n"
