@@ -10,12 +10,13 @@ MAX_BATCH_BYTES = 500 * 1024
 MAX_READ_BYTES = (
     4 * MAX_BATCH_BYTES
 )  # of an oversized body, because many senders read the answer only at its end
+_GZIP = {"gzip", "x-gzip"}  # the second is its old name
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Read and decompress the body; never hold more than `max_bytes` of it in memory."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in {"identity", "gzip", ""}:
+    if encoding not in {"identity", *_GZIP, ""}:
         raise RefusalError(400, "Content-Encoding must be gzip, or absent")
     received = bytearray()
     size = 0
@@ -27,7 +28,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             received += chunk
     if size > max_bytes:
         raise _too_large(max_bytes)
-    return _decompressed(received, max_bytes) if encoding == "gzip" else bytes(received)
+    return _decompressed(received, max_bytes) if encoding in _GZIP else bytes(received)
 
 
 def _decompressed(received: bytearray, max_bytes: int) -> bytes:
