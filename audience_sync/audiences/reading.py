@@ -38,7 +38,8 @@ _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_to
 _CANCELLED = ("57014", "25P02")  # 25P02: an earlier statement was cancelled, and its error was ignored
 _MISSING_TABLE = "42P01"
 _CONFLICT = "40"  # class: such as a replica that must apply a change of the rows that are read
-_SERVER_STATES = ("08", _CONFLICT, "53", "55P03", "57", "58", "XX")  # 55P03: a lock was not released in time
+# 55P03: a lock was not released in time; XX001 and XX002: damaged files. Extensions such as PostGIS raise XX000 for values.
+_SERVER_STATES = ("08", _CONFLICT, "53", "55P03", "57", "58", "XX001", "XX002")
 _SERVER_CODES = ("FULL", "IOERR", "BUSY", "LOCKED", "CORRUPT", "NOTADB", "CANTOPEN", "NOMEM", "READONLY")
 
 
@@ -89,6 +90,8 @@ def _reading_own(connection: sa.Connection, query: BoundQuery) -> Iterator[sa.Co
         if not dialects.is_sqlite(connection):
             connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         yield connection
+        if not dialects.is_sqlite(connection):
+            engines.reset_settings(connection)
 
 
 @contextmanager
@@ -99,8 +102,10 @@ def _reading_source(query: BoundQuery) -> Iterator[sa.Connection]:
     with _translated_errors(query), source.connect() as reading, _watched(reading, query):
         if source.dialect.name == "postgresql":
             reading.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        with reading.begin(), _limits(reading, query):
-            yield reading
+        with reading.begin() as transaction:
+            with _limits(reading, query):
+                yield reading
+            transaction.rollback()  # undoes the settings that a function changed, too
 
 
 def authorize(connection: sa.Connection, query: BoundQuery) -> None:

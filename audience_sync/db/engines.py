@@ -227,6 +227,16 @@ def is_pooled(connection: sa.Connection) -> bool:
     return bool(connection.info.get(_POOLED))
 
 
+def reset_settings(connection: sa.Connection) -> None:
+    """Undo what functions of a definition changed on PostgreSQL with SET or set_config, such as the search path.
+
+    A pooler's server connections are left alone, because its other clients have settings there.
+    """
+    if not is_pooled(connection):
+        required = "; ".join(f"SET {name} = {value}" for name, value in _REQUIRED_SETTINGS.items())
+        connection.exec_driver_sql(f"RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL; {required}")
+
+
 def sqlite_file(url: sa.URL) -> Path:
     """Return the file of a URL, which may be a URI of SQLite."""
     return Path((url.database or "").removeprefix("file:")).absolute()

@@ -32,6 +32,7 @@ ODD_ON = {
         "Json": "SELECT ('\"\\u0000\"'::json) #>> '{}' AS user_id",
         "Stack": f"SELECT ('{'[' * 100_000}')::json AS user_id",
         "Nested": "SELECT /* /* */ user_id FROM people",
+        "Extension": "SELECT CAST(public.internal_error() AS text) AS user_id",
     },
 }
 FINE = {
@@ -50,10 +51,18 @@ FINE = {
 }  # fmt: skip
 
 
+INTERNAL_ERROR = """
+CREATE FUNCTION public.internal_error() RETURNS text LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'the geometry is not valid' USING ERRCODE = 'XX000'; END $$
+"""
+
+
 @pytest.fixture
 def command(backend, start, company):
     company("CREATE TABLE people (user_id text)")
     company("INSERT INTO people VALUES ('ann')")
+    if backend == "postgresql":
+        company(INTERNAL_ERROR)
     return start(ODD | ODD_ON[backend] | FINE[backend] | {"Good": "SELECT user_id FROM people"})
 
 
@@ -116,3 +125,60 @@ def test_a_source_that_cannot_be_opened_fails_its_definition_only(start, company
     code, output = command("check")
     assert code == 2
     assert "wrong  source shop: " in output
+
+
+SETTER = """
+CREATE FUNCTION public.change(name text, value text) RETURNS text LANGUAGE plpgsql AS
+$$ BEGIN PERFORM set_config(name, value, false); RETURN 'ann'; END $$
+"""
+SETTINGS = {
+    "search_path": "nowhere",
+    "statement_timeout": "1h",
+    "lock_timeout": "1",
+    "timezone": "Asia/Tokyo",
+    "datestyle": "German, DMY",
+    "standard_conforming_strings": "off",
+    "client_encoding": "LATIN1",
+    "default_transaction_read_only": "on",
+    "session_authorization": "pg_monitor",
+    "role": "pg_monitor",
+    "extra_float_digits": "3",
+    "app.tenant": "7",
+}
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("source", [None, "shop"])
+def test_a_function_that_changes_settings_changes_them_for_its_definition_only(
+    start, company, url, sandbox, source
+):
+    company("CREATE TABLE people (user_id text)")
+    company("INSERT INTO people VALUES ('ann')")
+    company(SETTER)
+    good = "SELECT user_id FROM people WHERE '\\' = chr(92) AND CAST(:as_of AS text) LIKE '%+00' "
+    good += "AND current_user = session_user AND current_setting('app.tenant', true) IS DISTINCT FROM '7'"
+    names = [f"{kind} {name}" for name in SETTINGS for kind in ("Change", "After")]
+    queries = [
+        query
+        for name, value in SETTINGS.items()
+        for query in (f"SELECT public.change('{name}', '{value}') AS user_id", good)
+    ]
+    of_source = f'source = "{source}"\n' if source else ""
+    extra = f'[sources.shop]\nurl = "{url}"\n' + "".join(
+        f'[[audiences]]\nname = "{name}"\nsql = {json.dumps(query)}\n{of_source}'
+        for name, query in zip(names, queries, strict=True)
+    )
+    command = start({}, extra)
+    for _ in range(2):
+        command("sync")
+        states = {
+            run["key"]: (run["status"], run["member_count"]) for run in command.document("history")[::-1]
+        }
+        for name in SETTINGS:
+            key = f"after_{name.replace('.', '_')}"
+            assert states[key] == ("succeeded", 1), key
+    output = command("plan", "--json")[1]
+    document = json.loads("{" + output.split("{", 1)[1].rsplit("}", 1)[0] + "}")
+    planned = {row["key"] for row in document["definitions"] if row["member_count"] == 1}
+    assert {f"after_{name.replace('.', '_')}" for name in SETTINGS} <= planned
+    assert sandbox.state.snapshot()["users"]["ann"]["properties"]["after_role"] is True
