@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from audience_sync.cli import lazy, output, session, sync
-from audience_sync.cli.session import Json, RunId
+from audience_sync.cli.session import Json, RunId, UserId, stored_texts
 from audience_sync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ CALL_STATUSES = ("accepted", "ignored")
 def history(
     context: typer.Context,
     key: Annotated[
-        str | None, typer.Argument(metavar="KEY", help="Show the runs of this definition only.")
+        str | None,
+        typer.Argument(metavar="KEY", help="Show the runs of this definition only.", callback=stored_texts),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -94,7 +95,7 @@ def show(context: typer.Context, run_id: RunId, as_json: Json = False) -> None:
 
 def members(
     context: typer.Context,
-    key: Annotated[str, typer.Argument(metavar="KEY", help="The definition.")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The definition.", callback=stored_texts)],
     at: Annotated[
         str | None, typer.Option(metavar="TIME", help="At a past time (ISO 8601) instead of now.")
     ] = None,
@@ -116,7 +117,7 @@ def members(
 
 def user(
     context: typer.Context,
-    user_id: Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.")],
+    user_id: UserId,
     as_json: Json = False,
 ) -> None:
     """Show a user's memberships, profile and deliveries.

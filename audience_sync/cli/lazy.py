@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from audience_sync import app, daemon, history, intake, remote, sandbox, settings
     from audience_sync.audiences import compute, decisions, definition, foreign, plan, runs, statement
     from audience_sync.audiences.query import english, layout, review
-    from audience_sync.calls import operations, times
+    from audience_sync.calls import operations, times, validation
     from audience_sync.cli import demo
     from audience_sync.db import checks, engines, leases, migrate
     from audience_sync.intake import files, http, server, writer
@@ -29,7 +29,7 @@ PACKAGES = {
         "statement",
     ),
     "audience_sync.audiences.query": ("english", "layout", "review"),
-    "audience_sync.calls": ("operations", "times"),
+    "audience_sync.calls": ("operations", "times", "validation"),
     "audience_sync.cli": ("demo",),
     "audience_sync.db": ("checks", "engines", "leases", "migrate"),
     "audience_sync.intake": ("files", "http", "server", "writer"),

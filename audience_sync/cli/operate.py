@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from audience_sync.cli import lazy, output, session
-from audience_sync.cli.session import RunId, row_ids
+from audience_sync.cli.session import RunId, UserId, row_ids, stored_texts
 from audience_sync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,12 @@ def reject(context: typer.Context, run_id: RunId) -> None:
 def retire(
     context: typer.Context,
     key: Annotated[
-        str, typer.Argument(metavar="KEY", help="The key of an audience or trait that was synced.")
+        str,
+        typer.Argument(
+            metavar="KEY",
+            help="The key of an audience or trait that was synced.",
+            callback=stored_texts,
+        ),
     ],
 ) -> None:
     """End a key: send false to all its members, then reserve it.
@@ -78,7 +83,7 @@ def _show_queued(app: "App", run_id: int) -> None:
 
 def forget(
     context: typer.Context,
-    user_id: Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.")],
+    user_id: UserId,
     allow_return: Annotated[
         bool, typer.Option("--allow-return", help="Allow an erased user to be computed and sent again.")
     ] = False,

@@ -34,6 +34,29 @@ def row_ids(ids: Any) -> Any:
     return ids
 
 
+def stored_texts(texts: Any) -> Any:
+    """Refuse keys and ids that are not UTF-8, which no database has."""
+    for text in _all(texts):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise typer.BadParameter("it is not valid UTF-8.")
+    return texts
+
+
+def user_ids(texts: Any) -> Any:
+    """Refuse ids that no user has."""
+    for text in _all(texts):
+        if lazy.validation.is_blank(text):
+            raise typer.BadParameter(f"a user id is never {'only white space' if text else 'empty'}.")
+    return stored_texts(texts)
+
+
+def _all(texts: Any) -> list[str]:
+    return [] if texts is None else [texts] if isinstance(texts, str) else texts
+
+
+UserId = Annotated[str, typer.Argument(metavar="USER_ID", help="The user's id.", callback=user_ids)]
+
+
 def _run_number(text: str) -> int:
     try:
         return int(text)

@@ -131,7 +131,9 @@ def sync(
     user: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="USER_ID", help="A canary: commit and send only this user's changes. May be repeated."
+            metavar="USER_ID",
+            help="A canary: commit and send only this user's changes. May be repeated.",
+            callback=session.user_ids,
         ),
     ] = None,
     as_of: AsOf = None,

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from tests.waiting import until
 
+NAMING = (["forget"], ["user"], ["members"], ["history"], ["retire"], ["sync", "good", "--user"])
 GOOD = "SELECT user_id FROM people"
 
 
@@ -43,6 +44,11 @@ def test_a_wrong_command_line(good, sandbox):
             ("sync", "--dry-run"),
             "No such option: --dry-run. `audience-sync plan` shows what a sync would change.",
         ),
+        (("forget", ""), "a user id is never empty."),
+        (("forget", "\u3000", "--allow-return"), "a user id is never only white space."),
+        (("user", " "), "a user id is never only white space."),
+        (("sync", "good", "--user", "u1", "--user", "\u200b"), "a user id is never only white space."),
+        *(((*each, "K\udcf6ln"), "it is not valid UTF-8.") for each in NAMING),
         (("show", "good"), "good is not the number of a run: `audience-sync history` lists them."),
     ):
         code, output = command(*arguments)
