@@ -146,11 +146,8 @@ def decompressed(file: BinaryIO) -> BinaryIO:
         reader = gzip.GzipFile(fileobj=reader)
     try:
         head = reader.peek(HEAD_BYTES)
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-    ) as error:  # reading on would skip what was read of a header of gzip
+    except (OSError, EOFError, zlib.error) as error:
+        # A second attempt would continue after the header of gzip that was cut, and find an empty file.
         raise ConfigError(f"The file cannot be read: {error}. Nothing is imported.") from error
     for beginning, name in _FORMATS.items():
         if re.match(beginning, head, re.DOTALL):
