@@ -59,6 +59,8 @@ _KINDS = {
 }
 
 
+# The content types of requests from the dashboard's pages. Libraries send calls as JSON, text or bytes.
+_OF_PAGES = {"", "application/x-www-form-urlencoded", "multipart/form-data"}
 _API_PATH = re.compile("/v1(/.*)?|/healthz|/openapi.json", re.DOTALL)
 
 
@@ -78,11 +80,11 @@ class CanonicalPath:
 
 
 class _Dashboard(Mount):
-    """All paths except those of the API. A request with JSON is meant for the API, whatever its path."""
+    """All paths except those of the API. A request with content other than a form is meant for the API."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        content_type = Headers(scope=scope).get("Content-Type", "")
-        if _API_PATH.fullmatch(scope["path"]) or content_type.startswith("application/json"):
+        content_type = Headers(scope=scope).get("Content-Type", "").partition(";")[0].strip().lower()
+        if _API_PATH.fullmatch(scope["path"]) or content_type not in _OF_PAGES:
             return Match.NONE, {}
         return super().matches(scope)
 

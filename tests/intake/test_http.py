@@ -202,6 +202,20 @@ def test_clients_of_the_api_get_json_also_when_the_dashboard_is_on(make_api, met
     assert api("POST", "/v1/batch", headers=AS_SHOP, json={"batch": []}).status_code == 200
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert api("POST", "/runs/1", headers=form, content=b"a=1").text == "page /runs/1"
+    assert api("POST", "/runs/1").text == "page /runs/1"
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "text/plain;charset=UTF-8", "Application/JSON", "text/json", "application/octet-stream"],
+)
+def test_a_library_that_leaves_out_v1_is_refused_in_json_and_logged(make_api, caplog, content_type):
+    api = make_api(dashboard=page)
+    headers = AS_SHOP | {"Content-Type": content_type}
+    answer = api("POST", "/b", headers=headers, content=json.dumps({"batch": [IDENTIFY]}).encode())
+    assert refusal(answer) == (404, refused(NO_PATH))
+    assert [each.fields["status"] for each in caplog.records] == [404]
 
 
 # What was corrected.
