@@ -35,6 +35,7 @@ KNOWN = (
 )
 HEAD = KNOWN[-1]
 VERSION_TABLE = "audience_sync_version"
+_ENCODINGS = ("UTF8", "SQL_ASCII")  # SQL_ASCII stores any bytes
 _LOCK = 4_710_226_013  # the key of PostgreSQL's advisory lock for migrations; any constant would do
 
 
@@ -42,11 +43,13 @@ def current(engine: sa.Engine) -> str | None:
     """Return the revision of the database; None if it has none of our tables.
 
     Raises:
-        DatabaseError: it cannot be reached, or it has a table with one of our names but no version.
+        DatabaseError: it cannot be reached, its encoding cannot represent all text, or it has a table with one of our
+            names but no version.
 
     """
     schema = engine.get_execution_options().get("schema")
     with engines.plain_errors(engine), engine.connect() as connection:
+        _check_encoding(connection)
         names = set(sa.inspect(connection).get_table_names(schema=schema))
         if VERSION_TABLE in names:
             query = f"SELECT version_num FROM {{our}}{VERSION_TABLE}"
@@ -60,6 +63,20 @@ def current(engine: sa.Engine) -> str | None:
                 "in a separate file or schema, name it under [sources], and give [database] another url."
             )
         return None
+
+
+def _check_encoding(connection: sa.Connection) -> None:
+    """Refuse PostgreSQL in an encoding in which user ids, or our own statements, may have no equivalent."""
+    raw: Any = connection.connection.dbapi_connection
+    if dialects.is_sqlite(connection):
+        return
+    encoding = (raw.info.parameter_status("server_encoding") or "UTF8").upper()
+    if encoding not in _ENCODINGS:
+        raise DatabaseError(
+            f"The database {raw.info.dbname} has the encoding {encoding}, which cannot represent every user id: give "
+            "[database] url a database with UTF8 (CREATE DATABASE … TEMPLATE template0 ENCODING 'UTF8'), and name this "
+            "one under [sources] if definitions read from it."
+        )
 
 
 def ensure(engine: sa.Engine) -> None:

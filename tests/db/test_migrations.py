@@ -254,3 +254,19 @@ def test_an_upgrade_that_is_killed_at_any_statement_changes_nothing(empty_url, e
     upgraded = engines.open_own(urls.format(upgrading.stdout.strip()), "audience_sync")
     assert catalog(upgraded) == catalog(empty)
     upgraded.dispose()
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "WIN1252", "EUC_JP", "SQL_ASCII"])
+def test_our_own_tables_need_an_encoding_for_all_text(postgres, encoding):
+    name = f"encoding_{encoding.lower()}"
+    options = f"TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
+    postgres.run(f"CREATE DATABASE {name} {options}")
+    postgres.created.append(name)
+    engine = engines.open_own(postgres.url(name), "audience_sync")
+    if encoding == "SQL_ASCII":
+        migrate.ensure(engine)
+    else:
+        message = f"The database {name} has the encoding {encoding}, which cannot represent every user id: "
+        with pytest.raises(DatabaseError, match=message):
+            migrate.ensure(engine)
+    engine.dispose()
