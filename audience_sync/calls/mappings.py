@@ -146,8 +146,10 @@ def decide(call: Call, mappings: Sequence[Mapping], *, reserved_keys: Collection
             decision.problems.append(f"{mapping.name}: {error}")
     for outgoing in decision.outgoing:
         if outgoing.action is not Action.TRACK:
-            reserved = reserved_keys if outgoing.action is Action.IDENTIFY else ()
-            for name in AUTOMATIC_PROPERTIES.union(reserved) & outgoing.body.keys():
+            withheld = outgoing.body.keys() & AUTOMATIC_PROPERTIES
+            if outgoing.action is Action.IDENTIFY:
+                withheld |= outgoing.body.keys() & reserved_keys
+            for name in withheld:
                 decision.left_out[name] = outgoing.body.pop(name)
     return decision
 

@@ -41,7 +41,7 @@ def prepare_call(call: Call, decision: Decision, *, flatten: bool = True) -> Pre
     left_out = call.left_out | decision.left_out
     corrections = (*call.corrections, *decision.corrections)
     is_track = call.type is CallType.TRACK
-    has_traits = call.type in {CallType.IDENTIFY, CallType.GROUP} and call.traits
+    has_traits = call.type in (CallType.IDENTIFY, CallType.GROUP) and call.traits
     return PreparedCall(
         message_id=call.message_id,
         type=call.type.value,
@@ -66,14 +66,18 @@ def prepare_call(call: Call, decision: Decision, *, flatten: bool = True) -> Pre
 def _prepared(outgoing: Outgoing, *, flatten: bool) -> PreparedDelivery:
     if outgoing.action is Action.TRACK:
         return PreparedDelivery(outgoing.action.value, outgoing.subject_id, to_json(outgoing.body))
-    traits = {name: value for name, value in outgoing.body.items() if name != COMPANY}
+    body, names = outgoing.body, None
+    if has_nested(body):
+        if flatten:
+            names = property_names({name: value for name, value in body.items() if name != COMPANY})
+        body = {name: with_gone(value, ()) for name, value in body.items()}
     return PreparedDelivery(
         outgoing.action.value,
         outgoing.subject_id,
-        to_json({name: with_gone(value, ()) for name, value in outgoing.body.items()}),
-        has_traits=bool(traits),
+        to_json(body),
+        has_traits=len(body) > (COMPANY in body),
         is_flattened=flatten,
-        names=property_names(traits) if flatten and has_nested(traits) else None,
+        names=names,
     )
 
 

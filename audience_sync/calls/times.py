@@ -1,6 +1,5 @@
 """Parse times as clients write them: all forms of ISO 8601, Unix times, and the formats of headers and languages."""
 
-import contextlib
 import datetime as dt
 import email.utils
 import re
@@ -61,17 +60,22 @@ def parse_time(value: object) -> dt.datetime:
     raise ValueError("not a time")
 
 
-def is_complete(text: str) -> bool:
-    """Return whether a text that `parse_time` accepts is ordinary ISO 8601 with an offset, which needs no correction."""
+def parse_complete(text: str) -> dt.datetime | None:
+    """Parse ordinary ISO 8601 with an offset, as `parse_time` does; return None if the text has another form."""
     usual = _read_usual(text)
-    return usual is not None and usual.tzinfo is not None
+    if usual is None or usual.tzinfo is None:
+        return None
+    try:
+        return usual.astimezone(dt.UTC)
+    except OverflowError:
+        return None
 
 
 def _read_usual(text: str) -> dt.datetime | None:
-    if _USUAL.fullmatch(text):
-        with contextlib.suppress(ValueError):  # such as 24:00
-            return dt.datetime.fromisoformat(text)
-    return None
+    try:
+        return dt.datetime.fromisoformat(text) if _USUAL.fullmatch(text) else None
+    except ValueError:  # such as 24:00
+        return None
 
 
 def _in_utc(time: dt.datetime) -> dt.datetime:

@@ -14,7 +14,7 @@ import msgspec
 
 from audience_sync.calls.model import Call, CallType
 from audience_sync.calls.operations import compact_json
-from audience_sync.calls.times import is_complete, parse_time
+from audience_sync.calls.times import parse_complete, parse_time
 from audience_sync.errors import CallError
 
 MAX_CALL_BYTES = 32 * 1024
@@ -32,6 +32,7 @@ UNSET_DATE = "0000-00-00"  # what MySQL has for a time that was never set
 CLOCK_TOLERANCE = timedelta(seconds=1)
 _BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
 _TYPES = {call_type.value: call_type for call_type in CallType}
+_CONTAINERS = (dict, list)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -88,12 +89,14 @@ def parse_call(
     if call_type is CallType.ALIAS and read_id(document, "previousId", MAX_ID_LENGTH) is None:
         raise CallError("previousId is required in an alias call")
     for name in OBJECTS:
-        if document.get(name) in ([], ""):
-            document[name] = {}
-            corrected.append(f"{name} is an empty list or text: read as an empty object")
-        if not isinstance(document.get(name), dict | None):
+        value = document.get(name)
+        if value is None or isinstance(value, dict):
+            continue
+        if value not in ([], ""):
             raise CallError(f"{name} must be an object")
-    if call_type in {CallType.IDENTIFY, CallType.GROUP}:
+        document[name] = {}
+        corrected.append(f"{name} is an empty list or text: read as an empty object")
+    if call_type in (CallType.IDENTIFY, CallType.GROUP):
         left_out |= _cut_traits(document, corrected)
     return Call(
         type=call_type,
@@ -145,18 +148,21 @@ def read_id(document: dict[str, Any], name: str, max_length: int) -> str | None:
     value = document.get(name)
     if value is None:
         return None
+    text = value if isinstance(value, str) else _number_text(name, value)
+    if is_blank(text):
+        raise CallError(f"{name} is empty" if not text else f"{name} is only white space")
+    if len(text) > max_length:
+        raise CallError(f"{name} is longer than {max_length} characters")
+    document[name] = text
+    return text
+
+
+def _number_text(name: str, value: object) -> str:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CallError(f"{name} must be a string or a number, not {_KINDS.get(type(value), 'an object')}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # in JSON, 1.0 and 1 are the same number
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise CallError(f"{name} must be a string or a number, not {_KINDS.get(type(value), 'an object')}")
-    if is_blank(value):
-        raise CallError(f"{name} is empty" if not value else f"{name} is only white space")
-    if len(value) > max_length:
-        raise CallError(f"{name} is longer than {max_length} characters")
-    document[name] = value
-    return value
+    return str(value)
 
 
 _KINDS = {bool: "true or false", list: "a list"}
@@ -221,6 +227,8 @@ def read_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> d
     value = document.get(name)
     if value is None:
         return None
+    if isinstance(value, str) and (time := parse_complete(value)) and time.year > 1:
+        return time
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise CallError(f"{name} must be an ISO 8601 string, such as 2024-05-01T12:00:00Z")
     if isinstance(value, str) and is_blank(value):
@@ -236,8 +244,7 @@ def read_time(document: Mapping[str, Any], name: str, corrected: list[str]) -> d
     if time.year == 1:  # what Go and .NET send for a time that was never set
         corrected.append(f"{name} is in the year 1: it is not used")
         return None
-    if not (isinstance(value, str) and is_complete(value)):
-        corrected.append(f"{name} was read as {time.isoformat().replace('+00:00', 'Z')}")
+    corrected.append(f"{name} was read as {time.isoformat().replace('+00:00', 'Z')}")
     return time
 
 
@@ -314,12 +321,11 @@ def _collect(container: dict[Any, Any] | list[Any], inner: list[Any], texts: lis
         texts += container
         members = container.values()
     for member in members:
-        kind = type(member)
-        if kind is str or isinstance(member, str):
+        if isinstance(member, str):
             texts.append(member)
-        elif kind is dict or kind is list or isinstance(member, dict | list):
+        elif isinstance(member, _CONTAINERS):
             inner.append(member)
-        elif member is not None and kind is not bool:
+        elif member is not None and not isinstance(member, bool):
             _check_number(member)
 
 
@@ -331,12 +337,11 @@ def _check_text(value: str) -> None:
 
 
 def _check_number(value: object) -> None:
-    match value:
-        case float() if not math.isfinite(value):
+    if isinstance(value, float):
+        if not math.isfinite(value):
             raise CallError("NaN and Infinity are not JSON")
-        case int() if value.bit_length() > MAX_NUMBER_BITS:
+    elif isinstance(value, int):
+        if value.bit_length() > MAX_NUMBER_BITS:
             raise CallError("a number is too large")
-        case int() | float():
-            pass
-        case _:
-            raise CallError(f"a {type(value).__name__} is not a JSON value")
+    else:
+        raise CallError(f"a {type(value).__name__} is not a JSON value")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 MAX_NAMES_LENGTH = 100_000  # characters of the flattened names of one object or list
+_NESTED = (dict, list, tuple)
 _VALUE, _GONE = "@value", "@gone"
 _Path: TypeAlias = tuple[str, ...]
 
@@ -50,7 +51,7 @@ def property_names(traits: Mapping[str, Any]) -> dict[str, str]:
 
 
 def has_nested(traits: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, dict | list | tuple) for value in traits.values())
+    return any(isinstance(value, _NESTED) for value in traits.values())
 
 
 def with_gone(value: Any, names: Iterable[str]) -> Any:
@@ -65,7 +66,7 @@ def without_gone(value: Any) -> Any:
 
 
 def _is_nested(value: object) -> bool:
-    return isinstance(value, dict | list | tuple)
+    return isinstance(value, _NESTED)
 
 
 def _is_marked(value: object) -> bool:
