@@ -61,6 +61,15 @@ def without_traits(
     )
 
 
+def _not_expired(stored: Mapping[str, tuple[str, str | None]], now: str) -> dict[str, tuple[str, str | None]]:
+    oldest = moment(dt.datetime.fromisoformat(now).replace(tzinfo=dt.UTC) - KEEP)
+    return {
+        name: (trait, gone_at)
+        for name, (trait, gone_at) in stored.items()
+        if gone_at is None or gone_at > oldest
+    }
+
+
 class SentNames:
     """Names of properties of a user or a company, each with its trait and the moment when it vanished.
 
@@ -68,13 +77,8 @@ class SentNames:
     """
 
     def __init__(self, stored: Mapping[str, tuple[str, str | None]] | None, now: str) -> None:
-        oldest = moment(dt.datetime.fromisoformat(now).replace(tzinfo=dt.UTC) - KEEP)
         self._now = now
-        self._names = {
-            name: (trait, gone_at)
-            for name, (trait, gone_at) in (stored or {}).items()
-            if gone_at is None or gone_at > oldest
-        }
+        self._names = _not_expired(stored, now) if stored else {}
 
     def __bool__(self) -> bool:
         return bool(self._names)

@@ -172,6 +172,8 @@ def _merged(
     is_flat = not (sent_names or has_nested(traits))
     length = len(to_json(traits))
     for observation in observations:
+        if not (observation.traits or observation.sent):
+            continue
         stamp = _stamp(observation.at)
         new = from_json(observation.traits or "{}")
         newer = {name: value for name, value in new.items() if not stamp < times.get(name, "") <= latest}
@@ -187,11 +189,13 @@ def _merged(
             call = sent_names.complete(call, observation.sent, traits, new)
         calls[observation.call_id] = call
         applied = {name: value for name, value in new.items() if name not in surplus}
-        before = {name: traits[name] for name in applied if name in traits}
-        for name in newer.keys() & applied.keys():
+        before = {} if is_flat else {name: traits[name] for name in applied if name in traits}
+        for name, value in newer.items():
+            if name in surplus:
+                continue
             times[name] = stamp
-            traits[name] = new[name]
-            if new[name] is None:
+            traits[name] = value
+            if value is None:
                 del traits[name]
         if not is_flat:
             sent_names.update(before, {name: traits[name] for name in applied if name in traits}, applied)
