@@ -41,16 +41,16 @@ class TwoDestinations(Simulation):
         # Who left before the memberships that are kept is not reached by a full run at another environment.
         self.has_one_environment = self.chance.random() < 0.3
         spans = [60.0, 600.0]
-        # A call is not known to be older than one whose delivery was pruned: they are kept longer than clocks differ.
-        difference = max(self.skews) - min(self.skews)
         self.keep = pruning.Retention(
             calls=self.chance.choice(spans),
-            deliveries=self.chance.choice(spans) + difference,
+            deliveries=self.chance.choice(spans),
             requests=math.inf,
             past_members=self.chance.choice(spans) if self.has_one_environment else math.inf,
         )
         self.retired = {}  # key: its definition
         self.recorded = {}  # delivery id: its row, as it was last seen
+        self.pruned = {}  # (user, trait): the time of the newest value that was pruned
+        self.after = {}  # (delivery id, trait): the same, when the delivery was first seen
         self.environments = defaultdict(set)  # delivery id: those that it was for, one after the other
         self.keys = {"A": "A1", "B": "B1"}
         self.configure("A1")
@@ -186,9 +186,17 @@ class TwoDestinations(Simulation):
     def record(self):
         """Remember the deliveries as they are, before pruning deletes some."""
         with engines.read(self.company) as connection:
-            for row in connection.execute(sa.select(tables.deliveries)):
-                self.recorded[row.delivery_id] = row
-                self.environments[row.delivery_id].add(environment(row.fingerprint))
+            rows = {row.delivery_id: row for row in connection.execute(sa.select(tables.deliveries))}
+        for row in [row for delivery_id, row in self.recorded.items() if delivery_id not in rows]:
+            for name in row.body:
+                whose = row.subject_id, name
+                self.pruned[whose] = max(row.value_at, self.pruned.get(whose, row.value_at))
+        for delivery_id, row in rows.items():
+            if delivery_id not in self.recorded:
+                earlier = {name: self.pruned.get((row.subject_id, name)) for name in row.body}
+                self.after |= {(delivery_id, name): at for name, at in earlier.items() if at}
+            self.environments[delivery_id].add(environment(row.fingerprint))
+        self.recorded |= rows
 
     def _acts(self):
         ours = (
@@ -273,7 +281,7 @@ def check(simulation):
                 history[user, trait].append(value)
         for (user, trait), values in sorted(history.items()):
             if user not in simulation.excused:
-                _check_order(decided[name, user, trait], values, (name, user, trait))
+                _check_order(decided.get((name, user, trait), []), values, (name, user, trait))
     _check_calls(simulation, decided)
     _check_runs(simulation)
 
@@ -281,11 +289,23 @@ def check(simulation):
 def _decided(simulation):
     """What was decided for an environment about a user's trait, oldest first, by these three."""
     decided = defaultdict(list)
-    for row in sorted(simulation.recorded.values(), key=lambda row: (row.value_at, row.delivery_id)):
+    for row in simulation.recorded.values():
         if row.action == "identify":
             for name, trait in itertools.product(simulation.environments[row.delivery_id], row.body):
                 decided[name, row.subject_id, trait].append(row)
-    return decided
+
+    return {
+        whose: sorted(rows, key=partial(_order, simulation.after, whose[-1]))
+        for whose, rows in decided.items()
+    }
+
+
+def _order(after, trait, row):
+    """By time; but what was decided after a value was pruned is newer than that, even if a clock was set back."""
+    pruned_at = after.get((row.delivery_id, trait))
+    if pruned_at is None or row.value_at > pruned_at:
+        return row.value_at, 0, row.value_at, row.delivery_id
+    return pruned_at, 1, row.value_at, row.delivery_id
 
 
 def _check_order(decided, values, whose):
@@ -307,7 +327,7 @@ def _check_calls(simulation, decided):
         for trait in CALL_TRAITS:
             rows = [
                 row
-                for row in decided[name, user, trait]
+                for row in decided.get((name, user, trait), [])
                 if environment(row.fingerprint) == name and row.status != "dead"
             ]
             if rows and (name == environment(simulation.fingerprint) or not simulation.has_one_environment):
