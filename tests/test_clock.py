@@ -93,18 +93,22 @@ def test_calls_and_runs_are_recorded_by_the_database_s_clock(project, backend, m
     assert all(abs(moment - now) < HOUR / 2 for moment in [*moments, run.as_of, run.finished_at])
 
 
-def test_changes_that_were_queued_while_a_clock_was_ahead_are_due(engine):
+def test_changes_that_were_queued_or_retried_while_a_clock_was_ahead_are_due(engine):
     row = {"action": "identify", "subject_id": "ann", "body": {"in": True}, "status": "pending", "run_id": 1}
     ahead = {"definition_id": 1, "value_at": START, "created_at": START, "next_attempt_at": START + HOUR}
     queued = [row | ahead | {"class": name, "attempt_count": 0} for name in ("change", "push")]
     with engines.write(engine) as connection:
-        connection.execute(tables.deliveries.insert(), [*queued, queued[0] | {"attempt_count": 1}])
-        assert sorted(backlog.scheduled_ahead(connection, START)) == [1, 2]
+        retried = queued[0] | {"attempt_count": 1}
+        waits = retried | {"next_attempt_at": START + HOUR / 4}  # the longest time between two attempts
+        connection.execute(tables.deliveries.insert(), [*queued, retried, waits])
+        assert sorted(backlog.scheduled_ahead(connection, START)) == [1, 2, 3]
+        assert deliveries.bring_forward(connection, START) == 3
+        assert backlog.scheduled_ahead(connection, START) == []
 
 
 SENT = {
     "accepted": {"status": "accepted", "settled_at": START, "request_id": 1, "attempt_count": 1},
-    "pending": {"status": "pending", "next_attempt_at": START + HOUR, "attempt_count": 1},
+    "pending": {"status": "pending", "next_attempt_at": START + HOUR / 4, "attempt_count": 1},
     "sending": {"status": "sending", "request_id": 1, "attempt_count": 1},
 }
 

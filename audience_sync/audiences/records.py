@@ -85,6 +85,11 @@ def register_definitions(connection: sa.Connection, new: Sequence[Definition], n
     rows.insert(connection, definitions, columns, inserted, "ON CONFLICT DO NOTHING")
 
 
+def correct_registrations(connection: sa.Connection, now: dt.datetime) -> None:
+    """Set the registration of definitions to now if a clock that was ahead recorded a later time."""
+    connection.execute(definitions.update().where(definitions.c.created_at > now).values(created_at=now))
+
+
 def find_definition(connection: sa.Connection, key: str) -> sa.Row[Any] | None:
     return connection.execute(sa.select(definitions).where(definitions.c.key == key)).one_or_none()
 

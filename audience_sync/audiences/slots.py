@@ -80,6 +80,8 @@ def find_due(
 ) -> list[Due]:
     """Return the due slots of these definitions, longest due first; insert the rows of new definitions.
 
+    If a clock was ahead when a definition was registered, it counts as registered now: otherwise it would have no slot
+    until then.
     `running` are keys whose runs this process has started. `wait_seconds` is for locks.
     """
     scheduled = [definition for definition in definitions if _schedules(definition)]
@@ -87,9 +89,10 @@ def find_due(
         rows, waiting = _last_slots(connection, now), _waiting_ids(connection)
         leased = leases.held_names(connection)
     new = [definition for definition in scheduled if definition.key not in rows]
-    if new:
+    if new or any(row.created_at > now for row in rows.values()):
         with engines.write(engine, wait_seconds) as connection:
             records.register_definitions(connection, new, now)
+            records.correct_registrations(connection, now)
     due = []
     for definition in scheduled:
         row = rows.get(definition.key)

@@ -99,10 +99,9 @@ def _lanes_in_trouble(
 
 
 def _slow_downs(connection: sa.Connection, now: dt.datetime) -> dict[str, Any]:
-    """The current slow-downs, without those that ended so long ago that the next process ignores them."""
-    oldest = now - pace.SLOW_DOWN_LASTS
+    """The current slow-downs, without those that the next process ignores."""
     stored = destination.slow_downs(connection).items()
-    return {name: slow for name, slow in stored if dt.datetime.fromisoformat(slow["paused_until"]) > oldest}
+    return {name: slow for name, slow in stored if pace.is_current(slow, now)}
 
 
 def backlogs(connection: sa.Connection) -> dict[str, int]:

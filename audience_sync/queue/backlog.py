@@ -12,6 +12,9 @@ from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries
 from audience_sync.queue.due import CLASSES, FIRST_IDENTIFY_WAIT, LANES, START
 
 AHEAD_COUNT = 1_000
+LONGEST_WAIT = dt.timedelta(
+    minutes=16
+)  # between two attempts: the longest backoff or Retry-After, and a minute more
 _ID = deliveries.c.delivery_id
 
 
@@ -51,6 +54,7 @@ def next_due(connection: sa.Connection, now: dt.datetime) -> list[DueMoment]:
 _DUE_AT = deliveries.c.next_attempt_at
 _NOW = sa.bindparam("now", type_=_DUE_AT.type)
 _SINCE = sa.bindparam("since", type_=_DUE_AT.type)
+_LATEST = sa.bindparam("latest", type_=_DUE_AT.type)
 
 
 def _first_due(
@@ -87,27 +91,27 @@ def is_due(connection: sa.Connection, now: dt.datetime, since: dt.datetime | Non
 
 
 def scheduled_ahead(connection: sa.Connection, now: dt.datetime) -> list[int]:
-    """Return some deliveries that were queued while a clock was ahead: their first attempt is in the future.
+    """Return some deliveries that were queued or retried while a clock was ahead.
 
-    In each queue it checks the AHEAD_COUNT deliveries that are due last.
+    Their first attempt is in the future, or another attempt later than any wait between attempts. In each queue it checks
+    the AHEAD_COUNT deliveries that are due last.
     """
-    return list(connection.execute(_SCHEDULED_AHEAD, {"now": now}).scalars())
+    return list(connection.execute(_SCHEDULED_AHEAD, {"now": now, "latest": now + LONGEST_WAIT}).scalars())
 
 
-def _first_attempts_of_last(action: str, delivery_class: str) -> sa.Select[int]:
+def _ahead_among_last(action: str, delivery_class: str) -> sa.Select[int]:
     last = (
-        sa.select(_ID, deliveries.c.attempt_count)
+        sa.select(_ID, deliveries.c.attempt_count, _DUE_AT)
         .where(_by_claim_index(action, delivery_class), _DUE_AT > _NOW)
         .order_by(_DUE_AT.desc(), _ID.desc())
         .limit(AHEAD_COUNT)
         .subquery()
     )
-    return sa.select(last.c.delivery_id).where(last.c.attempt_count == 0)
+    is_ahead = sa.or_(last.c.attempt_count == 0, last.c.next_attempt_at > _LATEST)
+    return sa.select(last.c.delivery_id).where(is_ahead)
 
 
-_SCHEDULED_AHEAD = sa.union_all(
-    *(_first_attempts_of_last(action, name) for action in LANES for name in CLASSES)
-)
+_SCHEDULED_AHEAD = sa.union_all(*(_ahead_among_last(action, name) for action in LANES for name in CLASSES))
 
 
 def are_waiting(

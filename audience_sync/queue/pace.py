@@ -12,6 +12,7 @@ from typing import Any
 WINDOW_SECONDS = 60.0
 THROTTLED_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # without Retry-After; Userpilot advises up to 8 s
 LONGEST_PAUSE_SECONDS = 900.0
+SHORTEST_PAUSE_SECONDS = 1.0  # of the bulk lane, whose uploads no limit slows down
 FAILURES_BEFORE_PAUSE = 5
 REFUSALS_BEFORE_PAUSE = 5
 # After a pause more refusals are allowed, so that valid deliveries behind many invalid ones are reached.
@@ -22,6 +23,7 @@ MIN_SPEED_FACTOR = 0.05  # a share of the limit
 MIN_JOB_SPEED_FACTOR = 0.25  # a share of the configured speed of jobs
 PUSH_SECONDS = 1.0  # pushes may catch up on this much unused time
 SLOW_DOWN_LASTS = dt.timedelta(hours=1)
+CLOCKS_DIFFER = dt.timedelta(minutes=1)  # a pause that ends even later was stored by a clock that was ahead
 SLOW_ANSWER_SECONDS = 2.0  # answers that take this long, with their settlement, do not slow a lane down
 FEWEST_IN_FLIGHT = 8
 PUSHES_AT_ONCE = 6
@@ -165,7 +167,7 @@ class Lane:
         if now < self.paused_until:
             return False
         step = THROTTLED_SECONDS[min(self.throttle_streak, len(THROTTLED_SECONDS) - 1)]
-        pause = step if retry_after_seconds is None else retry_after_seconds
+        pause = retry_after_seconds or step  # 0, or a date in the past by our clock, shortens no pause
         self.throttle_streak += 1
         self.factor = max(MIN_SPEED_FACTOR, self.factor / 2)
         self.paused_until = now + min(pause, LONGEST_PAUSE_SECONDS)
@@ -229,10 +231,10 @@ class BulkPace:
         return self.is_foreign_job_running or self.paused_until > now
 
     def pause(self, now: float, reason: str, seconds: float | None = None) -> float:
-        """Pause for `seconds`, or for twice as long as the last time; return the seconds."""
+        """Pause for `seconds`, or for twice as long as the last time if that is None or 0; return the seconds."""
         self._pause_count += 1
-        if seconds is None:
-            seconds = min(2.0 ** min(self._pause_count, 10), LONGEST_PAUSE_SECONDS)
+        longer = min(2.0 ** min(self._pause_count, 10), LONGEST_PAUSE_SECONDS)
+        seconds = max(SHORTEST_PAUSE_SECONDS, seconds) if seconds else longer
         self.paused_until, self.reason = now + seconds, reason
         return seconds
 
@@ -280,7 +282,7 @@ def slow_down(
     if lane.factor == 1.0 and lane.paused_until <= monotonic and not trial:
         return None
     paused_until = now + dt.timedelta(seconds=max(-1.0, lane.paused_until - monotonic))
-    since = stored.get("since") if stored and _is_current(stored, now) else None
+    since = stored.get("since") if stored and is_current(stored, now) else None
     return {
         "since": since or now.isoformat(),
         "factor": round(lane.factor, 3),
@@ -291,8 +293,8 @@ def slow_down(
 
 
 def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now: dt.datetime) -> None:
-    """Slow a lane down as an earlier process did, unless that was long ago."""
-    if _is_current(stored, now):
+    """Slow a lane down as an earlier process did, unless that was long ago or its clock was ahead."""
+    if is_current(stored, now):
         lane.factor, lane.reason = stored["factor"], stored["reason"]
         paused_until = dt.datetime.fromisoformat(stored["paused_until"])
         lane.paused_until = monotonic + (paused_until - now).total_seconds()
@@ -301,5 +303,7 @@ def restore(lane: Lane | BulkPace, stored: dict[str, Any], monotonic: float, now
             lane.refusal_streak = stored.get("refusal_streak", 0)
 
 
-def _is_current(stored: dict[str, Any], now: dt.datetime) -> bool:
-    return dt.datetime.fromisoformat(stored["paused_until"]) > now - SLOW_DOWN_LASTS
+def is_current(stored: dict[str, Any], now: dt.datetime) -> bool:
+    """Return whether a stored slow-down still applies: it is neither from long ago nor from a clock that was ahead."""
+    latest = now + dt.timedelta(seconds=LONGEST_PAUSE_SECONDS) + CLOCKS_DIFFER
+    return now - SLOW_DOWN_LASTS < dt.datetime.fromisoformat(stored["paused_until"]) <= latest

@@ -129,9 +129,10 @@ _LEFT_AT = (
 )
 _LEFT_BEFORE = sa.exists().where(runs.c.run_id == past_members.c.exited_run_id, runs.c.finished_at < _BEFORE)
 _slots = schedule_slots.alias()
-_NEWEST_SLOT = (
+# The last slot stays. A slot of a clock that was ahead may be newer, so the newest of the old slots stays, too.
+_NEWEST_OLD_SLOT = (
     sa.select(sa.func.max(_slots.c.slot_at, type_=UtcDateTime()))
-    .where(_slots.c.definition_id == schedule_slots.c.definition_id)
+    .where(_slots.c.definition_id == schedule_slots.c.definition_id, _slots.c.slot_at < _BEFORE)
     .scalar_subquery()
 )
 _PARTS = (
@@ -148,7 +149,9 @@ _PARTS = (
     _Part(requests, (requests.c.started_at < _BEFORE) & ~_IS_UNDER_WAY, requests.c.started_at),
     _Part(bulk_jobs, bulk_jobs.c.settled_at < _BEFORE),
     _Part(past_members, _LEFT_BEFORE & ~_IS_UNDECIDED, _LEFT_AT, _BY_EXIT),
-    _Part(schedule_slots, (schedule_slots.c.taken_at < _BEFORE) & (schedule_slots.c.slot_at < _NEWEST_SLOT)),
+    _Part(
+        schedule_slots, (schedule_slots.c.taken_at < _BEFORE) & (schedule_slots.c.slot_at < _NEWEST_OLD_SLOT)
+    ),
 )
 
 

@@ -126,6 +126,13 @@ def test_a_clock_that_jumps_repeats_no_slot_and_skips_none(life):
     ]  # fmt: skip
 
 
+def test_a_definition_that_was_registered_while_the_clock_was_ahead_has_slots(life):
+    life.tick_at("2030-01-02 12:00")
+    life.clock.moment = utc("2026-03-15 00:00")
+    life.live_until("2026-03-17 02:00")
+    assert life.slots() == ["2026-03-15 01:30", "2026-03-16 01:30", "2026-03-17 01:30"]
+
+
 def test_an_invalid_configuration_is_refused_and_the_previous_one_stays(life):
     before = life.daemon.app
     life.path.write_text("schedule = 1")

@@ -49,6 +49,16 @@ def test_a_lane_stays_slow_since_its_first_pause_until_that_is_long_ago():
     assert pace.slow_down(lane, 20.0, later, second)["since"] == later.isoformat()
 
 
+def test_a_pause_that_was_stored_while_the_clock_was_ahead_is_over(hand_queue, clock, worker_of, sandbox):
+    sandbox.faults.add({"status": 429, "times": 1, "headers": {"Retry-After": "600"}})
+    hand_queue.fill(1)
+    clock.seconds = 86_400
+    assert worker_of(clock=clock).deliver().pending_count == 1
+
+    clock.seconds = 60
+    assert worker_of(clock=clock).deliver().accepted_count == 1
+
+
 def test_a_long_retry_after_ends_the_work_and_the_next_process_keeps_to_it(
     hand_queue, clock, worker_of, sandbox
 ):

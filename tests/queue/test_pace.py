@@ -1,10 +1,11 @@
 import math
 from collections import deque
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audience_sync.queue.pace import PUSH_SECONDS, Lane
+from audience_sync.queue.pace import PUSH_SECONDS, BulkPace, Lane
 
 SECONDS = st.floats(0, 20, allow_nan=False)
 
@@ -125,14 +126,22 @@ def test_a_throttled_lane_waits_for_retry_after_and_continues_at_half_its_pace()
     assert lane.room(40.0) == 600
 
 
-def test_without_retry_after_pauses_follow_userpilots_advice_and_then_grow():
+@pytest.mark.parametrize("retry_after_seconds", [None, 0.0])
+def test_without_a_retry_after_in_the_future_pauses_follow_userpilots_advice_and_then_grow(
+    retry_after_seconds,
+):
     lane, now, pauses = Lane(600), 0.0, []
     for _ in range(7):
-        lane.throttled(now, None)
+        lane.throttled(now, retry_after_seconds)
         pauses.append(lane.wait_seconds(now))
         now += pauses[-1]
 
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_the_bulk_lane_pauses_longer_each_time_unless_a_retry_after_is_in_the_future():
+    pace = BulkPace(1800, 10_000)
+    assert [pace.pause(0.0, "429", seconds) for seconds in (None, 0.0, 0.001, 30.0, 0.0)] == [2, 4, 1, 30, 32]
 
 
 def test_a_pause_is_never_longer_than_15_minutes():
