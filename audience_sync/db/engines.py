@@ -425,6 +425,8 @@ def advice(error: sa.exc.DBAPIError) -> str:
         return "Nothing was lost: free some space on the disk, and run the command again."
     if "disk i/o error" in text:
         return "Nothing was lost: check the disk's free space and health, and run the command again."
+    if "permission denied for database" in text:  # PostgreSQL, when our schema is created
+        return "Grant CREATE on the database to this role, or change [database] url."
     if "readonly" in text or "permission denied" in text or "unable to open" in text:
         return "Allow this user to write there, or change [database] url."
     if isinstance(error, sa.exc.OperationalError) and (

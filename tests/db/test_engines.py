@@ -194,3 +194,12 @@ def test_a_new_connection_to_a_locked_file_waits_as_short_as_asked(tmp_path, ope
     finally:
         release.cancel()
         locking.close()
+
+
+def test_the_message_names_the_privilege_that_creating_our_schema_needs(postgres):
+    with postgres.engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
+        connection.exec_driver_sql("CREATE ROLE without_create")
+        connection.exec_driver_sql("SET LOCAL ROLE without_create")
+        with pytest.raises(sa.exc.ProgrammingError) as caught:
+            connection.exec_driver_sql("CREATE SCHEMA ours")
+    assert "Grant CREATE on the database to this role" in engines.failure(caught.value)
