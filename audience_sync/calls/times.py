@@ -5,12 +5,8 @@ import email.utils
 import re
 
 EARLIEST_UNIX_TIME = 1e8  # 1973; a smaller number is probably not a time
-_UNITS = (
-    1e11,
-    1e14,
-    1e17,
-    1e20,
-)  # numbers below these are in seconds, milliseconds, microseconds, nanoseconds
+# Numbers below these are in seconds, milliseconds, microseconds, nanoseconds.
+_UNITS = (1e11, 1e14, 1e17, 1e20)
 # Forms that `datetime.fromisoformat` reads as ISO 8601 means them: not a fraction of an hour, nor a zone after a date.
 _USUAL = re.compile(
     r"\d{4}-?\d\d-?\d\d(?:[Tt ]\d\d(?::?\d\d(?::?\d\d(?:[.,]\d+)?)?)?(?:Z|[+-]\d\d(?::?\d\d(?::?\d\d)?)?)?)?",

@@ -7,9 +7,8 @@ from starlette.requests import Request
 from audience_sync.intake.refusals import RefusalError
 
 MAX_BATCH_BYTES = 500 * 1024
-MAX_READ_BYTES = (
-    4 * MAX_BATCH_BYTES
-)  # of an oversized body, because many senders read the answer only at its end
+# How much of an oversized body is read, because many senders read the answer only at its end.
+MAX_READ_BYTES = 4 * MAX_BATCH_BYTES
 _GZIP = {"gzip", "x-gzip"}  # the second is its old name
 
 

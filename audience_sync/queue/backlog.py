@@ -12,9 +12,8 @@ from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries
 from audience_sync.queue.due import CLASSES, FIRST_IDENTIFY_WAIT, LANES, START
 
 AHEAD_COUNT = 1_000
-LONGEST_WAIT = dt.timedelta(
-    minutes=16
-)  # between two attempts: the longest backoff or Retry-After, and a minute more
+# The longest wait between two attempts (the longest backoff or Retry-After), and a minute more.
+LONGEST_WAIT = dt.timedelta(minutes=16)
 _ID = deliveries.c.delivery_id
 
 

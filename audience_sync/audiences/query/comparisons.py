@@ -21,11 +21,8 @@ from audience_sync.audiences.query.dialect import Expression, JsonValue, is_one_
 from audience_sync.audiences.query.moments import moved, parse_moment
 from audience_sync.audiences.query.tree import Comparator
 
-KINDS = (
-    "number",
-    "text",
-    "boolean",
-)  # of scalars, in the order in which values of different kinds are sorted
+# The kinds of scalars, in the order in which values of different kinds are sorted.
+KINDS = ("number", "text", "boolean")
 ORDERS: dict[Comparator, Callable[[Any, Any], Any]] = {
     Comparator.GREATER_THAN: operator.gt,
     Comparator.AT_LEAST: operator.ge,
