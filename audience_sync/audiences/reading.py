@@ -37,6 +37,7 @@ _DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_to
 # codes.
 _CANCELLED = ("57014", "25P02")  # 25P02: an earlier statement was cancelled, and its error was ignored
 _MISSING_TABLE = "42P01"
+_NO_PRIVILEGE = "42501"
 _CONFLICT = "40"  # class: such as a replica that must apply a change of the rows that are read
 # 55P03: a lock was not released in time; XX001 and XX002: damaged files. Extensions such as PostGIS raise XX000 for values.
 _SERVER_STATES = ("08", _CONFLICT, "53", "55P03", "57", "58", "XX001", "XX002")
@@ -213,11 +214,8 @@ def _translated_errors(query: BoundQuery) -> Iterator[None]:
             # SQLite hides the exception that a signal raises during a callback.
             raise Interrupted("A signal stopped the statement.") from error
         if not _is_server_error(error):
-            hint = ""
-            if query.source is None and _is_missing_table(error, reason):
-                hint = " It runs on the database of audience-sync: `source` names another one."
             raise DefinitionError(
-                f"{definition.key}: its {query.name} does not work: {reason}.{hint}"
+                f"{definition.key}: its {query.name} does not work: {reason}.{_hint(query, error, reason)}"
             ) from error
         if query.source is None:
             raise
@@ -236,8 +234,15 @@ def _source_error(query: BoundQuery, error: sa.exc.DBAPIError, reason: str) -> S
     return SourceError(f"{definition.key}: the source {definition.source} cannot be read: {reason}. {advice}")
 
 
-def _is_missing_table(error: sa.exc.DBAPIError, reason: str) -> bool:
-    return reason.startswith("no such table") or getattr(error.orig, "sqlstate", None) == _MISSING_TABLE
+def _hint(query: BoundQuery, error: sa.exc.DBAPIError, reason: str) -> str:
+    state = getattr(error.orig, "sqlstate", None)
+    if state == _NO_PRIVILEGE:
+        return (
+            " Grant it to the role in the url: SELECT on a table, USAGE on a schema, EXECUTE on a function."
+        )
+    if query.source is None and (reason.startswith("no such table") or state == _MISSING_TABLE):
+        return " It runs on the database of audience-sync: `source` names another one."
+    return ""
 
 
 def timeout_message(definition: Definition) -> str:

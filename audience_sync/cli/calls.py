@@ -174,6 +174,9 @@ def import_(
     else:
         sync.show_delivery(report, pending)
     if summary.bad_count == summary.line_count > 0:
+        output.warn(
+            "No line is a call: import reads one JSON object a line, as Segment's libraries send them."
+        )
         raise typer.Exit(1)
     session.finish(report)
 

@@ -80,8 +80,7 @@ def show(context: typer.Context, run_id: RunId, as_json: Json = False) -> None:
     for name in ("as_of", "started_at", "finished_at"):
         if run[name]:
             output.line(f"{name.replace('_', ' ')}: {output.moment(run[name])} UTC")
-    counts = [f"{run[f'{name}_count']:,} {name}" for name in ("accepted", "pending", "dead", "cancelled")]
-    output.line(f"deliveries: {', '.join(counts)}")
+    output.line(f"deliveries: {_delivery_counts(run)}")
     for reason, count in run["set_aside"].items():
         output.line(f"set aside: {count:,} {reason.replace('_', ' ')}")
     for name in sync.CHANGES:
@@ -91,6 +90,13 @@ def show(context: typer.Context, run_id: RunId, as_json: Json = False) -> None:
         output.line(f"held by: {run['held_by']}")
     if run["error"]:
         output.line(f"{'reason' if run['held_by'] else 'error'}: {run['error']}")
+
+
+def _delivery_counts(run: dict[str, Any]) -> str:
+    words = {name: name for name in ("accepted", "pending", "dead", "cancelled")}
+    if run["status"] == "held":
+        words["pending"] = "held"
+    return ", ".join(f"{run[f'{name}_count']:,} {word}" for name, word in words.items())
 
 
 def members(

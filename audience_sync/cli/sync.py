@@ -160,8 +160,9 @@ def sync(
             app.settings.destination.api_key.require()
         definitions = app.definitions(keys or ())
         if not definitions:
+            problem = "only retired or disabled definitions" if app.settings.definitions else "no definition"
             raise ConfigError(
-                f"{app.settings.path} has no enabled definition: add one under [[audiences]] or [[traits]]."
+                f"{app.settings.path} has {problem}: add one under [[audiences]] or [[traits]]."
             )
         moments = lazy.runs.resolve_as_of(app.engine, definitions, session.parse_time(as_of), app.clock.now())
         options = lazy.runs.RunOptions(full=full, hold=hold, users=tuple(user or ()) or None)

@@ -150,6 +150,7 @@ def held_by_guard(command, sandbox, day, before, now, why):
     assert (shown["entered_sample"], shown["exited_sample"]) == (sorted(entered)[:5], sorted(exited)[:5])
     named = {"run_id": run["run_id"], "key": HIGH, "held_by": "guard", "reason": reason}
     assert status["held_runs"] == [named]
+    assert f"0 accepted, {run['pending_count']} held, 0 dead" in command("show", str(run["run_id"]))[1]
     assert len(sandbox.state.requests) == seen
     return str(run["run_id"])
 
@@ -369,6 +370,11 @@ def test_a_retired_key_is_false_for_everyone_and_stays_reserved(start, people, s
     assert command("deliver")[0] == 0
     assert sent(sandbox, 2) == [(user, {"good": False, "spend": None}) for user in ("ann", "bob")]
 
+    code, output = command("sync")
+    assert (code, "has only retired or disabled definitions: add one under [[audiences]]" in output) == (
+        2,
+        True,
+    ), output
     resting, checking = command.popen("sync", "good"), command.popen("check")
     states = {each["key"]: each["state"] for each in command.document("list")}
     assert states == {"good": "retired", "spend": "retired"}

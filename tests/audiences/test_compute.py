@@ -369,6 +369,20 @@ def test_a_conflict_on_a_source_is_no_error_of_the_definition(world, computed, s
         computed(world.audience("SELECT user_id FROM orders WHERE conflict()", source="shop"), shop)
 
 
+@pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
+def test_the_error_of_a_missing_privilege_says_what_to_grant(world, computed, shop):
+    maker = sa.create_engine(shop.url)
+    with maker.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION salaries() RETURNS boolean LANGUAGE plpgsql STABLE AS "
+            "$$ BEGIN RAISE 'permission denied for table salaries' USING ERRCODE = '42501'; END $$"
+        )
+    maker.dispose()
+    message = r"permission denied for table salaries\. Grant it to the role in the url: SELECT on a table"
+    with pytest.raises(DefinitionError, match=message):
+        computed(world.audience("SELECT user_id FROM orders WHERE salaries()", source="shop"), shop)
+
+
 @pytest.fixture
 def silent(postgres, monkeypatch):
     """Give a source, and a function that makes its server stop answering; all time limits are short."""

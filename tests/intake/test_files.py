@@ -323,6 +323,7 @@ def test_of_many_bad_lines_only_the_first_are_listed(import_file):
     code, said = import_file(b"{\n" * 30)
     assert code == 1  # none of them is a call
     assert said.count("not valid JSON") == 20
+    assert "No line is a call: import reads one JSON object a line" in said
     assert (
         "And 10 more lines that are not valid calls: --set-aside PATH writes all of them to a file." in said
     )
