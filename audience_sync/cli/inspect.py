@@ -93,10 +93,10 @@ def show(context: typer.Context, run_id: RunId, as_json: Json = False) -> None:
 
 
 def _delivery_counts(run: dict[str, Any]) -> str:
-    words = {name: name for name in ("accepted", "pending", "dead", "cancelled")}
+    labels = {name: name for name in ("accepted", "pending", "dead", "cancelled")}
     if run["status"] == "held":
-        words["pending"] = "held"
-    return ", ".join(f"{run[f'{name}_count']:,} {word}" for name, word in words.items())
+        labels["pending"] = "held"
+    return ", ".join(f"{run[f'{name}_count']:,} {label}" for name, label in labels.items())
 
 
 def members(

@@ -12,12 +12,13 @@ from audience_sync.audiences.definition import Definition, Kind
 from audience_sync.daemon import Daemon
 from audience_sync.db import engines
 from audience_sync.queue import destination
-from tests.daemon.conftest import HOUR, take_due, utc
+from tests.daemon.conftest import take_due, utc
 from tests.queue.conftest import Queue
 from tests.waiting import until
 
 EVERY_MINUTE = schedule.parse_schedule("every 1 minute", "UTC")
 START = utc("2026-03-15 00:00")
+LONGEST_BACKOFF = dt.timedelta(minutes=15)
 
 
 def minute(number):
@@ -189,7 +190,7 @@ def test_deliveries_do_not_wait_for_runs_that_never_end(life, monkeypatch):
 
 def test_a_due_delivery_that_waits_for_its_user_does_not_delay_the_others(life):
     queue = Queue(life.daemon.app.engine, life.clock)
-    queue.add("ann", {"plan": "pro"}, next_attempt_at=life.clock.now() + HOUR, attempt_count=1)
+    queue.add("ann", {"plan": "pro"}, next_attempt_at=life.clock.now() + LONGEST_BACKOFF, attempt_count=1)
     queue.track("ann", "Signed Up")
     life.daemon.deliver()
     assert life.sandbox.state.events == []
@@ -203,7 +204,7 @@ def test_a_due_delivery_that_waits_for_its_user_does_not_delay_the_others(life):
 
 def test_a_daemon_whose_deliveries_all_wait_does_not_begin_to_deliver_each_second(life, monkeypatch):
     queue = Queue(life.daemon.app.engine, life.clock)
-    queue.add("ann", {"plan": "pro"}, next_attempt_at=life.clock.now() + HOUR, attempt_count=1)
+    queue.add("ann", {"plan": "pro"}, next_attempt_at=life.clock.now() + LONGEST_BACKOFF, attempt_count=1)
     queue.track("ann", "Signed Up")
     for _ in range(2):
         life.daemon.deliver()
