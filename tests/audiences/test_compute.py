@@ -355,15 +355,20 @@ def test_a_source_that_dies_while_it_is_read_is_a_source_error(world, computed, 
     source.dispose()
 
 
-@pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
-def test_a_conflict_on_a_source_is_no_error_of_the_definition(world, computed, shop):
+def make_failing(shop, name, message, state):
+    """Make a function on the source that raises this error."""
     maker = sa.create_engine(shop.url)
     with maker.begin() as connection:
         connection.exec_driver_sql(
-            "CREATE FUNCTION conflict() RETURNS boolean LANGUAGE plpgsql STABLE AS "
-            "$$ BEGIN RAISE 'conflict with recovery' USING ERRCODE = '40001'; END $$"
+            f"CREATE FUNCTION {name}() RETURNS boolean LANGUAGE plpgsql STABLE AS "
+            f"$$ BEGIN RAISE '{message}' USING ERRCODE = '{state}'; END $$"
         )
     maker.dispose()
+
+
+@pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
+def test_a_conflict_on_a_source_is_no_error_of_the_definition(world, computed, shop):
+    make_failing(shop, "conflict", "conflict with recovery", "40001")
     message = r"the source shop cannot be read: conflict with recovery\. Its server ended the query .*: run it again"
     with pytest.raises(SourceError, match=message):
         computed(world.audience("SELECT user_id FROM orders WHERE conflict()", source="shop"), shop)
@@ -371,13 +376,7 @@ def test_a_conflict_on_a_source_is_no_error_of_the_definition(world, computed, s
 
 @pytest.mark.parametrize("shop", ["postgresql"], indirect=True)
 def test_the_error_of_a_missing_privilege_says_what_to_grant(world, computed, shop):
-    maker = sa.create_engine(shop.url)
-    with maker.begin() as connection:
-        connection.exec_driver_sql(
-            "CREATE FUNCTION salaries() RETURNS boolean LANGUAGE plpgsql STABLE AS "
-            "$$ BEGIN RAISE 'permission denied for table salaries' USING ERRCODE = '42501'; END $$"
-        )
-    maker.dispose()
+    make_failing(shop, "salaries", "permission denied for table salaries", "42501")
     message = r"permission denied for table salaries\. Grant it to the role in the url: SELECT on a table"
     with pytest.raises(DefinitionError, match=message):
         computed(world.audience("SELECT user_id FROM orders WHERE salaries()", source="shop"), shop)
