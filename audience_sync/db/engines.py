@@ -254,7 +254,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
             raise DatabaseError(
                 f"The folder of the database file {file} does not exist: create it, or change [database] url."
             )
-        if "mode" not in url.query:  # a mode says whether the file may be created
+        if url.query.get("mode", "rwc") == "rwc":  # the other modes do not create a file
             _create_private(file)
         url = _with_options(url, file)
     waits = {} if "timeout" in url.query else {"timeout": BUSY_SECONDS}

@@ -10,10 +10,12 @@ import sqlalchemy as sa
 from audience_sync.db.dialects import chunks
 from audience_sync.db.tables import PENDING, SENDING, UNSETTLED, deliveries
 from audience_sync.queue.due import CLASSES, FIRST_IDENTIFY_WAIT, LANES, START
+from audience_sync.queue.outcomes import LONGEST_BACKOFF_SECONDS
+from audience_sync.queue.pace import CLOCKS_DIFFER
 
 AHEAD_COUNT = 1_000
-# The longest wait between two attempts (the longest backoff or Retry-After), and a minute more.
-LONGEST_WAIT = dt.timedelta(minutes=16)
+# The longest wait between two attempts: no Retry-After is longer than the longest backoff.
+LONGEST_WAIT = dt.timedelta(seconds=LONGEST_BACKOFF_SECONDS) + CLOCKS_DIFFER
 _ID = deliveries.c.delivery_id
 
 

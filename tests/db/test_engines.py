@@ -150,6 +150,7 @@ def test_the_options_of_sqlite_apply_to_our_own_file(opened, tmp_path, url):
     assert not file.exists()
     with opened(engines.open_own(url.format(quoted, "rwc"), "x")).connect() as connection:
         connection.exec_driver_sql("CREATE TABLE t (n)")
+    assert file.stat().st_mode & 0o777 == 0o600
     with (
         opened(engines.open_own(url.format(quoted, "ro"), "x")).connect() as connection,
         pytest.raises(sa.exc.OperationalError, match="readonly"),
